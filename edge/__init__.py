@@ -1,4 +1,4 @@
-"""edge-llm: the slim runtime. Importing it loads nothing heavy."""
+"""Turns a bundle and a prompt into an answer. Importing it loads nothing heavy."""
 
 from __future__ import annotations
 

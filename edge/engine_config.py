@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 from msgspec import Meta
 
 from .bundle.library import find_setting
-from .config_file import FINDER, check_fields, unknown_name
 from .errors import ConfigError
+from .settings_fields import FINDER, check_fields, unknown_name
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack

@@ -31,7 +31,7 @@ from edge.device import telemetry
 from edge.device.gpu import Gpu, find_gpu
 from edge.device.process import read_rss_peak_bytes, reset_rss_peak
 from edge.errors import BackendError, BuildError, BundleError, ConfigError, DependencyError
-from edge.progress import Progress, silent, uncounted
+from edge_lab.progress import Progress, silent, uncounted
 
 from . import compat, support
 from .audit import Audit, audit_network, check_plan_bytes

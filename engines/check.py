@@ -8,7 +8,7 @@ from edge.bundle.engine_file import Attention, KvRead, LayerCount, RefusedRung, 
 from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.trust import open_manifest
 from edge.device.telemetry import read_available_memory_bytes
-from edge.progress import Progress, silent, uncounted
+from edge_lab.progress import Progress, silent, uncounted
 
 from . import support
 from .build_plan import BuildPlan, plan_build

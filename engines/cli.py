@@ -13,8 +13,8 @@ import msgspec
 from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES
 from edge.cli import echo_json
 from edge.cli.options import bundle_argument, check_writable, given_flag
-from edge.cli.progress import show_progress
 from edge.errors import EXIT_GATE_MISSED, ConfigError
+from edge_lab.cli.progress import show_progress
 
 from .config import ATTENTIONS, KV_READS, TENSORRT_ATTENTIONS, AttentionChoice, BuildConfig
 from .rules.bundle import check_bundle_rules, parse_versions, verdict_as_dict
@@ -398,7 +398,7 @@ def _print_verdict(verdict: Verdict) -> None:
 
 
 def _print_steps(console: Console, steps: Sequence[StepCost]) -> None:
-    from edge.cli.tables import make_table
+    from edge_lab.cli.tables import make_table
 
     costs = make_table(
         "Bytes of a step, MB: from the fewest cache rows to a full cache",

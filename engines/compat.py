@@ -31,7 +31,7 @@ from edge.bundle.engine_file import Attention, Flavour, KvRead, Plugins, where_t
 from edge.bundle.engine_layers import told_profiles
 from edge.device.tensorrt_version import loaded_version
 from edge.errors import BuildError, ConfigError, DependencyError, EdgeError
-from edge.progress import Progress
+from edge_lab.progress import Progress
 
 from .advice import build_advice, builder_cause, parser_advice, parser_cause
 from .kernels import plugin, plugin_v3

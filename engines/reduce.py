@@ -19,7 +19,7 @@ from edge.bundle.manifest import FloatType
 from edge.bundle.trust import open_manifest
 from edge.bundle.verified_files import verify_files
 from edge.errors import BuildError, ConfigError, DependencyError, install_command
-from edge.progress import Progress, silent, uncounted
+from edge_lab.progress import Progress, silent, uncounted
 
 from .build_plan import BuildPlan, plan_build
 from .builder import Target, find_target

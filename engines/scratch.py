@@ -26,7 +26,7 @@ from pathlib import Path
 from edge.bundle import io_spec
 from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.onnx_values import ELEMENT_BITS
-from edge.progress import silent
+from edge_lab.progress import silent
 
 from .build_plan import BuildPlan, plan_build
 from .compat import Compiler, TensorRT

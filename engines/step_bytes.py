@@ -1,6 +1,6 @@
 """What a step reads by its graph, and how fast each module can be at best.
 
-The planner computes the same bytes from dimensions and schemes (`edge.planner.weights`), before
+The planner computes the same bytes from dimensions and schemes (`edge.bundle.weights`), before
 there is a graph; tests hold both together. Operations are the planner's in both cases.
 """
 
@@ -10,17 +10,17 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from edge.backends.process_memory import Deployment
 from edge.bundle.engine_file import KvRead
 from edge.bundle.io_spec import PAST_PREFIX
 from edge.bundle.linears import ROTATION
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_values import ELEMENT_BITS
 from edge.bundle.sizes import ProfileName, StepLimits, profile_limits
+from edge.bundle.weights import PARTS, Part, manifest_linears, part_of, unpacked_bytes
 from edge.errors import BundleError
-from edge.planner.devices import MODULES
-from edge.planner.memory import Deployment
-from edge.planner.speed import Ceiling, Work, ceiling, work_of
-from edge.planner.weights import PARTS, Part, manifest_linears, part_of, unpacked_bytes
+from edge_lab.planner.devices import MODULES
+from edge_lab.planner.speed import Ceiling, Work, ceiling, work_of
 
 from .config import BuildShapes
 from .rules.facts import QUANTIZING, FactNode, GraphFacts
@@ -35,7 +35,7 @@ class GraphBytes:
     """Bytes by the graph alone.
 
     Attributes:
-        parts: bytes of its constants, as they are stored (`edge.planner.weights.PARTS`).
+        parts: bytes of its constants, as they are stored (`edge.bundle.weights.PARTS`).
         unpacked: what TensorRT writes and reads on top in every step, because it unpacks weights
             (rules ``int8-weight-only`` and ``block-int8-unpacked``).
         cache_row: keys and values of one token, all layers.
@@ -131,7 +131,7 @@ class ModuleCeiling:
     """What a module can do at best with a step, which no engine exceeds.
 
     Attributes:
-        device, power_mode: names in `edge.planner.devices.MODULES`.
+        device, power_mode: names in `edge_lab.planner.devices.MODULES`.
         bytes_per_s: its bandwidth.
         short: with the fewest cache rows that the step reads.
         full: with a full cache.

@@ -26,9 +26,9 @@ from edge.bundle.engine_file import RefusedRung, TunedRung, read_engine_info
 from edge.bundle.manifest import ENGINES_DIR
 from edge.bundle.verified_files import verify_files
 from edge.errors import BackendError, BuildError, DependencyError, ResourceError
-from edge.measure.bench import BenchConfig, run_bench
-from edge.measure.verify import compare_backends, default_thresholds
-from edge.progress import Progress, silent
+from edge_lab.measure.bench import BenchConfig, run_bench
+from edge_lab.measure.verify import compare_backends, default_thresholds
+from edge_lab.progress import Progress, silent
 
 from .build_plan import BuildPlan
 from .builder import Compiled, Target, compile_bundle, make_recorder

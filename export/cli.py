@@ -243,8 +243,8 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
             f"{install_command('export')}"
         ) from error
     from edge.cli import echo_json
-    from edge.cli.progress import show_progress
-    from edge.measure.evaluate import gate_of_recipe, load_gate, missed_thresholds
+    from edge_lab.cli.progress import show_progress
+    from edge_lab.measure.evaluate import gate_of_recipe, load_gate, missed_thresholds
 
     config = ExportConfig(**options, verify=bool(verify), report=verify is None)
     try:

@@ -68,7 +68,8 @@ class ExportConfig:
         overwrite: replace an existing bundle.
         verify: measure the finished bundle against the float model before it is put in place, and
             refuse it if it misses ``gate``.
-        gate: thresholds for ``verify``, see `edge.measure.evaluate.load_gate`; None is ``recipe``.
+        gate: thresholds for ``verify``, see `edge_lab.measure.evaluate.load_gate`; None is
+            ``recipe``.
         report: without ``verify``, measure the bundle on fewer tokens and refuse nothing; where
             that cannot be done (memory, disk), the reason is announced.
         rounding: ``method``, or the method that None means.

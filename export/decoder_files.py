@@ -31,9 +31,9 @@ from edge.bundle.manifest import (
 )
 from edge.bundle.schemes import HIGH_PLANE
 from edge.errors import ConfigError
-from edge.progress import Progress, prefixed
 from edge.text.chat_template import ChatTemplate
 from edge.text.tokenizer import Tokenizer
+from edge_lab.progress import Progress, prefixed
 
 from .bundle import BundleWriter
 from .config import ExportConfig

@@ -39,11 +39,11 @@ from edge.errors import (
     EdgeError,
     ResourceError,
 )
-from edge.measure.evaluate import check_gate, load_gate
-from edge.progress import Progress, prefixed, silent, uncounted
 from edge.text.chat_template import ChatTemplate
 from edge.text.reasoning import template_reasons
 from edge.text.tokenizer import Tokenizer
+from edge_lab.measure.evaluate import check_gate, load_gate
+from edge_lab.progress import Progress, prefixed, silent, uncounted
 from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS
 

@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edge.backends.process_memory import Deployment, plan_process_memory
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import Dialect, ModelSpec, TensorScheme
 from edge.bundle.schemes import INT4_GROUP_SIZE, Recipe
+from edge.bundle.weights import Linear, recipe_linears
 from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import (
     EXIT_GATE_MISSED,
@@ -27,9 +29,7 @@ from edge.errors import (
     GateError,
     ResourceError,
 )
-from edge.measure.compare import CHUNK_TOKENS
-from edge.planner.memory import Deployment, plan_process_memory
-from edge.planner.weights import Linear, recipe_linears
+from edge_lab.measure.compare import CHUNK_TOKENS
 
 from .config import AS_IN_SOURCE, DEFAULT_METHOD, ExportConfig
 
@@ -52,7 +52,7 @@ def verify_bundle(
     Args:
         staged: the bundle, complete but not in place.
         reference: bundle of the same model with float weights.
-        gate: name or file, see `edge.measure.evaluate.load_gate`.
+        gate: name or file, see `edge_lab.measure.evaluate.load_gate`.
         positions: tokens that the model can take at most.
         target: where the bundle would go, for messages.
 

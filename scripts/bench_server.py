@@ -24,7 +24,7 @@ from typing import Any
 
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import SamplingParams
-from tests.edge.server.scripted import ScriptedEngine, running
+from tests.edge_serve.scripted import ScriptedEngine, running
 from tests.tiny_models import write_checkpoint
 
 QUESTION = [{"role": "user", "content": "what"}]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import edge
-from tests.fleet.local_fleet import HEAD_PORT, LocalFleet, own_network
+from tests.edge_fleet.devices.local_fleet import HEAD_PORT, LocalFleet, own_network
 
 DEVICES = "ab"
 BEATS_S = (0.05, 0.5)

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fleet.ring import Ring
-from fleet.routing import Router
+from edge_fleet.devices.ring import Ring
+from edge_fleet.devices.routing import Router
 from scripts.simulated_devices import Device, Head, HeadCost, Sink, Turn, sessions
 
 MEASURED = HeadCost(0.0026, 0.00056, 0.0010)

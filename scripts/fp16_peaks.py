@@ -25,8 +25,8 @@ from edge.backends.step import last_token, step_after
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import Manifest, read_manifest
-from edge.measure.evaluate import read_text
 from edge.text.tokenizer import Tokenizer
+from edge_lab.measure.evaluate import read_text
 from export.graph.float_range import FP16_MAX
 from scripts.quality import TEXTS
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from edge.bundle.linears import LinearSpec, linear_layers
 from edge.bundle.manifest import TensorScheme
-from edge.measure.evaluate import read_text
 from edge.text.chat_template import ChatTemplate
 from edge.text.tokenizer import Tokenizer
+from edge_lab.measure.evaluate import read_text
 from export.quantize.awq import awq_factors
 from export.quantize.calibrated import shared_channels
 from export.quantize.calibration import LayerRunner

@@ -231,7 +231,7 @@ async def measure(
 
 
 def run(options: argparse.Namespace, bundle: Path, log: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.edge.server.child", str(bundle), str(options.delay_s)]
+    command = [sys.executable, "-m", "tests.edge_serve.child", str(bundle), str(options.delay_s)]
     with log.open("w") as errors:
         server = subprocess.Popen(command, stderr=errors, text=True)
         try:

@@ -19,7 +19,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-VENDOR = Path(__file__).parent.parent / "edge/server/http/page/vendor"
+VENDOR = Path(__file__).parent.parent / "edge_serve/http/page/vendor"
 PACKAGES = VENDOR / "packages.json"
 _TIMEOUT_S = 60
 

@@ -45,7 +45,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from edge import __version__
-from edge.measure.draft_bench import TEXTS
+from edge_lab.measure.draft_bench import TEXTS
 from scripts.bench_serving import PROSE
 from scripts.command import say
 from scripts.real_models import MODELS, fetch

@@ -381,7 +381,7 @@ def photograph(url: str) -> None:
     """
     from selenium import webdriver
 
-    from tests.edge.server.http.browser import FLAGS, Browser
+    from tests.edge_serve.http.browser import FLAGS, Browser
 
     browser, service = shutil.which("chromium"), shutil.which("chromedriver")
     if browser is None or service is None:

@@ -31,12 +31,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edge.measure.tasks import loss_interval, mcnemar_exact, wilson_interval
+from edge_lab.measure.tasks import loss_interval, mcnemar_exact, wilson_interval
 from scripts.gguf_rivals import bits_per_weight, requantize
 from scripts.real_models import DIRECTORY, MODELS
 from scripts.smollm2 import smollm2_gguf
 
-_DATA = Path("edge/measure/data")
+_DATA = Path("edge_lab/measure/data")
 TEXTS = {
     "built-in": _DATA / "eval_text.txt",
     "prose": _DATA / "prose.txt",

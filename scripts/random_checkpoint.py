@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.linears import expected_tensors
-from edge.bundle.model_config import parse_config
+from edge_lab.model_config import parse_config
 from export.graph.safetensors_writer import TensorSource, write_safetensors
 
 CONFIG: dict[str, Any] = {

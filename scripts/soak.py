@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from edge._version import __version__
-from edge.key_file import hashed_line, make_key
+from edge_lab.key_file import hashed_line, make_key
 from scripts import load_server
 from scripts.load_server import ANSWER_S, MAX_GROWTH_MIB, WARM_UP_SHARE, Asked, Load, rss_mib
 
@@ -57,7 +57,7 @@ TURNS: tuple[tuple[str, int, tuple[str, ...]] | None, ...] = (
     ("stalled", 200, ("127.0.0.2",)),
     ("idle", 1200, tuple(f"127.0.0.{last}" for last in range(2, 8))),
 )
-"""Attacks: what `tests.edge.server.attacker` takes; None is half a minute of peace."""
+"""Attacks: what `tests.edge_serve.attacker` takes; None is half a minute of peace."""
 
 
 @dataclass
@@ -192,7 +192,7 @@ async def _one_turn(
     service: Service, kind: tuple[str, int, tuple[str, ...]], seconds: float, counts: Counter[str]
 ) -> None:
     name, num, addresses = kind
-    command = ("-m", "tests.edge.server.attacker", name, str(service.port), str(num), *addresses)
+    command = ("-m", "tests.edge_serve.attacker", name, str(service.port), str(num), *addresses)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *command,

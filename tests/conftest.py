@@ -27,7 +27,7 @@ from edge.bundle.io_spec import needed_onnxruntime
 from edge.bundle.manifest import Dialect, Task
 from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
 from edge.device.nodes import GPU_NODES, find_gpu_node
-from edge.server.observe.logs import CONFIGURED
+from edge_serve.observe.logs import CONFIGURED
 from scripts.smollm2 import smollm2_gguf
 from tests import skips
 from tests.manifests import replace_file
@@ -311,7 +311,7 @@ def short_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes every step of a verb seem long: 11 seconds go by whenever its progress asks."""
     seconds = itertools.count(0, 11)
-    monkeypatch.setattr("edge.cli.progress._clock", lambda: float(next(seconds)))
+    monkeypatch.setattr("edge_lab.cli.progress._clock", lambda: float(next(seconds)))
 
 
 @pytest.fixture

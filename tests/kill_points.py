@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from edge.bundle.manifest import read_manifest
-from edge.measure.drift import write_atomic
 from edge.runtime.prefix_store import Layout, PrefixStore
+from edge_lab.measure.drift import write_atomic
 from export.resume import Finished, resumable_work
 from tests.export.kill_child import EVENTS
 

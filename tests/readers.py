@@ -25,39 +25,38 @@ from edge.bundle.manifest import MANIFEST_NAME, Tokens, encode_manifest, read_ma
 from edge.bundle.manifest_text import describe_sampling
 from edge.bundle.minisign import (
     PublicKey,
-    SecretKey,
     Signature,
     parse_signature,
     read_public_keys,
-    read_secret_key,
 )
 from edge.bundle.onnx_file import Message, OnnxFile, tensor_info
 from edge.bundle.rope import inverse_frequencies
 from edge.bundle.trust import read_signature_bytes
 from edge.cli.conversation import read_conversation
-from edge.cli.verify import read_prompts
-from edge.config_file import load_settings
 from edge.errors import ConfigError, EdgeError
 from edge.files import read_file
-from edge.key_file import read_key_file
-from edge.measure.drift import read_counts
-from edge.measure.evaluate import load_gate
-from edge.measure.tasks import read_task
-from edge.measure.watch import read_baseline, read_golden
-from edge.measure.watch_server import read_state, read_stats_file
-from edge.planner.calibration import BENCH_SCHEMA, read_runs
-from edge.planner.models import read_config
-from edge.registry import artifact as artifacts
-from edge.registry.artifact import decode as decode_artifact
-from edge.registry.artifact import encode as encode_artifact
-from edge.registry.client import MANIFEST_TYPE
-from edge.registry.client import MAX_MANIFEST_BYTES as MAX_ARTIFACT_BYTES
-from edge.registry.credentials import find_credentials
-from edge.rollout.journal import Place
 from edge.runtime.prefix_store import Layout, PrefixStore, bundle_key
-from edge.server.settings import ServerSettings
 from edge.text.chat_template import ChatTemplate
 from edge.text.tokenizer import Tokenizer
+from edge_fleet.registry import artifact as artifacts
+from edge_fleet.registry.artifact import decode as decode_artifact
+from edge_fleet.registry.artifact import encode as encode_artifact
+from edge_fleet.registry.client import MANIFEST_TYPE
+from edge_fleet.registry.client import MAX_MANIFEST_BYTES as MAX_ARTIFACT_BYTES
+from edge_fleet.registry.credentials import find_credentials
+from edge_fleet.rollout.journal import Place
+from edge_fleet.signing import SecretKey, read_secret_key
+from edge_lab.cli.verify import read_prompts
+from edge_lab.key_file import read_key_file
+from edge_lab.measure.drift import read_counts
+from edge_lab.measure.evaluate import load_gate
+from edge_lab.measure.tasks import read_task
+from edge_lab.measure.watch import read_baseline, read_golden
+from edge_lab.measure.watch_server import read_state, read_stats_file
+from edge_lab.planner.calibration import BENCH_SCHEMA, read_runs
+from edge_lab.planner.models import read_config
+from edge_serve.config_file import load_settings
+from edge_serve.settings import ServerSettings
 from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS
 from export.quantize.recipe import read_recipe

@@ -22,8 +22,8 @@ import pytest
 
 from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError, EdgeError, ResourceError
-from edge.measure.drift import write_atomic
 from edge.runtime.prefix_store import Layout, PrefixStore
+from edge_lab.measure.drift import write_atomic
 from export.resume import STATE_NAME
 from tests.conftest import Bundles
 from tests.kill_points import LAYOUT, calibrate
@@ -189,7 +189,7 @@ def test_a_disk_that_is_really_full(tiny_bundles: Bundles, tmp_path: Path):
         "import sys; from pathlib import Path; import numpy as np\n"
         "from edge.bundle.manifest import read_manifest\n"
         "from edge.errors import EdgeError\n"
-        "from edge.measure.drift import write_atomic\n"
+        "from edge_lab.measure.drift import write_atomic\n"
         "from edge.runtime.prefix_store import PrefixStore\n"
         "from tests.kill_points import LAYOUT\n"
         "place, bundle = map(Path, sys.argv[1:])\n"

@@ -11,8 +11,9 @@ import pytest
 from click import Context
 
 from edge.cli import cli
-from edge.server.settings import ServerSettings
-from tests.test_packaging import MAN, PACKAGES
+from edge_serve.settings import ServerSettings
+from tests.packages import PACKAGES
+from tests.test_packaging import MAN
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker" / "jetson"

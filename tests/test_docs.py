@@ -22,6 +22,7 @@ from edge.errors import EXIT_GATE_MISSED, EdgeError
 from edge.runtime import deepseek
 from tests.conftest import Bundles
 from tests.manifests import make_model
+from tests.packages import PACKAGES
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -316,7 +317,7 @@ def _is_metric(name: str) -> bool:
 
 @functools.cache
 def _metric_source() -> str:
-    return "".join(p.read_text("utf-8") for p in (ROOT / "edge/server/observe").glob("*.py"))
+    return "".join(p.read_text("utf-8") for p in (ROOT / "edge_serve/observe").glob("*.py"))
 
 
 def _error_classes() -> dict[str, type[EdgeError]]:
@@ -373,7 +374,7 @@ def test_the_command_leaves_with_these_codes(
 def _message_texts() -> str:
     """All string literals of the packages, values in f-strings as an ellipsis."""
     texts = []
-    for package in ("edge", "engines", "export", "fleet"):
+    for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 if isinstance(node, ast.JoinedStr):

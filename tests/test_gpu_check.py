@@ -16,7 +16,7 @@ import pytest
 
 from edge.cli import cli
 from edge.device.nodes import find_gpu_node
-from edge.planner.calibration import read_runs
+from edge_lab.planner.calibration import read_runs
 from scripts import gpu_check
 
 ROOT = Path(__file__).parent.parent

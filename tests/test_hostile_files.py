@@ -19,8 +19,8 @@ from edge.bundle.manifest import decode_manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BundleError, CheckpointError, ConfigError, EdgeError
 from edge.limited_child import Limits
-from edge.measure.tasks import read_task
 from edge.runtime.prefix_store import PrefixStore, bundle_key
+from edge_lab.measure.tasks import read_task
 from export.sources import untrusted_pattern
 from export.sources.gguf_file import GgufFile
 from export.sources.lora_config import read_lora_config

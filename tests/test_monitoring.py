@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from edge.device.telemetry import Snapshot
-from fleet.members import Member
-from fleet.metrics import render
+from edge_fleet.devices.members import Member
+from edge_fleet.devices.metrics import render
 from tests.conftest import Bundles
-from tests.edge.server.scripted import Live, running
+from tests.edge_serve.scripted import Live, running
 
 FOLDER = Path(__file__).parent.parent / "docs/monitoring"
 ALERTS = FOLDER / "prometheus-alerts.yml"

@@ -19,9 +19,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from edge.cli import COMMAND_GROUP
+from tests.packages import PACKAGES
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"edge", "engines", "export", "fleet"}
 SHIM = {"edge/deepseek_r1.py": "deepseek_r1.py"}  # what tutorials import
 MAN = {"man/edge-llm.1": "share/man/man1/edge-llm.1"}
 
@@ -222,7 +222,7 @@ esac
     assert done.stdout == ""  # what pip is told to use reaches uv alone
 
 
-def test_the_wheel_holds_three_packages_and_what_tutorials_import(tmp_path: Path):
+def test_the_wheel_holds_the_packages_and_what_tutorials_import(tmp_path: Path):
     pytest.importorskip("hatchling", reason="builds the wheel")
     # In a process of its own, as a frontend does it; without isolation, so without the network.
     backend = f"from hatchling.build import build_wheel; build_wheel({str(tmp_path)!r})"
@@ -247,7 +247,7 @@ def test_the_wheel_holds_three_packages_and_what_tutorials_import(tmp_path: Path
     )
     page = {  # of the server, whose files are no Python
         path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "edge/server/http/page").rglob("*")
+        for path in (ROOT / "edge_serve/http/page").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert page <= set(names)

@@ -20,8 +20,8 @@ import click
 import pytest
 
 from edge import cli
-from edge.config_file import load_settings
 from edge.device.nodes import JETSON_NODES, SLOT_NODES
+from edge_serve.config_file import load_settings
 from tests.conftest import Bundles
 
 ROOT = Path(__file__).parent.parent
@@ -215,8 +215,8 @@ def test_a_wrong_start_is_not_repeated():
 
 
 def test_the_drain_fits_into_the_time_to_stop():
-    from edge.server.models.registry import LEAST_STALL_S
-    from edge.server.settings import ServerSettings
+    from edge_serve.models.registry import LEAST_STALL_S
+    from edge_serve.settings import ServerSettings
 
     service = directives(UNITS / "edge-llm@.service")
     assert float(service["TimeoutStopSec"]) >= ServerSettings().drain_timeout_s + 10
@@ -327,8 +327,8 @@ def test_install_twice_and_uninstall(tmp_path: Path):
 
 
 def test_what_it_writes_is_what_the_server_reads(tmp_path: Path):
-    from edge.server.http.access import APIKeys
-    from edge.server.settings import ServerSettings
+    from edge_serve.http.access import APIKeys
+    from edge_serve.settings import ServerSettings
 
     install(tmp_path, "r1", "--bundle", "/srv/models/a b", "--port", "8123", "--no-venv")
     settings = load_settings(

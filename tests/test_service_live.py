@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from edge.key_file import hashed_line
+from edge_lab.key_file import hashed_line
 from tests.conftest import Bundles
 from tests.manifests import replace_file
 from tests.systemd_machine import Machine, until, why_not

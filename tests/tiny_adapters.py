@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.linears import expected_tensors
-from edge.bundle.model_config import parse_config
+from edge_lab.model_config import parse_config
 from export.sources.lora_config import LoraConfig
 from tests.parity import GOLDEN_DIR
 from tests.tiny_models import BOS_ID, FIRST_CONTROL_ID, Kind, _write_safetensors, write_checkpoint

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from edge.bundle.manifest import Manifest
-from edge.device.telemetry import read_available_memory_bytes
-from edge.errors import DeviceMemoryError, ResourceError
-from edge.planner.memory import (
+from edge.backends.process_memory import (
     LEAST_CAPACITY,
     Deployment,
     ProcessMemory,
     plan_process_memory,
     plan_process_pair,
 )
-from edge.planner.weights import manifest_linears
+from edge.bundle.manifest import Manifest
+from edge.bundle.weights import manifest_linears
+from edge.device.telemetry import read_available_memory_bytes
+from edge.errors import DeviceMemoryError, ResourceError
 
 from . import Backend
 

@@ -13,20 +13,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from edge.errors import BundleError, ConfigError, IntegrityError
+from edge.errors import BundleError, IntegrityError
 from edge.files import read_file
 
 from .manifest import MANIFEST_NAME, Manifest, decode_manifest, read_manifest_bytes
 from .minisign import (
     MAX_BYTES,
     PublicKey,
-    SecretKey,
     Signature,
     check_signature,
     parse_signature,
     read_public_keys,
 )
-from .update import locked, replace_durably, resolve_target
 
 SIGNATURE_NAME = f"{MANIFEST_NAME}.minisig"
 KEYS_VARIABLE = "EDGE_LLM_TRUSTED_KEYS"
@@ -117,33 +115,3 @@ def read_signature_bytes(bundle: Path) -> bytes | None:
         raise BundleError(
             f"{path} cannot be read ({error.strerror}); copy or sign the bundle again"
         ) from error
-
-
-def sign_bundle(bundle: Path, key: SecretKey, comment: str) -> Signature:
-    """Sign a bundle's manifest; a signature that was there is replaced.
-
-    Args:
-        bundle: directory of the bundle.
-        key: who signs.
-        comment: one line that is signed too.
-
-    Raises:
-        BundleError, IntegrityError: the manifest is missing, damaged or of another version.
-        ConfigError: an export is writing the bundle, the comment is no line, or the signature
-            cannot be written.
-        DependencyError: cryptography is not installed.
-    """
-    target = resolve_target(bundle)
-    with locked(target):
-        data = read_manifest_bytes(target)
-        decode_manifest(data, str(target / MANIFEST_NAME))
-        signature = key.sign(data, comment)
-        try:
-            replace_durably(
-                target / SIGNATURE_NAME, lambda file: file.write(signature.encode()), mode=0o644
-            )
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write {target / SIGNATURE_NAME}: {error.strerror}"
-            ) from error
-    return signature

@@ -14,11 +14,11 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from edge.bundle.library import find_bundle
-from edge.config_file import load_settings
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import ConfigError, RequestError
 from edge.files import is_file
 from edge.runtime.sampling_params import KNOBS, SamplingParams
+from edge.settings_fields import read_flags
 
 from .settings_options import complete_bundle, option_texts, settings_options
 
@@ -91,7 +91,7 @@ def take_engine(options: dict[str, Any], **fixed: Unpack[EngineOptions]) -> Engi
         for field in fields(EngineConfig)
         if field.name in options
     }
-    return load_settings(EngineConfig, flags=given).settings.with_options(**fixed)
+    return read_flags(EngineConfig, given).with_options(**fixed)
 
 
 def given_flag(*names: str) -> str | None:

@@ -14,19 +14,11 @@ import click
 from click.shell_completion import CompletionItem
 
 from edge.bundle.library import bundle_directories
-from edge.config_file import DEFAULT_FILE, ENV_PREFIX, FINDER, field_kind
+from edge.settings_fields import FINDER, field_kind
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _ENTRY = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", re.MULTILINE)
-
-config_option = click.option(
-    "--config",
-    "config_file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help=f"TOML file of settings; flags and {ENV_PREFIX}* override it. "
-    f"Default: {DEFAULT_FILE} where it exists.",
-)
 
 
 def complete_bundle(
@@ -36,11 +28,6 @@ def complete_bundle(
     names = [directory.name for directory in bundle_directories()]
     items = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return items or [CompletionItem(incomplete, type="dir")]
-
-
-def default_config() -> Path | None:
-    """Find `DEFAULT_FILE`; None where it does not exist."""
-    return DEFAULT_FILE if DEFAULT_FILE.is_file() else None
 
 
 def settings_options(

@@ -21,7 +21,7 @@ class Knob:
         kind: type of the value, int or float.
         low, high: least and greatest value.
         buckets: upper edges of its histogram in the server's metrics; empty for none.
-        grid: upper edges of the bins in which `edge.measure.drift` counts it; empty for none.
+        grid: upper edges of the bins in which `edge_lab.measure.drift` counts it; empty for none.
     """
 
     kind: type[int] | type[float]

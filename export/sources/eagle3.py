@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from edge.bundle.linears import TOKEN_TABLE, head_linears, head_norms
 from edge.bundle.manifest import ModelSpec, sha256_file
-from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError
+from edge_lab.model_config import parse_config
 
 from .checkpoint import Checkpoint, Transformed
 from .checkpoint_text import read_json

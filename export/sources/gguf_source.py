@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import Architecture, ModelSpec, RopeSpec, Source, sha256_file
-from edge.bundle.model_config import BIDIRECTIONAL, check_spec, yarn_attention_factor
 from edge.errors import CheckpointError
+from edge_lab.model_config import BIDIRECTIONAL, check_spec, yarn_attention_factor
 
 from .checkpoint import Checkpoint
 from .gguf_file import GgufFile

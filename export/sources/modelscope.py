@@ -28,8 +28,8 @@ import msgspec
 from edge.bundle.manifest import sha256_file
 from edge.errors import CheckpointError, ConfigError
 from edge.files import MALFORMED
-from edge.progress import Progress
 from edge.user_paths import user_directory
+from edge_lab.progress import Progress
 
 DOMAIN_VARIABLE = "MODELSCOPE_DOMAIN"
 """ModelScope's own variable for another host; a scheme before it, as of a mirror, is kept."""

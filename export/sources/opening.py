@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from edge.bundle.manifest import Task
-from edge.bundle.model_config import parse_config
 from edge.errors import CheckpointError, ConfigError
-from edge.progress import Progress, silent
+from edge_lab.model_config import parse_config
+from edge_lab.progress import Progress, silent
 
 from . import modelscope
 from .checkpoint import Checkpoint

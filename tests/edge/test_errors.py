@@ -14,6 +14,7 @@ import pytest
 
 from edge import errors
 from edge.errors import ContextLengthError, EdgeError, install_command
+from tests.packages import PACKAGES
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -148,7 +149,7 @@ def test_the_command_installs_for_this_python(
 
 def test_no_message_installs_a_project_by_a_name_that_is_not_ours() -> None:
     extras = set(metadata.metadata("jetson-edge-llm").get_all("Provides-Extra") or [])
-    for folder in ("edge", "engines", "export", "scripts", "docs", "docker"):
+    for folder in (*PACKAGES, "scripts", "docs", "docker"):
         for path in (ROOT / folder).rglob("*"):
             if path.is_dir() or "__pycache__" in path.parts:
                 continue

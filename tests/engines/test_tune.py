@@ -20,7 +20,7 @@ from edge.bundle.manifest import read_manifest
 from edge.cli.inspect import inspect
 from edge.device.gpu import Gpu
 from edge.errors import BuildError, ConfigError, ResourceError
-from edge.measure.verify import compare_backends, default_thresholds
+from edge_lab.measure.verify import compare_backends, default_thresholds
 from engines import builder, tune
 from engines.audit import Audit
 from engines.build_plan import BuildPlan, plan_build

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edge.bundle.schemes import Quant, Recipe
-from edge.planner.models import BUILT_IN
+from edge_lab.planner.models import BUILT_IN
 from export.config import DEFAULT_METHOD
 from export.estimate import describe_s, export_s
 from export.quantize.calibrated import Method

@@ -107,7 +107,7 @@ def test_a_missed_gate_leaves_the_old_bundle(source: Path, place: Path, tmp_path
 
 
 def test_the_figures_are_those_of_eval(source: Path, place: Path, tmp_path: Path):
-    from edge.cli.eval import evaluate
+    from edge_lab.cli.eval import evaluate
 
     gate = gate_file(tmp_path, LOOSE)
     assert invoke(source, place / "bundle", *INT4, "--gate", gate).exit_code == 0

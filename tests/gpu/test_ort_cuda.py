@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from edge.device.probe import probe_cuda
 from edge.errors import DeviceMemoryError
+from edge_lab.doctor.probe import probe_cuda
 from tests.conftest import Bundles
 from tests.edge.backends.ort.conftest import variant
 from tests.edge.backends.ort.test_gpu import CudaRunner

@@ -11,12 +11,13 @@ import pytest
 import edge
 from edge.bundle import trust
 from edge.bundle.manifest import read_manifest
-from edge.bundle.minisign import SecretKey, make_key
-from edge.bundle.trust import KEYS_VARIABLE, open_manifest, sign_bundle
+from edge.bundle.trust import KEYS_VARIABLE, open_manifest
 from edge.bundle.update import update_manifest
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, IntegrityError
 from edge.runtime.draft_model import read_draft
+from edge_fleet.signing import SecretKey, make_key, sign_bundle
+from tests.packages import PACKAGES
 
 
 @pytest.fixture(autouse=True)
@@ -129,27 +130,28 @@ def test_every_room_that_opens_a_bundle_comes_through_the_one_door():
         "edge/bundle/trust.py",
         "edge/bundle/manifest.py",
         "edge/bundle/update.py",
-        "edge/cli/bench.py",
-        "edge/cli/bundle.py",
+        "edge_lab/cli/bench.py",
+        "edge_fleet/cli/bundle.py",
+        "edge_fleet/cli/pull.py",
         "edge/cli/cache.py",
-        "edge/cli/eval.py",
+        "edge_lab/cli/eval.py",
         "edge/cli/inspect.py",
         "edge/cli/inspect_engine.py",
         "edge/cli/library.py",
-        "edge/device/doctor/software.py",
-        "edge/planner/models.py",
-        "edge/registry/pull.py",
-        "edge/rollout/steps.py",
-        "edge/server/models/limits.py",
-        "edge/server/models/switch.py",
-        "edge/server/run.py",
+        "edge_lab/doctor/software.py",
+        "edge_lab/planner/models.py",
+        "edge_fleet/registry/pull.py",
+        "edge_fleet/rollout/steps.py",
+        "edge_serve/models/limits.py",
+        "edge_serve/models/switch.py",
+        "edge_serve/run.py",
         "engines/rules/bundle.py",
         "engines/trtexec_explain.py",
         "export/pipeline.py",
     }
     found = {
         str(path.relative_to(root))
-        for package in ("edge", "engines", "export")
+        for package in PACKAGES
         for path in (root / package).rglob("*.py")
         if "read_manifest(" in path.read_text("utf-8").replace("def read_manifest(", "")
     }

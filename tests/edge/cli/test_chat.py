@@ -29,8 +29,8 @@ from edge.runtime.generation import GenerationStats
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.stream import GenerationChunk
+from tests.command_line import Result
 from tests.conftest import Bundles
-from tests.edge.cli.conftest import Result
 from tests.edge.cli.screen import Screen
 from tests.edge.cli.scripted_generation import ScriptedGeneration
 

@@ -25,8 +25,8 @@ from edge.cli import main
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
 from edge.runtime.sampling_params import KNOBS
+from tests.command_line import Result, error_line
 from tests.conftest import TINY_KV_CAPACITY, Bundles
-from tests.edge.cli.conftest import Result, error_line
 from tests.edge.test_engine_config import OTHER_VALUES
 
 ROOT = Path(edge.__file__).parent.parent

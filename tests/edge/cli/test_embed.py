@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from edge.errors import RequestError
+from tests.command_line import Result, error_line
 from tests.conftest import PoolingBundles
-from tests.edge.cli.conftest import Result, error_line
 from tests.parity import PoolingGolden, assert_close
 from tests.tiny_pooling import TEXTS
 

@@ -15,8 +15,8 @@ import pytest
 from edge.bundle.library import CATALOGUE, REVISIONS
 from edge.bundle.manifest import read_manifest
 from edge.cli.options import BundlePath
+from tests.command_line import Result, error_line
 from tests.conftest import Bundles
-from tests.edge.cli.conftest import Result, error_line
 from tests.quantized_golden import QuantizedGolden, write_base
 from tests.tiny_models import write_checkpoint
 
@@ -278,9 +278,9 @@ def test_options_take_names(edge_llm: EdgeLlm, root: Path, tmp_path: Path):
 
 def test_options_complete_names(root: Path):
     import edge.cli.run
-    import edge.cli.serve
+    import edge_serve.cli.serve
 
-    for command, name in ((edge.cli.serve.serve, "model"), (edge.cli.run.run, "draft")):
+    for command, name in ((edge_serve.cli.serve.serve, "model"), (edge.cli.run.run, "draft")):
         (option,) = [option for option in command.params if option.name == name]
         found = option.shell_complete(None, "ti")  # type: ignore[arg-type]
         assert [item.value for item in found] == ["tiny-1.5b-fp16"]

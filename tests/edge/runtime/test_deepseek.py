@@ -14,7 +14,7 @@ import edge
 from edge import DeepSeekModel, SamplingParams
 from edge.errors import BundleError, ConfigError, RequestError
 from tests.conftest import Bundles
-from tests.edge.server.scripted import ScriptedEngine
+from tests.edge_serve.scripted import ScriptedEngine
 
 QUESTION = "what is the world"
 CHAT = [{"role": "user", "content": QUESTION}]

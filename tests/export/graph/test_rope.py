@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from edge.bundle.manifest import RopeSpec
-from edge.bundle.model_config import parse_config
 from edge.bundle.rope import inverse_frequencies
+from edge_lab.model_config import parse_config
 from export.graph.rope import rope_tables
 
 HEAD_DIM = 128

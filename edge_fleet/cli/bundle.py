@@ -1,0 +1,320 @@
+"""``edge-llm bundle``: bundles signed, sent to a registry, fetched from one, compared."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge.bundle.library import find_bundle, roots
+from edge.bundle.manifest import MANIFEST_NAME, read_manifest, read_manifest_bytes
+from edge.bundle.minisign import (
+    MAX_BYTES,
+    key_name,
+    parse_signature,
+)
+from edge.bundle.trust import (
+    SIGNATURE_NAME,
+    check_manifest,
+    read_signature_bytes,
+    trusted_keys_file,
+)
+from edge.bundle.verified_files import verify_files
+from edge.cli import echo_json
+from edge.cli.options import FILE, bundle_argument, json_option
+from edge.errors import ConfigError
+from edge.files import is_directory, read_text_file
+from edge_fleet.registry.reference import Reference, parse_reference
+from edge_fleet.signing import make_key, read_secret_key, sign_bundle, write_key_pair
+from edge_lab.cli.progress import show_progress
+from edge_lab.progress import Progress, uncounted
+
+from .registry_options import (
+    plain_http_option,
+    reference_argument,
+    trusted_keys_option,
+)
+from .rollout import recover, rollout
+
+if TYPE_CHECKING:
+    from edge_fleet.registry.artifact import Contents
+    from edge_fleet.registry.client import Registry
+
+
+@click.group()
+def bundle() -> None:
+    """Sign bundles, and keep them in a registry.
+
+    REFERENCE is HOST[:PORT]/NAME:TAG or HOST[:PORT]/NAME@sha256:DIGEST of an OCI registry.
+    Credentials are those of docker login or podman login.
+    """
+
+
+bundle.add_command(rollout)
+bundle.add_command(recover)
+
+
+@bundle.command()
+@bundle_argument
+@reference_argument
+@plain_http_option
+@json_option
+def push(bundle: Path, reference: Reference, plain_http: bool | None, as_json: bool) -> None:
+    """Send BUNDLE to a registry as REFERENCE; only what is not there yet is sent.
+
+    Every file is held to its hash before. Engines stay here: they are built on each device.
+    """
+    from edge_fleet.registry.push import push as send
+
+    with _open(reference, plain_http) as registry, show_progress() as progress:
+        done = send(bundle, reference, registry, progress)
+    place = f"{reference.registry}/{reference.repository}@{done.digest}"
+    if as_json:
+        echo_json({"reference": place, **done._asdict()})
+        return
+    unsigned = "" if done.signed else "; it is not signed (edge-llm bundle sign)"
+    click.echo(
+        f"{place}: {done.num_bytes / 1e6:,.1f} MB, sent {done.sent_bytes / 1e6:,.3f} MB{unsigned}"
+    )
+
+
+@bundle.command()
+@reference_argument
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory of the bundle. Default: the reference's name, among this machine's bundles.",
+)
+@click.option("--force", is_flag=True, help="Replace another bundle that is there.")
+@trusted_keys_option
+@plain_http_option
+@json_option
+def pull(
+    reference: Reference,
+    output: Path | None,
+    force: bool,
+    trusted_keys: Path | None,
+    plain_http: bool | None,
+    as_json: bool,
+) -> None:
+    """Get REFERENCE from a registry; what an interrupted pull has left is not fetched again.
+
+    The signature is checked before anything large is fetched, every file before the bundle is
+    there. Pieces that bundles in the same directory have are copied from them.
+    """
+    from edge_fleet.registry.pull import look
+    from edge_fleet.registry.pull import pull as fetch
+
+    target = roots()[0] / reference.name if output is None else output
+    with _open(reference, plain_http) as registry, show_progress() as progress:
+        offer = look(reference, registry, trusted_keys)
+        done = fetch(offer, registry, target, overwrite=force, progress=progress)
+    if as_json:
+        found = {**done._asdict(), "bundle": str(done.bundle)}
+        del found["manifest"]
+        echo_json(found)
+        return
+    signed = "" if done.signer is None else f", signed with {done.signer}"
+    click.echo(
+        f"{done.bundle}: {done.num_bytes / 1e6:,.1f} MB, fetched "
+        f"{done.fetched_bytes / 1e6:,.3f} MB{signed} ({done.digest})"
+    )
+    click.echo(f"On a device with TensorRT, build its engine: edge-llm build {target}", err=True)
+
+
+@bundle.command()
+@bundle_argument
+@click.option("--key", "key_file", type=FILE, required=True, help="Secret key (minisign's too).")
+@click.option("--comment", help="One line that is signed too. Default: time and name.")
+@click.option(
+    "--password-file", type=FILE, help="File of the key's password. Default: it is asked for."
+)
+@json_option
+def sign(
+    bundle: Path,
+    key_file: Path,
+    comment: str | None,
+    password_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Sign BUNDLE; a signature that it had is replaced.
+
+    The signature, manifest.json.minisig, is of manifest.json, which has the hash of every file.
+    All of them are checked first. It is in minisign's format: minisign -Vm manifest.json -P KEY.
+    """
+    manifest = read_manifest(bundle)
+    with show_progress() as progress, uncounted(progress, "hash"):
+        verify_files(bundle, manifest)
+    key = read_secret_key(key_file, lambda: _password(password_file))
+    if comment is None:
+        comment = f"timestamp:{int(time.time())} bundle:{manifest.name}"
+    signature = sign_bundle(bundle, key, comment)
+    if as_json:
+        echo_json({"bundle": str(bundle), "key": key.public_key.name, "comment": signature.comment})
+        return
+    click.echo(f"{bundle}: signed with {key.public_key.name}")
+
+
+@bundle.command()
+@click.argument("name", type=click.Path(path_type=Path))
+@click.option("--no-password", is_flag=True, help="Do not encrypt the secret key.")
+@click.option("--password-file", type=FILE, help="File of the password. Default: it is asked for.")
+def keygen(name: Path, no_password: bool, password_file: Path | None) -> None:
+    """Make a pair of keys, NAME.key and NAME.pub, in minisign's format.
+
+    NAME.key signs: keep it where no device and no registry is. NAME.pub is what devices trust;
+    several of them, one after the other, are a file of trusted keys.
+    """
+    if no_password and password_file is not None:
+        raise ConfigError("--no-password and --password-file exclude each other")
+    secret, public = (name.with_name(f"{name.name}.{end}") for end in ("key", "pub"))
+    password = "" if no_password else _password(password_file, confirm=True)
+    if not no_password and not password:
+        raise ConfigError("the password is empty; --no-password leaves the key unencrypted")
+    key = make_key()
+    write_key_pair(secret, public, key, password)
+    click.echo(f"{key.public_key.name}: {secret} signs, {public} is for devices")
+
+
+@bundle.command()
+@bundle_argument
+@trusted_keys_option
+@json_option
+def verify(bundle: Path, trusted_keys: Path | None, as_json: bool) -> None:
+    """Check every file of BUNDLE against its manifest, and the manifest's signature.
+
+    Without trusted keys the signature is only shown. Exit code 65: something is wrong. Whether
+    the engines answer as the graph does is what edge-llm verify checks.
+    """
+    data, signature = read_manifest_bytes(bundle), read_signature_bytes(bundle)
+    manifest = read_manifest(bundle)
+    file = trusted_keys_file(trusted_keys)
+    found: dict[str, Any] = {"bundle": str(bundle), "files": len(manifest.files)}
+    found |= {"key": None, "trusted": False, "comment": None}
+    if file is not None:
+        key, parsed = check_manifest(data, signature, file, str(bundle))
+        found |= {"key": key.name, "trusted": True, "comment": parsed.comment}
+    elif signature is not None:
+        parsed = parse_signature(signature, str(bundle / SIGNATURE_NAME))
+        found["key"] = key_name(parsed.key_id)  # its comment nobody has vouched for yet
+    with show_progress() as progress, uncounted(progress, "hash"):
+        verify_files(bundle, manifest)
+    if as_json:
+        echo_json(found)
+        return
+    click.echo(f"{bundle}: {found['files']} files are as {MANIFEST_NAME} says")
+    if found["trusted"]:
+        click.echo(f"signed with the trusted key {found['key']}: {found['comment']}")
+    elif found["key"]:
+        click.echo(f"says it is signed with {found['key']}; name --trusted-keys to check that")
+    else:
+        click.echo("not signed")
+
+
+@bundle.command()
+@click.argument("old", metavar="OLD")
+@click.argument("new", metavar="NEW")
+@plain_http_option
+@json_option
+def diff(old: str, new: str, plain_http: bool | None, as_json: bool) -> None:
+    """Say what differs between two bundles, and what a device with OLD fetches for NEW.
+
+    Each is a bundle of this machine or a REFERENCE.
+    """
+    with show_progress() as progress:
+        before, after = (_contents(text, plain_http, progress) for text in (old, new))
+    have = {piece.digest for piece in before[0].all_pieces()}
+    files: dict[str, dict[str, Any]] = {}
+    for name in sorted(before[0].pieces.keys() | after[0].pieces.keys()):
+        mine, theirs = (each[0].pieces.get(name) for each in (before, after))
+        if mine == theirs:
+            continue
+        state = "added" if mine is None else "removed" if theirs is None else "changed"
+        news = {piece.digest: piece.num_bytes for piece in theirs or () if piece.digest not in have}
+        size = sum(piece.num_bytes for piece in theirs or mine or ())
+        files[name] = {"state": state, "num_bytes": size, "fetched_bytes": sum(news.values())}
+    keys = sorted(key for key in after[1] if before[1].get(key) != after[1][key])
+    signatures = [each[0].signature and each[0].signature.digest for each in (before, after)]
+    fetched = sum(file["fetched_bytes"] for file in files.values())
+    if as_json:
+        echo_json(
+            {
+                "files": files,
+                "manifest": keys,
+                "signature": signatures[0] != signatures[1],
+                "fetched_bytes": fetched,
+            }
+        )
+        return
+    for name, file in files.items():
+        click.echo(
+            f"{file['state']:8} {name}: {file['num_bytes'] / 1e6:,.3f} MB, "
+            f"{file['fetched_bytes'] / 1e6:,.3f} MB of it new"
+        )
+    if keys:
+        click.echo(f"manifest: {', '.join(keys)}")
+    if signatures[0] != signatures[1]:
+        click.echo("another signature")
+    if not files and not keys and signatures[0] == signatures[1]:
+        click.echo("the same")
+    else:
+        click.echo(f"a device with {old} fetches {fetched / 1e6:,.3f} MB of files")
+
+
+@contextmanager
+def _open(reference: Reference, plain_http: bool | None) -> Iterator[Registry]:
+    from edge_fleet.registry.client import Registry
+
+    with Registry(reference, plain_http=plain_http) as registry:
+        yield registry
+
+
+def _contents(
+    text: str, plain_http: bool | None, progress: Progress
+) -> tuple[Contents, dict[str, Any]]:
+    """What a bundle or a reference holds, and its manifest but for what always differs."""
+    import msgspec
+
+    from edge_fleet.registry.artifact import decode, describe, encode
+    from edge_fleet.registry.pull import look
+    from edge_fleet.registry.reference import is_reference
+
+    if not is_directory(Path(text)) and is_reference(text):
+        reference = parse_reference(text)
+        with _open(reference, plain_http) as registry:
+            offer = look(reference, registry)
+        contents, manifest = offer.contents, offer.manifest
+    else:
+        path = find_bundle(text)
+        artifact, manifest = describe(path, progress)
+        contents = decode(encode(artifact), str(path))[1]
+    values: dict[str, Any] = msgspec.to_builtins(manifest)
+    for name in ("files", "self_sha256"):
+        del values[name]
+    return contents, values
+
+
+def _password(file: Path | None, confirm: bool = False) -> str:
+    if file is None:
+        try:
+            text: str = click.prompt(
+                "password of the secret key", hide_input=True, confirmation_prompt=confirm, err=True
+            )
+        except click.Abort as error:
+            if sys.stdin.isatty() or not isinstance(error.__context__, EOFError):
+                raise
+            raise ConfigError(
+                "there is no terminal on which to ask for the password of the secret key; give it "
+                "by --password-file"
+            ) from None
+        return text
+    try:
+        return read_text_file(file, MAX_BYTES).removesuffix("\n")
+    except OSError as error:
+        raise ConfigError(f"cannot read the password of {file}: {error}") from error

@@ -1,0 +1,37 @@
+"""Options of the verbs that speak to a registry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from edge.cli.options import FILE
+from edge_fleet.registry.reference import Reference, parse_reference
+
+plain_http_option = click.option(
+    "--plain-http/--tls",
+    default=None,
+    help="Speak HTTP without TLS. Default: with a registry on this very machine only.",
+)
+trusted_keys_option = click.option(
+    "--trusted-keys",
+    type=FILE,
+    help="File of minisign public keys. Default: what EDGE_LLM_TRUSTED_KEYS names, or "
+    "/etc/edge-llm/trusted-keys where it exists; without any, signatures are not asked for.",
+)
+
+
+class _ReferenceType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+    """A reference to a registry."""
+
+    name = "reference"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Reference:
+        """Read the reference, or end with the error that says how one is written."""
+        return value if isinstance(value, Reference) else parse_reference(str(value))
+
+
+reference_argument = click.argument("reference", type=_ReferenceType())

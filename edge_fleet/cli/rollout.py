@@ -1,0 +1,166 @@
+"""``edge-llm bundle rollout`` and ``recover``: a device brings itself to a new bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge.cli import echo_json
+from edge.cli.options import (
+    FILE,
+    Finite,
+    build_option,
+    engine_options,
+    given_flag,
+    json_option,
+    take_engine,
+)
+from edge.errors import ConfigError
+from edge_fleet.registry.reference import Reference
+from edge_fleet.rollout import MAX_WATCH_S, SWITCH_TIMEOUT_S, WATCH_S
+from edge_lab.cli.golden_options import GOLDEN_ENGINE, golden_option, max_tokens_option
+from edge_lab.cli.progress import show_progress
+from edge_lab.measure.watch_server import ServerAnswerer, read_api_key
+
+from .registry_options import (
+    plain_http_option,
+    reference_argument,
+    trusted_keys_option,
+)
+
+_link = click.option(
+    "--link",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The link that the service's settings name; bundles are kept beside it.",
+)
+_reload = click.option(
+    "--reload",
+    "reload_command",
+    metavar="COMMAND",
+    help="Makes the service look at the link, e.g. 'systemctl reload-or-restart edge-llm@r1', "
+    "which also starts one that a bad bundle has ended.",
+)
+
+
+@click.command()
+@reference_argument
+@_link
+@click.option("--server", metavar="URL", help="The running service: it is asked and watched.")
+@click.option("--model", help="Its model that is rolled out. Default: the only one.")
+@click.option("--api-key-file", type=FILE, help="The service's keys; the first one is used.")
+@_reload
+@click.option(
+    "--gate",
+    type=click.Choice(["golden", "none"]),
+    default="golden",
+    show_default=True,
+    help="Ask a golden set of the old bundle and the new one, before the switch where memory holds "
+    "both; none leaves that out.",
+)
+@golden_option
+@max_tokens_option
+@click.option(
+    "--watch-s",
+    type=Finite(0, MAX_WATCH_S),
+    default=WATCH_S,
+    show_default=True,
+    help="Seconds for which the new bundle is on trial; 0 keeps it as soon as it is served.",
+)
+@click.option(
+    "--switch-timeout-s",
+    type=Finite(1, MAX_WATCH_S),
+    default=SWITCH_TIMEOUT_S,
+    show_default=True,
+    help="Seconds that the service may take to open a bundle.",
+)
+@build_option
+@click.option("--retry", is_flag=True, help="Also try a bundle that was rejected before.")
+@trusted_keys_option
+@plain_http_option
+@json_option
+@engine_options(*GOLDEN_ENGINE)
+def rollout(
+    reference: Reference,
+    link: Path,
+    server: str | None,
+    model: str | None,
+    api_key_file: Path | None,
+    reload_command: str | None,
+    gate: str,
+    golden: Path,
+    max_tokens: int,
+    watch_s: float,
+    switch_timeout_s: float,
+    build: bool | None,
+    retry: bool,
+    trusted_keys: Path | None,
+    plain_http: bool | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Bring this device to the bundle that REFERENCE means now.
+
+    Pulls, checks the signature, builds, asks a golden set, moves the link, watches the service,
+    and keeps the new bundle or goes back to the old one. Run it as often as you like: it does
+    nothing where nothing is new, and goes on where it was ended.
+
+    Exit code 0: the device has the bundle. 3: it is worse, or was rejected before; the old one
+    serves. 75: the registry cannot be reached; the old one serves, try again later. 65: not signed,
+    forged or damaged. Any other: a step failed, and the old one serves.
+    """
+    from edge_fleet.rollout.service import Service
+    from edge_fleet.rollout.steps import Plan, roll_out
+
+    watching = ("model", "api_key_file", "watch_s", "switch_timeout_s")
+    if server is None and (flag := given_flag(*watching)):
+        raise ConfigError(f"{flag} belongs to --server; add it")
+    if server is not None and reload_command is None:
+        raise ConfigError("--server needs --reload, or the service would never see the new bundle")
+    service = None
+    if server is not None:
+        key = None if api_key_file is None else read_api_key(api_key_file)
+        service = Service(ServerAnswerer(server, api_key=key, model=model), model)
+    plan = Plan(
+        reference,
+        link,
+        service,
+        reload_command,
+        watch_s,
+        golden if gate == "golden" else None,
+        max_tokens,
+        build,
+        take_engine(options, num_slots=1, trusted_keys=trusted_keys),
+        plain_http,
+        retry,
+        switch_timeout_s,
+    )
+    with show_progress() as progress:
+        done = roll_out(plan, progress)
+    if as_json:
+        found = {"digest": done.digest, "bundle": str(done.bundle), "changed": done.changed}
+        echo_json({**found, "notes": done.notes})
+        return
+    click.echo(f"{link}: {done.bundle.name} ({'new' if done.changed else 'as before'})")
+    for note in done.notes:
+        click.echo(note, err=True)
+
+
+@click.command()
+@_link
+@_reload
+@json_option
+def recover(link: Path, reload_command: str | None, as_json: bool) -> None:
+    """Take back what a roll-out that was ended has left on trial; else do nothing.
+
+    A roll-out has a guard that does so; this is for a service manager that ends the guard too.
+    """
+    from edge_fleet.rollout.steps import recover as take_back
+
+    found = take_back(link, reload_command)
+    if as_json:
+        echo_json({"taken_back": found})
+    else:
+        click.echo(f"{link}: {'taken back' if found else 'nothing was on trial'}")

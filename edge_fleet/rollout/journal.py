@@ -1,0 +1,239 @@
+"""What a roll-out has done, on disk: whoever ends it, the next one knows where it was.
+
+A service's settings name a link, ``r1``, which leads to the directory of a bundle beside it. The
+link is what a roll-out moves. Its journal is ``.r1.edge-llm-rollout/journal.json``.
+
+While a new bundle is on trial (`Journal.on_trial`) the link leads to it, and nobody has said yet
+that it stays. `take_back` ends a trial: the link leads to the old bundle again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from edge.bundle.update import beside, fsync, locked, replace_durably
+from edge.errors import BackendError, ConfigError, EdgeError
+from edge.files import MALFORMED, read_file
+
+Step = Literal["idle", "pulled", "built", "judged", "trial", "done"]
+MAX_TRIALS = 3
+"""Trials of one bundle that may be cut off before it is not tried again."""
+_MAX_BYTES = 1 << 22
+_MAX_REJECTED = 50
+_RELOAD_TIMEOUT_S = 120.0
+
+
+class Journal(msgspec.Struct, forbid_unknown_fields=True):
+    """The state of a roll-out.
+
+    Attributes:
+        digest: of the bundle that is rolled out; empty if there was none yet.
+        step: the last one that it has done.
+        new: name of its directory.
+        old: name of the directory that the link leads to without it; None if there was no link.
+        trials: how often it has been on trial without an end.
+        rejected: digests that were found wanting, and why, the latest last.
+        judged: what the bundle that stays answered to the golden set, a
+            `edge_lab.measure.watch.Baseline`; the guard reads this without what asks models.
+        judged_new: what the new one answered.
+    """
+
+    digest: str = ""
+    step: Step = "idle"
+    new: str = ""
+    old: str | None = None
+    trials: int = 0
+    rejected: dict[str, str] = {}
+    judged: dict[str, Any] | None = None
+    judged_new: dict[str, Any] | None = None
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether the link may lead to a bundle that nobody has accepted."""
+        return self.step == "trial"
+
+    def reject(self, reason: str) -> None:
+        """Note that this bundle is not to be tried again, and why."""
+        self.rejected.pop(self.digest, None)
+        self.rejected[self.digest] = reason
+        self.rejected = dict(list(self.rejected.items())[-_MAX_REJECTED:])
+        self.step, self.judged_new, self.trials = "idle", None, 0
+
+
+class Place:
+    """A link that leads to a bundle, and the directory of its journal.
+
+    Args:
+        link: the link; it need not exist yet.
+
+    Raises:
+        ConfigError: it is a directory or file of its own.
+    """
+
+    def __init__(self, link: Path) -> None:
+        self.link = link.parent.resolve() / link.name  # where it leads is not followed
+        self.folder = beside(self.link, "rollout")
+        if self.link.exists() and not self.link.is_symlink():
+            raise ConfigError(
+                f"{link} is no link, and a roll-out moves a link that leads to the bundle; make it "
+                f"one: mv {link} {link}-first && ln -s {link.name}-first {link}"
+            )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the place; the kernel lets go of it however the process ends.
+
+        Raises:
+            ConfigError: another process holds it, or it cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot keep a journal at {self.folder}: {error.strerror}"
+            ) from error
+        with locked(self.folder / "roll-out", "roll-out"):
+            yield
+
+    @property
+    def current(self) -> str | None:
+        """Name of the directory that the link leads to; None without a link.
+
+        Raises:
+            ConfigError: it leads out of the link's own directory.
+        """
+        if not self.link.is_symlink():
+            return None
+        target = self.link.readlink()
+        if target.parent not in (Path(), self.link.parent):
+            raise ConfigError(
+                f"{self.link} leads to {target}; a roll-out keeps bundles beside their link"
+            )
+        return target.name
+
+    def path(self, name: str) -> Path:
+        """The path of a bundle beside the link."""
+        return self.link.with_name(name)
+
+    def point(self, name: str | None) -> None:
+        """Let the link lead to a bundle, or be gone; there is no moment without it between."""
+        temp = beside(self.link, "link")
+        with contextlib.suppress(FileNotFoundError):
+            temp.unlink()
+        if name is None:
+            self.link.unlink(missing_ok=True)
+        else:
+            temp.symlink_to(name)
+            temp.replace(self.link)
+        fsync(self.link.parent)
+
+    def read(self) -> Journal:
+        """Read the journal; a new one where there is none.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        path = self.folder / "journal.json"
+        try:
+            return msgspec.json.decode(read_file(path, _MAX_BYTES), type=Journal)
+        except FileNotFoundError:
+            return Journal()
+        except (OSError, *MALFORMED) as error:
+            raise ConfigError(
+                f"{path} is no journal of a roll-out ({error}); look where {self.link} leads, then "
+                "remove the file"
+            ) from error
+
+    def write(self, journal: Journal) -> None:
+        """Write the journal, whole or not at all.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        data = msgspec.json.format(msgspec.json.encode(journal), indent=1) + b"\n"
+        path = self.folder / "journal.json"
+        try:
+            replace_durably(path, lambda file: file.write(data), mode=0o644)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+def take_back(
+    place: Place,
+    journal: Journal,
+    reload: str | None,
+    *,
+    cut_off: bool = True,
+    fault: str | None = None,
+) -> bool:
+    """End a trial: the link leads to the old bundle again, and the service hears of it.
+
+    Call it with the place locked. It does nothing where nothing is on trial.
+
+    Args:
+        place: the link.
+        journal: as it is on disk; it is written again.
+        reload: command that makes the service look at the link.
+        cut_off: whether nobody is left who could say why; too many such trials reject a bundle.
+        fault: why the bundle is rejected; None if it may be tried again.
+
+    Returns:
+        Whether something was on trial.
+
+    Raises:
+        ConfigError: see `Place.write`; the link is back.
+        BackendError: see `reload_service`; link and journal are as they should be.
+    """
+    if not journal.on_trial:
+        return False
+    place.point(journal.old)
+    failed: EdgeError | None = None
+    try:
+        # Before the journal says that the trial is over: whoever ends this, the next one does both.
+        if journal.old is not None:
+            reload_service(reload)
+    except EdgeError as error:
+        failed = error
+    journal.trials += cut_off
+    journal.step = "judged"
+    if journal.trials >= MAX_TRIALS and fault is None:
+        fault = f"{journal.trials} trials were cut off before their end"
+    if fault is not None:
+        journal.reject(fault)
+    place.write(journal)
+    if failed is not None:
+        raise failed
+    return True
+
+
+def reload_service(command: str | None) -> None:
+    """Run the command that makes the service look at the link.
+
+    Raises:
+        ConfigError: it is no command.
+        BackendError: it fails.
+    """
+    if command is None:
+        return
+    try:
+        arguments = shlex.split(command)
+        if not arguments:
+            raise ValueError("it is empty")
+    except ValueError as error:
+        raise ConfigError(f"the command {command!r} cannot be read: {error}") from error
+    try:
+        done = subprocess.run(
+            arguments, capture_output=True, check=False, timeout=_RELOAD_TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BackendError(f"the command {command!r} fails: {error}") from error
+    if done.returncode:
+        said = (done.stderr or done.stdout).decode("utf-8", "replace").strip()[:300]
+        raise BackendError(f"the command {command!r} fails with {done.returncode}: {said}")

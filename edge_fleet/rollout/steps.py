@@ -1,0 +1,499 @@
+"""The roll-out itself: look, pull, build, judge, try, keep or take back."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge.bundle.engine_file import find_engines, read_engine_info
+from edge.bundle.manifest import Manifest, fingerprint, read_manifest
+from edge.bundle.update import fsync
+from edge.engine_config import EngineConfig
+from edge.errors import (
+    BackendError,
+    BuildError,
+    BundleError,
+    ConfigError,
+    DependencyError,
+    GateError,
+    ResourceError,
+)
+from edge_fleet.registry.client import Registry
+from edge_fleet.registry.pull import Offer, look, origin_digest, pull
+from edge_fleet.registry.reference import Reference
+from edge_lab.measure.watch import (
+    GOLDEN_SET,
+    MAX_TOKENS,
+    Baseline,
+    BundleAnswerer,
+    GoldenItem,
+    compare_runs,
+    read_golden,
+    run_golden,
+)
+from edge_lab.progress import Progress, prefixed, silent
+
+from . import SWITCH_TIMEOUT_S, WATCH_S
+from .guard import guarded
+from .journal import Journal, Place, Step, reload_service, take_back
+from .service import LoadingError, Service, Sight, UnknownModelError
+
+_RELOAD_AGAIN_S = 30.0
+_WORKING_BYTES = 1 << 29  # of a process that opens a bundle, besides weights and cache
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is rolled out, and by which measure.
+
+    Attributes:
+        reference: what the registry is asked for.
+        link: the link that the service's settings name.
+        service: the service that runs; None if none does.
+        reload: command that makes it look at the link.
+        watch_s: seconds for which the new bundle is watched.
+        golden: file of the golden set; None leaves that gate out.
+        max_tokens: most tokens of an answer to it.
+        build: build the engine; None where TensorRT runs.
+        engine: options with which a bundle is opened to be judged; its trusted keys count for all.
+        plain_http: see `Registry`.
+        retry: also try a bundle that was rejected before.
+        switch_timeout_s: seconds for which the service may take to open a bundle.
+    """
+
+    reference: Reference
+    link: Path
+    service: Service | None = None
+    reload: str | None = None
+    watch_s: float = WATCH_S
+    golden: Path | None = GOLDEN_SET
+    max_tokens: int = MAX_TOKENS
+    build: bool | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    plain_http: bool | None = None
+    retry: bool = False
+    switch_timeout_s: float = SWITCH_TIMEOUT_S
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a roll-out ended well.
+
+    Attributes:
+        digest: of the bundle that the link leads to.
+        bundle: its directory.
+        changed: whether it is another than before.
+        notes: what a person should know.
+    """
+
+    digest: str
+    bundle: Path
+    changed: bool
+    notes: tuple[str, ...] = ()
+
+
+def roll_out(plan: Plan, progress: Progress = silent) -> Outcome:
+    """Bring a device to what a reference means now; see `Plan`.
+
+    Every step is in the journal. A run that was ended before the trial goes on where it was; a
+    trial that was cut off is taken back first, by the guard or by the next run, and tried anew.
+
+    Raises:
+        GateError: the bundle is worse than the old one, or was rejected before; the old one serves.
+        RegistryError: the registry cannot be reached; the old one serves.
+        EdgeError: another step fails; the old one serves.
+    """
+    place = Place(plan.link)
+    with place.locked():
+        journal = place.read()
+        if take_back(place, journal, plan.reload):
+            progress("taken back", 1, 1, "", "a trial that was cut off")
+        return _Run(plan, place, journal, progress).run()
+
+
+def recover(link: Path, reload: str | None) -> bool:
+    """Take a trial back that was cut off; whether there was one.
+
+    Raises:
+        ConfigError, BackendError: see `take_back`; or a roll-out is running.
+    """
+    place = Place(link)
+    with place.locked():
+        return take_back(place, place.read(), reload)
+
+
+class _WorseError(Exception):
+    """The new bundle's answers are worse; says by how much."""
+
+
+class _Run:
+    def __init__(self, plan: Plan, place: Place, journal: Journal, progress: Progress) -> None:
+        self.plan = plan
+        self.place = place
+        self.journal = journal
+        self.progress = progress
+        self.notes: list[str] = []
+
+    def run(self) -> Outcome:
+        plan, journal = self.plan, self.journal
+        with Registry(plan.reference, plain_http=plan.plain_http) as registry:
+            offer = look(plan.reference, registry, plan.engine.trusted_keys)
+            current = self.place.current
+            if current is not None and origin_digest(self.place.path(current)) == offer.digest:
+                return Outcome(offer.digest, self.place.path(current), False)
+            if offer.digest in journal.rejected and not plan.retry:
+                reason = f"{journal.rejected[offer.digest]}; --retry tries it again"
+                raise self._gate_error(offer.digest, reason, "was rejected before")
+            self._check_size(offer.manifest)
+            if journal.digest != offer.digest or journal.step == "done":
+                unfinished = None if journal.step == "done" else journal.new
+                journal.digest, journal.trials = offer.digest, 0
+                journal.new = f"{self.place.link.name}-{offer.digest[7:19]}"
+                journal.step, journal.judged_new = "idle", None
+                self._drop_unfinished(unfinished, current)
+            journal.old = current
+            # Before gigabytes are fetched for nobody.
+            if current is None:
+                # Nothing serves yet, so there is nothing to compare with and nothing to watch.
+                self._check_unserved()
+                self.plan = plan = replace(plan, service=None, reload=None)
+            elif plan.service is not None:
+                plan.service.look()
+            self._pull(offer, registry)
+        manifest = offer.manifest
+        self._build()
+        self._confirm_old()  # a trial that was taken back may not have reached the service yet
+        self._judge_before(manifest)
+        sight = self._try(manifest)
+        self._sweep()
+        bundle = self.place.path(journal.new)
+        if sight is None:
+            self.notes.append("no service was asked; name --server to have the bundle watched")
+        return Outcome(journal.digest, bundle, True, tuple(self.notes))
+
+    # ------------------------------------------------------------------------------- before
+
+    def _check_unserved(self) -> None:
+        """Refuse a first bundle where a service runs: it has another, and would never see the link.
+
+        Raises:
+            ConfigError: one serves a bundle.
+            LoadingError: one opens its bundles.
+        """
+        link = self.place.link
+        if self.plan.service is None:
+            return
+        try:
+            self.plan.service.look()
+        except LoadingError:
+            raise
+        except UnknownModelError as error:
+            self.notes.append(f"{error}; name {link} in its settings and restart it")
+            return
+        except BackendError:
+            return
+        first = link.with_name(f"{link.name}-first")
+        move = "" if first.exists() else f"mv -T BUNDLE {first} && "
+        raise ConfigError(
+            f"the service's settings do not name {link}: it serves a bundle, and that link does "
+            f"not exist yet; let it lead to that bundle: {move}ln -s {first.name} {link}, then "
+            f"name {link} in the settings and restart the service"
+        )
+
+    def _check_size(self, manifest: Manifest) -> None:
+        """Refuse what this machine could not hold if nothing else ran on it.
+
+        Raises:
+            ResourceError: it could not.
+        """
+        from edge.device.telemetry import read_snapshot
+
+        total = read_snapshot().memory_total_bytes
+        need = self._need_bytes(manifest)
+        if total is not None and need > total:
+            raise ResourceError(
+                f"{self.plan.reference} takes {need / 1e9:.1f} GB, and this device has "
+                f"{total / 1e9:.1f} GB; the old bundle serves"
+            )
+
+    def _need_bytes(self, manifest: Manifest) -> int:
+        from edge_serve.models.switch import need_bytes
+
+        return need_bytes(manifest, self.plan.engine.num_slots, self.plan.engine.kv_capacity)
+
+    def _drop_unfinished(self, bundle: str | None, current: str | None) -> None:
+        """Remove what roll-outs of other bundles fetched and never ended: it may fill the disk."""
+        place, new = self.place, self.journal.new
+        name = re.escape(place.link.name)
+        staging = re.compile(rf"\.({name}-[0-9a-f]{{12}})\.edge-llm-(pull|gone-[0-9a-f]{{6}})")
+        for path in place.link.parent.iterdir():
+            half = staging.fullmatch(path.name)
+            whole = path.name == bundle and bundle not in (current, new)
+            if whole or (half is not None and half[1] != new):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _pull(self, offer: Offer, registry: Registry) -> None:
+        target = self.place.path(self.journal.new)
+        pull(offer, registry, target, overwrite=True, progress=self.progress)
+        if self.journal.step == "idle":
+            self._note("pulled")
+
+    def _build(self) -> None:
+        bundle, old = self.place.path(self.journal.new), self.journal.old
+        if self.plan.build is False or find_engines(bundle):
+            return
+        engines = [] if old is None else find_engines(self.place.path(old))
+        if self.plan.build is None:
+            from edge_lab.doctor.machine import Machine
+
+            error = Machine().tensorrt().error
+            if error is not None and engines:
+                raise DependencyError(
+                    f"TensorRT does not start ({error}), so the new bundle would be served by the "
+                    "CPU, and the old one, which serves, has an engine; run edge-llm doctor as "
+                    "this user with this Python, or give --no-build"
+                )
+            if error is not None:
+                return
+        self.progress("build", 0, 1)
+        command = [sys.executable, "-m", "edge.cli", "build", str(bundle), *_size(engines)]
+        if code := subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+            raise BuildError(
+                f"edge-llm build {bundle} ended with {code}; the old bundle serves, and the next "
+                "roll-out tries again"
+            )
+        self.progress("build", 1, 1)
+        self._note("built")
+
+    def _judge_before(self, manifest: Manifest) -> None:
+        """Ask the golden set, where memory holds a second bundle; else the trial does."""
+        journal, plan = self.journal, self.plan
+        if plan.golden is None:
+            return
+        items, sha256 = read_golden(plan.golden)
+        if journal.old is None:
+            return
+        if not self._asked(journal.judged, journal.old, sha256):
+            journal.judged = msgspec.to_builtins(self._ask_old(items, sha256, journal.old))
+            self.place.write(journal)
+        if self._asked(journal.judged_new, journal.new, sha256):
+            return
+        bundle = self.place.path(journal.new)
+        if not self._fits(manifest):
+            self.notes.append("memory holds one bundle only: the golden set was asked on trial")
+            return
+        run = self._ask_bundle(bundle, items, sha256)
+        try:
+            self._compare(run)
+        except _WorseError as error:
+            raise self._reject(str(error)) from error
+        journal.judged_new = msgspec.to_builtins(run)
+        self._note("judged")
+
+    def _asked(self, run: dict[str, Any] | None, name: str, sha256: str) -> bool:
+        """Whether a run asked this golden set of this bundle."""
+        if run is None:
+            return False
+        found = run.get("bundle"), run.get("golden_sha256"), run.get("max_tokens")
+        return found == (name, sha256, self.plan.max_tokens)
+
+    def _ask_old(self, items: list[GoldenItem], sha256: str, name: str) -> Baseline:
+        plan = self.plan
+        if plan.service is not None:
+            answers = run_golden(
+                plan.service.answerer, items, plan.max_tokens, prefixed(self.progress, "old: ")
+            )
+            return Baseline(name, sha256, plan.max_tokens, answers)
+        return self._ask_bundle(self.place.path(name), items, sha256)
+
+    def _ask_bundle(self, bundle: Path, items: list[GoldenItem], sha256: str) -> Baseline:
+        from edge.runtime.llm import LLM
+
+        with LLM(bundle, self.plan.engine) as llm:
+            answers = run_golden(
+                BundleAnswerer(llm),
+                items,
+                self.plan.max_tokens,
+                prefixed(self.progress, f"{bundle.name}: "),
+            )
+        return Baseline(bundle.name, sha256, self.plan.max_tokens, answers)
+
+    def _fits(self, manifest: Manifest) -> bool:
+        if self.plan.service is None:
+            return True
+        from edge.device.telemetry import read_snapshot
+
+        room = read_snapshot().memory_room_bytes
+        return room is None or self._need_bytes(manifest) + _WORKING_BYTES <= room
+
+    def _compare(self, run: Baseline) -> None:
+        """Hold the new bundle's answers to the old one's.
+
+        Raises:
+            _WorseError: they are worse.
+        """
+        if self.journal.judged is None:
+            return
+        old = msgspec.convert(self.journal.judged, Baseline)
+        alarms = [check for check in compare_runs(run, old) if check.alarm]
+        if alarms:
+            said = "; ".join(
+                f"{check.name} {check.value:.4g}, was {check.baseline:.4g}" for check in alarms
+            )
+            raise _WorseError(f"golden set: {said}")
+
+    # ------------------------------------------------------------------------------- trial
+
+    def _try(self, manifest: Manifest) -> Sight | None:
+        """Let the link lead to the new bundle, and keep it so, or take it back.
+
+        Raises:
+            GateError: it was taken back, and is rejected.
+            EdgeError: it was taken back; the next run tries it again.
+        """
+        plan, place, journal = self.plan, self.place, self.journal
+        service = plan.service
+        before = None if service is None else service.look()
+        items = [] if plan.golden is None else read_golden(plan.golden)[0]
+        paces = []
+        if service is not None and plan.watch_s and items:
+            paces = service.pace(items) + service.pace(items)
+        with guarded(place, plan.reload):
+            self._note("trial")
+            reloaded = False
+            try:
+                place.point(journal.new)
+                reload_service(plan.reload)
+                reloaded = True
+                fault = self._watch(fingerprint(manifest), before, paces, items)
+                if fault is None:
+                    self._keep()
+            except BaseException as error:
+                # A service that broke off may do so each time; a command or a person is no fault
+                # of the bundle.
+                broke = reloaded and isinstance(error, BackendError)
+                if not broke:
+                    take_back(place, journal, plan.reload, cut_off=False)
+                    raise
+                with suppress(BackendError):  # see below
+                    take_back(place, journal, plan.reload)
+                self._confirm_old()
+                raise
+            if fault is not None:
+                # A service that has ended cannot be reloaded; it opens the link when it starts.
+                with suppress(BackendError):
+                    take_back(place, journal, plan.reload, cut_off=False, fault=fault)
+                self._confirm_old()
+                raise self._reject(fault)
+        return before
+
+    def _watch(
+        self, name: str, before: Sight | None, paces: list[float], items: list[GoldenItem]
+    ) -> str | None:
+        """What is wrong with the new bundle on trial; None if nothing is."""
+        plan, service = self.plan, self.plan.service
+        if service is None or before is None:
+            return None
+        self.progress("switch", 0, 1)
+        if not service.wait_for(name, plan.switch_timeout_s):
+            return f"the service did not open it within {plan.switch_timeout_s:g} s; see its log"
+        self.progress("switch", 1, 1)
+        if self.journal.judged_new is None and plan.golden is not None:
+            golden, sha256 = read_golden(plan.golden)
+            answers = run_golden(
+                service.answerer, golden, plan.max_tokens, prefixed(self.progress, "trial: ")
+            )
+            run = Baseline(self.journal.new, sha256, plan.max_tokens, answers)
+            try:
+                self._compare(run)
+            except _WorseError as error:
+                return str(error)
+            self.journal.judged_new = msgspec.to_builtins(run)
+        if not plan.watch_s:
+            return None
+
+        def report(passed_s: float) -> None:
+            self.progress("watch", passed_s, plan.watch_s, "s")
+
+        return service.watch(name, before, paces, items, plan.watch_s, report)
+
+    def _keep(self) -> None:
+        self.journal.judged = self.journal.judged_new
+        self.journal.judged_new, self.journal.trials = None, 0
+        self.journal.rejected.pop(self.journal.digest, None)  # it was tried again, and is good
+        self._note("done")
+
+    def _confirm_old(self) -> None:
+        """Wait until the service serves the old bundle.
+
+        Raises:
+            ResourceError: it does not in time.
+        """
+        plan, link = self.plan, self.place.link
+        if plan.service is None or not link.exists():
+            return
+        # Not what it served before the trial: that may have been one that it was about to leave.
+        old = fingerprint(read_manifest(link))
+        deadline = time.monotonic() + plan.switch_timeout_s
+        while not plan.service.wait_for(old, _RELOAD_AGAIN_S):
+            if time.monotonic() > deadline:
+                raise ResourceError(
+                    "the link leads to the old bundle, and the service has not opened it within "
+                    f"{plan.switch_timeout_s:g} s; look at its log"
+                )
+            # What the take-back sent may have met a service that was ending. One that is opening
+            # its bundles follows the link afterwards, and a command that restarts would not let it.
+            if not plan.service.is_loading():
+                with suppress(BackendError):
+                    reload_service(plan.reload)
+
+    # ------------------------------------------------------------------------------- after
+
+    def _sweep(self) -> None:
+        """Remove bundles of earlier roll-outs; the one before this stays, to go back to."""
+        pattern = re.compile(re.escape(self.place.link.name) + r"-[0-9a-f]{12}")
+        keep = {self.journal.new, self.journal.old}
+        for path in self.place.link.parent.iterdir():
+            if pattern.fullmatch(path.name) and path.name not in keep and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+        fsync(self.place.link.parent)
+
+    def _note(self, step: Step) -> None:
+        before, self.journal.step = self.journal.step, step
+        try:
+            self.place.write(self.journal)
+        except ConfigError:
+            self.journal.step = before  # as it is on disk, so that a trial is still one
+            raise
+
+    def _reject(self, reason: str) -> GateError:
+        bundle = self.place.path(self.journal.new)
+        self.journal.reject(reason)
+        self.place.write(self.journal)
+        if bundle.name != self.place.current:
+            shutil.rmtree(bundle, ignore_errors=True)
+        return self._gate_error(self.journal.digest, reason, "is rejected")
+
+    def _gate_error(self, digest: str, reason: str, when: str) -> GateError:
+        return GateError(
+            f"{self.plan.reference} {when}, and the old bundle serves: {reason}",
+            {"reason": reason, "digest": digest},
+        )
+
+
+def _size(engines: list[Path]) -> list[str]:
+    """As many sequences at once as the old engines have, so that no slots take turns."""
+    most = 1
+    for engine in engines:
+        with suppress(BundleError):  # a damaged one is what the new bundle cures
+            most = max(most, read_engine_info(engine).max_batch)
+    return ["--max-batch", str(most)] if most > 1 else []

@@ -1,0 +1,1 @@
+"""The verbs bench, eval, verify, plan, recommend, watch and doctor."""

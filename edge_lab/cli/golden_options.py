@@ -1,0 +1,23 @@
+"""Options of the verbs that ask a golden set: what is asked, and with which engine."""
+
+from __future__ import annotations
+
+import click
+
+from edge.cli.options import FILE
+from edge_lab.measure.watch import GOLDEN_SET, MAX_TOKENS
+
+GOLDEN_ENGINE = ("backend", "kv_capacity", "num_threads", "int8_activations")
+golden_option = click.option(
+    "--golden",
+    type=FILE,
+    default=GOLDEN_SET,
+    help='JSONL of {"id", "prompt", "answer"}; default: the 62 prompts that come with edge-llm.',
+)
+max_tokens_option = click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=MAX_TOKENS,
+    show_default=True,
+    help="Tokens of each answer at most.",
+)

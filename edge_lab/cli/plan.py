@@ -1,0 +1,373 @@
+"""``edge-llm plan``: what a model takes and how fast it will be, before anything is exported."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from edge.bundle.io_spec import default_kv_capacity
+from edge.cli import echo_json
+from edge.engine_config import EAGLE3
+from edge.errors import ConfigError
+
+from .tables import FigureTable, make_table
+
+if TYPE_CHECKING:
+    from edge.bundle.manifest import Dialect
+    from edge_lab.planner.engine import Asked, PlannedEngine
+    from edge_lab.planner.models import PlannedModel
+    from edge_lab.planner.plan import Device, Plan
+    from edge_lab.planner.speed import Efficiency, StepKind
+
+DEFAULT_MAX_PREFILL = 512
+
+device_option = click.option(
+    "--device",
+    metavar="MODULE",
+    help="agx-orin-64 (default), agx-orin-32, orin-nx-16, orin-nx-8, orin-nano-8, orin-nano-4 or "
+    "cpu.",
+)
+power_mode_option = click.option(
+    "--power-mode", help="Power mode of the module, e.g. 30W; default: its fastest."
+)
+calibrate_option = click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Take the efficiency from this JSON of edge-llm bench, or from the report.json of "
+    "scripts/gpu-check, instead of published figures.",
+)
+
+
+@click.command()
+@click.argument("model")
+@device_option
+@power_mode_option
+@click.option("--batch", type=click.IntRange(1, 64), default=1, show_default=True, help="Slots.")
+@click.option(
+    "--kv-capacity",
+    type=int,
+    help="Tokens per slot; default: the engine's or the bundle's own, 8192 for the named models, "
+    "else 4096.",
+)
+@click.option(
+    "--max-prefill",
+    type=click.IntRange(1),
+    help="Tokens per prefill step; default: 512, or what the engine takes if that is less.",
+)
+@click.option("--quant", "quants", multiple=True, help="Only this quantization; may be repeated.")
+@click.option(
+    "--draft",
+    help="Model that drafts, with the same tokenizer: what MODEL may be. Planned in int4 unless "
+    "it is a bundle. eagle3 is the head of MODEL's own bundle, on a CPU.",
+)
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["float", "int8"]),
+    help="Rows of the KV cache; default: the bundle's, else float.",
+)
+@click.option(
+    "--context",
+    "contexts",
+    type=int,
+    multiple=True,
+    help="Predict speed with this many tokens of context; may be repeated.",
+)
+@calibrate_option
+@click.option(
+    "--no-engine",
+    is_flag=True,
+    help="Predict by rule alone, as if the bundle's engine were not built.",
+)
+@click.option(
+    "--svg",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw speed and memory into this file; needs the extra report.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+def plan(
+    model: str,
+    device: str | None,
+    power_mode: str | None,
+    batch: int,
+    kv_capacity: int | None,
+    max_prefill: int | None,
+    kv_cache: str | None,
+    quants: tuple[str, ...],
+    draft: str | None,
+    contexts: tuple[int, ...],
+    calibrate: Path | None,
+    no_engine: bool,
+    svg: Path | None,
+    as_json: bool,
+) -> None:
+    """Predict memory and speed of MODEL for every quantization.
+
+    MODEL is a bundle by directory or name, a directory with a config.json, a config.json, or one
+    of r1-qwen-1.5b, r1-qwen-7b, r1-llama-8b and r1-qwen3-8b, also under the names that pull knows.
+    Of a bundle with an engine for an Orin the speed is that of this engine's layers.
+    """
+    from edge.backends.process_memory import Deployment
+    from edge_lab.planner.engine import Asked, PlannedEngine
+    from edge_lab.planner.models import BUILT_IN, find_model
+    from edge_lab.planner.picture import draw_plan
+    from edge_lab.planner.plan import CPU, make_plan
+
+    planned = find_model(model)
+    target, efficiency = take_device(device, power_mode, calibrate)
+    engine = _find_engine(planned, target, Asked(batch, kv_capacity, max_prefill), no_engine)
+    if isinstance(engine, PlannedEngine):
+        kv_capacity = engine.kv_capacity
+        max_prefill = max_prefill or min(DEFAULT_MAX_PREFILL, engine.max_prefill)
+    if kv_capacity is None:
+        # What the export would take; of a config.json nobody knows whether the model reasons.
+        kv_capacity = (
+            default_kv_capacity(
+                reasons=planned in BUILT_IN.values(),
+                positions=planned.spec.max_position_embeddings,
+            )
+            if planned.manifest is None
+            else planned.manifest.kv_capacity
+        )
+    backend: Any = "ort-cpu" if target.name == CPU else "tensorrt"
+    dialect: Dialect = int8_dialect(backend, kv_cache)
+    int8_layers: tuple[int, ...] | Literal["all"] = "all" if kv_cache == "int8" else ()
+    if planned.manifest is not None:
+        dialect, int8_layers = planned.manifest.dialect, planned.manifest.int8_layers
+        found = "int8" if int8_layers else "float"
+        if kv_cache not in (None, found):
+            raise ConfigError(
+                f"--kv-cache {kv_cache} is not what {model} has ({found}); leave it out, or give "
+                "the model's config.json"
+            )
+    chunk = min(max_prefill or DEFAULT_MAX_PREFILL, kv_capacity)
+    deployment = Deployment(backend, batch, kv_capacity, chunk, dialect, int8_layers)
+    result = make_plan(
+        planned,
+        target,
+        deployment,
+        efficiency,
+        quants=quants,
+        contexts=sorted(set(contexts)),
+        draft=None if draft is None else _find_draft(draft, planned, backend),
+        engine=engine,
+    )
+    if svg is not None:
+        try:
+            svg.write_text(draw_plan(result), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--svg {svg} cannot be written: {error.strerror}") from error
+    if as_json:
+        echo_json(result.as_dict())
+        return
+    _print(result)
+    if svg is not None:
+        click.echo(f"drawn: {svg}", err=True)
+
+
+def take_device(
+    device: str | None, power_mode: str | None, calibrate: Path | None
+) -> tuple[Device, Efficiency]:
+    """Find the device of the options; the memory of ``cpu`` is what this machine has left now.
+
+    Raises:
+        ConfigError: see `find_device` and `calibrated`.
+    """
+    from edge.device.telemetry import read_available_memory_bytes
+    from edge_lab.planner.calibration import calibrated
+    from edge_lab.planner.plan import CPU, find_device
+    from edge_lab.planner.speed import FITTED
+
+    if calibrate is None:
+        target, efficiency = find_device(device, power_mode), FITTED
+    else:
+        target, efficiency = calibrated(calibrate, device, power_mode)
+    if target.name == CPU:
+        target = dataclasses.replace(target, usable_bytes=read_available_memory_bytes())
+    return target, efficiency
+
+
+def _find_engine(
+    planned: PlannedModel, target: Device, asked: Asked, no_engine: bool
+) -> PlannedEngine | str | None:
+    """The bundle's engine, or why there is none to go by; None where none could be."""
+    from edge_lab.planner.engine import find_engine
+    from edge_lab.planner.plan import CPU
+
+    if planned.bundle is None or planned.manifest is None or target.name == CPU:
+        if no_engine:
+            raise ConfigError("--no-engine is for a bundle on an Orin; leave it out")
+        return None
+    if no_engine:
+        return "--no-engine was given"
+    return find_engine(planned.bundle, planned.manifest, asked)
+
+
+def _find_draft(draft: str, planned: PlannedModel, backend: str) -> PlannedModel:
+    """The model or the head that ``--draft`` names."""
+    from edge_lab.planner.models import check_tokenizers, find_head, find_model
+
+    if draft == str(EAGLE3):
+        if backend != "ort-cpu":
+            raise ConfigError(
+                "--draft eagle3 is for ONNX Runtime: TensorRT engines put out no hidden states; "
+                "plan it with --device cpu, or a draft model"
+            )
+        return find_head(planned)
+    drafting = find_model(draft)
+    check_tokenizers(planned, drafting)
+    return drafting
+
+
+def int8_dialect(backend: str, kv_cache: str | None) -> Dialect:
+    """The dialect to plan for where there is no bundle: TensorRT has an 8-bit cache in one only."""
+    return "portable" if backend == "tensorrt" and kv_cache == "int8" else "native"
+
+
+def _print(result: Plan) -> None:
+    from rich.console import Console
+
+    from edge.bundle.weights import PARTS
+
+    console = Console(markup=False, highlight=False)
+    device, deployment = result.device, result.deployment
+    place = device.name if device.mode is None else f"{device.name} ({device.mode.name})"
+    weights = make_table(f"{result.model.name}: weights, MB", "quantization", *PARTS, "all")
+    memory = make_table(
+        f"Memory, MB: batch {deployment.batch}, KV capacity {deployment.kv_capacity}, "
+        f"{deployment.backend}",
+        *("quantization", "weights", "cache", "activations", "I/O", "graphs max", "runtime"),
+        *("process", "load peak", "build peak", "fits"),
+    )
+    for option in result.options:
+        plan = option.memory
+        weights.add_row(
+            option.name, *(_mb(plan.weights[part]) for part in PARTS), _mb(plan.weights_bytes)
+        )
+        around = plan.embeddings + plan.runtime + plan.python + plan.tokenizer
+        steps = (plan.activations, plan.io + plan.pinned, plan.graphs)
+        figures = (plan.weights_bytes + plan.plan_extra, plan.cache, *steps, around)
+        fits = "?" if option.fits is None else "yes" if option.fits else "NO"
+        peaks = (plan.load_peak, plan.build_peak)
+        memory.add_row(option.name, *map(_mb, (*figures, plan.process_bytes, *peaks)), fits)
+    console.print(weights, "")
+    console.print(memory)
+    if device.usable_bytes is not None:
+        console.print(f"{device.name} leaves about {_mb(device.usable_bytes)} MB to programs.")
+    console.print("")
+    if device.mode is None:
+        console.print(
+            "No speed: the bandwidth of this CPU is not known; measure it with edge-llm bench "
+            "BUNDLE --json and give the file to --calibrate."
+        )
+        return
+    speed = make_table(
+        f"Speed on {place}, {device.mode.bytes_per_s / 1e9:.1f} GB/s: tokens per second",
+        *("quantization", "context", "decode max", "decode", "TPOT ms"),
+        *("prefill max", "prefill", "TTFT ms"),
+        keys=2,
+    )
+    marks = {"fitted": "", "measured": "", "carried over": "*"}
+    for option in result.options:
+        decode, prefill = (marks[option.basis[kind]] for kind in ("decode", "prefill"))
+        for at in option.speeds:
+            most = at.prefill_ceiling_tps
+            speed.add_row(
+                option.name,
+                str(at.context),
+                f"{at.decode_ceiling_tps:.1f}",
+                f"{at.decode_tps:.1f}{decode}",
+                f"{at.tpot_s * 1e3:.1f}{decode}",
+                "-" if most is None else f"{most:,.0f}",
+                f"{at.prefill_tps:,.0f}{prefill}",
+                f"{at.ttft_s * 1e3:,.0f}{prefill}",
+            )
+    console.print(speed)
+    console.print(
+        "max: the ceiling, computed: all bytes of a step at the whole bandwidth, or its operations "
+        "at the tensor cores' peak. The other figures are predicted."
+    )
+    if any("carried over" in option.basis.values() for option in result.options):
+        console.print(
+            "* nobody published this case (module, power mode, precision, batch): the factors were "
+            "fitted to others."
+        )
+    if (basis := _engine_basis(result)) is not None:
+        console.print(basis)
+    if result.draft is not None:
+        console.print("", _draft_table(result))
+        console.print(
+            "Acceptance: how often a guess is right, those before it being right; measure it with "
+            "edge-llm bench BUNDLE --draft BUNDLE. Where drafts lose, the policy does not draft."
+        )
+    factors = result.efficiency
+    # A CPU's arithmetic is in no table, so a share of it would say nothing.
+    arithmetic = "" if device.name == "cpu" else f", arithmetic at {factors.compute:.0%}"
+    per_launch = "" if result.engine is None else f" ({factors.launch_s * 1e6:.1f} us per launch)"
+    console.print(
+        f"Efficiency: weights at {factors.weights:.0%} and cache at {factors.cache:.0%} of the "
+        f"bandwidth, {factors.layer_s * 1e6:.0f} us per layer{per_launch}{arithmetic}; "
+        f"{factors.source}."
+    )
+
+
+def _engine_basis(result: Plan) -> str | None:
+    """What is known of the bundle's engine, or why nothing is; None where there is no bundle."""
+    engine = result.engine
+    if engine is None:
+        unknown = result.engine_unknown
+        return unknown and f"Launches and unpacked weights are predicted by rule ({unknown})."
+    work = result.options[0].work
+    kinds: tuple[StepKind, ...] = ("decode", "prefill")
+    parts = []
+    for kind in kinds:
+        step = work.engine_step(kind)
+        if step is None:
+            parts.append(f"{kind} by rule, since its table has no layers of that profile")
+            continue
+        text = (
+            f"{step.launches} launches in a {kind} step, {step.unpacked_weights} weights unpacked"
+        )
+        if step.unpacked_weights:
+            text += f" (+{_mb(step.unpacked_bytes)} MB per step)"
+        if step.reformats:
+            text += f", {step.reformats} of the launches reformats"
+        if step.attention in ("decomposed", "mixed"):
+            text += f", attention {step.attention}"
+        parts.append(text)
+    if engine.work.kv_buckets:
+        rows = ", ".join(map(str, engine.work.kv_buckets))
+        parts.append(f"a decode step reads one of {rows} rows of the cache")
+    return f"From the engine {engine.name} ({engine.plan}): {'; '.join(parts)}."
+
+
+def _draft_table(result: Plan) -> FigureTable:
+    """Speed with the draft model, by quantization and context."""
+    assert result.draft is not None
+    acceptances = sorted({speed.acceptance for speed in result.options[0].drafts})
+    table = make_table(
+        f"Drafts by {result.draft.name} ({result.draft.quant}): gain and guesses per step, by "
+        "acceptance",
+        *("quantization", "context", "decode"),
+        *(f"{acceptance:.0%}" for acceptance in acceptances),
+        "pays from",
+        keys=2,
+    )
+    for option in result.options:
+        least = option.least_acceptance
+        for at in option.speeds:
+            cells = [
+                f"{speed.gain:.2f} ({speed.guesses})"
+                for speed in option.drafts
+                if speed.context == at.context
+            ]
+            first = at is option.speeds[0]
+            pays = "" if not first else "never" if least is None else f"{least:.0%}"
+            table.add_row(option.name, str(at.context), f"{at.decode_tps:.1f}", *cells, pays)
+    return table
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f}"

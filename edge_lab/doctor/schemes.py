@@ -1,0 +1,55 @@
+"""Check of what this TensorRT builds: an engine of one layer per precision and operator."""
+
+from __future__ import annotations
+
+from edge.bundle.io_spec import DIALECTS
+from edge_lab.doctor.scheme_probe import SCHEMES, Verdict
+
+from .check import UNAVAILABLE, Check, Facts, version_numbers
+
+_NATIVE_ONLY = ("attention", "kv-update")
+
+
+def check_schemes(facts: Facts) -> list[Check]:
+    """Which schemes does TensorRT build on this GPU? One check each, or one that says why not."""
+    name = "schemes"
+    if not facts.cuda.works:
+        return [Check(name, "skip", "no GPU that works, so nothing was built")]
+    if facts.tensorrt.version is None or facts.tensorrt.error is not None:
+        return [Check(name, "skip", "no TensorRT that works, so nothing was built")]
+    verdicts, failure = facts.machine.schemes()
+    checks = [_judge(verdict, facts.tensorrt.version) for verdict in verdicts]
+    if failure is not None:
+        tried = {verdict.scheme for verdict in verdicts}
+        missing = [scheme for scheme in SCHEMES if scheme not in tried]
+        checks.append(
+            Check(
+                f"scheme {missing[0]}" if missing else name,
+                "warn",
+                "it was not built"
+                + (f", nor were {', '.join(missing[1:])}" if missing[1:] else ""),
+                f"the process that built it ended: {failure}",
+                SCHEMES[missing[0]].instead if missing else "run edge-llm doctor again",
+            )
+        )
+    return checks
+
+
+def _judge(verdict: Verdict, version: str) -> Check:
+    scheme = SCHEMES[verdict.scheme]
+    name = f"scheme {verdict.scheme}"
+    if verdict.built:
+        return Check(name, "ok", f"{scheme.title}: {verdict.detail} in {verdict.seconds:.1f} s")
+    since = DIALECTS["native"].min_tensorrt
+    if verdict.scheme in _NATIVE_ONLY and version_numbers(version) < since:
+        detail = f"TensorRT {since[0]}.{since[1]} has it, this is {version}; {scheme.instead}"
+        return Check(name, "skip", f"{scheme.title}: {detail}")
+    needed = verdict.scheme == "fp16"
+    return Check(
+        name,
+        "fail" if needed else "warn",
+        f"{scheme.title}: refused, so {scheme.needed_by} cannot be built here",
+        verdict.detail,
+        scheme.instead,
+        UNAVAILABLE if needed else 0,
+    )

@@ -1,0 +1,266 @@
+"""Finds the decoder layer from which on one way to run a graph drifts from another.
+
+Both sides run the same tokens: prompts in chunks, then the reference's own greedy tokens. On the
+CPU they run copies of the graph in memory in which every layer's output is an output of the graph.
+An engine on a GPU shows what its layers wrote into the cache instead: keys and values of a layer
+are a projection of the output of the layer before it. Errors add up from layer to layer, so the
+first layer below the floor counts, not the worst.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Backend, Floats
+from edge.backends.ort.cpu import load_cpu_graph
+from edge.backends.ort.runner import RunShape, cache_tensors, fill_inputs, make_inputs
+from edge.backends.ort.session import check_sizes, check_threads, open_session
+from edge.backends.step import TokenTable, last_token, step_after
+from edge.bundle import io_spec
+from edge.bundle.manifest import Manifest
+from edge.bundle.onnx_file import ELEMENT_NUMBERS, tensor_info
+from edge.errors import BackendError, ConfigError
+from edge.figures import cosine_similarity
+from edge_lab.progress import Progress, silent
+
+Compared = Literal["outputs", "cache"]
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """How what a layer made agrees over all positions.
+
+    Attributes:
+        layer: its index.
+        min_cosine: the least cosine of a position's row.
+        max_error: the largest difference of an element, as a multiple of the root mean square of
+            its row in the reference.
+    """
+
+    layer: int
+    min_cosine: float
+    max_error: float
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Every layer's drift, and the first one below the floor.
+
+    Attributes:
+        compared: the layers' ``outputs``, or the keys and values that they wrote into the
+            ``cache``.
+        positions: that were compared.
+        floor: the least cosine that is wanted.
+        first: index of the first layer below it; None is good.
+        layers: in order.
+    """
+
+    compared: Compared
+    positions: int
+    floor: float
+    first: int | None
+    layers: tuple[LayerDrift, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no layer is below the floor."""
+        return self.first is None
+
+
+class LayerSource(Protocol):
+    """A decoder of one sequence that shows its layers.
+
+    Attributes:
+        capacity: tokens that its cache holds.
+        max_step_tokens: the most tokens that one `run` takes.
+        compared: what it shows of a layer.
+    """
+
+    capacity: int
+    max_step_tokens: int
+    compared: Compared
+
+    def run(self, start: int, embeds: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Run tokens ``[S, hidden]`` from cache row ``start`` on.
+
+        Returns:
+            What each layer made, ``[layers, parts, S, width]``, and the logits ``[vocab]`` of the
+            last token. A layer's output is one part, its keys and values are two.
+
+        Raises:
+            BackendError: the engine failed.
+        """
+        ...
+
+
+class CacheLayers:
+    """A `LayerSource` on any engine: keys and values of all heads, from slot 0 of its cache."""
+
+    compared: Compared = "cache"
+
+    def __init__(self, backend: Backend) -> None:
+        self.capacity, self.max_step_tokens = backend.capacity, backend.max_step_tokens
+        self._backend = backend
+
+    def run(self, start: int, embeds: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `LayerSource.run`."""
+        step = step_after([0], [start], embeds[None], last_token(len(embeds))[None])
+        logits = self._backend.forward(step)[0, -1].copy()
+        rows = self._backend.read_slot(0, step.end)[:, :, start:]
+        entries, heads, count, width = rows.shape
+        by_token = rows.transpose(0, 2, 1, 3).astype(np.float32)
+        return by_token.reshape(entries // 2, 2, count, heads * width), logits
+
+
+class CpuLayers:
+    """A `LayerSource` on ONNX Runtime's CPU provider.
+
+    Args:
+        bundle: the bundle's directory; its files are trusted (`verify_files` comes first).
+        manifest: its manifest.
+        capacity: rows of the cache.
+        num_threads: None is one per physical core.
+        fuse_attention, int8_activations: as of `edge.backends.ort.cpu.OrtBackend`.
+
+    Raises:
+        DependencyError, BundleError, ConfigError: see `edge.backends.ort.cpu.OrtBackend`.
+    """
+
+    compared: Compared = "outputs"
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        *,
+        capacity: int,
+        num_threads: int | None = None,
+        fuse_attention: bool,
+        int8_activations: bool,
+    ) -> None:
+        self.capacity = self.max_step_tokens = check_sizes(manifest, 1, capacity, 1)
+        check_threads(num_threads)
+        model = self._model = manifest.model
+        self._dialect = io_spec.DIALECTS[manifest.dialect]
+        graph = load_cpu_graph(
+            bundle,
+            manifest,
+            capacity,
+            fuse_attention=fuse_attention,
+            int8_activations=int8_activations,
+        )
+        self._layers = [io_spec.layer_output(layer) for layer in range(model.num_layers)]
+        shape = (io_spec.BATCH, io_spec.SEQ, model.hidden_size)
+        for name in self._layers:
+            graph.add_output(tensor_info(name, ELEMENT_NUMBERS["fp32"], shape))
+        self._session = open_session(
+            graph, bundle, manifest, num_threads, int8_activations=int8_activations
+        )
+        rows = (1, model.num_kv_heads, capacity, model.head_dim)
+        self._caches = [
+            np.zeros(rows, np.int8 if kind == "int8" else np.float32)
+            for kind in io_spec.cache_types(model, "fp32", manifest.int8_layers)
+        ]
+
+    def run(self, start: int, embeds: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `LayerSource.run`."""
+        step = step_after([0], [start], embeds[None], last_token(len(embeds))[None])
+        shape = RunShape(0, 1, step.seq, 1)
+        inputs = make_inputs(self._dialect, self._model.hidden_size, np.float32, shape)
+        fill_inputs(inputs, step, step.embeds)
+        caches, outputs, _ = cache_tensors(self._dialect, self._caches, lambda _: self._caches[0])
+        rows_read = self._dialect.rows_read(step.starts, step.kv_len)
+        feeds = {**inputs, **caches, io_spec.KV_POSITIONS: np.arange(rows_read, dtype=np.int64)}
+        try:
+            logits, *found = self._session.run(
+                [io_spec.output_name(self._model), *outputs, *self._layers], feeds
+            )
+        except Exception as error:
+            raise BackendError(
+                f"ONNX Runtime failed on a step of {step.seq} tokens: {error}"
+            ) from error
+        self._keep(found[: len(outputs)], start, step.end)
+        return np.stack(found[len(outputs) :]), logits[0, -1]
+
+    def _keep(self, rows: list[NDArray[np.float32]], start: int, end: int) -> None:
+        """Keep the step's keys and values: whole caches, or the new rows where these are given."""
+        for cache, new in zip(self._caches, rows, strict=True):
+            cache[:, :, start:end] = new[:, :, start:end] if self._dialect.in_place else new
+
+
+def compare_layers(
+    reference: LayerSource,
+    candidate: LayerSource,
+    prompts: Sequence[Sequence[int]],
+    table: TokenTable,
+    *,
+    decode_steps: int,
+    floor: float,
+    max_tokens: int = 64,
+    progress: Progress = silent,
+) -> LayerReport:
+    """Run prompts through both and compare the outputs of every layer.
+
+    Args:
+        reference: what is taken to be right.
+        candidate: what is measured.
+        prompts: token ids.
+        table: the bundle's token table.
+        decode_steps: steps after each prompt, with the reference's greedy tokens.
+        floor: the least cosine that a layer must reach at every position.
+        max_tokens: bounds the steps of a prompt, as both engines do.
+        progress: called with the tokens that both have run (step ``compare``).
+
+    Raises:
+        ConfigError: there is nothing to compare, or a prompt does not fit a cache.
+        BackendError: an engine failed.
+    """
+    limit = min(reference.capacity, candidate.capacity) - decode_steps
+    if not prompts or not all(1 <= len(prompt) <= limit for prompt in prompts):
+        raise ConfigError(
+            f"prompts of 1 to {limit} tokens fit the cache with {decode_steps} decode steps; found "
+            f"{[len(prompt) for prompt in prompts]}"
+        )
+    chunk = min(max_tokens, reference.max_step_tokens, candidate.max_step_tokens)
+    measured: list[NDArray[np.float64]] = []
+    ran, total = 0, sum(len(prompt) + decode_steps for prompt in prompts)
+    progress("compare", 0, total, "tokens")
+    for prompt in prompts:
+        ids, start = np.asarray(prompt, dtype=np.int64), 0
+        while start < len(prompt) + decode_steps:
+            embeds = table[ids[start : start + chunk]]
+            ours, logits = reference.run(start, embeds)
+            measured.append(_measure(ours, candidate.run(start, embeds)[0]))
+            start += len(embeds)
+            ran += len(embeds)
+            progress("compare", ran, total, "tokens")
+            if start == len(ids):
+                ids = np.append(ids, logits.argmax())
+    return _report(reference.compared, np.concatenate(measured, axis=-1), floor)
+
+
+def _measure(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Cosine and error of each row, ``[2, layers, parts, S]``; NaN where a row is not finite."""
+    with np.errstate(invalid="ignore"):
+        error = np.abs(ours.astype(np.float64) - theirs).max(axis=-1)
+        size = np.sqrt(np.square(ours, dtype=np.float64).mean(axis=-1))
+        relative = error / np.maximum(size, np.finfo(np.float64).tiny)
+    return np.stack([cosine_similarity(ours, theirs), relative])
+
+
+def _report(compared: Compared, measured: NDArray[np.float64], floor: float) -> LayerReport:
+    cosines = measured[0].min(axis=(-2, -1))  # it keeps a NaN, and so does `max`
+    errors = measured[1].max(axis=(-2, -1))
+    below = np.flatnonzero(~(cosines >= floor))
+    layers = tuple(
+        LayerDrift(layer, float(cosine), float(error))
+        for layer, (cosine, error) in enumerate(zip(cosines, errors, strict=True))
+    )
+    first = int(below[0]) if below.size else None
+    return LayerReport(compared, measured.shape[-1], floor, first, layers)

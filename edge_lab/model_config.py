@@ -1,0 +1,315 @@
+"""``config.json`` of a Hugging Face checkpoint to `ModelSpec`, for the exporter and the planner.
+
+What changes the arithmetic and is not supported is refused by name; nothing is assumed that the
+stock ``transformers`` class does not assume too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from edge.bundle.manifest import Architecture, ModelSpec, RopeSpec, Task
+from edge.bundle.manifest_checks import check_ranges
+from edge.errors import BundleError, CheckpointError
+
+_ARCHITECTURES: dict[str, Architecture] = {
+    "Qwen2ForCausalLM": "qwen2",
+    "LlamaForCausalLM": "llama",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_WITHOUT_HEAD: dict[str, Architecture] = {
+    "Qwen2Model": "qwen2",
+    "LlamaModel": "llama",
+    "Qwen3Model": "qwen3",
+}
+"""The same without an lm_head, which is enough for a model that embeds."""
+# ``rope_theta`` may be absent from the oldest Llama configs; all three classes default to this.
+_DEFAULT_ROPE_THETA = 10_000.0
+_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+}
+"""Keys of ``config.json`` that the manifest names otherwise."""
+BIDIRECTIONAL = "tokens that see those after them are not supported"
+
+
+class _Config:
+    """Typed access to one JSON object; every error names the file and the key."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self._values = values
+        self.where = where
+
+    def get(self, key: str) -> Any:
+        """The raw value; absent and ``null`` are the same, as in ``transformers``."""
+        return self._values.get(key)
+
+    def error(self, key: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {key} {problem}")
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self._required(key, default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.error(key, f"must be an integer, found {value!r}")
+        if value < 1:
+            raise self.error(key, f"must be at least 1, found {value}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._required(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise self.error(key, f"must be a number, found {value!r}")
+        try:
+            number = float(value)
+        except OverflowError:  # an integer of more than 308 digits
+            number = math.inf
+        if not (math.isfinite(number) and number > 0):
+            raise self.error(key, f"must be positive and finite, found {value!r}")
+        return number
+
+    def boolean(self, key: str, default: bool = False) -> bool:
+        value = self._required(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, f"must be true or false, found {value!r}")
+        return value
+
+    def section(self, key: str) -> dict[str, Any]:
+        value = self._required(key, {})
+        if not isinstance(value, dict):
+            raise self.error(key, f"must be an object, found {value!r}")
+        return value
+
+    def _required(self, key: str, default: Any) -> Any:
+        value = self.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise self.error(key, "is missing; copy the config.json of the original model")
+        return value
+
+
+def parse_config(
+    config: Mapping[str, Any], where: str = "config.json", task: Task = "generate"
+) -> ModelSpec:
+    """Read every number of the decoder from a ``config.json``.
+
+    Both styles of RoPE keys are understood: ``rope_theta`` with ``rope_scaling`` (transformers 4)
+    and ``rope_parameters`` (transformers 5).
+
+    Args:
+        config: the parsed JSON object.
+        where: path for error messages.
+        task: what the model is to be used for; one that embeds needs no lm_head.
+
+    Raises:
+        CheckpointError: an unsupported architecture or feature, a missing key, a wrong type or a
+            value that makes no sense; the key is named.
+    """
+    reader = _Config(config, where)
+    architecture = _architecture(reader, task)
+    _refuse_unsupported(reader)
+
+    num_heads = reader.integer("num_attention_heads")
+    # Only Llama configs from before grouped-query attention leave it out.
+    fallback = num_heads if architecture == "llama" else None
+    spec = ModelSpec(
+        architecture=architecture,
+        hidden_size=reader.integer("hidden_size"),
+        num_layers=reader.integer("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=reader.integer("num_key_value_heads", fallback),
+        head_dim=_head_dim(reader, num_heads),
+        intermediate_size=reader.integer("intermediate_size"),
+        vocab_size=reader.integer("vocab_size"),
+        rms_norm_eps=reader.number("rms_norm_eps"),
+        max_position_embeddings=reader.integer("max_position_embeddings"),
+        rope=_rope(reader),
+        # Qwen2's class has them whatever the key says. Those that `attention_bias` gives o in the
+        # other two are looked for in the weights.
+        qkv_bias=reader.boolean("attention_bias") or architecture == "qwen2",
+        qk_norm=architecture == "qwen3",
+        tied_embeddings=reader.boolean("tie_word_embeddings"),
+        task=task,
+    )
+    check_spec(spec, where)
+    return spec
+
+
+def check_spec(spec: ModelSpec, where: str) -> None:
+    """Refuse dimensions that do not fit each other.
+
+    Raises:
+        CheckpointError: heads that do not divide into KV heads, an odd head dimension or a
+            number that no manifest may have.
+    """
+    try:
+        check_ranges(spec, where)
+    except BundleError as error:
+        message = re.sub(r"(?<=\$\.)\w+", lambda name: _KEYS.get(name[0], name[0]), str(error))
+        raise CheckpointError(f"{message}; is the file damaged?") from error
+    if spec.num_heads % spec.num_kv_heads:
+        raise CheckpointError(
+            f"{where}: num_attention_heads ({spec.num_heads}) is not a multiple of "
+            f"num_key_value_heads ({spec.num_kv_heads})"
+        )
+    if spec.head_dim % 2:
+        raise CheckpointError(
+            f"{where}: head_dim is {spec.head_dim}; rotary embeddings need an even one"
+        )
+
+
+def yarn_attention_factor(
+    factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
+) -> float:
+    """Scale on cos and sin that YaRN implies (https://arxiv.org/abs/2309.00071, eq. 22).
+
+    With both ``mscale`` keys it is DeepSeek's quotient, as ``transformers`` computes it.
+    """
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if mscale and mscale_all_dim:
+        return scale(mscale) / scale(mscale_all_dim)
+    return scale(1.0)
+
+
+def _architecture(config: _Config, task: Task) -> Architecture:
+    names = config.get("architectures")
+    known = {**_ARCHITECTURES, **_WITHOUT_HEAD} if task == "embed" else _ARCHITECTURES
+    supported = ", ".join(known)
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise config.error(
+            "architectures", f"must name one model class, found {names!r}; supported: {supported}"
+        )
+    if names[0] not in known:
+        advice = "; a model that embeds: --task embed" if names[0] in _WITHOUT_HEAD else ""
+        raise config.error(
+            "architectures", f"{names[0]} is not supported; supported: {supported}{advice}"
+        )
+    return known[names[0]]
+
+
+def _refuse_unsupported(config: _Config) -> None:
+    # What no other class computes comes before auto_map, whose advice is to take the stock one.
+    if not config.boolean("is_causal", default=True):
+        raise config.error("is_causal", f"is false: {BIDIRECTIONAL}")
+    for key, advice in (
+        ("use_bidirectional_attention", BIDIRECTIONAL),
+        ("mlp_bias", "biases of the MLP are not supported"),
+        ("use_sliding_window", "sliding-window attention is not supported"),
+    ):
+        if config.boolean(key):
+            raise config.error(key, f"is true: {advice}")
+    if config.get("auto_map") is not None:
+        raise config.error(
+            "auto_map",
+            "asks for Python code from the checkpoint, which is never run; if the model is the "
+            "stock architecture, delete the key from a local copy",
+        )
+    activation = config.get("hidden_act")
+    if activation not in (None, "silu"):  # silu is the default of all three classes
+        raise config.error("hidden_act", f"must be silu, found {activation!r}")
+    layer_types = config.get("layer_types")
+    if layer_types is not None and (
+        not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
+    ):
+        raise config.error("layer_types", "has other entries than full_attention: not supported")
+
+
+def _head_dim(config: _Config, num_heads: int) -> int:
+    if config.get("head_dim") is not None:
+        return config.integer("head_dim")
+    hidden_size = config.integer("hidden_size")
+    if hidden_size % num_heads:
+        raise config.error(
+            "hidden_size",
+            f"({hidden_size}) is not a multiple of num_attention_heads ({num_heads}) and "
+            "head_dim is not given",
+        )
+    return hidden_size // num_heads
+
+
+def _rope(config: _Config) -> RopeSpec:
+    # The order of transformers 5: a non-empty rope_scaling wins over rope_parameters.
+    name = "rope_scaling" if config.section("rope_scaling") else "rope_parameters"
+    values = config.section(name)
+    rope = _Config(values, f"{config.where}: {name}")
+    for key, value in values.items():
+        if isinstance(value, dict):
+            raise rope.error(key, "is an object: RoPE parameters per layer are not supported")
+    theta = rope.number("rope_theta", config.number("rope_theta", _DEFAULT_ROPE_THETA))
+    if rope.get("rope_theta") is None and config.get("rope_theta") is None:
+        ignored = config.section("rope_parameters").get("rope_theta")
+        if ignored is not None:
+            raise rope.error(
+                "rope_theta",
+                f"is missing, and rope_parameters, which has {ignored!r}, does not count beside "
+                "rope_scaling; put all keys into rope_parameters",
+            )
+    kind = values.get("rope_type", values.get("type", "default"))
+    for section in (config, rope):
+        if section.number("partial_rotary_factor", 1.0) != 1.0:
+            raise section.error("partial_rotary_factor", "other than 1 is not supported")
+    if kind == "default":
+        return RopeSpec(theta=theta)
+    if kind == "linear":
+        return RopeSpec(theta=theta, kind="linear", factor=_factor(rope))
+    if kind not in ("llama3", "yarn"):
+        raise rope.error(
+            "rope_type", f"{kind!r} is not supported; supported: default, linear, llama3, yarn"
+        )
+
+    max_positions = config.integer("max_position_embeddings")
+    original = rope.integer("original_max_position_embeddings", max_positions)
+    # transformers lets the key beside rope_scaling win (Phi-3 style).
+    original = config.integer("original_max_position_embeddings", original)
+    if kind == "llama3":
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        if low >= high:
+            raise rope.error("high_freq_factor", f"({high}) must exceed low_freq_factor ({low})")
+        return RopeSpec(
+            theta=theta,
+            kind="llama3",
+            factor=_factor(rope),
+            original_max_positions=original,
+            low_freq_factor=low,
+            high_freq_factor=high,
+        )
+    return _yarn(rope, theta, original)
+
+
+def _yarn(rope: _Config, theta: float, original: int) -> RopeSpec:
+    if not rope.boolean("truncate", default=True):
+        raise rope.error("truncate", "false is not supported")
+    factor = _factor(rope)
+    fast, slow = rope.number("beta_fast", 32.0), rope.number("beta_slow", 1.0)
+    if fast < slow:
+        raise rope.error("beta_fast", f"({fast}) must not be below beta_slow ({slow})")
+    # R1-0528-Qwen3-8B has `attn_factor`, the inverse of what YaRN implies: its attention is that of
+    # Qwen3-8B. SGLang multiplies by it, as vLLM did when the model was published; transformers and
+    # later versions of vLLM know no such key and ignore it.
+    scale = rope.number("attn_factor", 1.0)
+    mscale = [rope.number(key) if rope.get(key) else None for key in ("mscale", "mscale_all_dim")]
+    return RopeSpec(
+        theta=theta,
+        kind="yarn",
+        factor=factor,
+        original_max_positions=original,
+        beta_fast=fast,
+        beta_slow=slow,
+        attention_factor=rope.number(
+            "attention_factor", scale * yarn_attention_factor(factor, *mscale)
+        ),
+    )
+
+
+def _factor(rope: _Config) -> float:
+    factor = rope.number("factor")
+    if factor < 1:
+        raise rope.error("factor", f"must be at least 1, found {factor}")
+    return factor

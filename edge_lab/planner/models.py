@@ -1,0 +1,201 @@
+"""Which model: built in by name, a ``config.json``, or a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge.bundle.library import CATALOGUE, find_bundle, hub_id
+from edge.bundle.manifest import (
+    MANIFEST_NAME,
+    Architecture,
+    Manifest,
+    ModelSpec,
+    RopeSpec,
+    head_manifest,
+    read_manifest,
+)
+from edge.errors import BundleError, CheckpointError, ConfigError
+from edge.files import MALFORMED, exists, is_directory, is_file, read_file
+from edge.text.tokenizer_difference import tokenizer_difference
+from edge_lab.model_config import parse_config
+
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model to plan for.
+
+    Attributes:
+        name: shown to the user.
+        spec: its dimensions.
+        source: what ``edge-llm export`` takes, or None.
+        manifest: manifest of the bundle that it came from, or None.
+        bundle: directory of that bundle, or None.
+    """
+
+    name: str
+    spec: ModelSpec
+    source: str | None = None
+    manifest: Manifest | None = None
+    bundle: Path | None = None
+
+
+def decoder_spec(
+    architecture: Architecture,
+    hidden: int,
+    layers: int,
+    heads: tuple[int, int, int],
+    intermediate: int,
+    vocab: int,
+    *,
+    tied: bool = False,
+    max_positions: int = 131072,
+) -> ModelSpec:
+    """Make a `ModelSpec` from dimensions alone.
+
+    Args:
+        architecture: says whether there are biases and q/k norms.
+        hidden: hidden size.
+        layers: number of layers.
+        heads: query heads, KV heads, head size.
+        intermediate: width of the MLP.
+        vocab: rows of the token table.
+        tied: whether the lm_head is the token table.
+        max_positions: context of the model.
+    """
+    return ModelSpec(
+        architecture=architecture,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=heads[2],
+        intermediate_size=intermediate,
+        vocab_size=vocab,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=max_positions,
+        rope=RopeSpec(theta=10_000.0),
+        qkv_bias=architecture == "qwen2",
+        qk_norm=architecture == "qwen3",
+        tied_embeddings=tied,
+    )
+
+
+# Dimensions of the models' own config.json files.
+BUILT_IN: dict[str, PlannedModel] = {
+    "r1-qwen-1.5b": PlannedModel(
+        "r1-qwen-1.5b",
+        decoder_spec("qwen2", 1536, 28, (12, 2, 128), 8960, 151936),
+        CATALOGUE["deepseek-r1:1.5b"],
+    ),
+    "r1-qwen-7b": PlannedModel(
+        "r1-qwen-7b",
+        decoder_spec("qwen2", 3584, 28, (28, 4, 128), 18944, 152064),
+        CATALOGUE["deepseek-r1:7b"],
+    ),
+    "r1-llama-8b": PlannedModel(
+        "r1-llama-8b",
+        decoder_spec("llama", 4096, 32, (32, 8, 128), 14336, 128256),
+        CATALOGUE["deepseek-r1:8b"],
+    ),
+    "r1-qwen3-8b": PlannedModel(
+        "r1-qwen3-8b",
+        decoder_spec("qwen3", 4096, 36, (32, 8, 128), 12288, 151936),
+        CATALOGUE["deepseek-r1:8b-0528"],
+    ),
+}
+
+
+def find_model(name: str) -> PlannedModel:
+    """Find a built-in model, a bundle, a directory with a ``config.json``, or that file itself.
+
+    Bundles have the names of `find_bundle`, too.
+
+    Raises:
+        ConfigError: it is none of these.
+        CheckpointError: the ``config.json`` is no config of a supported decoder.
+        BundleError: the bundle's manifest is damaged.
+    """
+    if name.lower() in BUILT_IN:
+        return BUILT_IN[name.lower()]
+    if (known := hub_id(name)) is not None:
+        return next(model for model in BUILT_IN.values() if model.source == known)
+    problem = (
+        f"{name} is no bundle, no directory with a config.json, no config.json and none of "
+        f"{', '.join(BUILT_IN)}"
+    )
+    path = Path(name)
+    if not exists(path):
+        try:
+            path = find_bundle(name)
+        except BundleError as error:
+            raise ConfigError(f"{problem}: {error}") from error
+    if is_file(path / MANIFEST_NAME):
+        manifest = read_manifest(path)
+        return PlannedModel(
+            manifest.name, manifest.model, source=str(path), manifest=manifest, bundle=path
+        )
+    config = path / "config.json" if is_directory(path) else path
+    if is_file(config):
+        directory = config.resolve().parent
+        return PlannedModel(directory.name, read_config(config), source=str(config.parent))
+    raise ConfigError(problem)
+
+
+def find_head(target: PlannedModel) -> PlannedModel:
+    """The EAGLE-3 head of a bundle, as a model that drafts for it.
+
+    Raises:
+        ConfigError: the model is no bundle, or has no head.
+    """
+    manifest = None if target.manifest is None else head_manifest(target.manifest)
+    if manifest is None:
+        raise ConfigError(
+            f"--draft eagle3 is planned for a bundle with a head, and {target.name} is none: "
+            "export one with --eagle3 DIR"
+        )
+    return PlannedModel(manifest.name, manifest.model, target.source, manifest, target.bundle)
+
+
+def check_tokenizers(target: PlannedModel, draft: PlannedModel) -> None:
+    """Refuse a draft with another tokenizer, as far as the models are there to be compared.
+
+    Of two bundles the tokenizers are; otherwise the families, since a model of another one has
+    another tokenizer.
+
+    Raises:
+        ConfigError: they differ; what differs is named.
+    """
+    difference = None
+    if target.bundle is not None and draft.bundle is not None:
+        difference = tokenizer_difference(
+            target.bundle / "tokenizer.json", draft.bundle / "tokenizer.json"
+        )
+    elif target.spec.architecture != draft.spec.architecture:
+        difference = f"one is a {target.spec.architecture}, the other a {draft.spec.architecture}"
+    if difference is not None:
+        raise ConfigError(
+            f"--draft {draft.name} has another tokenizer than {target.name}: {difference}; take a "
+            "smaller model of the same family"
+        )
+
+
+def read_config(path: Path) -> ModelSpec:
+    """Read the model in a Hugging Face ``config.json``, as ``edge-llm export`` reads it.
+
+    Raises:
+        CheckpointError: not such a file, or a model that cannot be exported; the key is named.
+    """
+    try:
+        data = read_file(path, _MAX_CONFIG_BYTES)
+        values = msgspec.json.decode(data, type=dict[str, Any])
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except MALFORMED as error:
+        raise CheckpointError(f"{path} is not a JSON object: {error}") from error
+    return parse_config(values, str(path))

@@ -1,0 +1,477 @@
+"""The ceiling of speed, and what is predicted below it.
+
+A decode step reads every weight and every row of the cache once. A prefill step reads the weights
+too, and multiplies. At a module's bandwidth and at the peak of its tensor cores that takes a time
+which no engine undercuts: the ceiling (`ceiling`). It is computed, nothing in it is fitted.
+
+A prediction takes shares of these figures that engines were seen to reach::
+
+    decode  = (weights / (bandwidth * WEIGHTS) + layers * LAYER) * (1 + BATCH * (batch - 1))
+              + batch * context * kv_bytes / (bandwidth * CACHE)
+    prefill = chunks * (weights / (bandwidth * WEIGHTS) + layers * LAYER)
+              + operations / (peak * COMPUTE)
+
+The five words in capital letters are `Efficiency`. The defaults are fitted to published figures of
+Orin (`tests/edge_lab/planner/fit.py`); ``--calibrate`` measures two or three of them.
+
+Of a built engine (`EngineWork`) the unpacked weights, the rows of the cache that a step reads and
+the launches are known; ``layers`` are then its launches over `LAUNCHES_PER_LAYER`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from edge.backends.process_memory import ORT_SCALE_COPIES, Deployment
+from edge.bundle.engine_layers import AttentionKind
+from edge.bundle.manifest import ModelSpec
+from edge.bundle.schemes import SCHEMES
+from edge.bundle.weights import Linear, Part
+from edge.errors import ConfigError
+
+from .devices import PowerMode
+
+StepKind = Literal["decode", "prefill"]
+
+# Assumed, since nobody published how many layers the fitted engines have. In NVIDIA's Edge-LLM (its
+# plugins guide) attention, with RoPE and the cache's update, is a plugin, and so is a product with
+# INT4 weights; seven are taken: q, k, v, o, gate, up, down. TensorRT merges no plugins, but makes
+# one kernel of what is between two: the norm; q, k and v joined; the sum and the norm; SiLU and its
+# product.
+LAUNCHES_PER_LAYER = 12
+"""Kernels of a decoder layer in the engines that `FITTED` is from, so what a launch takes."""
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What of a module's figures an engine reaches.
+
+    Attributes:
+        weights: share of the bandwidth while weights are read.
+        layer_s: time of a decoder layer of `LAUNCHES_PER_LAYER` launches that is neither reading
+            nor multiplying (launches, norms, RoPE).
+        cache: share of the bandwidth while the cache is read.
+        compute: share of the tensor cores' dense operations in prefill.
+        batch: what each further sequence of a decode step adds, as a share of the first.
+        source: where the numbers come from.
+    """
+
+    weights: float
+    layer_s: float
+    cache: float
+    compute: float
+    batch: float
+    source: str
+
+    @property
+    def launch_s(self) -> float:
+        """The share of ``layer_s`` of one launch."""
+        return self.layer_s / LAUNCHES_PER_LAYER
+
+
+# `fit.fit` computes weights, layer_s, compute and batch; a test holds them together. The
+# cache's share is the slope of decode time over context that EdgeReasoning measured: 191 GB/s.
+FITTED = Efficiency(
+    weights=0.861,
+    layer_s=80.7e-6,
+    cache=0.933,
+    compute=0.597,
+    batch=0.093,
+    source="fitted to published TensorRT figures of the AGX Orin 64 GB (docs/planner.md)",
+)
+
+
+@dataclass(frozen=True)
+class EngineStep:
+    """A step of an engine's profile, by the table of its layers.
+
+    Attributes:
+        launches: layers that the GPU runs.
+        unpacked_weights: stored weights that are written as floats; two planes are two.
+        unpacked_bytes: what is written and read for them on top of the packed weights.
+        reformats: launches that only change a layout or a type.
+        attention: as `edge.bundle.engine_layers.ProfileLayers` has it.
+    """
+
+    launches: int
+    unpacked_weights: int
+    unpacked_bytes: int
+    reformats: int
+    attention: AttentionKind
+
+
+@dataclass(frozen=True)
+class EngineWork:
+    """What a built engine says of its steps.
+
+    Attributes:
+        decode, prefill: None if its table has no layers of the profile.
+        kv_buckets: numbers of cache rows that a decode step reads, ascending; empty if it reads
+            what there is.
+    """
+
+    decode: EngineStep | None
+    prefill: EngineStep | None
+    kv_buckets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one model in one quantization costs.
+
+    Attributes:
+        step_bytes: weights that a step reads, packed, with scales, norms and biases.
+        num_layers: decoder layers.
+        kv_bytes_per_token: cache that a token of context costs to read.
+        linear_ops: operations of the layers' matrix products per token. On a GPU the two planes of
+            an INT8 weight are two products.
+        head_ops: operations of the lm_head per token that gets logits.
+        attention_ops: operations of attention per pair of tokens.
+        int8_share: share of ``linear_ops`` that runs in INT8.
+        unpacked_bytes: what a step writes and reads on top because weights are unpacked, by rule.
+        engine: what the built engine says in place of rules; None without one.
+    """
+
+    step_bytes: int
+    num_layers: int
+    kv_bytes_per_token: int
+    linear_ops: int
+    head_ops: int
+    attention_ops: int
+    int8_share: float
+    unpacked_bytes: int = 0
+    engine: EngineWork | None = None
+
+    def engine_step(self, kind: StepKind) -> EngineStep | None:
+        """What the engine's table says of such a step; None if there is none."""
+        if self.engine is None:
+            return None
+        return self.engine.decode if kind == "decode" else self.engine.prefill
+
+    def weights_bytes(self, kind: StepKind) -> int:
+        """Bytes that a step moves for the weights, unpacked copies among them."""
+        step = self.engine_step(kind)
+        return self.step_bytes + (self.unpacked_bytes if step is None else step.unpacked_bytes)
+
+    def launched_layers(self, kind: StepKind) -> float:
+        """Decoder layers of `LAUNCHES_PER_LAYER` that make the step's launches."""
+        step = self.engine_step(kind)
+        return self.num_layers if step is None else step.launches / LAUNCHES_PER_LAYER
+
+    def rows_read(self, rows: float) -> float:
+        """Rows of the cache that a decode step reads of a sequence that has this many."""
+        buckets = () if self.engine is None else self.engine.kv_buckets
+        return next((bucket for bucket in buckets if bucket >= rows), rows)
+
+    def read_bytes(self, batch: int, rows: float, kind: StepKind = "decode") -> float:
+        """Bytes that a step moves: the weights once, and what it reads of the cache.
+
+        Args:
+            batch: sequences.
+            rows: of the cache, that each of them has.
+            kind: of the step.
+        """
+        rows = self.rows_read(rows) if kind == "decode" else rows
+        return self.weights_bytes(kind) + batch * rows * self.kv_bytes_per_token
+
+
+def work_of(
+    model: ModelSpec,
+    linears: Sequence[Linear],
+    weights: Mapping[Part, int],
+    deployment: Deployment,
+) -> Work:
+    """Count bytes and operations; ``weights`` are those in memory (`ProcessMemory.weights`)."""
+    layer_ops = head_ops = int8_ops = 0
+    on_cpu = deployment.backend == "ort-cpu"
+    for linear in linears:
+        # The CPU joins the planes when it loads them.
+        products = 2 if linear.scheme.planes and not on_cpu else 1
+        ops = products * 2 * linear.shape[0] * linear.shape[1]
+        if linear.part == "lm_head":
+            head_ops += ops
+            continue
+        layer_ops += ops
+        int8_ops += ops if SCHEMES[linear.scheme.kind].int8_inputs else 0
+    step_bytes = sum(size for part, size in weights.items() if part != "rope")
+    if on_cpu:
+        step_bytes -= weights["scales"] // ORT_SCALE_COPIES  # the one beside the packed weights
+    return Work(
+        step_bytes=step_bytes,
+        num_layers=model.num_layers,
+        kv_bytes_per_token=deployment.cache_token_bytes(model),
+        linear_ops=layer_ops,
+        head_ops=head_ops,
+        attention_ops=4 * model.num_layers * model.num_heads * model.head_dim,
+        int8_share=int8_ops / layer_ops,
+        unpacked_bytes=0 if on_cpu else sum(linear.unpacked_bytes for linear in linears),
+    )
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """The least time of a step, by a module's figures alone.
+
+    Attributes:
+        read_bytes: bytes that the step moves.
+        step_s: the longer of moving them and multiplying.
+        tokens_per_s: over all sequences.
+        bound: which of the two it is.
+    """
+
+    read_bytes: int
+    step_s: float
+    tokens_per_s: float
+    bound: Literal["bandwidth", "arithmetic"]
+
+
+def ceiling(
+    work: Work,
+    mode: PowerMode,
+    batch: int,
+    tokens: int,
+    rows: float,
+    kind: StepKind = "decode",
+) -> Ceiling:
+    """Compute what no engine exceeds: activations, launches and the cache's writing cost nothing.
+
+    Args:
+        work: bytes and operations.
+        mode: bandwidth and arithmetic; where the latter is not known the former decides.
+        batch: sequences of the step.
+        tokens: of each sequence; each gets logits for one.
+        rows: of the cache that each sequence reads, its own tokens among them.
+        kind: of the step, where an engine tells them apart.
+    """
+    read = work.read_bytes(batch, rows, kind)
+    reading_s, multiplying_s = read / mode.bytes_per_s, 0.0
+    if mode.knows_arithmetic:
+        multiplying_s = batch * _at_peak_s(work, mode, tokens, rows)
+    step_s = max(reading_s, multiplying_s)
+    bound: Literal["bandwidth", "arithmetic"] = (
+        "bandwidth" if reading_s >= multiplying_s else "arithmetic"
+    )
+    return Ceiling(round(read), step_s, batch * tokens / step_s, bound)
+
+
+def prefill_ceiling_s(
+    work: Work, mode: PowerMode, tokens: int, max_prefill: int | None = None
+) -> float:
+    """Least seconds of a prompt, chunk by chunk; see `prefill_s`."""
+    size = max_prefill or tokens
+    ends = [*range(size, tokens, size), tokens]
+    starts = [0, *ends[:-1]]
+    chunks = zip(starts, ends, strict=True)
+    return sum(ceiling(work, mode, 1, end - start, end, "prefill").step_s for start, end in chunks)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Predicted speed at one context.
+
+    Attributes:
+        context: tokens in the cache of each sequence.
+        tpot_s: one decode step.
+        decode_tps: tokens per second over all sequences.
+        decode_ceiling_tps: the most that this can be (`ceiling`).
+        prefill_s: a prompt of ``context`` tokens, one sequence.
+        prefill_tps: its tokens per second.
+        prefill_ceiling_tps: the most that this can be; None where the arithmetic is not known.
+        ttft_s: the same and the first token; no queue, no tokenizer.
+    """
+
+    context: int
+    tpot_s: float
+    decode_tps: float
+    decode_ceiling_tps: float
+    prefill_s: float
+    prefill_tps: float
+    prefill_ceiling_tps: float | None
+    ttft_s: float
+
+
+def predict(
+    work: Work,
+    mode: PowerMode,
+    efficiency: Efficiency,
+    batch: int,
+    context: int,
+    max_prefill: int | None = None,
+) -> Speed:
+    """Speed at a context, see the top of this module; ``max_prefill`` as in `prefill_s`."""
+    tpot_s = decode_s(work, mode, efficiency, batch, context)
+    prefill = prefill_s(work, mode, efficiency, context, max_prefill)
+    least_s = prefill_ceiling_s(work, mode, context, max_prefill)
+    return Speed(
+        context=context,
+        tpot_s=tpot_s,
+        decode_tps=batch / tpot_s,
+        decode_ceiling_tps=ceiling(work, mode, batch, 1, context).tokens_per_s,
+        prefill_s=prefill,
+        prefill_tps=context / prefill,
+        prefill_ceiling_tps=context / least_s if mode.knows_arithmetic else None,
+        ttft_s=prefill,
+    )
+
+
+def decode_s(
+    work: Work, mode: PowerMode, efficiency: Efficiency, batch: int, context: float
+) -> float:
+    """Predict the seconds of one decode step."""
+    weights_s = _weights_s(work, mode, efficiency, "decode")
+    return weights_s * (1 + efficiency.batch * (batch - 1)) + _cache_s(
+        work, mode, efficiency, batch, context
+    )
+
+
+def verify_s(
+    work: Work, mode: PowerMode, efficiency: Efficiency, batch: int, guesses: int, context: float
+) -> float:
+    """Predict the seconds of a decode step that verifies so many guesses of each sequence.
+
+    The cache is read once per sequence, and each token costs what a further sequence does. An
+    engine's decode profile takes one token of a sequence, so with guesses it is a step of prefill.
+    """
+    rows = batch * (1 + guesses)
+    weights_s = _weights_s(work, mode, efficiency, "prefill" if guesses else "decode")
+    return weights_s * (1 + efficiency.batch * (rows - 1)) + _cache_s(
+        work, mode, efficiency, batch, context
+    )
+
+
+def prefill_s(
+    work: Work,
+    mode: PowerMode,
+    efficiency: Efficiency,
+    tokens: int,
+    max_prefill: int | None = None,
+) -> float:
+    """Seconds from the first prompt token to logits, one sequence.
+
+    A longer prompt than ``max_prefill`` goes in chunks, and each reads the weights again; None is
+    one chunk.
+    """
+    arithmetic = _at_peak_s(work, mode, tokens, tokens) / efficiency.compute
+    weights_s = _weights_s(work, mode, efficiency, "prefill")
+    return _chunks(tokens, max_prefill) * weights_s + arithmetic
+
+
+def _chunks(tokens: int, max_prefill: int | None) -> int:
+    return 1 if max_prefill is None else -(-tokens // max_prefill)
+
+
+def _weights_s(work: Work, mode: PowerMode, efficiency: Efficiency, kind: StepKind) -> float:
+    read = work.weights_bytes(kind) / (mode.bytes_per_s * efficiency.weights)
+    return read + work.launched_layers(kind) * efficiency.layer_s
+
+
+def _cache_s(
+    work: Work, mode: PowerMode, efficiency: Efficiency, batch: int, context: float
+) -> float:
+    read = batch * work.rows_read(context) * work.kv_bytes_per_token
+    return read / (mode.bytes_per_s * efficiency.cache)
+
+
+def _at_peak_s(work: Work, mode: PowerMode, tokens: int, rows: float) -> float:
+    """Seconds of a sequence's products, where its last token sees this many rows."""
+    linear = tokens * work.linear_ops
+    int8 = linear * work.int8_share / mode.int8_ops
+    pairs = tokens * (rows - (tokens - 1) / 2)
+    rest = linear * (1 - work.int8_share) + work.head_ops + pairs * work.attention_ops
+    return int8 + rest / mode.fp16_flops
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a benchmark says, for `calibrate`.
+
+    Attributes:
+        work: what its model costs.
+        batch: sequences per decode step.
+        context: mean tokens in the cache of a sequence while it decoded.
+        tpot_s: median decode step.
+        prompt_tokens: tokens of a prompt.
+        max_prefill: tokens per prefill step.
+        prefill_s: median time of its prefill.
+        where: the file, and what of it, for error messages.
+    """
+
+    work: Work
+    batch: int
+    context: float
+    tpot_s: float
+    prompt_tokens: int
+    max_prefill: int | None
+    prefill_s: float
+    where: str
+
+
+def calibrate(
+    mode: PowerMode, base: Efficiency, runs: Sequence[Measured], source: str
+) -> Efficiency:
+    """Replace ``weights`` and ``compute`` so that the predictions meet the measurements.
+
+    One benchmark cannot tell reading from launching, so the time per layer stays, or is dropped
+    where it alone predicts more than was measured. Several models or precisions can, and give that
+    time, too: least squares of relative errors, as in the fit of the defaults.
+
+    Args:
+        mode: the module's figures.
+        base: the factors that are not measured.
+        runs: one benchmark or more, all of this module in this mode.
+        source: what the result says of itself.
+
+    Raises:
+        ConfigError: a measurement is faster than the memory can be: another model, another device
+            or another batch.
+    """
+    weights, layer_s = _fit_reading(mode, base, runs)
+    found = dataclasses.replace(base, weights=weights, layer_s=layer_s, source=source)
+    squares = products = 0.0
+    for run in runs:
+        chunks = _chunks(run.prompt_tokens, run.max_prefill)
+        rest = run.prefill_s - chunks * _weights_s(run.work, mode, found, "prefill")
+        peak = _at_peak_s(run.work, mode, run.prompt_tokens, run.prompt_tokens)
+        # A prompt so short says nothing of the arithmetic: its prefill is all reading.
+        if rest > peak:
+            squares += (peak / run.prefill_s) ** 2
+            products += peak * rest / run.prefill_s**2
+    return dataclasses.replace(found, compute=squares / products) if products else found
+
+
+def _fit_reading(
+    mode: PowerMode, base: Efficiency, runs: Sequence[Measured]
+) -> tuple[float, float]:
+    """Fit the share of the bandwidth, at most 1, and the time per layer, at least 0."""
+    reads, layers, wanted = [], [], []  # each as a share of the measured step
+    for run in runs:
+        share = (1 + base.batch * (run.batch - 1)) / run.tpot_s
+        moved = run.work.weights_bytes("decode")
+        reads.append(moved / mode.bytes_per_s * share)
+        layers.append(run.work.launched_layers("decode") * share)
+        wanted.append(1 - _cache_s(run.work, mode, base, run.batch, run.context) / run.tpot_s)
+        if reads[-1] > wanted[-1] * (1 + 1e-9):  # all of the bandwidth, but for rounding
+            raise ConfigError(
+                f"--calibrate {run.where}: {run.tpot_s * 1e3:.2f} ms per step is less than "
+                f"{moved / 1e6:,.0f} MB take at {mode.bytes_per_s / 1e9:.1f} "
+                "GB/s; the file is of another model, quantization or device"
+            )
+    rr, rl, ll = _dot(reads, reads), _dot(reads, layers), _dot(layers, layers)
+    rw, lw = _dot(reads, wanted), _dot(layers, wanted)
+    apart = rr * ll - rl * rl
+    layer_s = base.layer_s
+    if apart > 1e-3 * rr * ll:  # they differ in bytes per layer by more than noise
+        layer_s = max((rr * lw - rl * rw) / apart, 0.0)
+    inverse = (rw - rl * layer_s) / rr
+    # Reading cannot take less, but for rounding: one benchmark leaves the layers nothing.
+    if inverse < 1.0 - 1e-9:
+        layer_s = max((lw - rl) / ll, 0.0) if len(runs) > 1 else 0.0
+        inverse = max((rw - rl * layer_s) / rr, 1.0)
+    return min(1 / inverse, 1.0), layer_s
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(left, right, strict=True))

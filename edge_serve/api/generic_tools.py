@@ -1,0 +1,137 @@
+"""Gives tools to a model whose chat template has no place for them, as text of its messages.
+
+The list of tools and the form of a call go into the system message, in Hermes' form, which
+`edge_serve.api.tools` reads; past calls and their results become text in the same form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from edge.files import MALFORMED
+from edge.text.chat_template import ChatTemplate
+from edge.text.messages import read_arguments
+from edge_serve.http.errors import invalid
+
+from .tools import HERMES, ToolSyntax, prepare_messages, syntax_of
+
+_RESULT = "<tool_response>\n{}\n</tool_response>"
+_CALL = f'{HERMES.start}\n{{"name": NAME, "arguments": {{...}}}}\n{HERMES.end}'
+_HEAD = "You have these functions, one JSON object a line:\n"
+_TAIL = (
+    "\nTo call a function, write its name and its arguments as one JSON object between "
+    f"{HERMES.start} and {HERMES.end}:\n{_CALL}\n"
+    "Write one such block for each call, and nothing after the last one. The results come "
+    "between <tool_response> and </tool_response>. Where no function helps, answer without one."
+)
+
+
+def call_syntax(template: ChatTemplate | None, tools: object) -> ToolSyntax | None:
+    """How a model's calls are written: as its template teaches, else as the generic form does.
+
+    Args:
+        template: the model's.
+        tools: whether a request has tools; what else it may be counts as a truth value.
+    """
+    if template is None:
+        return None
+    if tools and "tools" not in template.variables:
+        return HERMES
+    return syntax_of(template.source)
+
+
+def place_tools(
+    messages: Sequence[Mapping[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    template: ChatTemplate,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Return messages and tools for a template, the tools within the messages if it has no place.
+
+    Args:
+        messages: as clients send them.
+        tools: see `edge_serve.api.tools.template_tools`; None gives the model none.
+        template: the model's.
+
+    Raises:
+        APIError: 400, a past call that is malformed.
+    """
+    # One without a place may write past calls, but not all: R1's only those without a text.
+    if "tools" in template.variables:
+        return prepare_messages(messages), tools
+    written: list[dict[str, Any]] = []
+    for index, message in enumerate(prepare_messages(messages)):
+        written.append(_as_text(index, message))
+        _join_results(written)
+    if tools:
+        _instruct(written, tools)
+    return [{key: m[key] for key in m if key != "is_result"} for m in written], None
+
+
+def _as_text(index: int, message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls, or whose result of one, are text."""
+    if message.get("role") == "tool":
+        result = _text(index, message.get("content"))
+        return {"role": "user", "content": _RESULT.format(result), "is_result": True}
+    calls = message.get("tool_calls")
+    if not calls or message.get("role") != "assistant":
+        return message
+    if not isinstance(calls, list):
+        raise invalid(f"messages[{index}].tool_calls: must be a list", "messages")
+    content = _text(index, message.get("content") or "")
+    blocks = [f"{HERMES.start}\n{_call_text(index, call)}\n{HERMES.end}" for call in calls]
+    text = "\n".join([content, *blocks] if content else blocks)
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**rest, "content": text}
+
+
+def _text(index: int, content: object) -> str:
+    """Return a content's text; parts are joined as the template's reader joins them."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise invalid(f"messages[{index}].content: must be text", "messages")
+    return "\n".join(map(str, texts))
+
+
+def _call_text(index: int, call: object) -> str:
+    function = call.get("function") if isinstance(call, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    try:
+        given = read_arguments(arguments) if isinstance(arguments, str) else arguments
+        if not isinstance(name, str) or not isinstance(given, dict):
+            raise ValueError
+        return msgspec.json.encode({"name": name, "arguments": given}).decode()
+    except (TypeError, *MALFORMED):
+        where = f"messages[{index}].tool_calls"
+        raise invalid(
+            f"{where}: each needs a function with a name, and arguments that are a JSON object",
+            where,
+        ) from None
+
+
+def _join_results(written: list[dict[str, Any]]) -> None:
+    """Put the results of several calls into one message: roles must take turns in templates."""
+    if len(written) > 1 and written[-1].get("is_result") and written[-2].get("is_result"):
+        last = written.pop()
+        written[-1] = {
+            **written[-1],
+            "content": f"{written[-1]['content']}\n{last['content']}",
+        }
+
+
+def _instruct(written: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
+    """Put the tools after the system message's own text, or into one of their own."""
+    lines = "\n".join(msgspec.json.encode(tool["function"]).decode() for tool in tools)
+    text = f"{_HEAD}{lines}{_TAIL}"
+    first = written[0] if written else {}
+    content = first.get("content")
+    if first.get("role") not in ("system", "developer"):
+        written.insert(0, {"role": "system", "content": text})
+    elif isinstance(content, list):
+        written[0] = {**first, "content": [*content, {"type": "text", "text": text}]}
+    else:
+        written[0] = {**first, "content": f"{content}\n\n{text}" if content else text}

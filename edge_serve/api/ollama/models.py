@@ -1,0 +1,141 @@
+"""Serves what Ollama's clients ask about models: ``/api/tags``, ``/api/ps``, ``/api/show``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import datetime, timezone
+
+import msgspec
+
+from edge.bundle.linears import expected_tensors
+from edge.errors import RequestError
+from edge.text.fill_in_middle import fill_in_middle
+from edge.text.tokenizer import Tokenizer
+from edge_serve.api.generic_tools import call_syntax
+from edge_serve.http.errors import APIError
+from edge_serve.models.registry import TAG, ServedModel
+
+from .answers import ModelDetails, OllamaModel, OllamaModels, ShowAnswer
+from .text import timestamp
+
+API_VERSION = "0.13.4"
+"""The version of Ollama whose API this is: some clients refuse servers of older ones."""
+
+_NEVER = "9999-12-31T23:59:59Z"
+_NOT_SERVED = {
+    "pull": "edge-llm pull MODEL on the device",
+    "push": "nothing; bundles are directories, copy them",
+    "create": "edge-llm export SOURCE",
+    "copy": "edge-llm serve --model NAME=BUNDLE for a second name",
+    "delete": "edge-llm rm NAME on the device",
+    "blobs": "edge-llm export SOURCE",
+}
+NOT_SERVED_PATHS = (
+    *((f"/api/{name}", method) for name in _NOT_SERVED for method in ("POST", "DELETE")),
+    ("/api/blobs/{digest}", "POST"),
+    ("/api/blobs/{digest}", "HEAD"),
+)
+"""Paths of Ollama's API that change what is served, with their methods."""
+
+
+def not_served(path: str) -> APIError:
+    """Make the answer to a path of `NOT_SERVED_PATHS`."""
+    name = path.split("/")[2]
+    return APIError(
+        404,
+        "not_found",
+        f"/api/{name} is not served: which models there are is decided where the server was "
+        f"started; instead use: {_NOT_SERVED[name]}",
+    )
+
+
+def list_models(models: Sequence[ServedModel], *, running: bool = False) -> OllamaModels:
+    """List models, with what ``/api/ps`` adds where they are listed as running."""
+    return OllamaModels([_entry(model, running=running) for model in models])
+
+
+def show_model(model: ServedModel) -> ShowAnswer:
+    """Describe a model."""
+    llm = model.llm
+    spec = llm.manifest.model
+    family = spec.architecture
+    sampling = msgspec.to_builtins(llm.manifest.sampling)
+    del sampling["assumed"]
+    sampling["repeat_penalty"] = sampling.pop("repetition_penalty")  # as a request's option
+    parameters = {"num_ctx": llm.kv_capacity, **sampling}  # some clients then ask for no more
+    template = llm.template.source if llm.template is not None else ""
+    return ShowAnswer(
+        parameters="\n".join(f"{name} {value}" for name, value in parameters.items()),
+        template=template,
+        details=_details(model),
+        model_info={
+            "general.architecture": family,
+            "general.parameter_count": _num_parameters(model),
+            f"{family}.context_length": llm.kv_capacity,
+            f"{family}.embedding_length": spec.hidden_size,
+            f"{family}.block_count": spec.num_layers,
+            f"{family}.attention.head_count": spec.num_heads,
+            f"{family}.attention.head_count_kv": spec.num_kv_heads,
+        },
+        capabilities=_capabilities(model),
+        modified_at=_modified_at(model),
+    )
+
+
+def _capabilities(model: ServedModel) -> list[str]:
+    llm = model.llm
+    if llm.manifest.model.task != "generate":
+        return ["embedding"] if llm.manifest.model.task == "embed" else []
+    found = ["completion"]
+    if call_syntax(llm.template, tools=True) is not None:
+        found.append("tools")
+    if llm.reasons:
+        found.append("thinking")
+    if _fills_gaps(llm.tokenizer):
+        found.append("insert")
+    return found
+
+
+def _fills_gaps(tokenizer: Tokenizer) -> bool:
+    try:
+        fill_in_middle(tokenizer)
+    except RequestError:
+        return False
+    return True
+
+
+def _entry(model: ServedModel, *, running: bool) -> OllamaModel:
+    manifest = model.llm.manifest
+    size = sum(file.num_bytes for file in manifest.files.values())
+    # Older versions of Open WebUI look here for the name with a tag, whatever they were given.
+    name = model.name if ":" in model.name else model.name + TAG
+    entry = OllamaModel(
+        name=name,
+        model=name,
+        modified_at=_modified_at(model),
+        size=size,
+        digest=manifest.self_sha256,
+        details=_details(model),
+    )
+    if running:
+        entry.expires_at = _NEVER
+        entry.size_vram = 0 if model.llm.backend.name == "ort-cpu" else size
+        entry.context_length = model.llm.kv_capacity
+    return entry
+
+
+def _details(model: ServedModel) -> ModelDetails:
+    manifest = model.llm.manifest
+    family = manifest.model.architecture
+    size = f"{_num_parameters(model) / 1e9:.2f}B"
+    return ModelDetails(family, [family], size, manifest.quantization.name)
+
+
+def _num_parameters(model: ServedModel) -> int:
+    """Count the numbers of the model's tensors."""
+    return sum(map(math.prod, expected_tensors(model.llm.manifest.model).values()))
+
+
+def _modified_at(model: ServedModel) -> str:
+    return timestamp(datetime.fromtimestamp(model.created, timezone.utc))

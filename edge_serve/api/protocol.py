@@ -1,0 +1,375 @@
+"""Requests of the HTTP API, as types: a field that is not here is refused.
+
+Unknown fields, wrong types and values out of range are errors that name the field. ``IGNORED`` has
+the few fields that are accepted without effect, since they ask for nothing that a device could do
+differently. Ranges of sampling parameters come from `edge.runtime.sampling_params.KNOBS`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from edge.runtime.sampling_params import KNOBS
+from edge_serve.http.errors import APIError, invalid
+
+IGNORED = {
+    "metadata": "bookkeeping of the caller",
+    "store": "nothing is stored here",
+    "service_tier": "there is one tier",
+    "safety_identifier": "bookkeeping of the caller",
+    "prompt_cache_key": "prefixes are found without it",
+    "prompt_cache_retention": "the cache keeps what it can",
+    "prompt_cache_options": "prefixes are found without it",
+    "messages[].content[].prompt_cache_breakpoint": "prefixes are found without it",
+    "modalities": "text is the only one",
+    "response_format.json_schema.name": "the schema binds the answer, whatever it is called",
+    "response_format.json_schema.description": "the model reads the messages; say it there",
+    "response_format.json_schema.strict": "the answer always keeps to the schema",
+    "messages[].name": "most templates have no place for it; one that reads message.name gets it",
+}
+"""Fields that are accepted without effect, by path, and why."""
+
+MAX_TEXTS = 2048
+"""Texts of one request that embeds or reranks; OpenAI's limit."""
+
+Request = TypeVar("Request")
+
+
+def range_of(name: str) -> Meta:
+    """Return the range of a sampling knob."""
+    knob = KNOBS[name]
+    return Meta(ge=knob.low, le=knob.high)
+
+
+MaxTokens = Annotated[int, range_of("max_tokens")]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
+StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+_Stops = StopString | Annotated[list[StopString], Meta(max_length=16)]
+_TokenKey = Annotated[str, Meta(pattern=r"^[0-9]{1,10}$")]
+_Bias = Annotated[float, Meta(ge=-100, le=100)]
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    """The field ``stream_options``.
+
+    Attributes:
+        include_usage: send the counts in a last chunk.
+        include_obfuscation: must be false, since nothing is padded here.
+    """
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class FunctionTool(Struct, forbid_unknown_fields=True):
+    """A function that the model may call."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+def no_tools(*more: str) -> Meta:
+    """Return what an error says, beside the types of tools that there are, of any other."""
+    return Meta(extra={"hints": ["this server has no tools of its own to run", *more]})
+
+
+NO_TOOLS = no_tools()
+"""Of the type of a tool; an error says so."""
+
+
+class Tool(Struct, forbid_unknown_fields=True):
+    """An entry of ``tools``."""
+
+    type: Annotated[Literal["function"], NO_TOOLS]
+    function: FunctionTool
+
+
+class ToolName(Struct, forbid_unknown_fields=True):
+    """The function of a named ``tool_choice``."""
+
+    name: str
+
+
+class NamedTool(Struct, forbid_unknown_fields=True):
+    """A ``tool_choice`` that names a function."""
+
+    type: Literal["function"]
+    function: ToolName
+
+
+class JSONSchema(Struct, forbid_unknown_fields=True):
+    """The schema of a ``response_format``."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    schema: dict[str, Any] = {}
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, forbid_unknown_fields=True):
+    """The field ``response_format``; ``regex`` and ``grammar`` are extensions."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JSONSchema | None = None
+    regex: Annotated[str, Meta(min_length=1, max_length=16384)] | None = None
+    grammar: Annotated[str, Meta(min_length=1, max_length=65536)] | None = None
+
+
+class TemplateOptions(Struct, forbid_unknown_fields=True):
+    """The field ``chat_template_kwargs``: options of the chat template that clients may set."""
+
+    enable_thinking: bool | None = None
+
+
+class Sampling(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields that chats and completions share; absent ones are the model's own defaults."""
+
+    model: ModelName | None = None
+    temperature: Annotated[float, range_of("temperature")] | None = None
+    top_p: Annotated[float, range_of("top_p")] | None = None
+    # -1 is other servers' word for "off".
+    top_k: Annotated[int, Meta(ge=-1, le=KNOBS["top_k"].high)] | None = None
+    min_p: Annotated[float, range_of("min_p")] | None = None
+    repetition_penalty: Annotated[float, range_of("repetition_penalty")] | None = None
+    presence_penalty: Annotated[float, range_of("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, range_of("frequency_penalty")] | None = None
+    logit_bias: Annotated[dict[_TokenKey, _Bias], Meta(max_length=1024)] | None = None
+    # Not the whole range of the knob: an int64 is what JSON readers have.
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    max_tokens: MaxTokens | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    stop: _Stops | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_progress: bool | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    user: Annotated[str, Meta(max_length=512)] | None = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
+
+
+class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    enable_thinking: bool | None = None
+    thinking_token_budget: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    reasoning_effort: Effort | None = None
+    include_reasoning: bool | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["medium"] | None = None  # no model here has another than its own
+    moderation: None = None
+
+
+class CompletionRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /v1/completions``."""
+
+    prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
+    suffix: str | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+
+class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /tokenize``: a text, or the messages of a chat."""
+
+    model: ModelName | None = None
+    prompt: str | None = None
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /detokenize``."""
+
+    model: ModelName | None = None
+    tokens: list[TokenId]
+
+
+class EmbeddingRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /v1/embeddings``; ``prompt_name`` is an extension."""
+
+    model: ModelName | None = None
+    input: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+    prompt_name: ModelName | None = None
+    user: Annotated[str, Meta(max_length=512)] | None = None
+
+
+class TextDocument(Struct, forbid_unknown_fields=True):
+    """A document of a rerank request, as an object."""
+
+    text: str
+
+
+class RerankRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /v1/rerank``; ``instruction`` is an extension."""
+
+    model: ModelName | None = None
+    query: str
+    documents: Annotated[list[str | TextDocument], Meta(min_length=1, max_length=MAX_TEXTS)]
+    top_n: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    return_documents: bool | None = None
+    instruction: str | None = None
+    user: Annotated[str, Meta(max_length=512)] | None = None
+
+
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_ESCAPE = re.compile(rb"\\.", re.DOTALL)
+_BACKSLASH = ord("\\")
+_SCAN_BYTES = 64 * 2**10
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_PLACE = re.compile(r" - at (?:`key` in )?`\$(.*)`$")
+_STEP = re.compile(r"\[[^]]*\]|[^.\[]+")
+_UNKNOWN = re.compile(r"unknown field `([^`]*)`")
+_MISSING = re.compile(r"missing required field `([^`]*)`")
+
+
+def nesting(body: bytes) -> int:
+    """Count the levels of arrays and objects in a JSON text, valid up to where it is not."""
+    deepest = level = start = 0
+    in_string = False
+    while start < len(body):  # in parts, between which other threads get the interpreter
+        end = start + _SCAN_BYTES
+        while end < len(body) and body[end - 1] == _BACKSLASH:
+            end += 1  # what it escapes belongs to it
+        part = (b'"' if in_string else b"") + body[start:end]
+        in_string = _ESCAPE.sub(b"", part).count(b'"') % 2 == 1
+        # The closing quote is optional in the pattern, so that it never backtracks.
+        brackets = _STRING.sub(b"", part).translate(None, _NOT_BRACKETS)
+        if brackets:
+            codes = np.frombuffer(brackets, np.uint8)
+            opens = (codes == ord("[")) | (codes == ord("{"))
+            levels = level + np.cumsum(np.where(opens, 1, -1), dtype=np.int64)
+            deepest, level = max(deepest, int(levels.max())), int(levels[-1])
+        start = end
+    return deepest
+
+
+def decode(body: bytes, kind: type[Request], max_nesting: int) -> Request:
+    """Read a request.
+
+    Raises:
+        APIError: 400; it names the field at fault, if there is one.
+    """
+    # Counting them all takes a moment; most bodies have fewer brackets than levels are allowed.
+    num_opened = body.count(b"[") + body.count(b"{")
+    deep = nesting(body) if num_opened > max_nesting else num_opened
+    if deep > max_nesting:
+        raise invalid(
+            f"the body nests {deep} levels deep; at most {max_nesting} are read", code="too_deep"
+        )
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _wrong_field(str(error), kind) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise invalid(
+            "the body is not valid JSON in UTF-8; send one JSON object", code="invalid_json"
+        ) from None
+
+
+def convert(value: Any, kind: type[Request], where: str) -> Request:
+    """Turn plain JSON data of a request into a type.
+
+    Args:
+        value: the data.
+        kind: the type.
+        where: the path of the data in the request.
+
+    Raises:
+        APIError: 400; it names the field at fault.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise _wrong_field(str(error), kind, where) from None
+
+
+def _wrong_field(message: str, kind: Any, above: str = "") -> APIError:
+    place = _PLACE.search(message)
+    where = (above + (place[1] if place else "")).lstrip(".")
+    what = message[: place.start()] if place else message
+    for pattern, code, text in (
+        (_UNKNOWN, "unknown_field", "unknown field; remove it, or see the list of fields"),
+        (_MISSING, "missing_field", "this field is required"),
+    ):
+        found = pattern.search(what)
+        if found:
+            name = f"{where}.{found[1]}" if where else found[1]
+            return invalid(f"{name[:200]}: {text}", param=name[:200], code=code)
+    what = what[:1].lower() + what[1:]
+    if what.startswith("invalid "):  # msgspec does not say what would be valid
+        steps = _STEP.findall(place[1]) if place else []
+        tags = what.startswith("invalid value ")
+        values, hints = _allowed(msgspec.inspect.type_info(kind), steps, tags=tags)
+        send = f"send {' or '.join(map(_quoted, values))}"
+        what = "; ".join([what[:200], *([send] if values else ()), *hints])
+    return invalid(f"{where or 'body'}: {what}"[:500], param=where or None)
+
+
+def _allowed(info: Any, steps: list[str], *, tags: bool) -> tuple[list[Any], list[str]]:
+    """Find the values that a place of a request may have, and the hints of `no_tools` there.
+
+    Args:
+        info: the type of what the steps begin at.
+        steps: keys and indices, the latter in brackets.
+        tags: whether to find the values that choose a type, instead of others.
+    """
+    parts: list[tuple[Any, list[str]]] = []
+    values: list[Any] = []
+    hints: list[str] = []
+    if isinstance(info, msgspec.inspect.Metadata):
+        parts = [(info.type, steps)]
+        hints = (info.extra or {}).get("hints", []) if not steps else []
+    elif isinstance(info, msgspec.inspect.UnionType):
+        parts = [(each, steps) for each in info.types]
+    elif isinstance(info, msgspec.inspect.LiteralType) and not (steps or tags):
+        values = list(info.values)
+    elif isinstance(info, msgspec.inspect.ListType) and steps:
+        parts = [(info.item_type, steps[1:])]
+    elif isinstance(info, msgspec.inspect.StructType) and steps:
+        # The others only have an error of their own.
+        if tags and steps == [info.tag_field] and info.forbid_unknown_fields:
+            values = [info.tag]
+        parts = [(each.type, steps[1:]) for each in info.fields if each.encode_name == steps[0]]
+    for part, rest in parts:
+        more, also = _allowed(part, rest, tags=tags)
+        values = values + [each for each in more if each not in values]
+        hints = hints + [each for each in also if each not in hints]
+    return values, hints
+
+
+def _quoted(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else msgspec.json.encode(value).decode()

@@ -1,0 +1,421 @@
+"""Answers a request for text, whatever its endpoint; an endpoint is a plan and a render.
+
+The plan says what the body of a request asks of the engine, the render writes what comes back.
+Everything between the two is the same for all endpoints and is here, in `respond`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from time import monotonic as clock
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+from starlette.responses import Response
+
+from edge.bundle.tasks import check_task
+from edge.errors import DeadlineError, EdgeError, RequestError
+from edge.runtime.sampling_params import SamplingParams
+from edge_serve.http.access import Client
+from edge_serve.http.errors import APIError
+from edge_serve.http.guard import Receive
+from edge_serve.http.threads import ClientGoneError, Lane, OnPiece, in_thread, until_gone
+from edge_serve.models.flight import Flight
+from edge_serve.models.registry import ServedModel
+from edge_serve.settings import ServerSettings
+
+from .answers import CompletionDetails, PromptDetails, Usage
+from .pieces import ChoiceReader, MakeParser, Piece, join_pieces
+from .prompt_logprobs import score_prompt
+from .sse import PING, Buffer, EventStream, StreamForm, event
+
+if TYPE_CHECKING:
+    from edge.runtime.generation import GenerationStats
+    from edge.runtime.llm import Prompt
+    from edge.runtime.stream import Generation, GenerationChunk
+    from edge.runtime.structured_output import GrammarCompiler, OutputFormat
+    from edge_serve.observe.metrics import Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """The context that one request is answered in.
+
+    Attributes:
+        model: the model that answers.
+        client: who asks.
+        settings: limits of the server.
+        metrics: counts every end.
+        receive: reads from the client's connection.
+        lane: where its texts are encoded.
+        form_lane: where the form of its answer is compiled.
+        headers: headers of the response.
+        arm: the arm of the A/B split that chose the model, if any.
+        priority: lower runs first.
+    """
+
+    model: ServedModel
+    client: Client
+    settings: ServerSettings
+    metrics: Metrics
+    receive: Receive
+    lane: Lane
+    form_lane: Lane
+    headers: Mapping[str, str]
+    arm: str | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """What becomes of a form that cannot be compiled: some of its parts are loosened.
+
+    Attributes:
+        names: of the parts that may be; one at least.
+        alone: returns the form that a part alone has.
+        without: returns the form with these parts loosened.
+    """
+
+    names: Sequence[str]
+    alone: Callable[[str], OutputFormat]
+    without: Callable[[Collection[str]], OutputFormat]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a request asks of the engine.
+
+    Attributes:
+        prompts: the prompts; each gets ``n`` answers.
+        params: resolved sampling parameters.
+        n: answers per prompt.
+        stream: whether the answer is sent while it is generated.
+        echo: whether each answer begins with its prompt, scored if ``params`` want
+            log-probabilities.
+        suffix: the text that comes after each answer; see `LLM.encode`.
+        user: the user that the request names.
+        cache_salt: the request's salt, besides the client's own.
+        tools: JSON schemas of functions, for the chat template.
+        output: the form that the answer must have.
+        fallback: what takes its place where it cannot be compiled.
+        thinking: see `LLM.encode`.
+        thinking_budget: tokens after which the reasoning is ended.
+        continues: whether the answer goes on with the last message.
+        make_parser: makes the parser that finds tool calls in one answer; None looks for none.
+        one_call: whether an answer ends with its first tool call.
+        progress: whether the stream says how far the prompt has been read.
+    """
+
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    n: int = 1
+    stream: bool = False
+    echo: bool = False
+    suffix: str | None = None
+    user: str | None = None
+    cache_salt: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    output: OutputFormat | None = None
+    fallback: Fallback | None = None
+    thinking: bool | None = None
+    thinking_budget: int | None = None
+    continues: bool = False
+    make_parser: MakeParser | None = None
+    one_call: bool = False
+    progress: bool = False
+
+
+class Render(StreamForm, Protocol):
+    """Writes one answer in the form of its endpoint; what is not overridden is OpenAI's form.
+
+    A choice is one answer to one prompt; choices are numbered prompt by prompt.
+
+    Attributes:
+        media_type: of a stream.
+    """
+
+    media_type: str = "text/event-stream"
+
+    def begin(self, plan: Plan, prompt_tokens: int) -> None:
+        """Take the plan, and the tokens of all prompts, before the first piece."""
+        return
+
+    def ping(self) -> bytes:
+        """Return what fills a silence in a stream; empty if nothing may."""
+        return PING
+
+    def failed(self, error: APIError) -> bytes:
+        """Return the last bytes of a stream that fails after its first."""
+        return event(error.envelope())
+
+    def events(self, index: int, piece: Piece) -> bytes:
+        """Return the events of a piece of choice ``index``; empty if the piece shows nothing."""
+        ...
+
+    def last_events(self, usage: Usage) -> bytes:
+        """Return the events that follow the last piece of the last choice."""
+        ...
+
+    def body(self, choices: Sequence[Piece], usage: Usage) -> msgspec.Struct:
+        """Return the whole answer; each choice is joined to one piece."""
+        ...
+
+
+async def respond(turn: Turn, make_plan: Callable[[], Plan], render: Render) -> Response:
+    """Answer a request, as a whole or as a stream of events.
+
+    Args:
+        turn: the request's context.
+        make_plan: makes the plan; called in a thread.
+        render: writes the answer; made for this request.
+
+    Raises:
+        EdgeError, APIError: the request is wrong, cannot be served now, or failed.
+        ClientGoneError: the client left before it had the answer.
+    """
+    model, settings = turn.model, turn.settings
+    with model.lease():
+
+        def prepare(on_piece: OnPiece) -> tuple[Plan, list[list[int]]]:
+            check_task(model.llm.manifest, "generate")
+            plan = make_plan()
+            return plan, [_encode(model, plan, prompt, on_piece) for prompt in plan.prompts]
+
+        plan, ids = await turn.lane.run(prepare, turn.receive)
+        deadline_s = None if (most_s := settings.request_timeout_s) is None else clock() + most_s
+        echoes = await _echoes(turn, plan, ids, deadline_s)
+        plan = await _compile(turn, plan, deadline_s)
+        generations = await in_thread(partial(_submit, turn, plan, ids, deadline_s))
+        flight = Flight(model, generations, plan.params, turn.metrics, user=plan.user, arm=turn.arm)
+    render.begin(plan, sum(map(len, ids)))
+    answer = _Answer(plan, echoes, flight, render)
+    if plan.stream:
+        buffer = Buffer(settings.stream_buffer_bytes)
+        flight.start(partial(answer.stream, buffer.put))
+        return EventStream(flight, buffer, render, settings.ping_s, turn.headers)
+    flight.start(answer.collect)
+    await _wait_for(flight, turn.receive)
+    headers = {**turn.headers, "server-timing": _server_timing(flight.stats)}
+    return json_response(answer.body(), headers)
+
+
+def json_response(value: Any, headers: Mapping[str, str] | None = None) -> Response:
+    """Return an answer in JSON."""
+    return Response(
+        msgspec.json.encode(value),
+        headers={"cache-control": "no-store", **(headers or {})},
+        media_type="application/json",
+    )
+
+
+class _Answer:
+    """Reads the choices of one request as they come, and lets a render write them."""
+
+    def __init__(self, plan: Plan, echoes: Sequence[Piece], flight: Flight, render: Render) -> None:
+        self._n = plan.n
+        self._flight = flight
+        self._render = render
+        self._readers = [
+            ChoiceReader(plan.make_parser, one_call=plan.one_call, echo=echo)
+            for echo in echoes
+            for _ in range(plan.n)
+        ]
+        self._pieces: list[list[Piece]] = [[] for _ in self._readers]
+        self._left = len(self._readers)
+
+    def collect(self, index: int, chunk: GenerationChunk) -> None:
+        """Keep a chunk for the whole answer."""
+        self._pieces[index].append(self._read(index, chunk))
+
+    def stream(self, put: Callable[[bytes], None], index: int, chunk: GenerationChunk) -> None:
+        """Write a chunk as events."""
+        piece = self._read(index, chunk)
+        if events := self._render.events(index, piece):
+            put(events)
+        if piece.finish_reason is not None:
+            self._left -= 1
+            if not self._left:
+                put(self._render.last_events(self._usage()))
+
+    def body(self) -> msgspec.Struct:
+        """Return the whole answer, once all choices have ended."""
+        return self._render.body([join_pieces(parts) for parts in self._pieces], self._usage())
+
+    def _read(self, index: int, chunk: GenerationChunk) -> Piece:
+        reader = self._readers[index]
+        piece = reader.read(chunk)
+        if reader.is_cut:
+            self._flight.cut(index)
+        return piece
+
+    def _usage(self) -> Usage:
+        return _usage_of(self._flight.stats, self._flight.reasoning_tokens, self._n)
+
+
+def _encode(model: ServedModel, plan: Plan, prompt: Prompt, on_piece: OnPiece | None) -> list[int]:
+    llm = model.llm
+    return llm.encode(
+        prompt,
+        suffix=plan.suffix,
+        tools=plan.tools,
+        thinking=plan.thinking,
+        continue_final_message=plan.continues,
+        max_tokens=llm.kv_capacity,
+        on_piece=on_piece,
+    )
+
+
+def left_s(deadline_s: float | None) -> float | None:
+    """Return the seconds until a time of the monotonic clock; None is never.
+
+    Raises:
+        DeadlineError: it has come.
+    """
+    if deadline_s is None:
+        return None
+    if (left := deadline_s - clock()) <= 0:
+        raise DeadlineError("the request waited longer than it may take")
+    return left
+
+
+async def _echoes(
+    turn: Turn, plan: Plan, encoded: Sequence[list[int]], deadline_s: float | None
+) -> list[Piece]:
+    """Return, for each prompt, what its answers begin with."""
+    if not plan.echo:
+        return [Piece() for _ in encoded]
+    llm, top = turn.model.llm, plan.params.logprobs
+    echoes = []
+    for prompt, ids in zip(plan.prompts, encoded, strict=True):
+        echo = Piece(text=prompt if isinstance(prompt, str) else llm.tokenizer.decode(ids))
+        if top is not None:
+            echo.tokens = await score_prompt(
+                turn.model, ids, top, receive=turn.receive, timeout_s=left_s(deadline_s)
+            )
+        echoes.append(echo)
+    return echoes
+
+
+async def _compile(turn: Turn, plan: Plan, deadline_s: float | None) -> Plan:
+    """Compile the form of an answer, unless that was done before; return the plan that it fits."""
+    wanted, fallback, grammars = plan.output, plan.fallback, turn.model.llm.grammars
+    if wanted is None:
+        return plan
+
+    async def run(work: Callable[[OutputFormat], object], form: OutputFormat) -> None:
+        await turn.form_lane.run(lambda _: work(form), turn.receive, timeout_s=left_s(deadline_s))
+
+    form = wanted if fallback is None else grammars.used_for(wanted)
+    if form not in grammars:
+        try:
+            await run(grammars.compile, form)
+        except RequestError:
+            if fallback is None:
+                raise
+            form = await _loosened(fallback, grammars, run)
+            grammars.use_for(wanted, form)
+    return replace(plan, output=form)
+
+
+async def _loosened(
+    fallback: Fallback,
+    grammars: GrammarCompiler,
+    run: Callable[[Callable[[OutputFormat], object], OutputFormat], Awaitable[None]],
+) -> OutputFormat:
+    """Compile a form without those of its parts that cannot be compiled alone, or without all."""
+    refused = []
+    for name in fallback.names if len(fallback.names) > 1 else ():
+        try:
+            await run(grammars.check, fallback.alone(name))
+        except RequestError:
+            refused.append(name)
+    if refused:
+        form = fallback.without(refused)
+        try:
+            await run(grammars.compile, form)
+        except RequestError:
+            pass  # they cannot be compiled together
+        else:
+            return form
+    form = fallback.without(fallback.names)
+    await run(grammars.compile, form)
+    return form
+
+
+def _submit(
+    turn: Turn, plan: Plan, encoded: Sequence[list[int]], deadline_s: float | None
+) -> list[Generation]:
+    """Queue every prompt, or none."""
+    # Cached prefixes are shared within one key, and within one `cache_salt` of it.
+    salt = turn.client.salt
+    if plan.cache_salt:
+        salt = f"{salt}/{plan.cache_salt}"
+    generations: list[Generation] = []
+    try:
+        for prompt, ids in zip(plan.prompts, encoded, strict=True):
+            generations += turn.model.llm.submit(
+                prompt,
+                plan.params,
+                n=plan.n,
+                priority=turn.priority,
+                deadline_s=left_s(deadline_s),
+                salt=salt,
+                suffix=plan.suffix,
+                tools=plan.tools,
+                output=plan.output,
+                thinking=plan.thinking,
+                thinking_budget=plan.thinking_budget,
+                continue_final_message=plan.continues,
+                ids=ids,
+                progress=plan.progress,
+            )
+    except EdgeError:
+        for generation in generations:
+            generation.cancel()
+        raise
+    return generations
+
+
+async def _wait_for(flight: Flight, receive: Receive) -> None:
+    """Wait for a whole answer; a client that leaves ends it.
+
+    Raises:
+        ClientGoneError: the client left.
+        EdgeError, APIError: the answer failed.
+    """
+    gone = asyncio.create_task(until_gone(receive))
+    gone.add_done_callback(lambda _: flight.abort(ClientGoneError("the client left")))
+    try:
+        await asyncio.shield(flight.done)
+    finally:
+        gone.cancel()
+
+
+def _usage_of(stats: Sequence[GenerationStats | None], reasoning: Sequence[int], n: int) -> Usage:
+    """Count the tokens of all choices; a prompt counts once for its ``n`` answers."""
+    there = [item for item in stats if item is not None]
+    prompts = there[::n]
+    prompt = sum(item.prompt_tokens for item in prompts)
+    completion = sum(item.completion_tokens for item in there)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptDetails(sum(item.cached_tokens for item in prompts)),
+        completion_tokens_details=CompletionDetails(sum(reasoning)),
+    )
+
+
+def _server_timing(stats: Sequence[GenerationStats | None]) -> str:
+    """Return the header ``Server-Timing`` (W3C): queue, first token, whole answer, in ms."""
+    there = [item for item in stats if item is not None]
+    slowest = max(there, key=lambda item: item.total_s, default=None)
+    if slowest is None:
+        return "total;dur=0"
+    return (
+        f"queue;dur={slowest.queue_s * 1e3:.1f}, ttft;dur={slowest.ttft_s * 1e3:.1f}, "
+        f"total;dur={slowest.total_s * 1e3:.1f}"
+    )

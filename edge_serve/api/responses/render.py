@@ -1,0 +1,237 @@
+"""Writes answers of ``POST /v1/responses``, whole or as typed events."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from edge_serve.api.answers import ToolCall, Usage
+from edge_serve.api.pieces import Piece
+from edge_serve.api.respond import Plan, Render, Turn
+from edge_serve.api.sse import named_event
+from edge_serve.http.errors import APIError
+
+from .answers import (
+    CachedTokens,
+    IncompleteDetails,
+    ItemStatus,
+    OutputCall,
+    OutputMessage,
+    OutputReasoning,
+    OutputText,
+    ReasoningText,
+    ReasoningTokens,
+    ResponseError,
+    ResponseObject,
+    ResponseUsage,
+    SummaryText,
+)
+from .protocol import ReasoningConfig, ResponsesRequest, ResponsesTool, TextConfig
+
+_Event = tuple[str, dict[str, Any]]
+
+
+class ResponseRender(Render):
+    """Writes the answer to a request in the form of OpenAI's Responses; a `Render`.
+
+    A whole answer is built by the same steps as a stream, whose events nobody gets.
+    """
+
+    def __init__(self, turn: Turn, body: ResponsesRequest) -> None:
+        reasoning = body.reasoning or ReasoningConfig()
+        self._as_summary = reasoning.summary is not None
+        self._open: OutputMessage | OutputReasoning | None = None
+        self._sequence = 0
+        self._ended_by = ""
+        self._response = ResponseObject(
+            id=_fresh("resp"),
+            created_at=int(time.time()),
+            model=turn.model.name,
+            instructions=body.instructions,
+            max_output_tokens=body.max_output_tokens,
+            temperature=1.0,
+            top_p=1.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            tools=[_shown_tool(tool) for tool in body.tools or ()],
+            tool_choice=msgspec.to_builtins(body.tool_choice or "auto"),
+            parallel_tool_calls=body.parallel_tool_calls is not False,
+            text=_shown_text(body.text or TextConfig()),
+            reasoning=msgspec.to_builtins(reasoning),
+            metadata=body.metadata or {},
+            user=body.user,
+        )
+
+    def begin(self, plan: Plan, prompt_tokens: int) -> None:
+        """See `Render.begin`; the response says with which values it was sampled."""
+        params = plan.params
+        for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty"):
+            value = getattr(params, name)
+            if value is not None:
+                setattr(self._response, name, value)
+
+    def failed(self, error: APIError) -> bytes:
+        """See `Render.failed`."""
+        first = self._beginning()  # while it is still in progress
+        self._response.status = "failed"
+        self._response.error = ResponseError(error.code, error.shown)
+        return first + self._write([self._state("failed")])
+
+    def events(self, index: int, piece: Piece) -> bytes:
+        """See `Render.events`."""
+        return self._beginning() + self._write(self._steps(piece))
+
+    def last_events(self, usage: Usage) -> bytes:
+        """See `Render.last_events`."""
+        self._finish(usage)
+        return self._write([self._state(self._response.status)])
+
+    def body(self, choices: Sequence[Piece], usage: Usage) -> ResponseObject:
+        """See `Render.body`."""
+        for piece in choices:
+            for _ in self._steps(piece):
+                pass  # what they say is in the response, too
+        self._finish(usage)
+        return self._response
+
+    def _beginning(self) -> bytes:
+        """The events that a stream begins with; clients refuse any other as the first."""
+        if self._sequence:
+            return b""
+        return self._write([self._state("created"), self._state("in_progress")])
+
+    def _write(self, events: Any) -> bytes:
+        """Number events and encode them, one by one, since the response changes between them."""
+        data = []
+        for name, fields in events:
+            kind = f"response.{name}"
+            numbered = {"type": kind, "sequence_number": self._sequence, **fields}
+            data.append(named_event(kind, numbered))
+            self._sequence += 1
+        return b"".join(data)
+
+    def _state(self, name: str) -> _Event:
+        return name, {"response": self._response}
+
+    def _steps(self, piece: Piece) -> Iterator[_Event]:
+        """Add a piece to the response; yields the events of it."""
+        if piece.reasoning:
+            yield from self._add(OutputReasoning, "rs", piece.reasoning)
+        if piece.text:
+            yield from self._add(OutputMessage, "msg", piece.text)
+        for call in piece.calls:
+            yield from self._called(call)
+        if piece.finish_reason is not None:
+            self._ended_by = piece.finish_reason
+            yield from self._close("incomplete" if piece.finish_reason == "length" else "completed")
+
+    def _add(self, kind: Any, prefix: str, text: str) -> Iterator[_Event]:
+        if not isinstance(self._open, kind):
+            yield from self._close("completed")
+            self._open = kind(_fresh(prefix))
+            self._response.output.append(self._open)
+            yield "output_item.added", {**self._place(), "item": self._open}
+            part = self._new_part()
+            yield f"{self._part_name()}.added", {**self._part_place(), "part": part}
+            self._parts().append(part)
+        part = self._parts()[-1]
+        part.text += text
+        more: dict[str, Any] = {"logprobs": []} if kind is OutputMessage else {}
+        yield f"{self._text_name()}.delta", {**self._part_place(), "delta": text, **more}
+
+    def _close(self, status: ItemStatus) -> Iterator[_Event]:
+        if self._open is None:
+            return
+        (part,) = self._parts()
+        more: dict[str, Any] = {"logprobs": []} if isinstance(self._open, OutputMessage) else {}
+        yield f"{self._text_name()}.done", {**self._part_place(), "text": part.text, **more}
+        yield f"{self._part_name()}.done", {**self._part_place(), "part": part}
+        self._open.status = status
+        yield "output_item.done", {"output_index": self._index(), "item": self._open}
+        self._open = None
+
+    def _called(self, call: ToolCall) -> Iterator[_Event]:
+        yield from self._close("completed")
+        item = OutputCall(_fresh("fc"), call.id, call.function.name)
+        self._response.output.append(item)
+        index, arguments = self._index(), call.function.arguments
+        place = {"item_id": item.id, "output_index": index}
+        yield "output_item.added", {"output_index": index, "item": item}
+        yield "function_call_arguments.delta", {**place, "delta": arguments}
+        done = {**place, "name": item.name, "arguments": arguments}
+        yield "function_call_arguments.done", done
+        item.arguments, item.status = arguments, "completed"
+        yield "output_item.done", {"output_index": index, "item": item}
+
+    # Where the open item is, and what it consists of.
+
+    def _index(self) -> int:
+        return len(self._response.output) - 1
+
+    def _place(self) -> dict[str, Any]:
+        return {"output_index": self._index()}
+
+    def _summarizes(self) -> bool:
+        return self._as_summary and isinstance(self._open, OutputReasoning)
+
+    def _part_place(self) -> dict[str, Any]:
+        assert self._open is not None
+        index = "summary_index" if self._summarizes() else "content_index"
+        return {"item_id": self._open.id, **self._place(), index: 0}
+
+    def _part_name(self) -> str:
+        return "reasoning_summary_part" if self._summarizes() else "content_part"
+
+    def _text_name(self) -> str:
+        if isinstance(self._open, OutputMessage):
+            return "output_text"
+        return "reasoning_summary_text" if self._summarizes() else "reasoning_text"
+
+    def _new_part(self) -> OutputText | SummaryText | ReasoningText:
+        if isinstance(self._open, OutputMessage):
+            return OutputText("")
+        return SummaryText("") if self._summarizes() else ReasoningText("")
+
+    def _parts(self) -> list[Any]:
+        item = self._open
+        if isinstance(item, OutputReasoning) and self._as_summary:
+            return item.summary
+        assert item is not None
+        return item.content
+
+    def _finish(self, usage: Usage) -> None:
+        response = self._response
+        response.completed_at = int(time.time())
+        response.status = "completed"
+        if self._ended_by == "length":
+            response.status = "incomplete"
+            response.completed_at = None
+            response.incomplete_details = IncompleteDetails("max_output_tokens")
+        response.usage = ResponseUsage(
+            usage.prompt_tokens,
+            CachedTokens(usage.prompt_tokens_details.cached_tokens),
+            usage.completion_tokens,
+            ReasoningTokens(usage.completion_tokens_details.reasoning_tokens),
+            usage.total_tokens,
+        )
+
+
+def _fresh(prefix: str) -> str:
+    return f"{prefix}_{secrets.token_hex(12)}"
+
+
+def _shown_tool(tool: ResponsesTool) -> dict[str, Any]:
+    return {**msgspec.to_builtins(tool), "strict": bool(tool.strict)}
+
+
+def _shown_text(text: TextConfig) -> dict[str, Any]:
+    if text.format is None:
+        return {"format": {"type": "text"}}
+    shown: dict[str, Any] = msgspec.to_builtins(text.format)
+    if text.format.type != "json_schema":
+        return {"format": {"type": text.format.type}}
+    return {"format": {**shown, "strict": True}}

@@ -1,0 +1,1 @@
+"""The verbs serve, batch, config, key and man."""

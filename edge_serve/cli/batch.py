@@ -1,0 +1,116 @@
+"""``edge-llm batch``: a file of requests, answered here or by a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge.cli.options import FILE, Finite, given_flag, take_engine
+from edge.cli.settings_options import complete_bundle, settings_options
+from edge.engine_config import EngineConfig
+from edge.errors import EXIT_GATE_MISSED, ConfigError
+from edge.settings_fields import read_flags
+from edge_lab.cli.progress import show_progress
+from edge_lab.measure.watch_server import read_api_key
+from edge_serve.batch.run import TIMEOUT_S, WAIT_S, BatchResult, default_errors, run_batch
+from edge_serve.settings import ServerSettings
+
+_STOPPED = 130
+
+
+@click.command()
+@click.argument("source", metavar="REQUESTS", type=FILE)
+@click.option("-o", "--output", type=FILE, required=True, help="File of the answers.")
+@click.option(
+    "--errors",
+    type=FILE,
+    help="File of the rows that failed; by default that of the answers with .errors.jsonl.",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="[NAME=]BUNDLE",
+    help="Bundle to open here, by the name that requests use. Repeatable.",
+    shell_complete=complete_bundle,
+)
+@click.option("--url", help="Server of OpenAI's API to ask instead, e.g. http://127.0.0.1:8000.")
+@click.option("--api-key-file", type=FILE, help="The server's keys; the first one is used.")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1, 1024),
+    help="Requests at once; by default one more than there are slots, or 4 where a server does not "
+    "say.",
+)
+@click.option(
+    "--wait-s",
+    type=Finite(0),
+    default=WAIT_S,
+    show_default=True,
+    help="Seconds for which a server that is gone or has no room is waited for.",
+)
+@click.option(
+    "--timeout-s",
+    type=Finite(1),
+    help=f"Seconds that one answer may take; by default {TIMEOUT_S:g} with --url, no limit with "
+    "--model.",
+)
+@settings_options(EngineConfig)
+def batch(
+    source: Path,
+    output: Path,
+    errors: Path | None,
+    models: tuple[str, ...],
+    url: str | None,
+    api_key_file: Path | None,
+    concurrency: int | None,
+    wait_s: float,
+    timeout_s: float | None,
+    **options: Any,
+) -> int:
+    """Answer a file of REQUESTS in OpenAI's Batch format, with --model here or by --url.
+
+    Answers are appended as they come. The same command goes on after any end. Exit code 3: rows
+    failed.
+    """
+    if bool(models) == (url is not None):
+        raise ConfigError(
+            "a batch asks either the bundle of --model or the server of --url; "
+            + ("leave one of them out" if models else "give one of them")
+        )
+    given = sorted(name for name, value in options.items() if value is not None)
+    if url is not None and given:
+        option = given[0].replace("_", "-")
+        raise ConfigError(f"--{option} belongs to --model, and --url opens no bundle; leave it out")
+    if url is None and (flag := given_flag("api_key_file", "wait_s")):
+        raise ConfigError(f"{flag} belongs to --url, and --model asks no server; leave it out")
+    found = read_flags(ServerSettings, {"model": models}).model
+    with show_progress() as progress:
+        result = run_batch(
+            source,
+            output,
+            models=found,
+            url=url,
+            errors=errors,
+            api_key=None if api_key_file is None else read_api_key(api_key_file),
+            engine=None if url is not None else take_engine(options),
+            concurrency=concurrency,
+            wait_s=wait_s,
+            timeout_s=timeout_s,
+            progress=progress,
+        )
+    click.echo(_summary(result, output, errors), err=True)
+    if result.stopped:
+        return _STOPPED
+    return EXIT_GATE_MISSED if result.failed else 0
+
+
+def _summary(result: BatchResult, output: Path, errors: Path | None) -> str:
+    parts = [f"{result.answered:,} of {result.rows:,} rows answered in {output}"]
+    if result.failed:
+        parts.append(f"{result.failed:,} failed, with why in {errors or default_errors(output)}")
+    if result.stopped:
+        parts.append(f"stopped with {result.left:,} left; the same command goes on")
+    return "; ".join(parts)

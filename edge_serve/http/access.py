@@ -1,0 +1,111 @@
+"""Decides who may call, and how often: API keys and rate limits."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_lab.key_file import key_digest, read_key_file
+
+
+@dataclass(frozen=True)
+class Client:
+    """The caller of a request.
+
+    Attributes:
+        name: the name of its key; ``anonymous`` without keys.
+        salt: keeps cached prefixes of different keys apart; empty without keys.
+    """
+
+    name: str = "anonymous"
+    salt: str = ""
+
+
+class APIKeys:
+    """The API keys of a file, compared in constant time.
+
+    Args:
+        path: the file; see `edge_lab.key_file`.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._clients = _read(path)
+
+    def reread(self) -> None:
+        """Read the file again; from then on only the keys that are in it now are good.
+
+        Raises:
+            ConfigError: the file cannot be used; the keys stay as they were.
+        """
+        self._clients = _read(self._path)
+
+    def find(self, authorization: bytes | None, x_api_key: bytes | None = None) -> Client | None:
+        """Return the client of an ``Authorization: Bearer`` or ``X-API-Key`` header, or None.
+
+        The second counts only where the first is absent. Every key is compared, so that the time
+        tells nothing about any of them.
+        """
+        if authorization is None and x_api_key is not None:
+            authorization = b"Bearer " + x_api_key
+        scheme, _, given = (authorization or b"").partition(b" ")
+        digest = key_digest(given.strip())
+        found = None
+        for key, client in self._clients:
+            if hmac.compare_digest(key, digest):
+                found = client
+        return found if scheme.lower() == b"bearer" else None
+
+
+def _read(path: Path) -> list[tuple[bytes, Client]]:
+    return [
+        (entry.digest, Client(entry.name, entry.digest.hex()[:16])) for entry in read_key_file(path)
+    ]
+
+
+def address_group(address: str) -> str:
+    """Return what limits count as one client's address: of IPv6 the network of 64 bits."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return str(ipaddress.IPv6Network((parsed, 64), strict=False))
+    return address
+
+
+class RateLimit:
+    """A bucket of tokens for each client: bursts up to a minute's worth, then a steady rate.
+
+    Args:
+        per_minute: requests that a client may send in a minute; 0 sets no limit.
+        clock: returns monotonic seconds.
+    """
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_minute = per_minute
+        self._clock = clock
+        # By client (there are few): tokens, and when they were counted.
+        self._levels: dict[str, tuple[float, float]] = {}
+
+    def take(self, client: str) -> float:
+        """Take a token of this client; returns 0, or the seconds until there is one."""
+        if not self._per_minute:
+            return 0.0
+        now = self._clock()
+        level, since = self._levels.get(client, (float(self._per_minute), now))
+        level = min(self._per_minute, level + (now - since) * self._per_minute / 60)
+        if level < 1:
+            self._levels[client] = (level, now)
+            return (1 - level) * 60 / self._per_minute
+        self._levels[client] = (level - 1, now)
+        return 0.0

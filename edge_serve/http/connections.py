@@ -1,0 +1,281 @@
+"""Bounds open connections and file descriptors; what has waited longest for its client goes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import resource
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from edge.errors import ConfigError
+
+_log = logging.getLogger("edge_serve")
+SURPLUS = 32
+"""Connections beyond the limits that are accepted to answer health probes."""
+_MOST_FILES = 65_536
+_RESERVED_FILES = 64  # for what the process opens besides connections, once it serves
+_FILES_PER_MODEL = 32  # files and maps of a bundle, and its engine's
+_LEAST_CONNECTIONS = 8
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_LOG_EVERY_S = 10.0
+# Linux keeps up to twice this for one client. By itself it would keep 4 MB (tcp_wmem), beside which
+# `stream_buffer_bytes` bounds nothing.
+_SEND_BUFFER_BYTES = 128 * 2**10
+
+
+class Connection(Protocol):
+    """What `Connections` needs of a connection.
+
+    Attributes:
+        group: the client's address, as limits count it.
+        is_surplus: whether it is beyond the limits, so that only health probes are answered.
+    """
+
+    group: str
+    is_surplus: bool
+
+    @property
+    def waits_for_client(self) -> bool:
+        """Whether the client is to send or read something before anything goes on."""
+        ...
+
+    def abort(self) -> None:
+        """Close it at once."""
+        ...
+
+
+class Connections:
+    """The open connections of a server, by address, those that were active last at the end.
+
+    Args:
+        max_connections: all connections.
+        max_per_address: those of one address.
+    """
+
+    def __init__(self, max_connections: int, max_per_address: int) -> None:
+        self._max = max_connections
+        self._max_per_address = max_per_address
+        self._groups: dict[str, OrderedDict[Connection, None]] = {}
+        self._num_surplus = 0
+        self._total = 0
+
+    def __len__(self) -> int:
+        return self._total
+
+    def add(self, connection: Connection) -> None:
+        """Count a new connection; where there is no place for it, close another, or this one.
+
+        One that is beyond the limits, since all others are being answered, is kept as surplus.
+        """
+        group = self._groups.get(connection.group, OrderedDict())
+        if len(group) >= self._max_per_address:
+            found = self._idlest(group)
+        elif self._total - self._num_surplus >= self._max:
+            found = self._idlest_of_all()
+        else:
+            self._put(connection, is_surplus=False)
+            return
+        if found is not None:
+            self._close(found)
+            self._put(connection, is_surplus=False)
+        else:
+            self._add_surplus(connection)
+
+    def _add_surplus(self, connection: Connection) -> None:
+        if self._num_surplus >= SURPLUS:
+            everyone = (c for group in self._groups.values() for c in group)
+            found = next((c for c in everyone if c.is_surplus and c.waits_for_client), None)
+            if found is None:
+                connection.abort()
+                return
+            self._close(found)
+        self._put(connection, is_surplus=True)
+
+    def touch(self, connection: Connection) -> None:
+        """Note that a connection was active just now."""
+        group = self._groups.get(connection.group)
+        if group is not None and connection in group:
+            group.move_to_end(connection)
+
+    def remove(self, connection: Connection) -> None:
+        """Forget a connection that is closed; a second call does nothing."""
+        group = self._groups.get(connection.group)
+        if group is None or connection not in group:
+            return
+        del group[connection]
+        if not group:
+            del self._groups[connection.group]
+        self._total -= 1
+        self._num_surplus -= connection.is_surplus
+
+    def close_idlest(self) -> None:
+        """Close the connection that has waited longest for its client, if one does."""
+        found = self._idlest_of_all()
+        if found is not None:
+            self._close(found)
+
+    def _put(self, connection: Connection, *, is_surplus: bool) -> None:
+        connection.is_surplus = is_surplus
+        self._groups.setdefault(connection.group, OrderedDict())[connection] = None
+        self._total += 1
+        self._num_surplus += is_surplus
+
+    def _close(self, connection: Connection) -> None:
+        self.remove(connection)
+        connection.abort()
+
+    def _idlest_of_all(self) -> Connection | None:
+        """Find one of the address that has most of them; a client with one keeps it."""
+        for group in sorted(self._groups.values(), key=len, reverse=True):
+            found = self._idlest(group)
+            if found is not None:
+                return found
+        return None
+
+    def _idlest(self, group: OrderedDict[Connection, None]) -> Connection | None:
+        return next((c for c in group if c.waits_for_client and not c.is_surplus), None)
+
+
+class Listener(socket.socket):
+    """A listening socket that survives a lack of file descriptors.
+
+    asyncio logs a traceback for each connection that it cannot accept, and tries again at once.
+    Here a spare descriptor serves to accept and close them, with a line in the log now and then.
+
+    Attributes:
+        on_lack: called when a connection had to be refused.
+    """
+
+    def __init__(self, family: int, kind: int, protocol: int) -> None:
+        super().__init__(family, kind, protocol)
+        self.on_lack: Callable[[], None] = lambda: None
+        self._spare = _open_spare()
+        self._refused = 0
+        self._said = -_LOG_EVERY_S
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection.
+
+        Raises:
+            BlockingIOError: there is none, or it was refused for lack of a descriptor.
+        """
+        try:
+            return super().accept()
+        except OSError as error:
+            if error.errno not in _NO_DESCRIPTOR:
+                raise
+            self._refuse()
+            raise BlockingIOError(errno.EAGAIN, "refused for lack of a file descriptor") from error
+
+    def close(self) -> None:
+        """Close the socket and give the spare descriptor back."""
+        self._free_spare()
+        super().close()
+
+    def _refuse(self) -> None:
+        had_spare = self._free_spare()
+        refused = None
+        with contextlib.suppress(OSError):
+            refused = super().accept()[0]
+        if refused is not None:
+            refused.close()
+        elif not had_spare:
+            time.sleep(0.01)  # nothing can be done until something is closed; do not spin
+        self._spare = _open_spare()
+        self._refused += 1
+        self.on_lack()
+        now = time.monotonic()
+        if now - self._said >= _LOG_EVERY_S:
+            _log.error(
+                "no file descriptor is left; refused %d connections; raise the limit of open files "
+                "(LimitNOFILE=, ulimit -n) or lower --max-connections",
+                self._refused,
+            )
+            self._said, self._refused = now, 0
+
+    def _free_spare(self) -> bool:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            os.close(spare)
+        return spare is not None
+
+
+def listen(host: str, port: int) -> Listener:
+    """Open a listening socket.
+
+    Raises:
+        ConfigError: the address cannot be bound.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns off Nagle only where the protocol is named; else answers wait 40 ms for an ACK.
+    sock = Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # What is accepted inherits it.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        # A bare name would lose the interface of fe80::1%eth0.
+        found = socket.getaddrinfo(
+            host.strip("[]") or None, port, family, socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        sock.bind(found[0][4])
+        sock.listen()  # a small model is ready, and systemd knows it, before uvicorn gets to it
+        sock.set_inheritable(False)
+    except OSError as error:
+        sock.close()
+        at_fault = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another {at_fault}"
+        ) from error
+    return sock
+
+
+def _open_spare() -> int | None:
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def raise_file_limit() -> None:
+    """Raise this process's soft limit of open files to the hard one, 65,536 at most."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it; then it stays
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def possible_connections(wanted: int, num_models: int) -> int:
+    """Return how many of these connections the limit of open files leaves room for.
+
+    What is open now is counted, and what the models and the service will open is set aside.
+
+    Args:
+        wanted: the setting ``max_connections``.
+        num_models: models that are still to be opened.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    try:
+        num_open = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    except OSError:
+        num_open = _RESERVED_FILES
+    reserved = num_open + _RESERVED_FILES + SURPLUS + _FILES_PER_MODEL * num_models
+    possible = max(soft - reserved, _LEAST_CONNECTIONS)
+    if possible < wanted:
+        _log.warning(
+            "at most %d connections instead of %d: the limit of open files is %d; raise it "
+            "(LimitNOFILE=, ulimit -n)",
+            possible,
+            wanted,
+            soft,
+        )
+    return min(wanted, possible)

@@ -1,0 +1,408 @@
+"""Guards the application: who may send requests, how large and how slow they may be.
+
+Everything here reads only the connection's ``scope``, never a URL rebuilt from the Host header
+(CVE-2026-48746). Once keys are set, a path that is not listed as public needs one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+from urllib.parse import unquote
+
+from starlette.exceptions import HTTPException
+
+from edge_serve.settings import ServerSettings, is_loopback
+
+from .access import APIKeys, Client, RateLimit, address_group
+from .bodies import BodyAccount, BodyBudget
+from .errors import APIError, as_api_error, draining
+from .threads import LARGE_BYTES
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+ErrorBody = Callable[[APIError, Scope], bytes]
+
+PUBLIC = frozenset({"/health", "/ready"})
+"""Paths that need no key; the application adds the page."""
+
+PROBES = PUBLIC | {"/metrics", "/stats"}
+"""Paths that are polled: logged at DEBUG only, and answered when all connections are in use."""
+
+_log = logging.getLogger("edge_serve")
+_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_LENGTH = re.compile(rb"[0-9]{1,19}")
+_ABSOLUTE = re.compile(rb"https?://([^/@]+)(?=/|$)", re.IGNORECASE)
+# A refused body is read up to these bounds, so that its sender sees the answer and not a reset.
+_DISCARD_FACTOR = 4
+_DISCARD_S = 1.0
+
+
+class Guard:
+    """ASGI middleware around the whole application.
+
+    Args:
+        app: the application.
+        settings: limits of the server.
+        keys: API keys; None lets everyone in.
+        public: paths that need no key, besides `PUBLIC`.
+        is_draining: tells whether the server is about to stop.
+        on_rejection: called with the code of every error that is answered here.
+        on_large: called when a request with a large body has ended.
+        error_body: writes an error in the form of the path's protocol.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        settings: ServerSettings,
+        keys: APIKeys | None,
+        *,
+        public: frozenset[str] = frozenset(),
+        is_draining: Callable[[], bool] = lambda: False,
+        on_rejection: Callable[[str], None] = lambda code: None,
+        on_large: Callable[[], None] = lambda: None,
+        error_body: ErrorBody = lambda error, scope: error.body(),
+    ) -> None:
+        self._app = app
+        self._error_body = error_body
+        self._settings = settings
+        self._keys = keys
+        self._public = PUBLIC | public
+        self._is_draining = is_draining
+        self._on_rejection = on_rejection
+        self._on_large = on_large
+        self._rate = RateLimit(settings.rate_limit_rpm)
+        self._bodies = BodyBudget(settings.max_inflight_body_bytes, settings.max_body_bytes)
+        self._under_way: Counter[str] = Counter()  # requests by the name of their key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check the head of a request, pass it on, answer its errors, and log it."""
+        if scope["type"] != "http":
+            return  # no lifespan, no WebSockets
+        headers = _Headers(scope["headers"])
+        _take_absolute(scope, headers)
+        request_id = scope["request_id"] = _request_id(headers)
+        body = _Body(receive, headers)
+        key: str | None = None
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                extra = [
+                    (b"x-request-id", request_id.encode()),
+                    (b"request-id", request_id.encode()),  # where Anthropic's clients look
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+                if not body.is_complete:
+                    # Nobody will read the rest, and it could drip in for ever.
+                    extra.append((b"connection", b"close"))
+                message["headers"] = [*message.get("headers", ()), *extra]
+            await send(message)
+
+        try:
+            self._check(scope, headers)
+            if self._keys is not None and scope["path"] not in self._public | PROBES:
+                key = self._enter(scope["client_name"])
+            body.account = self._bodies.account(key or _address(scope))
+            body.account.check(min(_length(headers), self._settings.max_body_bytes))
+            await self._app(scope, body.receive, send_with_id)
+        except ConnectionError:
+            status = status or 499  # nginx's number for a client that left
+        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - nothing above can answer, a panic neither
+            answer = _as_answer(error)
+            if answer.status in (500, 501):
+                _log.exception("request %s failed", request_id)
+            elif answer.code == "insufficient_memory":
+                cause = error.__cause__ if isinstance(error, APIError) else error
+                _log.error("request %s failed: %s", request_id, cause)
+            if scope["path"] not in PROBES:
+                self._on_rejection(answer.code)
+            if status:
+                return  # too late for another status; the server cuts the connection
+            if not (body.is_complete or answer.status == 408 or headers.has(b"expect")):
+                await body.discard(_DISCARD_FACTOR * self._settings.max_body_bytes)
+            await send_error(send_with_id, answer, self._error_body(answer, scope))
+        finally:
+            if key is not None:
+                self._leave(key)
+            if body.account is not None:
+                body.account.close()
+            if body.num_bytes >= LARGE_BYTES:
+                self._on_large()
+            _log.log(
+                logging.DEBUG if scope["path"] in PROBES else logging.INFO,
+                "%s %s %d %.1f ms",
+                scope["method"],
+                scope["path"][:200],
+                status,
+                (time.perf_counter() - started) * 1e3,
+                extra={"request_id": request_id, "client": scope.get("client_name")},
+            )
+
+    def _enter(self, key: str) -> str:
+        """Count a request of a key."""
+        limit = self._settings.max_connections_per_key
+        if self._under_way[key] >= limit:
+            raise APIError(
+                429,
+                "too_many_connections",
+                f"this API key has {limit} requests under way; wait for one of them",
+                retry_after_s=1,
+            )
+        self._under_way[key] += 1
+        return key
+
+    def _leave(self, key: str) -> None:
+        self._under_way[key] -= 1
+
+    def _check(self, scope: Scope, headers: _Headers) -> None:
+        settings = self._settings
+        connection = scope.get("state", {}).get("connection")
+        if connection is not None and connection.is_surplus and scope["path"] not in PROBES:
+            raise APIError(
+                503,
+                "too_many_connections",
+                "all connections are in use; try again in a moment",
+                retry_after_s=1,
+                close=True,
+            )
+        if scope["http_version"] not in ("1.0", "1.1"):
+            raise APIError(505, "http_version", "speak HTTP/1.1", close=True)
+        if headers.num_bytes + len(scope["raw_path"]) > settings.max_header_bytes:
+            raise APIError(
+                431,
+                "header_too_large",
+                f"the request's head exceeds {settings.max_header_bytes} bytes; send less",
+                close=True,
+            )
+        if headers.has(b"transfer-encoding") and headers.has(b"content-length"):
+            # A proxy in front may read one, this server the other (request smuggling).
+            raise APIError(
+                400,
+                "ambiguous_length",
+                "the request has both Transfer-Encoding and Content-Length; send one of them",
+                close=True,
+            )
+        if not self._host_is_ours(headers.get(b"host")):
+            raise APIError(
+                403,
+                "host_not_allowed",
+                "this server answers to localhost only while it has no API keys",
+                close=True,
+            )
+        self._authenticate(scope, headers)
+        if scope["method"] == "POST" and self._is_draining():
+            raise draining()
+
+    def _host_is_ours(self, host: bytes | None) -> bool:
+        """Whether the host is one of ours; without keys, a web page could use its own DNS name."""
+        if self._keys is not None or not is_loopback(self._settings.host) or host is None:
+            return True
+        name = host.decode("latin-1").lower()
+        name = name[: name.rfind("]") + 1] if name.startswith("[") else name.split(":")[0]
+        return is_loopback(name)
+
+    def _authenticate(self, scope: Scope, headers: _Headers) -> None:
+        client: Client | None = Client()
+        if self._keys is not None:
+            client = self._keys.find(headers.get(b"authorization"), headers.get(b"x-api-key"))
+            if client is None and scope["path"] not in self._public:
+                raise APIError(
+                    401,
+                    "invalid_api_key",
+                    "no valid API key; send it as Authorization: Bearer KEY or as x-api-key: KEY",
+                )
+        client = client or Client()
+        scope["client_identity"] = client
+        scope["client_name"] = client.name
+        if scope["method"] == "POST":
+            wait_s = self._rate.take(client.name)
+            if wait_s:
+                raise APIError(
+                    429,
+                    "rate_limit_exceeded",
+                    f"more than {self._settings.rate_limit_rpm} requests a minute; wait",
+                    retry_after_s=wait_s,
+                )
+
+
+class _Headers:
+    """A request's headers."""
+
+    def __init__(self, raw: Iterable[tuple[bytes, bytes]]) -> None:
+        self._first: dict[bytes, bytes] = {}
+        self.num_bytes = 0
+        for name, value in raw:
+            self._first.setdefault(name, value)
+            self.num_bytes += len(name) + len(value) + 4
+
+    def has(self, name: bytes) -> bool:
+        return name in self._first
+
+    def get(self, name: bytes) -> bytes | None:
+        return self._first.get(name)
+
+    def put(self, name: bytes, value: bytes) -> None:
+        self._first[name] = value
+
+
+def _take_absolute(scope: Scope, headers: _Headers) -> None:
+    """Read a target in absolute form, whose host counts instead of the header (RFC 9112 3.2.2)."""
+    found = _ABSOLUTE.match(scope["raw_path"])
+    if found:
+        headers.put(b"host", found[1])
+        scope["raw_path"] = scope["raw_path"][found.end() :] or b"/"
+        scope["path"] = unquote(scope["raw_path"].decode("ascii"))
+
+
+def _address(scope: Scope) -> str:
+    client = scope.get("client")
+    return address_group(client[0]) if client else ""
+
+
+def _length(headers: _Headers) -> int:
+    """Return what Content-Length says; 0 where it says nothing, or no number."""
+    length = headers.get(b"content-length") or b"0"
+    return int(length) if _LENGTH.fullmatch(length) else 0
+
+
+def _request_id(headers: _Headers) -> str:
+    given = headers.get(b"x-request-id") or b""
+    return given.decode() if _ID.fullmatch(given) else secrets.token_hex(12)
+
+
+def _check_body_headers(scope: Scope, limit: int) -> None:
+    headers = _Headers(scope["headers"])
+    encoding = headers.get(b"content-encoding") or b"identity"
+    if encoding.strip().lower() != b"identity":
+        raise APIError(415, "unsupported_encoding", "send the body without Content-Encoding")
+    kind = (headers.get(b"content-type") or b"").split(b";")[0].strip().lower()
+    # This also keeps web pages out: for this type browsers ask first, and CORS is off.
+    if kind != b"application/json":
+        raise APIError(
+            415, "unsupported_media_type", "send the body as Content-Type: application/json"
+        )
+    length = headers.get(b"content-length") or b"0"
+    if not _LENGTH.fullmatch(length):
+        raise APIError(400, "invalid_length", "Content-Length is not a number", close=True)
+    if int(length) > limit:
+        raise _too_large(limit)
+
+
+def _too_large(limit: int) -> APIError:
+    return APIError(
+        413, "content_too_large", f"the body exceeds {limit} bytes; send less", close=True
+    )
+
+
+async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) -> bytes:
+    """Read the body of a request, which must be JSON.
+
+    Raises:
+        APIError: 413 where it is too large, 408 where it is too slow, 415 where it is not JSON.
+        ConnectionError: the client left.
+    """
+    _check_body_headers(scope, settings.max_body_bytes)
+    parts: list[bytes] = []
+
+    async def read() -> None:
+        num_bytes = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionError("the client left before its request was complete")
+            parts.append(message.get("body", b""))
+            num_bytes += len(parts[-1])
+            if num_bytes > settings.max_body_bytes:
+                raise _too_large(settings.max_body_bytes)
+            if not message.get("more_body", False):
+                return
+
+    try:
+        await asyncio.wait_for(read(), settings.body_timeout_s)
+        return b"".join(parts)
+    except asyncio.TimeoutError:
+        raise APIError(
+            408,
+            "body_timeout",
+            f"the body did not arrive within {settings.body_timeout_s:g} s",
+            close=True,
+            should_retry=False,
+        ) from None
+    finally:
+        parts.clear()  # an error's traceback leads here, and may live until a garbage collection
+
+
+class _Body:
+    """The body of a request as it arrives, and whether it was read to its end."""
+
+    def __init__(self, receive: Receive, headers: _Headers) -> None:
+        self._receive = receive
+        self.account: BodyAccount | None = None
+        self.num_bytes = 0
+        length = headers.get(b"content-length")
+        self.is_complete = not headers.has(b"transfer-encoding") and length in (None, b"0")
+
+    async def receive(self) -> Message:
+        """Receive the next message, as ASGI's ``receive``."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            self.is_complete = True
+        self.num_bytes += len(message.get("body", b""))
+        if self.account is not None:
+            self.account.grow_to(self.num_bytes)
+        return message
+
+    async def discard(self, limit_bytes: int) -> None:
+        """Read what a refused client still sends, within bounds, so that it sees the answer."""
+        if self.account is not None:
+            self.account.close()  # nothing is kept of it
+            self.account = None
+
+        async def read() -> None:
+            total = 0
+            while not self.is_complete and total <= limit_bytes:
+                total += len((await self.receive()).get("body", b""))
+
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(read(), _DISCARD_S)
+
+
+def _as_answer(error: BaseException) -> APIError:
+    if isinstance(error, HTTPException):
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            return APIError(
+                405, "method_not_allowed", f"this path takes {allowed} only", allow=allowed
+            )
+        return APIError(404, "not_found", "there is no such path; GET /openapi.json lists them")
+    return as_api_error(error)
+
+
+async def send_error(send: Send, error: APIError, body: bytes) -> None:
+    """Answer with an error, whose JSON is ``body``."""
+    headers = error.headers() | {"content-length": str(len(body))}
+    await send(
+        {
+            "type": "http.response.start",
+            "status": error.status,
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        }
+    )
+    await send({"type": "http.response.body", "body": body})

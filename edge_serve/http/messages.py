@@ -1,0 +1,212 @@
+"""Runs uvicorn with the guards that it lacks: slow heads, slow readers, too many connections.
+
+uvicorn waits for ever for the rest of a head and for a reader that does not read, and answers
+malformed requests in plain text. Hypercorn has read timeouts, but they also end an answer that
+streams for longer than the timeout while the client, as it should, says nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from edge_serve.settings import ServerSettings
+
+from .access import address_group
+from .connections import Connections
+from .errors import APIError
+from .guard import App
+
+_READ_BYTES = 64 * 2**10
+_PIECE_BYTES = 4 * 2**10
+_FRAMING_BYTES = 16 * 2**10  # what frames the chunks of a body, if it is more than the body
+
+
+class _Protocol(H11Protocol):  # type: ignore[misc]
+    """One connection: uvicorn's protocol with timers for heads and readers, and a bound."""
+
+    settings: ServerSettings  # these are set by the subclass that `make_server` makes
+    open_connections: Connections
+    group = ""
+    is_surplus = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self.group = address_group(self.client[0]) if self.client else ""
+        self.app_state = {"connection": self}  # the guard finds it in the request's scope
+        # A client may send ahead while it is being answered; asyncio would take 256 KiB of it.
+        # uvloop, on which Ray runs a fleet's head, takes 64 KiB in any case.
+        with contextlib.suppress(AttributeError):
+            transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
+        self.open_connections.add(self)
+        if transport.is_closing():
+            return
+        # Writing is paused as soon as the system takes no more: "paused" means a slow reader.
+        transport.set_write_buffer_limits(high=0)
+        self._start_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.open_connections.remove(self)
+        self._stop_head_timer()
+        self._stop_write_timer()
+        super().connection_lost(exc)
+
+    @property
+    def waits_for_client(self) -> bool:
+        """See `Connection.waits_for_client`."""
+        if self.cycle is None or self.cycle.response_complete or self.flow.write_paused:
+            return True
+        return self.conn.their_state is h11.SEND_BODY
+
+    def abort(self) -> None:
+        """See `Connection.abort`."""
+        self.transport.abort()
+
+    def on_response_complete(self) -> None:
+        self.open_connections.touch(self)
+        super().on_response_complete()
+
+    def data_received(self, data: bytes) -> None:
+        self.open_connections.touch(self)
+        for start in range(0, len(data), _PIECE_BYTES):
+            self._take(data[start : start + _PIECE_BYTES])
+            if self.transport.is_closing():
+                return
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_head_timer()
+        elif self._head_timer is None:
+            # These are the first bytes of the next head on an idle connection.
+            self._start_head_timer()
+
+    def _take(self, piece: bytes) -> None:
+        """Parse what was received, unless it is a body in chunks of a byte: each costs a pass."""
+        cycle = self.cycle
+        held = 0 if cycle is None else len(cycle.body)
+        super().data_received(piece)
+        if self.cycle is not cycle:  # a head ended here
+            self._body_bytes = self._framing_bytes = 0
+        elif self.conn.their_state is h11.SEND_BODY:
+            num_bytes = len(cycle.body) - held
+            self._body_bytes += num_bytes
+            self._framing_bytes += len(piece) - num_bytes
+            if self._framing_bytes > max(_FRAMING_BYTES, self._body_bytes):
+                message = "the body comes in too many small chunks; send it in larger ones"
+                self._answer_and_close(APIError(400, "invalid_http", message))
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_head_timer()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._start_write_timer()
+
+    def resume_writing(self) -> None:
+        self._stop_write_timer()
+        super().resume_writing()
+
+    def _late_reader(self, waiting_bytes: int) -> None:
+        if self.transport.get_write_buffer_size() < waiting_bytes:
+            self._start_write_timer()
+        else:
+            self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are no HTTP with the envelope, instead of uvicorn's own text."""
+        waiting, _ = self.conn.trailing_data
+        if len(waiting) > self.settings.max_header_bytes:
+            error = APIError(431, "header_too_large", "the request's head is too large; send less")
+        else:
+            error = APIError(400, "invalid_http", "this is not valid HTTP/1.1")
+        self._answer_and_close(error)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: the JDK's client offers h2c with each request and takes HTTP/1.1 as well."""
+
+    def _late_head(self) -> None:
+        self._head_timer = None
+        if self.transport.is_closing():
+            return
+        waiting, _ = self.conn.trailing_data
+        if waiting:
+            self._answer_and_close(
+                APIError(408, "header_timeout", "the request's head did not arrive in time")
+            )
+        else:
+            self.transport.close()
+
+    def _answer_and_close(self, error: APIError) -> None:
+        body = error.body()
+        headers = error.headers() | {"connection": "close", "content-length": str(len(body))}
+        with contextlib.suppress(h11.LocalProtocolError):  # an answer is under way already
+            for event in (
+                h11.Response(status_code=error.status, headers=list(headers.items())),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _start_head_timer(self) -> None:
+        self._head_timer = self.loop.call_later(self.settings.header_timeout_s, self._late_head)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _start_write_timer(self) -> None:
+        waiting_bytes = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(
+            self.settings.write_timeout_s, self._late_reader, waiting_bytes
+        )
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+
+class Server(uvicorn.Server):  # type: ignore[misc]
+    """uvicorn's server, without its signal handlers."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to `edge_serve.run`."""
+        yield
+
+
+def make_server(app: App, settings: ServerSettings, connections: Connections) -> Server:
+    """Make the server of an application; it stops once ``should_exit`` is set."""
+    protocol: type[Any] = type(
+        "Protocol", (_Protocol,), {"settings": settings, "open_connections": connections}
+    )
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=protocol,
+        ws="none",
+        lifespan="off",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=1,
+        h11_max_incomplete_event_size=settings.max_header_bytes,
+        backlog=2048,
+    )
+    config.load()  # now, not with the first connections: it imports modules, which takes files
+    return Server(config)

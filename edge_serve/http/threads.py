@@ -1,0 +1,237 @@
+"""Runs work that takes a while in a thread, beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from edge.errors import OverloadError, ResourceError
+
+from .errors import APIError
+
+if TYPE_CHECKING:
+    from edge_serve.settings import ServerSettings
+
+_Result = TypeVar("_Result")
+OnPiece = Callable[[], None]
+
+LARGE_BYTES = 32 * 2**10
+"""Bodies from here on are read and encoded apart from shorter ones, one after the other."""
+_SHORT_THREADS = 2
+
+
+class ClientGoneError(ConnectionError):
+    """The client left before its answer was complete."""
+
+
+class _GivenUpError(Exception):
+    """Nobody waits for this work any more."""
+
+
+async def until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    """Return when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+@contextlib.contextmanager
+def _submitting(todo: list[Any]) -> Iterator[None]:
+    """Empty ``todo`` if its job cannot be submitted: the executor has queued it all the same.
+
+    Raises:
+        ResourceError: no thread could be started for it.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        todo.clear()
+        raise ResourceError(
+            f"a thread could not be started ({error}); free memory or raise the limit of "
+            "processes (ulimit -u)"
+        ) from error
+
+
+async def in_thread(work: Callable[[], _Result]) -> _Result:
+    """Run ``work`` in a thread and wait for its result.
+
+    Raises:
+        ResourceError: no thread could be started.
+        Whatever ``work`` raises.
+    """
+    todo = [work]
+    del work
+    with _submitting(todo):
+        job = asyncio.get_running_loop().run_in_executor(None, lambda: todo.pop()())
+    return await job
+
+
+class Lane:
+    """A few threads for what may take seconds, and a bounded queue.
+
+    Args:
+        name: begins the names of the threads.
+        full: says that too many jobs wait.
+        late: says that a job did not end in time.
+        num_threads: how many jobs run at once.
+        queue_capacity: jobs that wait at most.
+        timeout_s: seconds that a job may take, its wait included; None sets no limit.
+        on_idle: called in the event loop when the last job has ended.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        full: str,
+        late: str,
+        num_threads: int = 1,
+        queue_capacity: int,
+        timeout_s: float | None = None,
+        on_idle: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        self._full = full
+        self._late = late
+        self._capacity = num_threads + queue_capacity
+        self._timeout_s = timeout_s
+        self._on_idle = on_idle
+        self.num_jobs = 0
+
+    async def run(
+        self,
+        work: Callable[[OnPiece], _Result],
+        receive: Callable[[], Awaitable[Any]],
+        *,
+        timeout_s: float | None = None,
+        ended: asyncio.Future[None] | None = None,
+    ) -> _Result:
+        """Run ``work`` and return its result; it ends early when the client leaves or time is up.
+
+        Args:
+            work: what to run; it calls its argument often, which raises to end it.
+            receive: reads from the client's connection, whose body has been read.
+            timeout_s: seconds that this job may take; None is the lane's own limit.
+            ended: fails when there is nothing to wait for any more.
+
+        Raises:
+            OverloadError: too many wait.
+            ResourceError: no thread could be started.
+            APIError: 504, it took too long.
+            ClientGoneError: the client left.
+            Whatever ``ended`` fails with.
+        """
+        if self.num_jobs >= self._capacity:
+            raise OverloadError(f"{self._full}; try again later", 1.0)
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        left = threading.Event()
+        deadline = None if limit_s is None else time.monotonic() + limit_s
+        todo = [work]
+        del work
+
+        def on_piece() -> None:
+            if left.is_set() or (deadline is not None and time.monotonic() > deadline):
+                raise _GivenUpError
+
+        def guarded() -> _Result:
+            on_piece()  # it may have waited for this thread
+            try:
+                taken = todo.pop()
+            except IndexError:  # given up just now
+                raise _GivenUpError from None
+            return taken(on_piece)
+
+        loop = asyncio.get_running_loop()
+        with _submitting(todo):
+            submitted = self._executor.submit(guarded)
+        self.num_jobs += 1
+        submitted.add_done_callback(lambda _: self._call_soon(loop, self._ended))
+        job = asyncio.wrap_future(submitted)
+        job.add_done_callback(lambda job: job.cancelled() or job.exception())
+        gone = asyncio.ensure_future(until_gone(receive))
+        waiting: set[asyncio.Future[Any]] = {job, gone} if ended is None else {job, gone, ended}
+        try:
+            await asyncio.wait(waiting, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if ended is not None and ended.done():
+                ended.result()
+            if job.done():
+                return job.result()
+            if gone.done():
+                raise ClientGoneError("the client left")
+            raise self._too_late(limit_s)
+        except _GivenUpError:  # the thread saw before this loop that the time is up
+            raise self._too_late(limit_s) from None
+        finally:
+            left.set()
+            todo.clear()  # a cancelled job stays in the executor's queue until its turn
+            gone.cancel()
+            job.cancel()  # a thread that has begun goes on to its next piece
+            # An error's traceback leads to this frame: it would keep itself, and the request, until
+            # a garbage collection.
+            del submitted, job, waiting
+
+    def _too_late(self, limit_s: float | None) -> APIError:
+        return APIError(
+            504,
+            "deadline_exceeded",
+            f"{self._late} within {limit_s:.3g} s; ask for less, or try again later",
+            retry_after_s=5,
+            should_retry=False,
+        )
+
+    @staticmethod
+    def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is gone, and so is its server
+            loop.call_soon_threadsafe(call)
+
+    def _ended(self) -> None:
+        self.num_jobs -= 1
+        if not self.num_jobs:
+            self._on_idle()
+
+
+class Lanes:
+    """What costs by what clients send, each kind apart, so that none waits for a longer one.
+
+    Args:
+        settings: length of the queues, and time.
+        on_large: called in the event loop when the last of some long requests has been encoded.
+
+    Attributes:
+        forms: compiles the forms of answers, one at a time, as each may take a process of its own.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, *, on_large: Callable[[], None] = lambda: None
+    ) -> None:
+        self._short = Lane(
+            "edge-text",
+            full="too many texts wait to be encoded",
+            late="the text was not encoded",
+            num_threads=_SHORT_THREADS,
+            queue_capacity=settings.max_connections,  # each takes milliseconds
+            timeout_s=settings.text_timeout_s,
+        )
+        # One at a time: a text takes up to 200 times its length in memory for a moment.
+        self._long = Lane(
+            "edge-long-text",
+            full="too many texts wait to be encoded",
+            late="the text was not encoded",
+            queue_capacity=settings.text_queue_capacity,
+            timeout_s=settings.text_timeout_s,
+            on_idle=on_large,
+        )
+        self.forms = Lane(
+            "edge-grammar",
+            full="too many forms wait to be compiled",
+            late="the form was not compiled",
+            queue_capacity=settings.queue_capacity,
+        )
+
+    def lane(self, num_bytes: int) -> Lane:
+        """Return the lane for a request with a body of this size."""
+        return self._short if num_bytes < LARGE_BYTES else self._long

@@ -1,0 +1,51 @@
+"""Reads what the settings name, but for the bundles: what can refuse a start at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge.errors import ConfigError
+from edge_lab.measure.drift import DriftMonitor, read_counts
+
+from .http.access import APIKeys
+from .models.route import AUTO, Rule, Split, read_routes
+from .settings import ServerSettings
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a service needs beside bundles and a port.
+
+    Attributes:
+        rules: rules of the model ``auto``, in order.
+        splits: A/B splits by their name.
+        keys: who may call; None is everyone.
+        drift: counts requests and compares them with the baseline, if there is one.
+    """
+
+    rules: list[Rule]
+    splits: dict[str, Split]
+    keys: APIKeys | None
+    drift: DriftMonitor
+
+
+def read_inputs(settings: ServerSettings) -> Inputs:
+    """Check the settings against each other and read the files that they name.
+
+    Raises:
+        ConfigError: there is no model, the default is none of them, or the rules, splits, keys or
+            the baseline cannot be used.
+    """
+    if not settings.model:
+        raise ConfigError("no model to serve; give a bundle, or --model BUNDLE for each one")
+    default = settings.default_model
+    if default is not None and default not in {AUTO, *settings.model, *settings.split}:
+        raise ConfigError(f"the default model {default!r} is not one of those to serve")
+    rules, splits = read_routes(settings.auto, settings.split, settings.model)
+    keys, baseline = settings.api_key_file, settings.drift_baseline
+    return Inputs(
+        rules,
+        splits,
+        None if keys is None else APIKeys(keys),
+        DriftMonitor(None if baseline is None else read_counts(baseline), settings.drift_window),
+    )

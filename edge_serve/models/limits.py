@@ -1,0 +1,176 @@
+"""How much memory and how many threads a service may need: limits for its systemd unit."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from edge.backends.ort.int8_prompts import int8_bytes
+from edge.backends.process_memory import (
+    LEAST_CAPACITY,
+    BackendKind,
+    Deployment,
+    ProcessMemory,
+    plan_process_memory,
+    plan_process_pair,
+)
+from edge.bundle.engine_file import find_engines
+from edge.bundle.manifest import Manifest, read_manifest
+from edge.bundle.weights import manifest_linears
+from edge.device.nodes import find_gpu_node
+from edge.errors import ResourceError
+from edge.runtime.structured_output import CHECK_MEMORY_BYTES
+from edge.text.chat_template import TEMPLATE_LIMITS
+from edge_serve.settings import ServerSettings
+
+_log = logging.getLogger("edge_serve")
+# The plan is of the engine at its peak. A prompt's text, logits of scores and what malloc keeps of
+# them are not in it, nor is what the plan is wrong by (docs/planner.md).
+_PLAN_MARGIN = 1.25
+_BODY_FACTOR = 4  # a body, its JSON, its texts, its tokens
+_MAX_FACTOR = 1.25  # from where processes are held up to where they are ended
+_TASKS = 128  # the loop, its workers, children, and libraries that start threads of their own
+_TASKS_PER_CORE = 4  # two sessions of a bundle, and of a draft
+
+
+@dataclass(frozen=True)
+class UnitLimits:
+    """What systemd should let a service have.
+
+    Attributes:
+        memory_high_bytes: more than all that is planned; beyond it the kernel reclaims and waits.
+        memory_max_bytes: the service is ended beyond this.
+        tasks_max: threads and processes.
+    """
+
+    memory_high_bytes: int
+    memory_max_bytes: int
+    tasks_max: int
+
+
+def unit_limits(settings: ServerSettings, num_cores: int | None = None) -> UnitLimits:
+    """Plan the limits of a service that has these settings.
+
+    Args:
+        settings: of the service, with the bundles that it serves.
+        num_cores: cores that it computes on; None asks the system.
+
+    Raises:
+        BundleError: the manifest of a bundle cannot be read.
+        ConfigError: a bundle has no weights for ``prefill``.
+    """
+    plans = [plan for plan, _ in _plans(settings)]
+    children = TEMPLATE_LIMITS.memory_bytes + CHECK_MEMORY_BYTES
+    bodies = _BODY_FACTOR * settings.max_inflight_body_bytes
+    high = int(_PLAN_MARGIN * _together(plans)) + children + bodies
+    cores = num_cores or os.cpu_count() or 1
+    return UnitLimits(
+        memory_high_bytes=high,
+        memory_max_bytes=int(_MAX_FACTOR * high),
+        tasks_max=_TASKS + _TASKS_PER_CORE * cores * max(1, len(plans)),
+    )
+
+
+def check_room(settings: ServerSettings, room_bytes: int, taken_bytes: int) -> None:
+    """Say in the log, before the bundles are opened, that a limit of memory is too small for them.
+
+    The kernel ends a process that meets the limit of its control group without a word. What is
+    compared is the least that a service on a CPU takes, with caches of `LEAST_CAPACITY` tokens
+    unless the settings say more; what GPUs allocate is not in the group.
+
+    Args:
+        settings: of the service.
+        room_bytes: what the groups leave this process, swap included.
+        taken_bytes: what it has by now.
+
+    Raises:
+        BundleError, ConfigError: see `unit_limits`.
+        ResourceError: not even the weights fit.
+    """
+    plans = [plan for plan, on_cpu in _plans(settings, LEAST_CAPACITY) if on_cpu]
+    if not plans:
+        return
+    weights = sum(plan.weights_bytes for plan in plans)
+    raise_it = (
+        "raise it (MemoryHigh= and MemoryMax= of a unit, --memory of a container; edge-llm config "
+        "unit plans them), or serve a smaller bundle"
+    )
+    if weights > room_bytes:
+        raise ResourceError(
+            f"the weights take {weights / 1e6:.0f} MB, and the memory limit of this process's "
+            f"control group leaves {room_bytes / 1e6:.0f} MB; {raise_it}"
+        )
+    least = max(_together(plans) - taken_bytes, weights)
+    bodies = _BODY_FACTOR * settings.max_inflight_body_bytes
+    if least + bodies > room_bytes:
+        _log.warning(
+            "the memory limit of this process's control group leaves %.0f MB; the bundles take "
+            "%.0f MB at least, and bodies of requests up to %.0f MB more; the kernel may end this "
+            "process, and nothing can be logged then; %s",
+            room_bytes / 1e6,
+            least / 1e6,
+            bodies / 1e6,
+            raise_it,
+        )
+
+
+def _plans(
+    settings: ServerSettings, most_tokens: int | None = None
+) -> list[tuple[ProcessMemory, bool]]:
+    """Plan each bundle, and tell whether it is computed on the CPU.
+
+    Args:
+        settings: of the service.
+        most_tokens: of a slot, where the settings do not say.
+    """
+    draft = None if settings.draft is None else read_manifest(settings.draft)
+    plans = []
+    for bundle in settings.model.values():
+        manifest = read_manifest(bundle)
+        on_cpu = _computes_on_cpu(settings, has_engine=bool(find_engines(bundle)))
+        own = min(manifest.kv_capacity, most_tokens or manifest.kv_capacity)
+        capacity = settings.kv_capacity or own
+        plans.append((_plan(settings, manifest, draft, capacity, on_cpu=on_cpu), on_cpu))
+    return plans
+
+
+def _computes_on_cpu(settings: ServerSettings, *, has_engine: bool) -> bool:
+    if settings.backend != "auto":
+        return settings.backend == "ort-cpu"
+    if settings.engine.cpu_option is not None:
+        return True
+    return find_gpu_node() is None and not has_engine
+
+
+def _plan(
+    settings: ServerSettings,
+    manifest: Manifest,
+    draft: Manifest | None,
+    capacity: int,
+    *,
+    on_cpu: bool,
+) -> ProcessMemory:
+    backend: BackendKind = "ort-cpu" if on_cpu else "tensorrt"
+
+    def plan(each: Manifest, capacity: int) -> ProcessMemory:
+        step = min(settings.prefill_chunk, capacity)
+        deployment = Deployment(backend, settings.num_slots, capacity, step, each.dialect)
+        linears = manifest_linears(each, draft)
+        return plan_process_memory(each.model, linears, each.rope_positions, deployment)
+
+    beside = None if draft is None else plan(draft, min(capacity, draft.rope_positions))
+    planned = plan_process_pair(plan(manifest, capacity), beside)
+    # While the session packs them, they are there twice.
+    extra = 2 * int8_bytes(manifest) if settings.prefill == "int8" else 0
+    return replace(planned, load_peak=planned.load_peak + extra)
+
+
+def _together(plans: Iterable[ProcessMemory]) -> int:
+    """Bytes of several bundles in one process, opened one after the other."""
+    before = most = 0
+    for plan in plans:
+        most = max(most, before + plan.load_peak)
+        before += plan.process_bytes - (plan.python if before else 0)
+    return max(most, before)

@@ -1,0 +1,440 @@
+"""Holds the models of a server: chooses one for a request and watches their engines."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from edge.bundle.manifest import fingerprint
+from edge.bundle.manifest_text import describe_kv_cache
+from edge.errors import ResourceError
+from edge.runtime.scheduler.request import SchedulerStats
+from edge_serve.http.errors import APIError, draining, invalid, stalled
+from edge_serve.http.threads import Lane
+from edge_serve.observe.metric_families import EngineInfo
+
+from .route import AUTO, Facts, Rule, Split
+
+if TYPE_CHECKING:
+    from edge.runtime.llm import LLM
+
+    from .flight import Flight
+
+_log = logging.getLogger("edge_serve")
+_SWITCH_WAIT_S = 60.0
+LEAST_STALL_S, MOST_STALL_S = 5.0, 120.0
+"""Bounds of the time after which a silent engine counts as hung, where none is set."""
+_STALL_STEPS = 10
+TAG = ":latest"
+"""What Ollama's clients expect at the end of a name without a colon, and may add to one."""
+OpenLLM = Callable[[Path], "LLM"]
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """An open bundle under the name that clients use.
+
+    Attributes:
+        name: the name that requests use.
+        bundle: the bundle's directory.
+        llm: the open bundle.
+        created: Unix seconds at which it was opened.
+        flights: requests that run on it now.
+        leases: requests that hold it and do not run yet.
+        scoring: prompts that are scored or wait for it; a failed future ends the wait for one.
+        score_lane: scores prompts; each waits for an idle engine, so models do not share a thread.
+        heartbeat: watches the model's engine.
+        fingerprint: names what answers, from the hash of the manifest.
+    """
+
+    name: str
+    bundle: Path
+    llm: LLM
+    created: int = field(default_factory=lambda: int(time.time()))
+    flights: set[Flight] = field(default_factory=set)
+    leases: int = 0
+    scoring: set[asyncio.Future[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.heartbeat = Heartbeat(self.llm.scheduler.stats)
+        self.score_lane = Lane(
+            "edge-score",
+            full="too many prompts wait to be scored",
+            late="the prompt was not scored",
+            queue_capacity=self.llm.scheduler.queue_capacity,
+        )
+        self.fingerprint = fingerprint(self.llm.manifest)
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Keep the model open while a request is prepared."""
+        self.leases += 1
+        try:
+            yield
+        finally:
+            self.leases -= 1
+
+    def engine_info(self) -> EngineInfo:
+        """Return what runs the model."""
+        manifest, backend = self.llm.manifest, self.llm.backend
+        engine_dir: Path | None = getattr(backend, "engine_dir", None)  # TensorRT's
+        labels = {
+            "backend": backend.name,
+            "engine": "" if engine_dir is None else engine_dir.name,
+            "gpu_wait": getattr(backend, "gpu_wait", None) or "",  # TensorRT's, too
+            "gpu_unused": "true" if self.llm.warning and backend.name == "ort-cpu" else "false",
+            "bundle": manifest.name,
+            "architecture": manifest.model.architecture,
+            "quantization": manifest.quantization.name,
+            "dtype": manifest.dtype,
+            "kv_capacity": str(backend.capacity),
+            "kv_cache": describe_kv_cache(manifest),
+            "kv_cache_bytes": str(backend.cache_bytes),
+            "slots": str(backend.num_slots),
+            "fingerprint": self.fingerprint,
+        }
+        return EngineInfo(labels, self.llm.warning)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a request holds the model or runs on it."""
+        return bool(self.leases or self.flights)
+
+
+class Heartbeat:
+    """Tells an engine that works from one that hangs: while there is work, its steps must go on.
+
+    Args:
+        stats: asks the scheduler for its state.
+        clock: returns monotonic seconds.
+
+    Attributes:
+        failed: why the engine can serve no more; None while it can.
+    """
+
+    def __init__(
+        self, stats: Callable[[], SchedulerStats], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stats = stats
+        self._clock = clock
+        self._seen = (-1, -1)
+        self._since = clock()
+        self._full_step_s: float | None = None
+        self.failed: str | None = None
+
+    def beat(self) -> None:
+        """Look at the engine; call it a few times a second."""
+        stats = self._stats()
+        self.failed = stats.failed
+        self._full_step_s = stats.full_step_s
+        seen = (stats.steps, stats.completion_tokens)
+        if seen != self._seen or not (stats.running or stats.waiting or stats.calls):
+            self._seen, self._since = seen, self._clock()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the engine last did something, while there was something to do."""
+        return self._clock() - self._since
+
+    @property
+    def patience_s(self) -> float:
+        """Silence after which the engine counts as hung: ten full steps at its slowest pace so far.
+
+        It is at least `LEAST_STALL_S` and at most `MOST_STALL_S`, and `MOST_STALL_S` until the
+        engine has ended its first step.
+        """
+        if self._full_step_s is None:
+            return MOST_STALL_S
+        return min(max(_STALL_STEPS * self._full_step_s, LEAST_STALL_S), MOST_STALL_S)
+
+
+class Choice(NamedTuple):
+    """A model, and why it was chosen.
+
+    Attributes:
+        model: the model that answers.
+        rule: the rule of ``auto`` that chose it, as it was written.
+        arm: ``NAME:MODEL`` where an A/B split chose it.
+    """
+
+    model: ServedModel
+    rule: str | None = None
+    arm: str | None = None
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers that tell the client which model answers, and why."""
+        headers = {"x-edge-model": self.model.name}
+        if self.rule is not None:
+            headers["x-edge-route"] = self.rule
+        if self.arm is not None:
+            headers["x-edge-arm"] = self.arm
+        return headers
+
+
+class ModelRegistry:
+    """The served models, and whether the server takes requests at all.
+
+    Only the event loop's thread may call its methods, except `load`, `open_models` and `close`.
+
+    Args:
+        open_llm: opens a bundle; runs in a thread.
+        default: name for requests without one; None refuses them.
+        rules: the rules of the model ``auto``.
+        splits: A/B splits by name.
+        stall_s: see `ServerSettings`; None is `Heartbeat.patience_s`.
+
+    Attributes:
+        is_draining: whether the server is about to stop.
+        is_loading: whether its models are still being opened.
+        trouble: why the device should get no requests now, e.g. ``thermal``; None if it should.
+    """
+
+    def __init__(
+        self,
+        open_llm: OpenLLM,
+        *,
+        default: str | None = None,
+        rules: list[Rule] | None = None,
+        splits: Mapping[str, Split] | None = None,
+        stall_s: float | None = None,
+    ) -> None:
+        self._open_llm = open_llm
+        self._default = default
+        self._rules = rules or []
+        self._splits = splits or {}
+        self._stall_s = stall_s
+        self._models: dict[str, ServedModel] = {}
+        self._retired: set[ServedModel] = set()
+        self._held: dict[str, asyncio.Event] = {}
+        self.is_draining = False
+        self.is_loading = True
+        self.trouble: str | None = None
+
+    # ------------------------------------------------------------------------------- models
+
+    def load(self, bundles: Mapping[str, Path]) -> None:
+        """Open bundles one after the other; blocks.
+
+        Raises:
+            EdgeError: a bundle cannot be opened; those before it stay open until `close`.
+        """
+        for name, bundle in bundles.items():
+            started = time.monotonic()
+            # Resolved now, since a link may lead elsewhere when this bundle is opened again.
+            path = bundle.resolve()
+            self.add(ServedModel(name, path, self.open(path)))
+            _log.info("model %s is open after %.1f s", name, time.monotonic() - started)
+        self.is_loading = False
+
+    def open(self, bundle: Path) -> LLM:
+        """Open a bundle; blocks.
+
+        Raises:
+            EdgeError: it cannot be opened.
+        """
+        try:
+            return self._open_llm(bundle)
+        except OSError as error:  # no file descriptor or memory is left, or a library is gone
+            raise ResourceError(
+                f"cannot open {bundle}: {error}; look at the limits of this process (ulimit -a, "
+                "LimitNOFILE=) and at the file"
+            ) from error
+
+    def add(self, model: ServedModel) -> None:
+        """Serve a model; the model that had its name before is retired, but runs on."""
+        old = self._models.get(model.name)
+        if old is not None:
+            self._retired.add(old)
+        self._models[model.name] = model
+
+    def forget(self, model: ServedModel) -> None:
+        """Drop a retired model that has been closed."""
+        self._retired.discard(model)
+
+    def models(self) -> list[ServedModel]:
+        """Return the models that take requests."""
+        return list(self._models.values())
+
+    def open_models(self) -> list[ServedModel]:
+        """Return the models that take memory: those, and retired ones that are not closed yet."""
+        return [*self._models.values(), *self._retired]
+
+    def aliases(self) -> list[str]:
+        """Return the names that stand for one of several models."""
+        return [*([AUTO] if self._rules else []), *self._splits]
+
+    def get(self, name: str) -> ServedModel:
+        """Return the model of this name.
+
+        Raises:
+            APIError: 404, there is none.
+        """
+        model = self._models.get(name)
+        if model is None:
+            quoted = repr(name[:80])
+            raise APIError(
+                404,
+                "model_not_found",
+                f"the model {quoted} is not served here; GET /v1/models lists those that are",
+                param="model",
+                quoted=quoted,
+            )
+        return model
+
+    @contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """Let requests for a model wait instead of failing, while it is replaced."""
+        event = self._held[name] = asyncio.Event()
+        try:
+            yield
+        finally:
+            del self._held[name]
+            event.set()
+
+    async def choose(self, name: str | None, facts: Facts | None = None) -> Choice:
+        """Choose the model for a request.
+
+        Args:
+            name: the name in the request, if any.
+            facts: decide between models that share a name; None stands for an empty chat.
+
+        Raises:
+            APIError: 400, 404, or 503 while nothing can be served.
+        """
+        self._check_open()
+        if name is None:
+            if self._default is None:
+                raise invalid("model: this field is required", "model", "missing_field")
+            name = self._default
+        name = self.without_tag(name)
+        choice = self._pick(name, facts or Facts({}, "chat", ""))
+        event = self._held.get(choice.model.name)
+        if event is not None:
+            try:
+                await asyncio.wait_for(event.wait(), _SWITCH_WAIT_S)
+            except asyncio.TimeoutError:
+                raise _unavailable("loading", "the model is being replaced") from None
+            self._check_open()
+            choice = choice._replace(model=self.get(choice.model.name))
+        reason = self._why_not(choice.model)
+        if reason == "engine_stalled":
+            raise stalled()
+        if reason:
+            raise _unavailable(reason, "the engine can serve no more; the log has the cause")
+        return choice
+
+    def token_limits(self, name: str | None) -> dict[ServedModel, int]:
+        """Return the models whose rules look at a request's tokens, and up to which number.
+
+        Args:
+            name: the name in the request, if any.
+
+        Raises:
+            APIError: 404, or 503 while nothing can be served.
+        """
+        self._check_open()
+        limits: dict[ServedModel, int] = {}
+        if (self._default if name is None else self.without_tag(name)) == AUTO:
+            for rule in self._rules:
+                if rule.most_tokens is not None:
+                    model = self.get(rule.model)
+                    limits[model] = max(rule.most_tokens, limits.get(model, 0))
+        return limits
+
+    def _check_open(self) -> None:
+        if self.is_draining:
+            raise draining()
+        if self.is_loading:
+            raise _unavailable("loading", "the model is loading")
+
+    def without_tag(self, name: str) -> str:
+        """Return a name without the tag that `/api/tags` gives it, unless it is served with one."""
+        return name if name in self._models else name.removesuffix(TAG)
+
+    def _pick(self, name: str, facts: Facts) -> Choice:
+        if name in self._splits:
+            arm = self._splits[name].arm(facts.key)
+            return Choice(self.get(arm), arm=f"{name}:{arm}")
+        if name != AUTO or not self._rules:
+            return Choice(self.get(name))
+        for rule in self._rules:
+            model = self.get(rule.model)
+            # A model that cannot serve is passed over, whatever its rule says.
+            healthy = self._why_not(model) is None
+            if healthy and rule.holds(facts, model.llm.scheduler.stats()):
+                return Choice(model, rule=rule.text)
+        return Choice(self.get(self._rules[-1].model), rule="none")
+
+    def stats(self) -> dict[str, SchedulerStats]:
+        """Return the state of every model's scheduler."""
+        return {model.name: model.llm.scheduler.stats() for model in self.models()}
+
+    def engines(self) -> dict[str, EngineInfo]:
+        """Return what runs each model."""
+        return {model.name: model.engine_info() for model in self.models()}
+
+    # ------------------------------------------------------------------------------- health
+
+    def not_ready(self) -> str | None:
+        """Return why the server should get no requests now; None if it should."""
+        if self.is_draining:
+            return "draining"
+        if self.is_loading:
+            return "loading"
+        reasons = map(self._why_not, self.models())
+        return next((reason for reason in reasons if reason), self.trouble)
+
+    def _why_not(self, model: ServedModel) -> str | None:
+        if model.name in self._held:
+            return None  # it is closed on purpose, and requests wait
+        if model.heartbeat.failed is not None:
+            return "engine_dead"
+        limit_s = model.heartbeat.patience_s if self._stall_s is None else self._stall_s
+        if model.heartbeat.silent_s > limit_s:
+            return "engine_stalled"
+        return None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether no engine hangs or has failed; otherwise a service manager should restart us."""
+        return all(self._why_not(model) is None for model in self.open_models())
+
+    def beat(self) -> None:
+        """Look at every engine; requests on one that hangs get an error."""
+        for model in self.open_models():
+            model.heartbeat.beat()
+            if self._why_not(model) == "engine_stalled":
+                _abort(model, stalled())
+
+    @property
+    def num_flights(self) -> int:
+        """Number of requests that run now."""
+        return sum(len(model.flights) + model.leases for model in self.open_models())
+
+    def abort_all(self, error: APIError) -> None:
+        """End every running request with an error."""
+        for model in self.open_models():
+            _abort(model, error)
+
+    def close(self) -> None:
+        """Close every model; blocks until their engines are free."""
+        for model in self.open_models():
+            model.llm.close()
+
+
+def _abort(model: ServedModel, error: APIError) -> None:
+    for flight in list(model.flights):
+        flight.abort(error)
+    for scoring in model.scoring:
+        if not scoring.done():
+            scoring.set_exception(error)
+
+
+def _unavailable(code: str, message: str) -> APIError:
+    return APIError(503, code, f"{message}; try again later", retry_after_s=5)

@@ -1,0 +1,152 @@
+"""What an operator may set about the service: limits, times, who may call."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from edge.bundle.library import find_setting
+from edge.engine_config import EngineConfig
+from edge.errors import ConfigError
+from edge.settings_fields import FINDER
+from edge_lab.measure.drift import DEFAULT_WINDOW
+
+from .observe.logs import LogFormat
+
+DEFAULT_PORT = 8000
+_NAME = re.compile(r"[!-~]{1,128}")
+_Positive = Annotated[int, Meta(ge=1)]
+_Count = Annotated[int, Meta(ge=0)]
+_Seconds = Annotated[float, Meta(gt=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(EngineConfig):
+    """Settings of the HTTP service, the engine's included; each is a flag of ``edge-llm serve``.
+
+    Attributes:
+        model: bundles to serve, by the names that requests use. A bundle is a directory or one of
+            the names of edge-llm list; a BUNDLE alone is served under its directory's name.
+        log_format: format of the log: plain for people, json for machines; auto is plain.
+        log_level: least severity that is logged.
+        host: address to listen on.
+        port: TCP port; 0 takes a free one.
+        api_key_file: file of API keys, one per line as ``NAME:KEY`` or just the key; without it
+            everyone may call.
+        allow_open: listen beyond loopback without a key file.
+        default_model: model for requests that name none, which are refused otherwise.
+        auto: rules of the model ``auto``, as MODEL=CONDITION; the first that holds decides.
+        split: A/B splits, as NAME=MODEL:SHARE/MODEL:SHARE.
+        memory_budget_mb: MiB that all bundles may take together while one replaces another; by
+            default a second one is opened beside the first if it fits into the free memory.
+        max_body_bytes: longest body of a request.
+        max_inflight_body_bytes: bytes of all bodies whose requests have not ended; one client may
+            have a quarter of them, and the first 16 KiB of each body are free.
+        max_header_bytes: longest head of a request, all its headers together.
+        max_nesting: levels of arrays and objects in a body at most.
+        max_messages: messages of a chat at most.
+        max_choices: answers of one request at most: n times the number of prompts.
+        max_connections: connections that are open at once, or fewer where the limit of open files
+            is lower; a new one replaces the one that has waited longest for its client.
+        max_connections_per_address: likewise, from one address (of IPv6 one network of 64 bits).
+        max_connections_per_key: requests that one API key may have under way at once.
+        text_queue_capacity: long requests (bodies of 32 KiB or more) that wait to be read and
+            encoded, which happens one after the other; more are refused.
+        text_timeout_s: seconds for which a request may wait to be encoded, and for that.
+        header_timeout_s: seconds from the first byte of a head, or from the connection, to the end
+            of the head.
+        body_timeout_s: seconds from the head to the end of the body.
+        write_timeout_s: seconds after which a client that takes nothing of what it was sent is cut.
+        keep_alive_s: seconds after which an idle connection is closed.
+        stream_buffer_bytes: bytes that wait for one slow reader, beside 256 KiB in the kernel; with
+            more the stream is cancelled.
+        ping_s: seconds of silence on a stream after which a comment is sent.
+        request_timeout_s: seconds that a generation may take, its wait included, before it ends
+            with an error.
+        rate_limit_rpm: requests per minute and key; 0 is no limit.
+        drain_timeout_s: seconds that running requests may go on after SIGTERM.
+        vllm_metrics: also expose the metrics under the names that vLLM has for them.
+        drift_baseline: file of what requests usually ask for; a window that differs is an alarm.
+        drift_window: requests per comparison with the drift_baseline.
+        hot_celsius: temperature of a thermal zone at which the server is not ready.
+        stall_s: seconds after which an engine that has work and ends no step counts as hung; by
+            default ten times what a full step takes at the pace of its slowest so far, 5 to 120 s.
+    """
+
+    model: dict[str, Path] = field(default_factory=dict, metadata={FINDER: find_setting})
+    log_format: LogFormat = "auto"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = DEFAULT_PORT
+    api_key_file: Path | None = None
+    allow_open: bool = False
+    default_model: str | None = None
+    auto: dict[str, str] = field(default_factory=dict)
+    split: dict[str, str] = field(default_factory=dict)
+    memory_budget_mb: _Count | None = None
+    max_body_bytes: _Positive = 4 * 2**20
+    max_inflight_body_bytes: _Positive = 64 * 2**20
+    max_header_bytes: _Positive = 16 * 2**10
+    max_nesting: _Positive = 64
+    max_messages: _Positive = 4096
+    max_choices: _Positive = 16
+    max_connections: _Positive = 1024
+    max_connections_per_address: _Positive = 256
+    max_connections_per_key: _Positive = 128
+    text_queue_capacity: _Positive = 16
+    text_timeout_s: _Seconds = 30.0
+    header_timeout_s: _Seconds = 10.0
+    body_timeout_s: _Seconds = 10.0
+    write_timeout_s: _Seconds = 20.0
+    keep_alive_s: _Seconds = 15.0
+    stream_buffer_bytes: _Positive = 256 * 2**10
+    ping_s: _Seconds = 15.0
+    request_timeout_s: _Seconds | None = 600.0
+    rate_limit_rpm: _Count = 0
+    drain_timeout_s: Annotated[float, Meta(ge=0)] = 30.0
+    vllm_metrics: bool = False
+    drift_baseline: Path | None = None
+    drift_window: int = DEFAULT_WINDOW
+    hot_celsius: Annotated[float, Meta(gt=0)] = 97.0
+    stall_s: _Seconds | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (*self.model, *self.split):
+            if not _NAME.fullmatch(name):  # it is sent in headers
+                raise ConfigError(
+                    f"the model name {name!r} is not 1 to 128 printable ASCII characters without "
+                    "spaces; name it with --model NAME=BUNDLE"
+                )
+        if self.max_inflight_body_bytes < self.max_body_bytes:
+            raise ConfigError(
+                f"max_inflight_body_bytes, {self.max_inflight_body_bytes}, is less than one body "
+                f"may have (max_body_bytes, {self.max_body_bytes}); raise it or lower that"
+            )
+        if self.api_key_file is None and not self.allow_open and not is_loopback(self.host):
+            raise ConfigError(
+                f"host {self.host} can be reached from other machines, and no API key is set; "
+                "give --api-key-file, listen on 127.0.0.1, or say --allow-open"
+            )
+
+    @property
+    def engine(self) -> EngineConfig:
+        """The part of the settings with which each bundle is opened."""
+        return EngineConfig(
+            **{field.name: getattr(self, field.name) for field in fields(EngineConfig)}
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address; names other than localhost count as open."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

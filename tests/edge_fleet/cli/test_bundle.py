@@ -1,0 +1,133 @@
+"""``edge-llm bundle`` as it is typed; the registry is tested in tests/edge_fleet/registry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from edge.bundle import trust
+from edge.cli import cli
+from edge.errors import BundleError, ConfigError, IntegrityError
+from edge_fleet.cli.bundle import _password
+from tests.edge_fleet.registry.live import LiveRegistry, write_bundle
+
+FILES = {"decoder.onnx": b"graph", "decoder.cpu.onnx": b"twin"}
+
+
+@pytest.fixture(autouse=True)
+def no_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(trust.KEYS_VARIABLE, raising=False)
+    monkeypatch.setattr(trust, "DEFAULT_KEYS", tmp_path / "no-keys")
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(tmp_path / "bundles"))
+
+
+def run(*arguments: str | Path, text: str | None = None) -> Result:
+    done = CliRunner().invoke(cli, ["bundle", *map(str, arguments)], input=text)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def as_json(*arguments: str | Path) -> Any:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def test_sign_push_pull_verify_diff(tmp_path: Path):
+    (tmp_path / "registry").mkdir()
+    live = LiveRegistry(tmp_path / "registry")
+    try:
+        mine = write_bundle(tmp_path / "mine" / "tiny", FILES)
+        key, keys = tmp_path / "release.key", tmp_path / "release.pub"
+        run("keygen", tmp_path / "release", "--no-password")
+        signer = as_json("sign", mine, "--key", key, "--comment", "v1")["key"]
+        place = f"{live.address}/models/tiny"
+        pushed = as_json("push", mine, f"{place}:v1")
+        assert pushed["signed"]
+        pulled = as_json("pull", f"{place}:v1", "--trusted-keys", keys)
+        assert pulled["signer"] == signer
+        assert pulled["bundle"] == str(tmp_path / "bundles" / "tiny")  # by the reference's name
+        found = as_json("verify", "tiny", "--trusted-keys", keys)
+        assert found["trusted"]
+        assert found["comment"] == "v1"
+        other = write_bundle(tmp_path / "other", FILES | {"decoder.onnx": b"other"}, name="tiny")
+        run("push", other, f"{place}:v2")
+        diff = as_json("diff", "tiny", f"{place}:v2")
+        assert diff["files"] == {
+            "decoder.onnx": {"state": "changed", "num_bytes": 5, "fetched_bytes": 5}
+        }
+        assert diff["signature"]
+        assert diff["fetched_bytes"] == 5
+        assert run("diff", "tiny", f"{place}:v1").stdout == "the same\n"
+        with pytest.raises(ConfigError, match="already holds a bundle"):
+            run("pull", f"{place}:v2")
+        with pytest.raises(BundleError, match="is not signed"):
+            run("pull", f"{place}:v2", "--force", "--trusted-keys", keys)
+        run("pull", pushed["reference"], "-o", tmp_path / "exact")
+        assert (tmp_path / "exact" / "manifest.json").read_bytes() == (
+            mine / "manifest.json"
+        ).read_bytes()
+    finally:
+        live.kill()
+
+
+def test_verify_says_what_it_knows(tmp_path: Path):
+    mine = write_bundle(tmp_path / "tiny", FILES)
+    assert run("verify", mine).stdout.endswith("not signed\n")
+    run("keygen", tmp_path / "a", "--no-password")
+    run("sign", mine, "--key", tmp_path / "a.key")
+    assert "name --trusted-keys to check that" in run("verify", mine).stdout
+    (mine / "decoder.onnx").write_bytes(b"grapf")
+    with pytest.raises(IntegrityError, match="is damaged"):
+        run("verify", mine)
+    with pytest.raises(IntegrityError, match="is damaged"):
+        run("sign", mine, "--key", tmp_path / "a.key")
+
+
+def test_passwords_are_asked_for_or_read_and_never_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("edge_fleet.signing._OPS_LIMIT", 1 << 16)
+    monkeypatch.setattr("edge_fleet.signing._MEMORY_LIMIT", 1 << 22)
+    mine = write_bundle(tmp_path / "tiny", FILES)
+    done = run("keygen", tmp_path / "a", text="secret words\nsecret words\n")
+    assert "secret words" not in done.output
+    (tmp_path / "password").write_text("secret words\n")
+    run("sign", mine, "--key", tmp_path / "a.key", "--password-file", tmp_path / "password")
+    run("sign", mine, "--key", tmp_path / "a.key", text="secret words\n")
+    with pytest.raises(ConfigError, match="the password is wrong"):
+        run("sign", mine, "--key", tmp_path / "a.key", text="guess\n")
+    with monkeypatch.context() as patch:
+        asked = Mock(side_effect=[KeyboardInterrupt, EOFError])
+        patch.setattr("click.termui.hidden_prompt_func", asked)
+        with pytest.raises(click.Abort):
+            _password(None)
+        patch.setattr("sys.stdin", Mock(**{"isatty.return_value": False}))
+        with pytest.raises(ConfigError, match="no terminal on which to ask"):
+            _password(None)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        run("keygen", tmp_path / "b", "--no-password", "--password-file", tmp_path / "password")
+    with pytest.raises(ConfigError, match="is no reference to a registry"):
+        run("push", mine, "tiny")
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--model=r1", "--api-key-file=keys", "--watch-s=600", "--switch-timeout-s=900"],
+)
+def test_a_roll_out_without_a_server_takes_no_option_of_one(tmp_path: Path, option: str):
+    flag = option.split("=")[0]
+    with pytest.raises(ConfigError, match=f"{flag} belongs to --server; add it"):
+        run("rollout", "127.0.0.1:1/r1:stable", "--link", tmp_path / "r1", option)
+
+
+@pytest.mark.parametrize("option", ["--watch-s", "--switch-timeout-s"])
+def test_a_roll_out_is_not_watched_for_nan_seconds(tmp_path: Path, option: str):
+    done = run("rollout", "127.0.0.1:1/r1:stable", "--link", tmp_path / "r1", option, "nan")
+    assert (done.exit_code, "nan is not a finite number" in done.output) == (2, True)

@@ -1,0 +1,226 @@
+"""What doctor says of a bundle: its memory, files and engines."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from edge.bundle.engine_file import EngineInfo
+from edge.bundle.manifest import FileInfo, LinearInfo, Quantization, read_manifest
+from edge.bundle.schemes import Recipe
+from edge.bundle.weights import recipe_linears
+from edge_lab.doctor import exit_code, run_checks
+from edge_lab.doctor.check import Facts
+from edge_lab.doctor.machine import Library
+from edge_lab.doctor.software import check_memory
+from edge_lab.planner.models import BUILT_IN
+from tests.conftest import Bundles
+from tests.edge.device import jetson_trees as trees
+from tests.edge_lab.doctor.fake_machine import CPU, MISSING, FakeMachine, cuda, find, statuses
+from tests.manifests import make_manifest
+
+
+def test_memory(orin: FakeMachine, tiny_bundles: Bundles):
+    bundle = tiny_bundles("qwen2", "portable")
+    orin.memory = 100 << 20
+    checks = run_checks(orin, bundle)
+    assert find(checks, "memory").status == "fail"
+    assert "fewer bits" in find(checks, "memory").cure
+    assert exit_code(checks) == 71
+    assert find(run_checks(orin), "memory").status == "ok"  # nothing to hold it against
+    (orin.root / "proc/meminfo").unlink()
+    orin.memory = None
+    assert find(run_checks(orin), "memory").status == "warn"
+
+
+def test_the_cpu_needs_more_than_a_gpu(laptop: FakeMachine, orin: FakeMachine):
+    """Of a float model twice as much: ONNX Runtime on the CPU computes in fp32."""
+    model = BUILT_IN["r1-qwen-7b"].spec
+    linears = {
+        linear.name: LinearInfo(linear.scheme, linear.shape, 2 * math.prod(linear.shape))
+        for linear in recipe_linears(model, Recipe("fp16"))
+    }
+    stored = sum(linear.num_bytes for linear in linears.values())
+    manifest = make_manifest(
+        model=model,
+        kv_capacity=32768,
+        rope_positions=32768,
+        quantization=Quantization(name="fp16", method="rtn", clip="mse", linears=linears),
+        files={"decoder.onnx.data": FileInfo(stored, "0" * 64)},
+    )
+    statuses = {
+        (name, gigabytes): check_memory(ask(machine, gigabytes), manifest).status
+        for name, machine in (("laptop", laptop), ("orin", orin))
+        for gigabytes in (14, 20, 32)  # a cache of 32,768 tokens would take 3.8 of fp32 more
+    }
+    assert statuses == {
+        ("laptop", 14): "fail",
+        ("laptop", 20): "fail",
+        ("laptop", 32): "ok",
+        ("orin", 14): "fail",
+        ("orin", 20): "ok",
+        ("orin", 32): "ok",
+    }
+
+
+def ask(machine: FakeMachine, gigabytes: int) -> Facts:
+    machine.memory = gigabytes * 10**9
+    return Facts(machine, machine.snapshot(), machine.nodes(), machine.cuda(), False)
+
+
+def test_an_engine_needs_its_own_capacity(orin: FakeMachine, bundle: Path):
+    long = 10**6  # of 256 bytes each
+    orin.memory = 500 << 20
+    add_engine(bundle, "short")
+    found = find(run_checks(orin, bundle), "memory")
+    assert found.status == "ok"
+    assert found.detail.endswith(" GB for one sequence")
+    add_engine(bundle, "long", kv_capacity=long)
+    found = find(run_checks(orin, bundle), "memory")
+    assert found.status == "fail"
+    assert f"KV cache of {long} tokens" in found.cause
+    assert "--kv-capacity" in found.cure
+
+
+def test_a_gpu_with_its_own_memory_is_asked_for_that(laptop: FakeMachine, tiny_bundles: Bundles):
+    bundle = tiny_bundles("qwen2", "portable")
+    cuda(memory_free_bytes=1 << 20, integrated=False)(laptop)
+    assert find(run_checks(laptop, bundle), "memory").status == "fail"
+
+
+def test_a_full_page_cache_takes_no_memory_from_a_gpu_that_shares_it(laptop: FakeMachine):
+    """Also where nothing but the driver tells that it does."""
+    cuda(memory_free_bytes=600 << 20)(laptop)
+    laptop.memory = 52 * 10**9
+    assert find(run_checks(laptop), "memory").detail == "52.0 GB free"
+
+
+def test_a_damaged_bundle(laptop: FakeMachine, tiny_bundles: Bundles, tmp_path: Path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundles("qwen2", "portable"), bundle)
+    assert find(run_checks(laptop, bundle), "bundle").status == "ok"
+    data = bytearray((bundle / "tokenizer.json").read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / "tokenizer.json").write_bytes(data)
+    checks = run_checks(laptop, bundle)
+    assert find(checks, "bundle").status == "fail"
+    assert "tokenizer.json" in find(checks, "bundle").cause
+    assert exit_code(checks) == 65
+    assert "engines" not in statuses(checks)  # nothing of it was parsed
+    (bundle / "manifest.json").unlink()
+    assert exit_code(run_checks(laptop, bundle)) == 65
+
+
+def test_a_bundle_that_this_onnxruntime_cannot_run(laptop: FakeMachine, tiny_bundles: Bundles):
+    laptop.onnxruntime_answers = {CPU: Library(version="1.23.2", providers=(CPU,))}
+    found = find(run_checks(laptop, tiny_bundles("qwen2", "native")), "bundle")
+    assert found.status == "warn"
+    assert "needs ONNX Runtime 1.26, found 1.23.2" in found.cause
+    found = find(run_checks(laptop, tiny_bundles("qwen2", "portable")), "bundle")
+    assert found.status == "ok"
+
+
+def add_engine(bundle: Path, name: str, **changes: Any) -> Path:
+    """An engine directory with a plan of eight bytes."""
+    manifest = read_manifest(bundle)
+    plan = b"not real"
+    info = EngineInfo(
+        schema_version=1,
+        producer="test",
+        created="2026-01-01T00:00:00Z",
+        key="0" * 64,
+        plan="engine.plan",
+        plan_bytes=len(plan),
+        plan_sha256=hashlib.sha256(plan).hexdigest(),
+        flavour="tensorrt",
+        tensorrt_version="10.3.0.26",
+        compute_capability="8.7",
+        device="Orin",
+        jetpack="6.2",
+        l4t="36.4.3",
+        sources={"decoder.onnx": manifest.files["decoder.onnx"].sha256},
+        max_batch=1,
+        max_prefill=64,
+        kv_capacity=128,
+        kv_buckets=(128,),
+        kv_read="slice",
+        options={"max_batch": 1},
+        profiles=(),
+        builder="api",
+        build_s=1.0,
+        peak_memory_bytes=None,
+        weights=(),
+        layers=(),
+    )
+    info = msgspec.structs.replace(info, **changes)
+    directory = bundle / "engines" / name
+    trees.write_tree(directory, {"engine.plan": plan, "engine.json": msgspec.json.encode(info)})
+    return directory
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, tiny_bundles: Bundles) -> Path:
+    target = tmp_path / "with engines"
+    shutil.copytree(tiny_bundles("qwen2", "portable"), target)
+    return target
+
+
+def test_engines_against_this_machine(orin: FakeMachine, laptop: FakeMachine, bundle: Path):
+    assert find(run_checks(orin, bundle), "engines").status == "warn"  # none there
+    add_engine(bundle, "other-trt", tensorrt_version="10.16.2.10")
+    checks = run_checks(orin, bundle)
+    found = find(checks, "engines")
+    assert found.status == "fail"
+    assert "another TensorRT (tensorrt 10.16.2.10, here tensorrt 10.3.0)" in found.cause
+    assert "edge-llm build" in found.cause
+    assert exit_code(checks) == 78
+    add_engine(bundle, "other-gpu", compute_capability="8.6")
+    assert exit_code(run_checks(orin, bundle)) == 78
+    add_engine(bundle, "right")
+    found = find(run_checks(orin, bundle), "engines")
+    assert (found.status, found.detail) == ("ok", "right fits (2 others do not)")
+    # Without a GPU engines of another machine are no fault.
+    found = find(run_checks(laptop, bundle), "engines")
+    assert (found.status, found.exit_code) == ("skip", 0)
+
+
+def test_an_engine_of_tensorrt_for_rtx_is_none_of_another_tensorrt(orin: FakeMachine, bundle: Path):
+    """Its own library loads it, beside TensorRT too."""
+    rtx = {"flavour": "tensorrt-rtx", "tensorrt_version": "1.6.1.50"}
+    add_engine(bundle, "rtx", **rtx)
+    checks = run_checks(orin, bundle)
+    found = find(checks, "engines")
+    apart = "1 of TensorRT for RTX not compared"
+    assert (found.status, found.detail) == ("skip", f"{apart} (0 others do not fit)")
+    assert exit_code(checks) == 0
+    add_engine(bundle, "other-gpu", compute_capability="8.6")
+    found = find(run_checks(orin, bundle), "engines")
+    assert (found.status, found.detail) == ("skip", f"{apart} (1 others do not fit)")
+    add_engine(bundle, "right")
+    found = find(run_checks(orin, bundle), "engines")
+    assert (found.status, found.detail) == ("ok", f"right fits (1 others do not); {apart}")
+    (bundle / "engines/rtx/engine.plan").write_bytes(b"tampered")
+    assert exit_code(run_checks(orin, bundle)) == 65
+
+
+def test_own_kernels_that_python_launches_need_cuda_bindings(orin: FakeMachine, bundle: Path):
+    add_engine(bundle, "own", plugins="python")
+    assert find(run_checks(orin, bundle), "engines").status == "ok"
+    orin.cuda_bindings_answer = MISSING
+    found = find(run_checks(orin, bundle), "engines")
+    assert found.status == "fail"
+    assert "own has own kernels, which cuda-bindings launch for TensorRT < 10.13" in found.cause
+
+
+def test_a_damaged_plan(orin: FakeMachine, laptop: FakeMachine, bundle: Path):
+    (add_engine(bundle, "right") / "engine.plan").write_bytes(b"tampered")
+    for machine in (orin, laptop):
+        checks = run_checks(machine, bundle)
+        assert "is damaged" in find(checks, "engines").cause
+        assert exit_code(checks) == 65

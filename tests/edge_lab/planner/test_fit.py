@@ -1,0 +1,111 @@
+"""Predictions against every published figure; the error is documented, whatever it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_lab.planner.published import SPEED_FIGURES, Figure
+from edge_lab.planner.speed import FITTED
+from tests.edge_lab.planner.fit import (
+    MEMORY_FIGURES,
+    NOT_PREDICTED,
+    error,
+    fit,
+    predicted,
+    predicted_memory,
+)
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "planner-published.md"
+
+
+def documented_rows() -> list[str]:
+    """The table of docs/planner-published.md, as it must stand there."""
+    rows = []
+    for figure in SPEED_FIGURES:
+        batch = f", batch {figure.batch}" if figure.batch > 1 else ""
+        if figure.kind == "prefill":
+            what, scale, unit = f"prefill of {figure.tokens}", 1e3, "ms"
+        else:
+            what, scale, unit = f"decode{batch}", 1.0, "tok/s"
+        device = figure.device + (f" {figure.mode}" if figure.mode else "")
+        cells = (
+            figure.source,
+            device,
+            f"{figure.model} {figure.precision.upper()}",
+            what,
+            f"{figure.value * scale:.4g} {unit}",
+            f"{predicted(figure) * scale:.4g}",
+            f"{error(figure):+.0%}",
+            "fitted" if figure.fitted else "",
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def documented_memory_rows() -> list[str]:
+    return [
+        f"| {figure.source} | {figure.model} {figure.precision.upper()} | "
+        f"{figure.value / 1e9:.2f} GB | {predicted_memory(figure) / 1e9:.2f} | "
+        f"{predicted_memory(figure) / figure.value - 1:+.0%} |"
+        for figure in MEMORY_FIGURES
+    ]
+
+
+def test_every_figure_and_its_error_is_documented():
+    text = DOCUMENT.read_text("utf-8")
+    missing = [row for row in documented_rows() + documented_memory_rows() if row not in text]
+    assert not missing, "docs/planner-published.md lacks:\n" + "\n".join(missing)
+    for what, why in NOT_PREDICTED:
+        assert f"| {what} | {why} |" in text
+
+
+def test_the_factors_are_those_of_the_fit():
+    found = fit()
+    assert found.weights == pytest.approx(FITTED.weights, abs=0.001)
+    assert found.layer_s == pytest.approx(FITTED.layer_s, abs=0.1e-6)
+    assert found.compute == pytest.approx(FITTED.compute, abs=0.001)
+    assert found.batch == pytest.approx(FITTED.batch, abs=0.001)
+
+
+def of(kind: str, *, fitted: bool, source: str = "") -> list[Figure]:
+    found = [
+        f
+        for f in SPEED_FIGURES
+        if f.kind == kind and f.fitted == fitted and f.source.startswith(source)
+    ]
+    assert found
+    return found
+
+
+def test_fitted_decode_is_within_6_percent():
+    assert max(abs(error(figure)) for figure in of("decode", fitted=True)) < 0.06
+
+
+def test_fitted_prefill_is_within_25_percent():
+    assert max(abs(error(figure)) for figure in of("prefill", fitted=True)) < 0.25
+
+
+def test_held_out_tensorrt_modules_are_within_16_percent():
+    held_out = of("decode", fitted=False, source="TensorRT")
+    assert {figure.device for figure in held_out} == {"orin-nx-16", "orin-nano-8"}
+    assert max(abs(error(figure)) for figure in held_out) < 0.16
+
+
+def test_another_engine_with_fused_kernels_is_within_10_percent():
+    assert max(abs(error(figure)) for figure in of("decode", fitted=False, source="embedl")) < 0.1
+
+
+def test_memory_is_within_10_percent():
+    for figure in MEMORY_FIGURES:
+        assert predicted_memory(figure) == pytest.approx(figure.value, rel=0.1)
+
+
+def test_no_published_figure_exceeds_what_the_memory_allows():
+    """The model's skeleton: nobody read weights faster than the data sheet says."""
+    from edge_lab.planner.speed import Efficiency
+
+    perfect = Efficiency(weights=1, layer_s=0, cache=1, compute=1, batch=0, source="ideal")
+    for figure in SPEED_FIGURES:
+        assert error(figure, perfect) > 0, figure

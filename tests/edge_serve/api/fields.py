@@ -1,0 +1,97 @@
+"""Tells whether a field of a request has an effect."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from edge.runtime.llm import LLM
+from edge_serve.api.facts import facts_of
+from edge_serve.api.protocol import decode
+from tests.edge_serve.scripted import Live
+
+Pair = tuple[dict[str, Any], dict[str, Any]]
+"""Changes of a request, with two values of a field."""
+# What differs from answer to answer.
+_CHANCE = re.compile(
+    rb'"(?:id|item_id|call_id|request_id|created|created_at|completed_at|time_ms|[a-z_]+_duration)":'
+    rb'(?:"[^"]*"|[0-9]+)'
+)
+
+
+def fields_of(kind: type[msgspec.Struct], seen: set[type]) -> Iterator[str]:
+    """Paths of all fields; those of a struct that was seen before are left out."""
+
+    def walk(info: Any, path: str) -> Iterator[str]:
+        if isinstance(info, msgspec.inspect.UnionType):
+            for part in info.types:
+                yield from walk(part, path)
+        elif isinstance(info, msgspec.inspect.ListType):
+            yield from walk(info.item_type, f"{path}[]")
+        elif isinstance(info, msgspec.inspect.Metadata):
+            yield from walk(info.type, path)
+        elif isinstance(info, msgspec.inspect.StructType) and info.cls not in seen:
+            seen.add(info.cls)
+            for field in info.fields:
+                name = f"{path}.{field.encode_name}".lstrip(".")
+                yield name
+                yield from walk(field.type, name)
+
+    yield from walk(msgspec.inspect.type_info(kind), "")
+
+
+def observe(
+    live: Live, path: str, body: dict[str, Any], kind: type, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, Any]:
+    """The status, and all that a request came to: for the engine, the route and the client."""
+    submitted: list[Any] = []
+    submit = LLM.submit
+
+    def spy(self: LLM, prompt: Any, params: Any = None, **options: Any) -> Any:
+        tools = options.get("tools")
+        names = ("suffix", "continue_final_message")
+        given = {key: options[key] for key in names if options.get(key) is not None}
+        ids = self.encode(prompt, tools=tools, thinking=options.get("thinking"), **given)
+        # Tools are in the ids, and the deadline is what the clock leaves.
+        given = {k: v for k, v in options.items() if k not in ("tools", "deadline_s")}
+        submitted.append((ids, params, given))
+        return submit(self, prompt, params, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LLM, "submit", spy)
+        answer = live.ask(path, body)
+    assert live.idle()
+    text = _CHANCE.sub(b"", answer.body)
+    facts = None
+    if answer.status == 200 and submitted:
+        facts = facts_of(decode(json.dumps(body).encode(), kind, 64), "id")
+    return answer.status, (submitted, facts, text)
+
+
+def check_field(
+    live: Live,
+    path: str,
+    kind: type,
+    bodies: tuple[dict[str, Any], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_ignored: bool,
+) -> None:
+    """Two bodies that differ in one field make a difference, unless it is one without effect."""
+    first, second = bodies
+    (one, seen), (other, also), again = (
+        observe(live, path, body, kind, monkeypatch) for body in (first, second, first)
+    )
+    assert one == 200, seen
+    assert again == (one, seen), "what it comes to is chance, so nothing can be told from it"
+    if is_ignored:
+        assert other == 200, also
+        assert seen == also, "it has an effect, so it must leave the list"
+    else:
+        assert other in (200, 400, 404)
+        assert (one, seen) != (other, also), "it has no effect: honour it, refuse it, or list it"

@@ -1,0 +1,34 @@
+"""One service for most tests, a bundle that takes tools, and a file of keys."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Bundles, write_secret
+from tests.edge_serve.scripted import HERMES_TEMPLATE, KEY, Live, running
+from tests.manifests import replace_file
+
+
+@pytest.fixture(scope="session")
+def live(tiny_bundles: Bundles) -> Iterator[Live]:
+    with running(tiny_bundles("qwen2"), max_body_bytes=300_000, max_choices=8) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def tool_bundle(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with a template that takes tools."""
+    bundle = tmp_path_factory.mktemp("tools") / "tiny"
+    shutil.copytree(tiny_bundles("qwen2"), bundle)
+    replace_file(bundle, "chat_template.jinja", HERMES_TEMPLATE.encode())
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def client_keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with `KEY`."""
+    return write_secret(tmp_path_factory.mktemp("keys") / "keys", f"client:{KEY}\n")
