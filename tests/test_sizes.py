@@ -1,0 +1,51 @@
+"""The gate on sizes counts code, and says which figure to edit."""
+
+from __future__ import annotations
+
+import pytest
+
+from scripts.sizes import code_lines, judge
+
+SOURCE = '''"""A module.
+
+Of three lines.
+"""
+
+# A comment.
+import os
+
+LIMIT = 3  # counted once
+"""What stands below a name is a docstring, too."""
+TEXT = """two
+lines"""
+
+
+def f(a: int) -> str:
+    """Do it."""
+    call(
+        a,
+
+        # no code
+    )
+    return "text"
+'''
+
+
+def test_code_is_neither_blank_nor_comment_nor_docstring():
+    # import, LIMIT, TEXT (2), def, call( a, ), return
+    assert code_lines(SOURCE) == 9
+    assert code_lines("") == 0
+
+
+@pytest.mark.parametrize(
+    ("found", "complaint"),
+    [
+        (1001, "it has 1001, its budget in scripts/sizes.py is 1000; "),
+        (1000, None),
+        (980, None),
+        (979, "it has 979, far below its budget of 1000; write 979 "),
+    ],
+)
+def test_a_budget_is_kept_and_not_wide(found: int, complaint: str | None):
+    said = judge("it", found, 1000)
+    assert said is None if complaint is None else (said or "").startswith(complaint)
