@@ -34,7 +34,6 @@ from edge.bundle.manifest import (
     decode_manifest,
     encode_manifest,
     is_file_name,
-    sha256_file,
 )
 from edge.bundle.place import (
     check_free_space,
@@ -45,6 +44,7 @@ from edge.bundle.place import (
     sweep,
 )
 from edge.bundle.update import beside, fsync, locked, resolve_target, write_durably
+from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, ConfigError, ResourceError
 
 _log = logging.getLogger(__name__)

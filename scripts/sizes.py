@@ -34,7 +34,7 @@ PACKAGES = {
 }
 """Code lines of each package, without what an allowance covers."""
 
-FILES = {"edge/bundle/manifest.py": 312}
+FILES = {"edge/bundle/manifest.py": 304}
 """Code lines of files that may only shrink: optional rooms own a section of ``extras`` instead."""
 
 

@@ -15,16 +15,17 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from edge.errors import BundleError, IntegrityError
-from edge.files import MALFORMED, read_chunks, read_file
+from edge.files import MALFORMED, read_file
 
 from .manifest_checks import check_fit, head_files
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 """2 added `SamplingDefaults.assumed`, 3 `Manifest.tensorrt` and `TensorScheme.planes`, 4
 `Source.quantization` and, of `LinearInfo`, ``from_source``, ``offsets`` and ``reordered``, 5
 `Manifest.kv_cache` and `Manifest.head`, 6 `ModelSpec.task`, `Manifest.embedding` and
-`Manifest.reranking`, 7 of `LinearInfo` ``per_token`` and ``rotation_block``."""
-_READABLE_VERSIONS = (1, 2, 3, 4, 5, 6, 7)
+`Manifest.reranking`, 7 of `LinearInfo` ``per_token`` and ``rotation_block``, 8
+`Manifest.extras`."""
+_READABLE_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8)
 MANIFEST_NAME = "manifest.json"
 ENGINES_DIR = "engines"
 _NO_HASH = "0" * 64
@@ -459,6 +460,7 @@ class Manifest(_Struct, frozen=True):
         kv_cache: how the cache is stored; None is in the graph's float type.
         embedding: for a model that embeds, else None.
         reranking: for a model that judges documents, else None.
+        extras: sections of optional rooms by name; `edge.bundle.extras` decodes one for its room.
     """
 
     schema_version: int
@@ -483,6 +485,7 @@ class Manifest(_Struct, frozen=True):
     head: DraftHead | None = None
     embedding: Embedding | None = None
     reranking: Reranking | None = None
+    extras: Annotated[dict[Line, dict[str, Any]], msgspec.Meta(max_length=64)] = {}
     self_sha256: str = _NO_HASH
 
     @property
@@ -551,21 +554,6 @@ def fingerprint(manifest: Manifest) -> str:
 def is_file_name(name: str) -> bool:
     """Check that a file of a bundle may have this name: plain ASCII, no directory, not hidden."""
     return _FILE_NAME.match(name) is not None and name not in (MANIFEST_NAME, ENGINES_DIR)
-
-
-def sha256_file(path: Path) -> FileInfo:
-    """Hash a file in chunks; memory stays constant."""
-    with path.open("rb") as file:
-        return sha256_descriptor(file.fileno())
-
-
-def sha256_descriptor(descriptor: int) -> FileInfo:
-    """Hash an open file from its start, as `sha256_file`."""
-    digest, num_bytes = hashlib.sha256(), 0
-    for chunk in read_chunks(descriptor):
-        digest.update(chunk)
-        num_bytes += len(chunk)
-    return FileInfo(num_bytes=num_bytes, sha256=digest.hexdigest())
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

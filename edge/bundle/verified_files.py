@@ -11,7 +11,7 @@ from pathlib import Path
 from edge.errors import IntegrityError
 from edge.files import read_chunks
 
-from .manifest import MANIFEST_NAME, FileInfo, Manifest, sha256_descriptor
+from .manifest import MANIFEST_NAME, FileInfo, Manifest
 
 
 class VerifiedFiles:
@@ -138,3 +138,18 @@ def verify_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None =
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def sha256_file(path: Path) -> FileInfo:
+    """Hash a file in chunks; memory stays constant."""
+    with path.open("rb") as file:
+        return sha256_descriptor(file.fileno())
+
+
+def sha256_descriptor(descriptor: int) -> FileInfo:
+    """Hash an open file from its start, as `sha256_file`."""
+    digest, num_bytes = hashlib.sha256(), 0
+    for chunk in read_chunks(descriptor):
+        digest.update(chunk)
+        num_bytes += len(chunk)
+    return FileInfo(num_bytes=num_bytes, sha256=digest.hexdigest())

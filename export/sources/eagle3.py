@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.linears import TOKEN_TABLE, head_linears, head_norms
-from edge.bundle.manifest import ModelSpec, sha256_file
+from edge.bundle.manifest import ModelSpec
+from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
 from edge_lab.model_config import parse_config
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.linears import expected_tensors
-from edge.bundle.manifest import Architecture, ModelSpec, RopeSpec, Source, sha256_file
+from edge.bundle.manifest import Architecture, ModelSpec, RopeSpec, Source
+from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
 from edge_lab.model_config import BIDIRECTIONAL, check_spec, yarn_attention_factor
 

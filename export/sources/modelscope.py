@@ -25,7 +25,7 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from edge.bundle.manifest import sha256_file
+from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError, ConfigError
 from edge.files import MALFORMED
 from edge.user_paths import user_directory

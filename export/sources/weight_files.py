@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from edge.bundle.manifest import sha256_file
+from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"

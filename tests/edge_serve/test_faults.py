@@ -20,7 +20,8 @@ import msgspec
 import pytest
 
 from edge.backends import choose
-from edge.bundle.manifest import MANIFEST_NAME, encode_manifest, read_manifest, sha256_file
+from edge.bundle.manifest import MANIFEST_NAME, encode_manifest, read_manifest
+from edge.bundle.verified_files import sha256_file
 from edge.limited_child import LimitedChild, Limits
 from edge.text import chat_template
 from tests.conftest import Bundles

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from edge.bundle.manifest import encode_manifest, read_manifest, sha256_file
+from edge.bundle.manifest import encode_manifest, read_manifest
 from edge.bundle.onnx_file import Node, OnnxFile
 from edge.bundle.onnx_values import Constants
+from edge.bundle.verified_files import sha256_file
 from edge.errors import BuildError, ConfigError, DependencyError
 from engines import compat, reduce
 from engines.cli import check

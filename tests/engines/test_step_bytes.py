@@ -14,9 +14,10 @@ from msgspec.structs import replace
 
 from edge.backends.process_memory import Deployment, plan_process_memory
 from edge.bundle import io_spec
-from edge.bundle.manifest import Manifest, encode_manifest, read_manifest, sha256_file
+from edge.bundle.manifest import Manifest, encode_manifest, read_manifest
 from edge.bundle.onnx_file import OnnxFile, attribute
 from edge.bundle.schemes import Recipe
+from edge.bundle.verified_files import sha256_file
 from edge.bundle.weights import manifest_linears, recipe_linears, weight_parts
 from edge.errors import BundleError
 from edge_lab.planner.devices import MODULES

@@ -24,10 +24,9 @@ from edge.bundle.manifest import (
     Manifest,
     encode_manifest,
     read_manifest,
-    sha256_file,
 )
 from edge.bundle.update import update_manifest
-from edge.bundle.verified_files import verify_files
+from edge.bundle.verified_files import sha256_file, verify_files
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, ResourceError
 from export.bundle import BundleWriter
 from tests.export.kill_child import NEW_FILES, refuse

@@ -33,10 +33,10 @@ from edge.bundle.manifest import (
     encode_manifest,
     is_file_name,
     read_manifest,
-    sha256_file,
 )
 from edge.bundle.manifest_text import describe_kv_cache, describe_sampling
 from edge.bundle.rope import inverse_frequencies
+from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, IntegrityError
 from edge.runtime.sampling_params import KNOBS
 from tests.manifests import make_manifest, make_model
@@ -219,15 +219,20 @@ _BEFORE_4 = [
     b',\n        "offsets": false,\n        "reordered": false,\n        "from_source": null',
 ]
 _BEFORE_5 = b',\n  "kv_cache": null'
+_BEFORE_8 = b',\n  "extras": {}'
 
 
 @pytest.mark.parametrize(
     ("version", "lacks"),
     [
-        (1, [b',\n    "assumed": null', b',\n  "tensorrt": null', *_BEFORE_4, _BEFORE_5]),
-        (2, [b',\n  "tensorrt": null', *_BEFORE_4, _BEFORE_5]),
-        (3, [*_BEFORE_4, _BEFORE_5]),
-        (4, [_BEFORE_5]),
+        (
+            1,
+            [b',\n    "assumed": null', b',\n  "tensorrt": null', *_BEFORE_4, _BEFORE_5, _BEFORE_8],
+        ),
+        (2, [b',\n  "tensorrt": null', *_BEFORE_4, _BEFORE_5, _BEFORE_8]),
+        (3, [*_BEFORE_4, _BEFORE_5, _BEFORE_8]),
+        (4, [_BEFORE_5, _BEFORE_8]),
+        (7, [_BEFORE_8]),
     ],
 )
 def test_a_bundle_of_an_older_schema_still_opens(version: int, lacks: list[bytes]) -> None:

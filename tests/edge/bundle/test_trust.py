@@ -133,6 +133,8 @@ def test_every_room_that_opens_a_bundle_comes_through_the_one_door():
         "edge_lab/cli/bench.py",
         "edge_fleet/cli/bundle.py",
         "edge_fleet/cli/pull.py",
+        "edge_fleet/devices/evaluator.py",
+        "edge_lab/cli/evaluation.py",
         "edge/cli/cache.py",
         "edge_lab/cli/eval.py",
         "edge/cli/inspect.py",

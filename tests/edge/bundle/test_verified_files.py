@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from edge.bundle.manifest import MANIFEST_NAME, encode_manifest, read_manifest, sha256_file
-from edge.bundle.verified_files import VerifiedFiles, verify_files
+from edge.bundle.manifest import MANIFEST_NAME, encode_manifest, read_manifest
+from edge.bundle.verified_files import VerifiedFiles, sha256_file, verify_files
 from edge.errors import BundleError, IntegrityError
 from tests.manifests import make_manifest
 

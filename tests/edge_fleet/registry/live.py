@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge.bundle.manifest import FileInfo, encode_manifest, sha256_file
+from edge.bundle.manifest import FileInfo, encode_manifest
+from edge.bundle.verified_files import sha256_file
 from tests.manifests import make_manifest
 
 FILES = {

@@ -13,8 +13,9 @@ import pytest
 from click.testing import CliRunner, Result
 from msgspec.structs import replace
 
-from edge.bundle.manifest import encode_manifest, read_manifest, sha256_file
+from edge.bundle.manifest import encode_manifest, read_manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, OnnxFile
+from edge.bundle.verified_files import sha256_file
 from edge.errors import EXIT_GATE_MISSED, BuildError, ConfigError, IntegrityError
 from engines import builder
 from engines.builder import Target, build_engine
