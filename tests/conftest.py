@@ -29,8 +29,9 @@ from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
 from edge.device.nodes import GPU_NODES, find_gpu_node
 from edge_serve.observe.logs import CONFIGURED
 from scripts.smollm2 import smollm2_gguf
-from tests import skips
+from tests import second_try, skips
 from tests.manifests import replace_file
+from tests.second_try import pytest_runtest_protocol  # noqa: F401  a hook of pytest
 from tests.tiny_models import Kind, write_checkpoint
 from tests.tiny_pooling import write_embedder, write_judge
 
@@ -56,6 +57,7 @@ class FirstTest:
 
 def pytest_configure(config: pytest.Config) -> None:
     skips.pytest_configure(config)
+    second_try.pytest_configure(config)
     started_s = os.environ.get("EDGE_LLM_TEST_STARTED_S")
     if started_s is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(FirstTest(int(started_s)))

@@ -370,6 +370,7 @@ def gated(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
 LONG = {"model": "tiny", "prompt": "hello world " * (LARGE_BYTES // 10)}
 
 
+@pytest.mark.timing
 def test_long_texts_wait_in_a_bounded_queue_and_hold_up_no_short_one(gated: tuple[Live, Gate]):
     live, gate = gated
     with ThreadPoolExecutor(6) as pool:
@@ -388,6 +389,7 @@ def test_long_texts_wait_in_a_bounded_queue_and_hold_up_no_short_one(gated: tupl
             assert answer.headers["retry-after"] == "1"
 
 
+@pytest.mark.timing
 def test_encoding_has_an_end(gated: tuple[Live, Gate]):
     live, gate = gated
     started = time.monotonic()

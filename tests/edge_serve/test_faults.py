@@ -103,6 +103,7 @@ def test_two_hundred_clients_leave_at_random_places(shaky: Live):
     assert stats.outcomes["cancelled"] > 20
 
 
+@pytest.mark.timing
 def test_the_engine_stops_within_a_step_of_a_client_that_leaves(shaky: Live):
     engine = shaky.engine
     messages = long_text(shaky, "step", 400)
@@ -147,6 +148,7 @@ def test_a_client_that_leaves_the_queue_gives_its_place_back(shaky: Live):
     assert counted == read > 0
 
 
+@pytest.mark.timing
 def test_a_slow_reader_is_cut_and_holds_up_nobody(shaky: Live):
     messages = [{"role": "user", "content": "fast"}]
     shaky.engine.say(messages, "</think>" + "🙂" * 100)
@@ -244,6 +246,7 @@ def test_a_failing_engine_is_an_error_without_its_secrets(shaky: Live):
     assert re.search(r'edgellm_requests_total\{model="tiny",outcome="error"\} [1-9]', text)
 
 
+@pytest.mark.timing
 def test_a_hanging_engine_turns_the_light_red(shaky: Live):
     messages = long_text(shaky, "hang", 50)
     shaky.engine.delay_s = 0.02

@@ -41,6 +41,7 @@ from tests.edge_serve.scripted import ScriptedEngine, running, tiny
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "what"}], "temperature": 0}
 
 
+@pytest.mark.timing
 def test_sigterm_lets_running_requests_finish(tiny_bundles: Bundles):
     with scripted_child(tiny_bundles("qwen2"), 0.005) as server, ThreadPoolExecutor(8) as pool:
         stream = {**CHAT, "stream": True}
@@ -65,6 +66,7 @@ def test_sigterm_lets_running_requests_finish(tiny_bundles: Bundles):
         assert time.monotonic() - finished < 1.5
 
 
+@pytest.mark.timing
 def test_a_second_sigterm_leaves_at_once(tiny_bundles: Bundles):
     with scripted_child(tiny_bundles("qwen2"), 0.2) as server, ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(server.ask, body={**CHAT, "stream": True}) for _ in range(2)]
@@ -92,6 +94,7 @@ def test_a_drain_has_an_end(tiny_bundles: Bundles):
         assert b"[DONE]" not in events
 
 
+@pytest.mark.timing
 def test_sigterm_does_not_wait_for_a_bundle_that_is_being_opened(tiny_bundles: Bundles):
     let_go = threading.Event()
 

@@ -257,6 +257,7 @@ def test_a_template_that_never_ends_is_refused_when_it_is_opened(source):
     assert time.monotonic() - before_s < 10
 
 
+@pytest.mark.timing
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("source", [*ENDLESS, *UNBOUNDED])
 def test_a_message_cannot_make_a_template_run_for_ever(source):
@@ -287,6 +288,7 @@ def test_a_message_cannot_make_a_template_run_for_ever(source):
     assert max(b - a for a, b in itertools.pairwise(times)) < 0.4
 
 
+@pytest.mark.timing
 def test_an_unknown_template_costs_little_per_request(r1):
     """No process per request: a hundred chats take less than five starts of a process would."""
     assert not r1.is_known

@@ -209,6 +209,7 @@ def test_the_least_tokens_are_near_where_tokens_are_longest(path):
         assert Tokenizer.from_bytes(changed(path, **unbounded), TOKENS).least_tokens(text) == 0
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("control", [False, True])
 def test_a_long_text_is_encoded_alike_and_lets_others_run(
     tokenizer, reference, without_control, control

@@ -161,6 +161,7 @@ def test_sessions_stay_streams_flow_and_a_killed_device_costs_nothing(
         assert staying.process.poll() is None
 
 
+@pytest.mark.timing
 @needs_haproxy
 def test_the_first_answer_after_a_kill_is_good(tmp_path: Path, pair: list[Child]):
     with proxy(tmp_path, _ports(pair)) as front:

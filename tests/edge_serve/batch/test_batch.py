@@ -450,6 +450,7 @@ def test_a_server_that_is_killed_is_waited_for_and_loses_no_row(tmp_path: Path):
     assert len(answers(tmp_path)) == 120
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_cleanly_and_says_how_to_go_on(tmp_path: Path, number: int):
     source = write_requests(tmp_path / "in.jsonl", [{"n": i, "wait_s": 0.02} for i in range(400)])

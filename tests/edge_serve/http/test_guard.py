@@ -360,6 +360,7 @@ def test_an_offer_of_http_2_is_answered_without_a_word_in_the_log(
     assert [r.getMessage() for r in caplog.records if r.levelno > logging.INFO] == []
 
 
+@pytest.mark.timing
 def test_slow_heads_are_cut(strict: Live):
     started = time.monotonic()
     answer = talk(strict, b"GET /health HTTP/1.1\r\nHost: localh")
@@ -368,6 +369,7 @@ def test_slow_heads_are_cut(strict: Live):
     assert talk(strict, b"") == b""  # nothing at all
 
 
+@pytest.mark.timing
 def test_a_head_that_drips_is_cut(strict: Live):
     started = time.monotonic()
     with closing(strict.connect()) as sock:
@@ -380,6 +382,7 @@ def test_a_head_that_drips_is_cut(strict: Live):
     assert time.monotonic() - started < 3
 
 
+@pytest.mark.timing
 def test_slow_bodies_are_cut(strict: Live):
     request = head(Authorization=f"Bearer {KEY}", Content_Type="application/json",
                    Content_Length="100")  # fmt: skip
@@ -389,6 +392,7 @@ def test_slow_bodies_are_cut(strict: Live):
     assert time.monotonic() - started < 3
 
 
+@pytest.mark.timing
 def test_a_body_that_nobody_wants_cannot_drip_for_ever(strict: Live):
     for request in (head("GET", "/health", Content_Length="100"), head(Content_Length="100")):
         started = time.monotonic()
@@ -451,6 +455,7 @@ def test_no_more_of_a_refused_body_is_read_than_its_bound():
     assert 5000 <= read <= 5000 + 1000
 
 
+@pytest.mark.timing
 def test_three_hundred_slow_clients_hold_up_nobody(strict: Live):
     slow = [strict.connect() for _ in range(300)]
     try:

@@ -238,6 +238,7 @@ def test_auto_decides_by_the_request_and_the_load(pair: Pair):
     assert routes["always"] >= 2
 
 
+@pytest.mark.timing
 def test_a_model_that_is_busy_holds_up_no_prompt_that_another_scores(pair: Pair):
     body = {"prompt": "a", "echo": True, "logprobs": 0, "max_tokens": 1}
     pair.engines["small"].running.clear()

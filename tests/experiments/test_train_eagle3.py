@@ -252,7 +252,7 @@ def test_a_trained_head_is_right_where_it_was_trained(
         [sys.executable, "scripts/train_eagle3.py", tiny_bundles("qwen2"), texts, "-o", head,
          "--minutes", "0.1", "--draft-vocab", "300", "--ahead", "2", "--learning-rate", "0.01",
          *more],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path])},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

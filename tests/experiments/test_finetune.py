@@ -168,7 +168,7 @@ def test_a_trained_adapter_changes_the_bundle(tiny_checkpoints: Checkpoints, tmp
     done = subprocess.run(
         [sys.executable, "scripts/finetune.py", tiny_checkpoints("qwen2"), texts, "-o", adapter,
          "--epochs", "8", "--learning-rate", "0.02", "--rank", "8"],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
