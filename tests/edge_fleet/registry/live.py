@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-import socket
 import subprocess
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -30,39 +29,40 @@ SMALL = {name: data for name, data in FILES.items() if len(data) < 1000}
 
 
 class LiveRegistry:
-    """A registry whose process can be ended and started again; its content stays."""
+    """A registry whose process can be ended and started again; its content and address stay."""
 
     def __init__(self, folder: Path) -> None:
         if shutil.which("docker-registry") is None:
             pytest.skip("needs Debian's package docker-registry")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.address = "127.0.0.1:0"  # the registry finds a port and says which
         self.blobs = folder / "data" / "docker" / "registry" / "v2" / "blobs" / "sha256"
-        self._config = folder / "registry.yml"
-        self._config.write_text(
-            "version: 0.1\n"
-            "log: {level: error, accesslog: {disabled: true}}\n"
-            f"storage: {{filesystem: {{rootdirectory: {folder / 'data'}}}}}\n"
-            f"http: {{addr: '{self.address}'}}\n"
-        )
+        self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self) -> None:
-        self._process = subprocess.Popen(
-            ["docker-registry", "serve", self._config],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        config, log = self._folder / "registry.yml", self._folder / "registry.log"
+        config.write_text(
+            "version: 0.1\n"
+            "log: {level: info, accesslog: {disabled: true}}\n"
+            f"storage: {{filesystem: {{rootdirectory: {self._folder / 'data'}}}}}\n"
+            f"http: {{addr: '{self.address}'}}\n"
         )
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://{self.address}/v2/", timeout=5).close()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if self._process is None or self._process.poll() is not None:
+                # Again, too, where a connection of another test has its port for a moment.
+                with log.open("wb") as output:
+                    self._process = subprocess.Popen(
+                        ["docker-registry", "serve", config],
+                        stdout=subprocess.DEVNULL,
+                        stderr=output,
+                    )
+            time.sleep(0.02)
+            if listening := re.search(r"listening on (127\.0\.0\.1:\d+)\"", log.read_text()):
+                self.address = listening[1]
                 return
-            except OSError:
-                assert self._process.poll() is None, "the registry does not start"
-                time.sleep(0.05)
-        raise AssertionError("the registry does not answer")
+        raise AssertionError(f"the registry does not start: {log.read_text()}")
 
     def kill(self) -> None:
         """End it with SIGKILL."""

@@ -339,7 +339,7 @@ def test_who_interrupts_a_pull_does_not_wait_for_the_line(
         pauses.append(seconds)
         if len(pauses) == NUM_CONNECTIONS:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        while registry.patient and time.monotonic() < started + 10:
+        while registry.patient and time.monotonic() < started + 60:
             real(0.01)
 
     live.kill()
