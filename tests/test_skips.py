@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -68,3 +69,21 @@ def test_old_kernels_are_an_excuse_on_python_3_10_only():
     reason = "needs ONNX Runtime >= 1.26 for dialect native"
     assert skips.is_allowed(reason) == (sys.version_info < (3, 11))
     assert not skips.is_allowed("needs Debian's packages chromium and chromium-driver")
+
+
+def test_a_program_of_debian_may_lack_only_where_it_could_not_be_installed(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    reasons = [
+        "needs Debian's package docker-registry",
+        "needs Debian's package prometheus",
+        "needs HAProxy (Debian: haproxy)",
+        "needs systemd (Debian: systemd)",
+        "needs groff",
+    ]
+    for value, allowed in (("0", False), ("1", True)):
+        monkeypatch.setenv("EDGE_LLM_NO_PROGRAMS", value)
+        judged = importlib.reload(skips)
+        assert [judged.is_allowed(reason) for reason in reasons] == [allowed] * len(reasons)
+    monkeypatch.undo()
+    importlib.reload(skips)
