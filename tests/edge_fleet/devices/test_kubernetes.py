@@ -16,8 +16,8 @@ from edge_serve.config_file import load_settings
 from edge_serve.settings import ServerSettings
 from tests.conftest import Bundles
 
-ROOT = Path(__file__).parents[2]
-MANIFESTS = ROOT / "fleet" / "kubernetes"
+ROOT = Path(__file__).parents[3]
+MANIFESTS = ROOT / "edge_fleet" / "kubernetes"
 VERSIONS = ("1.28", "1.34")
 
 
