@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypedDict
 
 from msgspec import Meta
 
 from .bundle.library import find_setting
 from .errors import ConfigError
-from .settings_fields import FINDER, check_fields, unknown_name
+from .settings_fields import FINDER, Section, check_fields, unknown_name
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -136,6 +136,16 @@ class EngineConfig:
     speculative: _Count | None = None
     prefix_dir: Path | None = None
     trusted_keys: Path | None = None
+
+    SECTIONS: ClassVar[dict[Section, tuple[str, ...]]] = {
+        "Engine": ("backend", "num_threads", "prefill", "draft", "speculative"),
+        "Memory": ("kv_capacity", "num_slots", "overflow", "prefix_dir"),
+        "Expert": (
+            "gpu_wait", "prefill_chunk", "int8_activations", "deterministic", "max_batch",
+            "queue_capacity", "target_itl_ms", "reuse_prefix", "trusted_keys",
+        ),
+    }  # fmt: skip
+    """Where the help of a verb shows each option."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,12 +1,10 @@
 """Computes figures of logits and of the cache: log-probabilities, KL divergence, cosine.
 
-The edges of bins in which numbers are counted are here, too. Logits that hold NaN or an infinity
-are a `NonFiniteError`, never a figure. Everything is computed in float64.
+Logits that hold NaN or an infinity are a `NonFiniteError`, never a figure. Everything is computed
+in float64.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,20 +94,3 @@ def cosine_similarity(a: Rows, b: Rows) -> Vector:
         result: Vector = (x * y).sum(axis=-1) / np.maximum(norms, np.finfo(np.float64).tiny)
     both_zero = ~(x.any(axis=-1) | y.any(axis=-1))
     return np.where(both_zero, 1.0, np.clip(result, -1.0, 1.0))
-
-
-def geometric_edges(last: float) -> tuple[float, ...]:
-    """Return the edges 0, 1 and on by factors of the square root of 2, up to ``last``.
-
-    A value that doubles moves by two bins.
-    """
-    edges, power = [0.0], 0
-    while edges[-1] < last:
-        edges.append(float(math.floor(2 ** (power / 2))))
-        power += 1
-    return tuple(sorted(set(edges)))
-
-
-def linear_edges(step: float, count: int) -> tuple[float, ...]:
-    """Return edges between the multiples of ``step``, so that a round value is inside its bin."""
-    return tuple(round((i + 0.5) * step, 6) for i in range(count))

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -26,6 +26,15 @@ FINDER = "finder"
 _PATH_BEGINS = ("/", "./", "../", "~")  # a name may have a slash in it, as owner/model
 Finder = Callable[[str, Path], Path]
 """Finds what a text names; the second argument is what a relative path is relative to."""
+
+Section = Literal[
+    "Models", "Source", "Server", "Network", "Answer", "Quantization", "Graph", "Task", "Text",
+    "Traffic", "Runs", "Comparison", "Thresholds", "Wishes", "Device", "Shapes", "Kernels",
+    "Engine", "Memory", "Limits", "Log", "Output", "Help", "Expert",
+]  # fmt: skip
+"""Sections of a verb's options, in the order of its help; only ``--help-all`` shows the last."""
+SECTIONS = "SECTIONS"
+"""Attribute of a class of settings: by section the fields that are options. Others are none."""
 
 Settings = TypeVar("Settings")
 
@@ -123,6 +132,15 @@ def field_types(cls: Any) -> dict[str, Any]:
     """Read the type of every field, with its ``Annotated`` metadata."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def field_sections(cls: type) -> dict[str, Section]:
+    """Read in which section the option of each field is; a field in none has no option."""
+    found: dict[str, Section] = {}
+    for base in reversed(cls.__mro__):
+        for section, names in vars(base).get(SECTIONS, {}).items():
+            found |= dict.fromkeys(names, section)
+    return found
 
 
 def given_flags(flags: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Given]:

@@ -1,9 +1,9 @@
 """Reads settings from a TOML file, the environment and flags: the later overrides the earlier.
 
 The settings themselves are a frozen dataclass; its fields are the keys of the file, the environment
-variables ``EDGE_LLM_SERVE_<KEY>`` and the flags ``--<key>``. Nothing is accepted and ignored: an
-unknown key, or an unknown variable with that prefix, is refused with the nearest known one. The
-origin of each value is kept, for ``edge-llm config show --origin``.
+variables ``EDGE_LLM_SERVE_<KEY>`` and, of those with a section, the flags ``--<key>``. Nothing is
+accepted and ignored: an unknown key, or an unknown variable with that prefix, is refused with the
+nearest known one. The origin of each value is kept, for ``edge-llm config show --origin``.
 
 A relative path in the file is relative to the file, elsewhere to the working directory. An empty
 variable counts as not set, since systemd units write it that way.

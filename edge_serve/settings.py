@@ -6,14 +6,14 @@ import ipaddress
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
 from edge.bundle.library import find_setting
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
-from edge.settings_fields import FINDER
+from edge.settings_fields import FINDER, Section, field_sections
 from edge_lab.measure.drift import DEFAULT_WINDOW
 
 from .observe.logs import LogFormat
@@ -27,7 +27,9 @@ _Seconds = Annotated[float, Meta(gt=0)]
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(EngineConfig):
-    """Settings of the HTTP service, the engine's included; each is a flag of ``edge-llm serve``.
+    """Settings of the HTTP service, the engine's included.
+
+    Each is a key of its file and of the environment; those in `SECTIONS` are flags, too.
 
     Attributes:
         model: bundles to serve, by the names that requests use. A bundle is a directory or one of
@@ -53,7 +55,8 @@ class ServerSettings(EngineConfig):
         max_choices: answers of one request at most: n times the number of prompts.
         max_connections: connections that are open at once, or fewer where the limit of open files
             is lower; a new one replaces the one that has waited longest for its client.
-        max_connections_per_address: likewise, from one address (of IPv6 one network of 64 bits).
+        max_connections_per_address: connections of one address (of IPv6 of one network of 64 bits)
+            that are open at once.
         max_connections_per_key: requests that one API key may have under way at once.
         text_queue_capacity: long requests (bodies of 32 KiB or more) that wait to be read and
             encoded, which happens one after the other; more are refused.
@@ -115,6 +118,19 @@ class ServerSettings(EngineConfig):
     hot_celsius: Annotated[float, Meta(gt=0)] = 97.0
     stall_s: _Seconds | None = None
 
+    SECTIONS: ClassVar[dict[Section, tuple[str, ...]]] = {
+        "Models": ("model", "default_model", "auto", "split"),
+        "Network": ("host", "port", "api_key_file", "allow_open"),
+        "Memory": ("memory_budget_mb",),
+        "Limits": (
+            "max_body_bytes", "max_connections", "request_timeout_s", "rate_limit_rpm",
+            "drain_timeout_s",
+        ),
+        "Log": ("log_format", "log_level"),
+        "Expert": ("vllm_metrics", "drift_baseline"),
+    }  # fmt: skip
+    """Where the help of a verb shows each option; what is in no section is a key only."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in (*self.model, *self.split):
@@ -140,6 +156,12 @@ class ServerSettings(EngineConfig):
         return EngineConfig(
             **{field.name: getattr(self, field.name) for field in fields(EngineConfig)}
         )
+
+
+def keys_without_option() -> list[str]:
+    """Name the settings that are keys of the file and of the environment only."""
+    sections = field_sections(ServerSettings)
+    return [field.name for field in fields(ServerSettings) if field.name not in sections]
 
 
 def is_loopback(host: str) -> bool:

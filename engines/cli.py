@@ -13,25 +13,17 @@ import msgspec
 from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES
 from edge.cli import echo_json
 from edge.cli.options import bundle_argument, check_writable, given_flag
+from edge.cli.sections import SectionCommand, option
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 from edge_lab.cli.progress import show_progress
 
 from .config import ATTENTIONS, KV_READS, TENSORRT_ATTENTIONS, AttentionChoice, BuildConfig
-from .rules.bundle import check_bundle_rules, parse_versions, verdict_as_dict
-from .rules.check import Verdict
-from .rules.table import version_of
-from .trtexec import (
-    command_for_bundle,
-    find_trtexec,
-    format_command,
-    parse_version,
-    trtexec_version,
-)
 from .trtexec_options import TRT_VERSIONS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from .rules.check import Verdict
     from .step_bytes import StepCost
 
 _ORIN = "87"
@@ -75,30 +67,37 @@ def _buckets(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
 
 _SHAPES = (
     bundle_argument,
-    click.option(
+    option(
+        "Shapes",
         "--max-batch",
         type=int,
         default=1,
         show_default=True,
         help="Sequences per step: 1 is for one user; edge-llm serve has 4 slots.",
     ),
-    click.option(
+    option(
+        "Shapes",
         "--max-prefill",
         type=int,
         default=512,
         show_default=True,
         help="Tokens per prefill step; longer prompts go in chunks.",
     ),
-    click.option(
-        "--kv-capacity", type=int, help="Tokens of prompt and answer; default: the bundle's own."
+    option(
+        "Shapes",
+        "--kv-capacity",
+        type=int,
+        help="Tokens of prompt and answer; default: the bundle's own.",
     ),
-    click.option(
+    option(
+        "Expert",
         "--kv-buckets",
         callback=_buckets,
         metavar="N,N,...",
         help="Cache rows that a step may read, the last one the capacity. Default: powers of two.",
     ),
-    click.option(
+    option(
+        "Expert",
         "--kv-read",
         type=click.Choice(["auto", *KV_READS]),
         default="slice",
@@ -106,7 +105,8 @@ _SHAPES = (
         help="How attention reads the cache: the rows of a bucket, all rows, or each sequence's "
         "own length (TensorRT 11); auto is the first of them that builds.",
     ),
-    click.option(
+    option(
+        "Memory",
         "--workspace",
         "workspace_bytes",
         default=str(DEFAULT_WORKSPACE_BYTES),
@@ -114,14 +114,16 @@ _SHAPES = (
         metavar="SIZE",
         help="Scratch memory of a kernel, e.g. 512M; default 1G.",
     ),
-    click.option(
+    option(
+        "Kernels",
         "--opt-level",
         type=int,
         default=3,
         show_default=True,
         help="0 builds fast, 5 searches longest for fast kernels.",
     ),
-    click.option(
+    option(
+        "Expert",
         "--best-logits",
         type=int,
         default=0,
@@ -130,19 +132,20 @@ _SHAPES = (
         help="Put out the N best logits of each row by themselves, so that most tokens are drawn "
         "from them and the others stay on the GPU: 256 is enough; 0 puts out rows only.",
     ),
-    click.option("--force", is_flag=True, help="Go on although memory seems too small."),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON line at the end."),
+    option("Output", "--force", is_flag=True, help="Go on although memory seems too small."),
+    option("Output", "--json", "as_json", is_flag=True, help="Print one JSON line at the end."),
 )
 
 
 def _shape_options(command: Any) -> Any:
-    for option in reversed(_SHAPES):
-        command = option(command)
+    for add in reversed(_SHAPES):
+        command = add(command)
     return command
 
 
 def _attention_option(choices: tuple[AttentionChoice, ...], last: str) -> Callable[[Any], Any]:
-    return click.option(
+    return option(
+        "Kernels",
         "--attention",
         type=click.Choice(choices),
         default="auto",
@@ -152,17 +155,19 @@ def _attention_option(choices: tuple[AttentionChoice, ...], last: str) -> Callab
     )
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @_shape_options
 @_attention_option(
     ATTENTIONS, "edge-llm's own (with --kernels own), or the first that builds, own ones first."
 )
-@click.option(
+@option(
+    "Expert",
     "--timing-cache",
     type=click.Path(path_type=Path, dir_okay=False),
     help="File with kernel timings to reuse and extend; default: the one beside the engine.",
 )
-@click.option(
+@option(
+    "Expert",
     "--with",
     "via",
     type=click.Choice(["api", "trtexec"]),
@@ -170,7 +175,8 @@ def _attention_option(choices: tuple[AttentionChoice, ...], last: str) -> Callab
     show_default=True,
     help="TensorRT's Python API, which also audits the network, or NVIDIA's trtexec.",
 )
-@click.option(
+@option(
+    "Kernels",
     "--kernels",
     type=click.Choice(["auto", "own", "tensorrt"]),
     default="tensorrt",
@@ -178,15 +184,19 @@ def _attention_option(choices: tuple[AttentionChoice, ...], last: str) -> Callab
     help="Whose kernels compute products with weights of few bits, and attention: edge-llm's own, "
     "as plugins in the engine, or TensorRT's; auto, with --tune, is the faster of both.",
 )
-@click.option(
+@option(
+    "Kernels",
     "--tune",
     is_flag=True,
     help="Build every variant that --kv-read auto, --attention auto and --kernels auto leave open, "
     "time each on this GPU, and keep the fastest that answers as the CPU does.",
 )
-@click.option("--again", is_flag=True, help="Build although the same engine is there already.")
-@click.option("--print-trtexec", is_flag=True, help="Only print the trtexec line for this engine.")
-@click.option(
+@option("Output", "--again", is_flag=True, help="Build although the same engine is there already.")
+@option(
+    "Output", "--print-trtexec", is_flag=True, help="Only print the trtexec line for this engine."
+)
+@option(
+    "Device",
     "--trt",
     type=click.Choice(list(TRT_VERSIONS)),
     help="TensorRT version of --print-trtexec; default: that of the trtexec here.",
@@ -268,6 +278,16 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
 
 
 def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
+    from .rules.bundle import check_bundle_rules
+    from .rules.table import version_of
+    from .trtexec import (
+        command_for_bundle,
+        find_trtexec,
+        format_command,
+        parse_version,
+        trtexec_version,
+    )
+
     version = parse_version(trt) if trt else trtexec_version(find_trtexec())
     line = command_for_bundle(config, version)
     for verdict in check_bundle_rules(config.bundle, [version_of("tensorrt", version)]):
@@ -279,16 +299,18 @@ def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
         click.echo(format_command(line))
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @_shape_options
 @_attention_option(TENSORRT_ATTENTIONS, "or the first of the two that builds.")
-@click.option(
+@option(
+    "Device",
     "--trt",
     metavar="VERSION,...",
     help="Compile nothing: tell whether these versions of TensorRT take the graph, which need not "
     "be here. Releases such as 10.3, rtx, or all.",
 )
-@click.option(
+@option(
+    "Device",
     "--sm",
     type=_Sm(["80", "86", "89", "120"]),
     default="86",
@@ -296,7 +318,8 @@ def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
     help="GPU to compile for, which need not be here. TensorRT for RTX cannot compile for the "
     "Orin's 87; 86 is closest, with the same parser, network and audit.",
 )
-@click.option(
+@option(
+    "Output",
     "--reduce",
     "reduced",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -342,6 +365,8 @@ def check(
 
 
 def _check_rules(ctx: click.Context, bundle: Path, trt: str, as_json: bool) -> None:
+    from .rules.bundle import check_bundle_rules, parse_versions, verdict_as_dict
+
     names = {parameter.name or "" for parameter in ctx.command.params}
     idle = given_flag(*names - {"bundle", "trt", "as_json"})
     if idle is not None:

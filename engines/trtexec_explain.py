@@ -20,7 +20,6 @@ from edge.errors import ConfigError
 
 from .config import BuildConfig
 from .rules.table import Release
-from .trtexec import command_for_bundle, format_command, parse_version
 from .trtexec_options import TRT_VERSIONS, lifetime, options, show
 
 State = Literal["works", "deprecated", "no effect", "not yet", "removed", "unknown"]
@@ -224,6 +223,8 @@ def _translate(words: list[str], version: Release) -> list[str]:
 
 
 def _steps(words: list[str], version: Release) -> tuple[str, ...]:
+    from .trtexec import command_for_bundle, format_command
+
     given = dict(_split(word) for word in words)
     path = Path(given.get("onnx", ""))
     if path.suffix == ".onnx" and (path.parent / MANIFEST_NAME).is_file():
@@ -263,7 +264,7 @@ def trtexec_explain(line: tuple[str, ...], trt: str, as_json: bool) -> None:
     if rest and len(first.split()) > 1:
         raise ConfigError(f"{rest[0]!r} follows the quoted line; put it into the quotes")
     # As it is where it was quoted; otherwise the shell has taken the quotes within it.
-    explanation = explain(shlex.join(line) if rest else first, parse_version(trt))
+    explanation = explain(shlex.join(line) if rest else first, TRT_VERSIONS[trt])
     if as_json:
         echo_json(asdict(explanation))
         return

@@ -14,6 +14,7 @@ from edge.bundle.manifest_text import (
     describe_tensorrt,
 )
 from edge.bundle.schemes import RULES
+from edge.cli.sections import SectionCommand, option
 from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, GateError, install_command
 
 from .targets import TARGETS
@@ -50,29 +51,33 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     ctx.default_map = options
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @click.argument("source")
-@click.option(
+@option(
+    "Output",
     "-o",
     "--output",
     required=True,
     type=click.Path(path_type=Path),
     help="Directory of the bundle to write.",
 )
-@click.option(
+@option(
+    "Quantization",
     "--quant",
     type=click.Choice([*RULES, "source"]),
     help="Scheme of the linear layers; source keeps the integers of a checkpoint that is quantized "
     "already (GPTQ, AWQ, compressed-tensors, AutoRound). Default: source for such a checkpoint, "
     "else int4.",
 )
-@click.option(
+@option(
+    "Quantization",
     "--group-size",
     type=int,
     help="Weights that share a scale: 128, 64 or 32. "
     "Default: 32 for INT4, for INT8 the largest that fits the model.",
 )
-@click.option(
+@option(
+    "Expert",
     "--keep",
     multiple=True,
     callback=_keep,
@@ -82,34 +87,39 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     "INT4 recipes store the lm_head in INT8, and int8-w8a8 stores it in INT8 with "
     "float inputs.",
 )
-@click.option(
+@option(
+    "Expert",
     "--clip",
     type=click.Choice(["mse", "absmax"]),
     default="mse",
     show_default=True,
     help="How scales are chosen: least squared error, or the largest weight (faster, worse).",
 )
-@click.option(
+@option(
+    "Quantization",
     "--method",
     type=click.Choice(["rtn", "awq", "gptq", "awq+gptq"]),
     help="How INT4 layers are rounded; default awq+gptq, which loses least. awq takes a fourth of "
     "its time; rtn takes a minute and needs no calibration, but loses most.",
 )
-@click.option(
+@option(
+    "Quantization",
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help='Text, or JSONL of {"text": ...} or {"messages": [...]}; default: a built-in text, for '
     "GPTQ and W8A8 one with Chinese and more code.",
 )
-@click.option(
+@option(
+    "Expert",
     "--calibration-tokens",
     type=int,
     help="Most tokens to calibrate with; default all of the built-in text, 20480 of another, and "
     "4096 for the KV cache.",
 )
-@click.option("--seed", type=int, help="Seed of the calibration documents' order; default 0.")
-@click.option(
+@option("Expert", "--seed", type=int, help="Seed of the calibration documents' order; default 0.")
+@option(
+    "Quantization",
     "--workers",
     type=click.IntRange(1),
     default=1,
@@ -117,13 +127,15 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     help="Layers to round side by side, to the same bytes: faster with many cores; each one more "
     "takes memory. Not with GPTQ, which rounds a layer for what the ones before it lost.",
 )
-@click.option(
+@option(
+    "Expert",
     "--rotate/--no-rotate",
     default=None,
     help="Spread outliers by rotating the hidden states, exact in float; unties a tied lm_head. "
     "Default: for int8-w8a8 only.",
 )
-@click.option(
+@option(
+    "Quantization",
     "--recipe",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -132,14 +144,16 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     callback=_recipe,
     help="TOML or JSON with these options; one given here wins over the file's.",
 )
-@click.option(
+@option(
+    "Memory",
     "--embeddings",
     type=click.Choice(["fp16", "int8"]),
     default="fp16",
     show_default=True,
     help="Rows of the token table; int8, one scale per row, halves its file.",
 )
-@click.option(
+@option(
+    "Memory",
     "--kv-cache",
     type=click.Choice(["float", "int8"]),
     default="float",
@@ -147,84 +161,98 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     help="Rows of the KV cache; int8 halves them in an engine and quarters them on the CPU, with "
     "scales that a calibration finds. Layers that would lose too much stay in float.",
 )
-@click.option(
+@option(
+    "Source",
     "--lora",
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Merge this LoRA adapter (peft's layout, safetensors) into the weights first.",
 )
-@click.option(
+@option(
+    "Source",
     "--eagle3",
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Put this EAGLE-3 head (config.json and model.safetensors as published) into the bundle; "
     "run and serve draft with it by --draft eagle3.",
 )
-@click.option(
+@option(
+    "Expert",
     "--vocab-keep",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Leave out all tokens except those of this text (or JSONL, as for --calibration), or of "
     "this JSON list of token ids. Single bytes, control tokens and the chat template's stay.",
 )
-@click.option(
+@option(
+    "Expert",
     "--vocab-size",
     type=int,
     help="Tokens to keep, a multiple of 64: the most frequent of the text of --vocab-keep, then "
     "the first of the vocabulary. Default: all of the text.",
 )
-@click.option(
+@option(
+    "Graph",
     "--target",
     type=click.Choice(list(TARGETS)),
     help="Device that the bundle is for: chooses the dialect and the type of scales, and writes no "
     "bundle that its TensorRT does not take (JetPack 6: 10.3, JetPack 7: 10.16, trt11: 11.1 and "
     "11.4). Default: for no device in particular.",
 )
-@click.option(
+@option(
+    "Graph",
     "--dialect",
     type=click.Choice(["native", "portable"]),
     help="native: TensorRT >= 10.15 (JetPack 7.2). portable: TensorRT >= 10.3 (JetPack 6). "
     "Default: that of --target, else native.",
 )
-@click.option(
+@option(
+    "Expert",
     "--dtype",
     type=click.Choice(["fp16", "bf16"]),
     help="Float type of the engine's graph; default fp16.",
 )
-@click.option(
+@option(
+    "Memory",
     "--kv-capacity",
     type=int,
     help="Tokens of prompt and answer; default 4096, or 8192 for a model that reasons (its chat "
     "template knows </think>).",
 )
-@click.option(
+@option(
+    "Source",
     "--task",
     type=click.Choice(["generate", "embed", "rerank"]),
     help="What the bundle is for. rerank judges documents as Qwen3-Reranker does. Default: embed "
     "for a directory of sentence-transformers (modules.json), else generate.",
 )
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Download cache for a hub id.")
-@click.option(
+@option("Source", "--revision", help="Branch, tag or commit of a hub id.")
+@option(
+    "Source", "--cache-dir", type=click.Path(path_type=Path), help="Download cache for a hub id."
+)
+@option(
+    "Source",
     "--hub",
     type=click.Choice(["huggingface", "modelscope"]),
     help="Where a hub id is downloaded from. Default: EDGE_LLM_HUB, else the Hugging Face hub, of "
     "which HF_ENDPOINT sets a mirror.",
 )
-@click.option("--force", "overwrite", is_flag=True, help="Replace an existing bundle.")
-@click.option(
+@option("Output", "--force", "overwrite", is_flag=True, help="Replace an existing bundle.")
+@option(
+    "Thresholds",
     "--verify/--no-verify",
     default=None,
     help="Measure the bundle against the float model on 4096 tokens before it is put in place, as "
     "edge-llm eval does; if a threshold is missed, write no bundle and exit with code 3. "
     "--no-verify measures nothing. Default: 512 tokens tell what it cost, and nothing is refused.",
 )
-@click.option(
+@option(
+    "Thresholds",
     "--gate",
     metavar="NAME|FILE",
     help="Thresholds of --verify, as for edge-llm eval. Default: recipe.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line at the end.")
+@option("Output", "--json", "as_json", is_flag=True, help="Print one JSON line at the end.")
 @click.pass_context
 def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options: Any) -> None:
     """Turn SOURCE into a bundle.

@@ -85,7 +85,7 @@ def verbs() -> dict[str, click.Command]:
 @functools.cache
 def all_flags() -> frozenset[str]:
     """Every long option of the command, its verbs, and those of a verb that has some."""
-    flags = {"--help"}
+    flags = {"--help", "--help-all"}
     waiting: list[click.Command] = [cli.cli, *verbs().values()]
     while waiting:
         command = waiting.pop()

@@ -23,6 +23,8 @@ import click
 import edge
 from edge.errors import EdgeError, ResourceError
 
+from .verbs import GROUPS
+
 COMMAND_GROUP = "edge_llm.commands"
 
 
@@ -37,6 +39,22 @@ class _Verbs(click.Group):
             command: click.Command = entry.load()
             return command
         return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs in their groups; only those of other packages are loaded."""
+        installed = self.list_commands(ctx)
+        known = {name for lines in GROUPS.values() for name in lines}
+        others = {
+            name: command.get_short_help_str(60)
+            for name in installed
+            if name not in known and (command := self.get_command(ctx, name)) is not None
+        }
+        width = max(map(len, installed), default=0)
+        for title, lines in {**GROUPS, "Other": others}.items():
+            rows = [(f"{name:{width}}", lines[name]) for name in lines if name in installed]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

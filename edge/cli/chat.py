@@ -9,13 +9,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge.bundle.tasks import check_task
 from edge.errors import EdgeError, RequestError
-from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import KNOBS, SamplingParams
 from edge.user_paths import expand_user, user_directory
 
@@ -30,6 +29,10 @@ from .options import (
     take_sampling,
 )
 from .screen import StreamPrinter, dim, format_stats
+from .sections import SectionCommand, option
+
+if TYPE_CHECKING:
+    from edge.runtime.llm import LLM
 
 _HELP = """\
   /reset         forget the conversation
@@ -50,9 +53,9 @@ _NEARLY_FULL = 0.1  # of the KV capacity
 _LOOK_S = 0.1  # between two looks at whether Ctrl-C was pressed
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @bundle_argument
-@click.option("--system", help="System message; R1 distills are best used without one.")
+@option("Answer", "--system", help="System message; R1 distills are best used without one.")
 @engine_options(*ONE_ANSWER)
 @sampling_options
 def chat(
@@ -61,6 +64,8 @@ def chat(
     **options: Any,
 ) -> None:
     """Talk to BUNDLE; /help lists the commands."""
+    from edge.runtime.llm import LLM
+
     params = take_sampling(options)
     config = take_engine(options, num_slots=1)
     with (

@@ -12,6 +12,7 @@ from edge.errors import RequestError
 
 from . import echo_json
 from .options import bundle_argument, check_utf8, engine_options, take_engine
+from .sections import SectionCommand, option
 
 _OPTIONS = (
     "backend", "kv_capacity", "num_threads", "prefill", "prefill_chunk", "int8_activations",
@@ -19,15 +20,17 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @bundle_argument
 @click.argument("texts", nargs=-1)
-@click.option(
+@option(
+    "Answer",
     "--prompt-name",
     metavar="NAME",
     help="Which of the model's prompts to put before each text, e.g. query for a question.",
 )
-@click.option(
+@option(
+    "Answer",
     "--dimensions",
     type=click.IntRange(min=1),
     help="Leading dimensions to keep, where the model allows it; default: all.",

@@ -18,8 +18,9 @@ from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import ConfigError, RequestError
 from edge.files import is_file
 from edge.runtime.sampling_params import KNOBS, SamplingParams
-from edge.settings_fields import read_flags
+from edge.settings_fields import field_sections, read_flags
 
+from .sections import option
 from .settings_options import complete_bundle, option_texts, settings_options
 
 if TYPE_CHECKING:
@@ -61,10 +62,13 @@ class BundlePath(click.ParamType):  # type: ignore[type-arg]  # generic from cli
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 bundle_argument = click.argument("bundle", type=BundlePath())
-build_option = click.option(
-    "--build/--no-build", default=None, help="Build the engine. Default: where TensorRT runs."
+build_option = option(
+    "Engine",
+    "--build/--no-build",
+    default=None,
+    help="Build the engine. Default: where TensorRT runs.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+json_option = option("Output", "--json", "as_json", is_flag=True, help="Print one JSON line.")
 
 _MANY_ANSWERS = {"num_slots", "max_batch", "queue_capacity", "target_itl_ms", "reuse_prefix"}
 ONE_ANSWER = tuple(field.name for field in fields(EngineConfig) if field.name not in _MANY_ANSWERS)
@@ -106,11 +110,13 @@ def given_flag(*names: str) -> str | None:
 
 def sampling_options(command: Command) -> Command:
     """Add the sampling options; what is not given is the model's own default."""
-    texts = option_texts(SamplingParams)
-    command = click.option("--stop", multiple=True, help=f"{texts['stop']} Repeatable.")(command)
+    texts, sections = option_texts(SamplingParams), field_sections(SamplingParams)
+    add = option(sections["stop"], "--stop", multiple=True, help=f"{texts['stop']} Repeatable.")
+    command = add(command)
     for name, knob in reversed(KNOBS.items()):
         flag = f"--{name.replace('_', '-')}"
-        command = click.option(flag, name, type=knob.kind, help=texts[name])(command)
+        add = option(sections[name], flag, name, type=knob.kind, help=texts[name])
+        command = add(command)
     return command
 
 

@@ -21,20 +21,26 @@ from .options import (
     take_sampling,
 )
 from .screen import StreamPrinter, format_stats
+from .sections import SectionCommand, option
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @bundle_argument
 @click.argument("prompt", required=False)
-@click.option("--system", help="System message; R1 distills are best used without one.")
-@click.option("--raw", is_flag=True, help="Continue PROMPT as plain text, without chat template.")
-@click.option(
+@option("Answer", "--system", help="System message; R1 distills are best used without one.")
+@option(
+    "Answer", "--raw", is_flag=True, help="Continue PROMPT as plain text, without chat template."
+)
+@option(
+    "Answer",
     "--suffix",
     metavar="TEXT",
     help="Fill the gap between PROMPT and this text, both plain (code models).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead of streaming.")
-@click.option("--no-stats", is_flag=True, help="Do not print speed figures on stderr.")
+@option(
+    "Output", "--json", "as_json", is_flag=True, help="Print one JSON line instead of streaming."
+)
+@option("Output", "--no-stats", is_flag=True, help="Do not print speed figures on stderr.")
 @engine_options(*ONE_ANSWER)
 @sampling_options
 def run(

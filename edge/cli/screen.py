@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge.runtime.generation import FinishReason, GenerationStats
-from edge.runtime.stream import GenerationChunk
-
 if TYPE_CHECKING:
+    from edge.runtime.generation import FinishReason, GenerationStats
     from edge.runtime.llm import LLM
+    from edge.runtime.stream import GenerationChunk
 
 
 # C0 but newline and tab, DEL, and C1, whose U+009B alone begins an escape sequence.

@@ -14,7 +14,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from edge.bundle.library import bundle_directories
-from edge.settings_fields import FINDER, field_kind
+from edge.settings_fields import FINDER, Section, field_kind, field_sections
+
+from .sections import option
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -33,21 +35,26 @@ def complete_bundle(
 def settings_options(
     cls: type, names: Collection[str] | None = None
 ) -> Callable[[Command], Command]:
-    """Add one option per field; what is not given is None, or an empty tuple for tables.
+    """Add one option per field that has a section (`field_sections`).
+
+    What is not given is None, or an empty tuple for tables.
 
     The help is the field's entry under ``Attributes:`` in the docstring of its class.
 
     Args:
         cls: a dataclass with a default for every field.
-        names: the fields that get an option; None is all of them.
+        names: the fields that get an option; None is all that have a section.
     """
     hints = typing.get_type_hints(cls)
     texts = option_texts(cls)
-    shown = [field for field in dataclasses.fields(cls) if names is None or field.name in names]
+    sections = field_sections(cls)
+    names = sections if names is None else names
+    shown = [field for field in dataclasses.fields(cls) if field.name in names]
 
     def decorate(command: Command) -> Command:
         for field in reversed(shown):
-            command = _option(field, hints[field.name], texts[field.name])(command)
+            name = field.name
+            command = _option(field, hints[name], texts[name], sections[name])(command)
         return command
 
     return decorate
@@ -71,17 +78,26 @@ def option_texts(cls: type) -> dict[str, str]:
     return {name: text[:1].upper() + text[1:].replace("``", "") for name, text in texts.items()}
 
 
-def _option(field: dataclasses.Field[Any], hint: Any, text: str) -> Callable[[Command], Command]:
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """Write the default of a field as it follows its help; nothing where there is none to name."""
+    if any(field.default is none for none in (None, dataclasses.MISSING, False)):
+        return ""
+    return f"  [default: {'on' if field.default is True else field.default}]"
+
+
+def _option(
+    field: dataclasses.Field[Any], hint: Any, text: str, section: Section
+) -> Callable[[Command], Command]:
     kind, _ = field_kind(hint)
     flag = f"--{field.name.replace('_', '-')}"
-    if not any(field.default is none for none in (None, dataclasses.MISSING, False)):
-        text += f"  [default: {'on' if field.default is True else field.default}]"
+    text += default_text(field)
     if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=text)
+        return option(section, f"{flag}/--no-{flag[2:]}", field.name, default=None, help=text)
     complete = complete_bundle if FINDER in field.metadata else None
     if typing.get_origin(kind) is dict:
         metavar = "NAME=VALUE" if complete is None else "[NAME=]BUNDLE"
-        return click.option(
+        return option(
+            section,
             flag,
             field.name,
             multiple=True,
@@ -91,9 +107,9 @@ def _option(field: dataclasses.Field[Any], hint: Any, text: str) -> Callable[[Co
         )
     if typing.get_origin(kind) is typing.Literal:
         choice = click.Choice(list(typing.get_args(kind)))
-        return click.option(flag, field.name, type=choice, help=text)
+        return option(section, flag, field.name, type=choice, help=text)
     # Kept as text: the settings read a flag exactly as they read an environment variable.
     metavar = {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
     if complete is not None:
         metavar = "BUNDLE"
-    return click.option(flag, field.name, metavar=metavar, help=text, shell_complete=complete)
+    return option(section, flag, field.name, metavar=metavar, help=text, shell_complete=complete)

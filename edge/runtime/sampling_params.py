@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
+from typing import ClassVar
 
+from edge.bins import geometric_edges, linear_edges
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import RequestError
-from edge.figures import geometric_edges, linear_edges
+from edge.settings_fields import Section
 
 MAX_LOGPROBS = 20
 
@@ -145,6 +147,12 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+
+    SECTIONS: ClassVar[dict[Section, tuple[str, ...]]] = {
+        "Answer": ("temperature", "top_k", "top_p", "seed", "max_tokens", "stop"),
+        "Expert": ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    }
+    """Where the help of a verb shows those that are options."""
 
     def __post_init__(self) -> None:
         for name, knob in KNOBS.items():

@@ -31,7 +31,7 @@ from edge_fleet.devices.haproxy import haproxy
 from edge_fleet.devices.rollout import FleetRollout
 from edge_fleet.registry.reference import Reference
 from edge_fleet.rollout import MAX_WATCH_S, WATCH_S
-from edge_lab.cli.eval import evaluation_options, run_evaluation
+from edge_lab.cli.eval import evaluation_options
 
 if TYPE_CHECKING:
     from edge_fleet.devices.evaluation import FleetComputer
@@ -244,6 +244,8 @@ def evaluate(
     Each window of the text, or question of the task, is computed by one device, on its CPU, while
     its service goes on. Every device needs the bundles, found by their content; this machine, too.
     """
+    from edge_lab.cli.evaluation import run_evaluation
+
     if (against := options["against"]) is not None:
         options["against"] = str(find_bundle(against))
         if not (Path(options["against"]) / MANIFEST_NAME).is_file():

@@ -7,14 +7,17 @@ from typing import Any
 import click
 
 from edge.cli.options import FILE
+from edge.cli.sections import option
 from edge_fleet.registry.reference import Reference, parse_reference
 
-plain_http_option = click.option(
+plain_http_option = option(
+    "Source",
     "--plain-http/--tls",
     default=None,
     help="Speak HTTP without TLS. Default: with a registry on this very machine only.",
 )
-trusted_keys_option = click.option(
+trusted_keys_option = option(
+    "Source",
     "--trusted-keys",
     type=FILE,
     help="File of minisign public keys. Default: what EDGE_LLM_TRUSTED_KEYS names, or "

@@ -17,12 +17,12 @@ from edge.cli.options import (
     json_option,
     take_engine,
 )
+from edge.cli.sections import SectionCommand, option
 from edge.errors import ConfigError
 from edge_fleet.registry.reference import Reference
 from edge_fleet.rollout import MAX_WATCH_S, SWITCH_TIMEOUT_S, WATCH_S
 from edge_lab.cli.golden_options import GOLDEN_ENGINE, golden_option, max_tokens_option
 from edge_lab.cli.progress import show_progress
-from edge_lab.measure.watch_server import ServerAnswerer, read_api_key
 
 from .registry_options import (
     plain_http_option,
@@ -30,13 +30,15 @@ from .registry_options import (
     trusted_keys_option,
 )
 
-_link = click.option(
+_link = option(
+    "Server",
     "--link",
     type=click.Path(path_type=Path),
     required=True,
     help="The link that the service's settings name; bundles are kept beside it.",
 )
-_reload = click.option(
+_reload = option(
+    "Server",
     "--reload",
     "reload_command",
     metavar="COMMAND",
@@ -45,14 +47,15 @@ _reload = click.option(
 )
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @reference_argument
 @_link
-@click.option("--server", metavar="URL", help="The running service: it is asked and watched.")
-@click.option("--model", help="Its model that is rolled out. Default: the only one.")
-@click.option("--api-key-file", type=FILE, help="The service's keys; the first one is used.")
+@option("Server", "--server", metavar="URL", help="The running service: it is asked and watched.")
+@option("Server", "--model", help="Its model that is rolled out. Default: the only one.")
+@option("Server", "--api-key-file", type=FILE, help="The service's keys; the first one is used.")
 @_reload
-@click.option(
+@option(
+    "Task",
     "--gate",
     type=click.Choice(["golden", "none"]),
     default="golden",
@@ -62,14 +65,16 @@ _reload = click.option(
 )
 @golden_option
 @max_tokens_option
-@click.option(
+@option(
+    "Limits",
     "--watch-s",
     type=Finite(0, MAX_WATCH_S),
     default=WATCH_S,
     show_default=True,
     help="Seconds for which the new bundle is on trial; 0 keeps it as soon as it is served.",
 )
-@click.option(
+@option(
+    "Expert",
     "--switch-timeout-s",
     type=Finite(1, MAX_WATCH_S),
     default=SWITCH_TIMEOUT_S,
@@ -77,7 +82,7 @@ _reload = click.option(
     help="Seconds that the service may take to open a bundle.",
 )
 @build_option
-@click.option("--retry", is_flag=True, help="Also try a bundle that was rejected before.")
+@option("Source", "--retry", is_flag=True, help="Also try a bundle that was rejected before.")
 @trusted_keys_option
 @plain_http_option
 @json_option
@@ -113,6 +118,7 @@ def rollout(
     """
     from edge_fleet.rollout.service import Service
     from edge_fleet.rollout.steps import Plan, roll_out
+    from edge_lab.measure.watch_server import ServerAnswerer, read_api_key
 
     watching = ("model", "api_key_file", "watch_s", "switch_timeout_s")
     if server is None and (flag := given_flag(*watching)):
@@ -148,7 +154,7 @@ def rollout(
         click.echo(note, err=True)
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @_link
 @_reload
 @json_option

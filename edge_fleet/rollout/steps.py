@@ -30,9 +30,8 @@ from edge.errors import (
 from edge_fleet.registry.client import Registry
 from edge_fleet.registry.pull import Offer, look, origin_digest, pull
 from edge_fleet.registry.reference import Reference
+from edge_lab.measure.defaults import GOLDEN_SET, MAX_TOKENS
 from edge_lab.measure.watch import (
-    GOLDEN_SET,
-    MAX_TOKENS,
     Baseline,
     BundleAnswerer,
     GoldenItem,

@@ -13,6 +13,7 @@ import msgspec
 import edge
 from edge.cli import echo_json
 from edge.cli.options import FILE, Finite, bundle_argument, engine_options, json_option, take_engine
+from edge.cli.sections import SectionCommand, option
 from edge.errors import EXIT_GATE_MISSED, BackendError, ConfigError
 from edge.files import MALFORMED, read_file
 
@@ -28,33 +29,52 @@ _MAX_RESULT_BYTES = 16 << 20
 _SLOWEST = 15
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @bundle_argument
-@click.option(
-    "--prompt-tokens", type=int, default=512, show_default=True, help="Random tokens per prompt."
+@option(
+    "Runs",
+    "--prompt-tokens",
+    type=int,
+    default=512,
+    show_default=True,
+    help="Random tokens per prompt.",
 )
-@click.option(
-    "--output-tokens", type=int, default=128, show_default=True, help="Sampled per sequence."
+@option(
+    "Runs",
+    "--output-tokens",
+    type=int,
+    default=128,
+    show_default=True,
+    help="Sampled per sequence.",
 )
-@click.option("--repeats", type=int, default=5, show_default=True, help="Measured runs.")
-@click.option("--warmup", type=int, default=1, show_default=True, help="Runs thrown away before.")
-@click.option("--batch", type=int, default=1, show_default=True, help="Sequences decoded together.")
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of prompts and sampling."
+@option("Runs", "--repeats", type=int, default=5, show_default=True, help="Measured runs.")
+@option(
+    "Expert", "--warmup", type=int, default=1, show_default=True, help="Runs thrown away before."
 )
-@click.option(
+@option(
+    "Runs", "--batch", type=int, default=1, show_default=True, help="Sequences decoded together."
+)
+@option(
+    "Expert", "--seed", type=int, default=0, show_default=True, help="Seed of prompts and sampling."
+)
+@option(
+    "Comparison",
     "--against",
     type=FILE,
     help="Compare with the JSON of an earlier run.",
 )
-@click.option(
+@option(
+    "Comparison",
     "--max-slowdown",
     type=Finite(min=0),
     help="With --against: fail if a figure is slower by more than this share, e.g. 0.05, and "
     "slower beyond the noise.",
 )
-@click.option(
-    "--layers", is_flag=True, help="Then time every layer of the TensorRT engine, by its profiler."
+@option(
+    "Output",
+    "--layers",
+    is_flag=True,
+    help="Then time every layer of the TensorRT engine, by its profiler.",
 )
 @json_option
 @engine_options(

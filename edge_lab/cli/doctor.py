@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from edge.cli import echo_json
 from edge.cli.options import BundlePath, Finite, json_option
-from edge.device.telemetry import read_snapshot
-from edge_lab.doctor import Check, exit_code, run_checks, summary
+
+if TYPE_CHECKING:
+    from edge_lab.doctor import Check
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
 
@@ -36,6 +38,9 @@ def doctor(bundle: Path | None, as_json: bool, wait_gpu: float | None, schemes: 
     Exit codes: 0 nothing failed, 65 damaged file, 69 driver, GPU or library unavailable, 71 too
     little memory, 77 no permission for a device node, 78 no engine for this machine.
     """
+    from edge.device.telemetry import read_snapshot
+    from edge_lab.doctor import exit_code, run_checks, summary
+
     checks = run_checks(bundle=bundle, wait_gpu_s=wait_gpu, schemes=schemes)
     code = exit_code(checks)
     if as_json:
@@ -55,6 +60,8 @@ def doctor(bundle: Path | None, as_json: bool, wait_gpu: float | None, schemes: 
 def _print(checks: list[Check]) -> None:
     from rich.console import Console
     from rich.text import Text
+
+    from edge_lab.doctor import summary
 
     console = Console(markup=False, highlight=False)
     width = max(len(check.name) for check in checks)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import click
 
 from edge.cli.options import FILE
-from edge_lab.measure.watch import GOLDEN_SET, MAX_TOKENS
+from edge.cli.sections import option
+from edge_lab.measure.defaults import GOLDEN_SET, MAX_TOKENS
 
 GOLDEN_ENGINE = ("backend", "kv_capacity", "num_threads", "int8_activations")
-golden_option = click.option(
+golden_option = option(
+    "Task",
     "--golden",
     type=FILE,
     default=GOLDEN_SET,
     help='JSONL of {"id", "prompt", "answer"}; default: the 62 prompts that come with edge-llm.',
 )
-max_tokens_option = click.option(
+max_tokens_option = option(
+    "Task",
     "--max-tokens",
     type=click.IntRange(1),
     default=MAX_TOKENS,

@@ -10,6 +10,7 @@ import click
 
 from edge.bundle.io_spec import default_kv_capacity
 from edge.cli import echo_json
+from edge.cli.sections import SectionCommand, option
 from edge.engine_config import EAGLE3
 from edge.errors import ConfigError
 
@@ -24,16 +25,18 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_PREFILL = 512
 
-device_option = click.option(
+device_option = option(
+    "Device",
     "--device",
     metavar="MODULE",
     help="agx-orin-64 (default), agx-orin-32, orin-nx-16, orin-nx-8, orin-nano-8, orin-nano-4 or "
     "cpu.",
 )
-power_mode_option = click.option(
-    "--power-mode", help="Power mode of the module, e.g. 30W; default: its fastest."
+power_mode_option = option(
+    "Device", "--power-mode", help="Power mode of the module, e.g. 30W; default: its fastest."
 )
-calibrate_option = click.option(
+calibrate_option = option(
+    "Device",
     "--calibrate",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Take the efficiency from this JSON of edge-llm bench, or from the report.json of "
@@ -41,34 +44,43 @@ calibrate_option = click.option(
 )
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @click.argument("model")
 @device_option
 @power_mode_option
-@click.option("--batch", type=click.IntRange(1, 64), default=1, show_default=True, help="Slots.")
-@click.option(
+@option(
+    "Shapes", "--batch", type=click.IntRange(1, 64), default=1, show_default=True, help="Slots."
+)
+@option(
+    "Shapes",
     "--kv-capacity",
     type=int,
     help="Tokens per slot; default: the engine's or the bundle's own, 8192 for the named models, "
     "else 4096.",
 )
-@click.option(
+@option(
+    "Shapes",
     "--max-prefill",
     type=click.IntRange(1),
     help="Tokens per prefill step; default: 512, or what the engine takes if that is less.",
 )
-@click.option("--quant", "quants", multiple=True, help="Only this quantization; may be repeated.")
-@click.option(
+@option(
+    "Models", "--quant", "quants", multiple=True, help="Only this quantization; may be repeated."
+)
+@option(
+    "Models",
     "--draft",
     help="Model that drafts, with the same tokenizer: what MODEL may be. Planned in int4 unless "
     "it is a bundle. eagle3 is the head of MODEL's own bundle, on a CPU.",
 )
-@click.option(
+@option(
+    "Shapes",
     "--kv-cache",
     type=click.Choice(["float", "int8"]),
     help="Rows of the KV cache; default: the bundle's, else float.",
 )
-@click.option(
+@option(
+    "Shapes",
     "--context",
     "contexts",
     type=int,
@@ -76,17 +88,19 @@ calibrate_option = click.option(
     help="Predict speed with this many tokens of context; may be repeated.",
 )
 @calibrate_option
-@click.option(
+@option(
+    "Expert",
     "--no-engine",
     is_flag=True,
     help="Predict by rule alone, as if the bundle's engine were not built.",
 )
-@click.option(
+@option(
+    "Output",
     "--svg",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Draw speed and memory into this file; needs the extra report.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@option("Output", "--json", "as_json", is_flag=True, help="Print one JSON line.")
 def plan(
     model: str,
     device: str | None,
@@ -241,17 +255,17 @@ def _print(result: Plan) -> None:
         *("quantization", "weights", "cache", "activations", "I/O", "graphs max", "runtime"),
         *("process", "load peak", "build peak", "fits"),
     )
-    for option in result.options:
-        plan = option.memory
+    for planned in result.options:
+        plan = planned.memory
         weights.add_row(
-            option.name, *(_mb(plan.weights[part]) for part in PARTS), _mb(plan.weights_bytes)
+            planned.name, *(_mb(plan.weights[part]) for part in PARTS), _mb(plan.weights_bytes)
         )
         around = plan.embeddings + plan.runtime + plan.python + plan.tokenizer
         steps = (plan.activations, plan.io + plan.pinned, plan.graphs)
         figures = (plan.weights_bytes + plan.plan_extra, plan.cache, *steps, around)
-        fits = "?" if option.fits is None else "yes" if option.fits else "NO"
+        fits = "?" if planned.fits is None else "yes" if planned.fits else "NO"
         peaks = (plan.load_peak, plan.build_peak)
-        memory.add_row(option.name, *map(_mb, (*figures, plan.process_bytes, *peaks)), fits)
+        memory.add_row(planned.name, *map(_mb, (*figures, plan.process_bytes, *peaks)), fits)
     console.print(weights, "")
     console.print(memory)
     if device.usable_bytes is not None:
@@ -270,12 +284,12 @@ def _print(result: Plan) -> None:
         keys=2,
     )
     marks = {"fitted": "", "measured": "", "carried over": "*"}
-    for option in result.options:
-        decode, prefill = (marks[option.basis[kind]] for kind in ("decode", "prefill"))
-        for at in option.speeds:
+    for planned in result.options:
+        decode, prefill = (marks[planned.basis[kind]] for kind in ("decode", "prefill"))
+        for at in planned.speeds:
             most = at.prefill_ceiling_tps
             speed.add_row(
-                option.name,
+                planned.name,
                 str(at.context),
                 f"{at.decode_ceiling_tps:.1f}",
                 f"{at.decode_tps:.1f}{decode}",
@@ -289,7 +303,7 @@ def _print(result: Plan) -> None:
         "max: the ceiling, computed: all bytes of a step at the whole bandwidth, or its operations "
         "at the tensor cores' peak. The other figures are predicted."
     )
-    if any("carried over" in option.basis.values() for option in result.options):
+    if any("carried over" in planned.basis.values() for planned in result.options):
         console.print(
             "* nobody published this case (module, power mode, precision, batch): the factors were "
             "fitted to others."
@@ -355,17 +369,17 @@ def _draft_table(result: Plan) -> FigureTable:
         "pays from",
         keys=2,
     )
-    for option in result.options:
-        least = option.least_acceptance
-        for at in option.speeds:
+    for planned in result.options:
+        least = planned.least_acceptance
+        for at in planned.speeds:
             cells = [
                 f"{speed.gain:.2f} ({speed.guesses})"
-                for speed in option.drafts
+                for speed in planned.drafts
                 if speed.context == at.context
             ]
-            first = at is option.speeds[0]
+            first = at is planned.speeds[0]
             pays = "" if not first else "never" if least is None else f"{least:.0%}"
-            table.add_row(option.name, str(at.context), f"{at.decode_tps:.1f}", *cells, pays)
+            table.add_row(planned.name, str(at.context), f"{at.decode_tps:.1f}", *cells, pays)
     return table
 
 

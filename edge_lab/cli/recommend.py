@@ -11,6 +11,7 @@ import click
 from edge.bundle.io_spec import REASONING_KV_CAPACITY
 from edge.cli import echo_json
 from edge.cli.options import Finite, json_option
+from edge.cli.sections import SectionCommand, option
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 
 from .plan import (
@@ -46,58 +47,68 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
     return None if value is None else parse_size(value)
 
 
-@click.command()
-@click.option(
+@click.command(cls=SectionCommand)
+@option(
+    "Wishes",
     "--memory",
     "memory_bytes",
     callback=_memory,
     metavar="SIZE",
     help="Memory at most, e.g. 1GB (10^9 bytes) or 1GiB; default: what the device leaves.",
 )
-@click.option(
+@option(
+    "Wishes",
     "--memory-of",
     type=click.Choice(["process", "weights"]),
     default="process",
     show_default=True,
     help="What --memory limits: the whole process with a full KV cache, or the weights alone.",
 )
-@click.option(
+@option(
+    "Wishes",
     "--latency-ms",
     type=Finite(min=0, min_open=True),
     help="Time per output token (TPOT) at most, with a full KV cache.",
 )
-@click.option(
+@option(
+    "Wishes",
     "--ttft-ms",
     type=Finite(min=0, min_open=True),
     help="Time to the first token at most, of a prompt of --prompt-tokens.",
 )
-@click.option(
+@option(
+    "Wishes",
     "--prompt-tokens",
     type=click.IntRange(1),
     default=512,
     show_default=True,
     help="Prompt of --ttft-ms.",
 )
-@click.option("--quality", type=Finite(0, 100), help="Score on --benchmark at least, percent.")
-@click.option(
+@option("Wishes", "--quality", type=Finite(0, 100), help="Score on --benchmark at least, percent.")
+@option(
+    "Wishes",
     "--benchmark",
     type=click.Choice(["aime-2024", "math-500", "gpqa-diamond", "livecodebench"]),
     default="aime-2024",
     show_default=True,
     help="Published benchmark (pass@1) that ranks the models.",
 )
-@click.option("--model", "models", multiple=True, help="Only this model; may be repeated.")
+@option("Models", "--model", "models", multiple=True, help="Only this model; may be repeated.")
 @device_option
 @power_mode_option
-@click.option("--batch", type=click.IntRange(1, 64), default=1, show_default=True, help="Slots.")
-@click.option(
+@option(
+    "Shapes", "--batch", type=click.IntRange(1, 64), default=1, show_default=True, help="Slots."
+)
+@option(
+    "Shapes",
     "--kv-capacity",
     type=int,
     default=REASONING_KV_CAPACITY,
     show_default=True,
     help="Tokens per slot.",
 )
-@click.option(
+@option(
+    "Shapes",
     "--kv-cache",
     type=click.Choice(["float", "int8"]),
     default="float",
@@ -105,7 +116,7 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
     help="Rows of the KV cache.",
 )
 @calibrate_option
-@click.option("-v", "--verbose", is_flag=True, help="Say of each candidate why it was dropped.")
+@option("Output", "-v", "--verbose", is_flag=True, help="Say of each candidate why it was dropped.")
 @json_option
 @click.pass_context
 def recommend(

@@ -13,6 +13,7 @@ import msgspec
 
 from edge.cli import echo_json
 from edge.cli.options import Finite, bundle_argument, engine_options, take_engine
+from edge.cli.sections import SectionCommand, option
 from edge.engine_config import GPU_BACKENDS, EngineConfig
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 
@@ -32,46 +33,57 @@ _PROMPT_CHUNK = 64  # tokens per step: the longest prompt goes through several
 _PROMPT_TOKENS = (1, 24, 300)  # one token, one chunk, several chunks
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @bundle_argument
 @engine_options("backend", "kv_capacity", "num_threads")
-@click.option(
+@option(
+    "Text",
     "--prompts",
     "prompts_file",
     type=click.Path(path_type=Path, dir_okay=False),
     help="UTF-8 file, a prompt per line; default: three pieces of the built-in text.",
 )
-@click.option(
+@option(
+    "Text",
     "--decode-steps",
     type=click.IntRange(1),
     default=32,
     show_default=True,
     help="Tokens decoded after each prompt.",
 )
-@click.option(
+@option(
+    "Thresholds",
     "--min-cosine",
     type=Finite(-1, 1),
     help="Least cosine of the logits at a position; default 0.999, and 0.95 for ort-cpu with "
     "quantized weights, which rounds activations.",
 )
-@click.option(
-    "--min-top1", type=Finite(0, 1), help="Least share of equal likeliest tokens; 0.97 or 0.9."
+@option(
+    "Thresholds",
+    "--min-top1",
+    type=Finite(0, 1),
+    help="Least share of equal likeliest tokens; 0.97 or 0.9.",
 )
-@click.option(
-    "--max-kl", type=Finite(0), help="Largest mean divergence, nats per token; 0.01 or 0.02."
+@option(
+    "Thresholds",
+    "--max-kl",
+    type=Finite(0),
+    help="Largest mean divergence, nats per token; 0.01 or 0.02.",
 )
-@click.option(
+@option(
+    "Thresholds",
     "--min-cache-cosine",
     type=Finite(-1, 1),
     help="Least cosine of a cached row; 0.999 or 0.95, and 0.98 or 0.85 of an 8-bit cache.",
 )
-@click.option(
+@option(
+    "Output",
     "--layers",
     is_flag=True,
     help="Name the first decoder layer that drifts: by its output on the CPU, by its keys and "
     "values on a GPU. --min-cosine is then the least cosine of a layer at a position.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@option("Output", "--json", "as_json", is_flag=True, help="Print one JSON line.")
 def verify(
     bundle: Path,
     prompts_file: Path | None,
@@ -331,7 +343,8 @@ def read_prompts(path: Path | None, tokenizer: Tokenizer, limit: int) -> list[li
     Raises:
         ConfigError: the file cannot be read or has no prompt, or the cache is too small.
     """
-    from edge_lab.measure.evaluate import EVAL_TEXT, read_text
+    from edge_lab.measure.defaults import EVAL_TEXT
+    from edge_lab.measure.evaluate import read_text
 
     if limit < 1:
         raise ConfigError(

@@ -32,9 +32,9 @@ from pathlib import Path
 
 import msgspec
 
+from edge.bins import geometric_edges
 from edge.bundle.update import replace_durably
 from edge.errors import ConfigError
-from edge.figures import geometric_edges
 from edge.files import MALFORMED, read_file
 from edge.runtime.sampling_params import KNOBS
 

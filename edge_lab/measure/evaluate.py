@@ -23,9 +23,6 @@ from edge.files import MALFORMED, read_text_file
 
 from .compare import Comparison, Positions, num_scored
 
-EVAL_TEXT = Path(__file__).parent / "data" / "eval_text.txt"
-"""Held-out text written for this project; calibration never reads it."""
-
 _RESAMPLES = 1000
 _CONFIDENCE = 0.95
 _CURVE_POINTS = 32

@@ -28,7 +28,8 @@ from edge.text.tokenizer import Tokenizer
 from edge_lab.progress import Progress, prefixed, silent, uncounted
 
 from .compare import CHUNK_TOKENS, WindowResult, merge, num_scored, run_window
-from .evaluate import EVAL_TEXT, EvalText, cut_windows, describe, measure, read_text
+from .defaults import EVAL_TEXT, WINDOW
+from .evaluate import EvalText, cut_windows, describe, measure, read_text
 from .tasks import (
     ChoiceItem,
     Item,
@@ -40,9 +41,6 @@ from .tasks import (
     read_task,
     summarize_task,
 )
-
-WINDOW = 512
-"""Tokens per window where nobody says."""
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,11 @@ from edge.runtime.sampling_params import SamplingParams
 from edge_lab.progress import Progress, silent
 
 from . import compare, evaluate
+from .defaults import MAX_TOKENS, TEXT_TOKENS
 from .drift import write_atomic
 from .tasks import ask_question, find_number, mcnemar_exact, parse_number
 
-GOLDEN_SET = Path(__file__).parent / "data" / "golden.jsonl"
-"""Prompts written for this project."""
 BASELINE_VERSION = 1
-MAX_TOKENS = 256
-TEXT_TOKENS = 2048
 _WINDOW_TOKENS = 512
 _LOOP_CHARS = 160  # a shorter repetition may be a table or a list
 _MAX_PERIOD_CHARS = 400

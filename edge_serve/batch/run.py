@@ -19,13 +19,11 @@ from edge_lab.progress import Progress, silent, uncounted
 from edge_serve.http.priority import BACKGROUND
 from edge_serve.settings import ServerSettings
 
+from . import TIMEOUT_S, WAIT_S
 from .askers import Answer, Asker, HttpAsker, LocalAsker, NoAnswerError, refused_key
 from .files import Journal, Requests
 from .rows import Row, RowError, answer_line, bad_line, failure_line, is_json
 
-WAIT_S = 600.0
-TIMEOUT_S = 3600.0
-"""Seconds that one answer of a server may take where nobody says otherwise."""
 ATTEMPTS = 5
 """Tries of a request whose connection broke or whose answer was a fault of the server."""
 _SYNC_S = 5.0

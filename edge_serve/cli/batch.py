@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge.cli.options import FILE, Finite, given_flag, take_engine
+from edge.cli.sections import SectionCommand, option
 from edge.cli.settings_options import complete_bundle, settings_options
 from edge.engine_config import EngineConfig
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 from edge.settings_fields import read_flags
 from edge_lab.cli.progress import show_progress
-from edge_lab.measure.watch_server import read_api_key
-from edge_serve.batch.run import TIMEOUT_S, WAIT_S, BatchResult, default_errors, run_batch
+from edge_serve.batch import TIMEOUT_S, WAIT_S
 from edge_serve.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from edge_serve.batch import BatchResult
 
 _STOPPED = 130
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @click.argument("source", metavar="REQUESTS", type=FILE)
-@click.option("-o", "--output", type=FILE, required=True, help="File of the answers.")
-@click.option(
+@option("Output", "-o", "--output", type=FILE, required=True, help="File of the answers.")
+@option(
+    "Output",
     "--errors",
     type=FILE,
     help="File of the rows that failed; by default that of the answers with .errors.jsonl.",
 )
-@click.option(
+@option(
+    "Models",
     "--model",
     "models",
     multiple=True,
@@ -36,22 +41,27 @@ _STOPPED = 130
     help="Bundle to open here, by the name that requests use. Repeatable.",
     shell_complete=complete_bundle,
 )
-@click.option("--url", help="Server of OpenAI's API to ask instead, e.g. http://127.0.0.1:8000.")
-@click.option("--api-key-file", type=FILE, help="The server's keys; the first one is used.")
-@click.option(
+@option(
+    "Server", "--url", help="Server of OpenAI's API to ask instead, e.g. http://127.0.0.1:8000."
+)
+@option("Server", "--api-key-file", type=FILE, help="The server's keys; the first one is used.")
+@option(
+    "Limits",
     "--concurrency",
     type=click.IntRange(1, 1024),
     help="Requests at once; by default one more than there are slots, or 4 where a server does not "
     "say.",
 )
-@click.option(
+@option(
+    "Limits",
     "--wait-s",
     type=Finite(0),
     default=WAIT_S,
     show_default=True,
     help="Seconds for which a server that is gone or has no room is waited for.",
 )
-@click.option(
+@option(
+    "Limits",
     "--timeout-s",
     type=Finite(1),
     help=f"Seconds that one answer may take; by default {TIMEOUT_S:g} with --url, no limit with "
@@ -75,6 +85,9 @@ def batch(
     Answers are appended as they come. The same command goes on after any end. Exit code 3: rows
     failed.
     """
+    from edge_lab.measure.watch_server import read_api_key
+    from edge_serve.batch import run_batch
+
     if bool(models) == (url is not None):
         raise ConfigError(
             "a batch asks either the bundle of --model or the server of --url; "
@@ -82,8 +95,8 @@ def batch(
         )
     given = sorted(name for name, value in options.items() if value is not None)
     if url is not None and given:
-        option = given[0].replace("_", "-")
-        raise ConfigError(f"--{option} belongs to --model, and --url opens no bundle; leave it out")
+        unused = f"--{given[0].replace('_', '-')}"
+        raise ConfigError(f"{unused} belongs to --model, and --url opens no bundle; leave it out")
     if url is None and (flag := given_flag("api_key_file", "wait_s")):
         raise ConfigError(f"{flag} belongs to --url, and --model asks no server; leave it out")
     found = read_flags(ServerSettings, {"model": models}).model
@@ -108,6 +121,8 @@ def batch(
 
 
 def _summary(result: BatchResult, output: Path, errors: Path | None) -> str:
+    from edge_serve.batch.run import default_errors
+
     parts = [f"{result.answered:,} of {result.rows:,} rows answered in {output}"]
     if result.failed:
         parts.append(f"{result.failed:,} failed, with why in {errors or default_errors(output)}")

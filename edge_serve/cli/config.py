@@ -11,9 +11,10 @@ import msgspec
 
 from edge.cli import echo_json
 from edge.cli.options import json_option
+from edge.cli.sections import option
 from edge.cli.settings_options import settings_options
 from edge.errors import ConfigError
-from edge_serve.cli.config_option import config_option, default_config
+from edge_serve.cli.config_option import SettingsCommand, config_option, default_config
 from edge_serve.config_file import load_settings
 from edge_serve.settings import ServerSettings
 
@@ -23,9 +24,9 @@ def config() -> None:
     """Settings of the service."""
 
 
-@config.command()
+@config.command(cls=SettingsCommand)
 @config_option
-@click.option("--origin", is_flag=True, help="Also print where each value comes from.")
+@option("Output", "--origin", is_flag=True, help="Also print where each value comes from.")
 @json_option
 @settings_options(ServerSettings)
 def show(config_file: Path | None, origin: bool, as_json: bool, **flags: Any) -> None:
@@ -47,7 +48,7 @@ def show(config_file: Path | None, origin: bool, as_json: bool, **flags: Any) ->
     read_inputs(resolved.settings)
 
 
-@config.command()
+@config.command(cls=SettingsCommand)
 @config_option
 @settings_options(ServerSettings)
 def unit(config_file: Path | None, **flags: Any) -> None:

@@ -14,12 +14,14 @@ import edge
 from edge.bundle.library import BUNDLES_VARIABLE
 from edge.bundle.trust import KEYS_VARIABLE
 from edge.cli import COMMAND_GROUP, cli
+from edge.cli.settings_options import default_text, option_texts
 from edge.errors import EXIT_GATE_MISSED, EdgeError
 from edge_serve.config_file import DEFAULT_FILE, ENV_PREFIX
+from edge_serve.settings import ServerSettings, keys_without_option
 
 _ENVIRONMENT = {
     BUNDLES_VARIABLE: "Directories of bundles, separated as in PATH.",
-    f"{ENV_PREFIX}*": "Settings of the service, by the names of its options.",
+    f"{ENV_PREFIX}*": "Settings of the service, by their keys in capitals.",
     KEYS_VARIABLE: "File of public keys; a bundle that none of them has signed is not opened.",
     "EDGE_LLM_HUB": "huggingface or modelscope: where pull and export download from.",
     "HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE": "As for the Hugging Face hub's own client.",
@@ -27,6 +29,10 @@ _ENVIRONMENT = {
     "EDGE_LLM_TRACEBACK": "If set, an error shows its traceback.",
     "NO_COLOR": "If set, chat shows answers as plain text.",
 }
+_SETTINGS = (
+    "The options of edge-llm serve are keys of its file of settings, too, with _ for -. "
+    "These keys have no option:"
+)
 _ALL_CODES = {
     0: "Success.",
     EXIT_GATE_MISSED: "A threshold or wish was missed.",
@@ -62,6 +68,11 @@ def man_page() -> str:
     ]
     for entry in sorted(entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
         lines += _command(entry.name, entry.load())
+    texts = option_texts(ServerSettings)
+    lines += [".SH SETTINGS", *_paragraphs(_SETTINGS)]
+    fields = ServerSettings.__dataclass_fields__
+    keys = keys_without_option()
+    lines += _list({key: f"{texts[key]}{default_text(fields[key])}" for key in keys})
     lines += [".SH ENVIRONMENT", *_list(_ENVIRONMENT), ".SH FILES"]
     lines += _list({str(DEFAULT_FILE): "Settings of the service."})
     lines += [".SH EXIT STATUS", *_list({str(code): text for code, text in _exit_codes().items()})]

@@ -11,12 +11,12 @@ import click
 from edge.cli.options import BundlePath
 from edge.cli.settings_options import settings_options
 from edge.errors import ConfigError, DependencyError, install_command
-from edge_serve.cli.config_option import config_option, default_config
+from edge_serve.cli.config_option import SettingsCommand, config_option, default_config
 from edge_serve.config_file import load_settings
 from edge_serve.settings import ServerSettings
 
 
-class _Serve(click.Command):
+class _Serve(SettingsCommand):
     """Says what takes the place of a flag that other servers have."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -40,7 +40,8 @@ def serve(bundle: Path | None, config_file: Path | None, **flags: Any) -> int:
     """Serve BUNDLE, or each --model [NAME=]BUNDLE, to OpenAI's clients until SIGTERM.
 
     BUNDLE is a directory or one of the names of edge-llm list. It is served under its directory's
-    name, and to requests that name no model.
+    name, and to requests that name no model. Every option is a key of the file of --config, too;
+    limits that few change are keys only: edge-llm config show --origin prints them all.
     """
     if bundle is not None:
         if flags["model"]:

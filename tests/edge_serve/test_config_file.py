@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import click
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from edge.cli.settings_options import attribute_texts, settings_options
 from edge.errors import ConfigError, DependencyError
-from edge.settings_fields import Resolved
+from edge.settings_fields import Resolved, Section
 from edge_serve.config_file import ENV_PREFIX, load_settings
 
 
@@ -28,6 +28,8 @@ class Base:
     """
 
     opens_at: int = 8
+
+    SECTIONS: ClassVar[dict[Section, tuple[str, ...]]] = {"Limits": ("opens_at",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ class Shop(Base):
         kind: of goods.
         ledger: file of sales.
         shelves: what lies where.
+        till: with no option of its own.
     """
 
     name: str = "corner"
@@ -50,6 +53,12 @@ class Shop(Base):
     kind: Literal["bread", "cake"] = "bread"
     ledger: Path | None = None
     shelves: dict[str, Path] = field(default_factory=dict)
+    till: str = "drawer"
+
+    SECTIONS: ClassVar[dict[Section, tuple[str, ...]]] = {
+        "Models": ("name", "price", "is_open", "kind"),
+        "Expert": ("ledger", "shelves"),
+    }
 
     def __post_init__(self) -> None:
         if not 0 <= self.opens_at < 24:
@@ -92,6 +101,7 @@ def test_each_layer_overrides_the_one_before(tmp_path: Path):
         "kind": "default",
         "ledger": "default",
         "shelves": "default",
+        "till": "default",
     }
 
 
@@ -224,7 +234,7 @@ def run_flags(*arguments: str) -> Resolved[Shop]:
     return found[0]
 
 
-def test_every_field_is_a_flag():
+def test_every_field_of_a_section_is_a_flag():
     assert run_flags().settings == Shop()
     resolved = run_flags(
         *("--name", "x", "--opens-at", "5", "--price", "2.5", "--is-open", "--kind", "cake"),
@@ -239,9 +249,12 @@ def test_every_field_is_a_flag():
         ledger=Path("l"),
         shelves={"a": Path("b"), "c": Path("d")},
     )
-    assert set(resolved.origins.values()) == {
-        f"flag --{item.name.replace('_', '-')}" for item in fields(Shop)
+    assert resolved.origins == {
+        item.name: "default" if item.name == "till" else f"flag --{item.name.replace('_', '-')}"
+        for item in fields(Shop)
     }
+    with pytest.raises(click.NoSuchOption):
+        click.command()(settings_options(Shop)(lambda: None)).make_context("x", ["--till", "box"])
     assert run_flags("--no-is-open").origins["is_open"] == "flag --is-open"
 
 
@@ -254,6 +267,7 @@ def test_help_is_the_docstrings():
         "kind": "of goods.",
         "ledger": "file of sales.",
         "shelves": "what lies where.",
+        "till": "with no option of its own.",
     }
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from edge.errors import EXIT_GATE_MISSED
 from edge_lab.cli.watch import watch
-from edge_lab.measure.evaluate import EVAL_TEXT
+from edge_lab.measure.defaults import EVAL_TEXT
 from edge_lab.measure.watch import eval_text, perplexity
 from edge_lab.measure.watch_server import ServerAnswerer
 from tests.conftest import Bundles, write_secret

@@ -163,12 +163,8 @@ def test_every_engine_option_arrives(
     for name, value in given.items():
         flag = name.replace("_", "-")
         arguments += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
-    # chat takes LLM when it is imported: first, while its own module still has the real one.
-    for module, command in (
-        ("cli.chat", ("chat", bundle)),
-        ("runtime.llm", ("run", bundle, "hello")),
-    ):
-        monkeypatch.setattr(f"edge.{module}.LLM", open_llm)
+    monkeypatch.setattr("edge.runtime.llm.LLM", open_llm)
+    for command in (("chat", bundle), ("run", bundle, "hello")):
         assert "enough" in error_line(edge_llm(*command, *arguments), 64)
     assert opened == [EngineConfig(**given, num_slots=1)] * 2
 

@@ -29,7 +29,7 @@ from edge.errors import (
     DependencyError,
 )
 from edge.runtime.llm import LLM
-from edge_lab.cli import eval as verb
+from edge_lab.cli import evaluation
 from edge_lab.cli.eval import evaluate
 from edge_lab.measure import evaluator, tasks
 from edge_lab.measure.evaluator import _shape
@@ -387,7 +387,7 @@ def test_a_checkpoint_is_exported_first(
     (info / "entry_points.txt").write_text("[edge_llm.commands]\nexport = export.cli:export\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(info.parent), str(ROOT)]))
     entry = EntryPoint("export", "export.cli:export", COMMAND_GROUP)
-    monkeypatch.setattr(verb, "entry_points", lambda **_: [entry])
+    monkeypatch.setattr(evaluation, "entry_points", lambda **_: [entry])
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     bundle = tiny_bundles("qwen2", "portable")  # the reference takes its dialect, so KL is 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_lab.measure.evaluate import EVAL_TEXT
+from edge_lab.measure.defaults import EVAL_TEXT
 from edge_lab.measure.tasks import ChoiceItem, NumberItem, read_task
 from export.sources.documents import read_calibration_text
 from scripts.make_tasks import make_problems

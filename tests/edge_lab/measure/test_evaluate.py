@@ -23,8 +23,8 @@ from edge_lab.measure.compare import (
     merge,
     run_window,
 )
+from edge_lab.measure.defaults import EVAL_TEXT
 from edge_lab.measure.evaluate import (
-    EVAL_TEXT,
     GATES,
     Gate,
     bits_per_weight,

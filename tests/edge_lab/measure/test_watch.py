@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from edge.errors import EXIT_GATE_MISSED, BackendError, ConfigError
 from edge_lab.cli.watch import watch
 from edge_lab.key_file import hashed_line
+from edge_lab.measure.defaults import GOLDEN_SET
 from edge_lab.measure.drift import GRIDS, WATCH_USER, Counts
 from edge_lab.measure.watch import (
-    GOLDEN_SET,
     Answer,
     Baseline,
     GoldenItem,

@@ -12,14 +12,17 @@ from click.testing import CliRunner, Result
 
 from edge.errors import ConfigError, EdgeError
 from edge_serve.cli.config import config
+from edge_serve.cli.serve import serve
 from edge_serve.config_file import load_settings
-from edge_serve.settings import ServerSettings
+from edge_serve.settings import ServerSettings, keys_without_option
 from tests.conftest import write_secret
 
 
 @pytest.fixture(autouse=True)
 def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge.cli.settings_options.DEFAULT_FILE", Path("/nonexistent/config.toml"))
+    monkeypatch.setattr(
+        "edge_serve.cli.config_option.DEFAULT_FILE", Path("/nonexistent/config.toml")
+    )
 
 
 def show(*arguments: str, **environ: str) -> Result:
@@ -101,8 +104,8 @@ def test_lines_name_the_origin(tmp_path: Path):
         (["--port", "70000"], {}, "port is '70000'"),
         ([], {"EDGE_LLM_SERVE_PROT": "1"}, "the nearest known one is 'EDGE_LLM_SERVE_PORT'"),
         (["--host", "0.0.0.0"], {}, "no API key is set"),
-        (["--hot-celsius", "nan"], {}, "hot_celsius is 'nan': Expected `float` > 0"),
-        (["--hot-celsius", "-5"], {}, "hot_celsius is '-5': Expected `float` > 0"),
+        ([], {"EDGE_LLM_SERVE_HOT_CELSIUS": "nan"}, "hot_celsius is 'nan': Expected `float` > 0"),
+        ([], {"EDGE_LLM_SERVE_HOT_CELSIUS": "-5"}, "hot_celsius is '-5': Expected `float` > 0"),
         (["--memory-budget-mb", "-3"], {}, "memory_budget_mb is '-3': Expected `int` >= 0"),
     ],
 )
@@ -133,14 +136,45 @@ def test_what_the_service_refuses_before_it_opens_a_bundle_is_refused_too(
         pytest.importorskip(needed)
     from edge_serve.run import Service
 
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    result = CliRunner().invoke(config, ["show", "--json", *given])
+    environ = {f"EDGE_LLM_SERVE_{name.upper()}": value for name, value in flags.items()}
+    result = CliRunner(env=environ).invoke(config, ["show", "--json"])
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
     assert json.loads(result.stdout)["port"] == 8000
     settings = load_settings(ServerSettings, environ={}, flags=flags).settings
     with pytest.raises(ConfigError, match=message):
         Service(settings, lambda _: pytest.fail("nothing is opened"))
+
+
+@pytest.mark.parametrize("flag", ["--max-header-bytes=5", "--stall-s", "--no-reuse-prefixes"])
+def test_a_flag_that_is_gone_names_the_key_that_is_left(flag: str):
+    """One that never was is none of them."""
+    name = flag.partition("=")[0]
+    key = name.removeprefix("--").replace("-", "_")
+    for command in (serve, *config.commands.values()):
+        result = CliRunner().invoke(command, [flag, "5"])
+        assert result.exit_code == 2  # of click alone; `main` makes 64 of it
+        if name == "--no-reuse-prefixes":
+            assert f"No such option '{name}'" in result.stderr
+            continue
+        assert (
+            f"{name} is no option any more; write {key} in the file of --config, or set "
+            f"EDGE_LLM_SERVE_{key.upper()}"
+        ) in result.stderr
+
+
+def test_every_setting_without_a_flag_is_a_key_and_a_variable(tmp_path: Path):
+    if sys.version_info < (3, 11):
+        pytest.importorskip("tomli")
+    keys = keys_without_option()
+    assert "max_header_bytes" in keys
+    path = tmp_path / "edge.toml"
+    path.write_text("".join(f"{key} = 77\n" for key in keys if key != "max_inflight_body_bytes"))
+    environ = {"EDGE_LLM_SERVE_MAX_INFLIGHT_BODY_BYTES": str(2**30)}
+    found = load_settings(ServerSettings, file=path, environ=environ)
+    for key in keys:
+        assert found.origins[key] != "default"
+        assert getattr(found.settings, key) in (77, 2**30)
 
 
 def test_no_secret_is_printed(tmp_path: Path):
