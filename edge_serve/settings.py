@@ -119,15 +119,14 @@ class ServerSettings(EngineConfig):
     stall_s: _Seconds | None = None
 
     SECTIONS: ClassVar[dict[Section, tuple[str, ...]]] = {
-        "Models": ("model", "default_model", "auto", "split"),
+        "Models": ("model", "default_model"),
         "Network": ("host", "port", "api_key_file", "allow_open"),
-        "Memory": ("memory_budget_mb",),
         "Limits": (
             "max_body_bytes", "max_connections", "request_timeout_s", "rate_limit_rpm",
             "drain_timeout_s",
         ),
         "Log": ("log_format", "log_level"),
-        "Expert": ("vllm_metrics", "drift_baseline"),
+        "Expert": ("auto", "split", "memory_budget_mb", "vllm_metrics", "drift_baseline"),
     }  # fmt: skip
     """Where the help of a verb shows each option; what is in no section is a key only."""
 

@@ -145,7 +145,7 @@ def _shape_options(command: Any) -> Any:
 
 def _attention_option(choices: tuple[AttentionChoice, ...], last: str) -> Callable[[Any], Any]:
     return option(
-        "Kernels",
+        "Expert",
         "--attention",
         type=click.Choice(choices),
         default="auto",
@@ -196,7 +196,7 @@ def _attention_option(choices: tuple[AttentionChoice, ...], last: str) -> Callab
     "Output", "--print-trtexec", is_flag=True, help="Only print the trtexec line for this engine."
 )
 @option(
-    "Device",
+    "Output",
     "--trt",
     type=click.Choice(list(TRT_VERSIONS)),
     help="TensorRT version of --print-trtexec; default: that of the trtexec here.",

@@ -145,7 +145,7 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     help="TOML or JSON with these options; one given here wins over the file's.",
 )
 @option(
-    "Memory",
+    "Expert",
     "--embeddings",
     type=click.Choice(["fp16", "int8"]),
     default="fp16",
@@ -169,7 +169,7 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     help="Merge this LoRA adapter (peft's layout, safetensors) into the weights first.",
 )
 @option(
-    "Source",
+    "Expert",
     "--eagle3",
     type=click.Path(path_type=Path),
     metavar="DIR",
@@ -200,7 +200,7 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     "11.4). Default: for no device in particular.",
 )
 @option(
-    "Graph",
+    "Expert",
     "--dialect",
     type=click.Choice(["native", "portable"]),
     help="native: TensorRT >= 10.15 (JetPack 7.2). portable: TensorRT >= 10.3 (JetPack 6). "

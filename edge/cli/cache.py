@@ -33,7 +33,7 @@ def cache() -> None:
     """Keep the KV cache of system prompts and documents on disk, by name."""
 
 
-@cache.command()
+@cache.command(short_help="Compute the cache of a prompt's beginning and store it.")
 @bundle_argument
 @click.argument("name")
 @click.option(

@@ -59,7 +59,7 @@ bundle.add_command(rollout)
 bundle.add_command(recover)
 
 
-@bundle.command()
+@bundle.command(short_help="Send a bundle to a registry.")
 @bundle_argument
 @reference_argument
 @plain_http_option
@@ -83,7 +83,7 @@ def push(bundle: Path, reference: Reference, plain_http: bool | None, as_json: b
     )
 
 
-@bundle.command()
+@bundle.command(short_help="Get a bundle from a registry.")
 @reference_argument
 @click.option(
     "-o",
@@ -182,7 +182,7 @@ def keygen(name: Path, no_password: bool, password_file: Path | None) -> None:
     click.echo(f"{key.public_key.name}: {secret} signs, {public} is for devices")
 
 
-@bundle.command()
+@bundle.command(short_help="Check every file of a bundle, and its signature.")
 @bundle_argument
 @trusted_keys_option
 @json_option
@@ -217,7 +217,7 @@ def verify(bundle: Path, trusted_keys: Path | None, as_json: bool) -> None:
         click.echo("not signed")
 
 
-@bundle.command()
+@bundle.command(short_help="Say what differs between two bundles.")
 @click.argument("old", metavar="OLD")
 @click.argument("new", metavar="NEW")
 @plain_http_option

@@ -56,7 +56,7 @@ def fleet() -> None:
 fleet.add_command(haproxy)
 
 
-@fleet.command()
+@fleet.command(short_help="Start or renew the head on this machine.")
 @_file
 @_wait
 @_json
@@ -94,7 +94,7 @@ def join(file: Path, name: str, wait_s: float) -> None:
     cluster.stay_joined(config, name, labels, lambda line: click.echo(line, err=True))
 
 
-@fleet.command()
+@fleet.command(short_help="Show every device and what runs there.")
 @_file
 @_json
 def status(file: Path, as_json: bool) -> None:
@@ -104,7 +104,7 @@ def status(file: Path, as_json: bool) -> None:
     _show(found, as_json)
 
 
-@fleet.command()
+@fleet.command(short_help="Send no more requests to a device.")
 @_file
 @click.argument("name")
 @click.option("--off", is_flag=True, help="Send requests there again.")
@@ -124,7 +124,7 @@ def drain(file: Path, name: str, off: bool, timeout_s: float) -> None:
             opened.drain(name, timeout_s)
 
 
-@fleet.command()
+@fleet.command(short_help="Bring every device to a bundle, a few at a time.")
 @_file
 @reference_argument
 @click.option(
@@ -219,7 +219,7 @@ def rollout(
         click.echo(f"{done.reference}: on all {len(done.devices)} devices")
 
 
-@fleet.command("eval")
+@fleet.command("eval", short_help="Measure bundles on all devices at once.")
 @_file
 @evaluation_options
 @click.option(
@@ -271,7 +271,7 @@ def _computer(file: Path, devices: tuple[str, ...], mix: bool) -> Iterator[Fleet
             yield computer
 
 
-@fleet.command()
+@fleet.command(short_help="End the head; the devices go on serving.")
 @_file
 def down(file: Path) -> None:
     """Drain the head and end it; the devices go on serving by themselves."""

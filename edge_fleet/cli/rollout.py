@@ -154,7 +154,7 @@ def rollout(
         click.echo(note, err=True)
 
 
-@click.command(cls=SectionCommand)
+@click.command(cls=SectionCommand, short_help="Take back what a roll-out left on trial.")
 @_link
 @_reload
 @json_option

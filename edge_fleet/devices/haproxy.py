@@ -263,7 +263,7 @@ def check(text: str) -> None:
         raise ConfigError(f"{program} refuses the configuration:\n{said}")
 
 
-@click.command()
+@click.command(short_help="Write a configuration of HAProxy for the devices.")
 @click.argument("devices", nargs=-1, required=True, metavar="NAME=HOST:PORT...")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="File to write."

@@ -24,7 +24,7 @@ def config() -> None:
     """Settings of the service."""
 
 
-@config.command(cls=SettingsCommand)
+@config.command(cls=SettingsCommand, short_help="Print the settings of edge-llm serve.")
 @config_option
 @option("Output", "--origin", is_flag=True, help="Also print where each value comes from.")
 @json_option
@@ -48,7 +48,7 @@ def show(config_file: Path | None, origin: bool, as_json: bool, **flags: Any) ->
     read_inputs(resolved.settings)
 
 
-@config.command(cls=SettingsCommand)
+@config.command(cls=SettingsCommand, short_help="Print limits of memory and tasks for systemd.")
 @config_option
 @settings_options(ServerSettings)
 def unit(config_file: Path | None, **flags: Any) -> None:

@@ -123,6 +123,14 @@ def test_no_help_loads_what_only_the_work_needs(name: str):
     assert tops & HEAVY == set()
 
 
+def test_no_line_of_a_list_of_commands_is_cut():
+    for path, command in verbs():
+        if isinstance(command, click.Group):
+            text = show(*path, "--help")
+            assert set(command.commands) <= set(re.findall(r"^  ([a-z]+) ", text, re.MULTILINE))
+            assert "..." not in text.partition("\nCommands:\n")[2]
+
+
 # --------------------------------------------------------------------------- sections
 
 
