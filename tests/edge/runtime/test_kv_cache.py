@@ -96,6 +96,17 @@ def test_another_tenant_sees_nothing():
     assert placement == Placement(pool.slots[1], 0)
 
 
+def test_rows_that_are_moved_stay_their_tenants():
+    pool = SlotPool(2, CAPACITY)
+    slot, refuge = pool.slots
+    pool.take(slot, [1, 2, 3], "a")
+    pool.give_back(slot, keep=True)
+    refuge.inherit(slot)
+    slot.reset()
+    assert pool.place([1, 2, 3, 4], "") == Placement(slot, 0)
+    assert pool.place([1, 2, 3, 4], "a") == Placement(refuge, 3)
+
+
 def test_a_short_match_is_copied_and_the_long_rows_stay():
     pool = filled(list(range(20)), [])
     assert pool.place([0, 1, 99], "") == Placement(pool.slots[1], 2, pool.slots[0])
