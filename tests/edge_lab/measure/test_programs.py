@@ -116,9 +116,9 @@ def test_an_endless_program_is_ended(statement: str, monkeypatch: pytest.MonkeyP
 def test_a_program_that_sleeps_is_wrong_and_one_that_is_held_up_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(programs, "_LIMITS", Limits(cpu_s=0.5, memory_bytes=512 << 20))
+    monkeypatch.setattr(programs, "_LIMITS", Limits(cpu_s=0.3, memory_bytes=512 << 20))
     monkeypatch.setattr("edge.limited_child._MIN_WALL_S", 2.0)
-    assert "more than 0.5 s" in str(check_program(ITEM, body("import time; time.sleep(60)")))
+    assert "more than 0.3 s" in str(check_program(ITEM, body("import time; time.sleep(60)")))
     hold_children(monkeypatch)
     with pytest.raises(ResourceError, match="too busy"):
         check_program(ITEM, RIGHT)
