@@ -46,13 +46,11 @@ class Step:
         name: in the record and on the command line.
         command: for bash, in the root of the checkout.
         inputs: git's glob patterns, or a section of a TOML file as ``pyproject.toml[project]``.
-        nights_only: whether a commit does not wait for it, even when its inputs changed.
     """
 
     name: str
     command: str
     inputs: tuple[str, ...]
-    nights_only: bool = False
 
 
 STEPS = (
@@ -162,6 +160,11 @@ STEPS = (
             "scripts/train*eagle3*",
             "tests/experiments/**",
         ),
+    ),
+    Step(
+        "mutants",  # of all code, so a commit tries them only after a change of the table
+        "scripts/mutants",
+        ("scripts/mutants*", "tests/mutants.toml"),
     ),
 )
 
@@ -305,8 +308,6 @@ def run_changed(record: dict[str, Passed]) -> int:
         passed = record.get(step.name)
         if passed is not None and passed.inputs == hash_inputs(step):
             print(f"nightly: {step.name} is skipped: {passed}")
-        elif step.nights_only:
-            print(f"nightly: {step.name} waits for the night: {passed or 'it never ran'}")
         elif run_step(step) is None:
             failed.append(step.name)
     report_age(record)

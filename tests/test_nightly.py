@@ -18,7 +18,6 @@ STEPS = (
     Step("one", "echo ran >>one.ran", ("a/**",)),
     Step("two", "echo ran >>two.ran; test ! -e broken || { echo why; exit 3; }", ("b/*.txt",)),
     Step("three", "echo ran >>three.ran", ("pyproject.toml[dependency-groups]",)),
-    Step("long", "echo ran >>long.ran", ("a/**", "b/*.txt"), nights_only=True),
 )
 PYPROJECT = """[project]
 name = "x"
@@ -81,9 +80,9 @@ def age(root: Path, name: str, by: timedelta) -> None:
 
 def test_the_record_says_what_passed_when_and_with_which_files(root: Path):
     assert nightly.main([]) == 0
-    assert ran(root) == ["long", "one", "three", "two"]
+    assert ran(root) == ["one", "three", "two"]
     rows = record(root)
-    assert list(rows) == ["one", "two", "three", "long"]
+    assert list(rows) == ["one", "two", "three"]
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=root, check=True, capture_output=True, text=True
     ).stdout
@@ -93,7 +92,7 @@ def test_the_record_says_what_passed_when_and_with_which_files(root: Path):
         passed = datetime.now(timezone.utc) - datetime.fromisoformat(row["date"])
         assert timedelta(seconds=-1) < passed < timedelta(minutes=5)
         assert 0 <= row["minutes"] < 5
-    assert len({row["inputs"] for row in rows.values()}) == 4
+    assert len({row["inputs"] for row in rows.values()}) == 3
 
 
 def test_an_interrupted_night_goes_on_where_it_stopped(root: Path, monkeypatch: pytest.MonkeyPatch):
@@ -110,14 +109,14 @@ def test_an_interrupted_night_goes_on_where_it_stopped(root: Path, monkeypatch: 
     assert list(record(root)) == ["one"]
     assert ran(root) == ["one"]
     assert nightly.main([]) == 0
-    assert ran(root) == ["long", "three", "two"]
+    assert ran(root) == ["three", "two"]
     assert nightly.main([]) == 0
     assert ran(root) == []
     age(root, "one", timedelta(hours=13))  # the next night
     assert nightly.main([]) == 0
     assert ran(root) == ["one"]
     assert nightly.main(["--all"]) == 0
-    assert ran(root) == ["long", "one", "three", "two"]
+    assert ran(root) == ["one", "three", "two"]
     assert nightly.main(["two"]) == 0
     assert ran(root) == ["two"]
 
@@ -146,7 +145,6 @@ def test_a_change_runs_exactly_its_steps_and_leaves_the_record(
     out = capsys.readouterr().out
     for name in {"one", "two", "three"} - set(steps):
         assert f"{name} is skipped: passed 0.0 hours ago" in out
-    assert ("long waits for the night" in out) == (path in ("a/deep/x.py", "b/t.txt"))
     # A file that is gone or has another name is a change, too.
     (root / "a/y.py").rename(root / "a/z.py")
     subprocess.run(["git", "add", "-A"], cwd=root, check=True)
@@ -170,12 +168,12 @@ def test_a_failure_fails_shows_its_end_and_is_no_pass(
     ran(root)
     (root / "broken").touch()
     assert nightly.main(["--all"]) == 1
-    assert ran(root) == ["long", "one", "three", "two"]  # the others run
+    assert ran(root) == ["one", "three", "two"]  # the others run
     out = capsys.readouterr().out
     assert "why\nnightly: two FAILED" in out
     assert "with exit code 3" in out
     assert "two never ran" in out
-    assert list(record(root)) == ["one", "three", "long"]
+    assert list(record(root)) == ["one", "three"]
     assert (root / ".nightly/two.log").read_text() == "why\n"
     assert nightly.main(["--changed"]) == 1
     assert ran(root) == ["two"]
@@ -204,7 +202,7 @@ def test_an_old_record_is_told_loudly(root: Path, capsys: pytest.CaptureFixture[
     age(root, "two", timedelta(days=10, hours=1))
     assert nightly.main(["--changed"]) == 0
     assert "!!!!!! NIGHTLY IS OVERDUE: two is 10 days old" in capsys.readouterr().out
-    assert ran(root) == ["long", "one", "three", "two"]  # of the first run: age runs nothing
+    assert ran(root) == ["one", "three", "two"]  # of the first run: age runs nothing
 
 
 @pytest.mark.parametrize(
