@@ -1,4 +1,4 @@
-"""Breaks the code on purpose, one edit at a time, and looks whether a test notices.
+"""Breaks the code on purpose, one edit at a time, and sees whether a test notices.
 
 The edits are in tests/mutants.toml, each with the tests that must fail. A test that cannot fail
 proves nothing, and whoever loosens one sees here what passes through it from then on.
@@ -286,6 +286,7 @@ class Run:
         self._lock = threading.Lock()
         self._free: queue.SimpleQueue[_Copy] = queue.SimpleQueue()
         self._skipped: frozenset[str] = frozenset()
+        self._interrupted = threading.Event()
 
     def run(self) -> dict[str, Result]:
         """Try all; returns what became of each, by id.
@@ -326,10 +327,12 @@ class Run:
                     mutant.id: pool.submit(self._try, mutant, text) for mutant, text in left
                 }
                 return {name: each.result() for name, each in tries.items()}
-            finally:
+            except BaseException:
+                self._interrupted.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 for copy in copies:
                     copy.kill()
+                raise
 
     def _run_unchanged(self, copy: _Copy, mutants: list[Mutant]) -> None:
         copy.check_imports(dict.fromkeys(Path(mutant.file).parts[0] for mutant in mutants))
@@ -357,6 +360,8 @@ class Run:
         finally:
             copy.write(mutant.file, original)
             self._free.put(copy)
+        if self._interrupted.is_set():
+            raise MutantError("its tests were ended")
         kind, detail = self._judge(report)
         result = _say(mutant, Result(kind, detail, round(report.seconds, 1), key))
         if kind in ("killed", "hung"):
@@ -397,7 +402,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("ids", nargs="*", metavar="ID", help="only these; all by default")
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _end)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
     began = time.monotonic()
     try:
         mutants = {mutant.id: mutant for mutant in read_table()}
@@ -418,8 +424,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if counts["survived"] or counts["error"] else 0
 
 
-def _end(*_signal: object) -> NoReturn:
-    sys.exit(143)
+def _end(number: int, _frame: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
