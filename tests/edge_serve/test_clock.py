@@ -22,7 +22,7 @@ SHOWN = {
     "edge_serve/api/generate.py",
     "edge_serve/api/responses/render.py",
     "edge_serve/models/registry.py",
-    "edge_lab/cli/watch.py",
+    "edge_lab/cli/watching.py",
     "edge_fleet/cli/bundle.py",
     "edge_serve/batch/askers.py",  # or compared with a time of day that a server has said
 }

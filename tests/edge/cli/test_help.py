@@ -152,7 +152,7 @@ def titles(text: str) -> list[str]:
 def test_help_shows_most_and_help_all_everything(path: tuple[str, ...], command: click.Command):
     options = [each for each in command.params if isinstance(each, click.Option)]
     assert all(isinstance(each, SectionOption) for each in options), "each option has a section"
-    short, whole = (show(*path, flag) for flag in ("-h", "--help-all"))
+    short, whole = (show(*path, flag) for flag in ("--help", "--help-all"))
     of_experts = 0
     for each in options:
         assert isinstance(each, SectionOption)
