@@ -14,7 +14,7 @@ from edge_serve.http.page import page_files
 from tests.edge_serve.http.browser import Browser
 from tests.edge_serve.http.page_stub import StubServer
 
-PAGE = Path(__file__).parents[4] / "edge_serve/http/page"
+PAGE = Path(__file__).parents[3] / "edge_serve/http/page"
 
 TEXT = """# Roots
 
@@ -103,7 +103,7 @@ def test_the_libraries_are_what_was_published():
         if path.is_file() and path.name != "packages.json"
     }
     assert there == listed
-    notices = (PAGE.parents[3] / "THIRD_PARTY_NOTICES.md").read_text()
+    notices = (PAGE.parents[2] / "THIRD_PARTY_NOTICES.md").read_text()
     for one in packages:
         assert any("LICENSE" in name for name in one["files"]), one["name"]
         assert re.search(rf"\| {re.escape(one['name'])} .*\| {one['version']} \|", notices)

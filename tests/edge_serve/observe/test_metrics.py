@@ -388,7 +388,7 @@ def test_the_page_reads_what_stats_has():
     """Every key that the page takes from ``/stats`` is one that is there."""
     import re
 
-    page = Path(__file__).parents[4] / "edge" / "server" / "http" / "page"
+    page = Path(__file__).parents[3] / "edge_serve" / "http" / "page"
     text = (page / "script" / "dashboard.js").read_text("utf-8")
     metrics = Metrics(idle, telemetry=Snapshot)
     metrics.observe_finish("r1", STATS, "stop", PARAMS)

@@ -168,7 +168,7 @@ def test_every_field_is_tried_and_documented():
         "metadata.user_id", "service_tier", "container", "diagnostics", "inference_geo", "speed",
     }  # fmt: skip
     assert PAIRS.keys() | SYSTEM.keys() >= IGNORED.keys()
-    page = (Path(__file__).parents[5] / "docs" / "protocols.md").read_text("utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "protocols.md").read_text("utf-8")
     section = page.split("\n## ")[1]
     assert section.startswith("Anthropic's Messages")
     assert not [name for name in IGNORED if f"`{name}`" not in section]

@@ -180,7 +180,7 @@ KINDS: dict[str, type] = {EMBED: EmbedRequest, OLDER: EmbeddingsRequest}
 def test_every_field_is_tried_and_documented():
     for path, kind in KINDS.items():
         assert set(fields_of(kind, set())) == PAIRS[path].keys()
-    page = (Path(__file__).parents[5] / "docs" / "protocols.md").read_text("utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "protocols.md").read_text("utf-8")
     (section,) = [part for part in page.split("\n## ") if part.startswith("Ollama's API")]
     named = {*PAIRS[EMBED], *PAIRS[OLDER]}
     assert not [name for name in named if f"`{name}`" not in section]

@@ -153,7 +153,7 @@ def test_every_field_is_tried_and_documented():
     for path, kind in KINDS.items():
         assert set(fields_of(kind, set())) == PAIRS[path].keys()
     assert set().union(*PAIRS.values()) >= IGNORED.keys()
-    page = (Path(__file__).parents[5] / "docs" / "protocols.md").read_text("utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "protocols.md").read_text("utf-8")
     (section,) = [part for part in page.split("\n## ") if part.startswith("Ollama's API")]
     named = {path.split("[")[0] for path in set().union(*PAIRS.values())}
     named = {path if path.startswith("options.") else path.split(".")[0] for path in named}

@@ -160,7 +160,7 @@ def test_every_field_is_tried_and_documented():
     fields = {f"input[].{name}" for kind in Item.__args__ for name in fields_of(kind, seen)}
     assert fields == ITEMS.keys()
     assert PAIRS.keys() | ITEMS.keys() >= IGNORED.keys() | REFUSED.keys()
-    page = (Path(__file__).parents[5] / "docs" / "protocols.md").read_text("utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "protocols.md").read_text("utf-8")
     (section,) = [part for part in page.split("\n## ") if part.startswith("OpenAI's Responses")]
     named = {*IGNORED, *(path.split(".")[0].split("[")[0] for path in PAIRS)}
     assert not [name for name in named if f"`{name}`" not in section]
