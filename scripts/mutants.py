@@ -6,8 +6,9 @@ proves nothing, and whoever loosens one sees here what passes through it from th
 Nothing happens in the checkout: files that git knows or would add are copied, as they are now. Each
 copy must import its own packages, since the environment's are those of the checkout. First all
 tests run without an edit. Then two copies take one edit after the other. What was noticed is in
-.mutants/results.json under a hash of the edit, the edited file and the files of its tests, and is
-not tried again; so a run that was interrupted goes on. Remove that file to try all of them.
+.mutants/results.json under a hash of the edit, the edited file, the files of its tests and what all
+tests share, and is not tried again; so a run that was interrupted goes on. Remove that file to try
+all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -112,12 +114,19 @@ class Mutant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return result
 
     def key(self, root: Path) -> str:
-        """A hash of the edit, the edited file and the files of its tests."""
-        files = [self.file, *dict.fromkeys(test.partition("::")[0] for test in self.tests)]
-        found = hashlib.sha256(msgspec.json.encode(self))
-        for file in files:
-            found.update(hashlib.sha256((root / file).read_bytes()).digest())
+        """A hash of the edit, the edited file, the files of its tests, and what all tests share."""
+        tests = dict.fromkeys(root / test.partition("::")[0] for test in self.tests)
+        found = hashlib.sha256(msgspec.json.encode(self) + _shared(root))
+        for file in (root / self.file, *tests):
+            found.update(hashlib.sha256(file.read_bytes()).digest())
         return found.hexdigest()
+
+
+@functools.cache
+def _shared(root: Path) -> bytes:
+    """A hash of fixtures, stand-ins and other modules of the tests that have no tests."""
+    files = sorted(path for path in (root / "tests").rglob("*.py") if path.name[:5] != "test_")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).digest()
 
 
 class Result(msgspec.Struct, frozen=True):
