@@ -43,7 +43,16 @@ def test_one_child_does_many_tasks_of_many_threads(child):
         assert len(set(pool.map(lambda _: child.ask(b"pid"), range(20)))) == 1
 
 
-@pytest.mark.parametrize("task", [b"spin", b"take 1000000000", b"long 5000000", b"abort"])
+TOO_MUCH = [
+    b"spin",
+    b"compute %g" % (1.5 * LIMITS.cpu_s),
+    b"take %d" % LIMITS.memory_bytes,
+    b"long %d" % (LIMITS.answer_bytes + 1),
+    b"abort",
+]
+
+
+@pytest.mark.parametrize("task", TOO_MUCH)
 def test_what_passes_a_limit_ends_the_child_and_the_next_task_has_another(child, task):
     before = child.ask(b"pid")
     before_s = time.monotonic()
@@ -54,6 +63,18 @@ def test_what_passes_a_limit_ends_the_child_and_the_next_task_has_another(child,
     assert after != before
     with pytest.raises(ProcessLookupError):
         os.kill(int(before), 0)
+
+
+def test_the_time_of_a_child_ends_though_its_parent_blocks_the_signal():
+    """It inherits the mask of the thread that starts it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+    try:
+        with LimitedChild("tests.edge.child_tasks:work", LIMITS) as child:
+            assert child.ask(b"compute 0.01") == b"done"
+            with pytest.raises(LimitError):
+                child.ask(b"compute %g" % (1.5 * LIMITS.cpu_s))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def test_a_child_that_stands_still_is_ended(child, monkeypatch):

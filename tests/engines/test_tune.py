@@ -20,6 +20,8 @@ from edge.bundle.manifest import read_manifest
 from edge.cli.inspect import inspect
 from edge.device.gpu import Gpu
 from edge.errors import BuildError, ConfigError, ResourceError
+from edge_lab.measure import bench
+from edge_lab.measure.bench import Samples
 from edge_lab.measure.verify import compare_backends, default_thresholds
 from engines import builder, tune
 from engines.audit import Audit
@@ -244,6 +246,29 @@ def test_an_engine_is_compared_and_timed(bundle: Path, gpu: FakeGpu, tiny_bundle
     assert seconds is None
     assert problem is not None
     assert "cosine" in problem
+
+
+def test_an_engine_of_a_small_cache_is_compared_and_timed_too(bundle: Path, gpu: FakeGpu) -> None:
+    """The prompts leave room for the tokens after them."""
+    config = BuildConfig(bundle, max_prefill=32, kv_capacity=64)
+    directory = write_engine(bundle, max_prefill=32, kv_capacity=64)
+    seconds, problem = tune.measure(plan_build(config, read_manifest(bundle)), directory)
+    assert problem is None
+    assert seconds is not None
+
+
+def test_one_lucky_step_decides_nothing(
+    bundle: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_bench(*args: Any, **options: Any) -> Samples:
+        samples = bench.run_bench(*args, **options)
+        samples.itl_s[:] = [[0.03, 0.001, 0.04], [0.03, 0.9, 0.02]]
+        return samples
+
+    monkeypatch.setattr(tune, "run_bench", run_bench)
+    directory = write_engine(bundle, max_prefill=32)
+    asked = plan_build(BuildConfig(bundle, max_prefill=32), read_manifest(bundle))
+    assert tune.measure(asked, directory) == (0.03, None)
 
 
 def test_an_engine_is_held_to_what_verify_asks_for(

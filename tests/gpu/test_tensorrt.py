@@ -63,9 +63,7 @@ def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 @pytest.fixture(scope="module")
-def built(
-    tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str], Path]:
+def built(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Bundles with an engine for the GPU that is here."""
     from engines.builder import build_engine
     from engines.config import BuildConfig
@@ -73,10 +71,10 @@ def built(
     root = tmp_path_factory.mktemp("built")
 
     @functools.cache
-    def make(kind: str, dialect: str) -> Path:
+    def make(kind: str, dialect: str, quant: str = "fp16") -> Path:
         require_kernels(dialect)
-        bundle = root / f"{kind}-{dialect}"
-        shutil.copytree(tiny_bundles(kind, dialect), bundle)  # type: ignore[arg-type]
+        bundle = root / f"{kind}-{dialect}-{quant}"
+        shutil.copytree(tiny_bundles(kind, dialect, quant), bundle)  # type: ignore[arg-type]
         config = BuildConfig(
             bundle=bundle, max_batch=4, max_prefill=32, kv_buckets=(32, 64, CAPACITY), force=True
         )
@@ -121,8 +119,10 @@ def test_the_gpu_agrees_with_the_cpu(
 
 @pytest.mark.usefixtures("driver")
 @pytest.mark.parametrize("dialect", ["native", "portable"])
-def test_slots_are_copied_and_stay_apart(dialect: str, built: Callable[[str, str], Path]):
-    with GpuRunner(built("qwen2", dialect)) as runner:
+@pytest.mark.parametrize("quant", ["fp16", "bf16"])
+def test_slots_are_copied_and_stay_apart(dialect: str, quant: str, built: Callable[..., Path]):
+    """Also in BF16, whose engine must go on from a slot that was written as from its own."""
+    with GpuRunner(built("qwen2", dialect, quant)) as runner:
         runner.step(random_ids(1, 23), [2])
         rows = runner.cache(2)
         runner.backend.write_slot(0, rows)
@@ -130,6 +130,10 @@ def test_slots_are_copied_and_stay_apart(dialect: str, built: Callable[[str, str
         assert_array_equal(runner.backend.read_slot(0, 23), rows)
         assert_array_equal(runner.backend.read_slot(3, 20), rows[:, :, :20])
         assert not runner.backend.read_slot(1, 60).any()
+        runner.lengths[0] = 23
+        following = random_ids(1, 1, seed=1)
+        found, expected = runner.step(following, [0]), runner.step(following, [2])
+        assert_allclose(found, expected, atol=ATOL, rtol=0)
 
 
 @pytest.mark.usefixtures("driver")

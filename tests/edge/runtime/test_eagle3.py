@@ -317,6 +317,31 @@ def test_behind_rows_that_nobody_saw_the_head_begins_anew(table: EmbeddingTable)
     assert counts["drafted"] == counts["accepted"] > 15
 
 
+@pytest.mark.parametrize(("salt", "is_shared"), [("ours", True), ("theirs", False)])
+def test_a_head_takes_rows_from_slots_of_the_same_salt_only(
+    salt: str, is_shared: bool, table: EmbeddingTable
+):
+    """Else the time of another's drafts would tell what was asked in the slot beside it."""
+    prompt, params = [*range(20)], made(temperature=0.0, max_tokens=30)
+    store = Stored([VOCAB - 1])
+    pair = Pair(table, TARGET, num_slots=2, prefix_store=store)
+    sequence, _ = pair.submit(prompt, params, salt="ours")
+    while sequence.stats.completion_tokens < 6:
+        pair.core.step()
+    store.ids = prompt[:15]  # so that the target has these rows, whoever asks
+    copies: list[tuple[int, int, int]] = []
+    copy_slot = pair.head.copy_slot
+
+    def noted(source: int, target: int, length: int) -> None:
+        copies.append((source, target, length))
+        copy_slot(source, target, length)
+
+    pair.head.copy_slot = noted  # type: ignore[method-assign]
+    pair.answers([prompt], params, salt=salt)
+    assert pair.core.counts["cached"] >= 15
+    assert bool(copies) == is_shared
+
+
 def test_hidden_states_that_are_no_numbers_reach_no_cache(table: EmbeddingTable):
     prompt, params = [*range(12)], made(temperature=0.0, max_tokens=30)
     pair = Pair(table, TARGET)

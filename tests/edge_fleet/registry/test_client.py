@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -607,6 +609,39 @@ def test_a_blob_goes_nowhere_without_tls_unless_the_registry_has_none(
                 registry._upload_place(place)
         else:
             assert registry._upload_place(place) == found
+
+
+@pytest.mark.parametrize(
+    ("root", "place", "is_followed"),
+    [
+        ("a.b/r1", "https://store.c/m", True),
+        ("a.b/r1", "http://store.c/m", False),
+        ("a.b/r1", "ftp://store.c/m", False),
+        ("localhost:5000/r1", "https://store.c/m", True),
+        ("localhost:5000/r1", "http://store.c/m", True),
+    ],
+)
+def test_a_redirect_away_from_tls_is_not_followed(
+    root: str, place: str, is_followed: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Whoever listens would see what is fetched, and could put another manifest in its place."""
+    asked: list[str] = []
+
+    def request(_pool: object, _method: str, url: str, **_options: object) -> urllib3.HTTPResponse:
+        asked.append(url)
+        answers = url == place
+        headers = {} if answers else {"Location": place}
+        body = io.BytesIO(b"{}" if answers else b"")
+        return urllib3.HTTPResponse(body, headers, 200 if answers else 307, preload_content=False)
+
+    monkeypatch.setattr(urllib3.PoolManager, "request", request)
+    with Registry(parse_reference(root), credentials=USER) as registry:
+        if is_followed:
+            assert registry.manifest("v1")[0] == b"{}"
+        else:
+            with pytest.raises(RegistryError, match="is not followed"):
+                registry.manifest("v1")
+    assert asked[1:] == ([place] if is_followed else [])
 
 
 @pytest.mark.parametrize(

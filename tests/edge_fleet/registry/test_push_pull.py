@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from edge.bundle.manifest import read_manifest
@@ -214,6 +215,31 @@ def test_contents_that_are_not_those_of_the_bundle_are_refused(
         registry.put_manifest(artifacts.encode(changed), "v1")
         with pytest.raises(IntegrityError, match=message):
             get(reference, tmp_path / "tiny")
+
+
+def test_a_file_that_is_not_the_one_of_the_signed_manifest_is_refused(
+    reference: Reference, registry: Registry, tmp_path: Path, key: SecretKey
+):
+    """The registry's list of pieces is signed by nobody: it may name another file of that size."""
+    mine = write_bundle(tmp_path / "b" / "tiny", SMALL | {"decoder.onnx": b"my own graph"})
+    sign_bundle(mine, key, "ours")
+    artifact, _ = artifacts.describe(mine)
+    other = write_bundle(tmp_path / "o" / "tiny", SMALL | {"decoder.onnx": b"evil! graphs"})
+    push(other, reference, registry)
+    push(mine, reference, registry)
+    layers = tuple(
+        msgspec.structs.replace(layer, digest=digest_of(b"evil! graphs"))
+        if layer.annotations[artifacts.TITLE] == "decoder.onnx"
+        else layer
+        for layer in artifact.layers
+    )
+    assert layers != artifact.layers
+    changed = msgspec.structs.replace(artifact, layers=layers)
+    registry.put_manifest(artifacts.encode(changed), "v1")
+    offer = look(reference, registry, keys_file(tmp_path, key))
+    with pytest.raises(IntegrityError, match=r"decoder\.onnx"):
+        pull(offer, registry, tmp_path / "tiny")
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_unsigned_foreign_and_revoked_are_refused_before_anything_is_fetched(

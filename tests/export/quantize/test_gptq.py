@@ -45,10 +45,13 @@ def test_statistics_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("width", [1, 32, 129, 300])
-def test_the_factor_is_the_inverse_of_the_damped_moments(width: int):
+@pytest.mark.parametrize(("options", "damping"), [({"damping": 0.01}, 0.01), ({}, 0.05)], ids=str)
+def test_the_factor_is_the_inverse_of_the_damped_moments(
+    width: int, options: dict[str, float], damping: float
+):
     moments = second_moment(correlated(2 * width, width, 1)).astype(np.float64)
-    factor = gptq_factor(moments.astype(np.float32), damping=0.01)
-    damped = moments + 0.01 * np.diagonal(moments).mean() * np.eye(width)
+    factor = gptq_factor(moments.astype(np.float32), **options)
+    damped = moments + damping * np.diagonal(moments).mean() * np.eye(width)
     upper = factor.upper.astype(np.float64)
     product = upper.T @ upper @ damped[np.ix_(factor.order, factor.order)]
     np.testing.assert_allclose(product, np.eye(width), atol=2e-3)

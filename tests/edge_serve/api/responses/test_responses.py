@@ -249,6 +249,17 @@ def test_a_form_that_must_be_kept(tools: Live, fields: dict[str, Any]):
     assert json.loads(text).keys() == {"city"}
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_arguments_of_a_strict_tool_keep_to_its_schema(tools: Live, strict: bool):
+    """The model would write a number where the schema wants a text."""
+    pytest.importorskip("llguidance")
+    wrong = CALL.replace('"Bern"', "5")
+    tools.engine.say(QUESTION, wrong, tools=[CHAT_WEATHER])
+    answer = respond(tools, tools=[{**WEATHER, "strict": strict}], max_output_tokens=200)
+    call = next(item for item in answer.json["output"] if item["type"] == "function_call")
+    assert isinstance(json.loads(call["arguments"])["city"], str) == strict
+
+
 def refusals() -> dict[str, dict[str, Any]]:
     def user(part: Any) -> dict[str, Any]:
         return {"input": [{"role": "user", "content": [part]}]}
