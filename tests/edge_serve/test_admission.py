@@ -108,6 +108,7 @@ def compared(server: Child) -> Iterator[ExitStack]:
     assert under < 3 * before + _NOISE_S
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_texts_that_cannot_fit(tiny_bundles: Bundles):
     with scripted_child(tiny_bundles("qwen2"), _STEP_S) as server:
@@ -117,6 +118,7 @@ def test_texts_that_cannot_fit(tiny_bundles: Bundles):
         assert answers["400"] > 10
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_long_texts_that_fit(tiny_bundles: Bundles):
     with scripted_child(tiny_bundles("qwen2"), _STEP_S, kv_capacity=2**17) as server:
@@ -125,18 +127,21 @@ def test_long_texts_that_fit(tiny_bundles: Bundles):
         assert answers["200"] > 3
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_bodies_that_never_end(tiny_bundles: Bundles):
     with scripted_child(tiny_bundles("qwen2"), _STEP_S) as server, compared(server) as attacks:
         attacks.enter_context(attacked(server, "stalled", 200))
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_bodies_in_single_bytes(tiny_bundles: Bundles):
     with scripted_child(tiny_bundles("qwen2"), _STEP_S) as server, compared(server) as attacks:
         attacks.enter_context(attacked(server, "chunks", 2))
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_connections_that_say_nothing(tiny_bundles: Bundles):
     addresses = [f"127.0.0.{last}" for last in range(2, 10)]

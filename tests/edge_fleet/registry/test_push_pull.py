@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -359,11 +360,12 @@ def test_who_interrupts_a_pull_does_not_wait_for_the_line(
     push(source, reference, registry)
     offer = look(reference, registry)
     pauses: list[float] = []
+    numbers = itertools.count(1)  # threads that append at once may all see a later length
     real, started = time.sleep, time.monotonic()
 
     def pause(seconds: float) -> None:
         pauses.append(seconds)
-        if len(pauses) == NUM_CONNECTIONS:
+        if next(numbers) == NUM_CONNECTIONS:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         while registry.patient and time.monotonic() < started + 60:
             real(0.01)
