@@ -12,6 +12,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, Literal, NoReturn
 
 import msgspec
@@ -66,6 +67,11 @@ class TemplateEngine:
             auto_escape_callback=lambda _: False,
             debug=False,  # else an error would quote the messages
             filters={"tojson": _to_json},
+            tests={
+                "sequence": lambda value: hasattr(value, "__getitem__"),  # a text is one, too
+                "number": lambda value: isinstance(value, (int, float, _Float)),
+                "float": lambda value: isinstance(value, (float, _Float)),
+            },
             globals={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
         )
         try:
@@ -83,7 +89,8 @@ class TemplateEngine:
             TemplateFailure: it does not end, refuses the messages or fails.
         """
         try:
-            rendered: str = self._environment.render_template(_TEMPLATE_NAME, **context)
+            plain = _plain.decode(msgspec.json.encode(context))
+            rendered: str = self._environment.render_template(_TEMPLATE_NAME, **plain)
         except (TemplateFailure, MemoryError):
             raise
         except Exception as error:  # a template may provoke any error of a Python method
@@ -158,6 +165,34 @@ def _try(engine: TemplateEngine, context: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------- what templates see
 
 
+class _Float:
+    """A float of the context that minijinja would not write as Python does.
+
+    It hands 21.0 to a filter as 21, and writes 1e20 and 1e-5 in full. A template can write this one
+    and ask whether it is a number; it is refused when it computes with it, and does not get the
+    right answer when it compares it.
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
+
+def _read_float(text: str) -> float | _Float:
+    value = float(text)
+    return value if not value.is_integer() and abs(value) >= 1e-4 else _Float(value)
+
+
+_plain = msgspec.json.Decoder(float_hook=_read_float)
+
+
 def _raise_exception(message: Any) -> NoReturn:
     raise TemplateFailure("refused", str(message))
 
@@ -173,17 +208,14 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Encode as ``transformers`` does: unlike Jinja's own filter, leave ``<`` and ``'`` alone.
-
-    One difference is left: minijinja hands a whole float over as an integer, so alone, or in a
-    list that the template made, 5.0 becomes 5.
-    """
+    """Encode as ``transformers`` does: unlike Jinja's own filter, leave ``<`` and ``'`` alone."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
         indent=indent,
         separators=separators,
         sort_keys=sort_keys,
+        default=attrgetter("value"),
     )
 
 

@@ -13,7 +13,7 @@ import unicodedata
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge.bundle.manifest import Tokens
@@ -23,6 +23,7 @@ from edge.text import chat_template, known_templates
 from edge.text.chat_template import TEMPLATE_LIMITS, ChatTemplate, encode_chat
 from edge.text.messages import normalize_messages
 from edge.text.reasoning import prompt_opens_reasoning, template_reasons
+from edge.text.template_engine import TemplateEngine
 from edge.text.tokenizer import Tokenizer
 from tests.tiny_models import (
     BOS,
@@ -184,14 +185,53 @@ GOLDEN = [
 @pytest.mark.parametrize(("source", "messages", "options", "expected"), GOLDEN)
 def test_rendering_is_that_of_jinja2(source, messages, options, expected):
     assert ChatTemplate(source, TOKENS).render(messages, **options) == expected
+    context = {"bos_token": BOS, "eos_token": EOS, "add_generation_prompt": True} | options
+    assert by_jinja2(source, messages=messages, **context) == expected
+
+
+def by_jinja2(source, **context):
+    """What jinja2 renders, set up as transformers does it."""
     sandbox = pytest.importorskip("jinja2.sandbox")
     environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    environment.filters["tojson"] = lambda value: __import__("json").dumps(
-        value, ensure_ascii=False
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
     )
-    context = {"bos_token": BOS, "eos_token": EOS, "add_generation_prompt": True} | options
-    assert environment.from_string(source).render(messages=messages, **context) == expected
+    return environment.from_string(source).render(**context)
+
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**63), 2**64 - 1)
+WHOLE = st.integers(-(10**17), 10**17).map(float)
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | WHOLE | st.text("aé<'\"\\\n", max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab"), inner, max_size=3),
+    max_leaves=6,
+)
+# As templates write the arguments of calls: whole, one by one, and by their kind.
+WRITES = """{{ x | tojson }}{% for key, v in x.items() %}
+{{ key }} {{ v | tojson }} {{ v }} {{ v | string }} {{ 'v: ' ~ v }}
+{{ [v, {'v': v}] | tojson(indent=1) }}
+{%- for kind in [v is number, v is float, v is integer, v is boolean, v is string, v is mapping,
+                 v is sequence, v is none, v or false, not v] %} {{ kind }}{% endfor %}
+{% endfor %}"""
+
+
+@quick
+@given(st.dictionaries(st.text("ab"), JSON, max_size=3))
+@example({"a": 21.0, "b": -0.0, "c": 1e16, "d": 1e20, "e": 1.5e-7, "f": 1e-4, "g": 0.0})
+def test_a_value_is_written_as_jinja2_writes_it(value):
+    assert TemplateEngine(WRITES).render({"x": value}) == by_jinja2(WRITES, x=value)
+
+
+def test_arguments_of_a_call_keep_their_point():
+    source = (
+        "{% for m in messages %}{{ m.content }}{% for t in m.tool_calls or [] %}"
+        "{% for k, v in t.function.arguments.items() %} {{ k }}={{ v | tojson }}{% endfor %}"
+        "{% endfor %}{% endfor %}"
+    )
+    function = {"name": "f", "arguments": '{"a": 21.0, "b": -0.0, "c": 1e16, "d": 5}'}
+    call = {"type": "function", "function": function}
+    messages = [turn("user", "q"), turn("assistant", "", tool_calls=[call])]
+    assert ChatTemplate(source, TOKENS).render(messages) == "q a=21.0 b=-0.0 c=1e+16 d=5"
 
 
 @pytest.mark.parametrize(
@@ -207,6 +247,7 @@ def test_rendering_is_that_of_jinja2(source, messages, options, expected):
         ("{{ {'b': '<', 'a': 1} | tojson(indent=1) }}", '{\n "b": "<",\n "a": 1\n}'),
         ("{{ messages[0].content }}<b>&'", "<i>&'<b>&'"),
         ("{{ messages[0].__class__ }}|{{ ''.__class__ }}", "|"),
+        ("{{ 'a' is sequence }} {{ [1] is sequence }} {{ 1 is sequence }}", "True True False"),
     ],
 )
 def test_what_templates_rely_on(source, expected):

@@ -66,9 +66,8 @@ def test_the_expected_error_of_a_score_is_what_rounding_gives() -> None:
     model = make_model(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16)
     random = np.random.default_rng(1)
     qkv = random.standard_normal((4000, 8 * 16)).astype(np.float32)
-    qkv[:, :64] *= np.repeat(
-        np.array([1, 3, 2, 0.5], np.float32), 16
-    )  # each head with a size of its own
+    for head, size in enumerate((1, 3, 2, 0.5)):  # a size of its own for the queries of each head
+        qkv[:, head * 16 : (head + 1) * 16] *= size
     qkv[:, 64 + 3] += 40  # a biased channel, as Qwen2 has
     observed = observe(model, None, 0, qkv)  # type: ignore[arg-type]
     scales = find_scales(observed, np.dtype(np.float16), wide=False)
