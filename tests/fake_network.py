@@ -1,4 +1,9 @@
-"""A stand-in for the network of ``tensorrt``: an ONNX graph, which the product may edit."""
+"""A stand-in for the network of ``tensorrt``: an ONNX graph, which the product may edit.
+
+It has the layers that the product looks at and edits, no others, and types as the product's own
+table has them (`engines.rules.facts`). That a network is built proves neither that TensorRT infers
+the same types nor that it finds a kernel for each layer.
+"""
 
 from __future__ import annotations
 

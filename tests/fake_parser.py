@@ -3,6 +3,10 @@
 It takes a graph by the project's own table (`engines.rules`), for the version that it stands for.
 What is illegal there is refused by the parser or left to the builder, as the rule's source has it.
 What TensorRT takes and answers wrong is a `RuleError`.
+
+What passes here does not prove that TensorRT takes the graph: an error in the table is an error
+here, too. The table's own judges are `tests/engines/rules/test_releases.py`, written down from
+NVIDIA's documents, and TensorRT for RTX, which compiles (`tests/engines/test_builder.py`).
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 `fake_builder` makes its engines; a run reads and writes the bound addresses of a `FakeGpu`, in
 stream order. What TensorRT refuses is refused in its way (False, and an error in the log); what it
 documents as undefined is a `RuleError`. Rules are of NvInferRuntime.h, alike from 10.3 to 11.1.
+
+A test on it proves the order of calls, addresses, shapes and lifetimes. It proves nothing about
+TensorRT's numbers, speed and memory: the numbers here are ONNX Runtime's, the sizes the product's
+own estimates. No CPU computes BF16, so no engine of that type runs here. `tests/gpu` has what needs a device.
 """
 
 from __future__ import annotations

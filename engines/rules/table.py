@@ -132,11 +132,11 @@ def _everywhere(value: Any, source: str) -> tuple[tuple[Step, ...], Step]:
     return _always(value, source), Step(_RTX, value, f"{source}; taken for RTX too")
 
 
-# ``Y`` in operators.md of TensorRT 10.1 (96e7811).
+# ``Y`` in operators.md of TensorRT 10.0, and but for DeformConv in that of 10.1 (96e7811).
 _OPERATORS_10_0 = """
 Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast
 CastLike Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum
-DeformConv DepthToSpace DequantizeLinear Div Dropout Einsum Elu Equal Erf Exp Expand EyeLike Flatten
+DepthToSpace DequantizeLinear Div Dropout Einsum Elu Equal Erf Exp Expand EyeLike Flatten
 Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater
 GreaterOrEqual GridSample GroupNormalization GRU HardSigmoid HardSwish Hardmax Identity If
 ImageScaler InstanceNormalization IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log
@@ -150,6 +150,7 @@ Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile T
 Unsqueeze Upsample Where Xor
 """
 _NEWER_OPERATORS: tuple[tuple[Release, str], ...] = (
+    ((10, 1), "DeformConv"),
     ((10, 4), "BlackmanWindow HammingWindow HannWindow"),
     ((10, 5), "STFT"),
     ((10, 14), "Attention"),

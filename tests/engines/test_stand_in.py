@@ -1,6 +1,8 @@
 """The stand-in of TensorRT builds by the table of rules itself, whoever asked the table before.
 
-So a test that passes on it says that the graph is legal for the version that it stands for.
+So a test that passes on it says that the graph is legal by the table, and that nothing between the
+table and the audit has changed it. It does not say that the table is right: `rules.test_releases`
+holds that to NVIDIA's documents, and TensorRT for RTX compiles what `test_builder` gives it.
 """
 
 from __future__ import annotations
