@@ -6,7 +6,8 @@ documents as undefined is a `RuleError`. Rules are of NvInferRuntime.h, alike fr
 
 A test on it proves the order of calls, addresses, shapes and lifetimes. It proves nothing about
 TensorRT's numbers, speed and memory: the numbers here are ONNX Runtime's, the sizes the product's
-own estimates. No CPU computes BF16, so no engine of that type runs here. `tests/gpu` has what needs a device.
+own estimates. No CPU computes BF16, so no engine of that type runs here. `tests/gpu` has what
+needs a device.
 """
 
 from __future__ import annotations

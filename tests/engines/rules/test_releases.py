@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from engines.rules.check import check_graph
 from engines.rules.table import OPERATOR_SINCE, RULES, Release, version_of
-from tests.engines.rules.test_rules import Graph, T, check_graph
+from tests.engines.rules.test_rules import Graph, T
 
 RELEASES = [(10, minor) for minor in range(17)] + [(11, minor) for minor in range(6)]
 # docs/Changelog.md of onnx-tensorrt 10.1, the notes of its release 10.14, and those of
