@@ -192,6 +192,14 @@ def test_launches_are_those_of_the_compiled_plugin(
     assert output == (*leading, columns)
 
 
+def test_partial_sums_have_the_documented_room():
+    """128 programs of 64 heads of tokens, eight for each of an Orin's 16 multiprocessors."""
+    assert launch_rules.room(1) == 16 * 8 * 64
+    assert launch_rules.room(10_000) == 10_000
+    page = Path(__file__).parents[2].joinpath("docs/kernels.md").read_text("utf-8")
+    assert f"{launch_rules.room(1):,} of them, or one per head and token of the step" in page
+
+
 @given(
     batch=strategies.integers(1, 16),
     groups=strategies.integers(1, 16),

@@ -14,6 +14,8 @@ from click.testing import CliRunner
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
+from edge.backends.ort import cpu
+from edge.backends.ort.join_planes import join_planes
 from edge.backends.step import step_after
 from edge.bundle.linears import LinearSpec, linear_layers
 from edge.bundle.manifest import Dialect, Manifest, read_manifest
@@ -152,6 +154,22 @@ def test_every_way_to_run_it_on_a_cpu_answers_alike(name: str, tmp_path: Path) -
             step = step_after([0], [0], runner.table[IDS[None]], np.array([[len(IDS) - 1]]))
             logits = np.array(runner.backend.forward(step))[0, -1, :NUM_LOGITS]
         assert expected @ logits / np.linalg.norm(logits) > 0.998, options
+
+
+def test_planes_with_offsets_that_stay_products_of_floats_answer_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ONNX Runtime gets them on CUDA, and on a CPU where a layer's outputs are odd in number."""
+    golden = QuantizedGolden.load("ct-w8a16")
+    manifest = export(golden.write(tmp_path / "source"), tmp_path / "bundle")
+    linears = manifest.quantization.linears.values()
+    assert any(linear.scheme.planes and linear.offsets for linear in linears)
+    monkeypatch.setattr(cpu, "join_planes", lambda *given, **_options: join_planes(*given))
+    with Runner(tmp_path / "bundle", int8_activations=True) as runner:
+        step = step_after([0], [0], runner.table[IDS[None]], np.array([[len(IDS) - 1]]))
+        logits = np.array(runner.backend.forward(step))[0, -1, :NUM_LOGITS]
+    cosine = golden.logits @ logits / np.linalg.norm(golden.logits) / np.linalg.norm(logits)
+    assert cosine > 0.998
 
 
 def test_asymmetric_groups_take_four_bits_and_an_offset(tmp_path: Path) -> None:

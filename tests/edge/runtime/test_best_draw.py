@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edge.backends.best import BestLogits
 from edge.errors import BackendError
-from edge.runtime.best_draw import rest_mass
+from edge.runtime.best_draw import draw, rest_mass
 from edge.runtime.sampling import Sampler
 from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.sampling_reference import Logits
@@ -50,6 +50,13 @@ def test_a_random_number_beside_a_border_gives_the_same_token(logits, options, k
     for sampler in (whole, part):
         aim(sampler, uniform)
     assert part.sample(best_of(logits, keep, lambda: logits, rng)) == whole.sample(logits)
+
+
+@pytest.mark.parametrize(("offset", "place"), [(-1e-6, None), (1e-6, None), (-1e-3, 0), (1e-3, 1)])
+def test_what_a_rounding_of_the_whole_row_could_change_is_not_certain(offset, place):
+    """Its sums are in float32, so a random number this near to a border may fall either way."""
+    two = np.zeros(2, np.float32)
+    assert draw(two, np.float32(-INF), 0.0, 1.0, np.float32(-INF), [0.5 + offset]) == place
 
 
 @settings(deadline=None, max_examples=300)

@@ -127,6 +127,7 @@ class Head(ScriptedBackend):
                 token = self._ids[row[:2].astype(np.float16).tobytes()]
                 text = self.states.text(row[2:])
                 assert not rows or text[:-1] == rows[-1], "the states are not of one text"
+                assert seen in ((), text), "a row has the token of another"
                 rows.append(text)
                 seen = (*text, token)
                 hidden.append(self.states.of(seen))
@@ -270,6 +271,22 @@ def test_a_head_that_knows_the_model_is_always_right(table: EmbeddingTable, temp
     pair.answers([[4] * 15 + [5, 6], [4] * 15 + [7]], replace(params, max_tokens=20))
     assert counts["drafted"] == counts["accepted"]
     assert sum(seq for _, seq in pair.head.steps) - before < 2 * 20 + 12
+
+
+def test_every_token_that_the_head_knows_can_be_guessed(table: EmbeddingTable):
+    """The first of its list, too."""
+    favourite = VOCAB - 1
+
+    def script(seen: Seen) -> Any:
+        row = np.zeros(VOCAB, np.float32)
+        row[favourite] = 5
+        return row
+
+    pair = Pair(table, script, vocabulary=np.array([favourite, 1, 2]))
+    pair.core.backend.script = script  # type: ignore[attr-defined]
+    pair.answers([[1, 2, 3], [4]], made(temperature=0.0, max_tokens=20))
+    counts = pair.core.counts
+    assert counts["drafted"] == counts["accepted"] > 10
 
 
 def test_what_is_far_behind_is_read_first_and_what_waits_is_bounded(

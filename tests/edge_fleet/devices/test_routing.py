@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
+
+from edge_fleet.devices import routing
 from edge_fleet.devices.ring import Ring
 from edge_fleet.devices.routing import Router
 
@@ -58,6 +61,16 @@ def test_a_key_stays_where_it_was_until_that_is_full_or_gone():
     assert router.choose("key", places, lambda place: place is not gone) is places[order[0]]
     assert router.choose("key", places, lambda place: False) is None
     assert router.choose(None, places, lambda place: False) is None
+
+
+def test_what_was_not_used_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(routing, "_KEYS", 3)
+    router, places = fleet(5)
+    away = {key: list(Ring(places).order(key))[3] for key in "abcd"}
+    for key in "abcacd":
+        router.remember(key, away[key])
+    found = {key for key in "abcd" if router.choose(key, places, Place.may) is places[away[key]]}
+    assert found == set("acd")
 
 
 def test_of_many_devices_few_are_looked_at():

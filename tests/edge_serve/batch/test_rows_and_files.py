@@ -183,6 +183,19 @@ def test_bad_lines_and_duplicates_are_known_by_their_lines(tmp_path: Path):
         pass
 
 
+def test_a_duplicate_of_an_answered_row_still_gets_its_error(tmp_path: Path):
+    """The run was cut off between the two."""
+    source = tmp_path / "in.jsonl"
+    line = json.dumps({**GOOD, "custom_id": "row-0"})
+    source.write_text(f"{line}\n{line}\n")
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(_lines(1)[0])
+    refused: list[tuple[int, str]] = []
+    with opened(source, output) as (requests, _):
+        assert not list(requests.rows(lambda line, error: refused.append((line, error.code))))
+    assert refused == [(2, "duplicate_custom_id")]
+
+
 def test_a_byte_order_mark_is_no_part_of_a_request(tmp_path: Path):
     source = write_requests(tmp_path / "in.jsonl", [{"input": "x"}] * 2)
     source.write_bytes(codecs.BOM_UTF8 + source.read_bytes())

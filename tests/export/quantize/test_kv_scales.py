@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -79,6 +80,18 @@ def test_the_expected_error_of_a_score_is_what_rounding_gives() -> None:
         shuffled = random.permutation(wrong[:, head // 2])
         errors.append(np.sqrt(np.mean(np.square((queries * shuffled).sum(axis=1) / 4))))
     assert score_error(observed, scales) == pytest.approx(max(errors), rel=0.1)
+
+
+def test_small_keys_are_normed_with_the_models_epsilon() -> None:
+    model = make_model(
+        num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16, qk_norm=True, rms_norm_eps=1e-2
+    )
+    qkv = np.full((3, 8 * 16), 0.1, np.float32)
+    ones: Any = SimpleNamespace(tensor=lambda _name: np.ones(16, np.float32))
+    observed = observe(model, ones, 0, qkv)
+    length = np.hypot(0.1, 0.1) / np.sqrt(0.01 + 0.01)
+    np.testing.assert_allclose(observed.key_length, length, rtol=1e-5)
+    np.testing.assert_allclose(observed.query_square, length**2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -95,6 +95,22 @@ def test_graphs_survive_other_steps_in_between(gpu: FakeGpu, engine_bundles: Eng
                 assert_allclose(ours.step(ids, slots), theirs.step(ids, slots), atol=ATOL, rtol=0)
 
 
+def test_a_step_runs_in_a_wider_graph_of_its_own_bucket(
+    gpu: FakeGpu, engine_bundles: EngineBundles
+):
+    """One of a smaller bucket would not do, and the step would lose its graph."""
+    with GpuRunner(engine_bundles("qwen2", "native"), gpu) as runner:
+        graphs = runner.engine._graphs
+        for shape in list(graphs._entries):
+            if shape.kv == BUCKETS[1] and shape.batch < 3:
+                graphs._close_entry(graphs._entries.pop(shape))
+        graphs._covers.clear()
+        runner.step(random_ids(1, 20), [0])
+        gpu.calls.clear()
+        runner.step(random_ids(1, 1), [0])
+        assert gpu.calls.count("cuGraphLaunch") == 1
+
+
 @pytest.mark.parametrize("bound", ["number", "seconds", "bytes"])
 def test_capturing_is_bounded(
     bound: str,

@@ -191,6 +191,25 @@ def test_speculation_must_promise_more_than_plain_decode(gain: float, drafted: i
     assert policy.draft_plan([Draft(1, 0.5)]) == [DecodeRun((0,), drafted)]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
+def test_reading_for_a_drafter_costs_at_most_twice_what_was_possible(share: float):
+    """However many tokens come in the end; others gave hope of a share of what would pay."""
+    policy, draft = Policy(4, 512), Draft(4, 0.8)
+    policy.costs.decode.observe(1, 1.0)
+    policy.costs.reading.observe(512, 20.0)
+    price = policy.costs.reading_s(512)
+
+    def reads(written: int, expected: float) -> bool:
+        return policy.reads(512, draft, 1, written=written, expected=expected)
+
+    pays = next(tokens for tokens in range(1, 1000) if reads(tokens, 0.0))
+    assert pays > 10
+    saved_s = price / pays  # by a token, about
+    bought = next(tokens for tokens in range(1, 1000) if reads(tokens, share * pays))
+    assert bought * saved_s + price <= 2.1 * min(price, bought * saved_s)
+    assert reads(0, pays + 1.0), "hope of enough is enough"
+
+
 def test_those_without_a_draft_run_apart_where_that_is_cheaper():
     policy = Policy(8, 512)
     for batch in range(1, 5):

@@ -6,14 +6,18 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from edge.runtime.generation import GenerationStats
+from edge_serve.api.answers import CompletionDetails, PromptDetails, Usage
 from edge_serve.api.chat import plan_chat
 from edge_serve.api.ollama import text as ollama_text
 from edge_serve.api.ollama.models import NOT_SERVED_PATHS
-from edge_serve.api.ollama.protocol import OllamaOptions
+from edge_serve.api.ollama.protocol import GenerateRequest, OllamaOptions
+from edge_serve.api.pieces import Piece
 from tests.edge_serve.api.weather import ANSWER, CALL, QUESTION, SCHEMA, WEATHER
 from tests.edge_serve.scripted import KEY, Answer, Live, running
 
@@ -76,6 +80,16 @@ def test_a_whole_answer(live: Live):
     assert 0 < parts <= body["total_duration"] + 1
     assert body["load_duration"] == 0
     assert chat(live, options={**GREEDY, "num_predict": 2}).json["done_reason"] == "length"
+
+
+def test_the_time_in_the_queue_is_no_time_of_the_prompt():
+    stats = GenerationStats(queue_s=5.0, ttft_s=7.0, total_s=10.0)
+    turn: Any = SimpleNamespace(model=SimpleNamespace(name="tiny"))
+    render = ollama_text.OllamaRender(turn, GenerateRequest(), None)
+    usage = Usage(3, 4, 7, PromptDetails(), CompletionDetails())
+    found = render.body([Piece(finish_reason="stop", stats=stats)], usage)
+    times = found.prompt_eval_duration, found.eval_duration, found.total_duration
+    assert times == (2 * 10**9, 3 * 10**9, 10 * 10**9)
 
 
 def test_a_last_answer_is_continued(live: Live):
