@@ -180,7 +180,7 @@ def pair(tiny_bundles: Bundles) -> Iterator[Pair]:
         auto={"small": "prompt_tokens<=20&kind=chat&waiting<1", "big": "always"},
         split={"prod": "small:1/big:1"},
         default_model="auto",
-        stall_s=2.0,  # a pause of a busy machine is shorter
+        stall_s=5.0,  # a pause of a busy machine is shorter
     )
     thread = threading.Thread(target=lambda: asyncio.run(pair.service.run()))
     thread.start()
