@@ -90,6 +90,8 @@ class TemplateEngine:
         """
         try:
             plain = _plain.decode(msgspec.json.encode(context))
+            # Options are compared more often than written.
+            plain |= {name: each for name, each in context.items() if isinstance(each, float)}
             rendered: str = self._environment.render_template(_TEMPLATE_NAME, **plain)
         except (TemplateFailure, MemoryError):
             raise
@@ -166,11 +168,12 @@ def _try(engine: TemplateEngine, context: dict[str, Any]) -> None:
 
 
 class _Float:
-    """A float of the context that minijinja would not write as Python does.
+    """A float within messages or tools that minijinja would not write as Python does.
 
     It hands 21.0 to a filter as 21, and writes 1e20 and 1e-5 in full. A template can write this one
     and ask whether it is a number; it is refused when it computes with it, and does not get the
-    right answer when it compares it.
+    right answer when it compares it. Floats that a template writes down or computes itself are
+    minijinja's own: 21.0 | tojson gives 21.
     """
 
     __slots__ = ("value",)

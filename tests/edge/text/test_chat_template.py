@@ -222,6 +222,13 @@ def test_a_value_is_written_as_jinja2_writes_it(value):
     assert TemplateEngine(WRITES).render({"x": value}) == by_jinja2(WRITES, x=value)
 
 
+def test_options_are_numbers_to_compute_with():
+    source = (
+        "{% if budget > 3 %}{{ budget + 1 }}{% endif %} {{ budget == 5 }}{{ messages | length }}"
+    )
+    assert ChatTemplate(source, TOKENS).render([turn("user")], budget=5.0) == "6.0 True1"
+
+
 def test_arguments_of_a_call_keep_their_point():
     source = (
         "{% for m in messages %}{{ m.content }}{% for t in m.tool_calls or [] %}"
