@@ -18,7 +18,6 @@ from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, DependencyError, IntegrityError
 
 from . import Backend
-from .default_capacity import device_backend, host_capacity
 
 _log = logging.getLogger(__name__)
 
@@ -158,6 +157,7 @@ def _open_tensorrt(bundle: Path, manifest: Manifest, config: EngineConfig) -> Ba
 
 
 def _open_ort_cuda(bundle: Path, manifest: Manifest, config: EngineConfig) -> Backend:
+    from .default_capacity import device_backend
     from .ort.gpu import OrtCudaBackend
 
     def open_with(capacity: int) -> Backend:
@@ -178,6 +178,7 @@ def _open_ort_cuda(bundle: Path, manifest: Manifest, config: EngineConfig) -> Ba
 def _open_ort_cpu(
     bundle: Path, manifest: Manifest, config: EngineConfig, beside: Manifest | None
 ) -> Backend:
+    from .default_capacity import host_capacity
     from .ort import cpu as ort
     from .ort.int8_prompts import int8_bytes
 
