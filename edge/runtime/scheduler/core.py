@@ -3,11 +3,13 @@
 `EngineCore` is deterministic given its backend and clock, so that its tests can take it through any
 interleaving of events. `edge.runtime.scheduler.scheduler` gives it a thread.
 
-A sequence waits, is placed into a slot (with the rows that it shares with others, see
-`edge.runtime.kv_cache`), prefills in chunks and decodes. Prompts prefill one at a time and in
-order, so that a prompt that shares a prefix with the one before finds it complete. A round
-(`EngineCore.step`) is one decode step of all sequences that have one token to run, and one chunk of
-the first prompt in line. Alternatively that prompt's next token runs in the decode step (it rides).
+A sequence waits for its client's turn (`fair_queue`), is placed into a slot (with the rows that it
+shares with others, see `edge.runtime.kv_cache`), prefills in chunks and decodes. Prompts prefill
+one at a time and in order, so that a prompt that shares a prefix with the one before finds it
+complete; only a shorter one of a client with nothing running is read beside another client's. A
+round (`EngineCore.step`) is one decode step of all sequences that have one token to run, and one
+chunk of the prompt whose turn it is. Alternatively that prompt's next token runs in the decode step
+(it rides).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from edge.runtime.sampling import SampledToken, Sampler, is_sound
 from edge.runtime.sampling_reference import non_finite
 
 from .drafting import Drafting
+from .fair_queue import FairQueue
 from .policy import DecodeRun, Policy
 from .request import Drafter, FinishReason, Overflow, PrefixSource, Request, Sink
 from .sequence import SequenceState, slot_of
@@ -85,8 +88,11 @@ class EngineCore:
         self.policy = Policy(batch, tokens, config.target_itl_s)
         # Looked up at each call, so that tests can replace it.
         self._clock = clock or (lambda: time.perf_counter())
-        self.waiting: list[SequenceState] = []
+        self.waiting = FairQueue(self.policy.step_tokens)
         self.running: list[SequenceState] = []
+        self._chunks = 0  # of prompts
+        self._read_at: dict[str, int] = {}  # the newest one of each client that runs
+        self._told_at = (0, 0)
         self._drawn: list[tuple[SequenceState, SampledToken]] = []  # and not pushed yet
         self._overlaps = backend.meanwhile is not None
         if self._overlaps:
@@ -137,11 +143,8 @@ class EngineCore:
         return SequenceState(request, sampler, sink, salt, now_s)
 
     def add(self, sequence: SequenceState) -> None:
-        """Put a sequence into the queue: by priority, then in order of arrival."""
-        at = len(self.waiting)
-        while at and self.waiting[at - 1].request.priority > sequence.request.priority:
-            at -= 1
-        self.waiting.insert(at, sequence)
+        """Put a sequence into the queue; see `FairQueue`."""
+        self.waiting.add(sequence)
 
     def step(self) -> None:
         """Run one round: end cancelled and late sequences, start waiting ones, decode, prefill."""
@@ -153,12 +156,10 @@ class EngineCore:
         self._start_waiting()
         self._tell_waiting()
         decoding = [s for s in self.running if len(s.pending) == 1]
-        prefilling = min(
-            (s for s in self.running if len(s.pending) > 1),
-            key=lambda s: s.request.priority,
-            default=None,
-        )
-        chunk = 0 if prefilling is None else self.policy.chunk_tokens(len(decoding))
+        prefilling = self._next_prompt(at_least=2)
+        chunk = 0
+        if prefilling is not None:
+            chunk = self.policy.chunk_tokens(len(decoding), self._others_wait(prefilling))
         rides = prefilling is not None and chunk == 0 and not self.deterministic
         if decoding:
             rides = self._decode(decoding, prefilling if rides else None)
@@ -201,7 +202,8 @@ class EngineCore:
 
     def abandon_all(self) -> None:
         """Forget every sequence without a word to anyone; for a child process."""
-        self.running, self.waiting, self._drawn = [], [], []
+        self.running, self._drawn = [], []
+        self.waiting = FairQueue(self.policy.step_tokens)
 
     # ------------------------------------------------------------------ who runs
 
@@ -227,27 +229,63 @@ class EngineCore:
                 )
 
     def _start_waiting(self) -> None:
-        """Start waiting sequences that find room.
-
-        While a prompt prefills, others wait (and may then share its rows), except those of higher
-        priority.
-        """
-        while (
-            self.may_start
-            and self.pool.num_free
-            and self.policy.allows(len(self.running))
-            and all(
-                len(sequence.pending) == 1
-                or self.waiting[0].request.priority < sequence.request.priority
-                for sequence in self.running
-            )
-        ):
-            sequence = self.waiting[0]
-            self.running.append(sequence)  # first, so that another thread's count misses none
-            del self.waiting[0]
+        """Start waiting sequences that find room, in their order."""
+        while self.may_start and self.pool.num_free and self.policy.allows(len(self.running)):
+            sequence = self.waiting.first(self._busy)
+            if any(self._waits_for(sequence, other) for other in self.running):
+                return
             self._start(sequence)
 
+    @property
+    def _busy(self) -> set[str]:
+        """Clients of which a sequence runs."""
+        return {sequence.request.client for sequence in self.running}
+
+    def _waits_for(self, sequence: SequenceState, other: SequenceState) -> bool:
+        """Whether one waits until the prompt of another, which runs, has been read.
+
+        It may then share its rows. It does not wait if it is of higher priority, nor for a longer
+        rest of another client's prompt if its own client runs nothing and it shares no row that is
+        still to come.
+        """
+        ahead = sequence.request.priority - other.request.priority
+        if len(other.pending) == 1 or ahead < 0:
+            return False
+        if ahead or sequence.request.client in self._busy:
+            return True
+        known = slot_of(other).length + 1
+        shares = sequence.salt == other.salt and sequence.ids[:known] == other.ids[:known]
+        return shares or len(sequence.pending) >= len(other.pending)
+
+    def _next_prompt(self, at_least: int) -> SequenceState | None:
+        """The running sequence to read next, of those with so much to read; None if there is none.
+
+        The first one of the highest priority, but clients of equal priority take turns. A new one
+        comes before who was read last, and behind who has waited since.
+        """
+        prompts = [sequence for sequence in self.running if len(sequence.pending) >= at_least]
+        if not prompts:
+            return None
+        newest, known = self._chunks, self._read_at
+        turns = self._read_at = {client: known.get(client, newest - 1) for client in self._busy}
+        found = min(prompts, key=lambda s: (s.request.priority, turns[s.request.client]))
+        self._chunks = turns[found.request.client] = newest + 1
+        return found
+
+    def _others_wait(self, prefilling: SequenceState) -> bool:
+        """Whether a client that runs nothing yet waits for a slot, or for its turn to be read."""
+        busy, others = self._busy, [s for s in self.running if len(s.pending) > 1]
+        if self.waiting and (first := self.waiting.first(busy)).request.client not in busy:
+            others.append(first)
+        return any(
+            other.request.client != prefilling.request.client
+            and other.request.priority <= prefilling.request.priority
+            for other in others
+        )
+
     def _start(self, sequence: SequenceState) -> None:
+        self.running.append(sequence)  # first, so that another thread's count misses none
+        self.waiting.remove(sequence)
         self.turn = max(self.turn - 1, 0)
         sequence.stats.queue_s = self.now() - sequence.submitted_s
         sequence.model_s_before = self.model_s
@@ -259,6 +297,7 @@ class EngineCore:
         sequence.stats.has_started = True
         sequence.stats.cached_tokens = cached
         sequence.pending = sequence.ids[cached:]
+        self.waiting.charge(sequence)
         self.drafting.begin(sequence)
         self.counts["prompt"] += len(sequence.ids)
         self.counts["cached"] += cached
@@ -266,7 +305,11 @@ class EngineCore:
 
     def _tell_waiting(self) -> None:
         """Tell those who want to know how many start before them."""
-        for ahead, sequence in enumerate(list(self.waiting)):
+        now = self.waiting.changes, len(self.running)
+        if now == self._told_at or not any(s.request.wants_progress for s in self.waiting):
+            return
+        self._told_at = now
+        for ahead, sequence in enumerate(list(self.waiting.order(self._busy))):
             if sequence.request.wants_progress:
                 self._tell(sequence, PromptProgress(len(sequence.request.ids), ahead=ahead))
 

@@ -280,25 +280,30 @@ class Policy:
         self.costs.decode.fade(running + 1)
         return False
 
-    def chunk_tokens(self, decoding: int) -> int:
+    def chunk_tokens(self, decoding: int, others_wait: bool = False) -> int:
         """Choose how many tokens of a prompt to run while ``decoding`` sequences wait for a token.
 
-        Without a target a prompt gets `_PROMPT_SHARE` of the speed that it has alone, in the
-        smallest chunks that give it: they are efficient, and long enough that the decode step
-        between two of them costs little. With a target it gets what the target leaves.
+        Alone a prompt gets all that fit into a step, unless ``others_wait``: clients that run
+        nothing yet, and are to start or to be read between its chunks. Without a target it then
+        gets `_PROMPT_SHARE` of the speed that it has alone, in the smallest chunks that give it:
+        they are efficient, and long enough that the decode step between two of them costs little.
+        With a target it gets what the target leaves.
 
         Returns:
             The tokens of the chunk; 0 where the prompt's next token should run in the decode step,
             as one sequence more: if no chunk keeps the target, or if riding gives the prompt more
             tokens per second than a chunk that keeps it.
         """
-        if decoding == 0:
-            return self.step_tokens
-        decode = self.costs.decode.estimate(decoding)
         prefill = self.costs.prefill
+        if decoding:
+            decode = self.costs.decode.estimate(decoding)
+        elif others_wait:
+            decode = 0.0 if prefill.largest_size else None
+        else:
+            return self.step_tokens
         if decode is None:
             return min(self.step_tokens, _UNMEASURED_CHUNK)
-        if self.target_itl_s is None:
+        if self.target_itl_s is None or not decoding:
             return prefill.smallest(_PROMPT_SHARE, decode, self.step_tokens)
         budget = self.target_itl_s - decode
         size = prefill.largest(budget, self.step_tokens)

@@ -24,7 +24,7 @@ from .core import EngineCore, even_chunk
 from .request import Request, Sink
 from .sequence import SequenceState, slot_of
 
-NEUTRAL = SamplingParams().resolve(SamplingDefaults())
+NEUTRAL = SamplingParams(max_tokens=1).resolve(SamplingDefaults())
 """What a request has as ``params`` where nothing is sampled."""
 
 
@@ -92,12 +92,10 @@ class PoolingCore(EngineCore):
         """Run one round: end cancelled and late texts, start waiting ones, run one step."""
         self._sweep()
         while self.may_start and self.pool.num_free and len(self.running) < self.policy.max_batch:
-            sequence = self.waiting[0]
-            self.running.append(sequence)
-            del self.waiting[0]
-            self._start(sequence)
-        if self.running:
-            self._run(min(self.running, key=lambda sequence: sequence.request.priority))
+            self._start(self.waiting.first(self._busy))
+        first = self._next_prompt(at_least=1)
+        if first is not None:
+            self._run(first)
 
     def _place(self, sequence: SequenceState) -> int:
         """Give the sequence a slot, and cached rows if they are most of it.

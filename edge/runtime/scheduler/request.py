@@ -263,7 +263,9 @@ class Request:
         ids: token ids of the prompt, at least one.
         params: resolved sampling parameters (`SamplingParams.resolve`).
         end_ids: ids that end the answer.
-        priority: lower runs first; requests of equal priority run in order of arrival.
+        priority: lower runs first.
+        client: who asks; of equal priority, clients take turns, and the requests of each run in
+            order of arrival.
         deadline_s: seconds from submission after which the request ends with `DeadlineError`,
             waiting or running; None sets no limit.
         salt: sequences share cached prefixes only with those of the same salt, so that timing
@@ -277,6 +279,7 @@ class Request:
     params: SamplingParams
     end_ids: frozenset[int]
     priority: int = 0
+    client: str = ""
     deadline_s: float | None = None
     salt: str = ""
     constraint: Constraint | None = None

@@ -201,6 +201,7 @@ class Life(RuleBasedStateMachine):
         seed=st.none() | st.integers(0, 5),
         priority=st.integers(0, 2),
         salt=st.sampled_from(["", "other"]),
+        client=st.sampled_from(["", "other", "third"]),
         deadline_s=st.none() | st.sampled_from([0.05, 5.0]),
         num=st.integers(1, 3),
         stop_after=st.none() | st.integers(1, 6),
@@ -213,6 +214,7 @@ class Life(RuleBasedStateMachine):
         seed: int | None,
         priority: int,
         salt: str,
+        client: str,
         deadline_s: float | None,
         num: int,
         stop_after: int | None,
@@ -226,6 +228,7 @@ class Life(RuleBasedStateMachine):
             replace(params, max_tokens=max_tokens),
             priority=priority,
             salt=salt,
+            client=client,
             deadline_s=deadline_s,
         )
         new = []
@@ -578,7 +581,7 @@ def test_a_prompt_that_rides_leaves_no_nan_behind(
     table: EmbeddingTable, monkeypatch: pytest.MonkeyPatch
 ):
     engine = Engine(table, nan_after_9)
-    monkeypatch.setattr(engine.core.policy, "chunk_tokens", lambda _: 0)
+    monkeypatch.setattr(engine.core.policy, "chunk_tokens", lambda *_: 0)
     _, other = engine.submit(make_request([20], replace(GREEDY, max_tokens=20)))
     engine.core.step()
     sequence, sink = engine.submit(make_request([1, 9, *[2] * 30]))
