@@ -185,7 +185,8 @@ async def _run(turn: Turn, ids: Sequence[list[int]]) -> list[Pooled]:
 async def _feed(turn: Turn, ids: Sequence[list[int]], deadline_s: float | None) -> list[Pooled]:
     """Keep a group of texts with the engine, and the next while half of the queue is free.
 
-    So a long request leaves room for others. A full queue refuses its first group; later ones wait.
+    So a long request leaves room for others. A full queue refuses its first group; later ones wait,
+    and so do texts that had to make room in it for another client's.
     """
     scheduler = turn.model.llm.scheduler
     found: list[Pooled | None] = [None] * len(ids)
@@ -194,20 +195,29 @@ async def _feed(turn: Turn, ids: Sequence[list[int]], deadline_s: float | None) 
 
     most = scheduler.max_batch + scheduler.queue_capacity // 2
 
+    async def begin(group: list[int]) -> None:
+        some, may_wait = [ids[i] for i in group], bool(sequences)
+        states, sinks = await _submit(turn, some, deadline_s, may_wait=may_wait)
+        sequences.extend(states)
+        flying.append((group, [asyncio.wrap_future(sink.future) for sink in sinks]))
+
     async def collect() -> None:
         places, futures = flying.pop(0)
+        dropped = []
         for place, future in zip(places, futures, strict=True):
-            found[place] = await future
+            try:
+                found[place] = await future
+            except OverloadError:
+                dropped.append(place)
+        if dropped:
+            await begin(dropped)
 
     try:
         for group in groups(ids, scheduler.max_batch):
-            some = [ids[i] for i in group]
             stats = scheduler.stats()
-            if flying and stats.running + stats.waiting + len(some) > most:
+            if flying and stats.running + stats.waiting + len(group) > most:
                 await collect()
-            states, sinks = await _submit(turn, some, deadline_s, may_wait=bool(sequences))
-            sequences += states
-            flying.append((group, [asyncio.wrap_future(sink.future) for sink in sinks]))
+            await begin(group)
             if len(flying) > 1:
                 await collect()
         while flying:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from edge.errors import DeadlineError, EdgeError
+from edge.errors import DeadlineError, EdgeError, OverloadError
 from edge.runtime.sampling_params import SamplingParams
 from edge_lab.measure.drift import WATCH_USER
 from edge_serve.http.errors import APIError
@@ -123,6 +123,8 @@ class Flight:
                         _log.warning("requests have drifted from the baseline; see /stats")
                 if not self.done.done():
                     on_chunk(index, chunk)
+        except OverloadError as error:  # it has not started, and the guard counts it
+            self.abort(error)
         except EdgeError as error:
             late = isinstance(error, DeadlineError)
             outcome: Outcome = "deadline" if late else "error"

@@ -27,7 +27,7 @@ from edge.backends import Backend, BestLogits, Floats
 from edge.backends.step import step_after, zero_rows
 from edge.bundle.embeddings import EmbeddingTable
 from edge.engine_config import EngineConfig
-from edge.errors import BackendError, DeadlineError, EdgeError, ResourceError
+from edge.errors import BackendError, DeadlineError, EdgeError, OverloadError, ResourceError
 from edge.runtime.generation import PromptProgress
 from edge.runtime.kv_cache import Placement, Slot, SlotPool
 from edge.runtime.sampling import SampledToken, Sampler, is_sound
@@ -217,6 +217,8 @@ class EngineCore:
                 continue
             if sequence.cancelled:
                 self._finish(sequence, "cancelled")
+            elif sequence.dropped is not None and sequence.slot is None:
+                self._fail(sequence, sequence.dropped)
             elif late:
                 tokens = sequence.stats.completion_tokens
                 what = f"sampled {tokens} tokens" if sequence.slot else "was still waiting"
@@ -634,7 +636,8 @@ class EngineCore:
             newest = min(newest, self.backend.max_step_tokens)
             self._scrub(sequence.slot, sequence.slot.length + newest)
         self._leave(sequence, keep=False)
-        self.outcomes["deadline" if isinstance(error, DeadlineError) else "error"] += 1
+        known = {DeadlineError: "deadline", OverloadError: "rejected"}
+        self.outcomes[known.get(type(error), "error")] += 1
         sequence.sink.fail(error)
 
     def _spoil(self, sequence: SequenceState, slot: Slot, written: int, error: EdgeError) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from numbers import Integral
@@ -83,7 +83,7 @@ class Scheduler:
         )
         self.queue_capacity = config.queue_capacity
         self._thread = _EngineThread(self._core)
-        self._groups = itertools.count(1)
+        self._submissions = itertools.count(1)
         weakref.finalize(self, self._thread.signal_close)
 
     @property
@@ -113,7 +113,8 @@ class Scheduler:
             The sequences, in order; set ``cancelled`` to end one within a step.
 
         Raises:
-            OverloadError: the queue is full, or the scheduler drains.
+            OverloadError: the queue is full and no other client has more in it, or the scheduler
+                drains. Where another has, the newest that wait of the one with most end with it.
             RequestError: an empty prompt, an id outside the vocabulary, no request or too many, a
                 sink or constraint given twice.
             ContextLengthError: the prompt does not fit into a slot.
@@ -126,11 +127,13 @@ class Scheduler:
         if any(len(set(map(id, given))) < len(given) for given in (constraints, sinks)):
             raise RequestError("a constraint or sink follows one sequence; give each its own")
         # Without reuse, only what is submitted together shares rows.
-        group = "" if self._core.reuse_prefix else f"\0{next(self._groups)}"
+        number = next(self._submissions)
+        group = "" if self._core.reuse_prefix else f"\0{number}"
         now = self._core.now()
         sequences = []
         for request, sink in zip(requests, sinks, strict=True):
             sequences.append(self._core.sequence(request, sink, request.salt + group, now))
+            sequences[-1].submission = number
         self._thread.take_in(sequences, self.max_batch + self.queue_capacity)
         return sequences
 
@@ -265,23 +268,51 @@ class _EngineThread:
     # ------------------------------------------------------------------ in callers' threads
 
     def take_in(self, sequences: list[SequenceState], most: int) -> None:
-        """Queue sequences, all or none; at most ``most`` may then run or wait."""
+        """Queue sequences of one client, all or none; at most ``most`` may then run or wait."""
         with self._changed:
             self._refuse_if_down()
             if self.draining:
                 raise OverloadError("no more requests are taken: shutting down", _FIRST_RETRY_S)
-            present = sum(self.load())
-            excess = present + len(sequences) - most
-            if excess > 0:
-                self._core.outcomes["rejected"] += len(sequences)
-                raise OverloadError(
-                    f"{present} sequences run or wait and at most {most} may, so {len(sequences)} "
-                    "more cannot be taken; try again later",
-                    self._core.mean_run_s * excess / self._core.policy.max_batch or _FIRST_RETRY_S,
-                )
+            if sum(self.load()) + len(sequences) > most:
+                self._make_room(sequences, most)
             self._start()
             self._inbox.extend(sequences)
             self._changed.notify_all()
+
+    def _make_room(self, sequences: list[SequenceState], most: int) -> None:
+        """Drop the newest submissions that wait of the clients that have most waiting.
+
+        Of one that has partly started, that is what still waits.
+
+        Raises:
+            OverloadError: that is the client that comes; nothing was dropped.
+        """
+        waiting = [s for s in (*self._core.waiting, *self._inbox) if s.dropped is None]
+        present = len(self._core.running) + len(waiting)
+        excess = present + len(sequences) - most
+        error = OverloadError(
+            f"{present} sequences run or wait and at most {most} may, so {len(sequences)} more "
+            "cannot be taken; try again later",
+            self._core.mean_run_s * excess / self._core.policy.max_batch or _FIRST_RETRY_S,
+        )
+        counts = Counter(sequence.request.client for sequence in waiting)
+        own = counts[sequences[0].request.client] + len(sequences)
+        dropped: list[SequenceState] = []
+        while len(dropped) < excess:
+            client, number = counts.most_common(1)[0] if counts else ("", 0)
+            if number <= own:
+                self._core.outcomes["rejected"] += len(sequences)
+                raise error
+            newest = max(s.submission for s in waiting if s.request.client == client)
+            dropped += (sequence for sequence in waiting if sequence.submission == newest)
+            counts[client] = number - sum(s.submission == newest for s in waiting)
+            waiting = [sequence for sequence in waiting if sequence.submission != newest]
+        for sequence in dropped:
+            sequence.dropped = OverloadError(
+                "the queue is full, and no client has more in it than this one, so its newest "
+                "requests made room for another's; try again later",
+                error.retry_after_s,
+            )
 
     def call(self, work: Callable[[], object]) -> Future[object]:
         """Queue work that needs the backend for itself."""

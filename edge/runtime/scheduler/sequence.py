@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.errors import EdgeError
 from edge.runtime.generation import GenerationStats
 from edge.runtime.kv_cache import Slot
 from edge.runtime.sampling import Sampler
@@ -22,6 +23,8 @@ class SequenceState:
         pending: tokens that must run before the next can be sampled.
         slot: the sequence's slot while it runs, else None.
         cancelled: anyone may set it at any time.
+        dropped: the error that ends it unless it has started; likewise.
+        submission: the number of what it was submitted with.
         deadline_s: time on the core's clock; None without a deadline.
     """
 
@@ -36,6 +39,8 @@ class SequenceState:
         self.pending: list[int] = self.ids[:]
         self.slot: Slot | None = None
         self.cancelled = False
+        self.dropped: EdgeError | None = None
+        self.submission = 0
         self.ended = False
         self.submitted_s = self.last_s = now_s
         self.deadline_s = None if request.deadline_s is None else now_s + request.deadline_s

@@ -559,3 +559,46 @@ def test_a_thousand_requests_of_all_kinds(make: Make):
     assert sum(stats.outcomes.values()) == 1000
     scheduler.close()
     assert threading.active_count() == threads_before
+
+
+def test_a_full_queue_drops_the_newest_of_the_client_that_has_most(make: Make):
+    gate = Gate()
+    scheduler, _ = make(gate, num_slots=1, queue_capacity=6)
+
+    def ask(client: str, n: int = 1) -> list[Generation]:
+        params = replace(GREEDY, max_tokens=1)
+        return submit(scheduler, make_request([1], params, client=client), n=n)
+
+    (running,) = ask("most")
+    assert gate.entered.wait(10)
+    kept, other, dropped = ask("most", 2), ask("other", 2), ask("most", 2)
+    newcomer = ask("new")  # 6 wait; the whole newest submission goes, though one would do
+    with pytest.raises(OverloadError, match="3 more cannot be taken"):
+        ask("new", 3)  # it would have most itself
+    newcomer += ask("new")
+    for generation in dropped:
+        assert generation.take(0.05) is None  # told in the engine's thread
+    gate.opened.set()
+    for generation in dropped:
+        with pytest.raises(OverloadError, match="made room for another's") as caught:
+            ids_of(generation)
+        assert caught.value.retry_after_s > 0
+    assert [ids_of(each) for each in (running, *kept, *other, *newcomer)] == [[2]] * 7
+    assert scheduler.drain(10)
+    assert scheduler.stats().outcomes == {"length": 7, "rejected": 5}
+
+
+def test_what_has_started_is_not_dropped(make: Make):
+    """Of many samples those go that wait, also where their submission is all there is."""
+    gate = Gate()
+    scheduler, _ = make(gate, num_slots=2, queue_capacity=3)
+    request = make_request([1], replace(GREEDY, max_tokens=3), client="most")
+    many = submit(scheduler, request, n=5)
+    assert gate.entered.wait(10)
+    assert scheduler.stats().running == 2
+    newcomer = submit(scheduler, make_request([1], replace(GREEDY, max_tokens=1), client="new"))
+    gate.opened.set()
+    assert [ids_of(each) for each in (*many[:2], *newcomer)] == [[2, 3, 4], [2, 3, 4], [2]]
+    for generation in many[2:]:
+        with pytest.raises(OverloadError):
+            ids_of(generation)
