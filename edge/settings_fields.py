@@ -1,8 +1,9 @@
 """Settings as fields of a frozen dataclass: their types, ranges and conversion from flags.
 
-A table (``model``) is written ``name=value,name=value`` in one text. A field whose metadata has a
-`Finder` takes names beside paths, and in a table of them a value alone has the name of the
-directory that was found. Files and the environment are in `edge_serve.config_file`.
+A table (``model``) is written ``name=value,name=value`` in one text, a list ``value,value``. A
+field whose metadata has a `Finder` takes names beside paths, and in a table of them a value alone
+has the name of the directory that was found. Files and the environment are in
+`edge_serve.config_file`.
 """
 
 from __future__ import annotations
@@ -173,6 +174,8 @@ def _convert(name: str, hint: Any, value: Given, finder: Finder | None) -> Any:
 
     if value.is_text and typing.get_origin(kind) is dict:
         raw = _pairs(name, raw, value.origin, None if finder is None else find)
+    if value.is_text and typing.get_origin(kind) is list:
+        raw = [part.strip() for part in raw.split(",")]
     return _checked(
         name, raw, hint, origin=f"{value.origin}: ", strict=not value.is_text, find=find
     )

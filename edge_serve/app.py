@@ -104,6 +104,7 @@ def create_app(
         is_draining=lambda: models.is_draining,
         on_rejection=metrics.observe_rejection,
         on_large=trimmer.soon,
+        on_ignored_client=metrics.observe_ignored_client,
         error_body=error_body,
     )
 

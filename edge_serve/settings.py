@@ -19,6 +19,7 @@ from edge_lab.measure.drift import DEFAULT_WINDOW
 from .observe.logs import LogFormat
 
 DEFAULT_PORT = 8000
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _NAME = re.compile(r"[!-~]{1,128}")
 _Positive = Annotated[int, Meta(ge=1)]
 _Count = Annotated[int, Meta(ge=0)]
@@ -58,6 +59,8 @@ class ServerSettings(EngineConfig):
         max_connections_per_address: connections of one address (of IPv6 of one network of 64 bits)
             that are open at once.
         max_connections_per_key: requests that one API key may have under way at once.
+        trusted_proxies: addresses or networks of proxies that say in the header x-edge-client whose
+            request it is; it counts instead of their address where there is no key.
         text_queue_capacity: long requests (bodies of 32 KiB or more) that wait to be read and
             encoded, which happens one after the other; more are refused.
         text_timeout_s: seconds for which a request may wait to be encoded, and for that.
@@ -101,6 +104,7 @@ class ServerSettings(EngineConfig):
     max_connections: _Positive = 1024
     max_connections_per_address: _Positive = 256
     max_connections_per_key: _Positive = 128
+    trusted_proxies: list[str] = field(default_factory=list)
     text_queue_capacity: _Positive = 16
     text_timeout_s: _Seconds = 30.0
     header_timeout_s: _Seconds = 10.0
@@ -138,6 +142,7 @@ class ServerSettings(EngineConfig):
                     f"the model name {name!r} is not 1 to 128 printable ASCII characters without "
                     "spaces; name it with --model NAME=BUNDLE"
                 )
+        _ = self.proxy_networks
         if self.max_inflight_body_bytes < self.max_body_bytes:
             raise ConfigError(
                 f"max_inflight_body_bytes, {self.max_inflight_body_bytes}, is less than one body "
@@ -148,6 +153,21 @@ class ServerSettings(EngineConfig):
                 f"host {self.host} can be reached from other machines, and no API key is set; "
                 "give --api-key-file, listen on 127.0.0.1, or say --allow-open"
             )
+
+    @property
+    def proxy_networks(self) -> list[Network]:
+        """The addresses in ``trusted_proxies``.
+
+        Raises:
+            ConfigError: one is no address.
+        """
+        try:
+            return [ipaddress.ip_network(proxy) for proxy in self.trusted_proxies]
+        except ValueError as error:
+            raise ConfigError(
+                f"trusted_proxies is {self.trusted_proxies}: {error}; name addresses or networks, "
+                "for example 10.0.0.2 or 10.0.0.0/24"
+            ) from error
 
     @property
     def engine(self) -> EngineConfig:

@@ -198,6 +198,7 @@ def submit(
     ids: Sequence[Sequence[int]],
     *,
     priority: int = 0,
+    client: str = "",
     deadline_s: float | None = None,
     salt: str = "",
 ) -> tuple[list[SequenceState], list[RowSink]]:
@@ -213,6 +214,7 @@ def submit(
             params=NEUTRAL,
             end_ids=frozenset(),
             priority=priority,
+            client=client,
             deadline_s=deadline_s,
             salt=salt,
         )

@@ -301,6 +301,7 @@ class LLM:
         *,
         n: int = 1,
         priority: int = 0,
+        client: str = "",
         deadline_s: float | None = None,
         salt: str = "",
         suffix: str | None = None,
@@ -321,6 +322,7 @@ class LLM:
             params: sampling; what is None comes from the bundle. Sample ``i`` has the seed plus i.
             n: how many samples.
             priority: lower runs first.
+            client: who asks; clients take turns.
             deadline_s: seconds after which an answer ends with `DeadlineError`.
             salt: prompts share cached prefixes only with those of the same salt.
             suffix: see `encode`; the answer ends at the tokens that end a middle, too.
@@ -386,6 +388,7 @@ class LLM:
             params=resolved,
             end_ids=end_ids,
             priority=priority,
+            client=client,
             deadline_s=deadline_s,
             salt=salt,
             wants_progress=progress,

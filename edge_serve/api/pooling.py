@@ -241,6 +241,7 @@ async def _submit(
                 turn.model.llm.scheduler,
                 ids,
                 priority=turn.priority,
+                client=turn.client.origin,
                 deadline_s=left_s(deadline_s),
                 salt=turn.client.salt,
             )

@@ -361,6 +361,7 @@ def _submit(
                 plan.params,
                 n=plan.n,
                 priority=turn.priority,
+                client=turn.client.origin,
                 deadline_s=left_s(deadline_s),
                 salt=salt,
                 suffix=plan.suffix,

@@ -1,15 +1,19 @@
-"""Decides who may call, and how often: API keys and rate limits."""
+"""Decides who calls, who may, and how often: API keys, addresses and rate limits."""
 
 from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_lab.key_file import key_digest, read_key_file
+from edge_serve.settings import Network
+
+_SAID = re.compile(rb"[ -~]{1,100}")
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,12 @@ class Client:
     Attributes:
         name: the name of its key; ``anonymous`` without keys.
         salt: keeps cached prefixes of different keys apart; empty without keys.
+        origin: what shares count as one client: the name of its key, else what `Origins` finds.
     """
 
     name: str = "anonymous"
     salt: str = ""
+    origin: str = ""
 
 
 class APIKeys:
@@ -66,7 +72,8 @@ class APIKeys:
 
 def _read(path: Path) -> list[tuple[bytes, Client]]:
     return [
-        (entry.digest, Client(entry.name, entry.digest.hex()[:16])) for entry in read_key_file(path)
+        (entry.digest, Client(entry.name, entry.digest.hex()[:16], entry.name))
+        for entry in read_key_file(path)
     ]
 
 
@@ -81,6 +88,42 @@ def address_group(address: str) -> str:
             return str(parsed.ipv4_mapped)
         return str(ipaddress.IPv6Network((parsed, 64), strict=False))
     return address
+
+
+class Origins:
+    """Tells clients without a key apart: by address, behind a trusted proxy by what it says.
+
+    Args:
+        trusted: addresses whose header ``x-edge-client`` counts.
+        on_ignored: called where somebody else sends it.
+    """
+
+    def __init__(self, trusted: Sequence[Network], on_ignored: Callable[[], None]) -> None:
+        self._trusted = trusted
+        self._on_ignored = on_ignored
+
+    def find(self, address: str, said: bytes | None) -> str:
+        """Return what counts as the client.
+
+        Args:
+            address: the address that the connection comes from; empty if it has none.
+            said: the header, if there is one; what is empty, too long or not printable is as none.
+        """
+        group = address_group(address)
+        if said is None:
+            return group
+        try:
+            plain = ipaddress.ip_address(address.partition("%")[0])
+        except ValueError:
+            is_trusted = False
+        else:
+            plain = getattr(plain, "ipv4_mapped", None) or plain
+            is_trusted = any(plain in network for network in self._trusted)
+        if not is_trusted:
+            self._on_ignored()
+        elif _SAID.fullmatch(said):
+            return address_group(said.decode())
+        return group
 
 
 class RateLimit:

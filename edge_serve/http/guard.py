@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from edge_serve.settings import ServerSettings, is_loopback
 
-from .access import APIKeys, Client, RateLimit, address_group
+from .access import APIKeys, Client, Origins, RateLimit
 from .bodies import BodyAccount, BodyBudget
 from .errors import APIError, as_api_error, draining
 from .threads import LARGE_BYTES
@@ -59,6 +59,7 @@ class Guard:
         is_draining: tells whether the server is about to stop.
         on_rejection: called with the code of every error that is answered here.
         on_large: called when a request with a large body has ended.
+        on_ignored_client: called when ``x-edge-client`` comes from no trusted proxy.
         error_body: writes an error in the form of the path's protocol.
     """
 
@@ -72,6 +73,7 @@ class Guard:
         is_draining: Callable[[], bool] = lambda: False,
         on_rejection: Callable[[str], None] = lambda code: None,
         on_large: Callable[[], None] = lambda: None,
+        on_ignored_client: Callable[[], None] = lambda: None,
         error_body: ErrorBody = lambda error, scope: error.body(),
     ) -> None:
         self._app = app
@@ -82,6 +84,7 @@ class Guard:
         self._is_draining = is_draining
         self._on_rejection = on_rejection
         self._on_large = on_large
+        self._origins = Origins(settings.proxy_networks, on_ignored_client)
         self._rate = RateLimit(settings.rate_limit_rpm)
         self._bodies = BodyBudget(settings.max_inflight_body_bytes, settings.max_body_bytes)
         self._under_way: Counter[str] = Counter()  # requests by the name of their key
@@ -117,7 +120,7 @@ class Guard:
             self._check(scope, headers)
             if self._keys is not None and scope["path"] not in self._public | PROBES:
                 key = self._enter(scope["client_name"])
-            body.account = self._bodies.account(key or _address(scope))
+            body.account = self._bodies.account(scope["client_identity"].origin)
             body.account.check(min(_length(headers), self._settings.max_body_bytes))
             await self._app(scope, body.receive, send_with_id)
         except ConnectionError:
@@ -219,7 +222,7 @@ class Guard:
         return is_loopback(name)
 
     def _authenticate(self, scope: Scope, headers: _Headers) -> None:
-        client: Client | None = Client()
+        client: Client | None = None
         if self._keys is not None:
             client = self._keys.find(headers.get(b"authorization"), headers.get(b"x-api-key"))
             if client is None and scope["path"] not in self._public:
@@ -228,7 +231,9 @@ class Guard:
                     "invalid_api_key",
                     "no valid API key; send it as Authorization: Bearer KEY or as x-api-key: KEY",
                 )
-        client = client or Client()
+        address = scope.get("client")
+        origin = self._origins.find(address[0] if address else "", headers.get(b"x-edge-client"))
+        client = client or Client(origin=origin)
         scope["client_identity"] = client
         scope["client_name"] = client.name
         if scope["method"] == "POST":
@@ -269,11 +274,6 @@ def _take_absolute(scope: Scope, headers: _Headers) -> None:
         headers.put(b"host", found[1])
         scope["raw_path"] = scope["raw_path"][found.end() :] or b"/"
         scope["path"] = unquote(scope["raw_path"].decode("ascii"))
-
-
-def _address(scope: Scope) -> str:
-    client = scope.get("client")
-    return address_group(client[0]) if client else ""
 
 
 def _length(headers: _Headers) -> int:

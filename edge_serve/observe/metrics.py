@@ -157,6 +157,9 @@ class Metrics:
         self._hit = counter("prefix_cache_hit_tokens", "Prompt tokens found.", "model")
         self._requests = counter("requests", "Sequences by outcome.", "model", "outcome")
         self._rejections = counter("rejections", "Requests refused, by reason.", "reason")
+        self._ignored_clients = counter(
+            "ignored_client_headers", "Headers x-edge-client that no trusted proxy sent."
+        )
         self._routes = counter("route_decisions", "Choices of the model 'auto'.", "rule", "model")
         self._arms = counter("ab_requests", "Requests by arm of an A/B split.", "arm", "model")
         self._arm_outcomes = counter("ab_sequences", "The arms' outcomes.", "arm", "outcome")
@@ -284,6 +287,10 @@ class Metrics:
             reason: a code of the server, e.g. ``queue_full``; never what a client sent.
         """
         self._rejections.labels(self._label("reason", reason)).inc()
+
+    def observe_ignored_client(self) -> None:
+        """Count a header ``x-edge-client`` that did not come from a trusted proxy."""
+        self._ignored_clients.inc()
 
     def observe_route(self, rule: str, model: str) -> None:
         """Count a decision of the model ``auto``."""

@@ -170,12 +170,16 @@ def test_every_setting_without_a_flag_is_a_key_and_a_variable(tmp_path: Path):
     keys = keys_without_option()
     assert "max_header_bytes" in keys
     path = tmp_path / "edge.toml"
-    path.write_text("".join(f"{key} = 77\n" for key in keys if key != "max_inflight_body_bytes"))
-    environ = {"EDGE_LLM_SERVE_MAX_INFLIGHT_BODY_BYTES": str(2**30)}
+    others = {"max_inflight_body_bytes": 2**30, "trusted_proxies": ["10.0.0.2", "fd00::/8"]}
+    path.write_text("".join(f"{key} = 77\n" for key in keys if key not in others))
+    environ = {
+        "EDGE_LLM_SERVE_MAX_INFLIGHT_BODY_BYTES": str(2**30),
+        "EDGE_LLM_SERVE_TRUSTED_PROXIES": "10.0.0.2, fd00::/8",
+    }
     found = load_settings(ServerSettings, file=path, environ=environ)
     for key in keys:
         assert found.origins[key] != "default"
-        assert getattr(found.settings, key) in (77, 2**30)
+        assert getattr(found.settings, key) == others.get(key, 77)
 
 
 def test_no_secret_is_printed(tmp_path: Path):

@@ -1,0 +1,169 @@
+"""Attacks a running service on loopback as one client, and times another's chats beside it.
+
+Attackers come from 127.0.0.2 and the good client from 127.0.0.1, which are two clients where the
+service has no keys. Each attack keeps its connections busy for some seconds; the good client asks
+one chat of 4 tokens after the other, alone and beside it. The service must listen on loopback.
+
+Usage: python scripts/attacks/fair.py --port 8000 [--seconds 20] [--only n16,long] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+GOOD, ATTACKER = "127.0.0.1", "127.0.0.2"
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+ANSWER_S = 60.0
+MOST_S = 120.0
+
+
+def ask(port: int, source: str, path: str, body: dict[str, Any], timeout_s: float) -> int:
+    """Send one request; returns its status, or 0 where no answer came in time."""
+    connection = http.client.HTTPConnection(
+        GOOD, port, timeout=timeout_s, source_address=(source, 0)
+    )
+    try:
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        response.read()
+    except OSError:
+        return 0
+    else:
+        return response.status
+    finally:
+        connection.close()
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "Say yes."}], "temperature": 0, **fields}
+
+
+def text(number: int, tokens: int, **fields: Any) -> dict[str, Any]:
+    """A prompt of about so many tokens, unlike that of any other number."""
+    return {"prompt": f"{number}" + " one" * tokens, "temperature": 0, **fields}
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What one client does: so many connections, each with one request after the other."""
+
+    connections: int
+    path: str
+    fields: dict[str, Any]
+    prompt_tokens: int = 0
+
+    def body(self, number: int) -> dict[str, Any]:
+        if self.path == CHAT:
+            return chat(**self.fields)
+        return text(number, self.prompt_tokens, **self.fields)
+
+
+ATTACKS = {
+    "n16": Attack(4, CHAT, {"n": 16, "max_tokens": 16}),
+    "long": Attack(4, TEXT, {"max_tokens": 1}, 3000),
+    "connections": Attack(68, CHAT, {"max_tokens": 16}),
+    "scored": Attack(4, TEXT, {"max_tokens": 1, "echo": True, "logprobs": 1}, 3000),
+}
+
+
+@dataclass
+class Seen:
+    """What the good client got.
+
+    Attributes:
+        seconds: of each answer.
+        statuses: how many of each; 0 is none in time.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+
+    def told(self) -> dict[str, Any]:
+        return {
+            "median_s": round(statistics.median(self.seconds), 3) if self.seconds else None,
+            "worst_s": round(max(self.seconds), 3) if self.seconds else None,
+            "statuses": dict(self.statuses),
+        }
+
+
+def watch(port: int, seconds: float) -> Seen:
+    """Ask chats for so long, at least one."""
+    seen, until = Seen(), time.monotonic() + seconds
+    while True:
+        began = time.monotonic()
+        status = ask(port, GOOD, CHAT, chat(max_tokens=4), ANSWER_S)
+        seen.statuses[status] += 1
+        if status == 200:
+            seen.seconds.append(time.monotonic() - began)
+        if time.monotonic() > until:
+            return seen
+        time.sleep(0.05)
+
+
+def beside(port: int, attack: Attack, seconds: float) -> tuple[Seen, Counter[int]]:
+    """Watch while an attack goes on; returns what the good client got, and what the attackers."""
+    over = threading.Event()
+    statuses: Counter[int] = Counter()
+
+    def run(number: int) -> None:
+        while not over.is_set():
+            statuses[ask(port, ATTACKER, attack.path, attack.body(number), ANSWER_S)] += 1
+            number += attack.connections
+            over.wait(0.1)
+
+    threads = [
+        threading.Thread(target=run, args=(number,), daemon=True)
+        for number in range(attack.connections)
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.0)  # until they wait for the engine
+    try:
+        return watch(port, seconds), statuses
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(ANSWER_S)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--port", type=int, required=True, help="of a service on 127.0.0.1")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each attack, 120 at most")
+    parser.add_argument("--only", default=",".join(ATTACKS), help="attacks, by name")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    names = given.only.split(",")
+    if unknown := set(names) - set(ATTACKS):
+        parser.error(f"unknown attacks {sorted(unknown)}; there are {', '.join(ATTACKS)}")
+    if not 0 < given.seconds <= MOST_S:
+        parser.error(f"--seconds is {given.seconds:g}; give more than 0 and at most {MOST_S:g}")
+    found: dict[str, Any] = {"alone": watch(given.port, min(given.seconds, 5.0)).told()}
+    if not found["alone"]["median_s"]:
+        print(f"no chat was answered: {found['alone']}; is a service there?", file=sys.stderr)
+        return 1
+    for name in names:
+        good, statuses = beside(given.port, ATTACKS[name], given.seconds)
+        found[name] = {**good.told(), "attackers": dict(statuses)}
+    if given.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for name, row in found.items():
+        took = "none answered"
+        if row["median_s"] is not None:
+            took = f"median {row['median_s']:.2f} s, worst {row['worst_s']:.2f} s"
+        print(f"{name:12} {took}; statuses {row['statuses']}, attackers {row.get('attackers', {})}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
