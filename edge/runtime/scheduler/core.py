@@ -35,7 +35,7 @@ from edge.runtime.sampling_reference import non_finite
 
 from .drafting import Drafting
 from .fair_queue import FairQueue
-from .policy import DecodeRun, Policy
+from .policy import FULL_SPEED, HALF_SPEED, PROMPT_SHARE, DecodeRun, Policy
 from .request import Drafter, FinishReason, Overflow, PrefixSource, Request, Sink
 from .sequence import SequenceState, slot_of
 
@@ -159,7 +159,7 @@ class EngineCore:
         prefilling = self._next_prompt(at_least=2)
         chunk = 0
         if prefilling is not None:
-            chunk = self.policy.chunk_tokens(len(decoding), self._others_wait(prefilling))
+            chunk = self.policy.chunk_tokens(len(decoding), self._share(prefilling))
         rides = prefilling is not None and chunk == 0 and not self.deterministic
         if decoding:
             rides = self._decode(decoding, prefilling if rides else None)
@@ -274,16 +274,25 @@ class EngineCore:
         self._chunks = turns[found.request.client] = newest + 1
         return found
 
-    def _others_wait(self, prefilling: SequenceState) -> bool:
-        """Whether a client that runs nothing yet waits for a slot, or for its turn to be read."""
-        busy, others = self._busy, [s for s in self.running if len(s.pending) > 1]
-        if self.waiting and (first := self.waiting.first(busy)).request.client not in busy:
-            others.append(first)
-        return any(
-            other.request.client != prefilling.request.client
-            and other.request.priority <= prefilling.request.priority
-            for other in others
-        )
+    def _share(self, prefilling: SequenceState) -> float:
+        """Which share of its speed a prompt should have, so that others need not wait for long.
+
+        Those are clients with nothing to show yet: one whose shorter prompt is read between the
+        chunks of this one, or that waits for a slot.
+        """
+        client, priority = prefilling.request.client, prefilling.request.priority
+        busy = self._busy
+        if any(
+            1 < len(other.pending) < len(prefilling.pending)
+            and other.request.client != client
+            and other.request.priority <= priority
+            for other in self.running
+        ):
+            return HALF_SPEED
+        first = self.waiting.first(busy).request if self.waiting else None
+        if first is None or first.client in busy or first.priority > priority:
+            return FULL_SPEED
+        return PROMPT_SHARE
 
     def _start(self, sequence: SequenceState) -> None:
         self.running.append(sequence)  # first, so that another thread's count misses none

@@ -45,7 +45,7 @@ class Arrival:
 class FixedChunks(Policy):
     """Runs a prompt in chunks of one size, whatever they cost."""
 
-    def chunk_tokens(self, decoding: int, others_wait: bool = False) -> int:
+    def chunk_tokens(self, decoding: int, share: float = 1.0) -> int:
         return self.step_tokens
 
 
