@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ from edge import LLM
 from edge.errors import BackendError
 from edge_serve.api.pooling import encoded
 from tests.conftest import Bundles, PoolingBundles
-from tests.edge_serve.scripted import Live, ScriptedEngine, running
+from tests.edge_serve.scripted import Live, ScriptedEngine, running, until
 from tests.parity import PoolingGolden, assert_close
 from tests.tiny_pooling import PAIRS, PROMPTS, TEXTS
 
@@ -303,6 +303,47 @@ def test_a_full_queue_is_429(pooling_bundles: PoolingBundles):
         statuses = sorted([each.result().status for each in held])
     assert (answer.status, answer.json["error"]["code"]) == (429, "queue_full")
     assert statuses[0] == 200
+
+
+def test_texts_that_make_room_for_another_client_wait_again(pooling_bundles: PoolingBundles):
+    engine = RealEngine()
+    with (
+        running(
+            pooling_bundles("embed"),
+            engine,
+            llm={"num_slots": 1, "queue_capacity": 3},
+            trusted_proxies=["127.0.0.1"],
+        ) as service,
+        pytest.MonkeyPatch.context() as patch,
+        ThreadPoolExecutor(5) as threads,
+    ):
+        forward = engine.llm.backend.forward
+
+        def wait(step: Any) -> Any:
+            engine.running.wait()
+            return forward(step)
+
+        patch.setattr(engine.llm.backend, "forward", wait)
+        engine.running.clear()
+        held = []
+
+        def send(client: str, texts: Sequence[str]) -> None:
+            body, headers = {"model": "tiny", "input": list(texts)}, {"X-Edge-Client": client}
+            before = sum(_load(engine))
+            held.append(threads.submit(service.ask, "/v1/embeddings", body, headers=headers))
+            until(lambda: sum(_load(engine)) > before)
+
+        for _ in range(4):
+            send("many", TEXTS[:1])
+        send("one", TEXTS[1:2])
+        engine.running.set()
+        answers = [each.result() for each in held]
+        outcomes = engine.llm.scheduler.stats().outcomes
+    assert outcomes["stop"] == 5
+    assert outcomes["rejected"]  # the newest text of the four, and perhaps it came again too soon
+    assert [answer.status for answer in answers] == [200] * 5
+    first, *_, other = (answer.json["data"][0]["embedding"] for answer in answers)
+    assert first == answers[3].json["data"][0]["embedding"] != other
 
 
 def _load(engine: RealEngine) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.bundle.embeddings import EmbeddingTable
+from edge.errors import OverloadError
 from edge.runtime.sampling import Sampler
 from edge.runtime.scheduler.fair_queue import FairQueue
 from edge.runtime.scheduler.sequence import SequenceState
@@ -142,7 +143,8 @@ def test_a_client_with_nothing_queued_waits_for_one_quantum_of_each_other(
 
     def count(sequence: SequenceState) -> None:
         answer = min(sequence.tokens_left or 0, quantum)
-        costs[sequence.request.client].append(len(sequence.pending) + answer)
+        if "new" not in costs:  # what starts in the same round after it does not count
+            costs[sequence.request.client].append(len(sequence.pending) + answer)
         charge(sequence)
 
     setattr(core.waiting, "charge", count)  # noqa: B010
@@ -191,6 +193,20 @@ def test_the_last_slot_is_for_who_has_none(table: EmbeddingTable):
     assert Counter(s.request.client for s in engine.core.running) == {"many": 2, "one": 1}
     assert one[1].slot is None  # it has one now
     engine.run()
+
+
+def test_what_has_started_while_it_was_dropped_goes_on(table: EmbeddingTable):
+    """Callers drop from other threads, and a sequence may start in that moment."""
+    engine = Engine(table, num_slots=1)
+    pairs = [engine.submit(make_request([5], replace(GREEDY, max_tokens=3))) for _ in range(2)]
+    engine.core.step()
+    for sequence, _ in pairs:
+        sequence.dropped = OverloadError("the queue is full")
+    engine.run()
+    (_, started), (dropped, waited) = pairs
+    assert started.reason == "length"
+    assert waited.last is dropped.dropped
+    assert engine.core.outcomes == {"length": 1, "rejected": 1}
 
 
 @pytest.mark.parametrize(("tokens", "most_s", "most_tokens"), [(20, 0.3, 0), (800, 8.0, 40)])
