@@ -43,6 +43,7 @@ _Result = TypeVar("_Result")
 _Rows: TypeAlias = NDArray[np.float32] | list[BestLogits]  # of one sequence
 _SPOILS = (BackendError, ResourceError)  # rows; memory may run out in the middle of a step, too
 _NEWEST = 0.15  # weight of the newest time in a running mean
+_BRIEF = 8  # times a sequence goes into a prompt beside which it should end soon
 _SHORT = 31  # tokens that no engine's attention cuts into blocks
 
 
@@ -277,13 +278,14 @@ class EngineCore:
     def _share(self, prefilling: SequenceState) -> float:
         """Which share of its speed a prompt should have, so that others need not wait for long.
 
-        Those are clients with nothing to show yet: one whose shorter prompt is read between the
-        chunks of this one, or that waits for a slot.
+        Those are a client that runs nothing and waits for a slot, or one that runs something for
+        which a chunk is long: a shorter prompt is read between chunks, or a brief answer written.
         """
+        rest = len(prefilling.pending)
         client, priority = prefilling.request.client, prefilling.request.priority
         busy = self._busy
         if any(
-            1 < len(other.pending) < len(prefilling.pending)
+            (1 < len(other.pending) < rest or _BRIEF * len(other.ids) < rest)
             and other.request.client != client
             and other.request.priority <= priority
             for other in self.running

@@ -25,7 +25,7 @@ FULL_SPEED = 1.0
 PROMPT_SHARE = 0.9
 """Share of the speed that a prompt has alone which it keeps while others decode or wait."""
 HALF_SPEED = 0.5
-"""Likewise, while another client's prompt is read between its chunks: each has its half."""
+"""Likewise, while another client's shorter work is done between its chunks: each has its half."""
 _MOST_CHANCE = 0.9  # a guess that is surer than this is always of use
 _TICK_S = 1e-9  # no step takes no time, whatever the clock says
 
