@@ -25,12 +25,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = {
-    "edge": 16_720,
-    "edge_lab": 8_287,
-    "edge_serve": 9_039,
-    "edge_fleet": 5_646,
-    "engines": 6_573,
-    "export": 8_077,
+    "edge": 17_054,
+    "edge_lab": 8_431,
+    "edge_serve": 9_158,
+    "edge_fleet": 5_655,
+    "engines": 6_597,
+    "export": 8_107,
 }
 """Code lines of each package, without what an allowance covers."""
 
@@ -51,7 +51,7 @@ class Loaded:
     lines: int
 
 
-LOADED = {"tensorrt": Loaded(modules=96, lines=12_233), "ort-cpu": Loaded(modules=86, lines=10_934)}
+LOADED = {"tensorrt": Loaded(modules=93, lines=11_815), "ort-cpu": Loaded(modules=88, lines=11_119)}
 
 
 @dataclass(frozen=True)
