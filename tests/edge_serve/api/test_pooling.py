@@ -343,7 +343,10 @@ def test_texts_that_make_room_for_another_client_wait_again(pooling_bundles: Poo
     assert outcomes["rejected"]  # the newest text of the four, and perhaps it came again too soon
     assert [answer.status for answer in answers] == [200] * 5
     first, *_, other = (answer.json["data"][0]["embedding"] for answer in answers)
-    assert first == answers[3].json["data"][0]["embedding"] != other
+    # The fourth finds the rows of the first in the cache, which rounds its last token otherwise.
+    again = answers[3].json["data"][0]["embedding"]
+    assert again == pytest.approx(first, abs=1e-5)
+    assert again != pytest.approx(other, abs=1e-2)
 
 
 def _load(engine: RealEngine) -> tuple[int, int]:
