@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from edge.cli import main
+from tests.conftest import Bundles
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,14 @@ def error_line(result: Result, code: int) -> str:
     (line,) = result.err.splitlines()
     assert line.startswith("edge-llm: error: ")
     return line
+
+
+@pytest.fixture
+def shelf(tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of two bundles, one of them damaged, where the verbs look for names."""
+    root = tmp_path / "kept"
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(root))
+    shutil.copytree(tiny_bundles("qwen2"), root / "tiny-1.5b-fp16")
+    (root / "broken").mkdir()
+    (root / "broken" / "manifest.json").write_text("{}")
+    return root
