@@ -322,8 +322,8 @@ class LLM:
             params: sampling; what is None comes from the bundle. Sample ``i`` has the seed plus i.
             n: how many samples.
             priority: lower runs first.
-            client: who asks; clients take turns. When the queue is full, the newest answers that wait
-                of the client with most end with `OverloadError` to make room for another's.
+            client: who asks; clients take turns. When the queue is full, the newest answers that
+                wait of the client with most end with `OverloadError` to make room for another's.
             deadline_s: seconds after which an answer ends with `DeadlineError`.
             salt: prompts share cached prefixes only with those of the same salt.
             suffix: see `encode`; the answer ends at the tokens that end a middle, too.
