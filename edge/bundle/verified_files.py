@@ -30,6 +30,7 @@ class VerifiedFiles:
         self._manifest = manifest
         self._files: dict[str, tuple[int, os.stat_result]] = {}
         try:
+            self._placed_ns = self._stat(bundle).st_mtime_ns
             for name in manifest.files if names is None else names:
                 self._open(name)
         except BaseException:
@@ -53,18 +54,21 @@ class VerifiedFiles:
     def check_unchanged(self) -> None:
         """Check that the paths still lead to the files that were hashed, and nobody wrote to them.
 
-        A file that was swapped and put back has another time of change (ctime), too.
+        Whatever happens to a file changes its time of change (ctime). Where nothing else differs it
+        is hashed again: a hard link that a backup made, or other rights, left its bytes as they
+        were. One that was swapped and put back would pass then, but its directory was written to.
 
         Raises:
             IntegrityError: one is another, or was changed; it is named.
         """
-        for name, (_, before) in self._files.items():
+        for name, (descriptor, before) in self._files.items():
             path = self._bundle / name
-            try:
-                now = path.stat()
-            except OSError as error:
-                raise self._cannot_read(path, error) from error
-            if _identity(now) != _identity(before):
+            now, placed_ns = self._stat(path), self._stat(self._bundle).st_mtime_ns
+            is_touched = now.st_ctime_ns != before.st_ctime_ns
+            if is_touched and placed_ns == self._placed_ns:
+                self._check_hash(name, sha256_descriptor(descriptor))
+                is_touched = False
+            if is_touched or _identity(now) != _identity(before):
                 raise IntegrityError(
                     f"{path} was changed while the bundle was opened; open it again when nobody "
                     "writes to it"
@@ -114,6 +118,12 @@ class VerifiedFiles:
                 f"manifest says {expected.sha256[:16]}…; copy or export the bundle again"
             )
 
+    def _stat(self, path: Path) -> os.stat_result:
+        try:
+            return path.stat()
+        except OSError as error:
+            raise self._cannot_read(path, error) from error
+
     @staticmethod
     def _cannot_read(path: Path, error: OSError) -> IntegrityError:
         return IntegrityError(
@@ -137,7 +147,7 @@ def verify_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None =
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def sha256_file(path: Path) -> FileInfo:

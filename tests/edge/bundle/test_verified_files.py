@@ -15,6 +15,8 @@ from tests.manifests import make_manifest
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
+    tmp_path = tmp_path / "bundle"
+    tmp_path.mkdir()
     contents = {"decoder.onnx": b"graph", "tokenizer.json": b"{}", "empty": b""}
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
@@ -90,12 +92,24 @@ def swapped_and_put_back(path: Path) -> None:
 def written_to_with_its_time_put_back(path: Path) -> None:
     before = path.stat()
     path.write_bytes(b"evil!")
-    path.write_bytes(b"graph")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def swapped_for_one_of_the_same_times(path: Path) -> None:
+    before = path.stat()
+    swapped(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @pytest.mark.parametrize(
-    "meddle", [swapped, swapped_and_put_back, written_to_with_its_time_put_back, Path.unlink]
+    "meddle",
+    [
+        swapped,
+        swapped_and_put_back,
+        swapped_for_one_of_the_same_times,
+        written_to_with_its_time_put_back,
+        Path.unlink,
+    ],
 )
 def test_who_opens_by_path_learns_of_a_change(bundle: Path, meddle: Any) -> None:
     with VerifiedFiles(bundle, read_manifest(bundle)) as files:
@@ -104,6 +118,29 @@ def test_who_opens_by_path_learns_of_a_change(bundle: Path, meddle: Any) -> None
         meddle(bundle / "decoder.onnx")
         with pytest.raises(IntegrityError, match=r"decoder\.onnx"):
             files.check_unchanged()
+
+
+def linked_by_a_backup(path: Path) -> None:
+    (path.parent.parent / "backup").hardlink_to(path)
+
+
+def linked_and_unlinked(path: Path) -> None:
+    linked_by_a_backup(path)
+    (path.parent.parent / "backup").unlink()
+
+
+def closed_to_others(path: Path) -> None:
+    path.chmod(0o600)
+
+
+@pytest.mark.parametrize("touch", [linked_by_a_backup, linked_and_unlinked, closed_to_others])
+def test_what_leaves_the_bytes_as_they_were_ends_no_start(bundle: Path, touch: Any) -> None:
+    with VerifiedFiles(bundle, read_manifest(bundle)) as files:
+        before = (bundle / "decoder.onnx").stat().st_ctime_ns
+        time.sleep(0.02)
+        touch(bundle / "decoder.onnx")
+        assert (bundle / "decoder.onnx").stat().st_ctime_ns != before
+        files.check_unchanged()
 
 
 def test_no_descriptor_is_left_open(bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,22 @@ def test_a_bundle_that_is_changed_while_it_is_opened_is_refused(
     with pytest.raises(IntegrityError, match=r"decoder\.onnx\.data was changed while"):
         LLM(bundle, backend="ort-cpu")
     assert opened[0].failed == "the backend is closed"
+
+
+def test_a_backup_that_links_while_a_bundle_is_opened_does_not_end_the_start(
+    tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As ``cp -al`` does it to all files, which changes a time of each and no byte."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundles("qwen2"), bundle)
+
+    def late(directory: Path, *others: Any) -> Backend:
+        shutil.copytree(directory, tmp_path / "backup", copy_function=os.link)
+        return open_backend(directory, *others)
+
+    monkeypatch.setattr("edge.runtime.llm.open_backend", late)
+    with LLM(bundle, backend="ort-cpu", num_threads=1) as llm:
+        assert llm.generate("a", SamplingParams(max_tokens=1)).finish_reason == "length"
 
 
 @pytest.fixture
