@@ -126,6 +126,7 @@ STEPS = (
             "edge_fleet/devices/**",
             "edge_fleet/kubernetes/**",
             "edge_fleet/rollout/**",
+            "requirements/fleet.txt",
             "tests/edge_fleet/devices/**",
         ),
     ),

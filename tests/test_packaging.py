@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -322,23 +323,101 @@ def _locked(lock: str) -> dict[str, set[str]]:
     return versions
 
 
-@pytest.mark.parametrize("lock", ["laptop", "dev", "jetpack6", "jetpack7"])
+@pytest.mark.parametrize(
+    "lock", ["laptop", "dev", "jetpack6", "jetpack7", "fleet", "check", "report"]
+)
 def test_a_lock_has_hashes_and_what_the_project_requires(lock: str, project: dict[str, Any]):
     versions = _locked(lock)
     text = (ROOT / "requirements" / f"{lock}.txt").read_text("utf-8")
     for entry in re.split(r"\n(?=[\w.-]+==)", text)[1:]:
         assert "--hash=sha256:" in entry, entry
     extras = project["project"]["optional-dependencies"]
-    wanted = [project["project"]["dependencies"], *map(extras.get, ("cpu", "export", "serve"))]
+    alone = lock in extras  # installed beside one of the others
+    wanted = [project["project"]["dependencies"]]
+    wanted += map(extras.get, (lock,) if alone else ("cpu", "export", "serve"))
     names = {re.split(r"[^\w.-]", requirement)[0] for some in wanted for requirement in some}
     if lock == "jetpack7":
         names -= {"tomli"}  # for Python 3.10
     assert names <= set(versions)
-    assert "hatchling" in versions  # the checkout installs without the network
+    assert alone or "hatchling" in versions  # the checkout installs without the network
     dev = _locked("dev")
     shared = (versions.keys() & dev.keys()) - {"cuda-bindings"}  # each JetPack has its own CUDA
     assert all(versions[name] <= dev[name] for name in shared)
     assert not {"llama-cpp-python", "tensorrt", "pycuda"} & set(versions)
+
+
+UNLOCKED = {
+    "onnxruntime-gpu": "a Jetson's is built for its JetPack, and PyPI has none of that kind",
+    "tensorrt": "it comes with JetPack",
+}
+
+
+def test_every_extra_is_in_a_lock_file_and_not_older_than_it_may_be(project: dict[str, Any]):
+    """Each file alone has all that an extra wants of it, but what is no package of PyPI there."""
+    extras = project["project"]["optional-dependencies"]
+    in_all = ("cpu", "export", "serve", "registry", "cuda", "tensorrt")
+    files = {extra: "laptop" if extra in in_all else extra for extra in extras}
+    files["tensorrt"] = "jetpack7"  # with what binds CUDA
+    missing = set()
+    for extra, requirements in extras.items():
+        locked = _locked(files[extra])
+        for requirement in map(Requirement, requirements):
+            if requirement.name not in locked:
+                missing.add(requirement.name)
+                continue
+            assert all(map(requirement.specifier.contains, locked[requirement.name])), requirement
+    assert missing == UNLOCKED.keys()
+
+
+def _words(script: str, pattern: str) -> list[str]:
+    """The words of the first match of a pattern in a script."""
+    found = re.search(pattern, (ROOT / "scripts" / script).read_text("utf-8"), re.MULTILINE)
+    assert found
+    return found[1].split()
+
+
+def test_every_lock_that_users_install_has_an_sbom_and_every_lock_is_made_by_the_script():
+    locks = _words("lock", r"^locks=\((.+)\)$")
+    assert sorted(locks) == sorted(path.stem for path in (ROOT / "requirements").glob("*.txt"))
+    for_developers = {"dev", "kernels", "sbom", "smollm2", "uv"}
+    listed = {"laptop", *_words("sbom", r"^for lock in (.+); do$")}
+    assert listed == set(locks) - for_developers
+
+
+@functools.cache
+def _advisories() -> list[list[str]]:
+    text = (ROOT / "SECURITY.md").read_text("utf-8").partition("## Known holes of libraries")[2]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return rows[1:]  # the first has the headings
+
+
+def test_no_floor_allows_what_the_table_of_advisories_names(project: dict[str, Any]):
+    """Of a library that is ours to choose; the locks have what is mended in any case."""
+    floors: dict[str, set[Version]] = {}
+    wanted = [*project["project"]["dependencies"]]
+    for lines in project["project"]["optional-dependencies"].values():
+        wanted += lines
+    for requirement in map(Requirement, wanted):
+        lowest = {Version(part.version) for part in requirement.specifier if part.operator == ">="}
+        floors.setdefault(requirement.name, set()).update(lowest)
+    held = set()
+    for package, _, mended, floor, _ in _advisories():
+        if floor == "-":
+            assert package not in floors  # it comes with another
+        else:
+            assert floors[package] == {Version(floor)}, package
+        if mended == "-":
+            continue
+        for lock in ("laptop", "dev", "jetpack6", "jetpack7", "fleet", "check"):
+            for locked in _locked(lock).get(package, ()):
+                if f"{package}=={locked}" == "onnxruntime==1.23.2":  # the last for Python 3.10
+                    held.add(lock)
+                else:
+                    assert Version(locked) >= Version(mended), (package, lock)
+        if package != "onnxruntime" and floor != "-":
+            assert Version(floor) >= Version(mended), package
+    assert len(_advisories()) > 5
+    assert held >= {"jetpack6"}
 
 
 def test_the_notices_are_those_of_the_lock():
