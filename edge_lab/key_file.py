@@ -18,7 +18,7 @@ from pathlib import Path
 from edge.errors import ConfigError
 from edge.files import open_file
 
-MIN_KEY_CHARS = 8
+MIN_KEY_CHARS = 16
 MAX_FILE_BYTES = 1 << 20
 _KEY_BYTES = 32
 _HASHED = re.compile(r"(?:(.*):)?sha256:([0-9a-f]{64})")
@@ -64,8 +64,8 @@ def read_key_file(path: Path, environ: Mapping[str, str] | None = None) -> list[
         if entry is None or entry.digest in entries:
             raise ConfigError(
                 f"line {number} of {path} has no new key of at least {MIN_KEY_CHARS} ASCII "
-                "characters; write NAME:KEY, or NAME:sha256: and 64 lower-case hexadecimal digits "
-                "(edge-llm key NAME makes both)"
+                "characters (shorter ones can be guessed); write NAME:KEY, or NAME:sha256: and 64 "
+                "lower-case hexadecimal digits (edge-llm key NAME makes both)"
             )
         entries[entry.digest] = entry
     if not entries:

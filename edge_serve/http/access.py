@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_lab.key_file import key_digest, read_key_file
-from edge_serve.settings import Network
+from edge_serve.settings import Network, is_loopback
 
+_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{0,5})?")
 _SAID = re.compile(rb"[ -~]{1,100}")
 
 
@@ -124,6 +125,35 @@ class Origins:
         elif _SAID.fullmatch(said):
             return address_group(said.decode())
         return group
+
+
+def is_local(host: bytes) -> bool:
+    """Whether a header ``Host`` names this machine, and holds nothing else."""
+    found = _HOST.fullmatch(host)
+    return found is not None and is_loopback(found[1].decode().lower())
+
+
+def is_cross_site(method: str, header: Callable[[bytes], bytes | None]) -> bool:
+    """Whether a browser says that a page of another site sends this, which may change or compute.
+
+    It goes by ``Sec-Fetch-Site``, which stays true behind a proxy that has another name, and where
+    a browser sends none (an old one; plain HTTP to another machine) by ``Origin`` and ``Host``, as
+    Go's http.CrossOriginProtection does. Programs send neither. An origin of another scheme is an
+    app or a browser's extension, which no page can pass itself off as.
+
+    Args:
+        method: of the request.
+        header: returns a header by its name in lower case.
+    """
+    if method in ("GET", "HEAD", "OPTIONS"):
+        return False
+    origin, site = header(b"origin"), header(b"sec-fetch-site")
+    scheme, _, place = (origin or b"").lower().partition(b":")
+    if scheme not in (b"", b"http", b"https", b"null"):
+        return False
+    if site is not None:
+        return site not in (b"same-origin", b"none")
+    return origin is not None and place.removeprefix(b"//") != (header(b"host") or b"").lower()
 
 
 class RateLimit:

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from edge_serve.settings import ServerSettings, is_loopback
 
-from .access import APIKeys, Client, Origins, RateLimit
+from .access import APIKeys, Client, Origins, RateLimit, is_cross_site, is_local
 from .bodies import BodyAccount, BodyBudget
 from .errors import APIError, as_api_error, draining
 from .threads import LARGE_BYTES
@@ -209,6 +209,14 @@ class Guard:
                 "this server answers to localhost only while it has no API keys",
                 close=True,
             )
+        if self._keys is None and is_cross_site(scope["method"], headers.get):
+            raise APIError(
+                403,
+                "cross_site",
+                "a web page of another site sent this, and without API keys the server answers "
+                "programs and its own page only",
+                close=True,
+            )
         self._authenticate(scope, headers)
         if scope["method"] == "POST" and self._is_draining():
             raise draining()
@@ -217,9 +225,7 @@ class Guard:
         """Whether the host is one of ours; without keys, a web page could use its own DNS name."""
         if self._keys is not None or not is_loopback(self._settings.host) or host is None:
             return True
-        name = host.decode("latin-1").lower()
-        name = name[: name.rfind("]") + 1] if name.startswith("[") else name.split(":")[0]
-        return is_loopback(name)
+        return is_local(host)
 
     def _authenticate(self, scope: Scope, headers: _Headers) -> None:
         client: Client | None = None

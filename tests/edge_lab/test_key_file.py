@@ -26,32 +26,33 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_lines_of_every_form(path: Path):
-    text = f"# who\n\nalice:sk-12345678\nsk-no-name\n a:b:sk-colons \nhash:sha256:{DIGEST}\n"
-    write_secret(path, f"{text}sha256:{'0' * 64}\n")
+    text = "# who\n\nalice:sk-1234567890abc\nsk-without-a-name\n a:b:sk-after-colons-x \n"
+    write_secret(path, f"{text}hash:sha256:{DIGEST}\nsha256:{'0' * 64}\n")
     entries = read_key_file(path)
     assert [(entry.name, entry.key) for entry in entries] == [
-        ("alice", "sk-12345678"),
-        ("key-4", "sk-no-name"),
-        ("a:b", "sk-colons"),
+        ("alice", "sk-1234567890abc"),
+        ("key-4", "sk-without-a-name"),
+        ("a:b", "sk-after-colons-x"),
         ("hash", None),
         ("key-7", None),
     ]
-    assert entries[0].digest == hashlib.sha256(b"sk-12345678").digest()
+    assert entries[0].digest == hashlib.sha256(b"sk-1234567890abc").digest()
     assert entries[3].digest.hex() == DIGEST
     assert not any("sk-" in repr(entry) for entry in entries)
 
 
 def test_two_keys_of_one_name_are_both_good(path: Path):
     """So that a client can change from the old to the new one."""
-    write_secret(path, f"alice:sk-12345678\n{hashed_line('alice', KEY)}\n")
+    write_secret(path, f"alice:sk-1234567890abc\n{hashed_line('alice', KEY)}\n")
     assert [entry.name for entry in read_key_file(path)] == ["alice", "alice"]
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "short",
-        "a:sk-12345678\nb:sk-12345678",
+        "tiny",
+        "a:sk-1234567890ab",  # fifteen
+        "a:sk-1234567890abc\nb:sk-1234567890abc",
         f"a:{KEY}\nb:sha256:{DIGEST}",
         "clé-secrète",
         f"a:sha256:{DIGEST[:-1]}",
@@ -59,7 +60,7 @@ def test_two_keys_of_one_name_are_both_good(path: Path):
         f"a:SHA256:{DIGEST}",
         f"a:sha256:{DIGEST}0",
     ],
-    ids=["short", "twice", "key and hash", "no ASCII", "cut", "upper", "name", "long"],
+    ids=["short", "one short", "twice", "key and hash", "no ASCII", "cut", "upper", "name", "long"],
 )
 def test_a_wrong_line_is_named_and_not_shown(path: Path, text: str):
     write_secret(path, f"# comment\n{text}\n")
@@ -154,9 +155,9 @@ def test_the_verb_hashes_a_key_that_is_there(path: Path):
         (["a b"], "", "the name 'a b'"),
         (["a", "--stdin"], "", "no key of one line"),
         (["a", "--stdin"], "x" * 5000, "no key of one line"),
-        (["a", "--stdin"], "short\n", "at least 8 ASCII"),
-        (["a", "--stdin"], "two-of-them\nin-two-lines\n", "at least 8 ASCII"),
-        (["a", "--stdin"], " a-space-before\n", "at least 8 ASCII"),
+        (["a", "--stdin"], "short\n", "at least 16 ASCII"),
+        (["a", "--stdin"], "two-of-them\nin-two-lines\n", "at least 16 ASCII"),
+        (["a", "--stdin"], " a-space-before\n", "at least 16 ASCII"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )

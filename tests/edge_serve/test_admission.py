@@ -243,7 +243,7 @@ def test_a_lack_of_descriptors_while_the_model_is_opened(tiny_bundles: Bundles):
 def crowded(tiny_bundles: Bundles, tmp_path: Path) -> Iterator[Live]:
     """Four connections at most, two of an address and two under way for a key."""
     keys = tmp_path / "keys"
-    write_secret(keys, "a:sk-aaaaaaaa\nb:sk-bbbbbbbb\n")
+    write_secret(keys, "a:sk-a-aaaaaaaaaaa\nb:sk-b-bbbbbbbbbbb\n")
     with running(
         tiny_bundles("qwen2"),
         max_connections=4,
@@ -270,15 +270,18 @@ def auth(key: str) -> dict[str, str]:
 def test_probes_are_answered_while_all_connections_are_busy(crowded: Live):
     crowded.engine.running.clear()
     with ExitStack() as stack:
-        for key, address in (("sk-aaaaaaaa", "127.0.0.2"), ("sk-bbbbbbbb", "127.0.0.3")):
+        for key, address in (
+            ("sk-a-aaaaaaaaaaa", "127.0.0.2"),
+            ("sk-b-bbbbbbbbbbb", "127.0.0.3"),
+        ):
             for _ in range(2):
                 ask_busy(crowded, key, stack, address)
         until(lambda: crowded.service.models.num_flights == 4)
         for _ in range(2 * SURPLUS):
             assert crowded.ask("/health").status == 200
         assert crowded.ask("/ready").status == 200
-        assert crowded.ask("/metrics", headers=auth("sk-aaaaaaaa")).status == 200
-        refused = crowded.ask("/v1/models", headers=auth("sk-aaaaaaaa"))
+        assert crowded.ask("/metrics", headers=auth("sk-a-aaaaaaaaaaa")).status == 200
+        refused = crowded.ask("/v1/models", headers=auth("sk-a-aaaaaaaaaaa"))
         assert (refused.status, refused.json["error"]["code"]) == (503, "too_many_connections")
         assert refused.headers["retry-after"] == "1"
         # Silent connections beyond the limit neither stay nor keep probes out.
@@ -287,22 +290,22 @@ def test_probes_are_answered_while_all_connections_are_busy(crowded: Live):
         assert silent[0].recv(1) == b""
         crowded.engine.running.set()
     assert crowded.idle()
-    assert crowded.ask("/v1/models", headers=auth("sk-aaaaaaaa")).status == 200
+    assert crowded.ask("/v1/models", headers=auth("sk-a-aaaaaaaaaaa")).status == 200
 
 
 def test_a_key_has_so_many_requests_under_way(crowded: Live):
     crowded.engine.running.clear()
     with ExitStack() as stack:
         for _ in range(2):
-            ask_busy(crowded, "sk-aaaaaaaa", stack)
+            ask_busy(crowded, "sk-a-aaaaaaaaaaa", stack)
         until(lambda: crowded.service.models.num_flights == 2)
-        refused = crowded.ask("/v1/models", headers=auth("sk-aaaaaaaa"))
+        refused = crowded.ask("/v1/models", headers=auth("sk-a-aaaaaaaaaaa"))
         assert (refused.status, refused.json["error"]["code"]) == (429, "too_many_connections")
-        assert crowded.ask("/v1/models", headers=auth("sk-bbbbbbbb")).status == 200
-        assert crowded.ask("/metrics", headers=auth("sk-aaaaaaaa")).status == 200
+        assert crowded.ask("/v1/models", headers=auth("sk-b-bbbbbbbbbbb")).status == 200
+        assert crowded.ask("/metrics", headers=auth("sk-a-aaaaaaaaaaa")).status == 200
         crowded.engine.running.set()
     assert crowded.idle()
-    assert crowded.ask("/v1/models", headers=auth("sk-aaaaaaaa")).status == 200
+    assert crowded.ask("/v1/models", headers=auth("sk-a-aaaaaaaaaaa")).status == 200
 
 
 def test_an_address_replaces_its_own_idle_connections(crowded: Live):

@@ -16,7 +16,7 @@ from tests.conftest import Bundles, write_secret
 from tests.edge_serve.scripted import running
 
 DAY_S = 86_400.0
-AUTH = {"Authorization": "Bearer sk-of-the-clock"}
+AUTH = {"Authorization": "Bearer sk-of-the-good-clock"}
 # What is shown as a time of day, and no more.
 SHOWN = {
     "edge_serve/api/generate.py",
@@ -46,7 +46,7 @@ def wall(monkeypatch: pytest.MonkeyPatch) -> WallClock:
 def test_a_jump_ends_nothing_and_lets_nobody_in(
     jump_s: float, wall: WallClock, tiny_bundles: Bundles, tmp_path: Path
 ):
-    keys = write_secret(tmp_path / "keys", "clock:sk-of-the-clock\n")
+    keys = write_secret(tmp_path / "keys", "clock:sk-of-the-good-clock\n")
     limits = {"request_timeout_s": 20.0, "keep_alive_s": 20.0, "rate_limit_rpm": 3}
     with running(tiny_bundles("qwen2"), api_key_file=keys, **limits) as live:  # type: ignore[arg-type]
         live.engine.default = "yes " * 40

@@ -536,13 +536,15 @@ def test_the_heads_own_paths():
 def test_keys_are_checked_at_the_head_and_keep_conversations_apart(tmp_path: Path):
     async def test() -> None:
         names = [f"user{i}" for i in range(20)]
-        keys = "".join(f"{name}:secret-{name}\n" for name in names)
+        keys = "".join(f"{name}:the-secret-of-{name}\n" for name in names)
         path = write_secret(tmp_path / "keys", keys)
         caller = await seen(msgspec.structs.replace(CONFIG, api_key_file=str(path)))
         assert (await caller.ask()).status == 401
         assert (await caller.ask("/stats", None)).status == 401
         assert (await caller.ask("/ready", None)).status == 200
-        served = {(await caller.ask(authorization=f"Bearer secret-{n}")).device for n in names}
+        served = {
+            (await caller.ask(authorization=f"Bearer the-secret-of-{n}")).device for n in names
+        }
         assert served == {"a", "b", "c"}
 
     run(test)

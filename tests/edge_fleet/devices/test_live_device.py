@@ -32,7 +32,7 @@ def test_a_key_that_is_changed_at_both_ends_is_taken(
     monkeypatch.setattr(device, "_FACTS_S", 0.1)
     keys, own = tmp_path / "keys", tmp_path / "own"
     for path in (keys, own):
-        write_secret(path, "fleet:the-old-key\n")
+        write_secret(path, "fleet:the-old-key-of-both\n")
 
     async def test(live: Live) -> None:
         agent = device.DeviceAgent(live.url, str(own))
@@ -43,11 +43,11 @@ def test_a_key_that_is_changed_at_both_ends_is_taken(
 
         try:
             await until(None)
-            write_secret(keys, "fleet:the-new-key\n")
+            write_secret(keys, "fleet:the-new-key-of-both\n")
             assert live.service._keys is not None
             live.service._keys.reread()
             await until("its service is none of edge-llm serve, or wants a key: /stats answers 401")
-            write_secret(own, "fleet:the-new-key\n")
+            write_secret(own, "fleet:the-new-key-of-both\n")
             await until(None)
             async for item in agent.ask(Asked("GET", "/v1/models", [], b"")):
                 assert isinstance(item, bytes) or (item is not None and item[0] == 200)

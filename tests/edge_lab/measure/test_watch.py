@@ -403,7 +403,7 @@ def test_the_proxy_of_the_environment_is_not_asked(stub: Stub, monkeypatch: pyte
 def test_the_first_key_of_a_file_that_can_be_sent(tmp_path: Path):
     path = tmp_path / "keys"
     hashed = hashed_line("first", "a-key-of-another-one")
-    write_secret(path, f"# comment\n\n{hashed}\nlocal:{KEY}\nother:other-key\n")
+    write_secret(path, f"# comment\n\n{hashed}\nlocal:{KEY}\nother:the-key-of-another\n")
     assert read_api_key(path) == KEY
     write_secret(path, f"{hashed}\n")
     with pytest.raises(ConfigError, match=r"only hashes .* add a key for it as NAME:KEY"):

@@ -232,7 +232,7 @@ def test_every_text_of_a_request_counts(live: Live, monkeypatch: pytest.MonkeyPa
 def strict(tool_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A service with keys and small limits."""
     keys = tmp_path_factory.mktemp("keys") / "keys"
-    write_secret(keys, "alice:sk-alice-key\nbob:sk-bobs-key\n")
+    write_secret(keys, "alice:sk-the-key-of-alice\nbob:sk-the-key-of-bob\n")
     with running(
         tool_bundle, api_key_file=keys, max_body_bytes=9000, max_messages=3, max_nesting=12,
         max_connections_per_key=1, body_timeout_s=0.3,
@@ -240,7 +240,7 @@ def strict(tool_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield service
 
 
-ALICE = {"Authorization": "Bearer sk-alice-key"}
+ALICE = {"Authorization": "Bearer sk-the-key-of-alice"}
 
 
 def paths_of_the_app(live: Live) -> set[str]:
@@ -259,7 +259,10 @@ def test_every_new_path_needs_a_key_and_is_documented(strict: Live):
             answer = strict.ask(path, given, headers=headers)
             assert answer.status in (401, 405), path
             assert b"no valid API key" in answer.body
-        assert strict.ask(path, given, headers={"x-api-key": "sk-alice-key"}).status in (200, 405)
+        assert strict.ask(path, given, headers={"x-api-key": "sk-the-key-of-alice"}).status in (
+            200,
+            405,
+        )
 
 
 @pytest.mark.parametrize("path", TEXTS)
@@ -288,7 +291,8 @@ def test_the_limits_of_bodies(strict: Live, path: str):
     data = json.dumps(good).encode()
     with strict.connect() as sock:
         sock.sendall(
-            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer sk-alice-key\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\n"
+            "Authorization: Bearer sk-the-key-of-alice\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode()
             + data[:-1]
         )  # the last byte never comes

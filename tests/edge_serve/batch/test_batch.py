@@ -484,9 +484,12 @@ def test_the_verb_reports_bad_lines_and_ends_with_three(
     source = write_requests(tmp_path / "in.jsonl", [{"n": 0}, {"n": 1}])
     with source.open("a") as file:
         file.write("nonsense\n")
-    output, keys = tmp_path / "out.jsonl", write_secret(tmp_path / "keys", "me:a-long-secret\n")
+    output, keys = (
+        tmp_path / "out.jsonl",
+        write_secret(tmp_path / "keys", "me:a-long-enough-secret\n"),
+    )
     with stub() as server:
-        server.key = "a-long-secret"
+        server.key = "a-long-enough-secret"
         args = ("batch", source, "-o", output, "--url", server.url, "--api-key-file", keys)
         result = edge_llm(*args)
         assert result.code == 3, result.err

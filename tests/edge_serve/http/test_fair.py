@@ -112,9 +112,11 @@ def test_texts_that_are_embedded_have_a_client_too(
 
 
 def test_a_key_counts_whatever_else_is_said(tiny_bundles: Bundles, tmp_path: Path, seen: list[str]):
-    keys = write_secret(tmp_path / "keys", "alice:sk-first-key\nbob:sk-second-key\n")
+    keys = write_secret(
+        tmp_path / "keys", "alice:sk-the-first-key-of-two\nbob:sk-the-second-key-of-two\n"
+    )
     with running(tiny_bundles("qwen2"), api_key_file=keys, trusted_proxies=["127.0.0.1"]) as live:
-        for key in ("sk-first-key", "sk-second-key"):
+        for key in ("sk-the-first-key-of-two", "sk-the-second-key-of-two"):
             headers = {"Authorization": f"Bearer {key}", "X-Edge-Client": "carol"}
             answer = ask(live, "/v1/completions", headers, prompt="hi", n=2)
             assert answer.status == 200

@@ -27,7 +27,7 @@ from edge_serve.settings import ServerSettings
 from tests.conftest import Bundles, write_secret
 from tests.edge_serve.scripted import Live, running
 
-KEY = "sk-first-key"
+KEY = "sk-the-first-key-of-two"
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "what"}], "max_tokens": 2}
 BODY = json.dumps(CHAT).encode()
 
@@ -36,7 +36,7 @@ BODY = json.dumps(CHAT).encode()
 def strict(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A service with keys and short times."""
     keys = tmp_path_factory.mktemp("keys") / "keys"
-    write_secret(keys, f"# who may call\nalice:{KEY}\n\nsk-second-key\n")
+    write_secret(keys, f"# who may call\nalice:{KEY}\n\nsk-the-second-key-of-two\n")
     with running(
         tiny_bundles("qwen2"),
         api_key_file=keys,
@@ -87,12 +87,18 @@ def error_of(answer: bytes) -> str:
 def test_a_key_opens_everything_and_nothing_else_does(strict: Live):
     good = {"Authorization": f"Bearer {KEY}"}
     assert strict.ask("/v1/models", headers=good).status == 200
-    assert strict.ask("/v1/models", headers={"Authorization": "bearer sk-second-key"}).status == 200
+    assert (
+        strict.ask(
+            "/v1/models", headers={"Authorization": "bearer sk-the-second-key-of-two"}
+        ).status
+        == 200
+    )
     for wrong in (
         None, "", "Bearer", "Bearer ", f"Basic {KEY}", KEY, f"Bearer {KEY}x", f"Bearer {KEY[:-1]}",
         f"Bearer {KEY.upper()}", "Bearer alice", f"Bearer alice:{KEY}", f"Bearer {KEY} {KEY}",
         f'Bearer "{KEY}"', f"Bearer\t{KEY}", f"Token {KEY}", "Bearer # who may call",
-        f"Bearer {KEY},sk-second-key", "Bearer null", "Bearer " + "x" * 2000, f"Bearer{KEY}",
+        f"Bearer {KEY},sk-the-second-key-of-two", "Bearer null", "Bearer " + "x" * 2000,
+        f"Bearer{KEY}",
     ):  # fmt: skip
         headers = {} if wrong is None else {"Authorization": wrong}
         answer = strict.ask("/v1/models", headers=headers)
@@ -154,10 +160,14 @@ def test_health_page_and_readiness_need_no_key(strict: Live):
 @pytest.mark.parametrize("form", ["plain", "hashed"])
 def test_keys_are_read_again_at_a_reload(form: str, tiny_bundles: Bundles, tmp_path: Path):
     def line(name: str) -> str:
-        return f"{name}:sk-of-{name}\n" if form == "plain" else hashed_line(name, f"sk-of-{name}")
+        return (
+            f"{name}:sk-the-key-of-{name}\n"
+            if form == "plain"
+            else hashed_line(name, f"sk-the-key-of-{name}")
+        )
 
     def status(name: str) -> int:
-        headers = {"Authorization": f"Bearer sk-of-{name}"}
+        headers = {"Authorization": f"Bearer sk-the-key-of-{name}"}
         return live.ask("/v1/models", headers=headers).status
 
     keys = write_secret(tmp_path / "keys", line("alice"))
@@ -173,7 +183,7 @@ def test_keys_are_read_again_at_a_reload(form: str, tiny_bundles: Bundles, tmp_p
         stored = line("alice").strip().partition(":")[2]
         for digest in (stored.removeprefix("sha256:"), f"sha256:{stored}", line("alice").strip()):
             found = live.ask("/v1/models", headers={"Authorization": f"Bearer {digest}"})
-            assert found.status == (200 if digest == "sk-of-alice" else 401)
+            assert found.status == (200 if digest == "sk-the-key-of-alice" else 401)
         write_secret(keys, line("bob"))
         assert (status("alice"), status("bob")) == (200, 401)  # nobody said so yet
         reload()
@@ -209,9 +219,62 @@ def test_without_keys_only_local_names_are_served(live: Live):
     for host, wanted in (
         ("localhost", 200), ("127.0.0.1:8000", 200), ("[::1]:8000", 200), ("evil.example", 403),
         ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403), ("", 403),
+        ("LOCALHOST:8000", 200), ("127.8.8.8", 200), ("localhost:", 200),
+        ("localhost:80@evil.example", 403), ("localhost:80:90", 403), ("localhost:x", 403),
+        ("localhost/@evil.example", 403), ("[::1]evil.example", 403), ("[::1]@evil.example", 403),
     ):  # fmt: skip
         request = f"GET /stats HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
         assert status_of(talk(live, request)) == wanted, host
+
+
+CROSS_SITE = (
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:3000"},  # another port is another
+    {"Origin": "https://evil.example"},
+    {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"},
+    {"Origin": "http://localhost:3000"},
+    {"Origin": "http://localhost.evil.example"},
+    {"Origin": "null"},  # a sandboxed frame of any page
+    {"Origin": ""},
+)
+OURS: tuple[dict[str, str], ...] = (
+    {},  # a program
+    {"Sec-Fetch-Site": "same-origin", "Origin": "http://localhost"},
+    {"Sec-Fetch-Site": "none"},
+    {"Origin": "http://localhost"},  # plain HTTP to another machine: no Sec-Fetch-Site
+    {"Origin": "HTTP://LocalHost"},
+    # A proxy under another name, which tells the server its own.
+    {"Sec-Fetch-Site": "same-origin", "Origin": "https://chat.example.com"},
+    {"Origin": "chrome-extension://abcdef", "Sec-Fetch-Site": "cross-site"},
+    {"Origin": "app://obsidian.md"},
+)
+
+
+@pytest.mark.parametrize(
+    ("headers", "wanted"), [*((h, 403) for h in CROSS_SITE), *((h, 200) for h in OURS)]
+)
+def test_without_keys_no_page_of_another_site_has_anything_computed(
+    live: Live, headers: dict[str, str], wanted: int
+):
+    """Browsers ask first about JSON, and are refused; this holds where one does not."""
+    request = head(Content_Type="application/json", Content_Length=str(len(BODY)), **headers)
+    answer = talk(live, request + BODY)
+    assert status_of(answer) == wanted
+    if wanted == 403:
+        assert error_of(answer) == "cross_site"
+    assert status_of(talk(live, head("GET", "/", **headers))) == 200  # a link leads to the page
+
+
+def test_a_key_is_all_that_a_page_needs(strict: Live):
+    """No browser sends it by itself, so a proxy that lets pages in goes on working."""
+    for headers in CROSS_SITE:
+        request = head(
+            Content_Type="application/json",
+            Content_Length=str(len(BODY)),
+            Authorization=f"Bearer {KEY}",
+            **headers,
+        )
+        assert status_of(talk(strict, request + BODY)) == 200
 
 
 def test_no_page_elsewhere_may_call(live: Live):
@@ -532,9 +595,9 @@ def test_request_ids_go_through_if_they_are_harmless(live: Live):
 
 def test_a_rate_limit_counts_each_key_for_itself(tiny_bundles: Bundles, tmp_path: Path):
     keys = tmp_path / "keys"
-    write_secret(keys, "a:sk-aaaaaaaa\nb:sk-bbbbbbbb\n")
+    write_secret(keys, "a:sk-aaaaaaaaaaaaaaaa\nb:sk-bbbbbbbbbbbbbbbb\n")
     with running(tiny_bundles("qwen2"), api_key_file=keys, rate_limit_rpm=3) as live:
-        for key in ("sk-aaaaaaaa", "sk-bbbbbbbb"):
+        for key in ("sk-aaaaaaaaaaaaaaaa", "sk-bbbbbbbbbbbbbbbb"):
             headers = {"Authorization": f"Bearer {key}"}
             answers = [
                 live.ask("/detokenize", {"model": "tiny", "tokens": [70]}, headers=headers)

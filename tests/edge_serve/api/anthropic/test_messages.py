@@ -363,7 +363,7 @@ def test_the_version_of_the_api(live: Live):
 
 
 def test_errors_of_the_guard_are_in_anthropics_form(tool_bundle: Path, tmp_path: Path):
-    write_secret(tmp_path / "keys", "alice:sk-alice\nbob:sk-bobby\n")
+    write_secret(tmp_path / "keys", "alice:sk-the-key-of-alice\nbob:sk-the-key-of-bobby\n")
     with running(
         tool_bundle, api_key_file=tmp_path / "keys", rate_limit_rpm=4, max_body_bytes=2000
     ) as live:
@@ -381,20 +381,22 @@ def test_errors_of_the_guard_are_in_anthropics_form(tool_bundle: Path, tmp_path:
         for headers in (
             {},
             {"x_api_key": "wrong"},
-            {"authorization": "Bearer x", "x_api_key": "sk-alice"},
+            {"authorization": "Bearer x", "x_api_key": "sk-the-key-of-alice"},
         ):
             assert kind(ask(**headers)) == (401, "authentication_error")
-        assert ask(x_api_key="sk-alice").status == 200
-        assert ask(authorization="Bearer sk-alice").status == 200
+        assert ask(x_api_key="sk-the-key-of-alice").status == 200
+        assert ask(authorization="Bearer sk-the-key-of-alice").status == 200
         large = live.ask(
-            "/v1/messages", {**body, "system": "x" * 2000}, headers={"x-api-key": "sk-alice"}
+            "/v1/messages",
+            {**body, "system": "x" * 2000},
+            headers={"x-api-key": "sk-the-key-of-alice"},
         )
         assert kind(large) == (413, "request_too_large")
-        nothing = live.ask("/v1/messages/none", {}, headers={"x-api-key": "sk-alice"})
+        nothing = live.ask("/v1/messages/none", {}, headers={"x-api-key": "sk-the-key-of-alice"})
         assert kind(nothing) == (404, "not_found_error")
-        assert kind(ask(x_api_key="sk-alice")) == (429, "rate_limit_error")
+        assert kind(ask(x_api_key="sk-the-key-of-alice")) == (429, "rate_limit_error")
         body["model"] = "claude"
-        assert kind(ask("/messages", x_api_key="sk-bobby")) == (404, "not_found_error")
+        assert kind(ask("/messages", x_api_key="sk-the-key-of-bobby")) == (404, "not_found_error")
 
 
 def test_an_engine_that_fails(live: Live):
