@@ -45,6 +45,8 @@ from edge_fleet.registry.client import MANIFEST_TYPE
 from edge_fleet.registry.client import MAX_MANIFEST_BYTES as MAX_ARTIFACT_BYTES
 from edge_fleet.registry.credentials import find_credentials
 from edge_fleet.rollout.journal import Place
+from edge_fleet.rollout.orders import ANSWER_NAME, ORDER_NAME, read_answer
+from edge_fleet.rollout.switch import StagedFolder, read_order
 from edge_fleet.signing import SecretKey, read_secret_key
 from edge_lab.cli.verify import read_prompts
 from edge_lab.key_file import read_key_file
@@ -396,6 +398,20 @@ def _journal(path: Path) -> object:
     return place.read()
 
 
+def _order(path: Path) -> object:
+    with StagedFolder.open(path.parent) as folder:
+        return read_order(folder)
+
+
+def _answer(path: Path) -> object:
+    place = Place(path.with_name("r1"))
+    place.folder.mkdir(exist_ok=True)
+    link = place.folder / ANSWER_NAME
+    link.unlink(missing_ok=True)
+    link.symlink_to(path)
+    return read_answer(place.link)
+
+
 READERS = {
     "manifest": Reader(MANIFEST_NAME, encode_manifest(_MANIFEST), _manifest, resign),
     "onnx": Reader("decoder.onnx", _onnx_seed(), _onnx),
@@ -486,6 +502,8 @@ READERS = {
         lambda path: find_credentials("a.b", {"REGISTRY_AUTH_FILE": str(path), "HOME": "/none"}),
     ),
     "journal": Reader("journal.json", b'{"step": "trial", "new": "r1-a"}', _journal),
+    "order": Reader(ORDER_NAME, b'{"id": "%s", "do": "back"}' % (b"0" * 32), _order),
+    "answer": Reader(ANSWER_NAME, b'{"id": "", "code": 0}', _answer),
 }
 
 

@@ -157,7 +157,8 @@ class Machine:
         # What JetPack 6's systemd 249 does not know yet, so does not let through either.
         calls = json.loads(_DIRECTIVES.read_text())["calls_after_249"]
         library += f"SystemCallFilter=~{' '.join(calls)}\n"
-        added = {"edge-llm": "WatchdogSec=6\n", "edge-llm-watch": "", "edge-llm-rollout": ""}
+        added = {"edge-llm": "WatchdogSec=6\n"}
+        added |= dict.fromkeys(("edge-llm-watch", "edge-llm-rollout", "edge-llm-switch"), "")
         for unit, lines in added.items():
             drop_in = etc / f"systemd/system/{unit}@.service.d/99-test.conf"
             drop_in.parent.mkdir(exist_ok=True)

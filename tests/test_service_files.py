@@ -27,7 +27,8 @@ from tests.conftest import Bundles
 ROOT = Path(__file__).parent.parent
 UNITS = ROOT / "scripts" / "systemd"
 INSTALLER = ROOT / "scripts" / "install-service"
-COMMAND = "/opt/edge-llm/bin/edge-llm"
+OPT = "/opt/edge-llm"
+COMMAND = f"{OPT}/bin/edge-llm"
 MAX_EXPOSURE = 1.5
 OLDEST = 247  # that edge-llm@.service says it needs
 _LIMITS = ("MemoryHigh", "MemoryMax", "TasksMax")  # what `edge-llm config unit` prints
@@ -57,7 +58,7 @@ def analyze(*arguments: str) -> str:
 def complaints(directory: Path, unit: str) -> list[str]:
     """What ``systemd-analyze verify`` says, but for the command that is not installed here."""
     lines = analyze("verify", "--man=no", str(directory / unit)).splitlines()
-    return [line for line in lines if f"Command {COMMAND} is not executable" not in line]
+    return [line for line in lines if not re.search(rf"Command {OPT}/bin/\S+ is not exec", line)]
 
 
 def exposure(unit: Path) -> float:
@@ -87,6 +88,8 @@ def units(tmp_path: Path) -> Path:
         "edge-llm-watch@r1.timer",
         "edge-llm-rollout@r1.service",
         "edge-llm-rollout@r1.timer",
+        "edge-llm-switch@r1.service",
+        "edge-llm-switch@r1.path",
     ],
 )
 def test_systemd_has_nothing_to_say_against_a_unit(unit: str, units: Path):
@@ -110,21 +113,31 @@ def test_systemd_would_object_to_a_wrong_line(units: Path):
 
 
 @needs_systemd
-@pytest.mark.parametrize("unit", ["edge-llm@.service", "edge-llm-watch@.service"])
+@pytest.mark.parametrize("unit", [path.name for path in UNITS.glob("*.service")])
 def test_the_sandbox_is_tight(unit: str):
     assert exposure(UNITS / unit) <= MAX_EXPOSURE
 
 
 @needs_systemd
-def test_the_service_may_open_what_the_doctor_looks_for():
-    text = (UNITS / "edge-llm@.service").read_text()
+@pytest.mark.parametrize("unit", ["edge-llm@.service", "edge-llm-rollout@.service"])
+def test_the_service_may_open_what_the_doctor_looks_for(unit: str):
+    text = (UNITS / unit).read_text()
     for name in (*JETSON_NODES, *SLOT_NODES):
         assert f"DeviceAllow={name} rw\n" in text
 
 
-def test_what_rolls_out_is_root_with_a_network_and_little_else():
-    """It writes what belongs to root, builds on the GPU, and asks a registry."""
-    assert exposure(UNITS / "edge-llm-rollout@.service") <= 2.6
+def test_what_opens_bundles_that_nobody_accepted_is_not_root_and_what_is_root_has_no_network():
+    judging = directives(UNITS / "edge-llm-rollout@.service")
+    assert judging["User"] == "edge-llm-rollout"
+    assert "ReadWritePaths" not in judging
+    assert "systemctl" not in (UNITS / "edge-llm-rollout@.service").read_text()
+    moving = directives(UNITS / "edge-llm-switch@.service")
+    assert "User" not in moving
+    assert moving["RestrictAddressFamilies"] == "AF_UNIX"
+    assert moving["PrivateNetwork"] == moving["PrivateDevices"] == "yes"
+    account = re.search(r"^u (\S+)", (UNITS / "sysusers.conf").read_text(), re.MULTILINE)
+    assert account
+    assert account[1] == judging["User"] == moving["SupplementaryGroups"]
 
 
 def test_where_memory_runs_out_a_roll_out_goes_before_the_service():
@@ -296,6 +309,8 @@ def test_install_twice_and_uninstall(tmp_path: Path):
         f"{system}/edge-llm-watch@.timer",
         f"{system}/edge-llm-rollout@.service",
         f"{system}/edge-llm-rollout@.timer",
+        f"{system}/edge-llm-switch@.service",
+        f"{system}/edge-llm-switch@.path",
         "etc/sysusers.d/edge-llm.conf",
         "etc/tmpfiles.d/edge-llm.conf",
         "etc/edge-llm/r1.toml",

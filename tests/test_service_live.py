@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +27,40 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("systemd")]
 
 UNIT, WATCH = "edge-llm@tiny.service", "edge-llm-watch@tiny.service"
 ROLLOUT, TIMER = "edge-llm-rollout@tiny.service", "edge-llm-rollout@tiny.timer"
+SWITCH = "edge-llm-switch@tiny.service"
+STAGING = "/var/lib/edge-llm-rollout/tiny"
+# What a bundle would try that takes over the process which judges it, and how each ended.
+PROBE = """
+import json, os, socket, subprocess
+tries = {}
+def attempt(name, do):
+    try:
+        tries[name] = f"done: {do()}"
+    except Exception as error:
+        tries[name] = type(error).__name__
+for path in ("/run/dbus/system_bus_socket", "/run/systemd/private"):
+    attempt(path, lambda: socket.socket(socket.AF_UNIX).connect(path))
+run = lambda *command: subprocess.run(command, check=True, capture_output=True)
+attempt("systemd-run", lambda: run("systemd-run", "--wait", "true"))
+attempt("reload", lambda: run("systemctl", "reload", "edge-llm@tiny"))
+for path in ("/var/lib/edge-llm/bundles", "/etc/edge-llm", "/opt/edge-llm"):
+    attempt(path, lambda: open(f"{path}/of-the-probe", "w"))
+attempt("link", lambda: os.replace("/var/lib/edge-llm/bundles/tiny", "/var/lib/edge-llm/bundles/x"))
+attempt("keys", lambda: open("/etc/edge-llm/api-keys").read())
+attempt("fork as root", lambda: os.setuid(0))
+attempt("staging", lambda: open(f"{os.environ['STATE_DIRECTORY']}/of-the-probe", "w").close())
+tries["uid"] = str(os.getuid())
+with open(f"{os.environ['STATE_DIRECTORY']}/probe.json", "w") as file:
+    json.dump(tries, file)
+"""
 REGISTRY = """version: 0.1
 storage: {filesystem: {rootdirectory: /var/lib/registry}}
 http: {addr: '127.0.0.1:5000'}
+"""
+CONNECT = """
+import socket
+socket.socket(socket.AF_UNIX).connect("/run/dbus/system_bus_socket")
+print("connected")
 """
 BUNDLE, KEYS = "/var/lib/edge-llm/bundles/tiny", "/etc/edge-llm/api-keys"
 MAX_EXPOSURE = 1.5
@@ -113,7 +145,7 @@ def test_the_service_is_nobody_and_may_nothing(machine: Machine):
 
 
 def test_systemd_counts_it_as_hardly_exposed(machine: Machine):
-    for unit in (UNIT, WATCH):
+    for unit in (UNIT, WATCH, ROLLOUT, SWITCH):
         text = machine.ask("systemd-analyze", "security", "--no-pager", unit)
         found = re.search(r"Overall exposure level for \S+: ([\d.]+)", text)
         assert found, text
@@ -260,6 +292,9 @@ def test_the_timer_rolls_out_what_the_registry_has_and_a_kill_leaves_the_old(mac
     settings = machine.path("/etc/edge-llm/tiny.rollout")
     timer_drop_in = machine.path(f"/etc/systemd/system/{TIMER.replace('tiny', '')}.d/99-test.conf")
     timer_drop_in.parent.mkdir(exist_ok=True)
+    machine.path("/usr/local/probe.py").write_text(PROBE)
+    drop_in = machine.path("/etc/systemd/system/edge-llm-rollout@.service.d/98-probe.conf")
+    drop_in.write_text("[Service]\nExecStartPre=/opt/edge-llm/bin/python /usr/local/probe.py\n")
     # By default systemd may put it off for a minute.
     timer_drop_in.write_text("[Timer]\nOnActiveSec=1s\nAccuracySec=1ms\nRandomizedDelaySec=0\n")
     assert machine.call("systemctl", "daemon-reload").returncode == 0
@@ -282,11 +317,31 @@ def test_the_timer_rolls_out_what_the_registry_has_and_a_kill_leaves_the_old(mac
         assert machine.call("systemctl", "restart", TIMER).returncode == 0
 
     first = machine.path(BUNDLE).readlink()
-    roll_out("good", watch_s=0)
+    bus = machine.path("/run/dbus/system_bus_socket")
+    bus.parent.mkdir(exist_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:  # there is one, and anybody may talk to it
+        listener.bind(str(bus))
+        bus.chmod(0o666)
+        listener.listen()
+        assert "connected" in machine.ask("setpriv", "--reuid=1", "python3", "-c", CONNECT)
+        roll_out("good", watch_s=0)
+        until(lambda: machine.path(f"{STAGING}/probe.json").exists(), BACK_S)
+    bus.unlink()
+    tried = json.loads(machine.path(f"{STAGING}/probe.json").read_text())
+    assert tried.pop("staging") == "done: None"
+    assert 0 < int(tried.pop("uid")) < 61184
+    assert {name: end for name, end in tried.items() if end.startswith("done")} == {}
+    assert tried["/run/dbus/system_bus_socket"] == "FileNotFoundError"
     until(lambda: machine.path(BUNDLE).readlink() != first, 2 * BACK_S)
     until(lambda: machine.show(ROLLOUT, "ActiveState")["ActiveState"] == "inactive", BACK_S)
     assert machine.show(ROLLOUT, "Result")["Result"] == "success", machine.log(ROLLOUT)
     good = machine.path(BUNDLE).readlink()
+    # What is served is root's copy, of which nothing is left to who judged it.
+    files = list(machine.path(f"{BUNDLE}/").rglob("*"))
+    assert {(path.stat().st_uid, path.stat().st_nlink) for path in files if path.is_file()} == {
+        (0, 1)
+    }
+    assert not list(machine.path(STAGING).glob("tiny-*"))
     assert complete(machine)["usage"]["completion_tokens"] >= 1
     roll_out("cut", watch_s=600)
     until(lambda: machine.path(BUNDLE).readlink() != good, 2 * BACK_S)

@@ -47,9 +47,19 @@ _reload = option(
 )
 
 
+_staging = option(
+    "Server",
+    "--staging",
+    type=click.Path(path_type=Path),
+    help="Keep what nobody has accepted yet here, as a user who may not write beside the link: the "
+    "unit edge-llm-switch@ takes the bundle over as root, moves the link and reloads.",
+)
+
+
 @click.command(cls=SectionCommand)
 @reference_argument
 @_link
+@_staging
 @option("Server", "--server", metavar="URL", help="The running service: it is asked and watched.")
 @option("Server", "--model", help="Its model that is rolled out. Default: the only one.")
 @option("Server", "--api-key-file", type=FILE, help="The service's keys; the first one is used.")
@@ -90,6 +100,7 @@ _reload = option(
 def rollout(
     reference: Reference,
     link: Path,
+    staging: Path | None,
     server: str | None,
     model: str | None,
     api_key_file: Path | None,
@@ -123,7 +134,8 @@ def rollout(
     watching = ("model", "api_key_file", "watch_s", "switch_timeout_s")
     if server is None and (flag := given_flag(*watching)):
         raise ConfigError(f"{flag} belongs to --server; add it")
-    if server is not None and reload_command is None:
+    _check_who_reloads(staging, reload_command)
+    if server is not None and reload_command is None and staging is None:
         raise ConfigError("--server needs --reload, or the service would never see the new bundle")
     service = None
     if server is not None:
@@ -142,6 +154,7 @@ def rollout(
         plain_http,
         retry,
         switch_timeout_s,
+        staging,
     )
     with show_progress() as progress:
         done = roll_out(plan, progress)
@@ -156,17 +169,26 @@ def rollout(
 
 @click.command(cls=SectionCommand, short_help="Take back what a roll-out left on trial.")
 @_link
+@_staging
 @_reload
 @json_option
-def recover(link: Path, reload_command: str | None, as_json: bool) -> None:
+def recover(link: Path, staging: Path | None, reload_command: str | None, as_json: bool) -> None:
     """Take back what a roll-out that was ended has left on trial; else do nothing.
 
     A roll-out has a guard that does so; this is for a service manager that ends the guard too.
     """
     from edge_fleet.rollout.steps import recover as take_back
 
-    found = take_back(link, reload_command)
+    _check_who_reloads(staging, reload_command)
+    found = take_back(link, reload_command, staging)
     if as_json:
         echo_json({"taken_back": found})
     else:
         click.echo(f"{link}: {'taken back' if found else 'nothing was on trial'}")
+
+
+def _check_who_reloads(staging: Path | None, reload_command: str | None) -> None:
+    if staging is not None and reload_command is not None:
+        raise ConfigError(
+            "--reload is given to the unit edge-llm-switch@, not with --staging; leave one out"
+        )

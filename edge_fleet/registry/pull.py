@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from edge.bundle.manifest import (
     MANIFEST_NAME,
@@ -57,6 +57,7 @@ from .client import MAX_MANIFEST_BYTES, NUM_CONNECTIONS, Registry, digest_of
 from .reference import Reference
 
 _MAX_SOURCES = 16  # bundles beside the target that are looked into
+_Known: TypeAlias = dict[str, list[tuple[Path, Piece]]]
 
 
 class Pulled(NamedTuple):
@@ -135,6 +136,7 @@ def pull(
     target: Path,
     *,
     overwrite: bool = False,
+    near: Path | None = None,
     progress: Progress = silent,
 ) -> Pulled:
     """Fetch a bundle that `look` has found.
@@ -148,6 +150,7 @@ def pull(
         target: directory of the bundle: missing, empty, the same bundle, or with ``overwrite``
             another.
         overwrite: replace a bundle that is there.
+        near: a directory of bundles that may have pieces of it, besides the target's own.
         progress: is called with bytes, in the step ``pull``.
 
     Raises:
@@ -167,7 +170,8 @@ def pull(
                 if (staging / MANIFEST_NAME).exists():
                     sweep(target, staging)  # a bundle that was replaced may still serve
                 staging.mkdir(exist_ok=True)
-                fetched = _fill(staging, offer, registry, target, progress)
+                known = _known_pieces(target, near)
+                fetched = _fill(staging, offer, registry, known, progress)
                 _finish(staging, offer)
             _write_about(staging, offer)
             fsync(staging)
@@ -201,7 +205,9 @@ def _is_there(offer: Offer, target: Path) -> bool:
     return True
 
 
-def _fill(staging: Path, offer: Offer, registry: Registry, target: Path, progress: Progress) -> int:
+def _fill(
+    staging: Path, offer: Offer, registry: Registry, known: _Known, progress: Progress
+) -> int:
     """Bring every piece into the staging directory; returns the bytes that were fetched."""
     total = sum(piece.num_bytes for piece in offer.contents.all_pieces())
     for path in staging.iterdir():
@@ -209,7 +215,6 @@ def _fill(staging: Path, offer: Offer, registry: Registry, target: Path, progres
             remove(path) if path.is_dir() else path.unlink()
     have = sum(path.stat().st_blocks * 512 for path in staging.iterdir())
     check_free_space(staging.parent, max(total - have, 0))
-    known = _known_pieces(target)
     fetched = done = 0
     progress("pull", done, total, "bytes")
     with ThreadPoolExecutor(NUM_CONNECTIONS, "pull") as pool:
@@ -237,7 +242,7 @@ def _fill(staging: Path, offer: Offer, registry: Registry, target: Path, progres
 def _bring(
     staging: Path,
     piece: Piece,
-    known: dict[str, list[tuple[Path, Piece]]],
+    known: _Known,
     registry: Registry,
 ) -> int:
     """Write a piece to its place, if it is not there; returns the bytes that were fetched."""
@@ -285,20 +290,21 @@ def _replace(path: Path, data: bytes) -> None:
     replace_durably(path, lambda file: file.write(data), mode=0o644)
 
 
-def _known_pieces(target: Path) -> dict[str, list[tuple[Path, Piece]]]:
-    """Find which pieces the bundles of the target's directory say they have.
+def _known_pieces(target: Path, near: Path | None) -> _Known:
+    """Find which pieces the bundles of the target's directory, and those near, say they have.
 
     They are believed only when they are read (`artifacts.read_piece`).
     """
-    known: dict[str, list[tuple[Path, Piece]]] = {}
-    for bundle in _neighbours(target):
+    known: _Known = {}
+    for bundle in _neighbours(target, near):
         for piece in _own_pieces(bundle):
             known.setdefault(piece.digest, []).append((bundle, piece))
     return known
 
 
-def _neighbours(target: Path) -> list[Path]:
-    others = [path for path in target.parent.iterdir() if not path.name.startswith(".")]
+def _neighbours(target: Path, near: Path | None) -> list[Path]:
+    places = {target.parent} if near is None else {target.parent, near}
+    others = [path for place in places for path in place.iterdir() if path.name[0] != "."]
     others.sort(key=lambda path: (path != target, path.name))
     found = [path for path in others if not path.is_symlink() and (path / MANIFEST_NAME).is_file()]
     return found[:_MAX_SOURCES]

@@ -29,6 +29,7 @@ def guarded(place: Place, reload: str | None) -> Iterator[None]:
     whether something is still on trial then.
     """
     arguments = [sys.executable, "-m", "edge_fleet.rollout.guard", str(place.link), reload or ""]
+    arguments += [] if place.staging is None else [str(place.staging)]
     # A session of its own, so that what ends the roll-out at a terminal does not end it.
     process = subprocess.Popen(
         arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
@@ -45,11 +46,11 @@ def guarded(place: Place, reload: str | None) -> Iterator[None]:
         process.wait()
 
 
-def main(link: str, reload: str) -> int:
+def main(link: str, reload: str, staging: str | None = None) -> int:
     """Wait for the end of standard input, and act if it came without the word."""
     if sys.stdin.buffer.read() == _WORD:
         return 0
-    place = Place(Path(link))
+    place = Place(Path(link), None if staging is None else Path(staging))
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:

@@ -3,6 +3,9 @@
 A service's settings name a link, ``r1``, which leads to the directory of a bundle beside it. The
 link is what a roll-out moves. Its journal is ``.r1.edge-llm-rollout/journal.json``.
 
+A roll-out with a staging directory may not move it. Journal and new bundle are in that directory
+then, and root's `switch` moves the link, by orders.
+
 While a new bundle is on trial (`Journal.on_trial`) the link leads to it, and nobody has said yet
 that it stays. `take_back` ends a trial: the link leads to the old bundle again.
 """
@@ -10,9 +13,11 @@ that it stays. `take_back` ends a trial: the link leads to the old bundle again.
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +26,8 @@ import msgspec
 from edge.bundle.update import beside, fsync, locked, replace_durably
 from edge.errors import BackendError, ConfigError, EdgeError
 from edge.files import MALFORMED, read_file
+
+from .orders import send
 
 Step = Literal["idle", "pulled", "built", "judged", "trial", "done"]
 MAX_TRIALS = 3
@@ -72,14 +79,17 @@ class Place:
 
     Args:
         link: the link; it need not exist yet.
+        staging: directory of what nobody has accepted yet, where this user may not move the link.
 
     Raises:
         ConfigError: it is a directory or file of its own.
     """
 
-    def __init__(self, link: Path) -> None:
+    def __init__(self, link: Path, staging: Path | None = None) -> None:
         self.link = link.parent.resolve() / link.name  # where it leads is not followed
-        self.folder = beside(self.link, "rollout")
+        self.staging = staging
+        self.work = self.link.parent if staging is None else staging.resolve()
+        self.folder = beside(self.work / self.link.name, "rollout")
         if self.link.exists() and not self.link.is_symlink():
             raise ConfigError(
                 f"{link} is no link, and a roll-out moves a link that leads to the bundle; make it "
@@ -122,6 +132,40 @@ class Place:
         """The path of a bundle beside the link."""
         return self.link.with_name(name)
 
+    def new_path(self, name: str) -> Path:
+        """The path of a bundle that nobody has accepted yet."""
+        return self.work / name
+
+    def begin(self, name: str, reload: str | None) -> None:
+        """Let the link lead to a new bundle, and have the service look.
+
+        Raises:
+            EdgeError: the bundle is refused, or see `reload_service`.
+        """
+        if self.staging is not None:
+            send(self.link, self.staging, "try", name)
+        else:
+            self.point(name)
+            reload_service(reload)
+
+    def keep(self, name: str) -> None:
+        """Say that the bundle on trial stays."""
+        if self.staging is not None:
+            send(self.link, self.staging, "keep", name)
+
+    def go_back(self, name: str | None, reload: str | None) -> None:
+        """Let the link lead to the old bundle, or be gone, and have the service look.
+
+        Raises:
+            EdgeError: see `reload_service`.
+        """
+        if self.staging is not None:
+            send(self.link, self.staging, "back")
+            return
+        self.point(name)
+        if name is not None:
+            reload_service(reload)
+
     def point(self, name: str | None) -> None:
         """Let the link lead to a bundle, or be gone; there is no moment without it between."""
         temp = beside(self.link, "link")
@@ -133,6 +177,14 @@ class Place:
             temp.symlink_to(name)
             temp.replace(self.link)
         fsync(self.link.parent)
+
+    def sweep(self, keep: Collection[str | None]) -> None:
+        """Remove the bundles that roll-outs have left in `work`, but for these."""
+        pattern = re.compile(re.escape(self.link.name) + r"-[0-9a-f]{12}")
+        for path in self.work.iterdir():
+            if pattern.fullmatch(path.name) and path.name not in keep and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+        fsync(self.work)
 
     def read(self) -> Journal:
         """Read the journal; a new one where there is none.
@@ -193,13 +245,13 @@ def take_back(
     """
     if not journal.on_trial:
         return False
-    place.point(journal.old)
     failed: EdgeError | None = None
     try:
         # Before the journal says that the trial is over: whoever ends this, the next one does both.
-        if journal.old is not None:
-            reload_service(reload)
+        place.go_back(journal.old, reload)
     except EdgeError as error:
+        if place.current == journal.new != journal.old:
+            raise  # still on trial
         failed = error
     journal.trials += cut_off
     journal.step = "judged"

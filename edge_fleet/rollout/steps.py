@@ -16,7 +16,6 @@ import msgspec
 
 from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.bundle.manifest import Manifest, fingerprint, read_manifest
-from edge.bundle.update import fsync
 from edge.engine_config import EngineConfig
 from edge.errors import (
     BackendError,
@@ -43,7 +42,7 @@ from edge_lab.progress import Progress, prefixed, silent
 
 from . import SWITCH_TIMEOUT_S, WATCH_S
 from .guard import guarded
-from .journal import Journal, Place, Step, reload_service, take_back
+from .journal import Journal, Place, Step, take_back
 from .service import LoadingError, Service, Sight, UnknownModelError
 
 _RELOAD_AGAIN_S = 30.0
@@ -67,6 +66,7 @@ class Plan:
         plain_http: see `Registry`.
         retry: also try a bundle that was rejected before.
         switch_timeout_s: seconds for which the service may take to open a bundle.
+        staging: see `Place`; what ``reload`` would do is root's then.
     """
 
     reference: Reference
@@ -81,6 +81,7 @@ class Plan:
     plain_http: bool | None = None
     retry: bool = False
     switch_timeout_s: float = SWITCH_TIMEOUT_S
+    staging: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def roll_out(plan: Plan, progress: Progress = silent) -> Outcome:
         RegistryError: the registry cannot be reached; the old one serves.
         EdgeError: another step fails; the old one serves.
     """
-    place = Place(plan.link)
+    place = Place(plan.link, plan.staging)
     with place.locked():
         journal = place.read()
         if take_back(place, journal, plan.reload):
@@ -119,13 +120,13 @@ def roll_out(plan: Plan, progress: Progress = silent) -> Outcome:
         return _Run(plan, place, journal, progress).run()
 
 
-def recover(link: Path, reload: str | None) -> bool:
+def recover(link: Path, reload: str | None, staging: Path | None = None) -> bool:
     """Take a trial back that was cut off; whether there was one.
 
     Raises:
         ConfigError, BackendError: see `take_back`; or a roll-out is running.
     """
-    place = Place(link)
+    place = Place(link, staging)
     with place.locked():
         return take_back(place, place.read(), reload)
 
@@ -234,20 +235,20 @@ class _Run:
         place, new = self.place, self.journal.new
         name = re.escape(place.link.name)
         staging = re.compile(rf"\.({name}-[0-9a-f]{{12}})\.edge-llm-(pull|gone-[0-9a-f]{{6}})")
-        for path in place.link.parent.iterdir():
+        for path in place.work.iterdir():
             half = staging.fullmatch(path.name)
             whole = path.name == bundle and bundle not in (current, new)
             if whole or (half is not None and half[1] != new):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _pull(self, offer: Offer, registry: Registry) -> None:
-        target = self.place.path(self.journal.new)
-        pull(offer, registry, target, overwrite=True, progress=self.progress)
+        target, near = self.place.new_path(self.journal.new), self.place.link.parent
+        pull(offer, registry, target, overwrite=True, near=near, progress=self.progress)
         if self.journal.step == "idle":
             self._note("pulled")
 
     def _build(self) -> None:
-        bundle, old = self.place.path(self.journal.new), self.journal.old
+        bundle, old = self.place.new_path(self.journal.new), self.journal.old
         if self.plan.build is False or find_engines(bundle):
             return
         engines = [] if old is None else find_engines(self.place.path(old))
@@ -286,7 +287,7 @@ class _Run:
             self.place.write(journal)
         if self._asked(journal.judged_new, journal.new, sha256):
             return
-        bundle = self.place.path(journal.new)
+        bundle = self.place.new_path(journal.new)
         if not self._fits(manifest):
             self.notes.append("memory holds one bundle only: the golden set was asked on trial")
             return
@@ -370,8 +371,7 @@ class _Run:
             self._note("trial")
             reloaded = False
             try:
-                place.point(journal.new)
-                reload_service(plan.reload)
+                place.begin(journal.new, plan.reload)
                 reloaded = True
                 fault = self._watch(fingerprint(manifest), before, paces, items)
                 if fault is None:
@@ -426,6 +426,7 @@ class _Run:
         return service.watch(name, before, paces, items, plan.watch_s, report)
 
     def _keep(self) -> None:
+        self.place.keep(self.journal.new)
         self.journal.judged = self.journal.judged_new
         self.journal.judged_new, self.journal.trials = None, 0
         self.journal.rejected.pop(self.journal.digest, None)  # it was tried again, and is good
@@ -453,18 +454,15 @@ class _Run:
             # its bundles follows the link afterwards, and a command that restarts would not let it.
             if not plan.service.is_loading():
                 with suppress(BackendError):
-                    reload_service(plan.reload)
+                    self.place.go_back(self.journal.old, plan.reload)
 
     # ------------------------------------------------------------------------------- after
 
     def _sweep(self) -> None:
         """Remove bundles of earlier roll-outs; the one before this stays, to go back to."""
-        pattern = re.compile(re.escape(self.place.link.name) + r"-[0-9a-f]{12}")
-        keep = {self.journal.new, self.journal.old}
-        for path in self.place.link.parent.iterdir():
-            if pattern.fullmatch(path.name) and path.name not in keep and path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-        fsync(self.place.link.parent)
+        # What was accepted is beside the link by now, where root sweeps.
+        keep = {self.journal.new, self.journal.old} if self.place.staging is None else set()
+        self.place.sweep(keep)
 
     def _note(self, step: Step) -> None:
         before, self.journal.step = self.journal.step, step
@@ -475,7 +473,7 @@ class _Run:
             raise
 
     def _reject(self, reason: str) -> GateError:
-        bundle = self.place.path(self.journal.new)
+        bundle = self.place.new_path(self.journal.new)
         self.journal.reject(reason)
         self.place.write(self.journal)
         if bundle.name != self.place.current:

@@ -127,6 +127,13 @@ def test_a_roll_out_without_a_server_takes_no_option_of_one(tmp_path: Path, opti
         run("rollout", "127.0.0.1:1/r1:stable", "--link", tmp_path / "r1", option)
 
 
+@pytest.mark.parametrize("verb", [("rollout", "127.0.0.1:1/r1:stable"), ("recover",)])
+def test_who_may_not_move_the_link_names_no_command(tmp_path: Path, verb: tuple[str, ...]):
+    place = ("--link", tmp_path / "r1", "--staging", tmp_path / "staging")
+    with pytest.raises(ConfigError, match="--reload is given to the unit edge-llm-switch@"):
+        run(*verb, *place, "--reload", "true")
+
+
 @pytest.mark.parametrize("option", ["--watch-s", "--switch-timeout-s"])
 def test_a_roll_out_is_not_watched_for_nan_seconds(tmp_path: Path, option: str):
     done = run("rollout", "127.0.0.1:1/r1:stable", "--link", tmp_path / "r1", option, "nan")

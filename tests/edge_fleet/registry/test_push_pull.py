@@ -116,6 +116,10 @@ def test_another_template_is_sent_and_fetched_as_kilobytes(
     done = get(reference, old, overwrite=True)
     assert done.fetched_bytes == len(b"new")
     assert content(done.bundle) == content(retuned)
+    (tmp_path / "staging").mkdir()
+    done = get(reference, tmp_path / "staging" / "tiny", near=tmp_path)
+    assert done.fetched_bytes == 0
+    assert content(done.bundle) == content(retuned)
 
 
 def test_a_tensor_that_grows_costs_the_chunks_around_it(

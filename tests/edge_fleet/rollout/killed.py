@@ -19,11 +19,12 @@ from edge_lab.measure.watch_server import ServerAnswerer
 
 
 def make_plan(arguments: list[str], **changes: Any) -> steps.Plan:
-    reference, link, url, reload, golden = arguments
+    reference, link, url, reload, golden, *staging = arguments
     options: dict[str, Any] = {
         "link": Path(link),
         "service": service.Service(ServerAnswerer(url), None),
-        "reload": reload,
+        "reload": None if staging else reload,
+        "staging": Path(staging[0]) if staging else None,
         "watch_s": 0.2,
         "golden": Path(golden),
         "max_tokens": 12,

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -127,6 +128,33 @@ class Device:
         with Registry(reference) as registry:
             push(new, reference, registry)
         return str(reference)
+
+    @contextmanager
+    def staged(self) -> Iterator[Path]:
+        """Have root's part done as the units do: by a process of its own, for each order."""
+        staging, over = self.folder / "staging", threading.Event()
+        staging.mkdir(exist_ok=True)
+        command = [
+            sys.executable,
+            "-m",
+            "edge_fleet.rollout.switch",
+            self.link,
+            staging,
+            self.reload,
+        ]
+
+        def look() -> None:
+            while not over.wait(0.02):
+                if (staging / "order.json").exists():
+                    subprocess.run([str(word) for word in command], check=False)
+
+        switch = threading.Thread(target=look)
+        switch.start()
+        try:
+            yield staging
+        finally:
+            over.set()
+            switch.join()
 
     def serves(self, name: str) -> bool:
         """Whether link and service are at a bundle, and the service answers."""
@@ -465,7 +493,7 @@ POINTS = (
     "before steps._Run._try",
     "after steps._Run._note=trial",
     "after journal.Place.point",
-    "after steps.reload_service",
+    "after journal.Place.begin",
     "before service.Service.watch",
     "after service.Service.watch",
     "before steps._Run._keep",
@@ -521,6 +549,59 @@ def test_kill_9_at_every_step_leaves_the_old_bundle_serving(device: Device):
     with held(Place(device.link)):
         pass
     assert not roll_out(device.plan(reference)).changed
+
+
+STAGED_POINTS = (
+    "before journal.send=try",
+    "after journal.send=try",
+    "before service.Service.watch",
+    "before journal.send=keep",
+)
+
+
+def test_who_may_not_move_the_link_has_root_do_it(device: Device):
+    """The same roll-out with a staging directory: a good bundle, a bad one, and `kill -9`."""
+    before, have = device.current, device.bundles()
+    with device.staged() as staging:
+        with pytest.raises(GateError, match=r"golden set: answer_tokens"):
+            roll_out(device.plan(device.offer(bad=True), staging=staging, reload=None))
+        assert device.current == before
+        assert device.bundles() == have
+        reference = device.offer()
+        arguments = [*device.arguments(reference), str(staging)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.edge_fleet.rollout.killed", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        place = Place(device.link, staging)
+        try:
+            for point in STAGED_POINTS:
+                process.stdin.write(point + "\n")
+                process.stdin.flush()
+                assert process.stdout.readline() == "-9\n", point
+                deadline = time.monotonic() + 60  # the guard may just be starting
+                while place.read().on_trial and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                assert device.serves(before), point
+                assert not device.journal.on_trial
+                with held(place):
+                    place.write(msgspec.structs.replace(place.read(), trials=0))
+            process.stdin.write("after journal.send=keep\n")  # root has accepted it by then
+            process.stdin.flush()
+            assert process.stdout.readline() == "-9\n"
+        finally:
+            process.communicate()
+        with held(place):
+            pass
+        assert device.serves(place.read().new)
+        assert not roll_out(device.plan(reference, staging=staging, reload=None)).changed
+        done = roll_out(device.plan(device.offer(), staging=staging, reload=None))
+        assert device.serves(done.bundle.name)
+        assert not list(staging.glob("r1-*"))
 
 
 def test_who_is_ended_while_it_takes_a_trial_back_leaves_the_reload_to_the_next_one(
@@ -609,7 +690,6 @@ def test_a_trial_begins_again_only_once_the_service_has_gone_back(
     link.symlink_to("r1-first")
     service = SlowService(link)
     old = service.serves
-    monkeypatch.setattr(steps, "reload_service", service.reload)
     monkeypatch.setattr(journals, "reload_service", service.reload)
     plan = device.plan(device.offer(), link=link, service=service, golden=None)
     kept = roll_out(plan)
