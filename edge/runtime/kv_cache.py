@@ -1,6 +1,6 @@
 """Keeps the books of the cache: which tokens the rows of each slot hold, and who may use them.
 
-There are no arrays and no device here. A sequence takes a slot and gives it back; its rows stay
+No array is touched here. A sequence takes a slot and gives it back; its rows stay
 there as a prefix that a later sequence may begin with, until another sequence needs the slot (least
 recently used first).
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from edge.backends import Floats
 from edge.errors import ContextLengthError
 
 
@@ -75,11 +76,37 @@ class Slot:
         self.ids, self.salt = other.ids, other.salt
         self.prefilled, self.used_at = other.prefilled, other.used_at
 
+    def restore(self, kept: KeptRows) -> None:
+        """Take over the books of rows that were written here."""
+        self.ids, self.prefilled, self.shared = list(kept.ids), kept.prefilled, kept.shared
+        self.shareable = kept.shareable
+
     def shared_with(self, ids: list[int], salt: str) -> int:
         """Count the rows that a sequence beginning with ``ids`` could use."""
         if not self.shareable or self.salt != salt:
             return 0
         return common_prefix(self.ids, ids)
+
+
+class KeptRows(NamedTuple):
+    """A sequence's rows outside the cache, and the books of the slot that they came from.
+
+    Attributes:
+        rows: what `Backend.read_slot` gave, ``[2 * layers, kv_heads, len(ids), head_dim]``.
+        ids: the token of each row.
+        prefilled, shared, shareable: see `Slot`.
+    """
+
+    rows: Floats
+    ids: list[int]
+    prefilled: int
+    shared: int
+    shareable: bool
+
+    @classmethod
+    def of(cls, slot: Slot, rows: Floats) -> KeptRows:
+        """Keep all rows of a slot, which were read."""
+        return cls(rows, list(slot.ids), slot.prefilled, slot.shared, slot.shareable)
 
 
 class Placement(NamedTuple):
@@ -139,7 +166,7 @@ class SlotPool:
         are moved (copying 1,000 tokens takes as long as computing a few).
 
         Args:
-            ids: the prompt, at least one token.
+            ids: the prompt; empty for rows that come from elsewhere.
             salt: see `Slot.salt`.
 
         Returns:

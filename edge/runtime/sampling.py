@@ -101,7 +101,8 @@ class Sampler:
         check_ids("logit_bias", tuple(params.logit_bias), vocab_size)
         # 53 bits: a seed that is reported survives JSON readers that know only doubles.
         self.seed = secrets.randbits(53) if params.seed is None else params.seed
-        self._rng = np.random.Generator(np.random.PCG64(self.seed))
+        self._bits = np.random.PCG64(self.seed)
+        self._rng = np.random.Generator(self._bits)
         self._ahead: deque[list[float]] = deque()  # random numbers of the next places, if drawn
         self._guessed: list[_Counted] = []
 
@@ -135,6 +136,19 @@ class Sampler:
         """
         check_ids("the answer", (token_id,), self._counts.size)
         self._count(token_id)
+
+    def go_on(self, answer: Sequence[int]) -> None:
+        """Become what a sampler of the same parameters and seed was after sampling ``answer``.
+
+        Args:
+            answer: all tokens of an answer so far; this sampler has sampled none.
+
+        Raises:
+            RequestError: an id is outside the vocabulary.
+        """
+        for token_id in answer:
+            self.accept(token_id)
+        self._bits.advance(_DRAWS * len(answer))  # one of 64 bits for each number
 
     def guess(self, logits: Logits) -> tuple[int, float]:
         """Draw what may come next from another model's logits; nothing of the answer changes.

@@ -150,6 +150,10 @@ _STATE = {
     ),
 }
 _COUNTED = {
+    "sequences_put_aside": (
+        "put_aside",
+        "Times that a running sequence had to wait for another client's.",
+    ),
     "drafted_tokens": ("drafted_tokens", "Tokens guessed by speculative decoding."),
     "accepted_tokens": ("accepted_tokens", "Guessed tokens that were right."),
     "draft_steps": ("draft_steps", "Decode steps for which tokens were guessed."),

@@ -18,6 +18,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -29,14 +30,22 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.engine_config import EngineConfig
 from edge.errors import BackendError, DeadlineError, EdgeError, OverloadError, ResourceError
 from edge.runtime.generation import PromptProgress
-from edge.runtime.kv_cache import Placement, Slot, SlotPool
+from edge.runtime.kv_cache import KeptRows, Placement, Slot, SlotPool
 from edge.runtime.sampling import SampledToken, Sampler, is_sound
 from edge.runtime.sampling_reference import non_finite
 
 from .drafting import Drafting
 from .fair_queue import FairQueue
 from .policy import FULL_SPEED, HALF_SPEED, PROMPT_SHARE, DecodeRun, Policy
-from .request import Drafter, FinishReason, Overflow, PrefixSource, Request, Sink
+from .request import (
+    Drafter,
+    FinishReason,
+    Overflow,
+    PrefixSource,
+    PutAway,
+    Request,
+    Sink,
+)
 from .sequence import SequenceState, slot_of
 
 _Result = TypeVar("_Result")
@@ -140,12 +149,43 @@ class EngineCore:
         Raises:
             RequestError: an id outside the vocabulary.
         """
-        sampler = Sampler(request.params, self.vocab_size, request.ids)
-        return SequenceState(request, sampler, sink, salt, now_s)
+        params, begun = request.params, request.begun
+        if begun is not None:
+            params = replace(params, seed=begun.seed)
+        sampler = Sampler(params, self.vocab_size, request.ids)
+        sequence = SequenceState(request, sampler, sink, salt, now_s)
+        if begun is not None:
+            sampler.go_on(begun.answer)
+            sequence.ids += begun.answer
+            sequence.stats.completion_tokens = len(begun.answer)
+            if begun.kept is not None:
+                sequence.aside = begun.kept
+                sequence.pending = sequence.ids[-begun.pending :]
+        return sequence
+
+    def put_away(self, sequence: SequenceState) -> PutAway | None:
+        """Take a sequence out for good; its sink is told that it was cancelled.
+
+        Its rows are left out where they cannot be read.
+
+        Returns:
+            None if it has ended.
+        """
+        self._push_drawn()
+        if sequence.ended:
+            return None
+        kept, seed, pending = sequence.aside, sequence.sampler.seed, len(sequence.pending)
+        if sequence.slot is not None:
+            # Without its rows it has to be read anew, which is better than not to go on.
+            with contextlib.suppress(EdgeError, MemoryError):
+                kept = self._keep_rows(sequence.slot)
+        answer = tuple(sequence.ids[len(sequence.request.ids) :])
+        self._finish(sequence, "cancelled")
+        return PutAway(seed, answer, pending, kept)
 
     def add(self, sequence: SequenceState) -> None:
         """Put a sequence into the queue; see `FairQueue`."""
-        self.waiting.add(sequence)
+        self.waiting.add(sequence, self._busy)
 
     def step(self) -> None:
         """Run one round: end cancelled and late sequences, start waiting ones, decode, prefill."""
@@ -218,11 +258,12 @@ class EngineCore:
                 continue
             if sequence.cancelled:
                 self._finish(sequence, "cancelled")
-            elif sequence.dropped is not None and sequence.slot is None:
+            elif sequence.dropped is not None and sequence.may_be_dropped:
                 self._fail(sequence, sequence.dropped)
             elif late:
                 tokens = sequence.stats.completion_tokens
-                what = f"sampled {tokens} tokens" if sequence.slot else "was still waiting"
+                began = not sequence.may_be_dropped
+                what = f"sampled {tokens} tokens" if began else "was still waiting"
                 self._fail(
                     sequence,
                     DeadlineError(
@@ -232,12 +273,61 @@ class EngineCore:
                 )
 
     def _start_waiting(self) -> None:
-        """Start waiting sequences that find room, in their order."""
-        while self.may_start and self.pool.num_free and self.policy.allows(len(self.running)):
-            sequence = self.waiting.first(self._busy)
-            if any(self._waits_for(sequence, other) for other in self.running):
+        """Start waiting sequences that find room, or for which others make way, in their order."""
+        while self.may_start:
+            sequence = self.waiting.first(self._busy, aside=self._is_crowded)
+            if sequence.aside is None and any(self._waits_for(sequence, s) for s in self.running):
+                return
+            has_room = self.pool.num_free and self.policy.allows(len(self.running))
+            if not (has_room or self._make_way(sequence)):
                 return
             self._start(sequence)
+
+    def _make_way(self, sequence: SequenceState) -> bool:
+        """Put a running sequence aside for one that waits, if one gives way and fits.
+
+        All that is aside has at most the rows of one slot, and half of that is for newcomers.
+        """
+        room = self.backend.capacity // (1 if sequence.is_newcomer else 2) - self._aside_rows
+        other = self.waiting.gives_way(sequence, self.running, room)
+        if other is None:
+            return False
+        running = len(self.running)
+        self._push_drawn()
+        return len(self.running) < running or self._put_aside(other)
+
+    def _put_aside(self, sequence: SequenceState) -> bool:
+        """Have a running sequence wait with its rows; returns whether its slot is free."""
+        slot = slot_of(sequence)
+        try:
+            sequence.aside = self._keep_rows(slot)
+        except EdgeError as error:
+            self._fail(sequence, error)
+            return True
+        except MemoryError:  # it runs on, and the other waits
+            return False
+        self.pool.give_back(slot, keep=self.reuse_prefix)
+        sequence.slot, sequence.came_back = None, True
+        self.waiting.add(sequence)  # first, so that another thread's count misses none
+        self.running.remove(sequence)
+        self.counts["put_aside"] += 1
+        return True
+
+    def _keep_rows(self, slot: Slot) -> KeptRows | None:
+        """Read the rows of a slot; None if there is none."""
+        if not slot.length:
+            return None
+        return KeptRows.of(slot, self.backend.read_slot(slot.index, slot.length))
+
+    @property
+    def _aside_rows(self) -> int:
+        """Rows of all that was put aside."""
+        return sum(len(sequence.aside.ids) for sequence in self.waiting if sequence.aside)
+
+    @property
+    def _is_crowded(self) -> bool:
+        """Whether so much is aside that it should go on before more is started."""
+        return 2 * self._aside_rows > self.backend.capacity
 
     @property
     def _busy(self) -> set[str]:
@@ -297,21 +387,28 @@ class EngineCore:
         return PROMPT_SHARE
 
     def _start(self, sequence: SequenceState) -> None:
+        """Start a sequence, or let it go on."""
         self.running.append(sequence)  # first, so that another thread's count misses none
         self.waiting.remove(sequence)
         self.turn = max(self.turn - 1, 0)
-        sequence.stats.queue_s = self.now() - sequence.submitted_s
-        sequence.model_s_before = self.model_s
+        stats, kept = sequence.stats, sequence.aside
+        if not stats.has_started:
+            stats.queue_s = self.now() - sequence.submitted_s
+            sequence.model_s_before = self.model_s
         try:
-            cached = self._place(sequence)
+            cached = self._place(sequence) if kept is None else self._bring_back(sequence, kept)
         except EdgeError as error:
             self._fail(sequence, error)
             return
-        sequence.stats.has_started = True
-        sequence.stats.cached_tokens = cached
-        sequence.pending = sequence.ids[cached:]
+        if kept is None:
+            sequence.pending = sequence.ids[cached:]
+        sequence.began_at = len(sequence.ids) - len(sequence.pending)
         self.waiting.charge(sequence)
+        sequence.is_newcomer = False
         self.drafting.begin(sequence)
+        if stats.has_started:
+            return
+        stats.has_started, stats.cached_tokens = True, cached
         self.counts["prompt"] += len(sequence.ids)
         self.counts["cached"] += cached
         self._tell_read(sequence)
@@ -322,8 +419,9 @@ class EngineCore:
         if now == self._told_at or not any(s.request.wants_progress for s in self.waiting):
             return
         self._told_at = now
-        for ahead, sequence in enumerate(list(self.waiting.order(self._busy))):
-            if sequence.request.wants_progress:
+        order = self.waiting.order(self._busy, aside=self._is_crowded)
+        for ahead, sequence in enumerate(list(order)):
+            if sequence.request.wants_progress and not sequence.stats.has_started:
                 self._tell(sequence, PromptProgress(len(sequence.request.ids), ahead=ahead))
 
     def _tell_read(self, sequence: SequenceState) -> None:
@@ -332,7 +430,7 @@ class EngineCore:
             return
         stats, total = sequence.stats, len(sequence.request.ids)
         read_s = self.now() - sequence.submitted_s - stats.queue_s
-        done = total - len(sequence.pending)
+        done = max(total - len(sequence.pending), 0)
         self._tell(sequence, PromptProgress(total, stats.cached_tokens, done, read_s))
 
     def _tell(self, sequence: SequenceState, progress: PromptProgress) -> None:
@@ -358,6 +456,18 @@ class EngineCore:
         if stored is not None and rows is not None:
             placement = placement._replace(cached=min(stored.length, most), source=None)
         return self._move_in(sequence, placement, rows)
+
+    def _bring_back(self, sequence: SequenceState, kept: KeptRows) -> int:
+        """Give a sequence that was aside a slot with its rows; returns how many it has.
+
+        They are written also where a slot has rows of the same tokens: those may differ in bits.
+        """
+        placement = self.pool.place([], sequence.salt)
+        assert placement is not None
+        self._move_in(sequence, placement, kept.rows)
+        slot_of(sequence).restore(kept)
+        sequence.aside = None
+        return len(kept.ids)
 
     def _move_in(
         self, sequence: SequenceState, placement: Placement, rows: Floats | None = None
@@ -458,7 +568,7 @@ class EngineCore:
                 continue
             slot_of(sequence).extend(sequence.pending[:1])
             rides = len(sequence.pending) > 1
-            if not sequence.stats.completion_tokens:  # a prompt's token
+            if rides or not sequence.stats.completion_tokens:  # a prompt's token
                 sequence.pending = sequence.pending[1:]
                 self._tell_read(sequence)
             if not (rides or sequence.ended):
@@ -624,14 +734,15 @@ class EngineCore:
         return not sequence.ended
 
     def _finish(self, sequence: SequenceState, reason: FinishReason) -> None:
-        sequence.stats.model_s = self.model_s - sequence.model_s_before if sequence.slot else 0.0
-        if sequence.slot is not None:
-            run_s = self.now() - sequence.submitted_s - sequence.stats.queue_s
+        stats, books = sequence.stats, sequence.slot or sequence.aside
+        if stats.has_started:
+            stats.model_s = self.model_s - sequence.model_s_before
+            run_s = self.now() - sequence.submitted_s - stats.queue_s
             newest = _NEWEST if self.mean_run_s else 1.0
             self.mean_run_s += newest * (run_s - self.mean_run_s)
-            self.mean_tokens += newest * (sequence.stats.completion_tokens - self.mean_tokens)
-            if self.overflow is None:
-                sequence.stats.context_left = sequence.slot.remaining
+            self.mean_tokens += newest * (stats.completion_tokens - self.mean_tokens)
+        if books is not None and self.overflow is None:
+            stats.context_left = self.backend.capacity - len(books.ids)
         self._leave(sequence, keep=self.reuse_prefix)
         self.outcomes[reason] += 1
         try:
@@ -676,7 +787,7 @@ class EngineCore:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         if sequence.slot is not None:
             self.pool.give_back(sequence.slot, keep=keep)
-            sequence.slot = None
+        sequence.slot = sequence.aside = None
 
     # ------------------------------------------------------------------ room
 

@@ -72,11 +72,13 @@ class Drafting:
     # ------------------------------------------------------------------ the life of a sequence
 
     def begin(self, sequence: SequenceState) -> None:
-        """Start a sequence, which has its slot."""
+        """Start a sequence, which has its slot, or let it go on in another one."""
         if self.drafter is None:
             return
         slot, salt = slot_of(sequence).index, sequence.salt
         self._let(lambda drafter: drafter.begin(slot, salt))
+        if sequence.stats.has_started:
+            return
         sequence.acceptance = self.acceptance
         if not self.is_free:
             # Texts differ: one is given up by its own guesses, not by those of others.

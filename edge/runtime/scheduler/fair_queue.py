@@ -5,7 +5,8 @@ Deficit Round Robin", 1995) in its surplus form (Adiseshu, Parulkar and Varghese
 Scalable Striping Protocol", 1996): a client starts sequences until they have cost a quantum, and
 what the last one cost beyond it comes off its next turns. So a price need not be known before a
 sequence has found its cached rows, and one that is dearer than a quantum need not wait for rounds.
-A client that comes anew is behind at most one turn of each other.
+A client that comes anew is behind at most one turn of each other; mostly it leads them, see
+`FairQueue`.
 
 Deficit round robin takes constant work where the quantum is no less than the dearest packet. Here
 it is one chunk of a prompt, far less than a slot holds, for a turn is what a newcomer waits for; so
@@ -15,9 +16,13 @@ turns that a client has used up in advance are counted instead of skipped one by
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterator
+from collections import Counter
+from collections.abc import Collection, Container, Iterator
 
-from .sequence import SequenceState
+from .sequence import SequenceState, slot_of
+
+FEW = 16
+"""Tokens after which a running sequence may have to give way to a newcomer."""
 
 
 class _Line:
@@ -37,6 +42,11 @@ class _Line:
 class FairQueue:
     """Sequences that wait: by priority, then clients in turn, then in order of arrival.
 
+    A newcomer, the first sequence of a client that has nothing else here and runs nothing, comes
+    before the others, so that a short question need not wait for turns of a quantum. Newcomers
+    together start a quantum in advance at most, and as much as the others have started since: so
+    however many come, these get their turns, too.
+
     Other threads may ask for its length and iterate over it.
 
     Args:
@@ -51,6 +61,7 @@ class FairQueue:
         self._all: dict[SequenceState, None] = {}
         self._lines: dict[int, dict[str, _Line]] = {}  # by priority and client
         self._places = itertools.count()
+        self._led = 0  # tokens that newcomers have started in advance
         self.changes = 0
 
     def __len__(self) -> int:
@@ -60,14 +71,30 @@ class FairQueue:
         """All of them as they are now, in order of arrival."""
         return iter(list(self._all))
 
-    def add(self, sequence: SequenceState) -> None:
-        """Put a sequence behind those of its client, and a new client behind the others."""
-        request = sequence.request
+    def add(self, sequence: SequenceState, busy: Container[str] = ()) -> None:
+        """Put a sequence behind those of its client, and a new client behind the others.
+
+        One that comes back, because it was put aside, gets its old place among its client's.
+
+        Args:
+            sequence: what is to wait.
+            busy: clients of which a sequence runs.
+        """
+        request, returns = sequence.request, sequence.arrival is not None
+        sequence.is_newcomer = not (
+            returns
+            or request.client in busy
+            or any(request.client in each for each in self._lines.values())
+        )
+        if sequence.arrival is None:
+            sequence.arrival = next(self._places)
         lines = self._lines.setdefault(request.priority, {})
         if (line := lines.get(request.client)) is None:
             now = min((each.turn[0] for each in lines.values()), default=0)
             line = lines[request.client] = _Line((now, next(self._places)))
         line.sequences[sequence] = self._all[sequence] = None
+        if returns:
+            line.sequences = dict.fromkeys(sorted(line.sequences, key=lambda s: s.arrival or 0))
         self.changes += 1
 
     def remove(self, sequence: SequenceState) -> None:
@@ -81,39 +108,95 @@ class FairQueue:
             del self._lines[request.priority]
         self.changes += 1
 
-    def first(self, busy: Container[str]) -> SequenceState:
-        """Return the sequence that starts next, of a client that is not ``busy`` if one waits."""
+    def first(self, busy: Container[str], *, aside: bool = False) -> SequenceState:
+        """Return the sequence that starts next, of a client that is not ``busy`` if one waits.
+
+        Args:
+            busy: clients of which a sequence runs.
+            aside: whether those that were put aside come before others that have not started.
+        """
         lines = self._lines[min(self._lines)]
         idle = [line for client, line in lines.items() if client not in busy]
-        return next(iter(min(idle or lines.values(), key=lambda line: line.turn).sequences))
+        leads = self._led < self._quantum
+
+        def turn(line: _Line) -> tuple[bool, bool, tuple[int, int]]:
+            head = next(iter(line.sequences))
+            waits = aside and head.aside is None and not head.is_newcomer
+            return not (leads and head.is_newcomer), waits, line.turn
+
+        return next(iter(min(idle or lines.values(), key=turn).sequences))
 
     def charge(self, sequence: SequenceState) -> None:
-        """Count what a sequence that was taken out costs: the rest of its prompt, and its answer.
+        """Count what a sequence that was taken out costs: what it has to read, and its answer.
 
         An answer counts as a quantum at most: few get as long as they may, and a caller who sets no
         limit would pay for a whole slot.
         """
         request = sequence.request
+        left = sequence.tokens_left
+        cost = len(sequence.pending)
+        cost += self._quantum if left is None else min(left, self._quantum)
+        led = self._led + (cost if sequence.is_newcomer else -cost)
+        self._led = min(max(led, 0), self._quantum)
         line = self._lines.get(request.priority, {}).get(request.client)
         if line is None:
             return
-        left = sequence.tokens_left
-        answer = self._quantum if left is None else min(left, self._quantum)
-        rounds, line.used = divmod(line.used + len(sequence.pending) + answer, self._quantum)
+        rounds, line.used = divmod(line.used + cost, self._quantum)
         if rounds:
             line.turn = (line.turn[0] + rounds, next(self._places))
 
-    def order(self, busy: set[str]) -> Iterator[SequenceState]:
+    def gives_way(
+        self, sequence: SequenceState, running: Collection[SequenceState], room: int
+    ) -> SequenceState | None:
+        """Return the running sequence that gives its slot to one that waits; None if none does.
+
+        It is of no higher priority and of another client: of one that runs at least two more, or,
+        where the other runs nothing, one that has had its turn, of a quantum of tokens since it
+        started or went on; for a newcomer a few that it sampled, or that it read of a longer
+        prompt, are enough. Nobody gives way twice without a token in between, so those who come
+        cannot have rows moved back and forth.
+
+        Args:
+            sequence: who waits.
+            running: those that run.
+            room: rows that may be put aside.
+        """
+        counts = Counter(each.request.client for each in running)
+        client, priority = sequence.request.client, sequence.request.priority
+        own = counts[client]
+
+        def may(other: SequenceState) -> bool:
+            if other.request.client == client or other.request.priority < priority:
+                return False
+            if slot_of(other).length > room:
+                return False
+            if counts[other.request.client] >= own + 2:
+                return other.ran > 0 or not other.came_back
+            if own:
+                return False
+            if not sequence.is_newcomer:
+                return other.ran >= self._quantum
+            is_longer = len(other.pending) > len(sequence.pending)
+            sampled = min(other.ran, other.stats.completion_tokens)
+            return (other.ran if is_longer else sampled) >= FEW
+
+        return min(
+            filter(may, running),
+            key=lambda other: (-counts[other.request.client], slot_of(other).length),
+            default=None,
+        )
+
+    def order(self, busy: set[str], *, aside: bool = False) -> Iterator[SequenceState]:
         """Say in which order they start, if none comes or ends meanwhile."""
         rest, busy = FairQueue(self._quantum), set(busy)
-        rest._places = itertools.count(next(self._places))
+        rest._places, rest._led = itertools.count(next(self._places)), self._led
         for priority, lines in self._lines.items():
             for client, line in lines.items():
                 copied = rest._lines.setdefault(priority, {})[client] = _Line(line.turn, line.used)
                 copied.sequences = dict(line.sequences)
         rest._all = dict(self._all)
         while rest:
-            sequence = rest.first(busy)
+            sequence = rest.first(busy, aside=aside)
             rest.remove(sequence)
             rest.charge(sequence)
             busy.add(sequence.request.client)

@@ -13,6 +13,7 @@ from edge.backends import Floats
 from edge.errors import EdgeError
 from edge.runtime.generation import FinishReason as FinishReason
 from edge.runtime.generation import GenerationStats, PromptProgress
+from edge.runtime.kv_cache import KeptRows
 from edge.runtime.sampling import SampledToken, Sampler
 from edge.runtime.sampling_params import SamplingParams
 
@@ -255,6 +256,22 @@ class PrefixSource(Protocol):
         ...
 
 
+class PutAway(NamedTuple):
+    """What a sequence that was taken out of a scheduler needs to go on in any; see `Request.begun`.
+
+    Attributes:
+        seed: of its sampler, also where its parameters have none.
+        answer: the tokens sampled so far.
+        pending: how many of the last tokens of prompt and answer have no row in ``kept``.
+        kept: its rows, for the same bundle, engine and scales alone; None where nothing has run.
+    """
+
+    seed: int
+    answer: tuple[int, ...] = ()
+    pending: int = 0
+    kept: KeptRows | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One sequence to generate.
@@ -273,6 +290,10 @@ class Request:
         constraint: decides which tokens may come next. It has state, so it serves one sequence.
         wants_progress: whether the sink is told of each change of the place in the queue, and of
             each percent of the prompt that has been read.
+        begun: what `Scheduler.put_away` returned of this request: it goes on, and the sink gets the
+            tokens to come. Prompt, parameters and end ids must be those of then, and the constraint
+            must have accepted the answer so far. Where ``kept`` is None, prompt and answer are read
+            anew.
     """
 
     ids: tuple[int, ...]
@@ -284,6 +305,7 @@ class Request:
     salt: str = ""
     constraint: Constraint | None = None
     wants_progress: bool = False
+    begun: PutAway | None = None
 
     def sample(self, index: int) -> Request:
         """Return the request for sample ``index`` of several; the index is added to the seed."""
@@ -325,6 +347,7 @@ class SchedulerStats:
         prompt_tokens: prompt tokens of all requests that ran.
         cached_tokens: prompt tokens that were in the cache already.
         completion_tokens: tokens that were sampled.
+        put_aside: how often a sequence had to wait with its rows, for another client's.
         drafted_tokens, accepted_tokens: tokens that speculative decoding ran, and that were right.
         draft_steps: decode steps for which tokens were drafted.
         draft_saved_s: seconds that drafts have saved so far against plain decode at its measured
@@ -350,6 +373,7 @@ class SchedulerStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    put_aside: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     draft_steps: int = 0

@@ -15,6 +15,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from numbers import Integral
 from typing import Any, TypeVar, cast
 
@@ -31,7 +32,16 @@ from edge.errors import (
 
 from .core import EngineCore
 from .pooling import PoolingCore
-from .request import Drafter, Overflow, PrefixSource, Request, SchedulerStats, Sink, SlotState
+from .request import (
+    Drafter,
+    Overflow,
+    PrefixSource,
+    PutAway,
+    Request,
+    SchedulerStats,
+    Sink,
+    SlotState,
+)
 from .sequence import SequenceState
 
 _Result = TypeVar("_Result")
@@ -151,6 +161,32 @@ class Scheduler:
         """
         return cast(_Result, self._thread.call(work).result())
 
+    def put_away(
+        self, sequences: Sequence[SequenceState], timeout_s: float
+    ) -> list[PutAway | None]:
+        """Take sequences out, so that they go on later, with the same tokens, in any process.
+
+        That is done between two rounds, whether they run, wait or are aside. Their sinks get what
+        has been sampled and the end ``cancelled``. To let one go on, submit its request again with
+        `Request.begun`; its deadline and times begin anew.
+
+        Args:
+            sequences: what `submit` returned.
+            timeout_s: seconds to wait for the round that runs.
+
+        Returns:
+            For each sequence, in order, what it needs to go on; None if it has ended.
+
+        Raises:
+            BackendError: the scheduler is closed, the engine failed, or it ended no round in time.
+        """
+        work = self._thread.between(lambda core: [core.put_away(each) for each in sequences])
+        try:
+            return cast("list[PutAway | None]", work.result(timeout_s))
+        except FutureTimeoutError:
+            work.cancel()
+            raise BackendError(f"the engine ended no round within {timeout_s:g} s") from None
+
     def report_step(self, tokens: int) -> None:
         """Count a step that ended just now; only work in `call` may use this.
 
@@ -179,6 +215,7 @@ class Scheduler:
             prompt_tokens=counts["prompt"],
             cached_tokens=counts["cached"],
             completion_tokens=counts["completion"],
+            put_aside=counts["put_aside"],
             drafted_tokens=counts["drafted"],
             accepted_tokens=counts["accepted"],
             draft_steps=counts["draft_steps"],
@@ -230,6 +267,9 @@ class Scheduler:
     def _check(self, request: Request) -> None:
         """Refuse what can never run, in the caller's thread."""
         num_tokens, capacity = len(request.ids), self._core.backend.capacity
+        if request.begun is not None:
+            num_tokens += len(request.begun.answer)
+            _check_begun(request, request.begun)
         if not num_tokens:
             raise RequestError("the prompt is empty; give at least one token")
         low, high = min(request.ids), max(request.ids)
@@ -247,6 +287,20 @@ class Scheduler:
             raise RequestError(f"a deadline must be a positive number of s, not {deadline_s!r:.80}")
 
 
+def _check_begun(request: Request, begun: PutAway) -> None:
+    """Refuse rows that are not those of the request's tokens."""
+    if begun.kept is None:
+        return
+    ids, kept = [*request.ids, *begun.answer], begun.kept
+    rest = len(ids) - begun.pending
+    if (
+        not 0 <= rest < len(ids)
+        or kept.rows.shape[2] != len(kept.ids)
+        or (kept.shareable and kept.ids != ids[:rest])
+    ):
+        raise RequestError("the rows that were put away are not those of this prompt and answer")
+
+
 class _EngineThread:
     """The thread, and what callers share with it, all guarded by one condition.
 
@@ -258,6 +312,7 @@ class _EngineThread:
         self._changed = threading.Condition()
         self._inbox: deque[SequenceState] = deque()
         self._calls: deque[_Call] = deque()
+        self._between: deque[tuple[Future[object], Callable[[EngineCore], object]]] = deque()
         self._in_call = False
         self._thread: threading.Thread | None = None
         self.draining = False
@@ -282,13 +337,14 @@ class _EngineThread:
     def _make_room(self, sequences: list[SequenceState], most: int) -> None:
         """Drop the newest submissions that wait of the clients that have most waiting.
 
-        Of one that has partly started, that is what still waits.
+        Of one that has partly started, that is what has not; what was put aside is kept.
 
         Raises:
             OverloadError: that is the client that comes; nothing was dropped.
         """
         waiting = [s for s in (*self._core.waiting, *self._inbox) if s.dropped is None]
         present = len(self._core.running) + len(waiting)
+        waiting = [sequence for sequence in waiting if sequence.may_be_dropped]
         excess = present + len(sequences) - most
         error = OverloadError(
             f"{present} sequences run or wait and at most {most} may, so {len(sequences)} more "
@@ -326,6 +382,16 @@ class _EngineThread:
             self._calls.append(call)
             self._changed.notify_all()
         return call.future
+
+    def between(self, work: Callable[[EngineCore], object]) -> Future[object]:
+        """Have work done between two rounds, whatever runs."""
+        future: Future[object] = Future()
+        with self._changed:
+            self._refuse_if_down()
+            self._start()
+            self._between.append((future, work))
+            self._changed.notify_all()
+        return future
 
     def _call_within(self, call: _Call) -> None:
         """Run a call that the engine's own thread makes; in the queue it would wait for itself."""
@@ -394,6 +460,7 @@ class _EngineThread:
         self._thread = None
         self._inbox.clear()
         self._calls.clear()
+        self._between.clear()
         self._core.abandon_all()
         self.failed = _FORKED
 
@@ -416,19 +483,28 @@ class _EngineThread:
     def _take_work(self) -> bool:
         """Wait for something to do and take in what came; returns false when closing."""
         while True:
+            call = None
             with self._changed:
-                while not (self._closing or self._inbox or self._calls) and self._core.is_idle:
+                while self._core.is_idle and not (
+                    self._closing or self._inbox or self._calls or self._between
+                ):
                     self._changed.notify_all()  # those who drain
                     self._changed.wait()
                 if self._closing:
                     return False
                 while self._inbox:
                     self._core.add(self._inbox.popleft())
-                self._core.hold = bool(self._calls)
-                if not self._calls or self._core.running or self._core.may_start:
-                    return True
-                call = self._calls.popleft()
-                self._in_call = True
+                between, self._between = self._between, deque()
+                if not between:
+                    self._core.hold = bool(self._calls)
+                    if not self._calls or self._core.running or self._core.may_start:
+                        return True
+                    call = self._calls.popleft()
+                    self._in_call = True
+            if call is None:
+                for future, work in between:
+                    _settle(future, work, self._core)
+                continue
             try:
                 call(self._core)
             finally:
@@ -442,10 +518,14 @@ class _EngineThread:
             while self._inbox:
                 self._core.add(self._inbox.popleft())
             self._core.end_all(None if failed is None else BackendError(failed))
-            while self._calls:
-                self._calls.popleft().future.set_exception(
-                    BackendError(failed or "the backend was closed while this waited for it")
-                )
+            waiting = [*(call.future for call in self._calls), *(each for each, _ in self._between)]
+            self._calls.clear()
+            self._between.clear()
+            for future in waiting:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(
+                        BackendError(failed or "the backend was closed while this waited for it")
+                    )
             self._changed.notify_all()
         atexit.unregister(self.close)
 
@@ -461,6 +541,16 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
+def _settle(future: Future[object], work: Callable[[EngineCore], object], core: EngineCore) -> None:
+    """Do work, and complete its future."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(work(core))
+    except BaseException as error:  # noqa: BLE001 - raised again where the result is awaited
+        future.set_exception(error)
+
+
 class _Call:
     """Work for the engine's thread, and its result."""
 
@@ -469,7 +559,4 @@ class _Call:
         self.future: Future[object] = Future()
 
     def __call__(self, core: EngineCore) -> None:
-        try:
-            self.future.set_result(core.call(self._work))
-        except BaseException as error:  # noqa: BLE001 - raised again where the result is awaited
-            self.future.set_exception(error)
+        _settle(self.future, lambda core: core.call(self._work), core)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from edge.errors import EdgeError
 from edge.runtime.generation import GenerationStats
-from edge.runtime.kv_cache import Slot
+from edge.runtime.kv_cache import KeptRows, Slot
 from edge.runtime.sampling import Sampler
 
 from .request import Request, Sink
@@ -22,6 +22,10 @@ class SequenceState:
         ids: prompt and answer so far.
         pending: tokens that must run before the next can be sampled.
         slot: the sequence's slot while it runs, else None.
+        aside: its rows while it waits to go on; else None.
+        arrival: its place in the order of arrivals; None before it is queued.
+        is_newcomer: see `FairQueue`; true until it has started.
+        came_back: whether it has been put aside before.
         cancelled: anyone may set it at any time.
         dropped: the error that ends it unless it has started; likewise.
         submission: the number of what it was submitted with.
@@ -38,6 +42,10 @@ class SequenceState:
         self.ids = list(request.ids)
         self.pending: list[int] = self.ids[:]
         self.slot: Slot | None = None
+        self.aside: KeptRows | None = None
+        self.arrival: int | None = None
+        self.is_newcomer = self.came_back = False
+        self.began_at = 0  # tokens that had run when it started or went on
         self.cancelled = False
         self.dropped: EdgeError | None = None
         self.submission = 0
@@ -65,6 +73,16 @@ class SequenceState:
         if self.request.constraint is not None:
             self._masked = False
             self.request.constraint.accept(token_id)
+
+    @property
+    def ran(self) -> int:
+        """Number of tokens that have run since it started or went on."""
+        return len(self.ids) - len(self.pending) - self.began_at
+
+    @property
+    def may_be_dropped(self) -> bool:
+        """Whether nothing of it has run yet."""
+        return not (self.stats.has_started or self.stats.completion_tokens)
 
     @property
     def tokens_left(self) -> int | None:

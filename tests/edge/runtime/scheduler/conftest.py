@@ -144,8 +144,7 @@ class Engine:
         self, request: Request, sink: Collected | None = None
     ) -> tuple[SequenceState, Collected]:
         sink = sink or Collected()
-        sampler = Sampler(request.params, VOCAB, request.ids)
-        sequence = SequenceState(request, sampler, sink, request.salt, self.core.now())
+        sequence = self.core.sequence(request, sink, request.salt, self.core.now())
         self.core.add(sequence)
         return sequence, sink
 

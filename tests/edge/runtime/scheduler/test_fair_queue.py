@@ -40,7 +40,7 @@ def test_clients_take_turns_of_a_quantum_and_pay_back_what_they_overdraw():
     queue = FairQueue(100)
     for client, tokens, count in (("a", 49, 4), ("b", 249, 2), ("c", 99, 4)):
         for _ in range(count):
-            queue.add(waiting(client, tokens))
+            queue.add(waiting(client, tokens), busy="abc")
     # Two of 50, one of 250, one of 100; with it b has used its second turn, too.
     assert "".join(start_all(queue)) == "aabc" + "aac" + "bc" + "c"
 

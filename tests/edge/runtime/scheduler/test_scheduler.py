@@ -30,7 +30,7 @@ from edge.errors import (
 from edge.runtime import stream as stream_module
 from edge.runtime.generation import score
 from edge.runtime.scheduler import Request, Scheduler
-from edge.runtime.stream import Generation, OutputStream
+from edge.runtime.stream import Generation, GenerationChunk, OutputStream
 from edge.runtime.stream import submit as submit_all
 from tests.edge.runtime.conftest import VOCAB
 from tests.edge.runtime.scheduler.conftest import (
@@ -602,3 +602,50 @@ def test_what_has_started_is_not_dropped(make: Make):
     for generation in many[2:]:
         with pytest.raises(OverloadError):
             ids_of(generation)
+
+
+def test_sequences_that_were_put_away_go_on_in_another_scheduler(make: Make):
+    """One that runs, one that waits and one that has ended; readers get an end."""
+    gate = Gate()
+
+    def slow(seen: tuple[int, ...]) -> int:
+        time.sleep(2e-3)
+        return gate(seen)
+
+    scheduler, _ = make(slow, num_slots=1)
+    sinks = [OutputStream() for _ in range(3)]
+    params = replace(GREEDY, max_tokens=40)
+    ended, runs, waits = (
+        make_request([start], replace(params, max_tokens=most), end_ids=frozenset())
+        for start, most in ((30, 1), (5, 40), (20, 40))
+    )
+    sequences = scheduler.submit([ended, runs, waits], sinks)
+    assert gate.entered.wait(10)
+    with pytest.raises(BackendError, match=r"no round within 0.05 s"):
+        scheduler.put_away(sequences, 0.05)
+    gate.opened.set()
+    first = sinks[1].get()
+    begun = scheduler.put_away(sequences, 10)
+    assert begun[0] is None
+    assert begun[1] is not None
+    assert begun[2] is not None
+    assert 0 < len(begun[1].answer) < 40
+    assert begun[2].answer == ()
+    assert scheduler.stats().running == scheduler.stats().waiting == 0
+    assert isinstance(first, GenerationChunk)
+    found = [token.id for token in first.tokens]
+    while first.finish_reason is None:
+        first = sinks[1].get()
+        assert isinstance(first, GenerationChunk)
+        found += [token.id for token in first.tokens]
+    last = sinks[2].get()
+    assert isinstance(last, GenerationChunk)
+    assert first.finish_reason == last.finish_reason == "cancelled"
+    other, _ = make(num_slots=1)
+    (one,) = submit(other, replace(runs, begun=begun[1]))
+    (two,) = submit(other, replace(waits, begun=begun[2]))
+    assert [*found, *ids_of(one)] == [(5 + i) % VOCAB for i in range(1, 41)]
+    assert ids_of(two) == [(20 + i) % VOCAB for i in range(1, 41)]
+    scheduler.close()
+    with pytest.raises(BackendError, match="closed"):
+        scheduler.put_away(sequences, 1)
