@@ -160,6 +160,66 @@ def test_formulas_are_mathml(shown: Browser):
     assert sum(structured for _, _, structured in found) >= 4
 
 
+@pytest.mark.parametrize(
+    ("line", "end"),
+    [
+        ("\\[\n", ""),
+        ("$$\n", "$"),
+        ("\\begin{align}\n", ""),
+        ("\\[\n", "\\] and so on\n"),
+        ("- \\[\n", "\\]\n"),
+        ("> \\[\n", "\n\\]\n"),
+        ("a\n\\[\n", "\\[ x \\] y\n"),
+    ],
+)
+def test_formulas_that_never_end_cost_what_their_length_is(line: str, end: str, browser: Browser):
+    """Texts that are cut out of the answer are counted, not the time."""
+    script = """
+    const { slice } = String.prototype;
+    const count = (lines) => {
+      const [root, view] = fresh();
+      let calls = 0;
+      String.prototype.slice = function (...given) { calls += 1; return slice.apply(this, given); };
+      try {
+        view.update(given.line.repeat(lines) + given.end, true);
+      } finally {
+        String.prototype.slice = slice;
+      }
+      root.remove();
+      return calls;
+    };
+    return [count(100), count(400)];
+    """
+    few, many = in_view(browser, script, {"line": line, "end": end})
+    assert few > 100  # the count counts
+    assert many < 5 * few
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\\[\nx\n\\]", ["x"]),
+        ("\\[ x \\]\n\\[ y \\]", ["x", "y"]),
+        ("\\[ x \\] so\n\n\\[\ny\n\\]", ["x", "y"]),
+        ("$$x$$\n$$\ny\n$$", ["x", "y"]),
+        ("- \\[\n  x\n  \\]\n- \\[ y \\]", ["x", "y"]),
+        ("> \\[\n> x\n> \\]\n\nand \\(y\\)", ["x", "y"]),
+        ("- \\[\n\nno list\n\n\\[ x \\]", ["x"]),
+        ("\\begin{cases}\nx\n\\end{cases}", ["{x"]),
+    ],
+)
+def test_formulas_end_where_they_are_closed(text: str, shown: list[str], browser: Browser):
+    script = """
+    const [root, view] = fresh();
+    view.update(given, true);
+    const found = [...root.querySelectorAll("math")].map((one) => one.textContent);
+    root.remove();
+    return found;
+    """
+    found = in_view(browser, script, text)
+    assert [formula.strip() for formula in found] == shown
+
+
 def test_code_has_its_language_its_colours_and_its_button(shown: Browser):
     blocks = shown.all(".assistant figure.code")
     assert [one.find_element(shown.by.CSS_SELECTOR, "figcaption span").text for one in blocks] == [

@@ -6,8 +6,7 @@ import { codeBlock, codeOf, extend, finish, languageOf, refresh } from "./code_b
 import { blocksOf, elementOf } from "./elements.js";
 import { patch } from "./patch.js";
 
-const MAX_BLOCK_CHARS = 60000;  // a longer block is no prose: it is shown as plain text
-const MAX_GROWING_CHARS = 20000;  // likewise until it is complete, since it is parsed time and again
+const MAX_BLOCK_CHARS = 20000;  // a longer block is no prose: it is shown as plain text
 const FENCE = /^(`{3,}|~{3,})([^\n]*)\n/m;
 const CONTAINERS = new Set(["P", "UL", "OL", "LI", "BLOCKQUOTE", "H3", "H4", "H5", "H6", "FIGURE", "PRE", "CODE",
   "SPAN", "EM", "STRONG", "S", "A", "DIV", "TABLE", "THEAD", "TBODY", "TR", "TH", "TD"]);
@@ -51,15 +50,14 @@ export class MarkdownView {
   /** Returns whether there is more to do. */
   #parse(final) {
     const tail = this.text.slice(this.done);
-    const most = final ? MAX_BLOCK_CHARS : MAX_GROWING_CHARS;
-    if (tail.length <= most) return this.#show(tail, final);
-    const fence = FENCE.exec(tail.slice(0, most));
+    if (tail.length <= MAX_BLOCK_CHARS) return this.#show(tail, final);
+    const fence = FENCE.exec(tail.slice(0, MAX_BLOCK_CHARS));
     if (fence?.index === 0) {
       this.#beginFence(fence[1], fence[2], this.done + fence[0].length);
       return true;
     }
     // Long texts are parsed in pieces that end where a block does.
-    const cut = fence ? fence.index : tail.lastIndexOf("\n\n", most) + 1;
+    const cut = fence ? fence.index : tail.lastIndexOf("\n\n", MAX_BLOCK_CHARS) + 1;
     if (!cut) return this.#beginPlain();
     this.#show(tail.slice(0, cut), true);
     this.done += cut;

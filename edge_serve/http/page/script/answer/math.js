@@ -8,6 +8,7 @@ const ENVIRONMENT = /^\\begin\{((?:equation|align|alignat|gather|multline|cases|
 const CACHE_SIZE = 300;
 
 const cache = new Map();
+const ahead = new WeakMap();  // by the state of a parse: where each close was looked for, and found
 
 /** Teaches a markdown-it about `\(..\)`, `\[..\]`, `$..$`, `$$..$$`, `\boxed{..}` and environments. */
 export function mathRules(md) {
@@ -65,41 +66,45 @@ function dollars(text) {
   return null;
 }
 
-function lineOf(state, line) {
-  return state.src.slice(state.bMarks[line] + state.tShift[line], state.eMarks[line]);
+// Where the next `close` is from a position on, or -1; looked for once, as every line may begin a formula.
+function nextClose(state, close, from) {
+  if (!ahead.has(state)) ahead.set(state, new Map());
+  const known = ahead.get(state).get(close);
+  if (known && known.from <= from && (known.at < 0 || from <= known.at)) return known.at;
+  const at = state.src.indexOf(close, from);
+  ahead.get(state).set(close, { from, at });
+  return at;
 }
 
 function blockRule(state, startLine, endLine, silent) {
-  const first = lineOf(state, startLine);
+  const begin = (line) => state.bMarks[line] + state.tShift[line];
+  const first = state.src.slice(begin(startLine), state.eMarks[startLine]);
   const environment = ENVIRONMENT.exec(first);
   const open = environment ? "" : first.startsWith("\\[") ? "\\[" : first.startsWith("$$") ? "$$" : null;
   if (open === null) return false;
   const close = environment ? `\\end{${environment[1]}}` : open === "$$" ? "$$" : "\\]";
-  const lines = [];
+  const end = nextClose(state, close, begin(startLine) + open.length);
+  const closed = end >= 0 && end < state.eMarks[endLine - 1];
+  if (!closed && !state.env.unfinished) return false;
+  const after = closed ? state.src.indexOf("\n", end) : -1;
+  if (closed && state.src.slice(end + close.length, after < 0 ? undefined : after).trim()) return false;
   let line = startLine;
-  for (let text = first.slice(open.length); ; text = lineOf(state, line)) {
-    const end = text.indexOf(close);
-    if (end >= 0) {
-      if (text.slice(end + close.length).trim()) return false;  // goes on within its line
-      lines.push(text.slice(0, end + (environment ? close.length : 0)));
-      break;
-    }
-    lines.push(text);
+  while (closed ? state.eMarks[line] <= end : line < endLine - 1) {
     line += 1;
-    const left = line < endLine && state.sCount[line] < state.blkIndent && lineOf(state, line);
-    if (line >= endLine || left) {
-      if (!state.env.unfinished || left) return false;
-      lines.unfinished = true;
-      break;
-    }
+    if (state.sCount[line] < state.blkIndent && begin(line) < state.eMarks[line]) return false;  // left the block
   }
   if (silent) return true;
+  const lines = [];
+  for (let at = startLine; at <= line; at += 1) {
+    const to = closed && at === line ? end + (environment ? close.length : 0) : state.eMarks[at];
+    lines.push(state.src.slice(begin(at) + (at === startLine ? open.length : 0), to));
+  }
   const token = state.push("math_block", "math", 0);
   token.block = true;
   token.content = lines.join("\n").trim();
-  token.map = [startLine, Math.min(line + 1, endLine)];
-  token.meta = { display: true, unfinished: lines.unfinished === true };
-  state.line = token.map[1];
+  token.map = [startLine, line + 1];
+  token.meta = { display: true, unfinished: !closed };
+  state.line = line + 1;
   return true;
 }
 
