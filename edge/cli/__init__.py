@@ -13,6 +13,7 @@ import io
 import json
 import os
 import platform
+import signal
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -101,6 +102,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command and leave with its exit code."""
+    if sys.argv[1:2] == ["serve"]:  # until it has handlers, or they would end it as it is loaded
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGTERM})
     if sys.stdin is None:  # closed, as by <&-
         sys.stdin = Path(os.devnull).open()  # noqa: SIM115
     if sys.stdout is None:

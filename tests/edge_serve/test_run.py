@@ -66,6 +66,32 @@ def test_sigterm_lets_running_requests_finish(tiny_bundles: Bundles):
         assert time.monotonic() - finished < 1.5
 
 
+EARLY = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, *others):
+        if name == "starlette":  # while the service is imported
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), getattr(signal, os.environ["EARLY"]))
+
+sys.meta_path.insert(0, Finder())
+from edge.cli import main
+main()
+"""
+
+
+def test_a_signal_before_it_listens_is_kept_until_it_does(tiny_bundles: Bundles):
+    serve = ("-c", EARLY, "serve", str(tiny_bundles("qwen2")), "--port", "0")
+    with child(*serve, EARLY="SIGTERM") as server:
+        assert server.process.wait(timeout=30) == 0
+        assert not any("ready" in line for line in server.log)
+    with child(*serve, EARLY="SIGHUP") as server:
+        server.wait_for("reloaded")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=30) == 0
+
+
 @pytest.mark.timing
 def test_a_second_sigterm_leaves_at_once(tiny_bundles: Bundles):
     with scripted_child(tiny_bundles("qwen2"), 0.2) as server, ThreadPoolExecutor(2) as pool:
