@@ -210,12 +210,18 @@ class Service:
         """Compare what the control groups leave with what the bundles take.
 
         Raises:
-            ResourceError: not even the weights fit.
+            ResourceError: they cannot be opened in it.
         """
         room, swap = read_room_bytes(), read_swap_bytes()
         if room is not None:
+            hard = read_room_bytes(is_hard=True)
             with contextlib.suppress(BundleError):  # opening it says so
-                check_room(self._settings, room + swap, read_rss_bytes() or 0)
+                check_room(
+                    self._settings,
+                    room + swap,
+                    read_rss_bytes() or 0,
+                    None if hard is None else hard + swap,
+                )
 
     async def _drain(self) -> None:
         self.models.is_draining = True

@@ -42,17 +42,18 @@ _V1 = _Version(
 )
 
 
-def read_room_bytes(root: Path = Path("/")) -> int | None:
+def read_room_bytes(root: Path = Path("/"), *, is_hard: bool = False) -> int | None:
     """Bytes that this process can take before a group's limit is met; None if nothing limits it.
 
     Args:
         root: where ``proc`` and ``sys`` are.
+        is_hard: count those limits alone at which the kernel ends a process.
     """
     rooms = [
         room
         for version, group, top in _groups(root, "memory")
         for directory in _chain(group, top)
-        if (room := _room(directory, version)) is not None
+        if (room := _room(directory, version, is_hard)) is not None
     ]
     return min(rooms, default=None)
 
@@ -103,8 +104,9 @@ def _chain(group: Path, top: Path) -> Iterator[Path]:
         yield group
 
 
-def _room(group: Path, version: _Version) -> int | None:
-    limits = [limit for name in version.limits if (limit := _number(group / name)) is not None]
+def _room(group: Path, version: _Version, is_hard: bool) -> int | None:
+    names = version.limits[:1] if is_hard else version.limits
+    limits = [limit for name in names if (limit := _number(group / name)) is not None]
     usage = _number(group / version.usage)
     if usage is None or not limits or min(limits) >= _UNLIMITED:
         return None

@@ -29,6 +29,7 @@ _log = logging.getLogger("edge_serve")
 # The plan is of the engine at its peak. A prompt's text, logits of scores and what malloc keeps of
 # them are not in it, nor is what the plan is wrong by (docs/planner.md).
 _PLAN_MARGIN = 1.25
+_PLAN_ERROR = 0.05  # by which a plan is above what is taken, at most
 _BODY_FACTOR = 4  # a body, its JSON, its texts, its tokens
 _MAX_FACTOR = 1.25  # from where processes are held up to where they are ended
 _TASKS = 128  # the loop, its workers, children, and libraries that start threads of their own
@@ -73,21 +74,28 @@ def unit_limits(settings: ServerSettings, num_cores: int | None = None) -> UnitL
     )
 
 
-def check_room(settings: ServerSettings, room_bytes: int, taken_bytes: int) -> None:
-    """Say in the log, before the bundles are opened, that a limit of memory is too small for them.
+def check_room(
+    settings: ServerSettings,
+    room_bytes: int,
+    taken_bytes: int,
+    hard_room_bytes: int | None = None,
+) -> None:
+    """Refuse, before the bundles are opened, a limit of memory that is too small to open them.
 
     The kernel ends a process that meets the limit of its control group without a word. What is
     compared is the least that a service on a CPU takes, with caches of `LEAST_CAPACITY` tokens
-    unless the settings say more; what GPUs allocate is not in the group.
+    unless the settings say more; what GPUs allocate is not in the group. Where that does not fit
+    but opening does, the log says so, since a cache takes memory as it fills.
 
     Args:
         settings: of the service.
         room_bytes: what the groups leave this process, swap included.
         taken_bytes: what it has by now.
+        hard_room_bytes: what those groups leave whose limit ends processes; None: no group has one.
 
     Raises:
         BundleError, ConfigError: see `unit_limits`.
-        ResourceError: not even the weights fit.
+        ResourceError: the weights do not fit, or opening the bundles meets a hard limit.
     """
     plans = [plan for plan, on_cpu in _plans(settings, LEAST_CAPACITY) if on_cpu]
     if not plans:
@@ -101,6 +109,14 @@ def check_room(settings: ServerSettings, room_bytes: int, taken_bytes: int) -> N
         raise ResourceError(
             f"the weights take {weights / 1e6:.0f} MB, and the memory limit of this process's "
             f"control group leaves {room_bytes / 1e6:.0f} MB; {raise_it}"
+        )
+    bare = [plan for plan, on_cpu in _plans(replace(settings, kv_capacity=1)) if on_cpu]
+    to_open = int((1 - _PLAN_ERROR) * _together(bare)) - taken_bytes
+    if hard_room_bytes is not None and to_open > hard_room_bytes:
+        raise ResourceError(
+            f"opening the bundles takes {to_open / 1e6:.0f} MB, and the memory limit of this "
+            f"process's control group leaves {hard_room_bytes / 1e6:.0f} MB, so the kernel would "
+            f"end it; {raise_it}"
         )
     least = max(_together(plans) - taken_bytes, weights)
     bodies = _BODY_FACTOR * settings.max_inflight_body_bytes

@@ -67,6 +67,11 @@ def test_the_smallest_of_the_chain_counts(tree: Tree):
     assert read_available_memory_bytes(tree.root) == 400 * MIB
     tree.v2("system.slice/edge.service", high=300 * MIB)
     assert read_room_bytes(tree.root) == 200 * MIB
+    assert read_room_bytes(tree.root, is_hard=True) == 400 * MIB
+    tree.v2("system.slice", max="max")
+    assert read_room_bytes(tree.root, is_hard=True) == 800 * MIB
+    tree.v2("system.slice/edge.service", max="max")
+    assert read_room_bytes(tree.root, is_hard=True) is None
     tree.v2("other.slice", max=1, high=1, current=1)  # not ours
     assert read_room_bytes(tree.root) == 200 * MIB
 
@@ -102,7 +107,7 @@ def test_version_1_and_its_parents(tree: Tree):
     tree.v1("docker/abc", 400 * MIB, 100 * MIB)
     assert read_room_bytes(tree.root) == 150 * MIB
     tree.v1("docker", V1_NONE, 500 * MIB)
-    assert read_room_bytes(tree.root) == 300 * MIB
+    assert read_room_bytes(tree.root) == read_room_bytes(tree.root, is_hard=True) == 300 * MIB
 
 
 def test_memory_may_be_in_version_1_beside_version_2(tree: Tree):
