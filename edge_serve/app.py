@@ -58,12 +58,13 @@ from .api.responses.plan import plan_response
 from .api.responses.protocol import ResponsesRequest
 from .api.responses.render import ResponseRender
 from .api.text import detokenize, tokenize, tokenizer_info
-from .http.access import APIKeys
-from .http.errors import APIError, renamed
+from .http.access import APIKeys, RateLimit
+from .http.errors import renamed
 from .http.guard import App, Guard, Receive, Scope, Send, read_body
 from .http.memory import Trimmer
 from .http.page import page_files
 from .http.priority import priority_of
+from .http.probes import HEALTHY
 from .http.threads import LARGE_BYTES, Lane, Lanes, in_thread
 from .models.registry import Choice, ModelRegistry, ServedModel
 from .settings import ServerSettings
@@ -78,7 +79,11 @@ _AS_IN_CHATS: Mapping[str, str] = MappingProxyType({})
 
 
 def create_app(
-    models: ModelRegistry, settings: ServerSettings, metrics: Metrics, keys: APIKeys | None
+    models: ModelRegistry,
+    settings: ServerSettings,
+    metrics: Metrics,
+    keys: APIKeys | None,
+    arrivals: RateLimit | None = None,
 ) -> App:
     """Make the application with its guard.
 
@@ -87,6 +92,7 @@ def create_app(
         settings: limits.
         metrics: counts requests, choices of models and rejections.
         keys: of those who may call; None lets everyone on this machine.
+        arrivals: bounds what one address may send.
     """
     trimmer = Trimmer()
     endpoints = _Endpoints(models, settings, metrics, trimmer)
@@ -103,9 +109,10 @@ def create_app(
         public=frozenset(page_files()),
         is_draining=lambda: models.is_draining,
         on_rejection=metrics.observe_rejection,
-        on_large=trimmer.soon,
+        on_end=trimmer.ended,
         on_ignored_client=metrics.observe_ignored_client,
         error_body=error_body,
+        arrivals=arrivals,
     )
 
 
@@ -363,20 +370,10 @@ class _Endpoints:
     # ------------------------------------------------------------------------------- state
 
     async def _health(self, request: Request) -> Response:
-        return json_response({"status": "ok"})
+        return json_response(HEALTHY)
 
     async def _ready(self, request: Request) -> Response:
-        reason = self._models.not_ready()
-        if reason is not None:
-            raise APIError(503, reason, f"the server is not ready: {reason}", retry_after_s=5)
-        engines = self._models.engines().values()
-        return json_response(
-            {
-                "status": "ready",  # anybody may ask, so no model is named
-                "backends": sorted({engine.labels["backend"] for engine in engines}),
-                "warnings": sorted({engine.warning for engine in engines if engine.warning}),
-            }
-        )
+        return json_response(self._models.readiness())
 
     async def _metrics_text(self, request: Request) -> Response:
         from .observe.metric_families import CONTENT_TYPE

@@ -26,8 +26,10 @@ from .api.samples import check_decoding
 from .app import create_app
 from .http.connections import Connections, listen, possible_connections, raise_file_limit
 from .http.errors import APIError
+from .http.guard import check_host, limit_arrivals
 from .http.memory import limit_arenas
 from .http.messages import make_server
+from .http.probes import Probes, Ready
 from .http.threads import in_thread
 from .inputs import read_inputs
 from .models.limits import check_room
@@ -75,6 +77,7 @@ class Service:
         models: models that are served.
         metrics: counters of what is served.
         port: TCP port on which the service listens, once `run` has begun.
+        probes: the listener of ``probe_port``, if there is one.
         is_clean: false if an engine did not stop; the process should then end at once.
 
     Raises:
@@ -126,11 +129,23 @@ class Service:
         limits = replace(settings, max_connections=num_connections)
         connections = Connections(num_connections, settings.max_connections_per_address)
         self._keys = inputs.keys
-        app = create_app(self.models, limits, self.metrics, self._keys)
-        self._server = make_server(app, limits, connections)
+        arrivals = limit_arrivals(settings)
+        app = create_app(self.models, limits, self.metrics, self._keys, arrivals)
+        self._server = make_server(
+            app, limits, connections, arrivals, self.metrics.observe_rejection
+        )
         self._socket = listen(settings.host, settings.port)
         self._socket.on_lack = connections.close_idlest
         self.port: int = self._socket.getsockname()[1]
+        self.probes: Probes | None = None
+        if settings.probe_port is not None:
+            try:
+                listener = listen(settings.host, settings.probe_port, "--probe-port")
+            except ConfigError:
+                self._socket.close()
+                raise
+            check = partial(check_host, settings, self._keys)
+            self.probes = Probes(listener, check, self._readiness())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stops = 0
         self._stopped = asyncio.Event()
@@ -151,6 +166,8 @@ class Service:
             EdgeError: a model could not be opened.
         """
         self._loop = asyncio.get_running_loop()
+        if self.probes is not None:
+            self.probes.start()
         with self._signals():
             serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
             watching = [asyncio.create_task(each) for each in (self._watch(), self._watch_heat())]
@@ -169,6 +186,8 @@ class Service:
                 self._server.force_exit = self._forced.is_set()
                 await serving
                 await self._close()
+                if self.probes is not None:
+                    self.probes.close()
         return FORCED_EXIT if self._forced.is_set() else self._exit_code
 
     # ------------------------------------------------------------------------------- phases
@@ -180,6 +199,8 @@ class Service:
             EdgeError: a model could not be opened.
         """
         _log.info("listening on %s port %d", self._settings.host, self.port)
+        if self.probes is not None:
+            _log.info("probes are answered on port %d", self.probes.port)
         self._notifier.send(status="loading")
         await in_thread(self._check_room)
         loading = _in_daemon(lambda: self.models.load(self._settings.model))
@@ -194,6 +215,7 @@ class Service:
         stopped.cancel()
         await loading
         _log.info("ready: %s", ", ".join(self._settings.model))
+        self._publish()
         self._notifier.send(ready=1, status="serving")
         self._loaded.set()
         # systemd takes a reload during the start for a part of it, and sends no signal.
@@ -225,6 +247,7 @@ class Service:
 
     async def _drain(self) -> None:
         self.models.is_draining = True
+        self._publish()
         self._notifier.send(stopping=1, status="draining")
         running = self.models.num_flights
         _log.info("stopping; %d requests may take %g s", running, self._settings.drain_timeout_s)
@@ -263,11 +286,22 @@ class Service:
         while True:
             with self._survived("a look at the engines"):
                 self.models.beat()
+                self._publish()
                 now = time.monotonic()
                 if feed_s is not None and now - fed >= feed_s and self.models.is_alive:
                     fed = now
                     self._notifier.send(watchdog=1)
             await asyncio.sleep(_BEAT_S)
+
+    def _readiness(self) -> Ready:
+        try:
+            return self.models.readiness()
+        except APIError as error:
+            return error
+
+    def _publish(self) -> None:
+        if self.probes is not None:
+            self.probes.publish(self._readiness())
 
     async def _watch_heat(self) -> None:
         """Read temperatures, for ever, one look at a time; until one ends, the last one counts."""

@@ -23,6 +23,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _NAME = re.compile(r"[!-~]{1,128}")
 _Positive = Annotated[int, Meta(ge=1)]
 _Count = Annotated[int, Meta(ge=0)]
+_Port = Annotated[int, Meta(ge=0, le=65535)]
 _Seconds = Annotated[float, Meta(gt=0)]
 
 
@@ -39,6 +40,8 @@ class ServerSettings(EngineConfig):
         log_level: least severity that is logged.
         host: address to listen on.
         port: TCP port; 0 takes a free one.
+        probe_port: TCP port on which a thread of its own answers /health and /ready, also while the
+            event loop has no time for them; there is none by default, and 0 takes a free one.
         api_key_file: file of API keys, one per line as ``NAME:KEY`` or just the key; without it
             everyone may call.
         allow_open: listen beyond loopback without a key file.
@@ -75,6 +78,9 @@ class ServerSettings(EngineConfig):
         request_timeout_s: seconds that a generation may take, its wait included, before it ends
             with an error.
         rate_limit_rpm: requests per minute and key; 0 is no limit.
+        rate_limit_address_rps: requests per second and address (of IPv6 of one network of 64 bits),
+            or of what a trusted proxy says in x-edge-client, probes and refused ones included; ten
+            seconds' worth may come at once; 0 is no limit.
         drain_timeout_s: seconds that running requests may go on after SIGTERM.
         vllm_metrics: also expose the metrics under the names that vLLM has for them.
         drift_baseline: file of what requests usually ask for; a window that differs is an alarm.
@@ -88,7 +94,8 @@ class ServerSettings(EngineConfig):
     log_format: LogFormat = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535)] = DEFAULT_PORT
+    port: _Port = DEFAULT_PORT
+    probe_port: _Port | None = None
     api_key_file: Path | None = None
     allow_open: bool = False
     default_model: str | None = None
@@ -115,6 +122,7 @@ class ServerSettings(EngineConfig):
     ping_s: _Seconds = 15.0
     request_timeout_s: _Seconds | None = 600.0
     rate_limit_rpm: _Count = 0
+    rate_limit_address_rps: _Count = 100
     drain_timeout_s: Annotated[float, Meta(ge=0)] = 30.0
     vllm_metrics: bool = False
     drift_baseline: Path | None = None
@@ -124,7 +132,7 @@ class ServerSettings(EngineConfig):
 
     SECTIONS: ClassVar[dict[Section, tuple[str, ...]]] = {
         "Models": ("model", "default_model"),
-        "Network": ("host", "port", "api_key_file", "allow_open"),
+        "Network": ("host", "port", "probe_port", "api_key_file", "allow_open"),
         "Limits": (
             "max_body_bytes", "max_connections", "request_timeout_s", "rate_limit_rpm",
             "drain_timeout_s",
@@ -143,6 +151,10 @@ class ServerSettings(EngineConfig):
                     "spaces; name it with --model NAME=BUNDLE"
                 )
         _ = self.proxy_networks
+        if self.port and self.port == self.probe_port:
+            raise ConfigError(
+                f"port and probe_port are both {self.port}; give another --probe-port"
+            )
         if self.max_inflight_body_bytes < self.max_body_bytes:
             raise ConfigError(
                 f"max_inflight_body_bytes, {self.max_inflight_body_bytes}, is less than one body "

@@ -119,7 +119,8 @@ def test_the_server_is_published_on_loopback_with_keys(compose: dict[str, Any]):
     assert all(name.startswith(prefix) for name in serve["environment"])
     assert set(given) <= {field.name for field in fields(ServerSettings)}
     assert given["api_key_file"] == keys["target"]
-    assert ":8000/ready" in serve["healthcheck"]["test"][-1]
+    port = serve["environment"]["EDGE_LLM_SERVE_PROBE_PORT"]
+    assert f":{port}/ready" in serve["healthcheck"]["test"][-1]
     assert serve["restart"] == "unless-stopped"  # on-failure leaves it down after a clean reboot
     assert serve["stop_grace_period"] == f"{ServerSettings().drain_timeout_s + 10:g}s"
 

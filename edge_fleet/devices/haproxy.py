@@ -91,7 +91,7 @@ backend devices
     option abortonclose
     retry-on conn-failure empty-response 429 503
     http-response set-header X-Edge-Device %s
-    default-server check inter 1s fastinter 250ms downinter 1s fall 2 rise 1 maxconn {per_device} observe layer4 error-limit 3 on-error fastinter
+    default-server check{probe_port} inter 1s fastinter 250ms downinter 1s fall 2 rise 1 maxconn {per_device} observe layer4 error-limit 3 on-error fastinter
 {servers}
 """  # noqa: E501 - HAProxy knows no continued lines
 
@@ -163,6 +163,7 @@ def configuration(
     queue_s: int = 30,
     answer_s: int = 660,
     retries: int = 2,
+    probe_port: int | None = None,
     drop_root: bool = True,
 ) -> str:
     """Write the configuration; `check` asks HAProxy what it thinks of it.
@@ -178,6 +179,7 @@ def configuration(
         answer_s: seconds that an answer, or a silence in a stream, may last; longer than the
             devices' own ``request_timeout_s``.
         retries: how often a request is tried again before its first byte.
+        probe_port: the devices' own ``probe_port``; None asks for their health where requests go.
         drop_root: give up root's rights once it listens; it cannot start without them then.
 
     Raises:
@@ -213,6 +215,7 @@ def configuration(
         full=_envelope(429, "queue_full", "all devices are busy; try again"),
         max_queue=max_queue,
         retries=retries,
+        probe_port="" if probe_port is None else f" port {probe_port}",
         per_device=slots,
         servers="\n".join(f"    server {device.name} {device.address}" for device in devices),
     )
@@ -322,6 +325,13 @@ def check(text: str) -> None:
     help="How often a request is tried again before its first byte.",
 )
 @click.option(
+    "--probe-port",
+    type=click.IntRange(1, 65535),
+    metavar="PORT",
+    help="The devices' --probe-port, where a busy one answers, too; none by default: their health "
+    "is asked where requests go.",
+)
+@click.option(
     "--drop-root/--no-drop-root",
     default=True,
     help="Let HAProxy give up root's rights once it listens, for the user haproxy of Debian's "
@@ -341,6 +351,7 @@ def haproxy(
     queue_s: int,
     answer_s: int,
     retries: int,
+    probe_port: int | None,
     drop_root: bool,
     checks: bool,
 ) -> None:
@@ -358,6 +369,7 @@ def haproxy(
         queue_s=queue_s,
         answer_s=answer_s,
         retries=retries,
+        probe_port=probe_port,
         drop_root=drop_root,
     )
     if checks:

@@ -22,7 +22,14 @@ from edge.runtime.sampling_params import SamplingParams
 from edge_serve.http.access import Client
 from edge_serve.http.errors import APIError
 from edge_serve.http.guard import Receive
-from edge_serve.http.threads import ClientGoneError, Lane, OnPiece, in_thread, until_gone
+from edge_serve.http.threads import (
+    ClientGoneError,
+    Lane,
+    OnPiece,
+    check_there,
+    in_thread,
+    until_gone,
+)
 from edge_serve.models.flight import Flight
 from edge_serve.models.registry import ServedModel
 from edge_serve.settings import ServerSettings
@@ -188,6 +195,8 @@ async def respond(turn: Turn, make_plan: Callable[[], Plan], render: Render) -> 
         deadline_s = None if (most_s := settings.request_timeout_s) is None else clock() + most_s
         echoes = await _echoes(turn, plan, ids, deadline_s)
         plan = await _compile(turn, plan, deadline_s)
+        check_there(turn.receive)
+        _take_out_left(model, len(ids) * plan.n)
         generations = await in_thread(partial(_submit, turn, plan, ids, deadline_s))
         flight = Flight(model, generations, plan.params, turn.metrics, user=plan.user, arm=turn.arm)
     render.begin(plan, sum(map(len, ids)))
@@ -345,6 +354,15 @@ async def _loosened(
     return form
 
 
+def _take_out_left(model: ServedModel, num_sequences: int) -> None:
+    """Where the queue has no room for so many, end what is there for clients that have left."""
+    scheduler = model.llm.scheduler
+    stats = scheduler.stats()
+    if stats.running + stats.waiting + num_sequences > scheduler.max_batch + stats.queue_capacity:
+        for flight in list(model.flights):
+            flight.end_if_left()
+
+
 def _submit(
     turn: Turn, plan: Plan, encoded: Sequence[list[int]], deadline_s: float | None
 ) -> list[Generation]:
@@ -387,6 +405,7 @@ async def _wait_for(flight: Flight, receive: Receive) -> None:
         ClientGoneError: the client left.
         EdgeError, APIError: the answer failed.
     """
+    flight.receive = receive
     gone = asyncio.create_task(until_gone(receive))
     gone.add_done_callback(lambda _: flight.abort(ClientGoneError("the client left")))
     try:

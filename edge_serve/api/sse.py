@@ -124,6 +124,7 @@ class EventStream(Response):  # type: ignore[misc]
         """Write until the flight ends or the client leaves."""
         flight, buffer = self._flight, self._buffer
         flight.done.add_done_callback(lambda _: buffer.close())
+        flight.receive = receive
         gone = asyncio.create_task(until_gone(receive))
         gone.add_done_callback(lambda _: flight.abort(ClientGoneError("the client left")))
         pinger = asyncio.create_task(self._ping())

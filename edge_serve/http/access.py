@@ -14,6 +14,7 @@ from edge_lab.key_file import key_digest, read_key_file
 from edge_serve.settings import Network, is_loopback
 
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{0,5})?")
+_MOST_CLIENTS = 4096  # that a rate limit remembers
 _SAID = re.compile(rb"[ -~]{1,100}")
 
 
@@ -91,6 +92,16 @@ def address_group(address: str) -> str:
     return address
 
 
+def is_in(address: str, networks: Sequence[Network]) -> bool:
+    """Whether an address is in one of the networks; what is no address is in none."""
+    try:
+        plain = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    plain = getattr(plain, "ipv4_mapped", None) or plain
+    return any(plain in network for network in networks)
+
+
 class Origins:
     """Tells clients without a key apart: by address, behind a trusted proxy by what it says.
 
@@ -113,14 +124,7 @@ class Origins:
         group = address_group(address)
         if said is None:
             return group
-        try:
-            plain = ipaddress.ip_address(address.partition("%")[0])
-        except ValueError:
-            is_trusted = False
-        else:
-            plain = getattr(plain, "ipv4_mapped", None) or plain
-            is_trusted = any(plain in network for network in self._trusted)
-        if not is_trusted:
+        if not is_in(address, self._trusted):
             self._on_ignored()
         elif _SAID.fullmatch(said):
             return address_group(said.decode())
@@ -157,28 +161,46 @@ def is_cross_site(method: str, header: Callable[[bytes], bytes | None]) -> bool:
 
 
 class RateLimit:
-    """A bucket of tokens for each client: bursts up to a minute's worth, then a steady rate.
+    """A bucket of tokens for each client: a burst, then a steady rate.
 
     Args:
         per_minute: requests that a client may send in a minute; 0 sets no limit.
         clock: returns monotonic seconds.
+        burst: requests that a client may send at once; None is a minute's worth.
     """
 
-    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        per_minute: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        burst: int | None = None,
+    ) -> None:
         self._per_minute = per_minute
+        self._burst = float(per_minute if burst is None else burst)
         self._clock = clock
-        # By client (there are few): tokens, and when they were counted.
+        # By client, who came last at the end: tokens, and when they were counted.
         self._levels: dict[str, tuple[float, float]] = {}
 
     def take(self, client: str) -> float:
         """Take a token of this client; returns 0, or the seconds until there is one."""
         if not self._per_minute:
             return 0.0
+        now, level = self._clock(), self._level(client)
+        self._levels.pop(client, None)
+        if len(self._levels) >= _MOST_CLIENTS:
+            del self._levels[next(iter(self._levels))]
+        self._levels[client] = (level - (level >= 1), now)
+        return self._wait_s(level)
+
+    def wait_s(self, client: str) -> float:
+        """Return what `take` would, and take nothing."""
+        return self._wait_s(self._level(client)) if client in self._levels else 0.0
+
+    def _level(self, client: str) -> float:
         now = self._clock()
-        level, since = self._levels.get(client, (float(self._per_minute), now))
-        level = min(self._per_minute, level + (now - since) * self._per_minute / 60)
-        if level < 1:
-            self._levels[client] = (level, now)
-            return (1 - level) * 60 / self._per_minute
-        self._levels[client] = (level - 1, now)
-        return 0.0
+        level, since = self._levels.get(client, (self._burst, now))
+        return min(self._burst, level + (now - since) * self._per_minute / 60)
+
+    def _wait_s(self, level: float) -> float:
+        return 0.0 if level >= 1 else (1 - level) * 60 / self._per_minute

@@ -24,7 +24,7 @@ from edge_serve.settings import ServerSettings, is_loopback
 from .access import APIKeys, Client, Origins, RateLimit, is_cross_site, is_local
 from .bodies import BodyAccount, BodyBudget
 from .errors import APIError, as_api_error, draining
-from .threads import LARGE_BYTES
+from .threads import check_there
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -46,6 +46,7 @@ _ABSOLUTE = re.compile(rb"https?://([^/@]+)(?=/|$)", re.IGNORECASE)
 # A refused body is read up to these bounds, so that its sender sees the answer and not a reset.
 _DISCARD_FACTOR = 4
 _DISCARD_S = 1.0
+_BURST_S = 10
 
 
 class Guard:
@@ -58,9 +59,10 @@ class Guard:
         public: paths that need no key, besides `PUBLIC`.
         is_draining: tells whether the server is about to stop.
         on_rejection: called with the code of every error that is answered here.
-        on_large: called when a request with a large body has ended.
+        on_end: called when a request has ended, with the bytes of its body.
         on_ignored_client: called when ``x-edge-client`` comes from no trusted proxy.
         error_body: writes an error in the form of the path's protocol.
+        arrivals: bounds what one address may send; None makes one of the settings.
     """
 
     def __init__(
@@ -72,9 +74,10 @@ class Guard:
         public: frozenset[str] = frozenset(),
         is_draining: Callable[[], bool] = lambda: False,
         on_rejection: Callable[[str], None] = lambda code: None,
-        on_large: Callable[[], None] = lambda: None,
+        on_end: Callable[[int], None] = lambda num_bytes: None,
         on_ignored_client: Callable[[], None] = lambda: None,
         error_body: ErrorBody = lambda error, scope: error.body(),
+        arrivals: RateLimit | None = None,
     ) -> None:
         self._app = app
         self._error_body = error_body
@@ -83,9 +86,10 @@ class Guard:
         self._public = PUBLIC | public
         self._is_draining = is_draining
         self._on_rejection = on_rejection
-        self._on_large = on_large
+        self._on_end = on_end
         self._origins = Origins(settings.proxy_networks, on_ignored_client)
         self._rate = RateLimit(settings.rate_limit_rpm)
+        self._arrivals = arrivals or limit_arrivals(settings)
         self._bodies = BodyBudget(settings.max_inflight_body_bytes, settings.max_body_bytes)
         self._under_way: Counter[str] = Counter()  # requests by the name of their key
 
@@ -96,7 +100,8 @@ class Guard:
         headers = _Headers(scope["headers"])
         _take_absolute(scope, headers)
         request_id = scope["request_id"] = _request_id(headers)
-        body = _Body(receive, headers)
+        connection = scope.get("state", {}).get("connection")
+        body = _Body(receive, headers, connection)
         key: str | None = None
         started = time.perf_counter()
         status = 0
@@ -117,14 +122,27 @@ class Guard:
             await send(message)
 
         try:
-            self._check(scope, headers)
+            origin = self._count(scope, headers)
+            if scope["method"] == "POST":
+                check_there(body)
+            if connection is not None and connection.is_surplus and scope["path"] not in PROBES:
+                raise APIError(
+                    503,
+                    "too_many_connections",
+                    "all connections are in use; try again in a moment",
+                    retry_after_s=1,
+                    close=True,
+                )
+            self._check(scope, headers, origin)
             if self._keys is not None and scope["path"] not in self._public | PROBES:
                 key = self._enter(scope["client_name"])
             body.account = self._bodies.account(scope["client_identity"].origin)
             body.account.check(min(_length(headers), self._settings.max_body_bytes))
-            await self._app(scope, body.receive, send_with_id)
+            await self._app(scope, body, send_with_id)
         except ConnectionError:
             status = status or 499  # nginx's number for a client that left
+            if connection is not None:
+                connection.abort()
         except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # noqa: BLE001 - nothing above can answer, a panic neither
@@ -146,8 +164,7 @@ class Guard:
                 self._leave(key)
             if body.account is not None:
                 body.account.close()
-            if body.num_bytes >= LARGE_BYTES:
-                self._on_large()
+            self._on_end(body.num_bytes)
             _log.log(
                 logging.DEBUG if scope["path"] in PROBES else logging.INFO,
                 "%s %s %d %.1f ms",
@@ -174,17 +191,21 @@ class Guard:
     def _leave(self, key: str) -> None:
         self._under_way[key] -= 1
 
-    def _check(self, scope: Scope, headers: _Headers) -> None:
+    def _count(self, scope: Scope, headers: _Headers) -> str:
+        """Count a request of the address that it comes from; returns that, as `Origins` does.
+
+        Raises:
+            APIError: 429, it sends too many.
+        """
+        address = scope.get("client")
+        origin = self._origins.find(address[0] if address else "", headers.get(b"x-edge-client"))
+        wait_s = self._arrivals.take(origin) if origin else 0.0  # none in this process
+        if wait_s:
+            raise too_fast(self._settings, wait_s)
+        return origin
+
+    def _check(self, scope: Scope, headers: _Headers, origin: str) -> None:
         settings = self._settings
-        connection = scope.get("state", {}).get("connection")
-        if connection is not None and connection.is_surplus and scope["path"] not in PROBES:
-            raise APIError(
-                503,
-                "too_many_connections",
-                "all connections are in use; try again in a moment",
-                retry_after_s=1,
-                close=True,
-            )
         if scope["http_version"] not in ("1.0", "1.1"):
             raise APIError(505, "http_version", "speak HTTP/1.1", close=True)
         if headers.num_bytes + len(scope["raw_path"]) > settings.max_header_bytes:
@@ -202,13 +223,7 @@ class Guard:
                 "the request has both Transfer-Encoding and Content-Length; send one of them",
                 close=True,
             )
-        if not self._host_is_ours(headers.get(b"host")):
-            raise APIError(
-                403,
-                "host_not_allowed",
-                "this server answers to localhost only while it has no API keys",
-                close=True,
-            )
+        check_host(settings, self._keys, headers.get(b"host"))
         if self._keys is None and is_cross_site(scope["method"], headers.get):
             raise APIError(
                 403,
@@ -217,17 +232,11 @@ class Guard:
                 "programs and its own page only",
                 close=True,
             )
-        self._authenticate(scope, headers)
+        self._authenticate(scope, headers, origin)
         if scope["method"] == "POST" and self._is_draining():
             raise draining()
 
-    def _host_is_ours(self, host: bytes | None) -> bool:
-        """Whether the host is one of ours; without keys, a web page could use its own DNS name."""
-        if self._keys is not None or not is_loopback(self._settings.host) or host is None:
-            return True
-        return is_local(host)
-
-    def _authenticate(self, scope: Scope, headers: _Headers) -> None:
+    def _authenticate(self, scope: Scope, headers: _Headers, origin: str) -> None:
         client: Client | None = None
         if self._keys is not None:
             client = self._keys.find(headers.get(b"authorization"), headers.get(b"x-api-key"))
@@ -237,8 +246,6 @@ class Guard:
                     "invalid_api_key",
                     "no valid API key; send it as Authorization: Bearer KEY or as x-api-key: KEY",
                 )
-        address = scope.get("client")
-        origin = self._origins.find(address[0] if address else "", headers.get(b"x-edge-client"))
         client = client or Client(origin=origin)
         scope["client_identity"] = client
         scope["client_name"] = client.name
@@ -251,6 +258,39 @@ class Guard:
                     f"more than {self._settings.rate_limit_rpm} requests a minute; wait",
                     retry_after_s=wait_s,
                 )
+
+
+def check_host(settings: ServerSettings, keys: APIKeys | None, host: bytes | None) -> None:
+    """Refuse the name of another host; without keys, a web page could use its own DNS name.
+
+    Raises:
+        APIError: 403.
+    """
+    if keys is None and is_loopback(settings.host) and not (host is None or is_local(host)):
+        raise APIError(
+            403,
+            "host_not_allowed",
+            "this server answers to localhost only while it has no API keys",
+            close=True,
+        )
+
+
+def limit_arrivals(settings: ServerSettings) -> RateLimit:
+    """Make the bound on what one address may send: its rate, and `_BURST_S` of it at once."""
+    rps = settings.rate_limit_address_rps
+    return RateLimit(60 * rps, burst=_BURST_S * rps)
+
+
+def too_fast(settings: ServerSettings, wait_s: float) -> APIError:
+    """Make a 429: an address sends too many requests."""
+    return APIError(
+        429,
+        "address_rate_exceeded",
+        f"more than {settings.rate_limit_address_rps} requests a second come from this address; "
+        "send fewer",
+        retry_after_s=wait_s,
+        close=True,
+    )
 
 
 class _Headers:
@@ -322,7 +362,7 @@ async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) ->
 
     Raises:
         APIError: 413 where it is too large, 408 where it is too slow, 415 where it is not JSON.
-        ConnectionError: the client left.
+        ConnectionError: the client left, after the last byte of it at the latest.
     """
     _check_body_headers(scope, settings.max_body_bytes)
     parts: list[bytes] = []
@@ -342,6 +382,7 @@ async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) ->
 
     try:
         await asyncio.wait_for(read(), settings.body_timeout_s)
+        check_there(receive)
         return b"".join(parts)
     except asyncio.TimeoutError:
         raise APIError(
@@ -356,17 +397,23 @@ async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) ->
 
 
 class _Body:
-    """The body of a request as it arrives, and whether it was read to its end."""
+    """The body of a request as it arrives, and whether it was read to its end: ASGI's `receive`."""
 
-    def __init__(self, receive: Receive, headers: _Headers) -> None:
+    def __init__(self, receive: Receive, headers: _Headers, connection: Any = None) -> None:
         self._receive = receive
+        self._connection = connection
         self.account: BodyAccount | None = None
         self.num_bytes = 0
         length = headers.get(b"content-length")
         self.is_complete = not headers.has(b"transfer-encoding") and length in (None, b"0")
 
-    async def receive(self) -> Message:
-        """Receive the next message, as ASGI's ``receive``."""
+    @property
+    def has_left(self) -> bool:
+        """Whether the client has left; see `check_there`."""
+        return self._connection is not None and self._connection.has_left
+
+    async def __call__(self) -> Message:
+        """Receive the next message."""
         message = await self._receive()
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
             self.is_complete = True
@@ -384,7 +431,7 @@ class _Body:
         async def read() -> None:
             total = 0
             while not self.is_complete and total <= limit_bytes:
-                total += len((await self.receive()).get("body", b""))
+                total += len((await self()).get("body", b""))
 
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(read(), _DISCARD_S)

@@ -12,9 +12,15 @@ import ctypes
 import gc
 import os
 
+from edge.device.process import read_rss_bytes
+
+from .threads import LARGE_BYTES
+
 _ARENA_MAX = -8  # M_ARENA_MAX of malloc.h
 _ARENAS = 2
 _TRIM_AFTER_S = 0.5
+_LOOK_EVERY_S = 10.0
+_GROWN_BYTES = 16 * 2**20  # by which small requests must have made the process larger
 _libc = ctypes.CDLL(None)
 _has_trim = hasattr(_libc, "malloc_trim")  # musl has neither
 
@@ -32,10 +38,23 @@ def limit_arenas() -> bool:
 
 
 class Trimmer:
-    """Gives free memory back to the system a moment after it was asked to; for one event loop."""
+    """Gives free memory back to the system, now and then; for one event loop."""
 
     def __init__(self) -> None:
-        self._waits = False
+        self._waits = self._looks = False
+        self._kept_bytes = 0  # what the process had after the last time
+
+    def ended(self, num_bytes: int) -> None:
+        """Note the end of a request; trim in a moment after a large one, and where others add up.
+
+        Args:
+            num_bytes: length of the request's body.
+        """
+        if num_bytes >= LARGE_BYTES:
+            self.soon()
+        elif not self._looks:
+            self._looks = True
+            asyncio.get_running_loop().call_later(_LOOK_EVERY_S, self._look)
 
     def soon(self) -> None:
         """Trim in a moment, in a thread; calls until then are one."""
@@ -43,11 +62,16 @@ class Trimmer:
             self._waits = True
             asyncio.get_running_loop().call_later(_TRIM_AFTER_S, self._trim)
 
+    def _look(self) -> None:
+        self._looks = False
+        if (read_rss_bytes() or 0) > self._kept_bytes + _GROWN_BYTES:
+            self.soon()
+
     def _trim(self) -> None:
         self._waits = False
-        asyncio.get_running_loop().run_in_executor(None, _give_back)
+        asyncio.get_running_loop().run_in_executor(None, self._give_back)
 
-
-def _give_back() -> None:
-    gc.collect()  # a traceback, say, holds what it saw in a cycle
-    _libc.malloc_trim(0)
+    def _give_back(self) -> None:
+        gc.collect()  # a traceback, say, holds what it saw in a cycle
+        _libc.malloc_trim(0)
+        self._kept_bytes = read_rss_bytes() or 0

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from edge_serve.settings import ServerSettings
+from edge_serve.settings import Network, ServerSettings
 
-from .access import address_group
-from .connections import Connections
+from .access import RateLimit, address_group, is_in
+from .connections import Connections, has_left
 from .errors import APIError
-from .guard import App
+from .guard import App, too_fast
 
 _READ_BYTES = 64 * 2**10
 _PIECE_BYTES = 4 * 2**10
@@ -33,6 +33,9 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
 
     settings: ServerSettings  # these are set by the subclass that `make_server` makes
     open_connections: Connections
+    arrivals: RateLimit
+    trusted: Sequence[Network]
+    on_rejection: Callable[[str], None]
     group = ""
     is_surplus = False
 
@@ -66,8 +69,16 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
             return True
         return self.conn.their_state is h11.SEND_BODY
 
+    @property
+    def has_left(self) -> bool:
+        """Whether the client has left, also where nothing of it has been read yet."""
+        sock = self.transport.get_extra_info("socket")
+        return self.transport.is_closing() or sock is None or has_left(sock)
+
     def abort(self) -> None:
         """See `Connection.abort`."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # else uvicorn misses an answer until it hears of it
         self.transport.abort()
 
     def on_response_complete(self) -> None:
@@ -76,6 +87,8 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
 
     def data_received(self, data: bytes) -> None:
         self.open_connections.touch(self)
+        if self.conn.their_state is h11.IDLE and self._is_too_fast():
+            return
         for start in range(0, len(data), _PIECE_BYTES):
             self._take(data[start : start + _PIECE_BYTES])
             if self.transport.is_closing():
@@ -85,6 +98,19 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
         elif self._head_timer is None:
             # These are the first bytes of the next head on an idle connection.
             self._start_head_timer()
+
+    def _is_too_fast(self) -> bool:
+        """Whether its address has sent too much already; it is told so, and nothing is parsed.
+
+        The guard counts requests, which knows whom a trusted proxy asks for.
+        """
+        wait_s = self.arrivals.wait_s(self.group)
+        if not wait_s or (self.client is not None and is_in(self.client[0], self.trusted)):
+            return False
+        error = too_fast(self.settings, wait_s)
+        self.on_rejection(error.code)
+        self._answer_and_close(error)
+        return True
 
     def _take(self, piece: bytes) -> None:
         """Parse what was received, unless it is a body in chunks of a byte: each costs a pass."""
@@ -186,11 +212,30 @@ class Server(uvicorn.Server):  # type: ignore[misc]
         yield
 
 
-def make_server(app: App, settings: ServerSettings, connections: Connections) -> Server:
-    """Make the server of an application; it stops once ``should_exit`` is set."""
-    protocol: type[Any] = type(
-        "Protocol", (_Protocol,), {"settings": settings, "open_connections": connections}
-    )
+def make_server(
+    app: App,
+    settings: ServerSettings,
+    connections: Connections,
+    arrivals: RateLimit | None = None,
+    on_rejection: Callable[[str], None] = lambda code: None,
+) -> Server:
+    """Make the server of an application; it stops once ``should_exit`` is set.
+
+    Args:
+        app: the application.
+        settings: limits.
+        connections: bounds what is open at once.
+        arrivals: bounds what one address may send; the application's guard counts in it.
+        on_rejection: called with the code of what is refused before it is a request.
+    """
+    fields = {
+        "settings": settings,
+        "open_connections": connections,
+        "arrivals": arrivals or RateLimit(0),
+        "trusted": settings.proxy_networks,
+        "on_rejection": staticmethod(on_rejection),
+    }
+    protocol: type[Any] = type("Protocol", (_Protocol,), fields)
     config = uvicorn.Config(
         app,
         host=settings.host,

@@ -33,6 +33,20 @@ class _GivenUpError(Exception):
     """Nobody waits for this work any more."""
 
 
+def check_there(receive: Callable[[], Awaitable[Any]]) -> None:
+    """See that the client is still there, before anything is done for it that takes time.
+
+    Args:
+        receive: reads from the client's connection. The guard's has the attribute ``has_left``,
+            which knows before the event loop does; what has none belongs to no connection.
+
+    Raises:
+        ClientGoneError: the client has left.
+    """
+    if getattr(receive, "has_left", False):
+        raise ClientGoneError("the client left")
+
+
 async def until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
     """Return when the client has left."""
     while (await receive())["type"] != "http.disconnect":
@@ -125,6 +139,7 @@ class Lane:
             ClientGoneError: the client left.
             Whatever ``ended`` fails with.
         """
+        check_there(receive)
         if self.num_jobs >= self._capacity:
             raise OverloadError(f"{self._full}; try again later", 1.0)
         limit_s = self._timeout_s if timeout_s is None else timeout_s

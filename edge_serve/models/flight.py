@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edge.errors import DeadlineError, EdgeError, OverloadError
 from edge.runtime.sampling_params import SamplingParams
 from edge_lab.measure.drift import WATCH_USER
 from edge_serve.http.errors import APIError
+from edge_serve.http.threads import ClientGoneError, check_there
 
 if TYPE_CHECKING:
     from edge.runtime.generation import GenerationStats
@@ -51,7 +52,11 @@ class Flight:
         done: completes when all have ended, or fails with the first error.
         stats: figures of the generations that have ended, by choice.
         reasoning_tokens: tokens of the reasoning, by choice.
+        receive: reads from the connection of the client whose leaving ends it; None where none
+            does.
     """
+
+    receive: Callable[[], Awaitable[Any]] | None = None
 
     def __init__(
         self,
@@ -90,6 +95,14 @@ class Flight:
             self.done.exception()  # nobody has to look at it
         for generation in self._generations:
             generation.cancel()
+
+    def end_if_left(self) -> None:
+        """End it if its client has left, also where the event loop has yet to hear of that."""
+        if self.receive is not None:
+            try:
+                check_there(self.receive)
+            except ClientGoneError as error:
+                self.abort(error)
 
     def cut(self, index: int) -> None:
         """End one choice, which has all that was wanted, within one step; it counts as ``stop``.

@@ -390,6 +390,22 @@ class ModelRegistry:
         reasons = map(self._why_not, self.models())
         return next((reason for reason in reasons if reason), self.trouble)
 
+    def readiness(self) -> dict[str, object]:
+        """Return what `/ready` answers.
+
+        Raises:
+            APIError: 503, the server should get no requests now.
+        """
+        reason = self.not_ready()
+        if reason is not None:
+            raise APIError(503, reason, f"the server is not ready: {reason}", retry_after_s=5)
+        engines = self.engines().values()
+        return {
+            "status": "ready",  # anybody may ask, so no model is named
+            "backends": sorted({engine.labels["backend"] for engine in engines}),
+            "warnings": sorted({engine.warning for engine in engines if engine.warning}),
+        }
+
     def _why_not(self, model: ServedModel) -> str | None:
         if model.name in self._held:
             return None  # it is closed on purpose, and requests wait

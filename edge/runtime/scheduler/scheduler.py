@@ -337,15 +337,18 @@ class _EngineThread:
     def _make_room(self, sequences: list[SequenceState], most: int) -> None:
         """Drop the newest submissions that wait of the clients that have most waiting.
 
-        Of one that has partly started, that is what has not; what was put aside is kept.
+        Of one that has partly started, that is what has not; what was put aside is kept. Cancelled
+        ones count as gone.
 
         Raises:
             OverloadError: that is the client that comes; nothing was dropped.
         """
-        waiting = [s for s in (*self._core.waiting, *self._inbox) if s.dropped is None]
-        present = len(self._core.running) + len(waiting)
+        waiting = [s for s in (*self._core.waiting, *self._inbox) if not (s.dropped or s.cancelled)]
+        present = sum(not s.cancelled for s in self._core.running) + len(waiting)
         waiting = [sequence for sequence in waiting if sequence.may_be_dropped]
         excess = present + len(sequences) - most
+        if excess <= 0:
+            return
         error = OverloadError(
             f"{present} sequences run or wait and at most {most} may, so {len(sequences)} more "
             "cannot be taken; try again later",

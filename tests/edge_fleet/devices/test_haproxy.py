@@ -25,7 +25,9 @@ from edge_fleet.devices.haproxy import Proxied, check, configuration, read_devic
 from tests.command_line import Result, edge_llm, error_line  # noqa: F401
 from tests.conftest import Bundles
 from tests.edge_serve.batch.stub import stub
+from tests.edge_serve.http.test_connections import blocked
 from tests.edge_serve.processes import Child, scripted_child
+from tests.edge_serve.scripted import running, until
 
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
 needs_haproxy = pytest.mark.skipif(HAPROXY is None, reason="needs HAProxy (Debian: haproxy)")
@@ -218,6 +220,26 @@ def test_an_answer_whose_client_left_ends_at_its_device(tmp_path: Path, tiny_bun
 
 
 @needs_haproxy
+def test_a_device_that_is_busy_for_seconds_stays_in(tmp_path: Path, tiny_bundles: Bundles):
+    """Its event loop answers no probe meanwhile; without a port for probes this is `no_device`."""
+    with running(tiny_bundles("qwen2"), probe_port=0) as device:
+        assert device.service.probes is not None
+        probes = device.service.probes.port
+        with (
+            proxy(tmp_path, [("a", device.port)], probe_port=probes) as front,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            assert front.device(chat("x")) == "a"
+            with blocked(device):
+                time.sleep(5)  # two checks of 2 s, and one more second
+                asked = pool.submit(front.ask, chat("x"))
+                time.sleep(0.2)
+            assert asked.result()[0] == 200
+            device.service.stop()  # what the probes say is heeded
+            until(lambda: front.ask(chat("x"))[0] == 503)
+
+
+@needs_haproxy
 def test_what_waits_is_bounded(tmp_path: Path):
     with stub(0.5) as device:
         device.ready_status = 200
@@ -304,6 +326,7 @@ def test_haproxy_reads_every_option(tmp_path: Path):
             queue_s=1,
             answer_s=1,
             retries=0,
+            probe_port=9000,
         )
     )
     with pytest.raises(ConfigError, match="refuses the configuration"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from edge_serve.cli.serve import serve
 from edge_serve.config_file import load_settings
 from edge_serve.settings import ServerSettings
 from tests.conftest import Bundles
+from tests.edge_serve.http.test_connections import chat_request
+from tests.edge_serve.scripted import running, until
 
 ROOT = Path(__file__).parents[3]
 MANIFESTS = ROOT / "edge_fleet" / "kubernetes"
@@ -62,7 +66,11 @@ def test_the_server_takes_its_settings(tiny_bundles: Bundles):
     assert settings.default_model in settings.model
     assert settings.vllm_metrics
     assert settings.drain_timeout_s + 10 <= spec["terminationGracePeriodSeconds"]
-    assert container["ports"][0]["containerPort"] == settings.port
+    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+    assert ports == {"http": settings.port, "probes": settings.probe_port}
+    for probe in ("startupProbe", "readinessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/ready", "port": "probes"}
+    assert f'("127.0.0.1", {settings.probe_port}, ' in _liveness(settings.probe_port)
     serve.make_context("serve", list(container["args"][1:]))
 
 
@@ -87,6 +95,21 @@ def test_the_pod_is_confined_as_the_unit_is():
     assert all(each == daemon["spec"]["template"]["metadata"]["labels"] for each in names)
 
 
+def _liveness(port: int | None) -> str:
+    """The program of the liveness probe, which asks this port."""
+    python, option, program = _devices()["containers"][0]["livenessProbe"]["exec"]["command"]
+    assert (python, option) == ("/opt/edge-llm/bin/python", "-c")
+    assert isinstance(program, str)
+    return program.replace('("127.0.0.1", 9000, ', f'("127.0.0.1", {port}, ')
+
+
+def _is_alive(port: int, timeout_s: float = 5) -> bool:
+    program = _liveness(port).replace("timeout=5", f"timeout={timeout_s}")
+    ran = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)
+    assert b"Traceback" not in ran.stderr, ran.stderr
+    return ran.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("status", "code", "is_alive"),
     [
@@ -96,9 +119,10 @@ def test_the_pod_is_confined_as_the_unit_is():
         (503, "thermal", True),
         (503, "engine_stalled", False),
         (503, "engine_dead", False),
+        (503, "loop_stalled", False),
     ],
 )
-def test_only_an_engine_that_hangs_or_failed_is_restarted(status: int, code: str, is_alive: bool):
+def test_only_what_hangs_or_failed_is_restarted(status: int, code: str, is_alive: bool):
     class Ready(BaseHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
             """Print nothing."""
@@ -110,12 +134,31 @@ def test_only_an_engine_that_hangs_or_failed_is_restarted(status: int, code: str
             self.end_headers()
             self.wfile.write(body)
 
-    python, option, program = _devices()["containers"][0]["livenessProbe"]["exec"]["command"]
-    assert (python, option) == ("/opt/edge-llm/bin/python", "-c")
     with HTTPServer(("127.0.0.1", 0), Ready) as server:
+        port = server.server_address[1]
         threading.Thread(target=server.handle_request).start()
-        program = program.replace(":8000/", f":{server.server_address[1]}/")
-        ran = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)
-    assert (ran.returncode == 0) == is_alive, ran.stderr
-    gone = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)
-    assert gone.returncode != 0
+        assert _is_alive(port) == is_alive
+    assert not _is_alive(port)  # nobody listens
+
+
+def test_a_busy_server_is_not_restarted():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert _is_alive(port, 0.2)  # it says nothing in time
+
+        def cut() -> None:
+            server.accept()[0].close()
+
+        threading.Thread(target=cut).start()
+        assert _is_alive(port)
+
+
+def test_a_real_server_that_hangs_is_restarted(tiny_bundles: Bundles):
+    with running(tiny_bundles("qwen2"), probe_port=0, stall_s=0.3) as live:
+        assert live.service.probes is not None
+        port = live.service.probes.port
+        assert _is_alive(port)
+        live.engine.running.clear()
+        with closing(live.connect()) as sock:
+            sock.sendall(chat_request())
+            until(lambda: not _is_alive(port))

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 from edge.errors import ConfigError
 from edge_lab.key_file import hashed_line
-from edge_serve.http.access import RateLimit, address_group
+from edge_serve.http.access import _MOST_CLIENTS, RateLimit, address_group
 from edge_serve.http.connections import Connections, listen
 from edge_serve.http.guard import Guard, _Body, _Headers
 from edge_serve.http.messages import make_server
 from edge_serve.settings import ServerSettings
 from tests.conftest import Bundles, write_secret
-from tests.edge_serve.scripted import Live, running
+from tests.edge_serve.scripted import Live, running, until
 
 KEY = "sk-the-first-key-of-two"
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "what"}], "max_tokens": 2}
@@ -636,6 +636,74 @@ def test_a_rate_limit_never_lets_more_through(gaps: list[float], per_minute: int
             passed.append(now)
     for start in passed:  # a full bucket and what came in meanwhile
         assert sum(start <= at < start + 60 for at in passed) <= 2 * per_minute
+
+
+def test_a_bucket_of_an_address_refills_and_bursts_as_it_is_told():
+    now = 0.0
+    limit = RateLimit(120, lambda: now, burst=5)
+    assert limit.wait_s("a") == 0
+    assert [limit.take("a") for _ in range(6)] == [*[0] * 5, 0.5]
+    assert limit.wait_s("a") == 0.5
+    assert limit.wait_s("b") == limit.take("b") == 0
+    now += 1.1
+    assert limit.wait_s("a") == 0
+    assert [limit.take("a") > 0 for _ in range(3)] == [False, False, True]
+    for number in range(3 * _MOST_CLIENTS):  # who comes with ever new addresses fills no memory
+        limit.take(f"{number}")
+    assert len(limit._levels) == _MOST_CLIENTS
+
+
+def ask_from(live: Live, address: str, request: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", live.port), 5, (address, 0)) as sock:
+        sock.sendall(request)
+        answer = b""
+        while part := sock.recv(65536):
+            answer += part
+    return answer
+
+
+def test_an_address_that_sends_too_much_is_refused_before_its_request_is_read(
+    tiny_bundles: Bundles,
+):
+    with running(tiny_bundles("qwen2"), rate_limit_address_rps=1) as live:
+        health = head("GET", "/health")
+        answers = [ask_from(live, "127.0.0.2", health) for _ in range(40)]
+        assert all(b" 200 " in answer for answer in answers[:10])
+        refused = answers[-1]
+        assert b" 429 " in refused
+        assert b"retry-after: 1\r\n" in refused
+        assert b"connection: close" in refused
+        assert b"address_rate_exceeded" in refused
+        # Nothing of it is parsed: this is no HTTP.
+        assert b" 429 " in ask_from(live, "127.0.0.2", b"nonsense\r\n\r\n")
+        assert b" 200 " in ask_from(live, "127.0.0.3", health)
+        assert live.ask("/stats").json["rejections"]["address_rate_exceeded"] >= 20
+        until(lambda: b" 200 " in ask_from(live, "127.0.0.2", health))
+
+
+def test_requests_of_one_connection_count_one_by_one(tiny_bundles: Bundles):
+    with running(tiny_bundles("qwen2"), rate_limit_address_rps=1) as live:
+        keep = head("GET", "/health").replace(b"Connection: close\r\n", b"")
+        with closing(live.connect()) as sock:
+            sock.sendall(40 * keep)
+            answer = b""
+            while part := sock.recv(65536):
+                answer += part
+        assert 10 <= answer.count(b" 200 OK") <= 15
+        assert b"address_rate_exceeded" in answer
+
+
+def test_a_trusted_proxy_is_not_refused_for_its_clients(tiny_bundles: Bundles):
+    with running(
+        tiny_bundles("qwen2"), rate_limit_address_rps=1, trusted_proxies=["127.0.0.2"]
+    ) as live:
+
+        def ask(**said: str) -> bytes:
+            return ask_from(live, "127.0.0.2", head("GET", "/health", **said))
+
+        for said in ({"X_Edge_Client": "10.0.0.1"}, {}):  # a client's, and the proxy's own
+            assert b"address_rate_exceeded" in [ask(**said) for _ in range(40)][-1]
+            assert b" 200 " in ask(X_Edge_Client="10.0.0.2")
 
 
 class Panic(BaseException):
