@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import ssl
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, urlencode, urljoin, urlsplit
 
@@ -47,7 +49,10 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
 _LONGEST_WISH_S = 30.0
 _MAX_REDIRECTS = 4
 _MAX_ERROR_BYTES = 1 << 16
-_PIECE_BYTES = 1 << 20
+_READ_BYTES = 1 << 16  # at once, of what has arrived
+# As git's http.lowSpeedLimit and http.lowSpeedTime: of all connections together, or a slow line
+# that they share would count as none.
+_SLOW_S, _LEAST_BYTES_PER_S = 60.0, 1024
 _SENT_BYTES = 1 << 16  # at once, which a slow line has to take within the time of a connect
 _RETRIED = (408, 429, 500, 502, 503, 504)
 _BROKEN_UPLOAD = (404, 416)  # how a registry refuses a place that half a blob came to
@@ -102,6 +107,7 @@ class Registry:
         self.patient = False
         self._authorization: str | None = None
         self._lock = threading.Lock()
+        self._arrived_bytes = 0
         self._pools: dict[str | None, urllib3.PoolManager] = {}  # by proxy
 
     def close(self) -> None:
@@ -248,15 +254,21 @@ class Registry:
             # urllib3 leaves out the user and password of the address.
             user, at, _ = urlsplit(proxy).netloc.rpartition("@")
             key = self._http.util.make_headers(proxy_basic_auth=unquote(user)) if at else None
-            return self._http.ProxyManager(proxy, proxy_headers=key, **options)
-        return self._http.PoolManager(**options)
+            pool = self._http.ProxyManager(proxy, proxy_headers=key, **options)
+        else:
+            pool = self._http.PoolManager(**options)
+        pool.pool_classes_by_scheme = {
+            scheme: type(kind.__name__, (kind,), {"ConnectionCls": _timed(kind.ConnectionCls)})
+            for scheme, kind in pool.pool_classes_by_scheme.items()
+        }
+        return pool
 
     def _get(self, place: str, max_bytes: int, headers: Mapping[str, str] | None = None) -> bytes:
         """Get a body of the repository; a transfer that breaks is begun again."""
         for left in range(_TRIES - 1, -1, -1):
             response = self._request("GET", f"/v2/{self._repository}/{place}", headers=headers)
             try:
-                return b"".join(_read(response, max_bytes, f"{self._name}: {place}"))
+                return self._read(response, max_bytes, place)
             except (self._http.exceptions.HTTPError, OSError) as error:
                 if not left:
                     raise self._unreachable(error) from error
@@ -399,7 +411,7 @@ class Registry:
         url = realm + ("&" if urlsplit(realm).query else "?") + urlencode(query)
         response = self._send("GET", url, headers)
         try:
-            body = response.read(_MAX_ERROR_BYTES)
+            body = self._read(response, _MAX_ERROR_BYTES, realm)
         except self._http.exceptions.HTTPError as error:
             raise self._unreachable(error) from error
         if response.status in (401, 403):
@@ -431,10 +443,9 @@ class Registry:
     def _refusal(self, method: str, url: str, response: Any, retried: tuple[int, ...]) -> Exception:
         status = response.status
         try:
-            said = response.read(_MAX_ERROR_BYTES).decode("utf-8", "replace")
-        except (self._http.exceptions.HTTPError, OSError):
+            said = self._read(response, _MAX_ERROR_BYTES, url).decode("utf-8", "replace")
+        except (self._http.exceptions.HTTPError, OSError, IntegrityError):
             said = ""
-        response.release_conn()
         path = urlsplit(url).path
         said = "".join(char if char.isprintable() else " " for char in said)[:200].strip()
         if status in (401, 403):
@@ -460,11 +471,47 @@ class Registry:
             "What has arrived is kept: run the same again"
         )
 
-    @staticmethod
-    def _finish(response: Any) -> None:
+    def _finish(self, response: Any) -> None:
         """Read a short body to its end, so that the connection serves the next request."""
-        response.drain_conn()
+        # What breaks off or is long costs a connection: whoever read it has closed it.
+        with suppress(self._http.exceptions.HTTPError, OSError, IntegrityError):
+            self._read(response, _MAX_ERROR_BYTES, "")
+
+    def _read(self, response: Any, max_bytes: int, what: str) -> bytes:
+        """Read a body, no more of it than was announced, while enough arrives.
+
+        Raises:
+            IntegrityError: it is longer.
+            RegistryError: the registry sends next to nothing.
+            HTTPError, OSError: it breaks off.
+        """
+        data = bytearray()
+        began, before = time.monotonic(), self._arrived_bytes
+        try:
+            while piece := response.read1(_READ_BYTES, decode_content=False):
+                data += piece
+                if len(data) > max_bytes:
+                    raise IntegrityError(
+                        f"{self._name}: {what} is longer than the {max_bytes} bytes it may have"
+                    )
+                with self._lock:
+                    self._arrived_bytes += len(piece)
+                passed_s = time.monotonic() - began
+                if passed_s < _SLOW_S:
+                    continue
+                arrived = self._arrived_bytes - before
+                if arrived < _LEAST_BYTES_PER_S * passed_s:
+                    raise RegistryError(
+                        f"{self._root} sends too slowly: {arrived} bytes in {passed_s:.0f} s, and "
+                        f"less than {_LEAST_BYTES_PER_S} a second is not waited for. What has "
+                        "arrived is kept: run the same again later"
+                    )
+                began, before = time.monotonic(), self._arrived_bytes
+        except BaseException:
+            response.close()
+            raise
         response.release_conn()
+        return bytes(data)
 
 
 def digest_of(data: bytes) -> str:
@@ -472,19 +519,34 @@ def digest_of(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def _read(response: Any, max_bytes: int, what: str) -> Iterator[bytes]:
-    """Read a body, no more of it than was announced."""
-    total = 0
-    try:
-        for piece in response.stream(_PIECE_BYTES, decode_content=False):
-            total += len(piece)
-            if total > max_bytes:
-                raise IntegrityError(f"{what} is longer than the {max_bytes} bytes it may have")
-            yield piece
-    except BaseException:
-        response.close()
-        raise
-    response.release_conn()
+def _timed(kind: Any) -> Any:
+    """A connection of urllib3 that hangs up where the head of an answer is not there in time.
+
+    Its own limit is for each read, so a head that comes byte by byte would never pass it.
+    """
+
+    def getresponse(self: Any) -> Any:
+        is_late = threading.Event()
+
+        def hang_up() -> None:
+            is_late.set()
+            if self.sock is not None:
+                with suppress(OSError):  # a TLS layer's own shutdown would wait
+                    socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+        timer = threading.Timer(_READ_S, hang_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            response = kind.getresponse(self)
+        finally:
+            timer.cancel()
+        if is_late.is_set():  # else what came before would count as the whole head
+            response.close()
+            raise TimeoutError(f"its answer did not begin within {_READ_S:g} s")
+        return response
+
+    return type(kind.__name__, (kind,), {"getresponse": getresponse})
 
 
 def _retry_after(given: str | None, default_s: float) -> float:

@@ -13,8 +13,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,7 +103,7 @@ def serve() -> Iterator[Callable[..., Server]]:
         server.close()
 
 
-def client(server: Server, credentials: Credentials | None = USER) -> Registry:
+def client(server: Server | Drip, credentials: Credentials | None = USER) -> Registry:
     return Registry(parse_reference(f"{server.address}/r1"), credentials=credentials)
 
 
@@ -652,3 +654,93 @@ def test_a_password_goes_nowhere_without_tls(root: str, realm: str):
     registry = Registry(parse_reference(root), credentials=USER)
     with registry, pytest.raises(RegistryError, match="not safe"):
         registry._authenticate(f'Bearer realm="{realm}"', push=False)
+
+
+class Drip:
+    """A server that sends a byte at a time, for ever: what comes before it, and what it repeats."""
+
+    def __init__(self, begin: bytes, byte: bytes, pause_s: float) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        self._begin, self._byte, self._pause_s = begin, byte, pause_s
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                line, _ = self._socket.accept()
+                threading.Thread(target=self._drip, args=(line,), daemon=True).start()
+
+    def _drip(self, line: socket.socket) -> None:
+        with line, suppress(OSError):  # the client has gone
+            line.recv(1 << 16)
+            line.sendall(self._begin)
+            while True:
+                time.sleep(self._pause_s)
+                line.sendall(self._byte)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+_BODY = b"HTTP/1.1 200 OK\r\nContent-Length: 4000000\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        _BODY,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffff\r\n",
+        _BODY.replace(b"200 OK", b"404 Not Found"),
+        _BODY.replace(b"200 OK", b"302 Found\r\nLocation: /elsewhere"),
+        _BODY.replace(b"200 OK", b'401 No\r\nWWW-Authenticate: Basic realm="r"'),
+    ],
+    ids=["body", "chunks", "error", "redirect", "challenge"],
+)
+def test_a_registry_that_drips_is_not_followed_for_ever(
+    begin: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(clients, "_SLOW_S", 0.5)
+    drip = Drip(begin, b"x", 0.02)
+    try:
+        with client(drip) as registry, pytest.raises(RegistryError) as caught:
+            registry.manifest("v1")
+    finally:
+        drip.close()
+    assert "sends too slowly: " in str(caught.value)
+    assert "run the same again later" in str(caught.value)
+
+
+def test_a_head_that_drips_is_hung_up_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(clients, "_READ_S", 0.5)  # a byte comes well within that, again and again
+    monkeypatch.setattr(clients, "_TRIES", 2)
+    monkeypatch.setattr(clients, "_FIRST_PAUSE_S", 0.0)
+    drip = Drip(b"HTTP/1.1 200 OK\r\nX: ", b"x", 0.02)
+    try:
+        with client(drip) as registry, pytest.raises(RegistryError, match="gives no answer"):
+            registry.manifest("v1")
+    finally:
+        drip.close()
+
+
+def test_a_slow_line_is_judged_by_what_all_its_connections_bring(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+):
+    """Four that share 2 KiB a second have less than one each, and the pull goes on."""
+    monkeypatch.setattr(clients, "_SLOW_S", 0.2)
+    with client(serve(lambda *_: (200, {}, b""))) as registry:
+
+        def slow(count: int, alone: bool) -> bytes:
+            pieces = iter([b"x" * 10] * count)
+
+            def read1(*_: object, **__: object) -> bytes:
+                time.sleep(0.05)
+                registry._arrived_bytes += 0 if alone else 100  # what another connection reads
+                return next(pieces, b"")
+
+            body = SimpleNamespace(read1=read1, close=lambda: None, release_conn=lambda: None)
+            return registry._read(body, 1 << 20, "it")
+
+        assert len(slow(20, alone=False)) == 200
+        with pytest.raises(RegistryError, match="sends too slowly"):
+            slow(20, alone=True)
