@@ -31,7 +31,7 @@ ENGINES_DIR = "engines"
 _NO_HASH = "0" * 64
 MAX_MANIFEST_BYTES = 1 << 24  # a layer takes about 1 KB
 _SELF_HASH = re.compile(rb'"self_sha256": "([0-9a-f]{64})"\n\}\n\Z')
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
+_FILE_NAME = re.compile(r"(?!manifest\.json)[A-Za-z0-9_][A-Za-z0-9._-]{0,199}\Z")
 
 Architecture = Literal["qwen2", "llama", "qwen3"]
 Dialect = Literal["native", "portable"]
@@ -552,8 +552,12 @@ def fingerprint(manifest: Manifest) -> str:
 
 
 def is_file_name(name: str) -> bool:
-    """Check that a file of a bundle may have this name: plain ASCII, no directory, not hidden."""
-    return _FILE_NAME.match(name) is not None and name not in (MANIFEST_NAME, ENGINES_DIR)
+    """Check that a file of a bundle may have this name.
+
+    It is plain ASCII of at most 200 bytes, no directory and not hidden; names that begin with
+    `MANIFEST_NAME` are the manifest's, its signature's and their temporary files'.
+    """
+    return _FILE_NAME.match(name) is not None and name != ENGINES_DIR
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

@@ -268,16 +268,20 @@ def test_another_schema_version_is_told_from_damage(version: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside", "/etc/passwd", "a/b", "a\\b", "..", ".", "", ".hidden", "a\n", "a\0b"]
-)
-def test_names_that_leave_the_bundle_are_refused(name: str) -> None:
+    "name",
+    [
+        "../outside", "/etc/passwd", "a/b", "a\\b", "..", ".", "", ".hidden", "a\n", "a\0b",
+        "engines", "manifest.json", "manifest.json.tmp", "manifest.json.minisig", "a" * 201,
+    ],
+)  # fmt: skip
+def test_names_that_leave_the_bundle_or_are_taken_are_refused(name: str) -> None:
     assert not is_file_name(name)
     with pytest.raises(BundleError, match="no name for a file"):
         decode_manifest(edit({"files": {name: {"num_bytes": 1, "sha256": "0" * 64}}}))
 
 
 @pytest.mark.parametrize(
-    "name", ["decoder.onnx", "decoder.onnx.data", "embeddings.safetensors", "chat_template.jinja"]
+    "name", ["decoder.onnx", "decoder.onnx.data", "chat_template.jinja", "a" * 200]
 )
 def test_names_of_a_bundle_are_accepted(name: str) -> None:
     assert is_file_name(name)
