@@ -76,6 +76,33 @@ def read_file(path: Path, max_bytes: int) -> bytes:
     return data
 
 
+def read_guarded_file(path: Path, max_bytes: int) -> bytes:
+    """Read a plain file that only root and this user can change; see `read_file`.
+
+    The rule is sshd's: links are followed, then the file and every directory above it must belong
+    to one of the two, and others must not write to it. A sticky directory, as ``/tmp`` is, passes.
+
+    Raises:
+        OSError: see `read_file`; or somebody else can change it.
+    """
+    path = Path(os.path.realpath(path))
+    data = read_file(path, max_bytes)
+    for each in (path, *path.parents):
+        found = each.stat()
+        is_sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+        whose = None if found.st_uid in (0, os.geteuid()) else f"user {found.st_uid}"
+        if found.st_mode & 0o022 and not is_sticky:
+            whose = f"others (mode {stat.S_IMODE(found.st_mode):04o})"
+        if whose is not None:
+            raise OSError(
+                errno.EPERM,
+                f"{whose} can change {each}; keep it where root and this user alone can write, as "
+                "in /etc/edge-llm (chown, chmod go-w)",
+                str(path),
+            )
+    return data
+
+
 def read_chunks(descriptor: int) -> Iterator[bytes]:
     """Read an open file from its start to its end, wherever its position is."""
     at = 0

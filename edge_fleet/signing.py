@@ -14,7 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge.bundle.manifest import MANIFEST_NAME, decode_manifest, read_manifest_bytes
+import msgspec
+
+from edge.bundle.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    decode_manifest,
+    read_manifest,
+    read_manifest_bytes,
+)
 from edge.bundle.minisign import (
     COMMENT,
     MAX_COMMENT,
@@ -29,8 +37,9 @@ from edge.bundle.minisign import (
     missing_library,
     read_text,
 )
+from edge.bundle.release import RELEASE, Release
 from edge.bundle.trust import SIGNATURE_NAME
-from edge.bundle.update import locked, replace_durably, resolve_target
+from edge.bundle.update import locked, replace_durably, resolve_target, update_manifest
 from edge.errors import ConfigError
 
 _SECRET = struct.Struct("<2s2s2s32sQQ104s")
@@ -109,13 +118,16 @@ def make_key() -> SecretKey:
     return SecretKey(secrets.token_bytes(8), seed, _public_half(seed))
 
 
-def sign_bundle(bundle: Path, key: SecretKey, comment: str) -> Signature:
+def sign_bundle(
+    bundle: Path, key: SecretKey, comment: str, release: Release | None = None
+) -> Signature:
     """Sign a bundle's manifest; a signature that was there is replaced.
 
     Args:
         bundle: directory of the bundle.
         key: who signs.
         comment: one line that is signed too.
+        release: is written into the manifest before; None leaves what is there.
 
     Raises:
         BundleError, IntegrityError: the manifest is missing, damaged or of another version.
@@ -124,9 +136,17 @@ def sign_bundle(bundle: Path, key: SecretKey, comment: str) -> Signature:
         DependencyError: cryptography is not installed.
     """
     target = resolve_target(bundle)
+    written = None
+    if release is not None:
+        manifest = read_manifest(target)
+        extras = {**manifest.extras, RELEASE: msgspec.to_builtins(release)}
+        written = update_manifest(
+            target, msgspec.structs.replace(manifest, extras=extras, schema_version=SCHEMA_VERSION)
+        )
     with locked(target):
         data = read_manifest_bytes(target)
-        decode_manifest(data, str(target / MANIFEST_NAME))
+        if written not in (None, decode_manifest(data, str(target / MANIFEST_NAME))):
+            raise ConfigError(f"{target} was changed while it was signed; sign it again")
         signature = key.sign(data, comment)
         try:
             replace_durably(

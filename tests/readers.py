@@ -488,7 +488,7 @@ READERS = {
     ),
     "counts": Reader("counts.json", b"{}", read_counts),
     "bench": Reader("bench.json", json.dumps(_BENCH).encode(), read_runs),
-    "trusted_keys": Reader("trusted-keys", _PUBLIC_KEY, read_public_keys),
+    "trusted_keys": Reader("trusted-keys", b"names: acme/*\n" + _PUBLIC_KEY, read_public_keys),
     "signature": Reader("manifest.json.minisig", _SIGNATURE, _signature),
     "secret_key": Reader("a.key", _SECRET_KEY, lambda path: read_secret_key(path, lambda: "")),
     "artifact": Reader(

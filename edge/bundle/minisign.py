@@ -10,14 +10,16 @@ import base64
 import binascii
 import hashlib
 import hmac
+import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from edge.errors import ConfigError, DependencyError, IntegrityError, install_command
-from edge.files import read_file
+from edge.files import read_file, read_guarded_file
 
 MAX_BYTES = 1 << 16
 """Longest file of keys, and longest signature."""
@@ -27,6 +29,15 @@ MAX_COMMENT = 1024  # minisign reads no longer one
 _PUBLIC = struct.Struct("<2s8s32s")
 _SIGNATURE = struct.Struct("<2s8s64s")
 PLAIN, _PREHASHED = b"Ed", b"ED"
+_NAMES = "names:"
+_PATTERN = re.compile(r"[a-z0-9*?][a-z0-9*?._-]*(/[a-z0-9*?][a-z0-9*?._-]*)*")
+_FIELD = 2**255 - 19
+_ORDER_8 = int.from_bytes(
+    bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"), "little"
+)
+# The y of the eight points of small order: any signature can be forged that such a key is to check.
+# Chalkias et al. 2020, "Taming the many EdDSAs", table 1; libsodium's ge25519_has_small_order.
+_SMALL_ORDER = (0, 1, _FIELD - 1, _ORDER_8, _FIELD - _ORDER_8)
 
 
 @dataclass(frozen=True)
@@ -37,11 +48,13 @@ class PublicKey:
         id: its eight bytes, which a signature names.
         key: 32 bytes, of Ed25519.
         comment: what stood above it in its file; nothing vouches for it.
+        names: patterns of the names that it vouches for; none is whatever it has signed.
     """
 
     id: bytes
     key: bytes
     comment: str = ""
+    names: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -56,6 +69,14 @@ class PublicKey:
     def line(self) -> str:
         """The line of base64."""
         return encode(_PUBLIC.pack(PLAIN, self.id, self.key))
+
+    def covers(self, name: str) -> bool:
+        """Whether the key vouches for a name; ``*`` and ``?`` of a pattern match no slash."""
+        parts = name.split("/")
+        patterns = (pattern.split("/") for pattern in self.names)
+        return not self.names or any(
+            len(own) == len(parts) and all(map(fnmatchcase, parts, own)) for own in patterns
+        )
 
 
 @dataclass(frozen=True)
@@ -131,19 +152,29 @@ def parse_signature(data: bytes, where: str) -> Signature:
 def parse_public_keys(text: str, where: str) -> list[PublicKey]:
     """Read public keys, as many as there are: files of minisign's, one after the other.
 
-    Empty lines and lines that begin with ``#`` count for nothing.
+    A line ``names: PATTERN ...`` before a key binds it to these names. Empty lines and lines that
+    begin with ``#`` count for nothing.
 
     Raises:
-        ConfigError: a line is no key, an id comes twice, or there is no key at all.
+        ConfigError: a line is no key, or one whose signatures anybody can forge; an id comes twice;
+            names are none or have no key after them; or there is no key at all.
     """
     keys: dict[bytes, PublicKey] = {}
-    comment = ""
+    comment, names = "", None
     for number, raw in enumerate(text.splitlines(), 1):
-        line = raw.strip()
+        line, place = raw.strip(), f"line {number} of {where}"
         if line.startswith(COMMENT.strip()):
             comment = line.removeprefix(COMMENT.strip()).strip()[:MAX_COMMENT]
             continue
         if not line or line.startswith("#"):
+            continue
+        if line.startswith(_NAMES):
+            if names is not None or not all(map(_PATTERN.fullmatch, line.split()[1:] or [""])):
+                raise ConfigError(
+                    f"{place} does not bind the key after it; write one line such as: "
+                    "names: acme/* acme/team/r1-7b"
+                )
+            names = tuple(line.split()[1:])
             continue
         try:
             algorithm, key_id, key = _PUBLIC.unpack(decode(line))
@@ -151,25 +182,37 @@ def parse_public_keys(text: str, where: str) -> list[PublicKey]:
                 raise ValueError(f"the algorithm {algorithm!r} is unknown")
         except (ValueError, struct.error) as error:
             raise ConfigError(
-                f"line {number} of {where} is no public key of minisign ({error}); a key is the "
-                "second line of a file NAME.pub"
+                f"{place} is no public key of minisign ({error}); a key is the second line of a "
+                "file NAME.pub"
             ) from error
+        if int.from_bytes(key, "little") % 2**255 % _FIELD in _SMALL_ORDER:
+            raise ConfigError(
+                f"{place} is a key of small order, whose signatures anybody can forge; take it out"
+            )
         if key_id in keys:
-            raise ConfigError(f"line {number} of {where} has the key {key_name(key_id)} again")
-        keys[key_id] = PublicKey(key_id, key, comment)
-        comment = ""
-    if not keys:
-        raise ConfigError(f"{where} has no public key; edge-llm bundle keygen makes one")
+            raise ConfigError(f"{place} has the key {key_name(key_id)} again")
+        keys[key_id] = PublicKey(key_id, key, comment, names or ())
+        comment, names = "", None
+    if not keys or names is not None:
+        raise ConfigError(
+            f"{where} has no public key{'' if names is None else f' after {_NAMES}'}; edge-llm "
+            "bundle keygen makes one"
+        )
     return list(keys.values())
 
 
 def read_public_keys(path: Path) -> list[PublicKey]:
     """Read a file of public keys; see `parse_public_keys`.
 
+    Whoever can change it decides what this machine runs, so it is read by `read_guarded_file`.
+
     Raises:
-        ConfigError: it cannot be read, or see there.
+        ConfigError: it cannot be read, somebody else can change it, or see there.
     """
-    return parse_public_keys(read_text(path, "public keys"), str(path))
+    try:
+        return parse_public_keys(read_guarded_file(path, MAX_BYTES).decode("utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read public keys of {path}: {error}") from error
 
 
 def key_name(key_id: bytes) -> str:
@@ -178,12 +221,14 @@ def key_name(key_id: bytes) -> str:
 
 
 def _check(data: bytes, signature: Signature, key: PublicKey) -> None:
-    exceptions, curve = _exceptions(), ed25519()
+    curve = ed25519()
+    from cryptography.exceptions import InvalidSignature
+
     try:
         public = curve.Ed25519PublicKey.from_public_bytes(key.key)
         public.verify(signature.signature, digest_of(data) if signature.prehashed else data)
         public.verify(signature.comment_signature, signature.signature + signature.comment.encode())
-    except (exceptions.InvalidSignature, ValueError) as error:
+    except (InvalidSignature, ValueError) as error:
         raise IntegrityError(
             f"the signature with the key {key.name} is not of these bytes"
         ) from error
@@ -200,14 +245,6 @@ def ed25519() -> Any:
     except ImportError as error:
         raise missing_library() from error
     return ed25519
-
-
-def _exceptions() -> Any:
-    try:
-        from cryptography import exceptions
-    except ImportError as error:
-        raise missing_library() from error
-    return exceptions
 
 
 def missing_library() -> DependencyError:

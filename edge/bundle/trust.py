@@ -92,12 +92,24 @@ def check_manifest(
         )
     found = parse_signature(signature, f"{where}: {SIGNATURE_NAME}")
     try:
-        return check_signature(data, found, keys), found
+        key = check_signature(data, found, keys)
     except IntegrityError as error:
         raise IntegrityError(
             f"{where} is refused: {MANIFEST_NAME} is {error} ({trusted_keys}); get the bundle from "
             "who holds a trusted key, or add the key's public half there"
         ) from error
+    if key.names:
+        from .release import read_release
+
+        release = read_release(decode_manifest(data, where))
+        name = release and release.name
+        if not name or not key.covers(name):
+            raise IntegrityError(
+                f"{where} is refused: it is signed as {name or 'a bundle without a name'}, and "
+                f"{trusted_keys} trusts the key {key.name} for {' '.join(key.names)} only; sign it "
+                "with: edge-llm bundle sign --name NAME, or bind the key to other names there"
+            )
+    return key, found
 
 
 def read_signature_bytes(bundle: Path) -> bytes | None:

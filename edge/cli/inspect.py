@@ -17,6 +17,7 @@ from edge.bundle.manifest_text import (
     describe_sampling,
     describe_tensorrt,
 )
+from edge.bundle.release import read_release
 from edge.bundle.verified_files import verify_files
 from edge.files import is_file
 
@@ -82,6 +83,7 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
         ("source", f"{manifest.source.kind} {manifest.source.location}{revision}"),
         ("licence", manifest.source.licence or "not stated"),
         ("exported", f"{manifest.created} by {manifest.producer}"),
+        *((("release", str(release)),) if (release := read_release(manifest)) else ()),
         ("architecture", f"{model.architecture}, {model.num_layers} layers"),
         (
             "dimensions",

@@ -6,10 +6,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from edge.bundle.library import find_bundle, roots
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest, read_manifest_bytes
@@ -18,6 +20,7 @@ from edge.bundle.minisign import (
     key_name,
     parse_signature,
 )
+from edge.bundle.release import Release, read_release, say_time
 from edge.bundle.trust import (
     SIGNATURE_NAME,
     check_manifest,
@@ -35,6 +38,7 @@ from edge_lab.cli.progress import show_progress
 from edge_lab.progress import Progress, uncounted
 
 from .registry_options import (
+    allow_older_option,
     plain_http_option,
     reference_argument,
     trusted_keys_option,
@@ -92,6 +96,7 @@ def push(bundle: Path, reference: Reference, plain_http: bool | None, as_json: b
     help="Directory of the bundle. Default: the reference's name, among this machine's bundles.",
 )
 @click.option("--force", is_flag=True, help="Replace another bundle that is there.")
+@allow_older_option
 @trusted_keys_option
 @plain_http_option
 @json_option
@@ -99,6 +104,7 @@ def pull(
     reference: Reference,
     output: Path | None,
     force: bool,
+    allow_older: bool,
     trusted_keys: Path | None,
     plain_http: bool | None,
     as_json: bool,
@@ -106,14 +112,19 @@ def pull(
     """Get REFERENCE from a registry; what an interrupted pull has left is not fetched again.
 
     The signature is checked before anything large is fetched, every file before the bundle is
-    there. Pieces that bundles in the same directory have are copied from them.
+    there. Pieces that bundles in the same directory have are copied from them. A release that has
+    expired, or is older than the one it would replace, is refused with exit code 65.
     """
     from edge_fleet.registry.pull import look
     from edge_fleet.registry.pull import pull as fetch
+    from edge_fleet.registry.release import check_release, release_at
 
     target = roots()[0] / reference.name if output is None else output
     with _open(reference, plain_http) as registry, show_progress() as progress:
         offer = look(reference, registry, trusted_keys)
+        note = None
+        if not allow_older:
+            note = check_release(offer.release, str(reference), release_at(target))
         done = fetch(offer, registry, target, overwrite=force, progress=progress)
     if as_json:
         found = {**done._asdict(), "bundle": str(done.bundle)}
@@ -125,6 +136,8 @@ def pull(
         f"{done.bundle}: {done.num_bytes / 1e6:,.1f} MB, fetched "
         f"{done.fetched_bytes / 1e6:,.3f} MB{signed} ({done.digest})"
     )
+    if note is not None:
+        click.echo(note, err=True)
     click.echo(f"On a device with TensorRT, build its engine: edge-llm build {target}", err=True)
 
 
@@ -135,30 +148,51 @@ def pull(
 @click.option(
     "--password-file", type=FILE, help="File of the key's password. Default: it is asked for."
 )
+@click.option(
+    "--release",
+    type=click.IntRange(1, 1 << 50),
+    metavar="NUMBER",
+    help="Number of this release: devices that had a higher one refuse it. Default: what BUNDLE "
+    "has, if it was signed as a release before.",
+)
+@click.option(
+    "--expires",
+    type=click.DateTime(("%Y-%m-%d", "%Y-%m-%dT%H:%M:%SZ")),
+    help="Of the release, in UTC: from then on nobody fetches it.",
+)
+@click.option("--name", help="Of the release: the only repository it is for, e.g. acme/r1-7b.")
 @json_option
 def sign(
     bundle: Path,
     key_file: Path,
     comment: str | None,
     password_file: Path | None,
+    release: int | None,
+    expires: datetime | None,
+    name: str | None,
     as_json: bool,
 ) -> None:
     """Sign BUNDLE; a signature that it had is replaced.
 
     The signature, manifest.json.minisig, is of manifest.json, which has the hash of every file.
     All of them are checked first. It is in minisign's format: minisign -Vm manifest.json -P KEY.
+    A release is written into manifest.json before.
     """
+    made = _release(release, expires, name)
     manifest = read_manifest(bundle)
     with show_progress() as progress, uncounted(progress, "hash"):
         verify_files(bundle, manifest)
     key = read_secret_key(key_file, lambda: _password(password_file))
     if comment is None:
         comment = f"timestamp:{int(time.time())} bundle:{manifest.name}"
-    signature = sign_bundle(bundle, key, comment)
+    signature = sign_bundle(bundle, key, comment, made)
+    found = read_release(read_manifest(bundle))
     if as_json:
-        echo_json({"bundle": str(bundle), "key": key.public_key.name, "comment": signature.comment})
+        signed = {"key": key.public_key.name, "comment": signature.comment}
+        echo_json({"bundle": str(bundle), **signed, "release": msgspec.to_builtins(found)})
         return
-    click.echo(f"{bundle}: signed with {key.public_key.name}")
+    what = "" if found is None else f" as release {found}"
+    click.echo(f"{bundle}: signed with {key.public_key.name}{what}")
 
 
 @bundle.command()
@@ -194,8 +228,10 @@ def verify(bundle: Path, trusted_keys: Path | None, as_json: bool) -> None:
     """
     data, signature = read_manifest_bytes(bundle), read_signature_bytes(bundle)
     manifest = read_manifest(bundle)
+    release = read_release(manifest)
     file = trusted_keys_file(trusted_keys)
     found: dict[str, Any] = {"bundle": str(bundle), "files": len(manifest.files)}
+    found["release"] = msgspec.to_builtins(release)
     found |= {"key": None, "trusted": False, "comment": None}
     if file is not None:
         key, parsed = check_manifest(data, signature, file, str(bundle))
@@ -215,6 +251,9 @@ def verify(bundle: Path, trusted_keys: Path | None, as_json: bool) -> None:
         click.echo(f"says it is signed with {found['key']}; name --trusted-keys to check that")
     else:
         click.echo("not signed")
+    if release is not None:
+        is_over = release.expires is not None and release.expires <= datetime.now(timezone.utc)
+        click.echo(f"release {release}{', which is over' if is_over else ''}")
 
 
 @bundle.command(short_help="Say what differs between two bundles.")
@@ -279,8 +318,6 @@ def _contents(
     text: str, plain_http: bool | None, progress: Progress
 ) -> tuple[Contents, dict[str, Any]]:
     """What a bundle or a reference holds, and its manifest but for what always differs."""
-    import msgspec
-
     from edge_fleet.registry.artifact import decode, describe, encode
     from edge_fleet.registry.pull import look
     from edge_fleet.registry.reference import is_reference
@@ -298,6 +335,29 @@ def _contents(
     for name in ("files", "self_sha256"):
         del values[name]
     return contents, values
+
+
+def _release(number: int | None, expires: datetime | None, name: str | None) -> Release | None:
+    """The release that a bundle is signed as; None where none is given.
+
+    Raises:
+        ConfigError: it has no number, is over already, or its name is that of no repository.
+    """
+    if number is None:
+        if expires is not None or name is not None:
+            raise ConfigError("--expires and --name are of a release; give its number by --release")
+        return None
+    now = datetime.now(timezone.utc).replace(microsecond=0)
+    until = expires and expires.replace(tzinfo=timezone.utc)
+    if until is not None and until <= now:
+        raise ConfigError(f"--expires is {say_time(until)}, and it is {say_time(now)} already")
+    made = {"number": number, "signed": now, "expires": until, "name": name}
+    try:
+        return msgspec.convert(made, Release)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"--name {name} is no name of a repository; write it in lower case, e.g. acme/r1-7b"
+        ) from error
 
 
 def _password(file: Path | None, confirm: bool = False) -> str:

@@ -22,7 +22,11 @@ from edge.cli import echo_json
 from edge.cli.options import Finite, json_option
 from edge.device.telemetry import read_available_memory_bytes
 from edge.errors import ConfigError, DeadlineError, DependencyError, ResourceError, install_command
-from edge_fleet.cli.registry_options import plain_http_option, reference_argument
+from edge_fleet.cli.registry_options import (
+    allow_older_option,
+    plain_http_option,
+    reference_argument,
+)
 from edge_fleet.devices import cluster
 from edge_fleet.devices.client import Fleet
 from edge_fleet.devices.config import FleetConfig, read_config
@@ -156,6 +160,7 @@ def drain(file: Path, name: str, off: bool, timeout_s: float) -> None:
     help="Seconds for which each device watches the new bundle.",
 )
 @click.option("--retry", is_flag=True, help="Also try a bundle that was rejected before.")
+@allow_older_option
 @plain_http_option
 @json_option
 def rollout(
@@ -166,6 +171,7 @@ def rollout(
     gate: Gate,
     watch_s: float,
     retry: bool,
+    allow_older: bool,
     plain_http: bool | None,
     as_json: bool,
 ) -> None:
@@ -204,6 +210,7 @@ def rollout(
                 gate=gate,
                 watch_s=watch_s,
                 retry=retry,
+                allow_older=allow_older,
                 plain_http=plain_http,
                 told=told,
             )

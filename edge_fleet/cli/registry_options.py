@@ -16,6 +16,12 @@ plain_http_option = option(
     default=None,
     help="Speak HTTP without TLS. Default: with a registry on this very machine only.",
 )
+allow_older_option = option(
+    "Source",
+    "--allow-older",
+    is_flag=True,
+    help="Also take a release that has expired, or that is older than the one that was here.",
+)
 trusted_keys_option = option(
     "Source",
     "--trusted-keys",

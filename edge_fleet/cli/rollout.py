@@ -25,6 +25,7 @@ from edge_lab.cli.golden_options import GOLDEN_ENGINE, golden_option, max_tokens
 from edge_lab.cli.progress import show_progress
 
 from .registry_options import (
+    allow_older_option,
     plain_http_option,
     reference_argument,
     trusted_keys_option,
@@ -93,6 +94,7 @@ _staging = option(
 )
 @build_option
 @option("Source", "--retry", is_flag=True, help="Also try a bundle that was rejected before.")
+@allow_older_option
 @trusted_keys_option
 @plain_http_option
 @json_option
@@ -112,6 +114,7 @@ def rollout(
     switch_timeout_s: float,
     build: bool | None,
     retry: bool,
+    allow_older: bool,
     trusted_keys: Path | None,
     plain_http: bool | None,
     as_json: bool,
@@ -125,7 +128,8 @@ def rollout(
 
     Exit code 0: the device has the bundle. 3: it is worse, or was rejected before; the old one
     serves. 75: the registry cannot be reached; the old one serves, try again later. 65: not signed,
-    forged or damaged. Any other: a step failed, and the old one serves.
+    forged or damaged, expired, or an older release than the device had. Any other: a step failed,
+    and the old one serves.
     """
     from edge_fleet.rollout.service import Service
     from edge_fleet.rollout.steps import Plan, roll_out
@@ -135,6 +139,8 @@ def rollout(
     if server is None and (flag := given_flag(*watching)):
         raise ConfigError(f"{flag} belongs to --server; add it")
     _check_who_reloads(staging, reload_command)
+    if staging is not None and allow_older:
+        raise ConfigError("--allow-older is for who moves the link: as root, without --staging")
     if server is not None and reload_command is None and staging is None:
         raise ConfigError("--server needs --reload, or the service would never see the new bundle")
     service = None
@@ -155,6 +161,7 @@ def rollout(
         retry,
         switch_timeout_s,
         staging,
+        allow_older,
     )
     with show_progress() as progress:
         done = roll_out(plan, progress)

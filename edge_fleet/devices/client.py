@@ -146,6 +146,7 @@ class Fleet:
         gate: Gate = "golden",
         watch_s: float = WATCH_S,
         retry: bool = False,
+        allow_older: bool = False,
         plain_http: bool | None = None,
         told: Callable[[FleetRollout], None] = lambda _: None,
     ) -> FleetRollout:
@@ -161,6 +162,7 @@ class Fleet:
             gate: ``golden``, or ``none``; as for ``edge-llm bundle rollout``.
             watch_s: seconds for which each device watches the new bundle, 0 to 86,400.
             retry: also try a bundle that devices have rejected before.
+            allow_older: also take a release that has expired or is older than what devices had.
             plain_http: speak HTTP without TLS; None only to a registry on the same machine.
             told: is called with the state of all devices at each change.
 
@@ -171,7 +173,8 @@ class Fleet:
             GateError: a device rejected the bundle; no further one was asked.
             ConfigError: a value is wrong, a device has no ``rollout`` in the fleet's file, or
                 another roll-out is at work.
-            BundleError: it is no bundle, or not signed as this machine or a device wants.
+            BundleError: it is no bundle, not signed as this machine or a device wants, or a
+                release that has expired or is older than what a device had.
             RegistryError: the registry does not answer.
             DeadlineError: no device is on, one was lost, or none is left to answer meanwhile.
             BackendError: a device failed, or the head does not answer.
@@ -204,7 +207,7 @@ class Fleet:
         return Driver(
             RayCrew(self.config),
             self.config.devices,
-            Order(place, gate, watch_s, retry, plain_http),
+            Order(place, gate, watch_s, retry, plain_http, allow_older),
             offer.manifest.self_sha256,
             canary=canary,
             at_once=at_once,

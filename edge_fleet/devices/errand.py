@@ -40,6 +40,7 @@ class Order(msgspec.Struct, frozen=True):
         watch_s: seconds for which the device watches the new bundle.
         retry: also try a bundle that the device has rejected before.
         plain_http: speak HTTP without TLS to the registry; None leaves that to the device.
+        allow_older: also take a release that has expired or is older than what the device had.
     """
 
     reference: str
@@ -47,6 +48,7 @@ class Order(msgspec.Struct, frozen=True):
     watch_s: float = WATCH_S
     retry: bool = False
     plain_http: bool | None = None
+    allow_older: bool = False
 
     @property
     def digest(self) -> str:
@@ -64,6 +66,7 @@ class Order(msgspec.Struct, frozen=True):
             raise ConfigError(f"{self.reference} has no digest; a fleet rolls out one content")
         found = [self.reference, "--gate", self.gate, "--watch-s", f"{self.watch_s:g}", "--json"]
         found += ["--retry"] if self.retry else []
+        found += ["--allow-older"] if self.allow_older else []
         if self.plain_http is not None:
             found.append("--plain-http" if self.plain_http else "--tls")
         return found

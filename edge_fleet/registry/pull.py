@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from edge.bundle.place import (
     remove,
     sweep,
 )
+from edge.bundle.release import Release, read_release
 from edge.bundle.trust import (
     SIGNATURE_NAME,
     check_manifest,
@@ -55,6 +57,7 @@ from . import artifact as artifacts
 from .artifact import Contents, Piece
 from .client import MAX_MANIFEST_BYTES, NUM_CONNECTIONS, Registry, digest_of
 from .reference import Reference
+from .release import check_name
 
 _MAX_SOURCES = 16  # bundles beside the target that are looked into
 _Known: TypeAlias = dict[str, list[tuple[Path, Piece]]]
@@ -91,6 +94,7 @@ class Offer(NamedTuple):
         manifest: the same, read.
         signature: its signature, if it has one.
         signer: see `Pulled`.
+        release: which release it is, by its manifest; None without a number.
     """
 
     digest: str
@@ -100,6 +104,7 @@ class Offer(NamedTuple):
     manifest: Manifest
     signature: bytes | None
     signer: str | None
+    release: Release | None
 
 
 def look(reference: Reference, registry: Registry, trusted_keys: Path | None = None) -> Offer:
@@ -111,7 +116,8 @@ def look(reference: Reference, registry: Registry, trusted_keys: Path | None = N
         trusted_keys: see `edge.bundle.trust.trusted_keys_file`.
 
     Raises:
-        BundleError: it is no bundle, of another version, or not signed where it must be.
+        BundleError: it is no bundle, of another version, not signed where it must be, or signed
+            for another repository.
         IntegrityError: it contradicts itself, or a key signed it that is not trusted.
         ConfigError, RegistryError: see `Registry`; or the file of keys cannot be used.
     """
@@ -127,7 +133,9 @@ def look(reference: Reference, registry: Registry, trusted_keys: Path | None = N
         signer = check_manifest(data, signature, file, where)[0].name
     manifest = decode_manifest(data, f"{where}: {MANIFEST_NAME}")
     artifacts.check_contents(contents, manifest, where)
-    return Offer(digest, origin, contents, data, manifest, signature, signer)
+    release = read_release(manifest)
+    check_name(release, reference)
+    return Offer(digest, origin, contents, data, manifest, signature, signer, release)
 
 
 def pull(
@@ -166,6 +174,8 @@ def pull(
         recover(target)
         if not _is_there(offer, target):
             check_replaceable(target, overwrite)
+            if staging.is_symlink():
+                staging.unlink()  # no pull makes one: what it leads to is not ours
             if not _is_there(offer, staging):
                 if (staging / MANIFEST_NAME).exists():
                     sweep(target, staging)  # a bundle that was replaced may still serve
@@ -211,8 +221,11 @@ def _fill(
     """Bring every piece into the staging directory; returns the bytes that were fetched."""
     total = sum(piece.num_bytes for piece in offer.contents.all_pieces())
     for path in staging.iterdir():
-        if path.name not in offer.contents.pieces:
-            remove(path) if path.is_dir() else path.unlink()
+        found = path.lstat()
+        if stat.S_ISDIR(found.st_mode):
+            remove(path)
+        elif path.name not in offer.contents.pieces or not _is_own(found):
+            path.unlink()
     have = sum(path.stat().st_blocks * 512 for path in staging.iterdir())
     check_free_space(staging.parent, max(total - have, 0))
     fetched = done = 0
@@ -256,8 +269,7 @@ def _bring(
     if data is None:
         data = registry.blob(piece.digest, piece.num_bytes)
         fetched = len(data)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(staging / piece.file, flags, 0o644)
+    descriptor = _open_own(staging / piece.file)
     try:
         at = 0
         while at < len(data):
@@ -267,10 +279,34 @@ def _bring(
     return fetched
 
 
+def _is_own(found: os.stat_result) -> bool:
+    """Whether a file has only its name here: no link, no pipe, and no other name elsewhere."""
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+
+
+def _open_own(path: Path) -> int:
+    """Open a file of the staging directory for writing, made where it is missing.
+
+    Raises:
+        OSError: it is not only there; `_fill` has removed such files, so somebody has put it there.
+    """
+    # A pipe would be waited for.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o644)
+    if not _is_own(os.fstat(descriptor)):
+        os.close(descriptor)
+        raise OSError(errno.EMLINK, "somebody else has put this file here", str(path))
+    return descriptor
+
+
 def _finish(staging: Path, offer: Offer) -> None:
     """Cut, hash and fsync every file, and write their manifest last."""
     for name, info in offer.manifest.files.items():
-        os.truncate(staging / name, info.num_bytes)  # a longer one of an earlier pull
+        descriptor = _open_own(staging / name)
+        try:
+            os.ftruncate(descriptor, info.num_bytes)  # a longer one of an earlier pull
+        finally:
+            os.close(descriptor)
     verify_files(staging, offer.manifest)
     for name in offer.manifest.files:
         fsync(staging / name)

@@ -7,7 +7,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
-from edge.bundle.manifest import read_manifest_bytes
+from edge.bundle.manifest import read_manifest, read_manifest_bytes
+from edge.bundle.release import read_release
 from edge.bundle.trust import read_signature_bytes
 from edge.errors import IntegrityError
 from edge_lab.progress import Progress, silent
@@ -15,6 +16,7 @@ from edge_lab.progress import Progress, silent
 from . import artifact as artifacts
 from .client import NUM_CONNECTIONS, Registry, digest_of
 from .reference import Reference
+from .release import check_name
 
 
 class Pushed(NamedTuple):
@@ -48,10 +50,12 @@ def push(
         progress: is called with bytes, in the steps ``hash`` and ``push``.
 
     Raises:
-        BundleError, IntegrityError: the bundle is missing, damaged, or was changed meanwhile.
+        BundleError, IntegrityError: the bundle is missing, damaged, was changed meanwhile, or is
+            signed for another repository.
         ConfigError, RegistryError: see `Registry`; or the reference has another digest.
         DependencyError: pyfastcdc is not installed.
     """
+    check_name(read_release(read_manifest(bundle)), reference)
     artifact, _ = artifacts.describe(bundle, progress)
     data = artifacts.encode(artifact)
     digest = digest_of(data)

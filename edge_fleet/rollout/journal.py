@@ -50,6 +50,8 @@ class Journal(msgspec.Struct, forbid_unknown_fields=True):
         judged: what the bundle that stays answered to the golden set, a
             `edge_lab.measure.watch.Baseline`; the guard reads this without what asks models.
         judged_new: what the new one answered.
+        release: number of the release that was kept last, which no lower one may follow; 0 where
+            it had none.
     """
 
     digest: str = ""
@@ -60,6 +62,7 @@ class Journal(msgspec.Struct, forbid_unknown_fields=True):
     rejected: dict[str, str] = {}
     judged: dict[str, Any] | None = None
     judged_new: dict[str, Any] | None = None
+    release: int = 0
 
     @property
     def on_trial(self) -> bool:

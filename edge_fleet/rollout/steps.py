@@ -29,6 +29,7 @@ from edge.errors import (
 from edge_fleet.registry.client import Registry
 from edge_fleet.registry.pull import Offer, look, origin_digest, pull
 from edge_fleet.registry.reference import Reference
+from edge_fleet.registry.release import check_release, release_at
 from edge_lab.measure.defaults import GOLDEN_SET, MAX_TOKENS
 from edge_lab.measure.watch import (
     Baseline,
@@ -67,6 +68,7 @@ class Plan:
         retry: also try a bundle that was rejected before.
         switch_timeout_s: seconds for which the service may take to open a bundle.
         staging: see `Place`; what ``reload`` would do is root's then.
+        allow_older: also take a release that has expired or is older than the one kept last.
     """
 
     reference: Reference
@@ -82,6 +84,7 @@ class Plan:
     retry: bool = False
     switch_timeout_s: float = SWITCH_TIMEOUT_S
     staging: Path | None = None
+    allow_older: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ def roll_out(plan: Plan, progress: Progress = silent) -> Outcome:
 
     Raises:
         GateError: the bundle is worse than the old one, or was rejected before; the old one serves.
+        BundleError: it is no bundle of a trusted key, has expired, or is an older release than the
+            one that was kept; the old one serves.
         RegistryError: the registry cannot be reached; the old one serves.
         EdgeError: another step fails; the old one serves.
     """
@@ -142,14 +147,18 @@ class _Run:
         self.journal = journal
         self.progress = progress
         self.notes: list[str] = []
+        self._release = 0
 
     def run(self) -> Outcome:
         plan, journal = self.plan, self.journal
         with Registry(plan.reference, plain_http=plan.plain_http) as registry:
             offer = look(plan.reference, registry, plan.engine.trusted_keys)
             current = self.place.current
-            if current is not None and origin_digest(self.place.path(current)) == offer.digest:
-                return Outcome(offer.digest, self.place.path(current), False)
+            here = None if current is None else self.place.path(current)
+            is_new = here is None or origin_digest(here) != offer.digest
+            self._check_release(offer, is_new)
+            if here is not None and not is_new:
+                return Outcome(offer.digest, here, False, tuple(self.notes))
             if offer.digest in journal.rejected and not plan.retry:
                 reason = f"{journal.rejected[offer.digest]}; --retry tries it again"
                 raise self._gate_error(offer.digest, reason, "was rejected before")
@@ -170,6 +179,7 @@ class _Run:
                 plan.service.look()
             self._pull(offer, registry)
         manifest = offer.manifest
+        self._release = 0 if offer.release is None else offer.release.number
         self._build()
         self._confirm_old()  # a trial that was taken back may not have reached the service yet
         self._judge_before(manifest)
@@ -208,6 +218,22 @@ class _Run:
             f"not exist yet; let it lead to that bundle: {move}ln -s {first.name} {link}, then "
             f"name {link} in the settings and restart the service"
         )
+
+    def _check_release(self, offer: Offer, is_new: bool) -> None:
+        """Refuse what has expired, also where it is what serves: so a tag that stands still shows.
+
+        Raises:
+            BundleError: it has, or it is older than the release that was kept.
+        """
+        if self.plan.allow_older:
+            return
+        # Who moves the link notes what was kept; whoever has moved it by hand has done so, too.
+        link = self.place.link
+        journal = self.journal if self.place.staging is None else Place(link).read()
+        highest = journal.release if is_new else 0
+        note = check_release(offer.release, str(self.plan.reference), release_at(link), highest)
+        if note is not None:
+            self.notes.append(note)
 
     def _check_size(self, manifest: Manifest) -> None:
         """Refuse what this machine could not hold if nothing else ran on it.
@@ -429,6 +455,7 @@ class _Run:
         self.place.keep(self.journal.new)
         self.journal.judged = self.journal.judged_new
         self.journal.judged_new, self.journal.trials = None, 0
+        self.journal.release = self._release
         self.journal.rejected.pop(self.journal.digest, None)  # it was tried again, and is good
         self._note("done")
 

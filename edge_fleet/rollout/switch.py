@@ -28,10 +28,12 @@ from edge.bundle.manifest import (
     is_file_name,
 )
 from edge.bundle.place import ORIGIN_NAME, check_free_space
+from edge.bundle.release import read_release
 from edge.bundle.trust import SIGNATURE_NAME, check_manifest, trusted_keys_file
 from edge.bundle.update import beside, fsync, replace_durably, write_durably
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, ResourceError
 from edge.files import MALFORMED
+from edge_fleet.registry.release import check_release, release_at
 
 from .journal import Journal, Place, reload_service, take_back
 from .orders import ANSWER_NAME, MAX_BYTES, ORDER_NAME, Answer, Order, read_answer
@@ -92,7 +94,8 @@ def _do(order: Order, place: Place, folder: StagedFolder, reload: str) -> None:
     elif order.do == "keep":
         if journal.new != order.bundle or journal.step not in ("trial", "done"):
             raise ConfigError(f"{order.bundle} is not on trial, so it cannot be kept")
-        journal.step = "done"
+        kept = release_at(place.path(journal.new))
+        journal.step, journal.release = "done", 0 if kept is None else kept.number
         place.write(journal)
         place.sweep({journal.new, journal.old})
     elif not take_back(place, journal, reload, cut_off=False):
@@ -127,7 +130,8 @@ def adopt(folder: StagedFolder, name: str, place: Place) -> str:
         The digest under which the registry had it, which its name has to begin with.
 
     Raises:
-        BundleError: it is no bundle, or not signed where this machine demands it.
+        BundleError: it is no bundle, not signed where this machine demands it, expired, or an older
+            release than the link had.
         IntegrityError: a file is another than the manifest says, no plain file, or not of the
             staging directory's owner alone.
         ConfigError: see `check_manifest`.
@@ -137,7 +141,7 @@ def adopt(folder: StagedFolder, name: str, place: Place) -> str:
     shutil.rmtree(target, ignore_errors=True)
     try:
         with folder.inside(name) as source:
-            digest = _copy_bundle(source, name, target)
+            digest = _copy_bundle(source, name, target, place)
         shutil.rmtree(place.path(name), ignore_errors=True)  # one that was on trial before
         target.rename(place.path(name))
     except BaseException:
@@ -147,7 +151,7 @@ def adopt(folder: StagedFolder, name: str, place: Place) -> str:
     return digest
 
 
-def _copy_bundle(source: StagedFolder, name: str, target: Path) -> str:
+def _copy_bundle(source: StagedFolder, name: str, target: Path, place: Place) -> str:
     about = {MANIFEST_NAME: source.read(MANIFEST_NAME), ORIGIN_NAME: source.read(ORIGIN_NAME)}
     with suppress(FileNotFoundError):  # whether that is allowed is the policy's
         about[SIGNATURE_NAME] = source.read(SIGNATURE_NAME)
@@ -155,6 +159,7 @@ def _copy_bundle(source: StagedFolder, name: str, target: Path) -> str:
     if keys is not None:
         check_manifest(about[MANIFEST_NAME], about.get(SIGNATURE_NAME), keys, name)
     manifest = decode_manifest(about[MANIFEST_NAME], f"{name}: {MANIFEST_NAME}")
+    check_release(read_release(manifest), name, release_at(place.link), place.read().release)
     digest = hashlib.sha256(about[ORIGIN_NAME]).hexdigest()
     if not name.endswith(f"-{digest[:12]}"):
         raise IntegrityError(f"{name} is {digest[:12]} by its {ORIGIN_NAME}; pull it again")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from edge.bundle.minisign import (
     PublicKey,
+    Signature,
     check_signature,
     parse_public_keys,
     parse_signature,
@@ -205,3 +206,68 @@ def test_what_is_signed_is_checked(data: bytes, comment: str):
     assert check_signature(data, signature, [key.public_key]) == key.public_key
     with pytest.raises(IntegrityError):
         check_signature(data + b"x", signature, [key.public_key])
+
+
+# Of libsodium's `ge25519_has_small_order`: the eight points, and what else decodes to them.
+SMALL_ORDER = [
+    "00" * 32,
+    "01" + "00" * 31,
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+    "ec" + "ff" * 30 + "7f",
+    "ed" + "ff" * 30 + "7f",
+    "ee" + "ff" * 30 + "7f",
+]
+
+
+@pytest.mark.parametrize("sign", [0, 0x80])
+@pytest.mark.parametrize("point", SMALL_ORDER)
+def test_a_key_whose_signatures_anybody_can_forge_is_refused(point: str, sign: int):
+    raw = bytearray(bytes.fromhex(point))
+    raw[31] |= sign
+    key = PublicKey(b"12345678", bytes(raw))
+    good = make_key().public_key
+    with pytest.raises(ConfigError, match="line 4 of it is a key of small order"):
+        parse_public_keys(good.encode() + key.encode(), "it")
+
+
+def test_the_forgery_that_a_key_of_small_order_lets_through():
+    """With the neutral element as key, every message has this signature, and OpenSSL takes it."""
+    neutral = (1).to_bytes(32, "little")
+    forged = Signature(b"12345678", True, neutral + bytes(32), "mine", neutral + bytes(32))
+    key = PublicKey(b"12345678", neutral)
+    assert check_signature(b"whatever", forged, [key]) == key
+    with pytest.raises(ConfigError, match="small order"):
+        parse_public_keys(key.encode(), "it")
+
+
+def test_a_line_of_names_binds_the_key_after_it():
+    bound, free = make_key().public_key, make_key().public_key
+    text = f"names: acme/* acme/team/r1-?b\n{bound.encode()}{free.encode()}"
+    first, second = parse_public_keys(text, "it")
+    assert (first.key, first.names) == (bound.key, ("acme/*", "acme/team/r1-?b"))
+    assert parse_public_keys(f"{bound.encode().splitlines()[0]}\nnames: a\n{bound.line}", "it")[
+        0
+    ].names == ("a",)
+    assert second == free
+    assert [
+        name
+        for name in ("acme/r1", "acme/team/r1-7b", "acme", "acme/team/x", "other/r1", "acme/r/1")
+        if first.covers(name)
+    ] == ["acme/r1", "acme/team/r1-7b"]
+    assert second.covers("whatever/it/is")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("names:\n{key}", "line 1 of it does not bind the key after it"),
+        ("names: Acme/*\n{key}", "line 1 of it does not bind the key after it"),
+        ("names: /acme\n{key}", "line 1 of it does not bind the key after it"),
+        ("names: a\nnames: b\n{key}", "line 2 of it does not bind the key after it"),
+        ("{key}names: a\n", "has no public key after names:"),
+    ],
+)
+def test_names_that_bind_nothing_are_an_error(text: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        parse_public_keys(text.format(key=make_key().public_key.encode()), "it")

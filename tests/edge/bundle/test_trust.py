@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,45 @@ def test_a_policy_that_cannot_be_read_opens_nothing(
         open_manifest(bundle)
 
 
+@pytest.mark.parametrize("mode", [0o664, 0o646, 0o666])
+def test_a_policy_that_others_can_change_opens_nothing(
+    bundle: Path, keys: Path, key: SecretKey, mode: int
+):
+    sign_bundle(bundle, key, "ours")
+    open_manifest(bundle, keys)
+    keys.chmod(mode)
+    with pytest.raises(ConfigError, match=f"others \\(mode 0{mode:o}\\) can change {keys}"):
+        open_manifest(bundle, keys)
+
+
+def test_so_does_one_in_a_directory_that_others_can_change(
+    bundle: Path, keys: Path, key: SecretKey
+):
+    sign_bundle(bundle, key, "ours")
+    shared = keys.parent / "shared"
+    shared.mkdir()
+    link = keys.parent / "link"
+    link.symlink_to(keys.rename(shared / "keys"))  # where the link leads counts
+    open_manifest(bundle, link)
+    shared.chmod(0o777)
+    with pytest.raises(ConfigError, match=f"others \\(mode 0777\\) can change {shared}"):
+        open_manifest(bundle, link)
+    shared.chmod(0o1777)  # as /tmp, where each changes what is his own
+    open_manifest(bundle, link)
+
+
+def test_so_does_one_of_another_user(
+    bundle: Path, keys: Path, key: SecretKey, monkeypatch: pytest.MonkeyPatch
+):
+    sign_bundle(bundle, key, "ours")
+    if os.geteuid():
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    else:
+        os.chown(keys, 12345, 0)
+    with pytest.raises(ConfigError, match=r"user \d+ can change .*root and this user alone"):
+        open_manifest(bundle, keys)
+
+
 def test_a_manifest_that_changes_after_it_was_signed_is_refused(
     bundle: Path, keys: Path, key: SecretKey
 ):
@@ -142,7 +182,10 @@ def test_every_room_that_opens_a_bundle_comes_through_the_one_door():
         "edge_lab/doctor/software.py",
         "edge_lab/planner/models.py",
         "edge_fleet/registry/pull.py",
+        "edge_fleet/registry/push.py",
+        "edge_fleet/registry/release.py",
         "edge_fleet/rollout/steps.py",
+        "edge_fleet/signing.py",
         "edge_serve/models/limits.py",
         "edge_serve/models/switch.py",
         "edge_serve/run.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -90,6 +91,88 @@ def test_verify_says_what_it_knows(tmp_path: Path):
         run("sign", mine, "--key", tmp_path / "a.key")
 
 
+def test_a_release_is_signed_shown_and_held_to_what_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "registry").mkdir()
+    live = LiveRegistry(tmp_path / "registry")
+    try:
+        mine = write_bundle(tmp_path / "mine", FILES)
+        run("keygen", tmp_path / "a", "--no-password")
+        sign = ("sign", mine, "--key", tmp_path / "a.key")
+        keys = tmp_path / "keys"
+        keys.write_text("names: acme/*\n" + (tmp_path / "a.pub").read_text())
+        trusted = ("--trusted-keys", keys)
+        run(*sign)
+        with pytest.raises(IntegrityError, match="signed as a bundle without a name"):
+            run("verify", mine, *trusted)
+        release = ("--release", "2", "--name", "acme/r1", "--expires")
+        done = run(*sign, *release, "2999-01-01")
+        assert "as release 2 of acme/r1, signed " in done.stdout
+        assert "expires 2999-01-01 00:00 UTC" in done.stdout
+        place = f"{live.address}/acme/r1:stable"
+        run("push", mine, place)
+        found = as_json("verify", mine, *trusted)
+        assert found["trusted"]
+        assert found["release"] == {
+            "number": 2,
+            "signed": found["release"]["signed"],
+            "expires": "2999-01-01T00:00:00Z",
+            "name": "acme/r1",
+        }
+        assert "release 2 of acme/r1, signed" in run("verify", mine).stdout
+        run("pull", place, *trusted)
+        old = write_bundle(tmp_path / "old", FILES | {"decoder.onnx": b"older"})
+        run(*sign[:1], old, *sign[2:], "--release", "1", "--name", "acme/r1")
+        run("push", old, place)
+        with pytest.raises(BundleError, match="is release 1, and release 2 was here"):
+            run("pull", place, "--force", *trusted)
+        run("pull", place, "--force", "--allow-older", *trusted)
+        assert as_json("verify", "r1")["release"]["number"] == 1
+        keys.write_text("names: other/r1\n" + (tmp_path / "a.pub").read_text())
+        with pytest.raises(IntegrityError, match=r"signed as acme/r1, .* for other/r1 only"):
+            run("pull", place, "-o", tmp_path / "unbound", *trusted)
+        assert not (tmp_path / "unbound").exists()
+        # The vendor's clock was right, and that of this machine is.
+        run(*sign, *release, "2999-01-01")
+        monkeypatch.setattr("edge_fleet.registry.release.datetime", Later)
+        run("push", mine, place)
+        with pytest.raises(BundleError, match="expired at 2999-01-01 00:00 UTC"):
+            run("pull", place, "-o", tmp_path / "late")
+        run("pull", place, "-o", tmp_path / "late", "--allow-older")
+    finally:
+        live.kill()
+
+
+class Later(datetime):
+    """A clock in the year 3000."""
+
+    @classmethod
+    def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+        return datetime(3000, 1, 1, tzinfo=timezone.utc)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--expires", "2999-01-01"), "are of a release; give its number by --release"),
+        (("--name", "acme/r1"), "are of a release; give its number by --release"),
+        (("--release", "1", "--expires", "2020-01-01"), "is 2020-01-01 00:00 UTC, and it is"),
+        (("--release", "1", "--name", "Acme/R1"), "--name Acme/R1 is no name of a repository"),
+    ],
+)
+def test_a_release_that_nobody_would_take_is_not_signed(
+    tmp_path: Path, options: tuple[str, ...], message: str
+):
+    mine = write_bundle(tmp_path / "mine", FILES)
+    before = (mine / "manifest.json").read_bytes()
+    run("keygen", tmp_path / "a", "--no-password")
+    with pytest.raises(ConfigError, match=message):
+        run("sign", mine, "--key", tmp_path / "a.key", *options)
+    assert (mine / "manifest.json").read_bytes() == before
+    assert "not signed" in run("verify", mine).stdout
+
+
 def test_passwords_are_asked_for_or_read_and_never_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -132,6 +215,12 @@ def test_who_may_not_move_the_link_names_no_command(tmp_path: Path, verb: tuple[
     place = ("--link", tmp_path / "r1", "--staging", tmp_path / "staging")
     with pytest.raises(ConfigError, match="--reload is given to the unit edge-llm-switch@"):
         run(*verb, *place, "--reload", "true")
+
+
+def test_who_may_not_move_the_link_goes_back_to_no_older_release(tmp_path: Path):
+    place = ("--link", tmp_path / "r1", "--staging", tmp_path / "staging")
+    with pytest.raises(ConfigError, match="--allow-older is for who moves the link"):
+        run("rollout", "127.0.0.1:1/r1:stable", *place, "--allow-older")
 
 
 @pytest.mark.parametrize("option", ["--watch-s", "--switch-timeout-s"])

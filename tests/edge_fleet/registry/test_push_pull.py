@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -621,3 +622,76 @@ def test_errors_are_edge_errors_of_the_documented_codes(tmp_path: Path, quick: o
     with pytest.raises(EdgeError) as caught:
         get(nowhere, tmp_path / "tiny")
     assert caught.value.exit_code == 75
+
+
+# ------------------------------------------------------------------------------- planted files
+
+
+@pytest.mark.parametrize("kind", ["hard link", "hard link of the same", "symbolic link", "pipe"])
+def test_what_is_not_only_in_the_staging_directory_is_made_anew(
+    reference: Reference, registry: Registry, tmp_path: Path, kind: str
+):
+    """Else a pull writes into somebody's file, or waits for ever for who reads the pipe."""
+    push(write_bundle(tmp_path / "mine" / "tiny", SMALL), reference, registry)
+    staging = tmp_path / ".tiny.edge-llm-pull"
+    staging.mkdir()
+    victim, planted = tmp_path / "victim", staging / "decoder.onnx"
+    content_before = SMALL["decoder.onnx"] + b" and more" * (kind != "hard link of the same")
+    victim.write_bytes(content_before)
+    if kind == "pipe":
+        os.mkfifo(planted)
+    elif kind == "symbolic link":
+        planted.symlink_to(victim)
+    else:
+        planted.hardlink_to(victim)
+    with no_waiting_for(planted):
+        bundle = get(reference, tmp_path / "tiny").bundle
+    assert victim.read_bytes() == content_before
+    assert victim.stat().st_nlink == 1
+    assert content(bundle).keys() == {*SMALL, "manifest.json"}
+    verify_files(bundle, read_manifest(bundle))
+
+
+def test_a_pipe_that_comes_while_a_bundle_is_fetched_is_an_error(
+    reference: Reference, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    push(write_bundle(tmp_path / "mine" / "tiny", SMALL), reference, registry)
+    fetch, planted = Registry.blob, tmp_path / ".tiny.edge-llm-pull" / "decoder.onnx"
+
+    def planting(self: Registry, digest: str, size: int) -> bytes:
+        if planted.parent.exists() and not planted.exists():
+            os.mkfifo(planted)
+        return fetch(self, digest, size)
+
+    monkeypatch.setattr(Registry, "blob", planting)
+    with no_waiting_for(planted), pytest.raises(ConfigError, match=r"cannot write .*decoder\.onnx"):
+        get(reference, tmp_path / "tiny")
+
+
+def test_a_staging_directory_that_is_a_link_is_not_followed(
+    reference: Reference, registry: Registry, tmp_path: Path
+):
+    push(write_bundle(tmp_path / "mine" / "tiny", SMALL), reference, registry)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious").write_bytes(b"1")
+    (tmp_path / ".tiny.edge-llm-pull").symlink_to(other)
+    get(reference, tmp_path / "tiny")
+    assert [path.name for path in other.iterdir()] == ["precious"]
+
+
+@contextmanager
+def no_waiting_for(pipe: Path, seconds: float = 20.0) -> Iterator[None]:
+    """End a test that hangs, with the threads that wait until somebody reads from the pipe."""
+
+    def late(*_: object) -> None:
+        os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

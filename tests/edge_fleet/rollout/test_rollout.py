@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from email.message import Message
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ import pytest
 
 from edge.bundle import trust
 from edge.bundle.manifest import encode_manifest, fingerprint, read_manifest
+from edge.bundle.release import Release
 from edge.device.telemetry import Snapshot
 from edge.engine_config import EngineConfig
 from edge.errors import (
@@ -111,7 +113,7 @@ class Device:
     def plan(self, reference: str, **changes: Any) -> steps.Plan:
         return make_plan(self.arguments(reference), **changes)
 
-    def offer(self, *, bad: bool = False, key: Any = None) -> str:
+    def offer(self, *, bad: bool = False, key: Any = None, release: Release | None = None) -> str:
         """Push a bundle that is new and answers as before, or a bad one that ends at once."""
         self._versions += 1
         new = self.folder / f"v{self._versions}"
@@ -123,7 +125,7 @@ class Device:
             changed = msgspec.structs.replace(manifest, tokens=tokens)
             (new / "manifest.json").write_bytes(encode_manifest(changed))
         if key is not None:
-            sign_bundle(new, key, "ours")
+            sign_bundle(new, key, "ours", release)
         reference = parse_reference(f"{self.registry.address}/models/r1:{new.name}")
         with Registry(reference) as registry:
             push(new, reference, registry)
@@ -468,6 +470,141 @@ def test_an_unsigned_bundle_is_not_even_fetched(device: Device, tmp_path: Path):
     assert device.serves(before)
     # The old one is not signed either, so only the service may be asked what it answers.
     assert roll_out(device.plan(device.offer(key=key), engine=engine)).changed
+
+
+class Releases:
+    """A link of its own, which no service opens, and numbered bundles for it."""
+
+    def __init__(self, device: Device, folder: Path) -> None:
+        self.device, self.key, self.place = device, make_key(), Place(folder / "r1")
+        keys = folder / "trusted"
+        keys.write_text(self.key.public_key.encode())
+        self.engine = EngineConfig(
+            backend="ort-cpu", num_slots=1, kv_capacity=128, trusted_keys=keys
+        )
+
+    def offer(
+        self, number: int, expires: datetime | None = None, *, bad: bool = False, **changes: Any
+    ) -> steps.Plan:
+        now = datetime.now(timezone.utc)
+        release = Release(number, now, expires) if number else None
+        return self.device.plan(
+            self.device.offer(bad=bad, key=self.key, release=release),
+            **{
+                "link": self.place.link,
+                "service": None,
+                "reload": None,
+                "golden": None,
+                "engine": self.engine,
+                **changes,
+            },
+        )
+
+    @property
+    def here(self) -> tuple[str | None, set[str]]:
+        found = self.place.link.parent.glob("r1-*")
+        return self.place.current, {path.name for path in found}
+
+
+@pytest.fixture
+def releases(device: Device, tmp_path: Path) -> Releases:
+    return Releases(device, tmp_path)
+
+
+def test_an_older_release_of_the_same_key_is_not_taken(releases: Releases):
+    """A moved tag leads to it, or to a bundle of before releases had numbers."""
+    unnumbered, first, second = (releases.offer(number) for number in (0, 1, 2))
+    assert roll_out(unnumbered).changed  # until a number was seen
+    assert roll_out(second).changed
+    here = releases.here
+    for older in (first, unnumbered):
+        with pytest.raises(BundleError, match=r"release 2 was here: somebody has moved the tag"):
+            roll_out(older)
+        assert releases.here == here
+    assert releases.place.read().release == 2
+    assert not roll_out(second).changed
+    assert roll_out(releases.offer(2)).changed  # built again
+
+
+def test_an_operator_goes_back_and_on_from_there(releases: Releases):
+    unnumbered, first, second = (releases.offer(number) for number in (0, 1, 2))
+    assert roll_out(second).changed
+    assert roll_out(replace(first, allow_older=True)).changed
+    assert releases.place.read().release == 1
+    assert not roll_out(first).changed
+    with pytest.raises(BundleError, match="no release with a number, and release 1 was here"):
+        roll_out(unnumbered)
+    assert roll_out(second).changed
+
+
+def test_the_journal_knows_what_a_link_that_was_moved_by_hand_does_not(releases: Releases):
+    first, second, third = (releases.offer(number) for number in (1, 2, 3))
+    for plan in (first, third):
+        assert roll_out(plan).changed
+    _, bundles = releases.here
+    releases.place.point(releases.place.read().old)
+    assert not roll_out(first).changed  # whoever moved it is not told to move it again
+    with pytest.raises(BundleError, match="release 3 was here"):
+        roll_out(second)
+    assert releases.here[1] == bundles
+    (releases.place.folder / "journal.json").unlink()
+    releases.place.point(roll_out(replace(third, allow_older=True)).bundle.name)
+    (releases.place.folder / "journal.json").unlink()
+    with pytest.raises(BundleError, match="release 3 was here"):  # by the bundle itself
+        roll_out(second)
+
+
+def test_with_a_staging_directory_the_journal_of_who_moves_the_link_counts(
+    releases: Releases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An operator goes back as root, of which the other journal hears nothing."""
+    staging = tmp_path / "staging"
+    plan = releases.offer(4, staging=staging)
+    own = Place(releases.place.link, staging)
+    for place, number in ((own, 3), (releases.place, 5)):
+        with place.locked():
+            place.write(journals.Journal(release=number))
+    with pytest.raises(BundleError, match="release 5 was here"):
+        roll_out(plan)
+    for place, number in ((own, 5), (releases.place, 3)):
+        with held(place):
+            place.write(journals.Journal(release=number))
+    monkeypatch.setattr(steps._Run, "_check_size", _die)
+    with pytest.raises(KeyboardInterrupt):  # it was taken so far
+        roll_out(plan)
+
+
+def test_a_release_that_was_rejected_does_not_count(device: Device, releases: Releases):
+    golden = device.golden
+    good = releases.offer(20, golden=golden)
+    assert roll_out(good).changed
+    with pytest.raises(GateError):
+        roll_out(releases.offer(21, bad=True, golden=golden))
+    assert releases.place.read().release == 20
+    assert not roll_out(good).changed  # its vendor takes 21 back by moving the tag
+
+
+def test_what_has_expired_is_not_taken_and_stays_where_it_is(
+    releases: Releases, monkeypatch: pytest.MonkeyPatch
+):
+    """A tag that stands still, because somebody holds news back, shows once that is over."""
+    now = datetime.now(timezone.utc)
+    plan = releases.offer(30, now + timedelta(days=1))
+    assert roll_out(plan).changed
+    here = releases.here
+    assert not roll_out(plan).changed
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+            return now + timedelta(days=2)
+
+    monkeypatch.setattr("edge_fleet.registry.release.datetime", Later)
+    for each in (plan, releases.offer(31, now + timedelta(days=1))):
+        with pytest.raises(BundleError, match=r"release 3\d, which expired at"):
+            roll_out(each)
+        assert releases.here == here
+    assert not roll_out(replace(plan, allow_older=True)).changed
 
 
 def test_a_device_that_is_too_small_fetches_nothing(

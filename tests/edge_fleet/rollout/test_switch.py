@@ -10,6 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import pytest
 
 from edge.bundle import trust
 from edge.bundle.manifest import encode_manifest, read_manifest
+from edge.bundle.release import Release
 from edge.bundle.verified_files import verify_files
 from edge.errors import EdgeError
 from edge_fleet.rollout import journal as journals
@@ -275,6 +277,30 @@ def test_only_names_of_a_roll_out_are_taken(site: Site, name: str):
     assert code == 64
     assert "is no name of a bundle that is rolled out here" in said
     assert site.current == "r1-first"
+
+
+def test_root_takes_no_older_release_itself(site: Site):
+    """Whoever judges may be somebody else by now, and has signed bundles of every age."""
+    now = datetime.now(timezone.utc)
+
+    def staged(version: str, number: int, expires: datetime | None = None) -> str:
+        name = site.stage(version)
+        sign_bundle(site.staging / name, make_key(), version, Release(number, now, expires))
+        return name
+
+    new, old = staged("new", 2), staged("old", 1)
+    expired = staged("expired", 3, now - timedelta(days=1))
+    assert site.order("try", new) == (0, "")
+    assert Place(site.link).read().release == 0  # on trial only
+    assert site.order("keep", new) == (0, "")
+    assert Place(site.link).read().release == 2
+    for name, complaint in ((old, "release 2 was here"), (expired, "which expired at")):
+        code, said = site.order("try", name)
+        assert (code, complaint in said) == (65, True), said
+        assert site.current == new
+        assert name not in site.beside()
+    Place(site.link).point("r1-first")  # by hand; the journal knows
+    assert site.order("try", old)[0] == 65
 
 
 def test_root_asks_for_the_signature_itself(site: Site, monkeypatch: pytest.MonkeyPatch):
