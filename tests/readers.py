@@ -354,7 +354,7 @@ def _keys(path: Path) -> None:
     read_key_file(path)
 
 
-_PUBLIC_KEY = PublicKey(b"12345678", bytes(32), "a").encode().encode()
+_PUBLIC_KEY = PublicKey(b"12345678", bytes(range(32)), "a").encode().encode()
 _SIGNATURE = Signature(b"12345678", True, bytes(64), "a", bytes(64)).encode()
 _ZERO_SEED = bytes.fromhex("3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29")
 _SECRET_KEY = SecretKey(b"12345678", bytes(32), _ZERO_SEED).encode().encode()
