@@ -1,7 +1,8 @@
 """Runs what strangers wrote in a process of its own, with limits on its time and memory.
 
 Some libraries cannot be stopped from within: they hold the interpreter, or the process ends where
-memory does. So the work is done by a child that the kernel ends, and the parent goes on.
+memory does. So the work is done by a child that the kernel ends, and the parent goes on. The child
+is also confined (`edge.confine`) before its first task: code that takes it over can open nothing.
 
 The child imports a module and calls its function with bytes for each task, one at a time. A frame
 on its pipes is a letter, eight bytes of length (little-endian), and that many bytes.
@@ -10,6 +11,8 @@ on its pipes is a letter, eight bytes of length (little-endian), and that many b
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import select
 import signal
@@ -22,11 +25,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from edge.errors import ResourceError
 
-_RESULT, _FAILURE, _NO_MEMORY = b"r", b"f", b"m"
+_RESULT, _FAILURE, _NO_MEMORY, _UNCONFINED = b"r", b"f", b"m", b"u"
 _LENGTH_BYTES = 8
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -36,6 +39,8 @@ _WALL_FACTOR = 10  # it may have to wait for a core
 _MIN_WALL_S = 10.0
 _HELD_UP = "RDTt"  # states of a process that waits for a core or a disk, or was stopped
 _LEAST_SHARE = 0.01  # of a core; a child that is held up and gets less is not waited for
+_log = logging.getLogger(__name__)
+_warned: list[str] = []  # the log says once that this machine confines nobody
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,23 @@ class Limits:
         memory_bytes: address space of the child, the interpreter included (some 40 MB).
         answer_bytes: length of an answer.
         nice: added to the child's niceness.
+        tasks: as many times ``cpu_s`` is what a child may have in its life: the kernel ends it
+            then, whatever its code does. Before that another takes its place.
+        confined: whether no task is done where the kernel confines no process; else a warning is
+            logged.
     """
 
     cpu_s: float
     memory_bytes: int
     answer_bytes: int = 1 << 26
     nice: int = 0
+    tasks: int = 10
+    confined: bool = False
+
+    @property
+    def life_s(self) -> int:
+        """CPU seconds that a child may have in its life, its start included."""
+        return math.ceil(self.tasks * self.cpu_s) + 1
 
     def __str__(self) -> str:
         return f"{self.cpu_s:g} s of CPU time or {self.memory_bytes >> 20} MiB"
@@ -78,7 +94,9 @@ class LimitedChild:
         """Prepare; nothing is started yet.
 
         Args:
-            function: ``module:name`` of a function from bytes to bytes.
+            function: ``module:name`` of a function from bytes to bytes. If its module has a
+                function ``prepare``, the child calls that first, to import and open what tasks
+                need: confined, they cannot.
             limits: of each task.
         """
         self._function = function
@@ -94,13 +112,16 @@ class LimitedChild:
         Raises:
             LimitError: it took more than the limits, and an answer is not known.
             ChildError: the function raised an exception, which it should not.
-            ResourceError: no process could be started, or this machine is too busy to tell whether
-                it would pass the limits.
+            ResourceError: no process could be started, this machine is too busy to tell whether it
+                would pass the limits, or it must be confined and cannot be.
         """
         with self._lock:
             process = self._started()
             try:
                 kind, answer = self._exchange(process, task)
+                if kind == _UNCONFINED:
+                    self._take_unconfined(answer.decode())
+                    kind, answer = self._exchange(process, task)
             except BaseException:
                 self._stop()
                 raise
@@ -125,7 +146,7 @@ class LimitedChild:
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._owner == os.getpid():
-            if self._process.poll() is None:
+            if self._process.poll() is None and self._has_time(self._process):
                 return self._process
             self._stop()
         # Isolated and without site: nothing of the environment changes what the child imports.
@@ -133,6 +154,7 @@ class LimitedChild:
         limits = self._limits
         command = [sys.executable, "-I", "-S", "-c", _START, json.dumps(path), self._function]
         command += [str(limits.cpu_s), str(limits.memory_bytes), str(limits.nice)]
+        command.append(str(limits.life_s))
         try:
             process = subprocess.Popen(
                 command,
@@ -149,6 +171,17 @@ class LimitedChild:
         self._process, self._owner = process, os.getpid()
         self._end = weakref.finalize(self, _end, process, self._owner)
         return process
+
+    def _has_time(self, process: subprocess.Popen[bytes]) -> bool:
+        """Whether the kernel leaves a child the time of one more task."""
+        return _state(process.pid)[1] + self._limits.cpu_s < self._limits.life_s
+
+    def _take_unconfined(self, why: str) -> None:
+        if self._limits.confined:
+            raise ResourceError(f"what strangers wrote is not run here: {why}")
+        if not _warned:
+            _warned.append(why)
+            _log.warning("what strangers wrote runs with limits on time and memory only: %s", why)
 
     def _stop(self) -> None:
         self._end()
@@ -230,7 +263,7 @@ class _Clock:
         self._process = process
         self._wall_s = max(_WALL_FACTOR * cpu_s, _MIN_WALL_S)
         self._deadline = time.monotonic() + self._wall_s
-        self._seen_s = self._state()[1]
+        self._seen_s = _state(process.pid)[1]
         self._end_s = self._seen_s + cpu_s
 
     def wait(self, descriptor: int, event: int) -> None:
@@ -247,7 +280,7 @@ class _Clock:
             LimitError: it was not held up: it has had its CPU time, or sleeps.
             ResourceError: it does not come on.
         """
-        state, spent_s = self._state()
+        state, spent_s = _state(self._process.pid)
         if spent_s >= self._end_s or state not in _HELD_UP:
             raise LimitError
         got_s = spent_s - self._seen_s
@@ -259,20 +292,21 @@ class _Clock:
         self._seen_s = spent_s
         self._deadline = time.monotonic() + self._wall_s
 
-    def _state(self) -> tuple[str, float]:
-        """Return the child's state, a letter of proc(5), and the CPU seconds that it has used."""
-        try:
-            text = Path(f"/proc/{self._process.pid}/stat").read_text("latin-1")
-        except OSError:
-            return "unknown", 0.0
-        fields = text.rpartition(")")[2].split()
-        return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+def _state(pid: int) -> tuple[str, float]:
+    """Return a process' state, a letter of proc(5), and the CPU seconds that it has used."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text("latin-1")
+    except OSError:
+        return "unknown", 0.0
+    fields = text.rpartition(")")[2].split()
+    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # ------------------------------------------------------------------------------- in the child
 
 
-def serve(function: str, cpu_s: str, memory_bytes: str, nice: str) -> None:
+def serve(function: str, cpu_s: str, memory_bytes: str, nice: str, life_s: str) -> None:
     """Do tasks from standard input until it ends; runs in the child.
 
     Args:
@@ -280,6 +314,7 @@ def serve(function: str, cpu_s: str, memory_bytes: str, nice: str) -> None:
         cpu_s: see `Limits`.
         memory_bytes: see `Limits`.
         nice: see `Limits`.
+        life_s: see `Limits`.
     """
     import resource
 
@@ -288,6 +323,7 @@ def serve(function: str, cpu_s: str, memory_bytes: str, nice: str) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     os.nice(int(nice))
     resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(life_s), int(life_s)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     source, target = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # frames only
@@ -298,8 +334,10 @@ def serve(function: str, cpu_s: str, memory_bytes: str, nice: str) -> None:
         try:
             task = source.read(int.from_bytes(head[1:], "little"))
             if work is None:
-                work = _find(function)
-            answer = work(task)
+                work, unconfined = _prepare(function)
+                kind, answer = (_UNCONFINED, unconfined) if unconfined else (kind, answer)
+            if kind == _RESULT:
+                answer = work(task)
         except MemoryError:
             kind = _NO_MEMORY
         except Exception as error:  # noqa: BLE001 - the parent raises it
@@ -307,12 +345,20 @@ def serve(function: str, cpu_s: str, memory_bytes: str, nice: str) -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
         target.write(kind + len(answer).to_bytes(_LENGTH_BYTES, "little") + answer)
         target.flush()
-        if kind != _RESULT:
+        if kind not in (_RESULT, _UNCONFINED):
             return
 
 
-def _find(function: str) -> Callable[[bytes], bytes]:
-    module, _, name = function.partition(":")
-    found: Any = getattr(import_module(module), name)
-    work: Callable[[bytes], bytes] = found
-    return work
+def _prepare(function: str) -> tuple[Callable[[bytes], bytes], bytes]:
+    """Import what the tasks need, and confine this process; also returns why it is not."""
+    from edge.confine import confine
+
+    name, _, function = function.partition(":")
+    module = import_module(name)
+    work: Callable[[bytes], bytes] = getattr(module, function)
+    getattr(module, "prepare", _nothing)()
+    try:
+        confine()
+    except ResourceError as error:
+        return work, str(error).encode()
+    return work, b""

@@ -200,6 +200,7 @@ def test_what_runs_in_a_limited_child_runs_under_the_filter(machine: Machine):
         status, answer = machine.request("/v1/chat/completions", body, local_key(machine))
         assert status == wanted, answer
         assert (b"simplify it" in answer) == (wanted == 400)
+    assert "limits on time and memory only" not in machine.log(UNIT)  # they are confined, too
     assert is_ready(machine)
 
 

@@ -34,6 +34,11 @@ class _Bytes:
         return list(text)
 
 
+def prepare() -> None:
+    """Import what `work` needs."""
+    import llguidance  # noqa: F401 - it may be missing where nothing is compiled
+
+
 def work(data: bytes) -> bytes:
     """Check the grammar of an encoded `GrammarTask`; returns what is wrong with it, or nothing."""
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper

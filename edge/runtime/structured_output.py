@@ -214,7 +214,7 @@ class GrammarCompiler:
         return matcher
 
     def _check(self, kind: OutputKind, grammar: str) -> None:
-        limits = Limits(self._limits.compile_s, CHECK_MEMORY_BYTES, nice=_CHECK_NICE)
+        limits = Limits(self._limits.compile_s, CHECK_MEMORY_BYTES, nice=_CHECK_NICE, tasks=1)
         task = GrammarTask(grammar, list(self._tokenizer.control_tokens))
         try:
             # A child for each: what one grammar leaves in memory is not taken from the next.

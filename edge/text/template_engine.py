@@ -12,6 +12,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from operator import attrgetter
 from typing import Any, Literal, NoReturn
 
@@ -129,6 +130,12 @@ class Answer(msgspec.Struct, omit_defaults=True):
 
 
 _engines: OrderedDict[str, TemplateEngine] = OrderedDict()
+
+
+def prepare() -> None:
+    """Render, and fail, once: minijinja imports a part of itself then; the time zone is read."""
+    with suppress(TemplateFailure):
+        TemplateEngine("{{ strftime_now('%H') ~ (1.0 | tojson) }}{{ 1 + {} }}").render({})
 
 
 def work(data: bytes) -> bytes:

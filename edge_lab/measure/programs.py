@@ -1,7 +1,7 @@
 """Programs as a task: a model completes a Python function, and tests decide.
 
 What a model wrote runs in a child of its own with limits on time and memory, which the kernel keeps
-from files, network and other processes (`edge_lab.confine`). Python that a model writes must never
+from files, network and other processes (`edge.confine`). Python that a model writes must never
 run any other way.
 """
 
@@ -13,10 +13,11 @@ import textwrap
 
 import msgspec
 
-from edge.errors import ResourceError
 from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
 
-_LIMITS = Limits(cpu_s=5, memory_bytes=512 << 20, answer_bytes=1 << 16, nice=5)
+_LIMITS = Limits(
+    cpu_s=5, memory_bytes=512 << 20, answer_bytes=1 << 16, nice=5, tasks=2, confined=True
+)
 # With anything after it on its line, and after text; "```x```" within a line is none.
 _FENCE = re.compile(
     r"^(?:(?:[^`\n]|`[^`\n]+`)*(`{3,})|[ \t]*(~{3,})(?!~))[^`\n]*\n"
@@ -106,6 +107,4 @@ def check_program(item: ProgramItem, program: str) -> str | None:
         return f"it takes more than {_LIMITS}, or was ended"
     except ChildError as error:
         return f"its process failed: {error}"
-    if "unconfined" in answer:
-        raise ResourceError(f"programs of a model are not run: {answer['unconfined']}")
     return None if answer["passed"] else str(answer["error"])

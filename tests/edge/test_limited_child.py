@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from edge import limited_child
 from edge.errors import ResourceError
 from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
+from tests.edge.child_tasks import ATTEMPTS
 
 LIMITS = Limits(cpu_s=0.3, memory_bytes=256 << 20, answer_bytes=1 << 22)
 
@@ -85,7 +87,8 @@ def test_a_child_that_stands_still_is_ended(child, monkeypatch):
         with pytest.raises(LimitError):
             child.ask(b"sleep 60")
         # A task cannot stop its child, so whoever did is outside, as is a machine that is too busy.
-        for task in (b"stop", b"stop " + bytes(1 << 20)):
+        for task in (b"pid", b"echo " + bytes(1 << 20)):
+            os.kill(int(child.ask(b"pid")), signal.SIGSTOP)
             with pytest.raises(ResourceError, match=r"had 0\.\d+ s of CPU time in 1 s.* too busy"):
                 child.ask(task)
     assert child.ask(b"echo a") == b"a"
@@ -129,6 +132,57 @@ def test_other_ends_are_told_from_limits(child):
     assert child.ask(b"print") == b"done"
     with pytest.raises(ChildError, match="No module named"):
         LimitedChild("tests.edge.nothing:work", LIMITS).ask(b"")
+
+
+@pytest.mark.parametrize("attempt", ATTEMPTS)
+def test_a_task_opens_nothing(child, attempt):
+    assert child.ask(b"attempt " + attempt.encode()) == b"PermissionError"
+
+
+UNCONFINED_START = limited_child._START.replace(
+    "import json, sys;",
+    "import json, os, sys; "
+    "os.uname = lambda: os.uname_result(('Linux', 'a', 'b', 'c', 'riscv64'));",
+)
+
+
+def test_where_the_kernel_confines_nobody_the_log_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(limited_child, "_START", UNCONFINED_START)
+    monkeypatch.setattr(limited_child, "_warned", [])
+    for _ in range(2):
+        with LimitedChild("tests.edge.child_tasks:work", LIMITS) as child:
+            assert child.ask(b"echo a") == b"a"
+            assert child.ask(b"attempt list") == b"done"
+            with pytest.raises(LimitError):
+                child.ask(b"spin")
+    assert len(caplog.records) == 1
+    assert "limits on time and memory only: only Linux on x86_64 or aarch64" in caplog.text
+    child = LimitedChild("tests.edge.child_tasks:work", replace(LIMITS, confined=True))
+    with child, pytest.raises(ResourceError, match="is not run here: only Linux on"):
+        child.ask(b"echo a")
+
+
+def test_the_kernel_ends_a_child_that_puts_its_timer_off(monkeypatch):
+    """Whether or not anybody is left who would: its parent may have been killed."""
+    limits = replace(LIMITS, tasks=1)
+    monkeypatch.setattr(limited_child, "_MIN_WALL_S", 600.0)
+    with LimitedChild("tests.edge.child_tasks:work", limits) as child:
+        before_s = time.monotonic()
+        with pytest.raises(LimitError):
+            child.ask(b"put_off")
+        assert child._process is None
+    assert limits.life_s == 2
+    assert time.monotonic() - before_s < 300
+
+
+def test_a_child_whose_life_is_nearly_over_is_replaced_between_two_tasks():
+    limits = replace(LIMITS, tasks=2)  # two seconds, of which a task may have 0.3
+    with LimitedChild("tests.edge.child_tasks:work", limits) as child:
+        pids = {child.ask(b"pid")}
+        for _ in range(12):
+            assert child.ask(b"compute 0.25") == b"done"
+            pids.add(child.ask(b"pid"))
+    assert 2 <= len(pids) <= 6
 
 
 def test_a_process_that_cannot_start_is_an_error(monkeypatch):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import resource
 import struct
 import sys
@@ -65,23 +64,18 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
 
 
-def confine(cpu_s: int) -> None:
+def confine() -> None:
     """Confine this process; import what it needs before, since no file opens after.
 
-    Args:
-        cpu_s: CPU seconds after which the kernel ends it, counted from its start; unlike an
-            interval timer, the code in it cannot put that off.
-
     Raises:
-        ResourceError: the kernel cannot do it; nothing strange should run here then.
+        ResourceError: the kernel cannot do it.
     """
-    machine = platform.machine()
+    machine = os.uname().machine
     if sys.platform != "linux" or machine not in _MACHINES:
         raise ResourceError(
             f"only Linux on {' or '.join(_MACHINES)} confines a process here, this is "
             f"{sys.platform} on {machine}"
         )
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     code = b"".join(struct.pack("=HBBI", *each) for each in _filter(*_MACHINES[machine]))
     buffer = ctypes.create_string_buffer(code, len(code))
