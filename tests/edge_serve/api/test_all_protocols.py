@@ -16,7 +16,7 @@ import pytest
 from edge.runtime.llm import LLM
 from edge_serve import app
 from tests.conftest import write_secret
-from tests.edge_serve.scripted import HERMES_TEMPLATE, Answer, Live, running
+from tests.edge_serve.scripted import CAPACITY, HERMES_TEMPLATE, Answer, Live, running
 from tests.manifests import replace_file
 
 CHAT, MESSAGES, COUNT = "/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"
@@ -114,6 +114,23 @@ def test_a_stream_is_read_line_by_line_whatever_the_answer_holds(live: Live):
     for path in (CHAT, MESSAGES, RESPONSES, OLLAMA, GENERATE):
         answer = live.ask(path, body(path, "lines", stream=True, num=99))
         assert streamed(path, answer) == (text, text)
+
+
+def test_without_a_limit_an_answer_goes_on_until_the_context_is_full(live: Live):
+    """As the table of limits says; the Messages API wants one in every request."""
+    live.engine.say([{"role": "user", "content": "go on"}], "y" * CAPACITY, ends=False)
+    for path in (CHAT, RESPONSES, OLLAMA, GENERATE):
+        asked = body(path, "go on")
+        asked.get("options", {}).pop("num_predict", None)
+        asked = {name: asked[name] for name in asked.keys() - {"max_tokens", "max_output_tokens"}}
+        answer = live.ask(path, asked).json
+        usage = answer.get("usage", answer)
+        total = usage.get("total_tokens") or usage["prompt_eval_count"] + usage["eval_count"]
+        assert total in (CAPACITY, CAPACITY + 1), path  # the last token needs no row
+    missing = {
+        name: value for name, value in body(MESSAGES, "go on").items() if name != "max_tokens"
+    }
+    assert live.ask(MESSAGES, missing).status == 400
 
 
 def test_reasoning_is_turned_on_where_the_template_leaves_it_off(tool_bundle: Path, tmp_path: Path):
