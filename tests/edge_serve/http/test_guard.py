@@ -265,6 +265,26 @@ def test_without_keys_no_page_of_another_site_has_anything_computed(
     assert status_of(talk(live, head("GET", "/", **headers))) == 200  # a link leads to the page
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["127.0.0.1", "jetson.test"])
+def test_a_real_browser_may_use_its_own_page_and_no_other(
+    name: str, driver: Any, live: Live, tiny_bundles: Bundles
+):
+    """To jetson.test, for it another machine, it sends no ``Sec-Fetch-Site`` over plain HTTP."""
+    ask = """
+    const [url, mode, body] = arguments;
+    const headers = mode === "cors" ? { "Content-Type": "application/json" } : {};
+    return fetch(url, { method: "POST", mode, headers, body }).then((answer) => answer.status);"""
+    with running(tiny_bundles("qwen2"), host="0.0.0.0", allow_open=True) as other:
+        url = f"http://{name}:{other.port}/v1/chat/completions"
+        driver.get(f"http://{name}:{other.port}/")
+        assert driver.execute_script(ask, url, "cors", BODY.decode()) == 200
+        driver.get(f"http://localhost:{live.port}/health")
+        assert driver.execute_script(ask, url, "no-cors", BODY.decode()) == 0  # it may not look
+        driver.get("about:blank")
+        assert other.ask("/stats").json["rejections"] == {"cross_site": 1}
+
+
 def test_a_key_is_all_that_a_page_needs(strict: Live):
     """No browser sends it by itself, so a proxy that lets pages in goes on working."""
     for headers in CROSS_SITE:
