@@ -25,8 +25,12 @@ from edge.bundle.manifest import (
 )
 from edge.bundle.minisign import (
     COMMENT,
+    MAX_BYTES,
     MAX_COMMENT,
     PLAIN,
+    PREHASHED,
+    SIGNATURE,
+    TRUSTED,
     PublicKey,
     Signature,
     decode,
@@ -35,12 +39,12 @@ from edge.bundle.minisign import (
     encode,
     key_name,
     missing_library,
-    read_text,
 )
 from edge.bundle.release import RELEASE, Release
 from edge.bundle.trust import SIGNATURE_NAME
 from edge.bundle.update import locked, replace_durably, resolve_target, update_manifest
 from edge.errors import ConfigError
+from edge.files import read_file
 
 _SECRET = struct.Struct("<2s2s2s32sQQ104s")
 _SCRYPT, _NO_KDF, _BLAKE2 = b"Sc", b"\0\0", b"B2"
@@ -150,13 +154,24 @@ def sign_bundle(
         signature = key.sign(data, comment)
         try:
             replace_durably(
-                target / SIGNATURE_NAME, lambda file: file.write(signature.encode()), mode=0o644
+                target / SIGNATURE_NAME,
+                lambda file: file.write(encode_signature(signature)),
+                mode=0o644,
             )
         except OSError as error:
             raise ConfigError(
                 f"cannot write {target / SIGNATURE_NAME}: {error.strerror}"
             ) from error
     return signature
+
+
+def encode_signature(signature: Signature) -> bytes:
+    """Write the file of a signature as minisign does; `parse_signature` reads it."""
+    algorithm = PREHASHED if signature.prehashed else PLAIN
+    line = encode(SIGNATURE.pack(algorithm, signature.key_id, signature.signature))
+    own = encode(signature.comment_signature)
+    first = f"{COMMENT}signature of edge-llm bundle sign"
+    return f"{first}\n{line}\n{TRUSTED}{signature.comment}\n{own}\n".encode()
 
 
 def read_secret_key(path: Path, ask_password: Callable[[], str]) -> SecretKey:
@@ -170,7 +185,11 @@ def read_secret_key(path: Path, ask_password: Callable[[], str]) -> SecretKey:
         ConfigError: it cannot be read, is none, or the password is wrong.
         DependencyError: cryptography is not installed.
     """
-    lines = [line for line in read_text(path, "the secret key").splitlines() if line.strip()]
+    try:
+        text = read_file(path, MAX_BYTES).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the secret key of {path}: {error}") from error
+    lines = [line for line in text.splitlines() if line.strip()]
     try:
         if len(lines) != 2:
             raise ValueError(f"it has {len(lines)} lines, not 2")

@@ -47,7 +47,7 @@ from edge_fleet.registry.credentials import find_credentials
 from edge_fleet.rollout.journal import Place
 from edge_fleet.rollout.orders import ANSWER_NAME, ORDER_NAME, read_answer
 from edge_fleet.rollout.switch import StagedFolder, read_order
-from edge_fleet.signing import SecretKey, read_secret_key
+from edge_fleet.signing import SecretKey, encode_signature, read_secret_key
 from edge_lab.cli.verify import read_prompts
 from edge_lab.key_file import read_key_file
 from edge_lab.measure.drift import read_counts
@@ -355,7 +355,7 @@ def _keys(path: Path) -> None:
 
 
 _PUBLIC_KEY = PublicKey(b"12345678", bytes(range(32)), "a").encode().encode()
-_SIGNATURE = Signature(b"12345678", True, bytes(64), "a", bytes(64)).encode()
+_SIGNATURE = encode_signature(Signature(b"12345678", True, bytes(64), "a", bytes(64)))
 _ZERO_SEED = bytes.fromhex("3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29")
 _SECRET_KEY = SecretKey(b"12345678", bytes(32), _ZERO_SEED).encode().encode()
 _LAYER = artifacts.Layer(

@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from edge.errors import ConfigError, DependencyError, IntegrityError, install_command
-from edge.files import read_file, read_guarded_file
+from edge.files import read_guarded_file
 
 MAX_BYTES = 1 << 16
 """Longest file of keys, and longest signature."""
 COMMENT = "untrusted comment: "
-_TRUSTED = "trusted comment: "
+TRUSTED = "trusted comment: "
 MAX_COMMENT = 1024  # minisign reads no longer one
 _PUBLIC = struct.Struct("<2s8s32s")
-_SIGNATURE = struct.Struct("<2s8s64s")
-PLAIN, _PREHASHED = b"Ed", b"ED"
+SIGNATURE = struct.Struct("<2s8s64s")
+PLAIN, PREHASHED = b"Ed", b"ED"
 _NAMES = "names:"
 _PATTERN = re.compile(r"[a-z0-9*?][a-z0-9*?._-]*(/[a-z0-9*?][a-z0-9*?._-]*)*")
 _FIELD = 2**255 - 19
@@ -97,13 +97,6 @@ class Signature:
     comment: str
     comment_signature: bytes
 
-    def encode(self) -> bytes:
-        """Write the file of a signature as minisign does."""
-        algorithm = _PREHASHED if self.prehashed else PLAIN
-        line = encode(_SIGNATURE.pack(algorithm, self.key_id, self.signature))
-        text = f"{COMMENT}signature of edge-llm bundle sign\n{line}\n{_TRUSTED}{self.comment}\n"
-        return f"{text}{encode(self.comment_signature)}\n".encode()
-
 
 def check_signature(data: bytes, signature: Signature, keys: Iterable[PublicKey]) -> PublicKey:
     """Find the key that signed bytes, comment included.
@@ -133,10 +126,10 @@ def parse_signature(data: bytes, where: str) -> Signature:
     try:
         lines = data.decode("utf-8").rstrip("\n").split("\n")
         first, line, trusted, last = (line.removesuffix("\r") for line in lines)
-        if not first.startswith(COMMENT) or not trusted.startswith(_TRUSTED):
+        if not first.startswith(COMMENT) or not trusted.startswith(TRUSTED):
             raise ValueError("the comments are missing")
-        algorithm, key_id, signature = _SIGNATURE.unpack(decode(line))
-        if algorithm not in (PLAIN, _PREHASHED):
+        algorithm, key_id, signature = SIGNATURE.unpack(decode(line))
+        if algorithm not in (PLAIN, PREHASHED):
             raise ValueError(f"the algorithm {algorithm!r} is unknown")
         own = decode(last)
         if len(own) != 64:
@@ -145,8 +138,8 @@ def parse_signature(data: bytes, where: str) -> Signature:
         raise IntegrityError(
             f"{where} is no signature of minisign ({error}); sign again with: edge-llm bundle sign"
         ) from error
-    comment = trusted.removeprefix(_TRUSTED)
-    return Signature(key_id, algorithm == _PREHASHED, signature, comment, own)
+    comment = trusted.removeprefix(TRUSTED)
+    return Signature(key_id, algorithm == PREHASHED, signature, comment, own)
 
 
 def parse_public_keys(text: str, where: str) -> list[PublicKey]:
@@ -272,15 +265,3 @@ def decode(text: str) -> bytes:
         return base64.b64decode(text.encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError) as error:
         raise ValueError("not base64") from error
-
-
-def read_text(path: Path, what: str) -> str:
-    """Read a file of keys of at most `MAX_BYTES`.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        return read_file(path, MAX_BYTES).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {what} of {path}: {error}") from error

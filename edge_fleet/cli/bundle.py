@@ -126,6 +126,8 @@ def pull(
         if not allow_older:
             note = check_release(offer.release, str(reference), release_at(target))
         done = fetch(offer, registry, target, overwrite=force, progress=progress)
+    if note is not None:
+        click.echo(note, err=True)
     if as_json:
         found = {**done._asdict(), "bundle": str(done.bundle)}
         del found["manifest"]
@@ -136,8 +138,6 @@ def pull(
         f"{done.bundle}: {done.num_bytes / 1e6:,.1f} MB, fetched "
         f"{done.fetched_bytes / 1e6:,.3f} MB{signed} ({done.digest})"
     )
-    if note is not None:
-        click.echo(note, err=True)
     click.echo(f"On a device with TensorRT, build its engine: edge-llm build {target}", err=True)
 
 
@@ -253,7 +253,8 @@ def verify(bundle: Path, trusted_keys: Path | None, as_json: bool) -> None:
         click.echo("not signed")
     if release is not None:
         is_over = release.expires is not None and release.expires <= datetime.now(timezone.utc)
-        click.echo(f"release {release}{', which is over' if is_over else ''}")
+        says = "" if found["trusted"] else "says it is "
+        click.echo(f"{says}release {release}{', which is over' if is_over else ''}")
 
 
 @bundle.command(short_help="Say what differs between two bundles.")

@@ -120,7 +120,8 @@ def test_a_release_is_signed_shown_and_held_to_what_is_here(
             "expires": "2999-01-01T00:00:00Z",
             "name": "acme/r1",
         }
-        assert "release 2 of acme/r1, signed" in run("verify", mine).stdout
+        assert "\nsays it is release 2 of acme/r1, signed" in run("verify", mine).stdout
+        assert "\nrelease 2 of acme/r1, signed" in run("verify", mine, *trusted).stdout
         run("pull", place, *trusted)
         old = write_bundle(tmp_path / "old", FILES | {"decoder.onnx": b"older"})
         run(*sign[:1], old, *sign[2:], "--release", "1", "--name", "acme/r1")
