@@ -182,10 +182,25 @@ def _texts(schema: Any) -> dict[str, set[str]]:
 def _resolve(schema: Any, root: dict[str, Any]) -> Any:
     """What a reference into ``root`` leads to; any other schema is itself."""
     reference = schema.get("$ref") if isinstance(schema, dict) else None
-    if not isinstance(reference, str) or not reference.startswith("#/"):
-        return schema
+    found = resolve(reference, root)
+    return schema if found is None else found
+
+
+def resolve(reference: Any, root: dict[str, Any]) -> Any:
+    """Return what a reference leads to; None unless it is a path into ``root``, and ends there."""
+    if not isinstance(reference, str) or not re.match("#(/|$)", reference):
+        return None
     found: Any = root
-    for name in unquote(reference[2:]).split("/"):
+    for name in unquote(reference).split("/")[1:]:
         key = name.replace("~1", "/").replace("~0", "~")
-        found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, list):
+            found = (
+                found[int(key)]
+                if re.fullmatch("[0-9]{1,4}", key) and int(key) < len(found)
+                else None
+            )
+        elif isinstance(found, dict) and (found is root or "$id" not in found):
+            found = found.get(key)
+        else:
+            return None
     return found

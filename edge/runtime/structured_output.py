@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Protocol
 
 import msgspec
 import numpy as np
@@ -23,6 +23,7 @@ from edge.errors import DependencyError, RequestError, ResourceError, install_co
 from edge.files import MALFORMED
 from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
 
+from .closed_schema import close_schema
 from .grammar_check import GrammarTask
 from .schema_rewrite import rewrite_schema
 
@@ -61,35 +62,47 @@ _CHECK_NICE = 10  # the engine decodes for others meanwhile
 CHECK_MEMORY_BYTES = 1 << 30
 
 
+class HasSchema(Protocol):
+    """A model's class of Pydantic's, or another that has a JSON schema."""
+
+    def model_json_schema(self) -> dict[str, Any]:
+        """Return the schema."""
+
+
 @dataclass(frozen=True)
 class OutputFormat:
     """The form that an answer must have.
 
     Attributes:
         kind: ``json_object`` (any object), ``json_schema`` (draft 2020-12; properties come in the
-            schema's order), ``regex`` (of the whole answer, in the syntax of Rust's regex crate),
-            ``grammar`` (Lark, with llguidance's extensions) or ``tool_calls`` (any text, in which
-            what is between two marks keeps to a schema; or either such calls or JSON).
-        source: the schema (plain data or JSON text, kept as text), the expression or the grammar;
-            of ``tool_calls`` an object with ``start`` and ``end``, the marks, and ``schema``, and
-            with ``answer``, its schema, where an answer without calls is JSON; None for
-            ``json_object``.
+            schema's order, and no others unless it says ``additionalProperties``), ``regex`` (of
+            the whole answer, in the syntax of Rust's regex crate), ``grammar`` (Lark, with
+            llguidance's extensions) or ``tool_calls`` (any text, in which what is between two
+            marks keeps to a schema; or either such calls or JSON).
+        source: the schema (plain data, JSON text or a Pydantic model; kept as text), the
+            expression or the grammar; of ``tool_calls`` an object with ``start`` and ``end``, the
+            marks, and ``schema``, and with ``answer``, its schema, where an answer without calls
+            is JSON; None for ``json_object``.
 
     Raises:
         RequestError: an unknown kind, or a source of the wrong type for it.
     """
 
     kind: OutputKind
-    source: str | Mapping[str, Any] | None = None
+    source: str | Mapping[str, Any] | HasSchema | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in _NOUNS:
             raise RequestError(
                 f"unknown output format {self.kind!r:.80}; use one of {', '.join(_NOUNS)}"
             )
-        if self.kind in ("json_schema", "tool_calls") and isinstance(self.source, Mapping):
+        source = self.source
+        of_model = getattr(source, "model_json_schema", None)
+        if self.kind == "json_schema" and callable(of_model):
+            source = of_model()
+        if self.kind in ("json_schema", "tool_calls") and isinstance(source, Mapping):
             try:
-                text = msgspec.json.encode(self.source).decode()
+                text = msgspec.json.encode(source).decode()
             except (TypeError, *MALFORMED) as error:
                 raise RequestError(f"the JSON schema is not plain JSON data: {error}") from error
             object.__setattr__(self, "source", text)
@@ -182,7 +195,13 @@ class GrammarCompiler:
             As `compile`.
         """
         library = _import_llguidance()
-        grammar = _to_grammar(library, output, self._limits, self._tokenizer.control_tokens)
+        names = self._tokenizer.control_tokens
+        grammar = _to_grammar(library, output, self._limits, names, is_closed=True)
+        if '"oneOf"' in output.text:
+            # That no two branches hold at once is to be seen before they are closed.
+            open_grammar = _to_grammar(library, output, self._limits, names, is_closed=False)
+            if "oneOf" in open_grammar and open_grammar != grammar:
+                self._check(output.kind, open_grammar)
         if output.kind != "json_object":
             self._check(output.kind, grammar)
         return grammar
@@ -356,7 +375,12 @@ def _build_vocabulary(library: Any, tokenizer: Tokenizer, vocab_size: int) -> An
 
 
 def _to_grammar(
-    library: Any, output: OutputFormat, limits: GrammarLimits, control_tokens: Mapping[str, int]
+    library: Any,
+    output: OutputFormat,
+    limits: GrammarLimits,
+    control_tokens: Mapping[str, int],
+    *,
+    is_closed: bool,
 ) -> str:
     """Write the grammar for `LLMatcher`, after the checks that need no compiler."""
     text = output.text
@@ -375,8 +399,9 @@ def _to_grammar(
         grammar = library.LLMatcher.grammar_from_lark(text)
     elif output.kind == "tool_calls":
         calls = _read_calls(text)
-        for schema in (calls.schema, calls.answer or {}):
-            _prepare_schema(schema, limits)
+        calls.schema = _prepare_schema(calls.schema, limits, is_closed=is_closed)
+        if calls.answer is not None:
+            calls.answer = _prepare_schema(calls.answer, limits, is_closed=is_closed)
         grammar = library.LLMatcher.grammar_from_lark(_calls_grammar(calls, control_tokens))
     else:
         try:
@@ -385,7 +410,7 @@ def _to_grammar(
             raise RequestError(f"the JSON schema is not JSON: {error}") from error
         if not isinstance(schema, dict):
             raise RequestError(f"the JSON schema must be an object, not {text!r:.80}")
-        _prepare_schema(schema, limits)
+        schema = _prepare_schema(schema, limits, is_closed=is_closed)
         text = msgspec.json.encode(schema).decode()
         grammar = library.LLMatcher.grammar_from_json_schema(text, overrides=_SCHEMA_OPTIONS)
     return grammar
@@ -432,8 +457,10 @@ def _calls_grammar(calls: _Calls, control_tokens: Mapping[str, int]) -> str:
     )
 
 
-def _prepare_schema(schema: dict[str, Any], limits: GrammarLimits) -> None:
-    """Hold a schema to the limits, and change it to what `rewrite_schema` makes of it."""
+def _prepare_schema(
+    schema: dict[str, Any], limits: GrammarLimits, *, is_closed: bool
+) -> dict[str, Any]:
+    """Hold a schema to the limits, and write it as llguidance is to take it."""
     if "x-guidance" in schema:
         raise RequestError("the JSON schema: x-guidance is not supported; leave it out")
     properties = 0
@@ -456,6 +483,7 @@ def _prepare_schema(schema: dict[str, Any], limits: GrammarLimits) -> None:
             "taken; split it"
         )
     rewrite_schema(schema)
+    return close_schema(schema) if is_closed else schema
 
 
 def _children(node: Any) -> list[Any]:

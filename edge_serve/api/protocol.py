@@ -29,7 +29,6 @@ IGNORED = {
     "modalities": "text is the only one",
     "response_format.json_schema.name": "the schema binds the answer, whatever it is called",
     "response_format.json_schema.description": "the model reads the messages; say it there",
-    "response_format.json_schema.strict": "the answer always keeps to the schema",
     "messages[].name": "most templates have no place for it; one that reads message.name gets it",
 }
 """Fields that are accepted without effect, by path, and why."""
@@ -107,7 +106,7 @@ class NamedTool(Struct, forbid_unknown_fields=True):
 
 
 class JSONSchema(Struct, forbid_unknown_fields=True):
-    """The schema of a ``response_format``."""
+    """The schema of a ``response_format``; of a strict one, no ``format`` is passed over."""
 
     name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     schema: dict[str, Any] = {}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from edge_serve.http.errors import invalid
 
 from .protocol import ResponseFormat
+from .tools import without_other_formats
 
 if TYPE_CHECKING:
     from edge.runtime.structured_output import OutputFormat
@@ -47,7 +48,11 @@ def output_format(
 
     if forced is not None:
         return OutputFormat("json_schema", forced)
-    schema = wanted.json_schema.schema if wanted.json_schema is not None else None
+    schema = None
+    if wanted.json_schema is not None:
+        schema = wanted.json_schema.schema
+        if not wanted.json_schema.strict:
+            schema = without_other_formats(schema)
     if calls is not None:
         if wanted.type != "text":
             calls = {**calls, "answer": {"type": "object"} if schema is None else schema}

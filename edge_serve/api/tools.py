@@ -297,16 +297,17 @@ def may_be_loose(request: ChatRequest) -> list[str]:
 def _parameters(function: FunctionTool, loose: Collection[str]) -> dict[str, Any] | None:
     if function.strict or function.parameters is None:
         return function.parameters
-    return None if function.name in loose else _without_other_formats(function.parameters)
+    return None if function.name in loose else without_other_formats(function.parameters)
 
 
-def _without_other_formats(schema: Any) -> Any:
+def without_other_formats(schema: Any) -> Any:
+    """Return a schema without the formats of texts that nothing here keeps to."""
     if isinstance(schema, list):
-        return [_without_other_formats(each) for each in schema]
+        return [without_other_formats(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
     return {
-        key: value if key in ("const", "enum") else _without_other_formats(value)
+        key: value if key in ("const", "enum") else without_other_formats(value)
         for key, value in schema.items()
         if key != "format" or not isinstance(value, str) or value in _FORMATS
     }

@@ -151,7 +151,7 @@ def _chat_of(body: CountTokensRequest) -> ChatRequest:
         if config.effort is not None and chat.enable_thinking is not False:
             chat.reasoning_effort = config.effort
         if config.format is not None:
-            schema = JSONSchema("answer", config.format.schema)
+            schema = JSONSchema("answer", config.format.schema, strict=True)
             chat.response_format = ResponseFormat("json_schema", schema)
     return chat
 

@@ -97,7 +97,8 @@ def _format_of(wanted: TextFormat | None) -> ResponseFormat | None:
     if wanted.schema is None or wanted.name is None:
         where = f"text.format.{'schema' if wanted.schema is None else 'name'}"
         raise invalid(f"{where}: the type 'json_schema' needs it", where)
-    return ResponseFormat("json_schema", JSONSchema(wanted.name, wanted.schema))
+    schema = JSONSchema(wanted.name, wanted.schema, strict=wanted.strict)
+    return ResponseFormat("json_schema", schema)
 
 
 def _messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:

@@ -20,7 +20,6 @@ IGNORED = {
     "max_tool_calls": "it bounds calls of tools that a server runs, and there are none",
     "text.format.name": "the schema binds the answer, whatever it is called",
     "text.format.description": "the model reads the input; say it there",
-    "text.format.strict": "the answer always keeps to the schema",
     "input[].id": "nothing is stored here, so an item is what it says",
     "input[].status": "an item is what it says, complete or not",
     "input[].phase": "templates have no place for it",

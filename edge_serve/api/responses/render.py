@@ -234,4 +234,4 @@ def _shown_text(text: TextConfig) -> dict[str, Any]:
     shown: dict[str, Any] = msgspec.to_builtins(text.format)
     if text.format.type != "json_schema":
         return {"format": {"type": text.format.type}}
-    return {"format": {**shown, "strict": True}}
+    return {"format": {**shown, "strict": bool(text.format.strict)}}

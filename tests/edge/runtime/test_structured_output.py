@@ -238,6 +238,22 @@ def test_one_of_that_may_hold_twice_is_refused_with_advice(
         assert "write anyOf" in str(caught.value)
 
 
+NEEDS_A = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+MAY_B = {"type": "object", "properties": {"b": {"type": "integer"}}}
+
+
+def test_branches_are_told_apart_as_they_are_given(
+    tokenizer: Tokenizer, compiler: GrammarCompiler
+) -> None:
+    """Closed, none of these would hold with another, but of the schema both hold for {"a":1}."""
+    with pytest.raises(RequestError, match="write anyOf"):
+        compiler.compile(OutputFormat("json_schema", {"oneOf": [NEEDS_A, MAY_B]}))
+    for other, text in (({"type": "null"}, "null"), ({"type": "string"}, '"b"')):
+        schema = {"oneOf": [other, MAY_B]}
+        for answer, good in ((text, True), ('{"b":1}', True), ('{"b":1,"x":1}', False)):
+            assert takes(compiler, tokenizer, schema, answer) == good
+
+
 @pytest.mark.parametrize("char", UNWRITABLE)
 def test_a_text_that_no_answer_can_have_is_refused(compiler: GrammarCompiler, char: str) -> None:
     for schema in ({"const": char}, {"enum": ["x", {"a": [f"x{char}"]}]}):
@@ -410,7 +426,7 @@ def test_what_only_looks_like_a_pattern_stays(
 def test_a_key_in_escapes_is_not_another_key(
     tokenizer: Tokenizer, compiler: GrammarCompiler
 ) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    schema = {"properties": {"a": {"type": "integer"}}, "additionalProperties": True}
     for text, good in (
         ('{"a":1}', True), ('{"a":"x"}', False), (r'{"\u0061":"x"}', False),
         (r'{"\n\"":"x"}', True),
@@ -550,6 +566,20 @@ def test_schemas_may_be_data_or_text() -> None:
     )
 
 
+def test_a_schema_may_be_a_model_of_pydantics(
+    tokenizer: Tokenizer, compiler: GrammarCompiler
+) -> None:
+    pydantic = pytest.importorskip("pydantic")
+    model = pydantic.create_model("Person", age=(int, ...), likes=(list[str], []))
+    output = OutputFormat("json_schema", model)
+    assert output == OutputFormat("json_schema", model.model_json_schema())
+    text, ended = write(tokenizer, compiler.compile(output), 3)
+    assert ended
+    model.model_validate_json(text)
+    with pytest.raises(RequestError, match="given as text"):
+        OutputFormat("grammar", model)
+
+
 def test_without_the_library_the_error_names_the_extra(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -665,6 +695,26 @@ def test_an_answer_is_calls_alone_or_keeps_to_its_schema(
     ):
         found, may_end = follow(compiler, tokenizer, marks, text, answer=answer)
         assert (found, may_end) == (good, good in (call, '{"n": 5}'))
+
+
+def test_calls_and_answers_have_listed_keys_only(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    call = {**CALL_SCHEMA, "properties": {"name": {"const": "f"}, "arguments": NEEDS_A}}
+    source = {"start": "<tool_call>", "end": "</tool_call>", "schema": call, "answer": NEEDS_A}
+    for text, good in (
+        ('<tool_call>{"name":"f","arguments":{"a":1}}</tool_call>', True),
+        ('<tool_call>{"name":"f","arguments":{"a":1,"x":1}}</tool_call>', False),
+        ('{"a":1}', True), ('{"a":1,"x":1}', False),
+    ):  # fmt: skip
+        constraint = compiler.compile(OutputFormat("tool_calls", source))
+        allowed = []
+        for token_id in tokenizer.encode(text):
+            allowed.append(constraint.mask()[token_id] == 0)
+            if not allowed[-1]:
+                break
+            constraint.accept(token_id)
+        assert all(allowed) == good, text
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,10 @@ PAIRS: dict[str, dict[str, Pair]] = {
             schema(description="a"),
             schema(description="b"),
         ),
-        "response_format.json_schema.strict": (schema(strict=True), schema(strict=False)),
+        "response_format.json_schema.strict": (
+            schema({"format": "x"}, strict=False),
+            schema({"format": "x"}, strict=True),
+        ),
         "response_format.regex": (form("regex", regex="a"), form("regex", regex="b")),
         "response_format.grammar": (
             form("grammar", grammar='start: "a"'),

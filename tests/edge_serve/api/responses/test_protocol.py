@@ -88,7 +88,10 @@ PAIRS: dict[str, Pair] = {
     "text.format.name": (form(name="a"), form(name="b")),
     "text.format.schema": (form(), form(schema={"type": "null"})),
     "text.format.description": (form(description="a"), form(description="b")),
-    "text.format.strict": (form(strict=True), form(strict=False)),
+    "text.format.strict": (
+        form(schema={"format": "x"}, strict=False),
+        form(schema={"format": "x"}, strict=True),
+    ),
     "text.verbosity": ({"text": {"verbosity": "medium"}}, {"text": {"verbosity": "high"}}),
     "reasoning": ({}, thinks(effort="low")),
     "reasoning.effort": (thinks(effort="low"), thinks(effort="medium")),

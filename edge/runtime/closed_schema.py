@@ -1,0 +1,247 @@
+"""Closes a JSON schema: objects that list properties take no others unless it says so.
+
+JSON Schema leaves them open, where a model may add keys for ever. What holds together for one
+value (``allOf``, what is beside a ``$ref`` or an ``anyOf``) is joined, and closed once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from .schema_rewrite import resolve
+
+_IN_PLACE = ("$ref", "allOf", "anyOf", "oneOf")
+_OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
+_ARRAY = {"items", "prefixItems", "additionalItems"}
+_MEETS = {"properties", "required", "minProperties", *_OPEN, *_ARRAY}
+_ELSEWHERE = {"$defs", "definitions", "$schema", "$id"}
+_JOINED = {*_ELSEWHERE, *_ARRAY, "properties", "required", "additionalProperties"}
+_MOST_STEPS = 50_000  # as many parts as llguidance takes
+_MOST_PARTS = 100
+
+
+class _UnclearError(Exception):
+    """The schema cannot be closed exactly."""
+
+
+class _Plain(dict[str, Any]):
+    """A schema without what `_IN_PLACE` names."""
+
+
+class _Choice(list[Any]):
+    """Schemas of which one holds."""
+
+
+def close_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema of the same answers, without those that have keys which it does not list.
+
+    Of ``anyOf`` and ``oneOf``, an answer has the keys of one branch; that of a ``oneOf`` no two
+    hold at once must be known, as it becomes an ``anyOf``.
+
+    Args:
+        schema: plain data that does not nest deeply; it stays as it is.
+
+    Returns:
+        The schema itself, all of it open, where it is not of the usual shape or has a ``$ref``
+        that does not begin with ``#/``, where ``patternProperties`` or the items of arrays meet
+        other parts, and where what is joined becomes too large.
+    """
+    resource = _Resource(schema)
+    try:
+        closed = resource.close()
+    except _UnclearError:
+        return schema
+    return closed if resource.has_closed else schema
+
+
+class _Resource:
+    """What the references of a schema without ``$id`` begin at."""
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self.has_closed = False
+        self._root = root
+        self._names: dict[tuple[int, ...], str] = {}
+        self._waiting: list[tuple[str, list[Any]]] = []  # so that a chain of them takes no stack
+        self._steps = 0
+
+    def close(self) -> dict[str, Any]:
+        closed = self._place([self._root]) if self._root else {}
+        kept = {key: self._root[key] for key in ("$schema", "$id") if key in self._root}
+        named = {}
+        while self._waiting:
+            name, parts = self._waiting.pop()
+            named[name] = self._join(parts)
+        return {**kept, **closed, "$defs": named}
+
+    def _place(self, values: list[Any]) -> Any:
+        """Close the schemas that hold together for one value; they are those of the source."""
+        self._count(1)
+        values = [value for value in values if value is not True and value != {}]
+        if not values or any(value is False for value in values):
+            return not values
+        if not all(isinstance(value, dict) for value in values):
+            raise _UnclearError
+        first = values[0]
+        if "$id" in first and first is not self._root and len(values) == 1:
+            closed = close_schema(first)
+            self.has_closed |= closed is not first
+            return closed
+        in_place = [key for value in values for key in _IN_PLACE if key in value]
+        if not in_place and not any("$id" in value for value in values[1:]):
+            return self._object(values)
+        if len(values) > 1 or len(in_place) > 1 or first.keys() & _MEETS:
+            return self._named(values)
+        given = _schemas(first, in_place[0]) if in_place != ["$ref"] else []
+        if in_place == ["allOf"] and len(given) > 1:
+            return self._named(values)
+        alone = {k: v for k, v in first.items() if k not in _ELSEWHERE and k not in _IN_PLACE}
+        if in_place == ["$ref"]:
+            return {**alone, **self._named([self._target(first)])}
+        key = "allOf" if in_place == ["allOf"] else "anyOf"
+        return {**alone, key: [self._place([each]) for each in given]}
+
+    def _named(self, parts: list[Any]) -> dict[str, str]:
+        key = tuple(map(id, parts))
+        if key not in self._names:
+            self._names[key] = str(len(self._names))
+            self._waiting.append((self._names[key], parts))
+        return {"$ref": f"#/$defs/{self._names[key]}"}
+
+    def _join(
+        self, parts: list[Any], plain: tuple[_Plain, ...] = (), seen: frozenset[int] = frozenset()
+    ) -> Any:
+        """Make one schema of all that holds together, or one of each choice."""
+        todo = list(parts)
+        while todo:
+            part = todo.pop(0)
+            if isinstance(part, _Plain):
+                plain += (part,)
+            elif isinstance(part, _Choice):
+                return {"anyOf": [self._join([each, *todo], plain, seen) for each in part]}
+            elif part is False:
+                return False
+            elif part is not True and id(part) not in seen:
+                self._count(1 + len(seen))
+                seen |= {id(part)}
+                if not isinstance(part, dict) or len(seen) > _MOST_PARTS:
+                    raise _UnclearError
+                if "$id" in part and part is not self._root:
+                    raise _UnclearError
+                todo[:0] = self._split(part)
+        return self._object(plain)
+
+    def _split(self, part: dict[str, Any]) -> list[Any]:
+        """Return what a schema consists of, in its order, which is that of the properties."""
+        split: list[Any] = []
+        plain = _Plain()
+        for key, value in part.items():
+            if key == "$ref":
+                split.append(self._target(part))
+            elif key == "allOf":
+                split += _schemas(part, key)
+            elif key in _IN_PLACE:
+                split.append(_Choice(_schemas(part, key)))
+            else:
+                plain[key] = value
+                if key == "properties":
+                    split.append(plain)
+        return split if "properties" in plain else [plain, *split]
+
+    def _object(self, parts: Any) -> dict[str, Any]:
+        """Make one schema of those that have nothing of `_IN_PLACE`."""
+        if len(parts) > 1 and any("patternProperties" in part for part in parts):
+            raise _UnclearError
+        others = [part["additionalProperties"] for part in parts if "additionalProperties" in part]
+        listed = [_schemas_by_name(part, "properties") for part in parts if "properties" in part]
+        required = dict.fromkeys(name for part in parts for name in _required(part))
+        is_closed = bool(listed) and not any(part.keys() & _OPEN for part in parts)
+        names = dict.fromkeys(name for each in listed for name in each)
+        if is_closed:
+            names.update(required)
+            least = [part.get("minProperties", 0) for part in parts]
+            is_closed = all(isinstance(n, int | float) and n <= len(names) for n in least)
+        self._count(len(names) * len(parts))
+        rest = [each for each in map(self._rest, parts) if each]
+        joined: dict[str, Any] = rest[0] if len(rest) == 1 else {"allOf": rest} if rest else {}
+        for part in parts:
+            if "type" in part:  # llguidance takes less time where it is told at once
+                joined.setdefault("type", part["type"])
+        if names:
+            joined["properties"] = {
+                name: self._place([_at(part, name) for part in parts]) for name in names
+            }
+        if required:
+            joined["required"] = list(required)
+        if others:
+            joined["additionalProperties"] = self._place(others)
+        elif is_closed:
+            joined["additionalProperties"] = False
+            self.has_closed = True
+        return joined | self._array([part for part in parts if part.keys() & _ARRAY])
+
+    def _array(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Join what schemas say of the items of an array."""
+        if not parts:
+            return {}
+        is_old = any(isinstance(part.get("items"), list) for part in parts)  # before 2020-12
+        first, others = ("items", "additionalItems") if is_old else ("prefixItems", "items")
+        if is_old and not all(isinstance(part.get("items"), list) for part in parts):
+            raise _UnclearError
+        heads = [_schemas({first: [], **part}, first) for part in parts]
+        tails = [part.get(others, True) for part in parts]
+        joined = {}
+        if any(heads):
+            joined[first] = [
+                self._place([t if h is None else h for h, t in zip(each, tails, strict=True)])
+                for each in itertools.zip_longest(*heads)
+            ]
+        return {**joined, others: self._place(tails)}
+
+    def _rest(self, part: dict[str, Any]) -> dict[str, Any]:
+        """Return what of a schema stays as it is, but for schemas in it."""
+        rest = {}
+        for key, value in part.items():
+            if key == "patternProperties":
+                by_name = _schemas_by_name(part, key)
+                rest[key] = {name: self._place([each]) for name, each in by_name.items()}
+            elif key not in _JOINED:
+                rest[key] = value
+        return rest
+
+    def _target(self, schema: dict[str, Any]) -> Any:
+        found = resolve(schema["$ref"], self._root)
+        if not isinstance(found, dict | bool):
+            raise _UnclearError
+        return found
+
+    def _count(self, steps: int) -> None:
+        self._steps += steps
+        if self._steps > _MOST_STEPS:
+            raise _UnclearError
+
+
+def _schemas(schema: dict[str, Any], key: str) -> list[Any]:
+    if not isinstance(schema[key], list):
+        raise _UnclearError
+    return list(schema[key])
+
+
+def _schemas_by_name(schema: dict[str, Any], key: str) -> dict[str, Any]:
+    if not isinstance(schema[key], dict):
+        raise _UnclearError
+    return dict(schema[key])
+
+
+def _required(schema: dict[str, Any]) -> list[str]:
+    names = schema.get("required", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise _UnclearError
+    return names
+
+
+def _at(schema: dict[str, Any], name: str) -> Any:
+    """What a schema asks of a property."""
+    if name in schema.get("properties", ()):
+        return schema["properties"][name]
+    return schema.get("additionalProperties", True)
