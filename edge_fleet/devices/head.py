@@ -116,6 +116,7 @@ class FleetHead:
             max_body_bytes=config.max_body_bytes,
             max_connections=max_connections,
             max_inflight_body_bytes=max(64 * 2**20, config.max_body_bytes),
+            rate_limit_address_rps=0,  # one gateway may ask for all; devices bound their own work
         )
         path = self.settings.api_key_file
         keys = None if path is None else APIKeys(path)

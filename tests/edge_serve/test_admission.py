@@ -149,6 +149,15 @@ def test_connections_that_say_nothing(tiny_bundles: Bundles):
         attacks.enter_context(attacked(server, "idle", 1600, *addresses))
 
 
+@pytest.mark.timing
+@pytest.mark.slow
+def test_clients_that_leave_at_once(tiny_bundles: Bundles):
+    with scripted_child(tiny_bundles("qwen2"), _STEP_S) as server:
+        with compared(server) as attacks:
+            answers = attacks.enter_context(attacked(server, "leave", 8))
+        assert answers["left"] > 1000
+
+
 # File descriptors
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,10 +113,14 @@ def leave_at(live: Live, name: str, patch: pytest.MonkeyPatch) -> list[str]:
     """Have a client leave during a stage of its request; returns the stages that were begun."""
     begun: list[str] = []
     sock = live.connect()
+    stack = ExitStack()
 
     def watched(stage: str, work: Any) -> Any:
         def run(*given: Any, **named: Any) -> Any:
             begun.append(stage)
+            if stage == "encode" == name:  # in a thread, beside the loop, which could hear of it
+                stack.enter_context(blocked(live))
+                threading.Timer(0.2, stack.close).start()
             if stage == name:
                 sock.close()
             return work(*given, **named)
@@ -157,13 +162,24 @@ def test_nothing_is_done_any_more_for_a_client_that_left(
     assert not [each for each in caplog.records if each.levelname == "ERROR"]
 
 
-def test_the_dead_leave_the_queue_before_anybody_gets_429(tiny_bundles: Bundles):
+def test_the_dead_leave_the_queue_before_anybody_gets_429(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
     """Neither who comes, nor another client that waits."""
     with running(
         tiny_bundles("qwen2"), llm={"num_slots": 1, "queue_capacity": 3}
     ) as live, ExitStack() as stack:  # fmt: skip
         live.engine.running.clear()
         answers: list[Any] = []
+        scheduler, submitted = live.engine.llm.scheduler, 0
+        submit = scheduler.submit
+
+        def counted(*given: Any) -> Any:
+            nonlocal submitted
+            submitted += 1
+            return submit(*given)
+
+        monkeypatch.setattr(scheduler, "submit", counted)
 
         def alive() -> None:
             answers.append(live.chat(max_tokens=2))
@@ -171,19 +187,44 @@ def test_the_dead_leave_the_queue_before_anybody_gets_429(tiny_bundles: Bundles)
         waits = threading.Thread(target=alive)
         dead = [stack.enter_context(closing(live.connect())) for _ in range(3)]
         dead[0].sendall(chat_request(stream=True))
-        until(lambda: live.engine.llm.scheduler.stats().running == 1)
+        until(lambda: scheduler.stats().running == 1)
         waits.start()
         for sock in dead[1:]:
             sock.sendall(chat_request())
-        until(lambda: live.engine.llm.scheduler.stats().waiting == 3)
+        until(lambda: scheduler.stats().waiting == 3)
         comes = [threading.Thread(target=alive) for _ in range(3)]
         with blocked(live):  # so that it cannot have heard of those who leave
             for sock in dead:
                 sock.close()
         for thread in comes:
             thread.start()
-        until(lambda: live.service.models.num_flights >= 4)
+        until(lambda: submitted == 7)
         live.engine.running.set()
         for thread in (waits, *comes):
             thread.join()
         assert [answer.status for answer in answers] == [200] * 4
+
+
+def test_a_full_queue_looks_for_the_dead_of_whom_the_loop_has_not_heard(tiny_bundles: Bundles):
+    with running(
+        tiny_bundles("qwen2"), llm={"num_slots": 1, "queue_capacity": 1}
+    ) as live, ExitStack() as stack:  # fmt: skip
+        live.engine.running.clear()
+        for stream in (False, True):
+            sock = stack.enter_context(closing(live.connect()))
+            sock.sendall(chat_request(stream=stream))
+        scheduler = live.engine.llm.scheduler
+        until(lambda: scheduler.stats().running + scheduler.stats().waiting == 2)
+        refused = live.chat(max_tokens=2)
+        assert (refused.status, refused.json["error"]["code"]) == (429, "queue_full")
+        (model,) = live.service.models.models()
+        until(lambda: all(flight.receive is not None for flight in model.flights))
+        for flight in model.flights:
+            flight.receive._connection = SimpleNamespace(has_left=True)  # type: ignore[union-attr]
+        answers: list[Any] = []
+        comes = threading.Thread(target=lambda: answers.append(live.chat(max_tokens=2)))
+        comes.start()
+        until(lambda: all(flight.done.done() for flight in list(model.flights)[:2]))
+        live.engine.running.set()
+        comes.join()
+        assert answers[0].status == 200
