@@ -80,9 +80,10 @@ def send(link: Path, staging: Path, do: Literal["try", "keep", "back"], bundle: 
             deadline, claimed = time.monotonic() + _DONE_S, True
         if time.monotonic() > deadline:
             path.unlink(missing_ok=True)
+            what = "it was begun and does not end" if claimed else "it was not begun"
             raise BackendError(
-                f"nobody {'ends' if claimed else 'takes'} the order {path}; look at systemctl "
-                f"status 'edge-llm-switch@{link.name}.*'"
+                f"nobody takes the order {path} ({what}); look at systemctl status "
+                f"'edge-llm-switch@{link.name}.*'"
             )
         time.sleep(0.05)
     if answer.code:

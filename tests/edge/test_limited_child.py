@@ -176,13 +176,13 @@ def test_the_kernel_ends_a_child_that_puts_its_timer_off(monkeypatch):
 
 
 def test_a_child_whose_life_is_nearly_over_is_replaced_between_two_tasks():
-    limits = replace(LIMITS, tasks=2)  # two seconds, of which a task may have 0.3
+    limits = replace(LIMITS, cpu_s=1.0, tasks=1)  # two seconds, of which a task may have one
     with LimitedChild("tests.edge.child_tasks:work", limits) as child:
         pids = {child.ask(b"pid")}
-        for _ in range(12):
-            assert child.ask(b"compute 0.25") == b"done"
+        for _ in range(8):
+            assert child.ask(b"compute 0.4") == b"done"
             pids.add(child.ask(b"pid"))
-    assert 2 <= len(pids) <= 6
+    assert 2 <= len(pids) <= 8
 
 
 def test_a_process_that_cannot_start_is_an_error(monkeypatch):
