@@ -34,6 +34,7 @@ from .device import (
 from .schemes import check_schemes
 from .software import (
     check_bundle,
+    check_confinement,
     check_engines,
     check_memory,
     check_onnxruntime,
@@ -56,6 +57,7 @@ _MACHINE = (
     check_onnxruntime,
     check_onnxruntime_packages,
     check_power,
+    check_confinement,
 )
 
 

@@ -22,6 +22,8 @@ import msgspec
 
 from edge.device.nodes import JETSON_NODES, SLOT_NODES, may_open
 from edge.device.telemetry import Snapshot, read_power_modes, read_snapshot
+from edge.errors import ResourceError
+from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
 
 from .scheme_probe import Verdict
 
@@ -103,6 +105,16 @@ class Machine:
         """Whether Docker or Podman left its mark here."""
         marks = (".dockerenv", "run/.containerenv")
         return any((self.root / mark).exists() for mark in marks)
+
+    def unconfined(self) -> str | None:
+        """Why the child that reads strangers' templates could open files; None if it cannot."""
+        limits = Limits(5.0, 256 << 20, confined=True)
+        try:
+            with LimitedChild("builtins:bytes", limits) as child:
+                child.ask(b"")
+        except (ResourceError, LimitError, ChildError) as error:
+            return str(error) or f"it takes more than {limits}"
+        return None
 
     def nodes(self) -> dict[str, Node]:
         """The GPU's device nodes that exist."""

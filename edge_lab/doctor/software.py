@@ -34,6 +34,15 @@ _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _OVERHEAD_BYTES = 400 << 20  # CUDA context, libraries and activations; estimated
 
 
+def check_confinement(facts: Facts) -> Check:
+    """Is what strangers wrote read by a process that can open nothing?"""
+    why = facts.machine.unconfined()
+    if why is None:
+        return Check("confinement", "ok", "strangers' templates and grammars can open nothing")
+    cure = "in a container use the runtime's default seccomp profile; else open what you trust"
+    return Check("confinement", "warn", "limits on time and memory only", why, cure)
+
+
 def check_tensorrt(facts: Facts) -> Check:
     """Does TensorRT build and load an engine?"""
     name = "TensorRT"

@@ -53,6 +53,7 @@ class FakeMachine(Machine):
         self.group_answer = frozenset({"orin", "video", "render"})
         self.container = False
         self.memory: int | None = None
+        self.why_unconfined: str | None = None
         self.now = 1000.0
         self.asked: list[str] = []
 
@@ -64,6 +65,9 @@ class FakeMachine(Machine):
 
     def architecture(self) -> str:
         return "aarch64"
+
+    def unconfined(self) -> str | None:
+        return self.why_unconfined
 
     def in_container(self) -> bool:
         return self.container

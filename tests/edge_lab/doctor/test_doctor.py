@@ -13,7 +13,7 @@ from edge.device.nodes import SLOT_NODES
 from edge.errors import install_command
 from edge_lab.cli.doctor import doctor
 from edge_lab.doctor import exit_code, run_checks, summary, wait_for_gpu
-from edge_lab.doctor.machine import CudaProbe, Library
+from edge_lab.doctor.machine import CudaProbe, Library, Machine
 from edge_lab.doctor.scheme_probe import SCHEMES
 from tests.conftest import Bundles
 from tests.edge.device import jetson_trees as trees
@@ -55,6 +55,7 @@ def test_a_laptop_without_a_gpu_is_fine(laptop: FakeMachine):
         "ONNX Runtime": "ok",
         "ONNX Runtime packages": "ok",
         "power and clocks": "skip",
+        "confinement": "ok",
         "schemes": "skip",
         "memory": "ok",
     }
@@ -156,6 +157,14 @@ def test_without_tensorrt_no_scheme_is_tried(answer: Library, orin: FakeMachine)
     assert found.status == "skip"
     assert "no TensorRT that works" in found.detail
     assert "schemes" not in orin.asked
+
+
+def test_a_machine_that_confines_nobody_is_warned_of(laptop: FakeMachine):
+    assert Machine().unconfined() is None
+    laptop.why_unconfined = "this kernel does not confine a process"
+    found = find(run_checks(laptop), "confinement")
+    assert (found.status, found.cause) == ("warn", laptop.why_unconfined)
+    assert "default seccomp profile" in found.cure
 
 
 FAULTS: list[tuple[str, Plant, str, int, tuple[str, ...]]] = [
