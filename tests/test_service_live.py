@@ -294,7 +294,7 @@ def test_the_timer_rolls_out_what_the_registry_has_and_a_kill_leaves_the_old(mac
     timer_drop_in = machine.path(f"/etc/systemd/system/{TIMER.replace('tiny', '')}.d/99-test.conf")
     timer_drop_in.parent.mkdir(exist_ok=True)
     machine.path("/usr/local/probe.py").write_text(PROBE)
-    drop_in = machine.path("/etc/systemd/system/edge-llm-rollout@.service.d/98-probe.conf")
+    drop_in = machine.path("/etc/systemd/system/edge-llm-rollout@.service.d/98-test.conf")
     drop_in.write_text("[Service]\nExecStartPre=/opt/edge-llm/bin/python /usr/local/probe.py\n")
     # By default systemd may put it off for a minute.
     timer_drop_in.write_text("[Timer]\nOnActiveSec=1s\nAccuracySec=1ms\nRandomizedDelaySec=0\n")
