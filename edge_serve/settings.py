@@ -122,7 +122,7 @@ class ServerSettings(EngineConfig):
     ping_s: _Seconds = 15.0
     request_timeout_s: _Seconds | None = 600.0
     rate_limit_rpm: _Count = 0
-    rate_limit_address_rps: _Count = 100
+    rate_limit_address_rps: _Count = 200
     drain_timeout_s: Annotated[float, Meta(ge=0)] = 30.0
     vllm_metrics: bool = False
     drift_baseline: Path | None = None
