@@ -16,6 +16,8 @@ from pathlib import Path
 
 import msgspec
 
+from edge.bundle.engine_file import decode_engine_info, read_engine_bytes, verify_plan
+from edge.bundle.engine_records import ENGINE_SIGNATURE
 from edge.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -151,17 +153,35 @@ def sign_bundle(
         data = read_manifest_bytes(target)
         if written not in (None, decode_manifest(data, str(target / MANIFEST_NAME))):
             raise ConfigError(f"{target} was changed while it was signed; sign it again")
-        signature = key.sign(data, comment)
-        try:
-            replace_durably(
-                target / SIGNATURE_NAME,
-                lambda file: file.write(encode_signature(signature)),
-                mode=0o644,
-            )
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write {target / SIGNATURE_NAME}: {error.strerror}"
-            ) from error
+        return _write_signature(target / SIGNATURE_NAME, key.sign(data, comment))
+
+
+def sign_engine(directory: Path, key: SecretKey, comment: str) -> Signature:
+    """Sign an engine, so that machines that trust the key run it without having built it.
+
+    What is signed is its ``engine.json``, which has the hash of the plan; the plan is held to it
+    first. A signature that was there is replaced.
+
+    Args:
+        directory: the engine's.
+        key: who signs.
+        comment: one line that is signed too.
+
+    Raises:
+        BundleError, IntegrityError: the engine is missing or damaged.
+        ConfigError: the comment is no line, or the signature cannot be written.
+        DependencyError: cryptography is not installed.
+    """
+    data = read_engine_bytes(directory)
+    verify_plan(directory, decode_engine_info(directory, data))
+    return _write_signature(directory / ENGINE_SIGNATURE, key.sign(data, comment))
+
+
+def _write_signature(path: Path, signature: Signature) -> Signature:
+    try:
+        replace_durably(path, lambda file: file.write(encode_signature(signature)), mode=0o644)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
     return signature
 
 

@@ -20,17 +20,19 @@ from edge.bundle.engine_file import (
     Plugins,
     ProfileInfo,
     ShapeInfo,
+    open_plan,
     read_engine_info,
     versions_agree,
 )
 from edge.bundle.engine_layers import LayerTable, parse_inspector
 from edge.bundle.manifest import ENGINES_DIR
-from edge.bundle.trust import open_manifest
+from edge.bundle.trust import open_manifest, trusted_keys_file
 from edge.bundle.verified_files import verify_files
 from edge.device import telemetry
 from edge.device.gpu import Gpu, find_gpu
 from edge.device.process import read_rss_peak_bytes, reset_rss_peak
 from edge.errors import BackendError, BuildError, BundleError, ConfigError, DependencyError
+from edge_lab.engine_record import check_recording
 from edge_lab.progress import Progress, silent, uncounted
 
 from . import compat, support
@@ -129,7 +131,8 @@ def build_engine(
         waiting: called if another build holds the bundle's lock.
 
     Raises:
-        ConfigError: options that do not fit the model.
+        ConfigError: options that do not fit the model; or keys are trusted here, and no record of
+            the engine can be written.
         IntegrityError: a file of the bundle is damaged.
         ResourceError: too little memory or disk.
         DependencyError: no TensorRT, one that is too old, no GPU.
@@ -142,6 +145,8 @@ def build_engine(
             )
         compile_variant = compile_ladder
     build = plan_build(config, open_manifest(config.bundle))
+    if trusted_keys_file() is not None:
+        check_recording()  # an engine without a record would not run, and a build takes long
     target = target or find_target(rt=_trtexec_target() if via == "trtexec" else None)
     support.check_support(
         target.rt.flavour, target.rt.version, build.manifest.dialect, build.kv_read
@@ -158,7 +163,8 @@ def build_engine(
     with store.locked(waiting):
         found = None if config.again else store.find(key)
         if found is not None:
-            if not found.compiled and target.gpu is not None and via == "api":
+            unknown_here = not found.compiled and target.gpu is not None and via == "api"
+            if unknown_here and store.is_recorded():
                 layers, unknown = read_compiled_layers(target, store.directory, found)
                 found = store.add_layers(found, layers, unknown)
             return BuildResult(store.directory, found, built=False)
@@ -214,8 +220,9 @@ def read_compiled_layers(
     if target.gpu is None:
         return None, "it was compiled without a GPU, and TensorRT opens a plan on its GPU only"
     try:
-        register_kernels(target.rt.module, info)
-        texts = compat.inspect_plan(target.rt, directory / info.plan, len(info.profiles))
+        with open_plan(directory, info) as plan:
+            register_kernels(target.rt.module, info)
+            texts = compat.inspect_plan(target.rt, plan, len(info.profiles))
         return parse_inspector(texts, [profile.name for profile in info.profiles]), None
     except (BuildError, BundleError, DependencyError) as error:
         reason = str(error)  # the error has the loaded engine in its frames
@@ -550,7 +557,7 @@ def _timings_of_this_gpu(build: BuildPlan, target: Target, store: EngineStore) -
         )
         return timings
     try:
-        last = read_engine_info(store.directory)
+        last = read_engine_info(store.directory, trusted_keys_file())
     except BundleError:
         return None
     here = (gpu.name, gpu.num_sms) if gpu else (None, None)

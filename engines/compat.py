@@ -17,7 +17,6 @@ TensorRT for RTX         compiles on a CPU for named GPUs; keeps no timing cache
 from __future__ import annotations
 
 import importlib
-import mmap
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -439,12 +438,12 @@ class Compiler:
         )
 
 
-def inspect_plan(rt: TensorRT, plan: Path, num_profiles: int) -> list[str]:
+def inspect_plan(rt: TensorRT, plan: Any, num_profiles: int) -> list[str]:
     """JSON of the engine inspector about a plan, which is loaded for it and freed again.
 
     Args:
         rt: that built it.
-        plan: its file.
+        plan: its bytes, any buffer; see `edge.bundle.engine_file.open_plan`.
         num_profiles: optimization profiles of the engine.
 
     Returns:
@@ -458,8 +457,7 @@ def inspect_plan(rt: TensorRT, plan: Path, num_profiles: int) -> list[str]:
     trt = rt.module
     with Listener(trt, lambda _severity, _message: None) as listener, stoppable():
         runtime = _start(trt.Runtime, listener, rt.version)
-        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            engine = runtime.deserialize_cuda_engine(data)
+        engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BuildError(listener.last_error)
         inspector = engine.create_engine_inspector()

@@ -21,11 +21,21 @@ from typing import Any
 
 import msgspec
 
-from edge.bundle.engine_file import ENGINE_JSON, EngineInfo, read_engine_info, verify_plan
+from edge.bundle.engine_file import (
+    ENGINE_JSON,
+    EngineInfo,
+    read_engine_bytes,
+    read_engine_info,
+    verify_plan,
+)
 from edge.bundle.engine_layers import LayerTable, is_layers_file, layers_path
+from edge.bundle.engine_records import ENGINE_SIGNATURE, built_here, why_unrecorded
 from edge.bundle.manifest import ENGINES_DIR
+from edge.bundle.trust import trusted_keys_file
 from edge.bundle.update import fsync, write_durably
+from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, ConfigError, ResourceError
+from edge_lab.engine_record import forget_engine, record_engine
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +61,7 @@ class EngineStore:
 
     def __init__(self, bundle: Path, name: str) -> None:
         self.directory = bundle / ENGINES_DIR / name
+        self._recordable = not name.startswith(".")  # a variant that is only tried has no record
 
     @contextlib.contextmanager
     def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
@@ -91,9 +102,12 @@ class EngineStore:
             os.close(descriptor)
 
     def find(self, key: str) -> EngineInfo | None:
-        """The engine in this directory, if it has this key and is whole."""
+        """The engine in this directory, if it has this key and is whole.
+
+        Where keys are trusted, it has to be vouched for: anybody can compute a key.
+        """
         try:
-            info = read_engine_info(self.directory)
+            info = read_engine_info(self.directory, trusted_keys_file())
             if info.key != key:
                 return None
             verify_plan(self.directory, info)
@@ -103,11 +117,21 @@ class EngineStore:
             return None
         return info
 
+    def is_recorded(self) -> bool:
+        """Whether this machine has built the engine in this directory."""
+        return why_unrecorded(read_engine_bytes(self.directory)) is None
+
     def read_timings(self, elsewhere: Path | None) -> bytes | None:
-        """The timing cache of the last build here, or of a file that the user named."""
+        """The timing cache of the last build here, or of a file that the user named.
+
+        Where keys are trusted, one that came with the bundle is not given to TensorRT.
+        """
         path = elsewhere or self.directory / TIMING_CACHE
         try:
-            return path.read_bytes()
+            data = path.read_bytes()
+            if elsewhere is None and trusted_keys_file() is not None:
+                return None if why_unrecorded(data) else data
+            return data
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -115,7 +139,11 @@ class EngineStore:
 
     def write_timings(self, timings: bytes, elsewhere: Path | None) -> None:
         """Keep a timing cache for the next build; if that fails, it is a warning."""
-        _keep(elsewhere or self.directory / TIMING_CACHE, timings)
+        if elsewhere is not None:
+            _keep(elsewhere, timings)
+            return
+        with self._recorded(self.directory / TIMING_CACHE, timings) as path:
+            _keep(path, timings)
 
     def write_log(self, text: str) -> None:
         """Keep what TensorRT said; if that fails, it is a warning."""
@@ -174,7 +202,25 @@ class EngineStore:
 
     def _write_info(self, info: EngineInfo) -> None:
         data = msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n"
-        _replace(self.directory / ENGINE_JSON, data)
+        with self._recorded(self.directory / ENGINE_JSON, data) as path:
+            _replace(path, data)
+            (self.directory / ENGINE_SIGNATURE).unlink(missing_ok=True)  # it was of the old one
+
+    @contextlib.contextmanager
+    def _recorded(self, path: Path, data: bytes) -> Iterator[Path]:
+        """Vouch for what is about to be written, and then no longer for what was there before."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        built_here.add(sha256)
+        old = sha256_file(path).sha256 if path.is_file() else sha256
+        if self._recordable:
+            try:
+                record_engine(path, data)
+            except ConfigError as error:
+                self._recordable = False
+                _log.warning("the engine will not run once this machine trusts keys: %s", error)
+        yield path
+        if old != sha256:
+            forget_engine(old)
 
     def sweep(self) -> None:
         """Remove plans that ``engine.json`` does not name, and what a killed build left."""

@@ -23,6 +23,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from edge.backends.ort.session import onnxruntime_version
+from edge.bundle.engine_records import RECORDS_VARIABLE
 from edge.bundle.io_spec import needed_onnxruntime
 from edge.bundle.manifest import Dialect, Task
 from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
@@ -37,6 +38,15 @@ from tests.tiny_pooling import write_embedder, write_judge
 
 # Programs that a test starts buffer what they print, as with most users; a container may say no.
 os.environ.pop("PYTHONUNBUFFERED", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engine_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Records of engines go here, and not to the machine's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("engine-records")
+        patch.setenv(RECORDS_VARIABLE, str(directory))
+        yield directory
 
 
 class FirstTest:

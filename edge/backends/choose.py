@@ -153,6 +153,7 @@ def _open_tensorrt(bundle: Path, manifest: Manifest, config: EngineConfig) -> Ba
         num_slots=config.num_slots,
         kv_capacity=config.kv_capacity,
         gpu_wait=config.gpu_wait,
+        trusted_keys=config.trusted_keys,
     )
 
 

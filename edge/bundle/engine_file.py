@@ -1,8 +1,9 @@
 """What is in a bundle's ``engines/<name>/``, and whether it may be loaded here.
 
 ``engine.json`` says what the plan was built from and for. A plan is executable code: its hash is
-checked before TensorRT sees a byte of it. A plan's file name carries its hash, so replacing
-``engine.json`` in one step replaces the engine in one step.
+checked before TensorRT sees a byte of it, and `engine_records` says whose engines are read at all.
+A plan's file name carries its hash, so replacing ``engine.json`` in one step replaces the engine in
+one step.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from edge.files import MALFORMED, read_file
 
 from . import io_spec
 from .engine_layers import ProfileLayers
+from .engine_records import who_vouches
 from .manifest import ENGINES_DIR, Count, Line, Manifest, Rows, Sha256
 from .sizes import ProfileName, StepLimits
 
@@ -257,21 +259,49 @@ class _AnyEngine(msgspec.Struct):
     options: dict[str, Any] = {}
 
 
-def read_engine_info(directory: Path) -> EngineInfo:
-    """Read ``engine.json``; the plan is not hashed (see `verify_plan`).
+def read_engine_bytes(directory: Path) -> bytes:
+    """Read ``engine.json`` and parse nothing.
 
     Raises:
-        BundleError: it is missing, not JSON, or of another schema.
+        BundleError: it is missing or cannot be read.
     """
-    path = directory / ENGINE_JSON
     try:
-        data = read_file(path, _MAX_BYTES)
-        known = msgspec.json.decode(data, type=_AnyEngine)
+        return read_file(directory / ENGINE_JSON, _MAX_BYTES)
     except OSError as error:
         raise BundleError(
             f"no engine at {directory}: cannot read {ENGINE_JSON} ({error.strerror}); "
             "build one with: edge-llm build BUNDLE"
         ) from error
+
+
+def read_engine_info(directory: Path, trusted_keys: Path | None = None) -> EngineInfo:
+    """Read ``engine.json``; the plan is not hashed (see `open_plan`).
+
+    Args:
+        directory: the engine's.
+        trusted_keys: file of public keys, where somebody has to vouch for the engine before it is
+            parsed (`who_vouches`); None to look at any, and to run any where there is no policy.
+
+    Raises:
+        BundleError: it is missing, not JSON, or of another schema.
+        UnvouchedError: nobody vouches for it.
+        ConfigError: the file of trusted keys cannot be used.
+    """
+    data = read_engine_bytes(directory)
+    if trusted_keys is not None:
+        who_vouches(directory, data, trusted_keys)
+    return decode_engine_info(directory, data)
+
+
+def decode_engine_info(directory: Path, data: bytes) -> EngineInfo:
+    """Parse an ``engine.json``; see `read_engine_info`.
+
+    Raises:
+        BundleError: it is not JSON, or of another schema.
+    """
+    path = directory / ENGINE_JSON
+    try:
+        known = msgspec.json.decode(data, type=_AnyEngine)
     except MALFORMED as error:
         raise BundleError(f"{path} is damaged ({error}); build the engine again") from error
     again = f"build the engine again with: {rebuild_command(directory, known)}"
@@ -413,8 +443,9 @@ def rebuild_command(directory: Path, info: EngineInfo | _AnyEngine, *, again: bo
 
 
 def find_engines(bundle: Path) -> list[Path]:
-    """Directories of the bundle's engines, in name order."""
-    return sorted(path.parent for path in (bundle / ENGINES_DIR).glob(f"[!.]*/{ENGINE_JSON}"))
+    """Directories of the bundle's engines, in name order; names that a terminal obeys are none."""
+    found = (path.parent for path in (bundle / ENGINES_DIR).glob(f"[!.]*/{ENGINE_JSON}"))
+    return sorted(directory for directory in found if directory.name.isprintable())
 
 
 def versions_agree(*versions: str) -> bool:

@@ -126,7 +126,7 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
     entries = {path.name for path in target.iterdir()}
     if not entries:
         return
-    strangers = sorted(entries - _own_entries(target))
+    strangers = sorted(entries - own_entries(target))
     if strangers:
         shown = ", ".join(strangers[:3]) + (", …" if len(strangers) > 3 else "")
         raise ConfigError(
@@ -147,7 +147,7 @@ class _AnyManifest(msgspec.Struct):
     files: dict[str, Any]
 
 
-def _own_entries(bundle: Path) -> set[str]:
+def own_entries(bundle: Path) -> set[str]:
     """Names of the entries that an export or a build wrote; empty if this is not a bundle."""
     try:
         manifest = msgspec.json.decode(

@@ -11,13 +11,16 @@ from edge.bundle.engine_file import (
     EngineInfo,
     TunedRung,
     WeightBytes,
-    read_engine_info,
+    decode_engine_info,
+    read_engine_bytes,
     rebuild_command,
     verify_plan,
 )
 from edge.bundle.engine_layers import LayerTable, ProfileLayers, read_layers
+from edge.bundle.engine_records import UnvouchedError, who_vouches
 from edge.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
 from edge.bundle.schemes import engine_dtype
+from edge.bundle.trust import trusted_keys_file
 
 from . import echo_json
 
@@ -36,7 +39,14 @@ def inspect_engine(directory: Path, as_json: bool, layers: bool, verify: bool) -
     Raises:
         BundleError: no engine, or a damaged one.
     """
-    info = read_engine_info(directory)
+    data = read_engine_bytes(directory)
+    info = decode_engine_info(directory, data)
+    policy, vouched = trusted_keys_file(), "nobody is asked: no keys are trusted here"
+    if policy is not None:
+        try:
+            vouched = who_vouches(directory, data, policy)
+        except UnvouchedError as error:
+            vouched = f"NOBODY: {error}"
     if verify:
         verify_plan(directory, info)
     bundle = directory.resolve().parent.parent
@@ -48,13 +58,14 @@ def inspect_engine(directory: Path, as_json: bool, layers: bool, verify: bool) -
             **msgspec.to_builtins(info),
             "weights_as_exported": as_exported,
             "verified": verify,
+            "vouched_for_by": vouched,
         }
         del summary["python_kernels"]  # code
         if layers:
             summary["layer_table"] = msgspec.to_builtins(table)
         echo_json(summary)
         return
-    _print(directory, info, layers, verify, as_exported)
+    _print(directory, info, layers, verify, as_exported, vouched)
     if layers:
         _print_layers(table, why_unknown(directory, info))
 
@@ -141,7 +152,12 @@ def _print_layers(table: LayerTable | None, unknown: str) -> None:
 
 
 def _print(
-    directory: Path, info: EngineInfo, layers: bool, verified: bool, as_exported: bool | None
+    directory: Path,
+    info: EngineInfo,
+    layers: bool,
+    verified: bool,
+    as_exported: bool | None,
+    vouched: str,
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -172,6 +188,7 @@ def _print(
         ("KV buckets", ", ".join(map(str, info.kv_buckets))),
         ("plan", f"{info.plan}, {info.plan_bytes:,} bytes"),
         ("plan hash", "matches" if verified else "not verified"),
+        ("vouched for by", vouched),
         ("weights as exported", verdict),
         *_compiled_facts(directory, info),
     ):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from edge.bundle.engine_file import find_engines
 from edge.bundle.library import find_bundle, roots
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest, read_manifest_bytes
 from edge.bundle.minisign import (
@@ -30,10 +31,17 @@ from edge.bundle.trust import (
 from edge.bundle.verified_files import verify_files
 from edge.cli import echo_json
 from edge.cli.options import FILE, bundle_argument, json_option
-from edge.errors import ConfigError
+from edge.errors import EXIT_GATE_MISSED, ConfigError
 from edge.files import is_directory, read_text_file
 from edge_fleet.registry.reference import Reference, parse_reference
-from edge_fleet.signing import make_key, read_secret_key, sign_bundle, write_key_pair
+from edge_fleet.signing import (
+    make_key,
+    read_secret_key,
+    sign_bundle,
+    sign_engine,
+    write_key_pair,
+)
+from edge_fleet.uncovered import find_uncovered
 from edge_lab.cli.progress import show_progress
 from edge_lab.progress import Progress, uncounted
 
@@ -144,6 +152,7 @@ def pull(
 @bundle.command()
 @bundle_argument
 @click.option("--key", "key_file", type=FILE, required=True, help="Secret key (minisign's too).")
+@click.option("--engine", metavar="NAME", help="Sign this engine of BUNDLE, and not BUNDLE.")
 @click.option("--comment", help="One line that is signed too. Default: time and name.")
 @click.option(
     "--password-file", type=FILE, help="File of the key's password. Default: it is asked for."
@@ -165,6 +174,7 @@ def pull(
 def sign(
     bundle: Path,
     key_file: Path,
+    engine: str | None,
     comment: str | None,
     password_file: Path | None,
     release: int | None,
@@ -177,22 +187,40 @@ def sign(
     The signature, manifest.json.minisig, is of manifest.json, which has the hash of every file.
     All of them are checked first. It is in minisign's format: minisign -Vm manifest.json -P KEY.
     A release is written into manifest.json before.
+
+    Engines have no part in it: a device that trusts keys runs those that it built itself, and those
+    that were signed with --engine, which writes engine.json.minisig.
     """
     made = _release(release, expires, name)
+    if engine is not None and made is not None:
+        raise ConfigError("--engine signs an engine, which is no release; leave one of the two out")
     manifest = read_manifest(bundle)
-    with show_progress() as progress, uncounted(progress, "hash"):
-        verify_files(bundle, manifest)
+    signed = bundle if engine is None else _find_engine(bundle, engine)
     key = read_secret_key(key_file, lambda: _password(password_file))
     if comment is None:
         comment = f"timestamp:{int(time.time())} bundle:{manifest.name}"
-    signature = sign_bundle(bundle, key, comment, made)
-    found = read_release(read_manifest(bundle))
+        comment += f" engine:{engine}" if engine else ""
+    with show_progress() as progress, uncounted(progress, "hash"):
+        if engine is None:
+            verify_files(bundle, manifest)
+            signature = sign_bundle(bundle, key, comment, made)
+        else:
+            signature = sign_engine(signed, key, comment)
+    found = read_release(read_manifest(bundle)) if engine is None else None
     if as_json:
-        signed = {"key": key.public_key.name, "comment": signature.comment}
-        echo_json({"bundle": str(bundle), **signed, "release": msgspec.to_builtins(found)})
+        told = {"key": key.public_key.name, "comment": signature.comment, "engine": engine}
+        echo_json({"bundle": str(bundle), **told, "release": msgspec.to_builtins(found)})
         return
     what = "" if found is None else f" as release {found}"
-    click.echo(f"{bundle}: signed with {key.public_key.name}{what}")
+    click.echo(f"{signed}: signed with {key.public_key.name}{what}")
+
+
+def _find_engine(bundle: Path, name: str) -> Path:
+    names = {directory.name: directory for directory in find_engines(bundle)}
+    if name not in names:
+        there = f"there are {', '.join(names)}" if names else "it has none"
+        raise ConfigError(f"{bundle} has no engine {name}; {there}")
+    return names[name]
 
 
 @bundle.command()
@@ -220,11 +248,14 @@ def keygen(name: Path, no_password: bool, password_file: Path | None) -> None:
 @bundle_argument
 @trusted_keys_option
 @json_option
-def verify(bundle: Path, trusted_keys: Path | None, as_json: bool) -> None:
+@click.pass_context
+def verify(ctx: click.Context, bundle: Path, trusted_keys: Path | None, as_json: bool) -> None:
     """Check every file of BUNDLE against its manifest, and the manifest's signature.
 
-    Without trusted keys the signature is only shown. Exit code 65: something is wrong. Whether
-    the engines answer as the graph does is what edge-llm verify checks.
+    Without trusted keys the signature is only shown. With them, an engine has to be vouched for, as
+    when it runs: built on this machine, or signed. Exit code 65: something is wrong. 3: something
+    lies in BUNDLE that nobody vouches for; nothing reads or runs it. Whether the engines answer as
+    the graph does is what edge-llm verify checks.
     """
     data, signature = read_manifest_bytes(bundle), read_signature_bytes(bundle)
     manifest = read_manifest(bundle)
@@ -241,9 +272,17 @@ def verify(bundle: Path, trusted_keys: Path | None, as_json: bool) -> None:
         found["key"] = key_name(parsed.key_id)  # its comment nobody has vouched for yet
     with show_progress() as progress, uncounted(progress, "hash"):
         verify_files(bundle, manifest)
+        uncovered = find_uncovered(bundle, file)
+    found |= uncovered._asdict()
     if as_json:
         echo_json(found)
-        return
+    else:
+        _print_verified(bundle, found)
+    if uncovered.unlisted or uncovered.unvouched:
+        ctx.exit(EXIT_GATE_MISSED)
+
+
+def _print_verified(bundle: Path, found: dict[str, Any]) -> None:
     click.echo(f"{bundle}: {found['files']} files are as {MANIFEST_NAME} says")
     if found["trusted"]:
         click.echo(f"signed with the trusted key {found['key']}: {found['comment']}")
@@ -255,6 +294,12 @@ def verify(bundle: Path, trusted_keys: Path | None, as_json: bool) -> None:
         is_over = release.expires is not None and release.expires <= datetime.now(timezone.utc)
         says = "" if found["trusted"] else "says it is "
         click.echo(f"{says}release {release}{', which is over' if is_over else ''}")
+    for name, who in found["engines"].items():
+        click.echo(f"engine {name}: {who}")
+    for name, why in found["unvouched"].items():
+        click.echo(f"engine {name}: NOT VOUCHED FOR: {why}")
+    for name in found["unlisted"]:
+        click.echo(f"{name!r}: NOT LISTED in {MANIFEST_NAME}; nothing reads it, so remove it")
 
 
 @bundle.command(short_help="Say what differs between two bundles.")

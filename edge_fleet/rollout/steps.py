@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import msgspec
 
 from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.bundle.manifest import Manifest, fingerprint, read_manifest
+from edge.bundle.trust import KEYS_VARIABLE, trusted_keys_file
 from edge.engine_config import EngineConfig
 from edge.errors import (
     BackendError,
@@ -30,6 +32,7 @@ from edge_fleet.registry.client import Registry
 from edge_fleet.registry.pull import Offer, look, origin_digest, pull
 from edge_fleet.registry.reference import Reference
 from edge_fleet.registry.release import check_release, release_at
+from edge_fleet.uncovered import find_uncovered
 from edge_lab.measure.defaults import GOLDEN_SET, MAX_TOKENS
 from edge_lab.measure.watch import (
     Baseline,
@@ -275,7 +278,8 @@ class _Run:
 
     def _build(self) -> None:
         bundle, old = self.place.new_path(self.journal.new), self.journal.old
-        if self.plan.build is False or find_engines(bundle):
+        policy = trusted_keys_file(self.plan.engine.trusted_keys)
+        if self.plan.build is False or find_uncovered(bundle, policy).engines:
             return
         engines = [] if old is None else find_engines(self.place.path(old))
         if self.plan.build is None:
@@ -291,8 +295,10 @@ class _Run:
             if error is not None:
                 return
         self.progress("build", 0, 1)
-        command = [sys.executable, "-m", "edge.cli", "build", str(bundle), *_size(engines)]
-        if code := subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+        command = [sys.executable, "-m", "edge.cli", "build", str(bundle), *_size(engines, policy)]
+        keys = {} if policy is None else {KEYS_VARIABLE: str(policy)}
+        done = subprocess.run(command, stdout=sys.stderr, check=False, env={**os.environ, **keys})
+        if code := done.returncode:
             raise BuildError(
                 f"edge-llm build {bundle} ended with {code}; the old bundle serves, and the next "
                 "roll-out tries again"
@@ -514,10 +520,10 @@ class _Run:
         )
 
 
-def _size(engines: list[Path]) -> list[str]:
+def _size(engines: list[Path], policy: Path | None) -> list[str]:
     """As many sequences at once as the old engines have, so that no slots take turns."""
     most = 1
     for engine in engines:
         with suppress(BundleError):  # a damaged one is what the new bundle cures
-            most = max(most, read_engine_info(engine).max_batch)
+            most = max(most, read_engine_info(engine, policy).max_batch)
     return ["--max-batch", str(most)] if most > 1 else []

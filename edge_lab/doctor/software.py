@@ -14,10 +14,12 @@ from edge.bundle.engine_file import (
     read_engine_info,
     verify_plan,
 )
+from edge.bundle.engine_records import UnvouchedError
 from edge.bundle.manifest import Manifest, read_manifest
+from edge.bundle.trust import trusted_keys_file
 from edge.bundle.verified_files import verify_files
 from edge.bundle.weights import manifest_linears
-from edge.errors import BundleError, EdgeError, IntegrityError, install_command
+from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, install_command
 
 from .check import (
     DAMAGED,
@@ -221,11 +223,13 @@ def check_engines(bundle: Path, manifest: Manifest, facts: Facts) -> Check:
             f"edge-llm build {bundle}",
         )
     fitting: dict[str, EngineInfo] = {}
-    problems, others = [], 0
+    problems: list[str] = []
+    unvouched: list[str] = []
+    others = 0
     compare = facts.cuda.works and facts.tensorrt.version is not None
     for directory in directories:
         try:
-            info = read_engine_info(directory)
+            info = read_engine_info(directory, trusted_keys_file())
             verify_plan(directory, info)
             if compare and info.flavour != "tensorrt":
                 others += 1  # its own library loads it, which was not looked at
@@ -248,25 +252,34 @@ def check_engines(bundle: Path, manifest: Manifest, facts: Facts) -> Check:
                     )
         except IntegrityError as error:
             return Check(name, "fail", directory.name, str(error), "build it again", DAMAGED)
+        except ConfigError as error:
+            return Check(name, "fail", "trusted keys", str(error), "mend that file", WRONG_ENGINE)
         except BundleError as error:
-            problems.append(str(error))
+            (unvouched if isinstance(error, UnvouchedError) else problems).append(str(error))
         else:
             fitting[directory.name] = info
+
+    def usable(status: Status, detail: str) -> Check:
+        if not unvouched:
+            return Check(name, status, detail)
+        detail += f"; {len(unvouched)} passed over, since nobody vouches for them"
+        return Check(name, "warn", detail, unvouched[0], "build it here, or sign it")
+
     if not compare:
-        detail = f"{len(directories)} whole; no TensorRT and GPU here to compare them with"
-        return Check(name, "skip", detail)
+        detail = f"{len(fitting)} whole; no TensorRT and GPU here to compare them with"
+        return usable("skip", detail)
     apart = f"{others} of TensorRT for RTX not compared"
     if not fitting and others:
-        return Check(name, "skip", f"{apart} ({len(problems)} others do not fit)")
+        return usable("skip", f"{apart} ({len(problems)} others do not fit)")
     if not fitting:
         return Check(
             name,
             "fail",
             f"none of {len(directories)} fits this machine",
-            problems[0],
+            (problems + unvouched)[0],
             "build one here",
             WRONG_ENGINE,
         )
     facts.engine = max(fitting.values(), key=lambda info: engine_rank(info, 1))
     detail = f"{', '.join(fitting)} fits ({len(problems)} others do not)"
-    return Check(name, "ok", f"{detail}; {apart}" if others else detail)
+    return usable("ok", f"{detail}; {apart}" if others else detail)

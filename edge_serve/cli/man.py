@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 import edge
+from edge.bundle.engine_records import RECORDS_VARIABLE
 from edge.bundle.library import BUNDLES_VARIABLE
 from edge.bundle.trust import KEYS_VARIABLE
 from edge.cli import COMMAND_GROUP, cli
@@ -23,6 +24,7 @@ _ENVIRONMENT = {
     BUNDLES_VARIABLE: "Directories of bundles, separated as in PATH.",
     f"{ENV_PREFIX}*": "Settings of the service, by their keys in capitals.",
     KEYS_VARIABLE: "File of public keys; a bundle that none of them has signed is not opened.",
+    RECORDS_VARIABLE: "Directory where build records its engines; see docs/bundles.md.",
     "EDGE_LLM_HUB": "huggingface or modelscope: where pull and export download from.",
     "HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE": "As for the Hugging Face hub's own client.",
     "MODELSCOPE_DOMAIN": "Another host of ModelScope.",

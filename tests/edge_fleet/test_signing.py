@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge.bundle.engine_records import ENGINE_SIGNATURE
 from edge.bundle.minisign import (
     PublicKey,
     Signature,
@@ -20,9 +21,17 @@ from edge.bundle.minisign import (
     parse_signature,
     read_public_keys,
 )
-from edge.errors import ConfigError, EdgeError, IntegrityError
+from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError
 from edge_fleet import signing
-from edge_fleet.signing import encode_signature, make_key, read_secret_key, write_key_pair
+from edge_fleet.signing import (
+    encode_signature,
+    make_key,
+    read_secret_key,
+    sign_engine,
+    write_key_pair,
+)
+from tests.conftest import Bundles
+from tests.fake_tensorrt import write_engine
 
 DATA = b'{"schema_version": 6}\n' * 100
 
@@ -271,3 +280,31 @@ def test_a_line_of_names_binds_the_key_after_it():
 def test_names_that_bind_nothing_are_an_error(text: str, message: str):
     with pytest.raises(ConfigError, match=message):
         parse_public_keys(text.format(key=make_key().public_key.encode()), "it")
+
+
+def test_minisign_checks_the_signature_of_an_engine(tiny_bundles: Bundles, tmp_path: Path):
+    bundle, key = shutil.copytree(tiny_bundles("qwen2"), tmp_path / "bundle"), make_key()
+    engine = write_engine(bundle, max_prefill=32)
+    sign_engine(engine, key, "engine:tiny")
+    checked = run("-V", "-P", key.public_key.line, "-m", engine / "engine.json")
+    assert checked.returncode == 0, checked.stderr
+    assert "Trusted comment: engine:tiny" in checked.stdout
+    write_key_pair(tmp_path / "our.key", tmp_path / "our.pub", key, "")
+    (engine / ENGINE_SIGNATURE).unlink()
+    assert run("-S", "-s", tmp_path / "our.key", "-m", engine / "engine.json").returncode == 0
+    keys = [key.public_key]
+    made = parse_signature((engine / ENGINE_SIGNATURE).read_bytes(), "it")
+    assert check_signature((engine / "engine.json").read_bytes(), made, keys) == key.public_key
+
+
+def test_an_engine_that_is_damaged_is_not_signed(tiny_bundles: Bundles, tmp_path: Path):
+    bundle, key = shutil.copytree(tiny_bundles("qwen2"), tmp_path / "bundle"), make_key()
+    engine = write_engine(bundle, max_prefill=32)
+    (plan,) = engine.glob("*.plan")
+    plan.write_bytes(plan.read_bytes()[:-1])
+    with pytest.raises(IntegrityError, match="is damaged"):
+        sign_engine(engine, key, "engine:tiny")
+    (engine / "engine.json").write_text("{")
+    with pytest.raises(BundleError, match="is damaged"):
+        sign_engine(engine, key, "engine:tiny")
+    assert not (engine / ENGINE_SIGNATURE).exists()

@@ -39,7 +39,7 @@ def test_all_profiles_are_told_of(
     per_context: bool, gpu: FakeGpu, plan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeEngine, "_per_context", per_context)
-    texts = compat.inspect_plan(on(gpu), plan, 2)
+    texts = compat.inspect_plan(on(gpu), plan.read_bytes(), 2)
     assert len(texts) == (2 if per_context else 1)
     assert parse_inspector(texts, PROFILES) == read_layers(plan)
 
@@ -47,7 +47,7 @@ def test_all_profiles_are_told_of(
 def test_a_plan_that_does_not_load_has_tensorrts_reason(gpu: FakeGpu, plan: Path) -> None:
     gpu.fail_at = len(gpu.calls)
     with pytest.raises(BuildError, match=r"deserializeCudaEngine: .* \(out of memory\)"):
-        compat.inspect_plan(on(gpu), plan, 2)
+        compat.inspect_plan(on(gpu), plan.read_bytes(), 2)
 
 
 def test_what_is_not_known_has_a_reason(gpu: FakeGpu, plan: Path) -> None:

@@ -37,6 +37,7 @@ from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.onnx_values import Constants, node_attributes
 from edge.cli.inspect import inspect
 from edge.errors import BackendError, BuildError, BundleError, DependencyError, DeviceError
+from edge_lab.engine_record import record_engine
 from engines import builder, tune
 from engines.build_plan import plan_build
 from engines.builder import Target, build_engine
@@ -182,6 +183,7 @@ def test_a_later_build_reads_the_layers_too(
     directory, info = only_engine(built)
     assert info.compiled
     change_info(built, compiled=[], compiled_unknown="the build was ended before it read them")
+    record_engine(directory / "engine.json", (directory / "engine.json").read_bytes())
     config = BuildConfig(built, max_prefill=32, kernels="own")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "cuda.bindings.driver", None)

@@ -322,7 +322,7 @@ def test_a_plan_of_another_tensorrt_or_gpu_does_not_load(
     gpu.compute_capability = capability
     rt = TensorRT(make_module(gpu, version), "tensorrt", version)
     with pytest.raises(BuildError, match=words):
-        compat.inspect_plan(rt, plan, 2)
+        compat.inspect_plan(rt, plan.read_bytes(), 2)
 
 
 def test_the_command_of_a_plan_that_does_not_load_builds_it(
@@ -584,7 +584,7 @@ def test_a_tensorrt_that_does_not_start_says_why(
     build = plan_of(tiny_bundles("qwen2", "portable", "fp16"))
     work: dict[str, Callable[[], Any]] = {
         "Builder": lambda: compile_bundle(build, here),
-        "Runtime": lambda: compat.inspect_plan(here.rt, plan, 2),
+        "Runtime": lambda: compat.inspect_plan(here.rt, plan.read_bytes(), 2),
     }
     with pytest.raises(BuildError, match=rf"10\.16\.2\.10 does not start: {NO_CUDA}; edge-llm doc"):
         work[kind]()

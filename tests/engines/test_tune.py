@@ -16,10 +16,13 @@ from click.testing import CliRunner
 
 from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle.engine_file import find_engines, read_engine_info, rebuild_command
+from edge.bundle.engine_records import RECORDS_VARIABLE, built_here
 from edge.bundle.manifest import read_manifest
+from edge.bundle.trust import KEYS_VARIABLE
 from edge.cli.inspect import inspect
 from edge.device.gpu import Gpu
 from edge.errors import BuildError, ConfigError, ResourceError
+from edge_fleet.signing import make_key, sign_bundle
 from edge_lab.measure import bench
 from edge_lab.measure.bench import Samples
 from edge_lab.measure.verify import compare_backends, default_thresholds
@@ -304,3 +307,21 @@ def test_tune_is_never_ignored(bundle: Path) -> None:
         build_engine(BuildConfig(bundle, max_prefill=32, tune=True))
     with pytest.raises(ConfigError, match="--tune needs the Python API"):
         run(bundle, "--print-trtexec", "--trt", "10.16")
+
+
+def test_variants_are_tried_where_keys_are_trusted(
+    bundle: Path, variants: Variants, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in no record: what this process has built, it may load."""
+    key, keys, records = make_key(), tmp_path / "trusted-keys", tmp_path / "records"
+    keys.write_text(key.public_key.encode())
+    keys.chmod(0o644)
+    sign_bundle(bundle, key, "the vendor's")
+    monkeypatch.setenv(KEYS_VARIABLE, str(keys))
+    monkeypatch.setenv(RECORDS_VARIABLE, str(records))
+    variants.seconds = {"slice fused": 0.004, "slice decomposed": 0.003}
+    assert json.loads(run(bundle, "--json").stdout)["attention"] == "decomposed"
+    (directory,) = find_engines(bundle)
+    built_here.clear()
+    read_engine_info(directory, keys)
+    assert len(list(records.iterdir())) == 2  # of the engine and of its timings

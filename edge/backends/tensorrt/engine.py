@@ -9,6 +9,7 @@ Calls and their versions, checked against NVIDIA's bindings (python/src/infer/py
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,9 @@ from edge.bundle.engine_file import (
     rebuild_command,
     where_tensorrt_is_from,
 )
+from edge.bundle.engine_records import UnvouchedError
 from edge.bundle.manifest import Manifest
+from edge.bundle.trust import trusted_keys_file
 from edge.device.tensorrt_version import loaded_version
 from edge.errors import (
     BackendError,
@@ -39,6 +42,7 @@ from . import plugins
 from .layer_times import LayerTimes, make_profiler
 from .listener import Listener, stoppable
 
+_log = logging.getLogger(__name__)
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _DTYPES = {"fp16": "HALF", "bf16": "BF16", "fp32": "FLOAT"}
 _DTYPES |= {name: name.upper() for name in ("int64", "int32", "int8")}
@@ -66,8 +70,11 @@ def choose_engine(
     engine_dir: Path | None = None,
     num_slots: int | None = None,
     kv_capacity: int | None = None,
+    trusted_keys: Path | None = None,
 ) -> ChosenEngine:
     """Find the engine of a bundle that this GPU and this TensorRT can run.
+
+    Where the machine names trusted keys, nothing is read of an engine that nobody vouches for.
 
     Args:
         bundle: its directory.
@@ -76,9 +83,11 @@ def choose_engine(
         engine_dir: take this one or none.
         num_slots: sequences that will run at once; engines with at least this batch come first.
         kv_capacity: the engine must have exactly this one; None takes any.
+        trusted_keys: see `trusted_keys_file`.
 
     Raises:
         BundleError: there is none, or none fits; the message has the command that builds one.
+        ConfigError: the file of trusted keys cannot be used.
         DependencyError: TensorRT is missing.
     """
     directories = [engine_dir] if engine_dir is not None else find_engines(bundle)
@@ -87,11 +96,12 @@ def choose_engine(
             f"{bundle} has no TensorRT engine; build one on this machine with: edge-llm build "
             f"{bundle}"
         )
+    policy = trusted_keys_file(trusted_keys)
     fitting: list[ChosenEngine] = []
     problems: list[EdgeError] = []
     for directory in directories:
         try:
-            info = read_engine_info(directory)
+            info = read_engine_info(directory, policy)
             module = _load(info.flavour)
             check_engine(
                 directory,
@@ -114,6 +124,9 @@ def choose_engine(
     if not fitting:
         more = f" ({len(problems) - 1} more engines do not fit either)" if problems[1:] else ""
         raise type(problems[0])(f"{problems[0]}{more}") from problems[0]
+    for problem in problems:
+        if isinstance(problem, UnvouchedError):
+            _log.warning("%s", problem)
     return max(fitting, key=lambda engine: engine_rank(engine.info, num_slots or 1))
 
 
@@ -140,12 +153,12 @@ class Engine:
 
     def __init__(self, chosen: ChosenEngine, manifest: Manifest) -> None:
         self.info, self._module = chosen.info, chosen.module
-        plugins.register_kernels(self._module, chosen.info)
         self.listener = Listener(self._module)
         path = chosen.directory / chosen.info.plan
         with self.listener:
             self._runtime = self._start()
             with open_plan(chosen.directory, chosen.info) as plan, stoppable():
+                plugins.register_kernels(self._module, chosen.info)
                 self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             self.raise_failure()

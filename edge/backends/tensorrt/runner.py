@@ -69,6 +69,7 @@ class TensorRTBackend:
         max_logits: rows of logits that one run returns at most; more are fetched in several runs.
         device: number of the GPU.
         gpu_wait: see `edge.engine_config.EngineConfig`.
+        trusted_keys: see there.
 
     Attributes:
         memory: what was allocated.
@@ -99,6 +100,7 @@ class TensorRTBackend:
         max_logits: int = DEFAULT_MAX_LOGITS,
         device: int = 0,
         gpu_wait: GpuWait = "auto",
+        trusted_keys: Path | None = None,
     ) -> None:
         for option, value in (
             ("num_slots", num_slots), ("max_graphs", max_graphs), ("max_logits", max_logits)
@@ -119,6 +121,7 @@ class TensorRTBackend:
             engine_dir=engine_dir,
             num_slots=num_slots,
             kv_capacity=kv_capacity,
+            trusted_keys=trusted_keys,
         )
         self.engine_dir = chosen.directory
         if chosen.info.num_sms not in (None, self._device.num_sms):

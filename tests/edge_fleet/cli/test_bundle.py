@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edge.bundle import trust
+from edge.bundle.engine_records import RECORDS_VARIABLE, built_here
 from edge.cli import cli
 from edge.errors import BundleError, ConfigError, IntegrityError
 from edge_fleet.cli.bundle import _password
+from tests.conftest import Bundles
 from tests.edge_fleet.registry.live import LiveRegistry, write_bundle
+from tests.fake_tensorrt import write_engine
 
 FILES = {"decoder.onnx": b"graph", "decoder.cpu.onnx": b"twin"}
 
@@ -172,6 +176,45 @@ def test_a_release_that_nobody_would_take_is_not_signed(
         run("sign", mine, "--key", tmp_path / "a.key", *options)
     assert (mine / "manifest.json").read_bytes() == before
     assert "not signed" in run("verify", mine).stdout
+
+
+def test_verify_names_what_nobody_vouches_for(
+    tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With a code of its own: it is no damage, and nothing reads it."""
+    mine = shutil.copytree(tiny_bundles("qwen2"), tmp_path / "tiny")
+    run("keygen", tmp_path / "a", "--no-password")
+    key, keys = tmp_path / "a.key", tmp_path / "a.pub"
+    run("sign", mine, "--key", key)
+    monkeypatch.setenv(RECORDS_VARIABLE, str(tmp_path / "theirs"))
+    write_engine(mine, name="sm87", max_prefill=32)
+    built_here.clear()
+    monkeypatch.setenv(RECORDS_VARIABLE, str(tmp_path / "records"))
+    done = run("verify", mine)
+    assert done.exit_code == 0
+    assert "engine sm87: nobody is asked who vouches for it" in done.stdout
+    done = run("verify", mine, "--trusted-keys", keys)
+    assert done.exit_code == 3
+    assert "signed with the trusted key" in done.stdout
+    assert "engine sm87: NOT VOUCHED FOR: " in done.stdout
+    assert f"edge-llm bundle sign {mine} --engine sm87 --key FILE" in done.stdout
+    with pytest.raises(ConfigError, match="has no engine sm80; there are sm87"):
+        run("sign", mine, "--engine", "sm80", "--key", key)
+    signed = as_json("sign", mine, "--engine", "sm87", "--key", key)
+    assert signed["engine"] == "sm87"
+    assert signed["comment"].endswith(" engine:sm87")
+    found = as_json("verify", mine, "--trusted-keys", keys)
+    assert found["engines"] == {"sm87": f"the trusted key {found['key']}"}
+    assert found["unvouched"] == {}
+    (mine / "\x1b[2J.so").touch()
+    done = run("verify", mine)
+    assert done.exit_code == 3
+    assert "'\\x1b[2J.so': NOT LISTED in manifest.json" in done.stdout
+    (mine / "\x1b[2J.so").unlink()
+    plan = next((mine / "engines" / "sm87").glob("*.plan"))
+    plan.write_bytes(plan.read_bytes() + b" ")
+    with pytest.raises(IntegrityError, match="is damaged"):
+        run("sign", mine, "--engine", "sm87", "--key", key)
 
 
 def test_passwords_are_asked_for_or_read_and_never_arguments(

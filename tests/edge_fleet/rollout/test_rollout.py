@@ -25,6 +25,7 @@ import msgspec
 import pytest
 
 from edge.bundle import trust
+from edge.bundle.engine_records import RECORDS_VARIABLE, built_here
 from edge.bundle.manifest import encode_manifest, fingerprint, read_manifest
 from edge.bundle.release import Release
 from edge.device.telemetry import Snapshot
@@ -456,6 +457,38 @@ def test_a_device_that_serves_an_engine_is_not_moved_to_the_cpu(
     shutil.rmtree(device.root / before / "engines")
     assert device.serves(before)
     assert roll_out(device.plan(reference, build=None)).changed  # nothing was rejected
+
+
+def test_an_engine_that_nobody_vouches_for_is_built_anew(
+    device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Nothing of it counts, and the build is told whom the roll-out trusts."""
+    key, keys = make_key(), tmp_path / "trusted"
+    keys.write_text(key.public_key.encode())
+    keys.chmod(0o644)
+    engine = EngineConfig(backend="ort-cpu", num_slots=1, kv_capacity=128, trusted_keys=keys)
+    write_engine(device.root / device.current, max_batch=8, max_prefill=128)
+    run, built = subprocess.run, []
+
+    def pulling(offer: Any, registry: Any, target: Path, **options: Any) -> Any:
+        done = pull(offer, registry, target, **options)
+        write_engine(target, max_prefill=128)
+        built_here.clear()
+        monkeypatch.setenv(RECORDS_VARIABLE, str(tmp_path / "no-records"))
+        return done
+
+    def building(command: list[str], **options: Any) -> Any:
+        if "build" not in command:
+            return run(command, **options)
+        built.append((command[5:], options["env"][trust.KEYS_VARIABLE]))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(steps, "pull", pulling)
+    monkeypatch.setattr(subprocess, "run", building)
+    old = device.current
+    roll_out(device.plan(device.offer(key=key), engine=engine, build=True))
+    shutil.rmtree(device.root / old / "engines")
+    assert built == [([], str(keys))]
 
 
 def test_an_unsigned_bundle_is_not_even_fetched(device: Device, tmp_path: Path):

@@ -12,13 +12,17 @@ import msgspec
 import pytest
 
 from edge.bundle.engine_file import EngineInfo
+from edge.bundle.engine_records import RECORDS_VARIABLE
 from edge.bundle.manifest import FileInfo, LinearInfo, Quantization, read_manifest
 from edge.bundle.schemes import Recipe
+from edge.bundle.trust import KEYS_VARIABLE
 from edge.bundle.weights import recipe_linears
+from edge_fleet.signing import make_key
 from edge_lab.doctor import exit_code, run_checks
 from edge_lab.doctor.check import Facts
 from edge_lab.doctor.machine import Library
 from edge_lab.doctor.software import check_memory
+from edge_lab.engine_record import record_engine
 from edge_lab.planner.models import BUILT_IN
 from tests.conftest import Bundles
 from tests.edge.device import jetson_trees as trees
@@ -224,3 +228,33 @@ def test_a_damaged_plan(orin: FakeMachine, laptop: FakeMachine, bundle: Path):
         checks = run_checks(machine, bundle)
         assert "is damaged" in find(checks, "engines").cause
         assert exit_code(checks) == 65
+
+
+def test_engines_that_nobody_vouches_for(
+    orin: FakeMachine, laptop: FakeMachine, bundle: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """They are passed over, as when the bundle is opened, and the doctor says so."""
+    keys, records = bundle.parent / "trusted-keys", bundle.parent / "records"
+    keys.write_text(make_key().public_key.encode())
+    keys.chmod(0o644)
+    monkeypatch.setenv(KEYS_VARIABLE, str(keys))
+    monkeypatch.setenv(RECORDS_VARIABLE, str(records))
+    add_engine(bundle, "stranger", created="2099-01-01", kv_capacity=10**9)
+    found = find(run_checks(orin, bundle), "engines")
+    assert (found.status, found.exit_code) == ("fail", 78)
+    assert "engines/stranger is passed over: nobody vouches for it" in found.cause
+    assert find(run_checks(laptop, bundle), "engines").status == "warn"
+    own = add_engine(bundle, "own") / "engine.json"
+    record_engine(own, own.read_bytes())
+    checks = run_checks(orin, bundle)
+    found = find(checks, "engines")
+    assert (found.status, found.detail) == (
+        "warn",
+        "own fits (0 others do not); 1 passed over, since nobody vouches for them",
+    )
+    assert "edge-llm bundle sign" in found.cause
+    assert find(checks, "memory").status == "ok"  # the stranger's cache is not asked for
+    keys.write_text("no key")
+    found = find(run_checks(orin, bundle), "engines")
+    assert (found.status, found.exit_code) == ("fail", 78)
+    assert "is no public key" in found.cause

@@ -1,0 +1,110 @@
+"""Which engines a machine runs where it names trusted keys: those it built, and those signed.
+
+A bundle's signature says nothing of its engines, which are built on each device, and an engine is
+executable code. So each build leaves a record outside of the bundle, a file named by the SHA-256 of
+``engine.json``, which has the plan's hash and the kernels. An engine that was built elsewhere needs
+``engine.json.minisig``, with a trusted key. Before one of the two is found, nothing of
+``engine.json`` is parsed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from edge.errors import BundleError, DependencyError, IntegrityError
+from edge.files import read_file, read_guarded_file
+
+from .minisign import MAX_BYTES, check_signature, parse_signature, read_public_keys
+
+ENGINE_SIGNATURE = "engine.json.minisig"
+RECORDS_VARIABLE = "EDGE_LLM_ENGINE_RECORDS"
+DEFAULT_RECORDS = Path("/var/lib/edge-llm/engine-records")
+"""Where root's builds write, and where every user looks."""
+built_here: set[str] = set()
+"""SHA-256 of what this process built; engines that are only tried have no other record."""
+_MAX_RECORD_BYTES = 1 << 13  # a hash and the longest path
+
+
+class UnvouchedError(BundleError):
+    """Nobody vouches for an engine, and the machine names trusted keys."""
+
+
+def record_directories() -> list[Path]:
+    """Where records are looked for; this user's builds write to the first."""
+    if named := os.environ.get(RECORDS_VARIABLE):
+        return [Path(named), DEFAULT_RECORDS]
+    if os.geteuid() == 0:
+        return [DEFAULT_RECORDS]
+    home = os.environ.get("HOME", "")
+    state = os.environ.get("XDG_STATE_HOME") or (home and f"{home}/.local/state")
+    return [*([Path(state) / "edge-llm" / "engine-records"] if state else []), DEFAULT_RECORDS]
+
+
+def why_unrecorded(data: bytes) -> str | None:
+    """Say why no record of this machine has a file; None if one has.
+
+    Args:
+        data: the file's bytes.
+    """
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 in built_here:
+        return None
+    problems = []
+    for directory in record_directories():
+        problem = _problem(directory / sha256, sha256)
+        if problem is None:
+            return None
+        problems.append(problem)
+    return "; ".join(problems)
+
+
+def who_vouches(directory: Path, data: bytes, trusted_keys: Path) -> str:
+    """Find who vouches for an engine: this machine, which built it, or a trusted key.
+
+    Args:
+        directory: the engine's.
+        data: bytes of its ``engine.json``, which nobody has parsed yet.
+        trusted_keys: file of public keys.
+
+    Returns:
+        Who, in a few words.
+
+    Raises:
+        UnvouchedError: nobody does; it says why, and what to do.
+        ConfigError: the file of trusted keys cannot be used.
+    """
+    unrecorded = why_unrecorded(data)
+    if unrecorded is None:
+        return "this machine, which built it"
+    keys = read_public_keys(trusted_keys)
+    path = directory / ENGINE_SIGNATURE
+    try:
+        signature = parse_signature(read_file(path, MAX_BYTES), str(path))
+        return f"the trusted key {check_signature(data, signature, keys).name}"
+    except FileNotFoundError:
+        unsigned = "it is not signed"
+    except OSError as error:
+        unsigned = f"{path} cannot be read ({error.strerror})"
+    except (IntegrityError, DependencyError) as error:
+        unsigned = str(error)
+    bundle = directory.parent.parent
+    raise UnvouchedError(
+        f"the engine {directory} is passed over: nobody vouches for it, as {trusted_keys} demands "
+        f"({unrecorded}; {unsigned}); build it on this machine with: edge-llm build {bundle}, or "
+        f"sign it with: edge-llm bundle sign {bundle} --engine {directory.name} --key FILE"
+    )
+
+
+def _problem(record: Path, sha256: str) -> str | None:
+    try:
+        if record.is_symlink():
+            return f"{record} does not count: it is a symbolic link"
+        if read_guarded_file(record, _MAX_RECORD_BYTES).split()[:1] == [sha256.encode()]:
+            return None
+    except FileNotFoundError:
+        return f"no record in {record.parent}"
+    except OSError as error:
+        return f"{record} does not count: {error.strerror}"
+    return f"{record} does not count: it has another hash than its name"

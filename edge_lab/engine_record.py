@@ -1,0 +1,66 @@
+"""Writes the records by which a machine knows the engines that it built; `edge` reads them.
+
+A record is what ``sha256sum`` writes, so ``sha256sum -c /var/lib/edge-llm/engine-records/*`` tells
+which engines are as they were built. To take one away is to vouch for its engine no longer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from edge.bundle.engine_records import RECORDS_VARIABLE, record_directories
+from edge.bundle.update import replace_durably
+from edge.errors import ConfigError
+from edge.files import read_guarded_file
+
+_PROBE = f"probe-{os.getpid()}"
+
+
+def record_engine(path: Path, data: bytes) -> None:
+    """Vouch for a file that this machine wrote: an engine's ``engine.json``, which has the rest.
+
+    Args:
+        path: where it is, or is about to be; for whoever reads the record.
+        data: its bytes.
+
+    Raises:
+        ConfigError: no record can be written, or none that would count, as where others may write.
+    """
+    sha256 = hashlib.sha256(data).hexdigest()
+    _write(sha256, f"{sha256}  ".encode() + os.fsencode(path.resolve()) + b"\n")
+
+
+def check_recording() -> None:
+    """See whether a build could be recorded.
+
+    Raises:
+        ConfigError: it could not, see `record_engine`.
+    """
+    _write(_PROBE, b"")
+    forget_engine(_PROBE)
+
+
+def forget_engine(sha256: str) -> None:
+    """Vouch no longer for the file with this hash, if a build of this user wrote it."""
+    with suppress(OSError):
+        (record_directories()[0] / sha256).unlink()
+
+
+def _write(name: str, line: bytes) -> None:
+    directory = record_directories()[0]
+    try:
+        missing = [each for each in (directory, *directory.parents) if not each.exists()]
+        for each in reversed(missing):
+            each.mkdir(exist_ok=True)
+            each.chmod(0o755)  # the server is another user than who builds
+        replace_durably(directory / name, lambda file: file.write(line), mode=0o644)
+        read_guarded_file(directory / name, len(line))
+    except OSError as error:
+        forget_engine(name)
+        raise ConfigError(
+            f"no record of an engine can be kept in {directory}: {error.strerror}; "
+            f"{RECORDS_VARIABLE} names another directory, such as one on a volume of the container"
+        ) from error
