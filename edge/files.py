@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -76,11 +76,11 @@ def read_file(path: Path, max_bytes: int) -> bytes:
     return data
 
 
-def read_guarded_file(path: Path, max_bytes: int) -> bytes:
-    """Read a plain file that only root and this user can change; see `read_file`.
+def read_guarded_file(path: Path, max_bytes: int, owners: Collection[int] = ()) -> bytes:
+    """Read a plain file that only root, this user and ``owners`` can change; see `read_file`.
 
     The rule is sshd's: links are followed, then the file and every directory above it must belong
-    to one of the two, and others must not write to it. A sticky directory, as ``/tmp`` is, passes.
+    to one of these, and others must not write to it. A sticky directory, as ``/tmp`` is, passes.
 
     Raises:
         OSError: see `read_file`; or somebody else can change it.
@@ -90,7 +90,7 @@ def read_guarded_file(path: Path, max_bytes: int) -> bytes:
     for each in (path, *path.parents):
         found = each.stat()
         is_sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
-        whose = None if found.st_uid in (0, os.geteuid()) else f"user {found.st_uid}"
+        whose = None if found.st_uid in (0, os.geteuid(), *owners) else f"user {found.st_uid}"
         if found.st_mode & 0o022 and not is_sticky:
             whose = f"others (mode {stat.S_IMODE(found.st_mode):04o})"
         if whose is not None:

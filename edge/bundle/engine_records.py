@@ -13,13 +13,14 @@ import hashlib
 import os
 from pathlib import Path
 
-from edge.errors import BundleError, DependencyError, IntegrityError
+from edge.errors import BundleError, ConfigError, DependencyError, IntegrityError
 from edge.files import read_file, read_guarded_file
 
 from .minisign import MAX_BYTES, check_signature, parse_signature, read_public_keys
 
 ENGINE_SIGNATURE = "engine.json.minisig"
 RECORDS_VARIABLE = "EDGE_LLM_ENGINE_RECORDS"
+BUILDERS_VARIABLE = "EDGE_LLM_ENGINE_BUILDERS"
 DEFAULT_RECORDS = Path("/var/lib/edge-llm/engine-records")
 """Where root's builds write, and where every user looks."""
 built_here: set[str] = set()
@@ -47,13 +48,16 @@ def why_unrecorded(data: bytes) -> str | None:
 
     Args:
         data: the file's bytes.
+
+    Raises:
+        ConfigError: ``EDGE_LLM_ENGINE_BUILDERS`` names a user that is none.
     """
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 in built_here:
         return None
-    problems = []
+    problems, builders = [], _builders()
     for directory in record_directories():
-        problem = _problem(directory / sha256, sha256)
+        problem = _problem(directory / sha256, sha256, builders)
         if problem is None:
             return None
         problems.append(problem)
@@ -73,7 +77,7 @@ def who_vouches(directory: Path, data: bytes, trusted_keys: Path) -> str:
 
     Raises:
         UnvouchedError: nobody does; it says why, and what to do.
-        ConfigError: the file of trusted keys cannot be used.
+        ConfigError: the file of trusted keys cannot be used; or see `why_unrecorded`.
     """
     unrecorded = why_unrecorded(data)
     if unrecorded is None:
@@ -97,11 +101,25 @@ def who_vouches(directory: Path, data: bytes, trusted_keys: Path) -> str:
     )
 
 
-def _problem(record: Path, sha256: str) -> str | None:
+def _builders() -> list[int]:
+    """Ids of the users whose records count, besides root's and this user's."""
+    import pwd
+
+    names = os.environ.get(BUILDERS_VARIABLE, "").split()
+    try:
+        return [pwd.getpwnam(name).pw_uid for name in names]
+    except KeyError as error:
+        raise ConfigError(
+            f"{BUILDERS_VARIABLE} is {' '.join(names)!r}, and {error.args[0]}; name users of this "
+            "machine, with spaces between them"
+        ) from error
+
+
+def _problem(record: Path, sha256: str, builders: list[int]) -> str | None:
     try:
         if record.is_symlink():
             return f"{record} does not count: it is a symbolic link"
-        if read_guarded_file(record, _MAX_RECORD_BYTES).split()[:1] == [sha256.encode()]:
+        if read_guarded_file(record, _MAX_RECORD_BYTES, builders)[:64] == sha256.encode():
             return None
     except FileNotFoundError:
         return f"no record in {record.parent}"

@@ -277,12 +277,12 @@ def verify(ctx: click.Context, bundle: Path, trusted_keys: Path | None, as_json:
     if as_json:
         echo_json(found)
     else:
-        _print_verified(bundle, found)
+        _print_verified(bundle, found, release)
     if uncovered.unlisted or uncovered.unvouched:
         ctx.exit(EXIT_GATE_MISSED)
 
 
-def _print_verified(bundle: Path, found: dict[str, Any]) -> None:
+def _print_verified(bundle: Path, found: dict[str, Any], release: Release | None) -> None:
     click.echo(f"{bundle}: {found['files']} files are as {MANIFEST_NAME} says")
     if found["trusted"]:
         click.echo(f"signed with the trusted key {found['key']}: {found['comment']}")

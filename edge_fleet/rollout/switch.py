@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge.bundle.engine_file import ENGINE_JSON, find_engines, read_engine_bytes
 from edge.bundle.manifest import (
     ENGINES_DIR,
     MANIFEST_NAME,
@@ -34,6 +35,7 @@ from edge.bundle.update import beside, fsync, replace_durably, write_durably
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, ResourceError
 from edge.files import MALFORMED
 from edge_fleet.registry.release import check_release, release_at
+from edge_lab.engine_record import record_engine
 
 from .journal import Journal, Place, reload_service, take_back
 from .orders import ANSWER_NAME, MAX_BYTES, ORDER_NAME, Answer, Order, read_answer
@@ -134,7 +136,7 @@ def adopt(folder: StagedFolder, name: str, place: Place) -> str:
             release than the link had.
         IntegrityError: a file is another than the manifest says, no plain file, or not of the
             staging directory's owner alone.
-        ConfigError: see `check_manifest`.
+        ConfigError: see `check_manifest`; or keys are trusted, and its engines cannot be recorded.
         ResourceError: the disk has no room for it.
     """
     target = beside(place.link, "adopt")
@@ -148,7 +150,19 @@ def adopt(folder: StagedFolder, name: str, place: Place) -> str:
         shutil.rmtree(target, ignore_errors=True)
         raise
     fsync(target.parent)
+    _record_engines(place.path(name))
     return digest
+
+
+def _record_engines(bundle: Path) -> None:
+    """Vouch for what was built for this bundle: records of who built it are not the server's."""
+    try:
+        for engine in find_engines(bundle):
+            record_engine(engine / ENGINE_JSON, read_engine_bytes(engine))
+    except ConfigError as error:
+        if trusted_keys_file() is not None:
+            raise
+        print(f"edge-llm: warning: {error}", file=sys.stderr)  # noqa: T201 - the unit's log
 
 
 def _copy_bundle(source: StagedFolder, name: str, target: Path, place: Place) -> str:

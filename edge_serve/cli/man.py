@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 import edge
-from edge.bundle.engine_records import RECORDS_VARIABLE
+from edge.bundle.engine_records import BUILDERS_VARIABLE, RECORDS_VARIABLE
 from edge.bundle.library import BUNDLES_VARIABLE
 from edge.bundle.trust import KEYS_VARIABLE
 from edge.cli import COMMAND_GROUP, cli
@@ -25,6 +25,7 @@ _ENVIRONMENT = {
     f"{ENV_PREFIX}*": "Settings of the service, by their keys in capitals.",
     KEYS_VARIABLE: "File of public keys; a bundle that none of them has signed is not opened.",
     RECORDS_VARIABLE: "Directory where build records its engines; see docs/bundles.md.",
+    BUILDERS_VARIABLE: "Users whose records of engines count, besides root's and one's own.",
     "EDGE_LLM_HUB": "huggingface or modelscope: where pull and export download from.",
     "HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE": "As for the Hugging Face hub's own client.",
     "MODELSCOPE_DOMAIN": "Another host of ModelScope.",

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle import engine_records, trust
 from edge.bundle.engine_file import ENGINE_JSON, read_engine_bytes, read_engine_info
 from edge.bundle.engine_records import (
+    BUILDERS_VARIABLE,
     ENGINE_SIGNATURE,
     RECORDS_VARIABLE,
     UnvouchedError,
@@ -42,7 +44,8 @@ NOT_ROOT = os.geteuid() != 0
 @pytest.fixture(autouse=True)
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine that has built nothing, and trusts nobody yet."""
-    monkeypatch.delenv(trust.KEYS_VARIABLE, raising=False)
+    for name in (trust.KEYS_VARIABLE, BUILDERS_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(trust, "DEFAULT_KEYS", tmp_path / "etc-keys")
     monkeypatch.setattr(engine_records, "DEFAULT_RECORDS", tmp_path / "var-records")
     monkeypatch.setenv(RECORDS_VARIABLE, str(tmp_path / "records"))
@@ -325,9 +328,26 @@ def test_another_user_takes_roots_records_and_not_the_other_way_round(
         assert as_another() == "None"  # its own
         with pytest.raises(UnvouchedError, match="user 23456 can change"):
             read_engine_info(own, keys)
+        monkeypatch.setattr("pwd.getpwnam", {"fleet": SimpleNamespace(pw_uid=23456)}.__getitem__)
+        monkeypatch.setenv(BUILDERS_VARIABLE, "fleet")  # unless root says that they count
+        read_engine_info(own, keys)
+        os.chown(record, 23457, 23457)
+        with pytest.raises(UnvouchedError, match="user 23457 can change"):
+            read_engine_info(own, keys)
+        monkeypatch.delenv(BUILDERS_VARIABLE)
         record.chmod(0o000)
         os.chown(record, 0, 0)
         assert f"{record} does not count: Permission denied" in as_another()
+
+
+def test_builders_are_users_of_this_machine(
+    own: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BUILDERS_VARIABLE, " root  root ")
+    read_engine_info(own, keys)
+    monkeypatch.setenv(BUILDERS_VARIABLE, "root no-such-user")
+    with pytest.raises(ConfigError, match=r"is 'root no-such-user', and .*no-such-user.*; name"):
+        read_engine_info(own, keys)
 
 
 def test_kernels_are_registered_only_once_the_plan_has_its_hash(

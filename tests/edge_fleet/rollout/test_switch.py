@@ -18,6 +18,8 @@ import msgspec
 import pytest
 
 from edge.bundle import trust
+from edge.bundle.engine_file import read_engine_info
+from edge.bundle.engine_records import RECORDS_VARIABLE, UnvouchedError, built_here
 from edge.bundle.manifest import encode_manifest, read_manifest
 from edge.bundle.release import Release
 from edge.bundle.verified_files import verify_files
@@ -28,6 +30,7 @@ from edge_fleet.rollout.journal import Place
 from edge_fleet.rollout.orders import Order, read_answer
 from edge_fleet.signing import make_key, sign_bundle
 from tests.conftest import Bundles
+from tests.fake_tensorrt import write_engine
 
 WEIGHTS = "embeddings.safetensors"
 
@@ -106,6 +109,35 @@ def test_a_bundle_is_tried_and_kept(site: Site):
     assert site.order("back") == (0, "")  # what is accepted stays; the service looks again
     assert site.current == site.name
     assert site.reloads == [site.name, site.name]
+
+
+def test_root_vouches_for_the_engines_that_it_takes_over(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Records of the user who built them are not the server's."""
+    records = tmp_path / "records"
+    monkeypatch.setenv(RECORDS_VARIABLE, str(tmp_path / "builder"))
+    engine = write_engine(site.new, max_prefill=32)
+    built_here.clear()
+    monkeypatch.setenv(RECORDS_VARIABLE, str(records))
+    key, keys = make_key(), tmp_path / "keys"
+    keys.write_text(key.public_key.encode())
+    keys.chmod(0o644)
+    sign_bundle(site.new, key, "the vendor's")
+    with pytest.raises(UnvouchedError):
+        read_engine_info(engine, keys)
+    monkeypatch.setattr(trust, "DEFAULT_KEYS", keys)
+    records.mkdir()
+    records.chmod(0o777)
+    code, said = site.order("try", site.name)
+    assert (code, "no record of an engine can be kept" in said) == (64, True)
+    assert site.current == "r1-first"
+    records.chmod(0o755)
+    assert site.order("try", site.name) == (0, "")
+    served = site.root / site.name / "engines" / engine.name
+    read_engine_info(served, keys)
+    [record] = records.iterdir()
+    assert str(served) in record.read_text()
 
 
 def test_the_bundle_before_stays_and_older_ones_go(site: Site):
