@@ -86,7 +86,10 @@ def who_vouches(directory: Path, data: bytes, trusted_keys: Path) -> str:
     path = directory / ENGINE_SIGNATURE
     try:
         signature = parse_signature(read_file(path, MAX_BYTES), str(path))
-        return f"the trusted key {check_signature(data, signature, keys).name}"
+        key = check_signature(data, signature, keys)
+        if not key.names:
+            return f"the trusted key {key.name}"
+        unsigned = f"the key {key.name} signs bundles of some names only, and engines have none"
     except FileNotFoundError:
         unsigned = "it is not signed"
     except OSError as error:

@@ -153,6 +153,11 @@ def test_one_that_is_signed_runs(
     sign_engine(theirs, key, "the operator's")
     assert chosen(bundle, keys) == "theirs"
     assert who_vouches(theirs, read_engine_bytes(theirs), keys).endswith(key.public_key.name)
+    text = keys.read_text()
+    keys.write_text(f"names: acme/*\n{text}")
+    with pytest.raises(UnvouchedError, match="signs bundles of some names only, and engines have"):
+        read_engine_info(theirs, keys)
+    keys.write_text(text)
     (theirs / ENGINE_SIGNATURE).write_bytes(b"looks good")
     with pytest.raises(UnvouchedError, match="is no signature of minisign"):
         read_engine_info(theirs, keys)

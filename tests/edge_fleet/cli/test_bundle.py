@@ -200,6 +200,8 @@ def test_verify_names_what_nobody_vouches_for(
     assert f"edge-llm bundle sign {mine} --engine sm87 --key FILE" in done.stdout
     with pytest.raises(ConfigError, match="has no engine sm80; there are sm87"):
         run("sign", mine, "--engine", "sm80", "--key", key)
+    with pytest.raises(ConfigError, match="an engine, which is no release"):
+        run("sign", mine, "--engine", "sm87", "--release", "1", "--key", key)
     signed = as_json("sign", mine, "--engine", "sm87", "--key", key)
     assert signed["engine"] == "sm87"
     assert signed["comment"].endswith(" engine:sm87")
