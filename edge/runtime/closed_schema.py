@@ -7,9 +7,9 @@ value (``allOf``, what is beside a ``$ref`` or an ``anyOf``) is joined, and clos
 from __future__ import annotations
 
 import itertools
-from typing import Any
-
-from .schema_rewrite import resolve
+import re
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 _IN_PLACE = ("$ref", "allOf", "anyOf", "oneOf")
 _OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
@@ -29,39 +29,45 @@ class _Plain(dict[str, Any]):
     """A schema without what `_IN_PLACE` names."""
 
 
-class _Choice(list[Any]):
-    """Schemas of which one holds."""
+class _Choice(NamedTuple):
+    """Branches, each the schemas that hold in it together, under ``anyOf`` or ``oneOf``."""
+
+    key: str
+    branches: list[list[Any]]
 
 
-def close_schema(schema: dict[str, Any]) -> dict[str, Any]:
+def close_schema(schema: dict[str, Any], *, is_open: bool = False) -> dict[str, Any]:
     """Return a schema of the same answers, without those that have keys which it does not list.
 
-    Of ``anyOf`` and ``oneOf``, an answer has the keys of one branch; that of a ``oneOf`` no two
-    hold at once must be known, as it becomes an ``anyOf``.
+    Of ``anyOf`` and ``oneOf``, an answer has the keys of one branch. As ``oneOf`` becomes
+    ``anyOf``, it must be known that no two branches hold at once: llguidance takes the schema with
+    ``is_open`` only then. A property that tells them apart is required.
 
     Args:
         schema: plain data that does not nest deeply; it stays as it is.
+        is_open: close nothing, and keep each ``oneOf``, with its references written out.
 
     Returns:
         The schema itself, all of it open, where it is not of the usual shape or has a ``$ref``
         that does not begin with ``#/``, where ``patternProperties`` or the items of arrays meet
         other parts, and where what is joined becomes too large.
     """
-    resource = _Resource(schema)
+    resource = _Resource(schema, is_open=is_open)
     try:
         closed = resource.close()
     except _UnclearError:
         return schema
-    return closed if resource.has_closed else schema
+    return closed if resource.has_changed else schema
 
 
 class _Resource:
     """What the references of a schema without ``$id`` begin at."""
 
-    def __init__(self, root: dict[str, Any]) -> None:
-        self.has_closed = False
+    def __init__(self, root: dict[str, Any], *, is_open: bool) -> None:
+        self.has_changed = False
+        self._is_open = is_open
         self._root = root
-        self._names: dict[tuple[int, ...], str] = {}
+        self._names: dict[tuple[int, ...], tuple[str, list[Any]]] = {}  # ids are of what stays
         self._waiting: list[tuple[str, list[Any]]] = []  # so that a chain of them takes no stack
         self._steps = 0
 
@@ -84,29 +90,43 @@ class _Resource:
             raise _UnclearError
         first = values[0]
         if "$id" in first and first is not self._root and len(values) == 1:
-            closed = close_schema(first)
-            self.has_closed |= closed is not first
+            closed = close_schema(first, is_open=self._is_open)
+            self.has_changed |= closed is not first
             return closed
         in_place = [key for value in values for key in _IN_PLACE if key in value]
         if not in_place and not any("$id" in value for value in values[1:]):
             return self._object(values)
         if len(values) > 1 or len(in_place) > 1 or first.keys() & _MEETS:
             return self._named(values)
-        given = _schemas(first, in_place[0]) if in_place != ["$ref"] else []
-        if in_place == ["allOf"] and len(given) > 1:
-            return self._named(values)
         alone = {k: v for k, v in first.items() if k not in _ELSEWHERE and k not in _IN_PLACE}
         if in_place == ["$ref"]:
             return {**alone, **self._named([self._target(first)])}
-        key = "allOf" if in_place == ["allOf"] else "anyOf"
-        return {**alone, key: [self._place([each]) for each in given]}
+        if in_place == ["allOf"]:
+            given = _schemas(first, "allOf")
+            if len(given) > 1:
+                return self._named(values)
+            return {**alone, "allOf": [self._place(given)]}
+        choice = self._choice(first, in_place[0])
+        make = self._join if choice.key == "oneOf" else self._place
+        return {**alone, choice.key: [make(branch) for branch in choice.branches]}
+
+    def _choice(self, schema: dict[str, Any], key: str) -> _Choice:
+        branches = [[each] for each in _schemas(schema, key)]
+        if key == "anyOf":
+            return _Choice(key, branches)
+        self.has_changed = True
+        teller = schema.get("discriminator")  # of OpenAPI; Pydantic does not require its defaults
+        name = teller.get("propertyName") if isinstance(teller, dict) else None
+        if isinstance(name, str):
+            branches = [[*branch, {"required": [name]}] for branch in branches]
+        return _Choice("oneOf" if self._is_open else "anyOf", branches)
 
     def _named(self, parts: list[Any]) -> dict[str, str]:
         key = tuple(map(id, parts))
         if key not in self._names:
-            self._names[key] = str(len(self._names))
-            self._waiting.append((self._names[key], parts))
-        return {"$ref": f"#/$defs/{self._names[key]}"}
+            self._names[key] = str(len(self._names)), parts
+            self._waiting.append(self._names[key])
+        return {"$ref": f"#/$defs/{self._names[key][0]}"}
 
     def _join(
         self, parts: list[Any], plain: tuple[_Plain, ...] = (), seen: frozenset[int] = frozenset()
@@ -118,7 +138,8 @@ class _Resource:
             if isinstance(part, _Plain):
                 plain += (part,)
             elif isinstance(part, _Choice):
-                return {"anyOf": [self._join([each, *todo], plain, seen) for each in part]}
+                branches = [self._join([*each, *todo], plain, seen) for each in part.branches]
+                return {part.key: branches}
             elif part is False:
                 return False
             elif part is not True and id(part) not in seen:
@@ -141,7 +162,7 @@ class _Resource:
             elif key == "allOf":
                 split += _schemas(part, key)
             elif key in _IN_PLACE:
-                split.append(_Choice(_schemas(part, key)))
+                split.append(self._choice(part, key))
             else:
                 plain[key] = value
                 if key == "properties":
@@ -155,7 +176,8 @@ class _Resource:
         others = [part["additionalProperties"] for part in parts if "additionalProperties" in part]
         listed = [_schemas_by_name(part, "properties") for part in parts if "properties" in part]
         required = dict.fromkeys(name for part in parts for name in _required(part))
-        is_closed = bool(listed) and not any(part.keys() & _OPEN for part in parts)
+        is_closed = not self._is_open and bool(listed)
+        is_closed = is_closed and not any(part.keys() & _OPEN for part in parts)
         names = dict.fromkeys(name for each in listed for name in each)
         if is_closed:
             names.update(required)
@@ -177,7 +199,7 @@ class _Resource:
             joined["additionalProperties"] = self._place(others)
         elif is_closed:
             joined["additionalProperties"] = False
-            self.has_closed = True
+            self.has_changed = True
         return joined | self._array([part for part in parts if part.keys() & _ARRAY])
 
     def _array(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -210,7 +232,19 @@ class _Resource:
         return rest
 
     def _target(self, schema: dict[str, Any]) -> Any:
-        found = resolve(schema["$ref"], self._root)
+        """Return what a path into the root leads to."""
+        reference = schema["$ref"]
+        if not isinstance(reference, str) or not re.match("#(/|$)", reference):
+            raise _UnclearError
+        found: Any = self._root
+        for name in unquote(reference).split("/")[1:]:
+            key = name.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list) and re.fullmatch("[0-9]{1,4}", key):
+                found = dict(enumerate(found)).get(int(key))
+            elif isinstance(found, dict) and (found is self._root or "$id" not in found):
+                found = found.get(key)
+            else:
+                raise _UnclearError
         if not isinstance(found, dict | bool):
             raise _UnclearError
         return found

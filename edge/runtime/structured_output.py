@@ -198,9 +198,9 @@ class GrammarCompiler:
         names = self._tokenizer.control_tokens
         grammar = _to_grammar(library, output, self._limits, names, is_closed=True)
         if '"oneOf"' in output.text:
-            # That no two branches hold at once is to be seen before they are closed.
+            # llguidance is to see that no two branches hold at once before they are closed.
             open_grammar = _to_grammar(library, output, self._limits, names, is_closed=False)
-            if "oneOf" in open_grammar and open_grammar != grammar:
+            if open_grammar != grammar:
                 self._check(output.kind, open_grammar)
         if output.kind != "json_object":
             self._check(output.kind, grammar)
@@ -483,7 +483,7 @@ def _prepare_schema(
             "taken; split it"
         )
     rewrite_schema(schema)
-    return close_schema(schema) if is_closed else schema
+    return close_schema(schema, is_open=not is_closed)
 
 
 def _children(node: Any) -> list[Any]:

@@ -28,7 +28,7 @@ def grammar_of(schema: Any, *, is_closed: bool = True) -> Any:
     """The matcher of a schema over single bytes."""
     schema = json.loads(json.dumps(schema))
     rewrite_schema(schema)
-    text = json.dumps(close_schema(schema) if is_closed else schema)
+    text = json.dumps(close_schema(schema, is_open=not is_closed))
     grammar = llguidance.LLMatcher.grammar_from_json_schema(
         text, overrides={"lenient": False, "whitespace_flexible": False}
     )
