@@ -102,10 +102,7 @@ class _Resource:
         if in_place == ["$ref"]:
             return {**alone, **self._named([self._target(first)])}
         if in_place == ["allOf"]:
-            given = _schemas(first, "allOf")
-            if len(given) > 1:
-                return self._named(values)
-            return {**alone, "allOf": [self._place(given)]}
+            return {**alone, "allOf": [self._place(_schemas(first, "allOf"))]}
         choice = self._choice(first, in_place[0])
         make = self._join if choice.key == "oneOf" else self._place
         return {**alone, choice.key: [make(branch) for branch in choice.branches]}
