@@ -408,7 +408,7 @@ class EngineCore:
         self.drafting.begin(sequence)
         if stats.has_started:
             return
-        stats.has_started, stats.cached_tokens = True, cached
+        stats.has_started, stats.cached_tokens = True, min(cached, stats.prompt_tokens)
         self.counts["prompt"] += len(sequence.ids)
         self.counts["cached"] += cached
         self._tell_read(sequence)

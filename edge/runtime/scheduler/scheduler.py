@@ -267,10 +267,12 @@ class Scheduler:
     def _check(self, request: Request) -> None:
         """Refuse what can never run, in the caller's thread."""
         num_tokens, capacity = len(request.ids), self._core.backend.capacity
-        if request.begun is not None:
-            num_tokens += len(request.begun.answer)
-            _check_begun(request, request.begun)
-        if not num_tokens:
+        if (begun := request.begun) is not None:
+            _check_begun(request, begun)
+            # What has slid has fewer rows than tokens, and a full slot slides before the next one.
+            kept = begun.kept
+            num_tokens = num_tokens + len(begun.answer) if kept is None else len(kept.ids) - 1
+        if not request.ids:
             raise RequestError("the prompt is empty; give at least one token")
         low, high = min(request.ids), max(request.ids)
         if low < 0 or high >= self._core.embeddings.vocab_size:
