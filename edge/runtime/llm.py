@@ -43,8 +43,9 @@ from .drafts import NgramDrafter
 from .eagle3 import Eagle3Drafter, Head, open_head, read_head
 from .embedding import EmbeddingReader, Judge, run
 from .generation import score
+from .sampling import SampledToken
 from .sampling_params import SamplingParams
-from .scheduler import Constraint, Drafter, Overflow, PrefixSource, Request, Scheduler
+from .scheduler import Constraint, Drafter, Overflow, PrefixSource, PutAway, Request, Scheduler
 from .stream import (
     Generation,
     GenerationChunk,
@@ -312,6 +313,7 @@ class LLM:
         continue_final_message: bool = False,
         ids: Sequence[int] | None = None,
         progress: bool = False,
+        resumed: PutAway | None = None,
     ) -> list[Generation]:
         """Queue ``n`` answers to a prompt, which share its rows of the cache; returns at once.
 
@@ -336,6 +338,8 @@ class LLM:
             ids: what `encode` made of the prompt with the same arguments, where the caller has it.
             progress: whether pieces with `GenerationChunk.progress` come before the answer: one
                 for each place in the queue, and for each percent of the prompt that is read.
+            resumed: what `put_away` returned of one answer to this prompt, with the same arguments.
+                It goes on with the same tokens; those that it had come again first.
 
         Raises:
             RequestError: a wrong prompt, parameter, output format or budget, or an answer to
@@ -393,6 +397,7 @@ class LLM:
             deadline_s=deadline_s,
             salt=salt,
             wants_progress=progress,
+            begun=resumed,
         )
         requests = [
             replace(
@@ -401,7 +406,28 @@ class LLM:
             )
             for i in range(n)
         ]
+        for token_id in () if resumed is None else resumed.answer:
+            streams[0].push(SampledToken(token_id), None)
+            if (constraint := requests[0].constraint) is not None:
+                constraint.accept(token_id)
         return submit(self.scheduler, requests, streams)
+
+    def put_away(self, generations: Sequence[Generation], timeout_s: float) -> list[PutAway | None]:
+        """Take answers out, so that they go on later, in another process too: see `submit`.
+
+        Each ends as if it were cancelled. `Scheduler.put_away` says more.
+
+        Args:
+            generations: what `submit` returned, waiting or running.
+            timeout_s: seconds to wait for the engine.
+
+        Returns:
+            For each, in order, what it needs to go on; None if it has ended.
+
+        Raises:
+            BackendError: the engine failed, or ended no step in this time.
+        """
+        return self.scheduler.put_away([each.sequence for each in generations], timeout_s)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any

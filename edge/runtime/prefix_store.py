@@ -75,7 +75,11 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def of(cls, backend: Backend) -> Layout:
         """Read the layout of a backend's rows; nothing else may use the backend meanwhile."""
-        rows = backend.read_slot(0, 1)
+        return cls.of_rows(backend, backend.read_slot(0, 1))
+
+    @classmethod
+    def of_rows(cls, backend: Backend, rows: Floats) -> Layout:
+        """Return the layout of rows that a backend gave."""
         planes, kv_heads, _, head_dim = rows.shape
         dtype: Literal["float16", "float32"] = "float32"
         if rows.dtype == np.float16:

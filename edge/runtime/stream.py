@@ -202,6 +202,7 @@ class Generation:
     Attributes:
         prompt_ids: token ids of the prompt.
         index: which of the ``n`` samples of its submission this is, from 0.
+        sequence: its state in the scheduler.
     """
 
     def __init__(
@@ -210,18 +211,18 @@ class Generation:
         self.prompt_ids = list(sequence.request.ids)
         self.index = index
         self._scheduler = scheduler
-        self._sequence = sequence
+        self.sequence = sequence
         self._stream = stream
         self._ended = False
 
     @property
     def seed(self) -> int:
         """Seed of the random numbers; a fresh one where the parameters have none."""
-        return self._sequence.sampler.seed
+        return self.sequence.sampler.seed
 
     def cancel(self) -> None:
         """End it within one step; the last chunk has the reason ``cancelled``."""
-        self._sequence.cancelled = True
+        self.sequence.cancelled = True
 
     def __iter__(self) -> Iterator[GenerationChunk]:
         """Wait for each chunk in turn.
