@@ -54,9 +54,8 @@ from .api.protocol import (
 )
 from .api.respond import Plan, Render, Turn, json_response, respond
 from .api.responses.plan import NAMES as RESPONSES_NAMES
-from .api.responses.plan import plan_response
 from .api.responses.protocol import ResponsesRequest
-from .api.responses.render import ResponseRender
+from .api.responses.stored import StoredResponses
 from .api.text import detokenize, tokenize, tokenizer_info
 from .http.access import APIKeys, RateLimit
 from .http.errors import renamed
@@ -84,6 +83,7 @@ def create_app(
     metrics: Metrics,
     keys: APIKeys | None,
     arrivals: RateLimit | None = None,
+    stored: StoredResponses | None = None,
 ) -> App:
     """Make the application with its guard.
 
@@ -93,9 +93,11 @@ def create_app(
         metrics: counts requests, choices of models and rejections.
         keys: of those who may call; None lets everyone on this machine.
         arrivals: bounds what one address may send.
+        stored: the responses that are stored; None stores none.
     """
+    stored = stored or StoredResponses(models, settings, metrics, None)
     trimmer = Trimmer()
-    endpoints = _Endpoints(models, settings, metrics, trimmer)
+    endpoints = _Endpoints(models, settings, metrics, stored, trimmer)
     router = Router(endpoints.routes(), redirect_slashes=False)
 
     async def routed(scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,9 +124,11 @@ class _Endpoints:
         models: ModelRegistry,
         settings: ServerSettings,
         metrics: Metrics,
+        stored: StoredResponses,
         trimmer: Trimmer,
     ) -> None:
         self._models = models
+        self._stored = stored
         self._settings = settings
         self._metrics = metrics
         self._lanes = Lanes(settings, on_large=trimmer.soon)
@@ -140,12 +144,14 @@ class _Endpoints:
             "/openapi.json": self._openapi,
             "/tokenizer_info": self._tokenizer_info,
         }
-        both: dict[str, tuple[str, Endpoint]] = {
+        both: dict[str, tuple[str, Endpoint]] = {  # by path its methods
             "/models": ("GET", self._list_models),
             "/models/{id:path}": ("GET", self._show_model),
             "/chat/completions": ("POST", self._chat),
             "/completions": ("POST", self._completions),
             "/responses": ("POST", self._responses),
+            "/responses/{id}": ("GET DELETE", self._stored_response),
+            "/responses/{id}/cancel": ("POST", self._cancel_response),
             "/messages": ("POST", self._messages),
             "/messages/count_tokens": ("POST", self._count_tokens),
             "/embeddings": ("POST", self._embeddings),
@@ -170,8 +176,8 @@ class _Endpoints:
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in post.items()),
             *(Route(path, self._not_served, methods=[method]) for path, method in NOT_SERVED_PATHS),
             *(
-                Route(prefix + path, endpoint, methods=[method])
-                for path, (method, endpoint) in both.items()
+                Route(prefix + path, endpoint, methods=methods.split())
+                for path, (methods, endpoint) in both.items()
                 for prefix in ("/v1", "")
             ),
         ]
@@ -193,9 +199,22 @@ class _Endpoints:
         return await self._generate(request, CompletionRequest, plan_completion, CompletionRender)
 
     async def _responses(self, request: Request) -> Response:
-        return await self._generate(
-            request, ResponsesRequest, plan_response, ResponseRender, RESPONSES_NAMES
-        )
+        body, lane = await self._read(request, ResponsesRequest)
+        previous = body.previous_response_id
+        body = await self._stored.read(body, request.scope["client_identity"])
+        turn = self._turn(request, await self._choose(body, lane, request), lane)
+        with renamed(RESPONSES_NAMES):
+            return await self._stored.respond(turn, body, previous)
+
+    async def _stored_response(self, request: Request) -> Response:
+        id_, client = request.path_params["id"], request.scope["client_identity"]
+        if request.method == "DELETE":
+            return await self._stored.delete(id_, client)
+        return await self._stored.retrieve(id_, client, request.query_params)
+
+    async def _cancel_response(self, request: Request) -> Response:
+        client = request.scope["client_identity"]
+        return await self._stored.cancel(request.path_params["id"], client)
 
     async def _messages(self, request: Request) -> Response:
         check_version(request.headers.get("anthropic-version"))

@@ -22,6 +22,7 @@ from edge.device.telemetry import Snapshot, read_snapshot, read_swap_bytes
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, EdgeError
 
+from .api.responses.stored import StoredResponses
 from .api.samples import check_decoding
 from .app import create_app
 from .http.connections import Connections, listen, possible_connections, raise_file_limit
@@ -38,6 +39,7 @@ from .models.switch import Switcher, need_bytes
 from .observe.metrics import Metrics
 from .observe.notify import Notifier
 from .settings import ServerSettings
+from .stored.store import ResponseStore
 
 if TYPE_CHECKING:
     from edge.runtime.llm import LLM
@@ -81,7 +83,8 @@ class Service:
         is_clean: false if an engine did not stop; the process should then end at once.
 
     Raises:
-        ConfigError, DependencyError: see `read_inputs`, `Metrics` and `check_decoding`.
+        ConfigError, DependencyError: see `read_inputs`, `Metrics`, `ResponseStore` and
+            `check_decoding`.
     """
 
     def __init__(
@@ -130,7 +133,10 @@ class Service:
         connections = Connections(num_connections, settings.max_connections_per_address)
         self._keys = inputs.keys
         arrivals = limit_arrivals(settings)
-        app = create_app(self.models, limits, self.metrics, self._keys, arrivals)
+        directory = settings.responses_dir
+        store = None if directory is None else ResponseStore(directory)
+        self._stored = StoredResponses(self.models, limits, self.metrics, store)
+        app = create_app(self.models, limits, self.metrics, self._keys, arrivals, self._stored)
         self._server = make_server(
             app, limits, connections, arrivals, self.metrics.observe_rejection
         )
@@ -185,6 +191,7 @@ class Service:
                     task.cancel()
                 self._server.force_exit = self._forced.is_set()
                 await serving
+                await self._stored.close()
                 await self._close()
                 if self.probes is not None:
                     self.probes.close()
@@ -218,6 +225,7 @@ class Service:
         self._publish()
         self._notifier.send(ready=1, status="serving")
         self._loaded.set()
+        self._resuming = asyncio.create_task(self._stored.resume())
         # systemd takes a reload during the start for a part of it, and sends no signal.
         paths = self._settings.model.items()
         if any(self.models.get(name).bundle != path.resolve() for name, path in paths):
@@ -253,13 +261,17 @@ class Service:
         _log.info("stopping; %d requests may take %g s", running, self._settings.drain_timeout_s)
         deadline = time.monotonic() + self._settings.drain_timeout_s
         extended = -float("inf")
-        while self.models.num_flights and (now := time.monotonic()) < deadline:
+        storing = asyncio.create_task(self._stored.put_away())
+        while not storing.done() or (self.models.num_flights and time.monotonic() < deadline):
+            now = time.monotonic()
             if now - extended >= _EXTEND_S:
                 extended = now
                 self._extend()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._forced.wait(), 0.02)
                 break
+        if storing.done() and (error := storing.exception()) is not None:
+            _log.error("not all that ran in the background is put away", exc_info=error)
         if self.models.num_flights:
             _log.warning("%d requests are cut short", self.models.num_flights)
             self.models.abort_all(

@@ -82,6 +82,8 @@ class ServerSettings(EngineConfig):
             or of what a trusted proxy says in x-edge-client, probes and refused ones included; ten
             seconds' worth may come at once; 0 is no limit.
         drain_timeout_s: seconds that running requests may go on after SIGTERM.
+        responses_dir: directory in which /v1/responses keeps what is to be stored, and what goes on
+            after a restart; by default nothing is stored.
         vllm_metrics: also expose the metrics under the names that vLLM has for them.
         drift_baseline: file of what requests usually ask for; a window that differs is an alarm.
         drift_window: requests per comparison with the drift_baseline.
@@ -124,6 +126,7 @@ class ServerSettings(EngineConfig):
     rate_limit_rpm: _Count = 0
     rate_limit_address_rps: _Count = 200
     drain_timeout_s: Annotated[float, Meta(ge=0)] = 30.0
+    responses_dir: Path | None = None
     vllm_metrics: bool = False
     drift_baseline: Path | None = None
     drift_window: int = DEFAULT_WINDOW
@@ -138,7 +141,9 @@ class ServerSettings(EngineConfig):
             "drain_timeout_s",
         ),
         "Log": ("log_format", "log_level"),
-        "Expert": ("auto", "split", "memory_budget_mb", "vllm_metrics", "drift_baseline"),
+        "Expert": (
+            "auto", "split", "memory_budget_mb", "responses_dir", "vllm_metrics", "drift_baseline",
+        ),
     }  # fmt: skip
     """Where the help of a verb shows each option; what is in no section is a key only."""
 

@@ -23,7 +23,9 @@ import numpy as np
 from edge.bundle.manifest import read_manifest
 from edge.runtime.prefix_store import Layout, PrefixStore
 from edge_lab.measure.drift import write_atomic
+from edge_serve.stored.store import ResponseStore
 from export.resume import Finished, resumable_work
+from tests.edge_serve.stored.records import make_record
 from tests.export.kill_child import EVENTS
 
 LAYOUT = Layout("ort-cpu", "float32", 4, 2, 8)
@@ -64,9 +66,18 @@ def calibrate(place: Path, num_layers: str = "3") -> None:
     shutil.rmtree(place / "work")
 
 
+def save_response(place: Path) -> None:
+    """Put a response away that was begun, with its rows."""
+    data = np.full(LAYOUT.num_bytes(600), 2, np.uint8)
+    store = ResponseStore(place / "stored")
+    store.save(make_record(1 << 40, rows=600, data=data), data)
+    store.close()
+
+
 SCENARIOS: dict[str, Callable[..., object]] = {
     "prefix": save_prefix,
     "state": write_state,
+    "response": save_response,
     "cache": build_cache,
     "calibration": calibrate,
 }

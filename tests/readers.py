@@ -59,6 +59,8 @@ from edge_lab.planner.calibration import BENCH_SCHEMA, read_runs
 from edge_lab.planner.models import read_config
 from edge_serve.config_file import load_settings
 from edge_serve.settings import ServerSettings
+from edge_serve.stored.record import head_of
+from edge_serve.stored.store import ResponseStore
 from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS
 from export.quantize.recipe import read_recipe
@@ -68,6 +70,7 @@ from export.sources.gguf_file import GgufFile
 from export.sources.lora_config import read_lora_config
 from export.sources.safetensors_file import SafetensorsFile
 from export.sources.vocabulary import read_keep_list
+from tests.edge_serve.stored.records import make_record
 from tests.manifests import make_manifest
 from tests.tiny_models import CHAT_TEMPLATE
 
@@ -245,6 +248,35 @@ def _prefix_seed() -> bytes:
         "rows_sha256": hashlib.sha256(rows).hexdigest(),
     }
     return _prefix_file(json.dumps(header).encode(), rows)
+
+
+def _response_seed() -> bytes:
+    rows = np.zeros(_LAYOUT.num_bytes(3), np.uint8)
+    record = make_record(1, rows=3, data=rows)
+    assert record.unfinished is not None
+    assert record.unfinished.rows is not None
+    record.unfinished.rows = msgspec.structs.replace(record.unfinished.rows, layout=_LAYOUT)
+    return head_of(record) + rows.tobytes()
+
+
+def _mend_response(data: bytes) -> bytes:
+    length = int.from_bytes(data[20:28], "little")
+    if length > len(data) - 60:
+        return data
+    record, rows = data[28 : 28 + length], data[60 + length :]
+    return data[:28] + record + hashlib.sha256(record).digest() + rows
+
+
+def _responses(path: Path) -> None:
+    folder = path.parent / "stored"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path.replace(folder / path.name)
+    store = ResponseStore(folder, clock=lambda: 0)
+    try:
+        store.load(make_record(1).id)
+        store.load_rows(make_record(1).id, {})
+    finally:
+        store.close()
 
 
 def _mend_prefix(data: bytes) -> bytes:
@@ -425,6 +457,9 @@ READERS = {
         lambda path: read_layers(_plan_of(path)),
     ),
     "prefix": Reader("a.kv", _prefix_seed(), _prefixes, _mend_prefix),
+    "response": Reader(
+        f"{make_record(1).id}.response", _response_seed(), _responses, _mend_response
+    ),
     "safetensors": Reader("a.safetensors", _safetensors({"a": _FLOATS}, bytes(24)), _tensors),
     "gguf": Reader("a.gguf", _gguf_seed(), _gguf),
     "config": Reader("config.json", json.dumps(CONFIG).encode(), read_config),

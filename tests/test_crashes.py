@@ -24,8 +24,10 @@ from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError, EdgeError, ResourceError
 from edge.runtime.prefix_store import Layout, PrefixStore
 from edge_lab.measure.drift import write_atomic
+from edge_serve.stored.store import ResponseStore
 from export.resume import STATE_NAME
 from tests.conftest import Bundles
+from tests.edge_serve.stored.records import make_record
 from tests.kill_points import LAYOUT, calibrate
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +100,26 @@ def test_a_calibrated_export(tmp_path: Path):
         assert names(place) == ["x.data"]
         assert (place / "x.data").read_bytes() == wanted
     assert found == {1, 2, 3, None}  # None: it was done
+
+
+def test_a_stored_response(tmp_path: Path):
+    (tmp_path / "start").mkdir()
+    begun = make_record(1 << 40, answer=0)
+    store = ResponseStore(tmp_path / "start" / "stored")
+    store.save(begun)
+    store.close()
+    found = []
+    for place in kill_everywhere(tmp_path, "response"):
+        store = ResponseStore(place / "stored")
+        record = store.load(begun.id)
+        assert record is not None
+        assert record.unfinished is not None
+        rows = store.load_rows(begun.id, {})
+        assert (rows is not None) == bool(record.unfinished.answer)
+        found.append(rows is not None)
+        assert names(place) == [f"{begun.id}.response"]
+        store.close()
+    assert set(found) == {False, True}
 
 
 # Old versions of NumPy leave the archive open when a write fails.

@@ -149,7 +149,7 @@ def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path):
     """The others are given bytes, or are files of whoever runs the service."""
     reader = READERS[name]
     os.mkfifo(tmp_path / reader.name)
-    if name == "prefix":
+    if name in ("prefix", "response"):
         reader.read(tmp_path / reader.name)  # listed as unusable
         return
     with pytest.raises(EdgeError):

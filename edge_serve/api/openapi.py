@@ -51,7 +51,7 @@ from .protocol import (
     RerankRequest,
     TokenizeRequest,
 )
-from .responses.answers import ResponseObject
+from .responses.answers import DeletedResponse, ResponseObject
 from .responses.protocol import IGNORED as RESPONSES_IGNORED
 from .responses.protocol import REFUSED as RESPONSES_REFUSED
 from .responses.protocol import Item, ResponsesRequest
@@ -111,6 +111,12 @@ _GETS: dict[str, tuple[str, type | str]] = {
     "/openapi.json": ("This document", dict),
     "/": ("The page", "text/html"),
 }
+# Those that have an id in their path, and no body.
+_STORED: dict[tuple[str, str], tuple[str, type]] = {
+    ("get", "/v1/responses/{id}"): ("A stored response as it stands", ResponseObject),
+    ("delete", "/v1/responses/{id}"): ("Remove a stored response", DeletedResponse),
+    ("post", "/v1/responses/{id}/cancel"): ("End one in the background", ResponseObject),
+}
 # Where a field without effect is, by the part of its path that is above it.
 _HOLDERS: dict[str, tuple[str, ...]] = {
     "": ("ChatRequest", "CompletionRequest"),
@@ -168,6 +174,7 @@ def openapi() -> dict[str, Any]:
     """Return the document, OpenAPI 3.1."""
     types = [kind for _, *kinds in _POSTS.values() for kind in kinds]
     types += [kind for _, kind in _GETS.values() if isinstance(kind, type) and kind is not dict]
+    types += [kind for _, kind in _STORED.values()]
     types += [ErrorResponse, *_ERRORS.values(), *Item.__args__]
     _, components = msgspec.json.schema_components(
         types, ref_template="#/components/schemas/{name}"
@@ -202,7 +209,11 @@ def openapi() -> dict[str, Any]:
                 "responses": _responses(content, _ERRORS.get(path, ErrorResponse)),
             }
         }
-    for path, (summary, kind) in _GETS.items():
+    bare: dict[tuple[str, str], tuple[str, type | str]] = {
+        **{("get", path): described for path, described in _GETS.items()},
+        **_STORED,
+    }
+    for (method, path), (summary, kind) in bare.items():
         if isinstance(kind, str):
             content = {kind: {"schema": {"type": "string"}}}
         else:
@@ -213,7 +224,7 @@ def openapi() -> dict[str, Any]:
             operation["parameters"] = [
                 {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
             ]
-        paths[path] = {"get": operation}
+        paths.setdefault(path, {})[method] = operation
     return {
         "openapi": "3.1.0",
         "info": {"title": "edge-llm", "version": __version__},

@@ -42,6 +42,7 @@ from .sse import PING, Buffer, EventStream, StreamForm, event
 if TYPE_CHECKING:
     from edge.runtime.generation import GenerationStats
     from edge.runtime.llm import Prompt
+    from edge.runtime.scheduler import PutAway
     from edge.runtime.stream import Generation, GenerationChunk
     from edge.runtime.structured_output import GrammarCompiler, OutputFormat
     from edge_serve.observe.metrics import Metrics
@@ -135,6 +136,21 @@ class Plan:
     progress: bool = False
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """Where an answer goes on that a server had begun.
+
+    Attributes:
+        prompt: token ids of the prompt.
+        state: what the engine had of the answer.
+        left_s: seconds that it may still take; None sets no limit.
+    """
+
+    prompt: list[int]
+    state: PutAway
+    left_s: float | None
+
+
 class Render(StreamForm, Protocol):
     """Writes one answer in the form of its endpoint; what is not overridden is OpenAI's form.
 
@@ -183,32 +199,47 @@ async def respond(turn: Turn, make_plan: Callable[[], Plan], render: Render) -> 
         EdgeError, APIError: the request is wrong, cannot be served now, or failed.
         ClientGoneError: the client left before it had the answer.
     """
-    model, settings = turn.model, turn.settings
+    answer = await begin(turn, make_plan, render)
+    return await answer.send(turn)
+
+
+async def begin(
+    turn: Turn, make_plan: Callable[[], Plan], render: Render, resumed: Resumed | None = None
+) -> Answer:
+    """Queue the answer to a request; nothing of it is read yet.
+
+    Args:
+        turn: see `respond`.
+        make_plan: see `respond`.
+        render: see `respond`.
+        resumed: the answer goes on from there.
+
+    Raises:
+        What `respond` raises.
+    """
+    model, most_s = turn.model, turn.settings.request_timeout_s
     with model.lease():
 
         def prepare(on_piece: OnPiece) -> tuple[Plan, list[list[int]]]:
             check_task(model.llm.manifest, "generate")
             plan = make_plan()
+            if resumed is not None:
+                return plan, [resumed.prompt]
             return plan, [_encode(model, plan, prompt, on_piece) for prompt in plan.prompts]
 
         plan, ids = await turn.lane.run(prepare, turn.receive)
-        deadline_s = None if (most_s := settings.request_timeout_s) is None else clock() + most_s
+        if resumed is not None:
+            most_s = resumed.left_s
+        deadline_s = None if most_s is None else clock() + most_s
         echoes = await _echoes(turn, plan, ids, deadline_s)
         plan = await _compile(turn, plan, deadline_s)
         check_there(turn.receive)
         _take_out_left(model, len(ids) * plan.n)
-        generations = await in_thread(partial(_submit, turn, plan, ids, deadline_s))
+        state = None if resumed is None else resumed.state
+        generations = await in_thread(partial(_submit, turn, plan, ids, deadline_s, state))
         flight = Flight(model, generations, plan.params, turn.metrics, user=plan.user, arm=turn.arm)
     render.begin(plan, sum(map(len, ids)))
-    answer = _Answer(plan, echoes, flight, render)
-    if plan.stream:
-        buffer = Buffer(settings.stream_buffer_bytes)
-        flight.start(partial(answer.stream, buffer.put))
-        return EventStream(flight, buffer, render, settings.ping_s, turn.headers)
-    flight.start(answer.collect)
-    await _wait_for(flight, turn.receive)
-    headers = {**turn.headers, "server-timing": _server_timing(flight.stats)}
-    return json_response(answer.body(), headers)
+    return Answer(model, plan, echoes, flight, render, generations, deadline_s)
 
 
 def json_response(value: Any, headers: Mapping[str, str] | None = None) -> Response:
@@ -220,12 +251,35 @@ def json_response(value: Any, headers: Mapping[str, str] | None = None) -> Respo
     )
 
 
-class _Answer:
-    """Reads the choices of one request as they come, and lets a render write them."""
+class Answer:
+    """Reads the choices of one request as they come, and lets a render write them.
 
-    def __init__(self, plan: Plan, echoes: Sequence[Piece], flight: Flight, render: Render) -> None:
+    Args:
+        model: what answers.
+        plan: what was asked of the engine.
+        echoes: what the answers to each prompt begin with.
+        flight: reads the generations.
+        render: writes the answer.
+        generations: one per choice.
+        deadline_s: when it must have ended, on the monotonic clock; None sets no limit.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        plan: Plan,
+        echoes: Sequence[Piece],
+        flight: Flight,
+        render: Render,
+        generations: Sequence[Generation],
+        deadline_s: float | None,
+    ) -> None:
+        self.model = model
+        self.flight = flight
+        self.generations = generations
+        self.deadline_s = deadline_s
+        self._plan = plan
         self._n = plan.n
-        self._flight = flight
         self._render = render
         self._readers = [
             ChoiceReader(plan.make_parser, one_call=plan.one_call, echo=echo)
@@ -234,6 +288,24 @@ class _Answer:
         ]
         self._pieces: list[list[Piece]] = [[] for _ in self._readers]
         self._left = len(self._readers)
+
+    async def send(self, turn: Turn, written: msgspec.Struct | None = None) -> Response:
+        """Answer the client, as a whole or as a stream; see `respond`.
+
+        Args:
+            turn: the request's context.
+            written: what the render writes piece by piece; the whole answer in the place of
+                `Render.body`.
+        """
+        flight = self.flight
+        if self._plan.stream:
+            buffer = Buffer(turn.settings.stream_buffer_bytes)
+            flight.start(partial(self.stream, buffer.put))
+            return EventStream(flight, buffer, self._render, turn.settings.ping_s, turn.headers)
+        flight.start(self.collect if written is None else self.write)
+        await _wait_for(flight, turn.receive)
+        headers = {**turn.headers, "server-timing": _server_timing(flight.stats)}
+        return json_response(written or self.body(), headers)
 
     def collect(self, index: int, chunk: GenerationChunk) -> None:
         """Keep a chunk for the whole answer."""
@@ -249,6 +321,10 @@ class _Answer:
             if not self._left:
                 put(self._render.last_events(self._usage()))
 
+    def write(self, index: int, chunk: GenerationChunk) -> None:
+        """Let the render write a chunk that no stream gets."""
+        self.stream(lambda _: None, index, chunk)
+
     def body(self) -> msgspec.Struct:
         """Return the whole answer, once all choices have ended."""
         return self._render.body([join_pieces(parts) for parts in self._pieces], self._usage())
@@ -257,11 +333,11 @@ class _Answer:
         reader = self._readers[index]
         piece = reader.read(chunk)
         if reader.is_cut:
-            self._flight.cut(index)
+            self.flight.cut(index)
         return piece
 
     def _usage(self) -> Usage:
-        return _usage_of(self._flight.stats, self._flight.reasoning_tokens, self._n)
+        return _usage_of(self.flight.stats, self.flight.reasoning_tokens, self._n)
 
 
 def _encode(model: ServedModel, plan: Plan, prompt: Prompt, on_piece: OnPiece | None) -> list[int]:
@@ -364,7 +440,11 @@ def _take_out_left(model: ServedModel, num_sequences: int) -> None:
 
 
 def _submit(
-    turn: Turn, plan: Plan, encoded: Sequence[list[int]], deadline_s: float | None
+    turn: Turn,
+    plan: Plan,
+    encoded: Sequence[list[int]],
+    deadline_s: float | None,
+    resumed: PutAway | None,
 ) -> list[Generation]:
     """Queue every prompt, or none."""
     # Cached prefixes are shared within one key, and within one `cache_salt` of it.
@@ -390,6 +470,7 @@ def _submit(
                 continue_final_message=plan.continues,
                 ids=ids,
                 progress=plan.progress,
+                resumed=resumed,
             )
     except EdgeError:
         for generation in generations:

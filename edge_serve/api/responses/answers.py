@@ -7,6 +7,7 @@ from typing import Any, Literal
 from msgspec import Struct, field
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
+Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
 
 class OutputText(Struct, tag_field="type", tag="output_text"):
@@ -114,19 +115,27 @@ class ResponseObject(Struct, kw_only=True):
     reasoning: dict[str, str | None]
     metadata: dict[str, str]
     user: str | None
-    status: Literal["in_progress", "completed", "incomplete", "failed"] = "in_progress"
+    status: Status = "in_progress"
     completed_at: int | None = None
     output: list[OutputItem] = field(default_factory=list)
     usage: ResponseUsage | None = None
     incomplete_details: IncompleteDetails | None = None
     error: ResponseError | None = None
     object: Literal["response"] = "response"
-    store: Literal[False] = False
-    background: Literal[False] = False
+    store: bool = False
+    background: bool = False
     truncation: Literal["disabled"] = "disabled"
     service_tier: Literal["default"] = "default"
     top_logprobs: Literal[0] = 0
-    previous_response_id: None = None
+    previous_response_id: str | None = None
     max_tool_calls: None = None
     safety_identifier: None = None
     prompt_cache_key: None = None
+
+
+class DeletedResponse(Struct):
+    """The answer to ``DELETE /v1/responses/{id}``."""
+
+    id: str
+    object: Literal["response"] = "response"
+    deleted: Literal[True] = True

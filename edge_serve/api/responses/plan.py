@@ -112,8 +112,8 @@ def _messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
         if given.get("type") == "item_reference":
             where = f"input[{index}].type"
             raise invalid(
-                f"{where}: an item_reference has nothing to refer to, since nothing is stored "
-                "here; send the item itself, as clients do with store: false",
+                f"{where}: an item_reference has nothing to refer to, as no items are stored; "
+                "send the item itself, as clients do with store: false",
                 where,
             )
     # The type of a message may be left out.

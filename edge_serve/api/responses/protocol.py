@@ -9,7 +9,6 @@ from msgspec import Meta, Struct
 from edge_serve.api.protocol import Effort, MaxTokens, ModelName, no_tools, range_of
 
 IGNORED = {
-    "store": "nothing is stored here; answers say store: false",
     "service_tier": "there is one tier",
     "safety_identifier": "bookkeeping of the caller",
     "client_metadata": "bookkeeping of the caller",
@@ -20,7 +19,7 @@ IGNORED = {
     "max_tool_calls": "it bounds calls of tools that a server runs, and there are none",
     "text.format.name": "the schema binds the answer, whatever it is called",
     "text.format.description": "the model reads the input; say it there",
-    "input[].id": "nothing is stored here, so an item is what it says",
+    "input[].id": "an item is what it says, whatever was stored",
     "input[].status": "an item is what it says, complete or not",
     "input[].phase": "templates have no place for it",
     "input[].encrypted_content": "only who encrypted a reasoning can read it",
@@ -31,8 +30,7 @@ IGNORED = {
 """Fields that are accepted without effect, by path, and why."""
 
 REFUSED = {
-    "previous_response_id": "nothing is stored here; send the whole conversation as input",
-    "conversation": "nothing is stored here; send the whole conversation as input",
+    "conversation": "no conversations are kept here; send the whole one as input",
     "prompt": "no prompts are stored here; send instructions and input",
 }
 """Fields that are refused unless they are null, and why."""
@@ -200,13 +198,13 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     stream: bool | None = None
     stream_options: ResponsesStreamOptions | None = None
     truncation: Literal["disabled"] | None = None
-    background: Literal[False] | None = None
+    background: bool | None = None
     top_logprobs: Literal[0] | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
-    previous_response_id: Any = None
+    previous_response_id: Annotated[str, Meta(max_length=64)] | None = None
     conversation: Any = None
     prompt: Any = None
-    store: Any = None
+    store: bool | None = None
     service_tier: Any = None
     safety_identifier: Any = None
     client_metadata: Any = None

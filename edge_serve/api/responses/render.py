@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -38,18 +39,39 @@ _Event = tuple[str, dict[str, Any]]
 class ResponseRender(Render):
     """Writes the answer to a request in the form of OpenAI's Responses; a `Render`.
 
-    A whole answer is built by the same steps as a stream, whose events nobody gets.
+    A whole answer is built by the same steps as a stream, whose events nobody gets. Written twice
+    from the same tokens, it has the same ids.
+
+    Args:
+        turn: the request's context.
+        body: the request.
+        id_: the response's id; None makes a fresh one.
+        created_at: Unix seconds at which it was asked for; None is now.
+        stored: whether it can be fetched later.
+        previous: the id of the response whose conversation it goes on with.
+
+    Attributes:
+        response: the answer as it stands.
     """
 
-    def __init__(self, turn: Turn, body: ResponsesRequest) -> None:
+    def __init__(
+        self,
+        turn: Turn,
+        body: ResponsesRequest,
+        *,
+        id_: str | None = None,
+        created_at: int | None = None,
+        stored: bool = False,
+        previous: str | None = None,
+    ) -> None:
         reasoning = body.reasoning or ReasoningConfig()
         self._as_summary = reasoning.summary is not None
         self._open: OutputMessage | OutputReasoning | None = None
         self._sequence = 0
         self._ended_by = ""
-        self._response = ResponseObject(
-            id=_fresh("resp"),
-            created_at=int(time.time()),
+        self.response = ResponseObject(
+            id=id_ or f"resp_{secrets.token_hex(12)}",
+            created_at=created_at or int(time.time()),
             model=turn.model.name,
             instructions=body.instructions,
             max_output_tokens=body.max_output_tokens,
@@ -64,7 +86,12 @@ class ResponseRender(Render):
             reasoning=msgspec.to_builtins(reasoning),
             metadata=body.metadata or {},
             user=body.user,
+            store=stored,
+            background=bool(body.background),
+            previous_response_id=previous,
         )
+        if body.background:
+            self.response.status = "queued"
 
     def begin(self, plan: Plan, prompt_tokens: int) -> None:
         """See `Render.begin`; the response says with which values it was sampled."""
@@ -72,23 +99,25 @@ class ResponseRender(Render):
         for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty"):
             value = getattr(params, name)
             if value is not None:
-                setattr(self._response, name, value)
+                setattr(self.response, name, value)
 
     def failed(self, error: APIError) -> bytes:
         """See `Render.failed`."""
         first = self._beginning()  # while it is still in progress
-        self._response.status = "failed"
-        self._response.error = ResponseError(error.code, error.shown)
+        self.response.status = "failed"
+        self.response.error = ResponseError(error.code, error.shown)
         return first + self._write([self._state("failed")])
 
     def events(self, index: int, piece: Piece) -> bytes:
         """See `Render.events`."""
+        if piece.progress is None or piece.progress.ahead is None:
+            self.response.status = "in_progress"
         return self._beginning() + self._write(self._steps(piece))
 
     def last_events(self, usage: Usage) -> bytes:
         """See `Render.last_events`."""
         self._finish(usage)
-        return self._write([self._state(self._response.status)])
+        return self._write([self._state(self.response.status)])
 
     def body(self, choices: Sequence[Piece], usage: Usage) -> ResponseObject:
         """See `Render.body`."""
@@ -96,7 +125,7 @@ class ResponseRender(Render):
             for _ in self._steps(piece):
                 pass  # what they say is in the response, too
         self._finish(usage)
-        return self._response
+        return self.response
 
     def _beginning(self) -> bytes:
         """The events that a stream begins with; clients refuse any other as the first."""
@@ -115,7 +144,7 @@ class ResponseRender(Render):
         return b"".join(data)
 
     def _state(self, name: str) -> _Event:
-        return name, {"response": self._response}
+        return name, {"response": self.response}
 
     def _steps(self, piece: Piece) -> Iterator[_Event]:
         """Add a piece to the response; yields the events of it."""
@@ -132,8 +161,8 @@ class ResponseRender(Render):
     def _add(self, kind: Any, prefix: str, text: str) -> Iterator[_Event]:
         if not isinstance(self._open, kind):
             yield from self._close("completed")
-            self._open = kind(_fresh(prefix))
-            self._response.output.append(self._open)
+            self._open = kind(self._own_id(prefix))
+            self.response.output.append(self._open)
             yield "output_item.added", {**self._place(), "item": self._open}
             part = self._new_part()
             yield f"{self._part_name()}.added", {**self._part_place(), "part": part}
@@ -156,8 +185,8 @@ class ResponseRender(Render):
 
     def _called(self, call: ToolCall) -> Iterator[_Event]:
         yield from self._close("completed")
-        item = OutputCall(_fresh("fc"), call.id, call.function.name)
-        self._response.output.append(item)
+        item = OutputCall(self._own_id("fc"), self._own_id("call"), call.function.name)
+        self.response.output.append(item)
         index, arguments = self._index(), call.function.arguments
         place = {"item_id": item.id, "output_index": index}
         yield "output_item.added", {"output_index": index, "item": item}
@@ -167,10 +196,15 @@ class ResponseRender(Render):
         item.arguments, item.status = arguments, "completed"
         yield "output_item.done", {"output_index": index, "item": item}
 
+    def _own_id(self, prefix: str) -> str:
+        """The id of the next item, which follows from that of the response."""
+        place = f"{self.response.id} {len(self.response.output)}"
+        return f"{prefix}_{hashlib.sha256(place.encode()).hexdigest()[:24]}"
+
     # Where the open item is, and what it consists of.
 
     def _index(self) -> int:
-        return len(self._response.output) - 1
+        return len(self.response.output) - 1
 
     def _place(self) -> dict[str, Any]:
         return {"output_index": self._index()}
@@ -204,7 +238,7 @@ class ResponseRender(Render):
         return item.content
 
     def _finish(self, usage: Usage) -> None:
-        response = self._response
+        response = self.response
         response.completed_at = int(time.time())
         response.status = "completed"
         if self._ended_by == "length":
@@ -220,8 +254,30 @@ class ResponseRender(Render):
         )
 
 
-def _fresh(prefix: str) -> str:
-    return f"{prefix}_{secrets.token_hex(12)}"
+def fail(response: ResponseObject, error: APIError) -> None:
+    """End a response with an error; what it has said stays."""
+    response.status = "failed"
+    response.error = ResponseError(error.code, error.shown)
+    _end_items(response)
+
+
+def cancel(response: ResponseObject) -> None:
+    """End a response that nobody wants any more; what it has said stays."""
+    response.status = "cancelled"
+    _end_items(response)
+
+
+def cut(response: ResponseObject) -> None:
+    """End a response for which the context has no more room; what it has said stays."""
+    response.status = "incomplete"
+    response.incomplete_details = IncompleteDetails("max_output_tokens")
+    _end_items(response)
+
+
+def _end_items(response: ResponseObject) -> None:
+    for item in response.output:
+        if item.status == "in_progress":
+            item.status = "incomplete"
 
 
 def _shown_tool(tool: ResponsesTool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from edge_serve.api.responses.protocol import IGNORED, REFUSED, Item, ResponsesRequest
 from tests.edge_serve.api.fields import Pair, check_field, fields_of
 from tests.edge_serve.api.responses.test_responses import WEATHER
-from tests.edge_serve.api.weather import CALLING, THINKING
-from tests.edge_serve.scripted import Live
+from tests.edge_serve.api.weather import CALL, CALLING, THINKING
+from tests.edge_serve.api.weather import WEATHER as CHAT_WEATHER
+from tests.edge_serve.scripted import Live, running
 
 BASE = {"model": "tiny", "input": "what", "max_output_tokens": 4, "temperature": 0}
 
@@ -167,6 +169,17 @@ def test_every_field_is_tried_and_documented():
     (section,) = [part for part in page.split("\n## ") if part.startswith("OpenAI's Responses")]
     named = {*IGNORED, *(path.split(".")[0].split("[")[0] for path in PAIRS)}
     assert not [name for name in named if f"`{name}`" not in section]
+
+
+@pytest.fixture(scope="module")
+def service(tool_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """One that stores responses."""
+    pytest.importorskip("llguidance")
+    llm = {"kv_capacity": 1024, "reuse_prefix": False}
+    with running(tool_bundle, llm=llm, responses_dir=tmp_path_factory.mktemp("stored")) as live:
+        live.engine.say(CALLING, f"{CALL}\n{CALL}", tools=[CHAT_WEATHER])
+        live.engine.say(THINKING, "<think>hm hm hm</think>yes")
+        yield live
 
 
 # These come back as they were taken, and change nothing else.

@@ -299,7 +299,7 @@ def test_what_is_refused_is_named(live: Live, param: str):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "nothing is stored here; send the"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "no items are stored; send the"),
         ({"input": [{"type": "web_search_call"}]}, "'message' or 'function_call' or"),
         ({"tools": [{"type": "web_search"}]}, "'function'; this server has no tools of its own"),
         ({"tools": [{"type": "custom", "name": "f"}]}, "'function'; this server has no tools"),

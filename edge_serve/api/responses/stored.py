@@ -1,0 +1,628 @@
+"""Stored responses: those that run without a client, go on after a restart and are fetched later.
+
+A response in the background (``background: true``) belongs to the server: it goes on when its
+client leaves. At the end of the server it is put away, with its tokens and its cache rows, and the
+next server goes on with it. What a client waits for (``store: true`` alone) is stored at its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+from starlette.responses import Response
+
+from edge.bundle.kv_scales import pack_rows
+from edge.errors import EdgeError, OverloadError, ResourceError
+from edge.runtime.kv_cache import KeptRows
+from edge.runtime.prefix_store import Layout, bundle_key
+from edge.runtime.scheduler import PutAway
+from edge_serve.api.protocol import convert
+from edge_serve.api.respond import Answer, Plan, Resumed, Turn, begin, json_response
+from edge_serve.http.access import Client
+from edge_serve.http.errors import APIError, as_api_error, draining, invalid
+from edge_serve.http.threads import ClientGoneError, Lane, in_thread
+from edge_serve.models.registry import ModelRegistry
+from edge_serve.settings import ServerSettings
+from edge_serve.stored.record import Record, StoredRows, Unfinished, rows_sha256
+from edge_serve.stored.store import ResponseStore
+
+from .answers import DeletedResponse, ResponseObject
+from .plan import plan_response
+from .protocol import ResponsesRequest
+from .render import ResponseRender, cancel, cut, fail
+
+if TYPE_CHECKING:
+    from edge.runtime.llm import LLM
+    from edge.runtime.stream import GenerationChunk
+    from edge_serve.observe.metrics import Metrics
+
+_log = logging.getLogger("edge_serve")
+MOST_BEGINS = 3
+"""Servers that may be killed while they run a response, before it is given up."""
+PUT_AWAY_S = 30.0
+"""Seconds after which no more cache rows are written at the end of a server."""
+_ROUND_S = 10.0  # that an engine may take to end a round
+_MOST_UNSAVED = 100
+_RETRY_S = 1.0
+_OFF = (
+    "nothing is stored here; the operator of the server can set responses_dir, a directory to keep "
+    "responses in"
+)
+
+
+class _CancelledError(Exception):
+    """Nobody wants the response any more."""
+
+
+@dataclass(eq=False)
+class _Live:
+    """A response that runs, waits to go on, or could not be written at its end.
+
+    Attributes:
+        record: as it was stored last.
+        response: the answer as it stands.
+        answer: what computes it; None before it goes on, and at its end.
+        replayed: tokens of the answer that are said again after a restart.
+        is_deleted: whether nothing of it is to be kept.
+        is_unsaved: whether it has ended and could not be written.
+    """
+
+    record: Record
+    response: ResponseObject
+    answer: Answer | None = None
+    replayed: int = 0
+    is_deleted: bool = False
+    is_unsaved: bool = False
+
+    @property
+    def has_ended(self) -> bool:
+        return self.response.status not in ("queued", "in_progress")
+
+
+class StoredResponses:
+    """What the server stores of responses; only the event loop's thread may call it.
+
+    Args:
+        models: the models that are served.
+        settings: limits of the server.
+        metrics: counts the ends of responses that go on after a restart.
+        store: where they are kept; None stores none.
+    """
+
+    def __init__(
+        self,
+        models: ModelRegistry,
+        settings: ServerSettings,
+        metrics: Metrics,
+        store: ResponseStore | None,
+    ) -> None:
+        self._models = models
+        self._settings = settings
+        self._metrics = metrics
+        self._store = store
+        self._live: dict[str, _Live] = {}
+        self._writing = asyncio.Lock()  # in the order of the events
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_closing = False
+        self._lane, self._form_lane = (
+            Lane(name, full="too many responses go on", late="it did not go on", queue_capacity=1)
+            for name in ("edge-resumed", "edge-resumed-grammar")
+        )
+        for id_ in () if store is None else store.unfinished():
+            assert store is not None
+            record = store.load(id_)
+            if record is not None and (response := _response_of(record)) is not None:
+                self._live[id_] = _Live(record, response)
+
+    # ------------------------------------------------------------------------------- requests
+
+    async def read(self, body: ResponsesRequest, client: Client) -> ResponsesRequest:
+        """Check what a request wants of the store, and put the conversation it goes on with before.
+
+        Raises:
+            APIError: 400.
+        """
+        if body.background:
+            if self._store is None:
+                raise invalid(f"background: send false; {_OFF}", "background")
+            if body.store is False:
+                raise invalid(
+                    "background: a response in the background is stored, or nobody could have it; "
+                    "leave store out or send true",
+                    "background",
+                )
+            if body.stream:
+                raise invalid(
+                    "stream: a response in the background is fetched by its id, as far as it has "
+                    "come; send false",
+                    "stream",
+                )
+        if (previous := body.previous_response_id) is None:
+            return body
+        name = "previous_response_id"
+        if self._store is None:
+            raise invalid(f"{name}: {_OFF}; or send the whole conversation as input", name)
+        found = await self._find(previous, client)
+        if found is None:
+            raise invalid(
+                f"{name}: there is no such response; send the whole conversation as input",
+                name,
+                "previous_response_not_found",
+            )
+        record, response = found
+        if response.status not in ("completed", "incomplete"):
+            raise invalid(
+                f"{name}: that response is {response.status}, and only one that is completed or "
+                "incomplete can be gone on with",
+                name,
+            )
+        said = [
+            *_items(record.request["input"]),
+            *msgspec.to_builtins(response.output),
+            *_items(body.input),
+        ]
+        return replace(body, input=said, previous_response_id=None)
+
+    async def respond(
+        self, turn: Turn, body: ResponsesRequest, previous: str | None = None
+    ) -> Response:
+        """Answer a request: at once where it runs in the background.
+
+        Args:
+            turn: the request's context.
+            body: what `read` made of the request.
+            previous: the id of the response whose conversation it goes on with.
+
+        Raises:
+            What `edge_serve.api.respond.respond` raises.
+            APIError: 503, it cannot be stored; or the server is about to stop.
+        """
+        stored = self._store is not None and bool(body.store or body.background)
+        render = ResponseRender(turn, body, stored=stored, previous=previous)
+        answer = await begin(turn, partial(_plan, turn, body), render)
+        if not stored:
+            return await answer.send(turn)
+        response = render.response
+        record = Record(
+            id=response.id,
+            client=turn.client.name,
+            created_at=response.created_at,
+            request=msgspec.to_builtins(body),
+            response={},
+        )
+        live = self._live[record.id] = _Live(record, response, answer)
+        self._watch(live)
+        if not body.background:
+            return await answer.send(turn, response)
+        (generation,) = answer.generations
+        record.unfinished = Unfinished(
+            model=turn.model.name,
+            bundle=bundle_key(turn.model.llm.manifest),
+            seed=generation.seed,
+            prompt=generation.prompt_ids,
+            salt=turn.client.salt,
+            origin=turn.client.origin,
+            arm=turn.arm,
+            priority=turn.priority,
+            left_s=_left_s(answer),
+        )
+        answer.flight.start(partial(self._write, live, render))
+        if self._is_closing:
+            self._drop(live)
+            raise draining()
+        try:
+            await self._save(live)
+        except ResourceError as error:
+            _log.error("a response cannot be stored: %s", error)
+            self._drop(live)
+            raise APIError(
+                503,
+                "storage_full",
+                "the response cannot be stored, as the disk or the store is full; delete stored "
+                "responses, or send background: false",
+                retry_after_s=30,
+            ) from error
+        return json_response(response, turn.headers)
+
+    async def retrieve(self, id_: str, client: Client, query: Mapping[str, str]) -> Response:
+        """Answer with a stored response as it stands.
+
+        Raises:
+            APIError: 400 or 404.
+        """
+        for name, value in query.items():
+            if (name, value) != ("stream", "false"):
+                raise invalid(
+                    f"{name}: a stored response comes whole and as it stands; ask without it",
+                    name,
+                )
+        found = await self._find(id_, client)
+        if found is None:
+            self._not_found()
+        return json_response(found[1])
+
+    async def cancel(self, id_: str, client: Client) -> Response:
+        """End a response in the background; what it has said stays.
+
+        Raises:
+            APIError: 400 or 404.
+        """
+        found = await self._find(id_, client)
+        if found is None:
+            self._not_found()
+        _, response = found
+        if not response.background:
+            raise invalid(
+                "only a response in the background can be cancelled; close the connection of "
+                "another one",
+                code="not_in_background",
+            )
+        live = self._live.get(id_)
+        if live is not None and not live.has_ended:
+            if live.answer is not None:
+                live.answer.flight.abort(_CancelledError())
+                await asyncio.sleep(0)  # what waits for its end is called
+            else:
+                cancel(live.response)
+                self._keep(live)
+            response = live.response
+        return json_response(response)
+
+    async def delete(self, id_: str, client: Client) -> Response:
+        """Remove a response, which ends if it has not.
+
+        Raises:
+            APIError: 404, or 503 where it cannot be removed.
+        """
+        if await self._find(id_, client) is None:
+            self._not_found()
+        if (live := self._live.get(id_)) is not None:
+            self._drop(live)
+        assert self._store is not None
+        try:
+            async with self._writing:
+                await in_thread(partial(self._store.delete, id_))
+        except ResourceError as error:
+            _log.error("%s", error)
+            raise APIError(503, "storage_failed", "the response cannot be removed") from error
+        return json_response(DeletedResponse(id_))
+
+    # ------------------------------------------------------------------------------- restarts
+
+    async def resume(self) -> None:
+        """Go on with what has not ended; call it when the models are open.
+
+        It returns when all of them are queued. One that cannot go on ends with the reason.
+        """
+        for live in list(self._live.values()):
+            if live.answer is not None or live.has_ended or live.is_deleted:
+                continue
+            try:
+                while not (self._is_closing or await self._resume(live)):
+                    await asyncio.sleep(_RETRY_S)
+            except Exception as error:  # noqa: BLE001 - the others go on
+                if self._is_closing:
+                    return  # the next server goes on
+                answer = as_api_error(error)
+                log = _log.warning if isinstance(error, APIError | EdgeError) else _log.exception
+                log("response %s does not go on: %s", live.record.id, error)
+                if not live.has_ended:
+                    fail(live.response, answer)
+                    self._keep(live)
+            if self._is_closing:
+                return
+
+    async def put_away(self) -> None:
+        """Take what runs in the background out of the engines and write it down, to go on later.
+
+        What cannot be put away is computed again from where it was stored last.
+        """
+        self._is_closing = True
+        until = monotonic() + PUT_AWAY_S
+        waiting: dict[LLM, list[_Live]] = {}
+        running: dict[LLM, list[_Live]] = {}
+        for live in self._live.values():
+            if live.answer is not None and live.response.background and not live.has_ended:
+                which = waiting if live.response.status == "queued" else running
+                which.setdefault(live.answer.model.llm, []).append(live)
+        # What waits goes first and together, or it would start as others leave. Of what runs, one
+        # after the other has its rows in memory.
+        for llm, lives in waiting.items():
+            await self._put_away(llm, lives, until)
+        for llm, lives in running.items():
+            for live in lives:
+                if not await self._put_away(llm, [live], until):
+                    break
+
+    async def close(self) -> None:
+        """Wait until all that has ended is written, and let another server have the directory."""
+        self._is_closing = True
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        for live in [each for each in self._live.values() if each.has_ended]:
+            await self._save_end(live)
+        if self._store is not None:
+            await in_thread(self._store.close)
+
+    async def _resume(self, live: _Live) -> bool:
+        """Queue one response again; false if there is no room for it now.
+
+        Raises:
+            APIError: it cannot go on.
+            EdgeError: likewise.
+        """
+        record, unfinished = live.record, live.record.unfinished
+        assert unfinished is not None
+        assert self._store is not None
+        if unfinished.begins >= MOST_BEGINS:
+            raise APIError(
+                500,
+                "interrupted",
+                f"the server was killed {unfinished.begins} times while it ran this response",
+            )
+        model = self._models.get(unfinished.model)
+        llm = model.llm
+        if bundle_key(llm.manifest) != unfinished.bundle:
+            raise APIError(
+                409,
+                "bundle_changed",
+                "the server was restarted with another bundle, which cannot go on with this "
+                "response; ask again",
+            )
+        state = await in_thread(partial(self._state_of, record, llm))
+        if state.kept is None and len(unfinished.prompt) + len(state.answer) >= llm.kv_capacity:
+            cut(live.response)
+            self._keep(live)
+            return True
+        body = convert(record.request, ResponsesRequest, "request")
+        turn = Turn(
+            model=model,
+            client=Client(record.client, unfinished.salt, unfinished.origin),
+            settings=self._settings,
+            metrics=self._metrics,
+            receive=_stay,
+            lane=self._lane,
+            form_lane=self._form_lane,
+            headers={},
+            arm=unfinished.arm,
+            priority=unfinished.priority,
+        )
+        render = ResponseRender(
+            turn,
+            body,
+            id_=record.id,
+            created_at=record.created_at,
+            stored=True,
+            previous=live.response.previous_response_id,
+        )
+        resumed = Resumed(unfinished.prompt, state, unfinished.left_s)
+        try:
+            answer = await begin(turn, partial(_plan, turn, body), render, resumed)
+        except OverloadError:
+            return False
+        if live.is_deleted or live.has_ended:
+            answer.flight.abort(_CancelledError())
+            answer.flight.start(lambda index, chunk: None)
+            return True
+        live.answer, live.replayed = answer, len(unfinished.answer)
+        self._watch(live)
+        answer.flight.start(partial(self._write, live, render))
+        if self._is_closing:
+            await self._put_away(llm, [live], monotonic() + PUT_AWAY_S)
+            return True
+        # Its rows leave the disk: after a kill, prompt and answer are read again.
+        unfinished = replace(unfinished, rows=None, begins=unfinished.begins + 1)
+        live.record = replace(record, unfinished=unfinished)
+        try:
+            await self._save(live)
+        except ResourceError as error:
+            _log.warning("response %s goes on, and its file is as it was: %s", record.id, error)
+        return True
+
+    async def _put_away(self, llm: LLM, lives: list[_Live], until: float) -> bool:
+        """Put responses away, with their rows if there is time until then.
+
+        Returns:
+            Whether the engine did it.
+        """
+        lives = [live for live in lives if live.answer is not None]
+        answers = [live.answer for live in lives if live.answer is not None]
+        generations = [answer.generations[0] for answer in answers]
+        try:
+            states = await in_thread(partial(llm.put_away, generations, _ROUND_S))
+        except EdgeError as error:
+            _log.error("responses are not put away, and begin anew after the restart: %s", error)
+            return False
+        for live, answer, state in zip(lives, answers, states, strict=True):
+            if state is not None:  # else it has just ended
+                await self._write_down(live, answer, state, until)
+        return True
+
+    async def _write_down(self, live: _Live, answer: Answer, state: PutAway, until: float) -> None:
+        unfinished = live.record.unfinished
+        assert unfinished is not None
+        backend = answer.model.llm.backend
+        await asyncio.wait({answer.flight.done})  # what it had said is read
+        unfinished = replace(
+            unfinished,
+            answer=list(state.answer),
+            pending=state.pending,
+            left_s=_left_s(answer),
+            begins=0,
+            rows=None,
+        )
+        packed = None
+        if (kept := state.kept) is not None and monotonic() < until:
+            packed = await in_thread(partial(pack_rows, kept.rows, backend.kv_scales))
+            unfinished.rows = StoredRows(
+                Layout.of_rows(backend, kept.rows),
+                kept.ids,
+                kept.prefilled,
+                kept.shared,
+                kept.shareable,
+                rows_sha256(packed),
+            )
+        live.record = replace(live.record, unfinished=unfinished)
+        try:
+            await self._save(live, packed)
+        except ResourceError as error:
+            _log.error("response %s begins anew after the restart: %s", live.record.id, error)
+        else:
+            _log.info("response %s is put away after %d tokens", live.record.id, len(state.answer))
+
+    def _state_of(self, record: Record, llm: LLM) -> PutAway:
+        """What the engine goes on from; without the rows where they are not this engine's."""
+        unfinished, kept = record.unfinished, None
+        assert unfinished is not None
+        assert self._store is not None
+        if (stored := unfinished.rows) is not None:
+            backend = llm.backend
+            same = Layout.of_rows(backend, np.empty(stored.layout.shape(0), stored.layout.dtype))
+            if same != stored.layout or len(stored.ids) > llm.kv_capacity:
+                _log.warning(
+                    "response %s: its rows are of %s, and this is %s; prompt and answer are read "
+                    "again", record.id, stored.layout, same,
+                )  # fmt: skip
+            elif (rows := self._store.load_rows(record.id, backend.kv_scales)) is not None:
+                books = stored.prefilled, stored.shared, stored.shareable
+                kept = KeptRows(rows, list(stored.ids), *books)
+        return PutAway(unfinished.seed, tuple(unfinished.answer), unfinished.pending, kept)
+
+    # ------------------------------------------------------------------------------- ends
+
+    def _watch(self, live: _Live) -> None:
+        assert live.answer is not None
+        live.answer.flight.done.add_done_callback(partial(self._ended, live))
+
+    def _write(
+        self, live: _Live, render: ResponseRender, index: int, chunk: GenerationChunk
+    ) -> None:
+        """Take a chunk of a response in the background."""
+        assert live.answer is not None
+        if chunk.finish_reason == "cancelled" and self._is_closing:
+            return  # it was put away
+        live.answer.write(index, chunk)
+        live.replayed -= len(chunk.tokens)
+        if live.replayed <= 0 or chunk.finish_reason is not None:
+            live.response = render.response
+
+    def _ended(self, live: _Live, done: asyncio.Future[None]) -> None:
+        error = done.exception()
+        if live.is_deleted:
+            return
+        live.answer = None
+        if isinstance(error, _CancelledError | ClientGoneError):
+            cancel(live.response)
+        elif self._is_closing and live.response.background and not live.has_ended:
+            return  # the next server goes on
+        elif error is not None:
+            fail(live.response, as_api_error(error))
+        self._keep(live)
+
+    def _drop(self, live: _Live) -> None:
+        """End a response of which nothing is kept."""
+        live.is_deleted = True
+        self._live.pop(live.record.id, None)
+        if live.answer is not None:
+            live.answer.flight.abort(_CancelledError())
+
+    def _keep(self, live: _Live) -> None:
+        """Write a response that has ended, soon; until then it is in memory."""
+        live.is_unsaved = False
+        live.record = replace(live.record, unfinished=None)
+        task = asyncio.create_task(self._save_end(live))
+        self._tasks.add(task)  # the loop itself keeps only a weak reference
+        task.add_done_callback(self._tasks.discard)
+
+    async def _save_end(self, live: _Live) -> None:
+        try:
+            await self._save(live)
+        except ResourceError as error:
+            _log.error("response %s stays in memory: %s", live.record.id, error)
+            live.is_unsaved = True
+            unsaved = [each for each in self._live.values() if each.is_unsaved]
+            for oldest in unsaved[:-_MOST_UNSAVED]:
+                _log.error("response %s is lost", oldest.record.id)
+                del self._live[oldest.record.id]
+            return
+        if self._live.get(live.record.id) is live:
+            del self._live[live.record.id]
+        # There may be room now for what could not be written.
+        other = next((each for each in self._live.values() if each.is_unsaved), None)
+        if other is not None and not self._is_closing:
+            self._keep(other)
+
+    async def _save(self, live: _Live, rows: NDArray[np.uint8] | None = None) -> None:
+        """Write a response as it stands now.
+
+        Raises:
+            ResourceError: it cannot be written.
+        """
+        assert self._store is not None
+        record = replace(live.record, response=msgspec.to_builtins(live.response))
+        async with self._writing:
+            if not live.is_deleted:
+                await in_thread(partial(self._store.save, record, rows))
+
+    # ------------------------------------------------------------------------------- look-ups
+
+    async def _find(self, id_: str, client: Client) -> tuple[Record, ResponseObject] | None:
+        """Return a response of this client; None if it has none of this id."""
+        if self._store is None:
+            return None
+        if (live := self._live.get(id_)) is not None:
+            record, response = live.record, live.response
+        else:
+            stored = await in_thread(partial(self._store.load, id_))
+            shown = None if stored is None else _response_of(stored)
+            if stored is None or shown is None:
+                return None
+            record, response = stored, shown
+        return (record, response) if record.client == client.name else None
+
+    def _not_found(self) -> NoReturn:
+        why = _OFF if self._store is None else "it was deleted, is too old, or another client's"
+        raise APIError(404, "not_found", f"there is no stored response of this id: {why}")
+
+
+def _plan(turn: Turn, body: ResponsesRequest) -> Plan:
+    """Plan a request; what runs in the background says when it begins."""
+    return dataclasses.replace(plan_response(turn, body), progress=bool(body.background))
+
+
+def _response_of(record: Record) -> ResponseObject | None:
+    """Read the answer of a record; None where another version wrote it."""
+    try:
+        response: ResponseObject = msgspec.convert(record.response, ResponseObject)
+    except msgspec.ValidationError as error:
+        _log.warning("response %s is left alone, as it is of another version: %s", record.id, error)
+        return None
+    return response
+
+
+def _items(value: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The input of a request as items."""
+    if isinstance(value, str):
+        return [{"type": "message", "role": "user", "content": value}]
+    return value
+
+
+def _left_s(answer: Answer) -> float | None:
+    """Seconds that an answer may still take."""
+    return None if answer.deadline_s is None else max(answer.deadline_s - monotonic(), 1.0)
+
+
+async def _stay() -> Any:
+    """The connection of a client that never leaves."""
+    await asyncio.get_running_loop().create_future()

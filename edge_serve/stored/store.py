@@ -1,0 +1,278 @@
+"""Keeps stored responses in a directory: a file each, whole or not there, within bounds."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import stat
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from edge.backends import Floats
+from edge.bundle.kv_scales import Scales
+from edge.bundle.update import fsync, replace_durably, sweep_temp
+from edge.errors import ConfigError, ResourceError
+
+from .record import Record, UnusableError, head_of, read_record, read_rows
+
+_log = logging.getLogger("edge_serve")
+_ID = re.compile(r"resp_[0-9a-f]{24}\Z")
+_SUFFIX = ".response"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a store holds at most; the oldest that have ended go first, of who has most.
+
+    Attributes:
+        responses: how many.
+        num_bytes: bytes of all, without the rows of those that were put away.
+        rows_bytes: bytes of these rows; what does not fit is computed again after the restart.
+        age_s: seconds for which a response that has ended is kept.
+    """
+
+    responses: int = 1000
+    num_bytes: int = 256 << 20
+    rows_bytes: int = 2 << 30
+    age_s: float = 30 * 86400.0
+
+
+@dataclass(frozen=True)
+class _Entry:
+    client: str
+    created_at: int
+    has_ended: bool
+    num_bytes: int
+    rows_bytes: int
+
+    @classmethod
+    def of(cls, record: Record, num_bytes: int) -> _Entry:
+        rows = None if record.unfinished is None else record.unfinished.rows
+        rows_bytes = 0 if rows is None else rows.num_bytes
+        ended = record.unfinished is None
+        return cls(record.client, record.created_at, ended, num_bytes - rows_bytes, rows_bytes)
+
+
+class ResponseStore:
+    """The stored responses of one server; any thread may call it.
+
+    A file that is damaged or something else is left alone, with one line in the log.
+
+    Args:
+        directory: where they are; made if it is not there. One server at a time may use it.
+        bounds: what it holds at most.
+        clock: returns Unix seconds.
+
+    Raises:
+        ConfigError: the directory cannot be made or read, others may read it, or another server
+            uses it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        bounds: Bounds | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._directory = directory
+        self._bounds = bounds or Bounds()
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._entries: dict[str, _Entry] = {}
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._descriptor = _open_locked(directory)
+            for temp in directory.glob(f".*{_SUFFIX}.tmp"):
+                sweep_temp(temp)
+            paths = sorted(directory.iterdir())
+        except OSError as error:
+            raise ConfigError(
+                f"responses_dir {directory} cannot be used: {error.strerror}; name a directory in "
+                "which this user may write"
+            ) from error
+        for path in paths:
+            try:
+                if path.suffix != _SUFFIX:
+                    raise UnusableError(f"its name does not end in {_SUFFIX}")
+                record = read_record(path)
+                if not _ID.match(record.id) or path != self._path(record.id):
+                    raise UnusableError("it has the name of another")
+                self._entries[record.id] = _Entry.of(record, path.stat().st_size)
+            except (OSError, UnusableError) as error:
+                _log.warning("%s is no stored response and is left alone: %s", path, error)
+
+    def close(self) -> None:
+        """Let another server use the directory."""
+        os.close(self._descriptor)
+
+    def unfinished(self) -> list[str]:
+        """Return the ids of the responses that have not ended, oldest first."""
+        found = [(e.created_at, id_) for id_, e in self._entries.items() if not e.has_ended]
+        return [id_ for _, id_ in sorted(found)]
+
+    def load(self, id_: str) -> Record | None:
+        """Read a response; None if there is none of this id."""
+        with self._lock:
+            self._expire()
+            if id_ not in self._entries:
+                return None
+            path = self._path(id_)
+            try:
+                return read_record(path)
+            except (OSError, UnusableError) as error:
+                _log.warning("%s is left alone from now on: %s", path, error)
+                del self._entries[id_]
+                return None
+
+    def load_rows(self, id_: str, scales: Scales) -> Floats | None:
+        """Read the rows that were put away with a response; None if there are none to be had."""
+        path = self._path(id_)
+        try:
+            return read_rows(path, scales)
+        except (OSError, UnusableError) as error:
+            _log.warning("the rows in %s are not used: %s", path, error)
+            return None
+
+    def save(self, record: Record, rows: NDArray[np.uint8] | None = None) -> None:
+        """Write a response; the old file of this id stays until the new one is whole on disk.
+
+        Args:
+            record: the response.
+            rows: the packed rows that it names; where they have no room it is written without.
+
+        Raises:
+            ResourceError: the disk is full, or so is the store, of responses that have not ended.
+        """
+        with self._lock:
+            self._expire()
+            if rows is not None:
+                others = sum(e.rows_bytes for i, e in self._entries.items() if i != record.id)
+                if others + rows.nbytes <= self._bounds.rows_bytes:
+                    try:
+                        self._write(record, rows)
+                    except ResourceError as error:
+                        _log.warning("%s", error)
+                    else:
+                        return
+                _log.warning(
+                    "the %d MiB of cache rows of response %s have no room and are not kept",
+                    rows.nbytes >> 20,
+                    record.id,
+                )
+                assert record.unfinished is not None
+                record = replace(record, unfinished=replace(record.unfinished, rows=None))
+            self._write(record, None)
+
+    def delete(self, id_: str) -> None:
+        """Remove a response, if it is there.
+
+        Raises:
+            ResourceError: it cannot be removed.
+        """
+        with self._lock:
+            if id_ in self._entries:
+                self._remove(id_)
+
+    # ------------------------------------------------------------------ under the lock
+
+    def _path(self, id_: str) -> Path:
+        return self._directory / f"{id_}{_SUFFIX}"
+
+    def _write(self, record: Record, rows: NDArray[np.uint8] | None) -> None:
+        head = head_of(record)
+        self._make_room(record.id, len(head))
+        path = self._path(record.id)
+
+        def write(file: BinaryIO) -> None:
+            file.write(head)
+            if rows is not None:
+                file.write(rows.data)
+
+        try:
+            # Only its owner may read it: it has what a client asked.
+            replace_durably(path, write, mode=0o600)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write {path}: {error.strerror}; free disk space, or name another "
+                "responses_dir"
+            ) from error
+        num_bytes = len(head) + (0 if rows is None else rows.nbytes)
+        self._entries[record.id] = _Entry.of(record, num_bytes)
+
+    def _make_room(self, id_: str, num_bytes: int) -> None:
+        """Remove what has ended until one more fits.
+
+        Raises:
+            ResourceError: what has not ended leaves no room.
+        """
+        bounds = self._bounds
+        others = {i: e for i, e in self._entries.items() if i != id_}
+        while (
+            len(others) >= bounds.responses
+            or sum(e.num_bytes for e in others.values()) + num_bytes > bounds.num_bytes
+        ):
+            ended = [i for i, e in others.items() if e.has_ended]
+            if not ended:
+                raise ResourceError(
+                    f"{len(others)} stored responses have not ended and leave no room for another; "
+                    "wait until some have, or cancel some"
+                )
+            held = Counter(e.client for e in others.values())
+            oldest = min(ended, key=lambda i: (-held[others[i].client], others[i].created_at, i))
+            self._remove(oldest)
+            del others[oldest]
+
+    def _expire(self) -> None:
+        before = self._clock() - self._bounds.age_s
+        for id_, entry in list(self._entries.items()):
+            if entry.has_ended and entry.created_at < before:
+                with contextlib.suppress(ResourceError):  # the next one who looks tries again
+                    self._remove(id_)
+
+    def _remove(self, id_: str) -> None:
+        path = self._path(id_)
+        try:
+            path.unlink(missing_ok=True)
+            fsync(self._directory)
+        except OSError as error:
+            raise ResourceError(f"cannot remove {path}: {error.strerror}") from error
+        del self._entries[id_]
+
+
+def _open_locked(directory: Path) -> int:
+    """Open a directory that is this process's own; it is locked until it is closed.
+
+    Raises:
+        OSError: it cannot be opened.
+        ConfigError: others may read it, or another server uses it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        if mode & 0o077:
+            raise ConfigError(
+                f"responses_dir {directory} is open to other users (mode {mode:04o}), and it is to "
+                f"hold what clients ask; run: chmod 700 {directory}"
+            )
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ConfigError(
+            f"another server uses responses_dir {directory}; name another directory for this one"
+        ) from error
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -1,0 +1,277 @@
+"""Responses in the background over restarts of a real server, with OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_serve.stored.record import read_record
+from tests.conftest import Bundles, require_int8_cache
+from tests.edge_serve.processes import Child, child
+
+openai = pytest.importorskip("openai")
+ARRAY = {
+    "type": "object",
+    "properties": {"a": {"type": "array", "items": {"type": "integer"}, "minItems": 25}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+JSON_SCHEMA = {"name": "a", "schema": ARRAY}
+SCHEMA = {"type": "json_schema", "name": "a", "schema": ARRAY}
+# What is asked of the response, and the same of a chat.
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "text": ({"temperature": 1}, {"temperature": 1}),
+    "penalties": (
+        {"temperature": 1.5, "presence_penalty": 1, "frequency_penalty": 1, "top_p": 0.9},
+        {"temperature": 1.5, "presence_penalty": 1, "frequency_penalty": 1, "top_p": 0.9},
+    ),
+    "schema": (
+        {"temperature": 1, "text": {"format": SCHEMA}, "reasoning": {"effort": "none"}},
+        {
+            "temperature": 1,
+            "response_format": {"type": "json_schema", "json_schema": JSON_SCHEMA},
+            "reasoning_effort": "none",
+        },
+    ),
+    "thinking": (
+        {"temperature": 1, "text": {"format": SCHEMA}, "reasoning": {"effort": "minimal"}},
+        {
+            "temperature": 1,
+            "response_format": {"type": "json_schema", "json_schema": JSON_SCHEMA},
+            "reasoning_effort": "minimal",
+        },
+    ),
+}  # fmt: skip
+MOST = {"text": 200, "penalties": 200, "schema": 200, "thinking": 200}
+
+
+@contextmanager
+def server(
+    bundle: Path, directory: Path, delay_s: float = 0.01, **settings: Any
+) -> Iterator[Child]:
+    given = {"responses_dir": directory, "kv_capacity": 256, "reuse_prefix": "false", **settings}
+    pairs = [f"{name}={value}" for name, value in given.items()]
+    with child("-m", "tests.edge_serve.slow_child", str(bundle), str(delay_s), *pairs) as opened:
+        opened.wait_for("ready: tiny")
+        yield opened
+
+
+@contextmanager
+def connected(server: Child) -> Iterator[Any]:
+    url = f"http://127.0.0.1:{server.port}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def begin(client: Any, **fields: Any) -> Any:
+    asked = {"model": "tiny", "input": "what", "background": True, **fields}
+    penalties = ("presence_penalty", "frequency_penalty")  # which this client does not name
+    extra = {name: asked.pop(name) for name in penalties if name in asked}
+    return client.responses.create(**asked, extra_body=extra)
+
+
+def said(response: Any) -> tuple[str, str]:
+    """Reasoning and text of a response."""
+    parts = [(item.type, part.text) for item in response.output for part in item.content]
+    return tuple(  # type: ignore[return-value]
+        "".join(text for kind, text in parts if kind == wanted)
+        for wanted in ("reasoning", "message")
+    )
+
+
+def wait(client: Any, id_: str, letters: int | None = None) -> Any:
+    """Wait until a response has ended, or has said as much."""
+    deadline = time.monotonic() + 30
+    while True:
+        found = client.responses.retrieve(id_)
+        if found.status not in ("queued", "in_progress"):
+            assert letters is None, found
+            return found
+        if letters is not None and sum(map(len, said(found))) >= letters:
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.01)
+
+
+def stop(server: Child) -> None:
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(timeout=10) == 0, "".join(server.log)
+    assert time.monotonic() - began < 8
+
+
+def seed_of(directory: Path, id_: str) -> int:
+    unfinished = read_record(directory / f"{id_}.response").unfinished
+    assert unfinished is not None
+    return unfinished.seed
+
+
+def undisturbed(client: Any, seed: int, case: str) -> tuple[str, str]:
+    """What a chat says with the same random numbers."""
+    fields = dict(CASES[case][1])
+    extra = {name: fields.pop(name) for name in ("reasoning_effort",) if name in fields}
+    message = (
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "what"}], seed=seed,
+            max_tokens=MOST[case], extra_body=extra, **fields,
+        )
+        .choices[0]
+        .message.to_dict()
+    )  # fmt: skip
+    return message.get("reasoning", ""), message["content"] or ""
+
+
+@pytest.mark.parametrize(
+    ("case", "kv_cache"), [*((case, "float") for case in CASES), ("text", "int8")]
+)
+def test_a_stop_in_the_middle_changes_no_token(
+    tiny_bundles: Bundles, tmp_path: Path, case: str, kv_cache: str
+):
+    if case in ("schema", "thinking"):
+        pytest.importorskip("llguidance")
+    if kv_cache == "int8":
+        require_int8_cache("native")
+    bundle = tiny_bundles("qwen2", kv_cache=kv_cache)
+    with server(bundle, tmp_path / "s") as first, connected(first) as client:
+        id_ = begin(client, max_output_tokens=MOST[case], **CASES[case][0]).id
+        before = wait(client, id_, 20)
+        seed = seed_of(tmp_path / "s", id_)
+        stop(first)
+        first.wait_for(rf"{id_} is put away after \d+ tokens")
+    size = (tmp_path / "s" / f"{id_}.response").stat().st_size
+    with server(bundle, tmp_path / "s") as second, connected(second) as client:
+        after = client.responses.retrieve(id_)
+        assert after.status == "in_progress"
+        for early, late in zip(said(before), said(after), strict=True):
+            assert late.startswith(early)
+        wait(client, id_, sum(map(len, said(after))) + 20)
+        assert (tmp_path / "s" / f"{id_}.response").stat().st_size < size  # its rows are gone
+        stop(second)
+    with server(bundle, tmp_path / "s", 0) as third, connected(third) as client:
+        ended = wait(client, id_)
+        assert said(ended) == undisturbed(client, seed, case)
+        assert not [line for line in third.log if "WARNING" in line or "ERROR" in line], third.log
+        assert ended.created_at == before.created_at
+        assert [item.id for item in ended.output][: len(before.output)] == [
+            item.id for item in before.output
+        ]
+        assert ended.usage.output_tokens <= MOST[case]
+        if ended.status == "incomplete":
+            assert ended.usage.output_tokens == MOST[case]
+        if case == "schema" and ended.status == "completed":
+            assert len(json.loads(ended.output_text)["a"]) >= 25
+
+
+def test_a_cache_that_has_slid_goes_on(tiny_bundles: Bundles, tmp_path: Path):
+    bundle = tiny_bundles("qwen2")
+    slides: dict[str, Any] = {"kv_capacity": 48, "overflow": "slide"}
+    with server(bundle, tmp_path / "s", **slides) as first, connected(first) as client:
+        id_ = begin(client, max_output_tokens=MOST["text"], temperature=1).id
+        seed = seed_of(tmp_path / "s", id_)
+        wait(client, id_, 200)
+        stop(first)
+    record = read_record(tmp_path / "s" / f"{id_}.response").unfinished
+    assert record is not None
+    assert record.rows is not None
+    assert len(record.answer) > 48 >= len(record.rows.ids)
+    with server(bundle, tmp_path / "s", 0, **slides) as second, connected(second) as client:
+        assert said(wait(client, id_)) == undisturbed(client, seed, "text")
+
+
+def test_what_waits_goes_on_too(tiny_bundles: Bundles, tmp_path: Path):
+    """One slot: the second response had not begun."""
+    bundle = tiny_bundles("qwen2")
+    limits: dict[str, Any] = {"num_slots": 1, "drain_timeout_s": 20}
+    with server(bundle, tmp_path / "s", **limits) as first, connected(first) as client:
+        ids = [begin(client, max_output_tokens=150, temperature=1).id for _ in range(3)]
+        wait(client, ids[0], 10)
+        assert client.responses.retrieve(ids[2]).status == "queued"
+        stop(first)  # at once, although a drain may take longer
+    with server(bundle, tmp_path / "s", 0, **limits) as second, connected(second) as client:
+        for id_ in ids:
+            ended = wait(client, id_)
+            assert ended.status in ("completed", "incomplete")
+            assert ended.usage.output_tokens > 0
+
+
+def test_a_kill_begins_it_anew_with_the_same_numbers(tiny_bundles: Bundles, tmp_path: Path):
+    bundle = tiny_bundles("qwen2")
+    with server(bundle, tmp_path / "s") as first, connected(first) as client:
+        id_ = begin(client, max_output_tokens=200, temperature=1).id
+        seed = seed_of(tmp_path / "s", id_)
+        wait(client, id_, 20)
+        first.process.kill()
+        first.process.wait()
+    with server(bundle, tmp_path / "s", 0) as second, connected(second) as client:
+        assert said(wait(client, id_)) == undisturbed(client, seed, "text")
+
+
+def test_who_kills_its_server_again_and_again_is_given_up(tiny_bundles: Bundles, tmp_path: Path):
+    bundle = tiny_bundles("qwen2")
+    with server(bundle, tmp_path / "s", 0.05) as first, connected(first) as client:
+        id_ = begin(client, max_output_tokens=200).id
+        first.process.kill()
+        first.process.wait()
+    for _ in range(3):
+        with server(bundle, tmp_path / "s", 0.05) as again, connected(again) as client:
+            wait(client, id_, 1)
+            again.process.kill()
+            again.process.wait()
+    with server(bundle, tmp_path / "s", 0.05) as last, connected(last) as client:
+        ended = wait(client, id_)
+        assert (ended.status, ended.error.code) == ("failed", "interrupted")
+
+
+def put_away(bundle: Path, directory: Path, letters: int = 20, **fields: Any) -> tuple[str, Any]:
+    """A response that was stopped in the middle, and what it had said."""
+    with server(bundle, directory) as first, connected(first) as client:
+        id_ = begin(client, max_output_tokens=200, **fields).id
+        before = wait(client, id_, letters)
+        stop(first)
+    return id_, before
+
+
+def test_another_bundle_ends_it_with_what_it_had_said(tiny_bundles: Bundles, tmp_path: Path):
+    id_, before = put_away(tiny_bundles("qwen2"), tmp_path / "s")
+    with server(tiny_bundles("llama"), tmp_path / "s") as other, connected(other) as client:
+        ended = wait(client, id_)
+        assert (ended.status, ended.error.code) == ("failed", "bundle_changed")
+        for early, late in zip(said(before), said(ended), strict=True):
+            assert late.startswith(early)
+        assert "restarted with another bundle" in ended.error.message
+
+
+def test_a_smaller_context_ends_it_with_what_it_had_said(tiny_bundles: Bundles, tmp_path: Path):
+    id_, before = put_away(tiny_bundles("qwen2"), tmp_path / "s", 60)
+    small = {"kv_capacity": 24}
+    with (
+        server(tiny_bundles("qwen2"), tmp_path / "s", **small) as second,
+        connected(second) as client,
+    ):
+        ended = wait(client, id_)
+        assert ended.status == "incomplete"
+        for early, late in zip(said(before), said(ended), strict=True):
+            assert late.startswith(early)
+
+
+def test_rows_that_are_damaged_are_computed_again(tiny_bundles: Bundles, tmp_path: Path):
+    bundle = tiny_bundles("qwen2")
+    id_, before = put_away(bundle, tmp_path / "s", temperature=0)
+    path = tmp_path / "s" / f"{id_}.response"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with server(bundle, tmp_path / "s", 0) as second, connected(second) as client:
+        ended = wait(client, id_)
+        second.wait_for(r"the rows in .* are not used: it is damaged")
+        assert ended.status in ("completed", "incomplete")
+        for early, late in zip(said(before), said(ended), strict=True):
+            assert late.startswith(early)
+        assert len(said(ended)[0] + said(ended)[1]) > len(said(before)[0] + said(before)[1])
