@@ -398,6 +398,37 @@ def test_a_stop_lets_running_answers_finish(machine: Machine):
     }
 
 
+def test_what_runs_in_the_background_goes_on_after_a_restart(machine: Machine):
+    """In the unit's own directory, which the sandbox lets it write."""
+    settings, key = machine.path("/etc/edge-llm/tiny.toml"), local_key(machine)
+    before = settings.read_text()
+    settings.write_text(f'responses_dir = "/var/lib/edge-llm-responses/tiny"\n{before}')
+    assert machine.call("systemctl", "restart", UNIT).returncode == 0
+    body = {"model": "tiny", "input": "a", "background": True, "max_output_tokens": 100}
+    ids = []
+    for _ in range(40):
+        status, answer = machine.request("/v1/responses", body, key)
+        assert status == 200, answer
+        ids.append(json.loads(answer)["id"])
+    assert machine.call("systemctl", "restart", UNIT).returncode == 0
+    assert re.search(r"is put away after \d+ tokens", machine.log(UNIT)), "all had ended"
+
+    def responses() -> list[dict[str, Any]]:
+        answers = [machine.request(f"/v1/responses/{id_}", key=key) for id_ in ids]
+        assert {status for status, _ in answers} == {200}
+        return [json.loads(answer) for _, answer in answers]
+
+    until(lambda: not {"queued", "in_progress"} & {each["status"] for each in responses()}, 60)
+    for each in responses():
+        assert each["status"] in ("completed", "incomplete"), each["error"]
+        assert each["usage"]["output_tokens"] == 100 or each["status"] == "completed"
+    directory = machine.path("/var/lib/private/edge-llm-responses/tiny").stat()
+    assert directory.st_mode & 0o777 == 0o700
+    assert directory.st_uid != 0
+    settings.write_text(before)
+    assert machine.call("systemctl", "restart", UNIT).returncode == 0
+
+
 def test_a_damaged_bundle_is_said_once(machine: Machine):
     assert machine.call("systemctl", "stop", UNIT).returncode == 0
     weights = machine.path(f"{BUNDLE}/embeddings.safetensors")
