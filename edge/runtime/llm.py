@@ -339,7 +339,8 @@ class LLM:
             progress: whether pieces with `GenerationChunk.progress` come before the answer: one
                 for each place in the queue, and for each percent of the prompt that is read.
             resumed: what `put_away` returned of one answer to this prompt, with the same arguments.
-                It goes on with the same tokens; those that it had come again first.
+                It goes on with the same tokens; those that it had come again first, without
+                log-probabilities.
 
         Raises:
             RequestError: a wrong prompt, parameter, output format or budget, or an answer to
@@ -351,6 +352,8 @@ class LLM:
         """
         check_task(self.manifest, "generate")
         self.scheduler.check_count(n)
+        if resumed is not None and n > 1:
+            raise RequestError("n: an answer that was put away goes on as one; ask for 1")
         if ids is None:
             ids = self.encode(
                 prompt,

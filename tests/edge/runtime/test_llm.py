@@ -28,6 +28,7 @@ from edge.runtime.drafts import NgramDrafter
 from edge.runtime.llm import Prompt
 from edge.runtime.scheduler import DraftContext
 from edge.runtime.stream import OutputStream
+from edge.runtime.structured_output import OutputFormat
 from tests.conftest import TINY_KV_CAPACITY, Bundles
 from tests.edge.text.test_tokenizer import added, sentencepiece
 from tests.fakes import ScriptedBackend, random_logits
@@ -389,6 +390,48 @@ def test_answers_that_run_together_are_those_of_each_alone(scripted: Scripted):
     results = [generation.result() for generation in reversed(generations)]
     assert [result.tokens for result in reversed(results)] == expected
     assert max(map(len, scripted.backend.batches)) == 4  # slots
+
+
+@pytest.mark.parametrize("num_read", [0, 1, 9])
+@pytest.mark.parametrize("form", [None, "json_object"])
+def test_an_answer_that_is_put_away_goes_on_in_another_process(
+    tiny_bundles: Bundles, num_read: int, form: Literal["json_object"] | None
+):
+    """With reasoning that its budget ends, then a form, and penalties that count what was said."""
+    asked: dict[str, Any] = {"thinking_budget": 6}
+    if form is not None:
+        pytest.importorskip("llguidance")
+        asked["output"] = OutputFormat(form)
+    params = replace(SEEDED, presence_penalty=1.0, frequency_penalty=0.5)
+    with LLM(tiny_bundles("qwen2"), reuse_prefix=False) as first:
+        (whole,) = first.submit(QUESTION, params, **asked)
+        wanted = whole.result()
+        backend: Any = first.backend
+        forward = backend.forward
+
+        def slow(step: Any) -> Any:  # it must not end sooner
+            time.sleep(0.02)
+            return forward(step)
+
+        backend.forward = slow
+        (generation,) = first.submit(QUESTION, params, **asked)
+        seen = [chunk for _, chunk in zip(range(num_read), generation, strict=False)]
+        (state,) = first.put_away([generation], 10)
+        rest = list(generation)
+        assert state is not None
+        assert rest[-1].finish_reason == "cancelled"
+        had = tuple(token.id for chunk in [*seen, *rest] for token in chunk.tokens)
+        assert state.answer == had
+        assert first.put_away([generation], 10) == [None]
+    with LLM(tiny_bundles("qwen2"), reuse_prefix=False) as second:
+        with pytest.raises(RequestError, match="goes on as one"):
+            second.submit(QUESTION, params, **asked, n=2, resumed=state)
+        (resumed,) = second.submit(QUESTION, params, **asked, resumed=state)
+        result = resumed.result()
+    assert (result.text, result.reasoning) == (wanted.text, wanted.reasoning)
+    assert result.tokens == wanted.tokens
+    assert result.stats.completion_tokens == wanted.stats.completion_tokens
+    assert result.stats.prompt_tokens == wanted.stats.prompt_tokens >= result.stats.cached_tokens
 
 
 def test_samples_of_a_prompt_have_seeds_in_a_row(scripted: Scripted):
