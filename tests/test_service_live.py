@@ -40,7 +40,7 @@ def attempt(name, do):
         tries[name] = type(error).__name__
 for path in ("/run/dbus/system_bus_socket", "/run/systemd/private"):
     attempt(path, lambda: socket.socket(socket.AF_UNIX).connect(path))
-run = lambda *command: subprocess.run(command, check=True, capture_output=True)
+run = lambda *command: subprocess.run(command, check=True, capture_output=True, timeout=9)
 attempt("systemd-run", lambda: run("systemd-run", "--wait", "true"))
 attempt("reload", lambda: run("systemctl", "reload", "edge-llm@tiny"))
 for path in ("/var/lib/edge-llm/bundles", "/etc/edge-llm", "/opt/edge-llm"):
