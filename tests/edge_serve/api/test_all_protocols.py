@@ -107,6 +107,35 @@ def test_the_same_request_has_the_same_answer(
     assert len(prompts) == 10
 
 
+def formed(schema: dict[str, Any], is_strict: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Requests for an answer of a schema; Anthropic's is always strict, Ollama's never."""
+    named = {"name": "a", "schema": schema, "strict": is_strict}
+    kind = {"type": "json_schema"}
+    yield CHAT, {"response_format": {**kind, "json_schema": named}, "reasoning_effort": "none"}
+    yield RESPONSES, {"text": {"format": {**kind, **named}}, "reasoning": {"effort": "none"}}
+    if is_strict:
+        form = {"format": {**kind, "schema": schema}}
+        yield MESSAGES, {"output_config": form, "thinking": {"type": "disabled"}}
+    else:
+        yield from ((path, {"format": schema, "think": False}) for path in (OLLAMA, GENERATE))
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_an_answer_has_the_keys_that_its_schema_lists(live: Live, is_strict: bool):
+    """The model would go on: its logits are random."""
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    for path, fields in formed(schema, is_strict):
+        answer = live.ask(path, {**body(path, "how", num=300), **fields})
+        assert answer.status == 200, answer.body
+        assert json.loads(whole(path, answer.json)[1]).keys() == {"a"}, path
+    for path, fields in formed({"type": "string", "format": "password", "maxLength": 3}, is_strict):
+        answer = live.ask(path, {**body(path, "how", num=300), **fields})
+        assert (answer.status == 400) == is_strict, answer.body
+        if is_strict:
+            assert "password" in answer.body.decode()
+
+
 def test_a_stream_is_read_line_by_line_whatever_the_answer_holds(live: Live):
     """Python's `str.splitlines`, by which httpx reads, ends lines at more than line breaks."""
     text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\\\u2028"
