@@ -49,6 +49,9 @@ attempt("link", lambda: os.replace("/var/lib/edge-llm/bundles/tiny", "/var/lib/e
 attempt("keys", lambda: open("/etc/edge-llm/api-keys").read())
 attempt("fork as root", lambda: os.setuid(0))
 attempt("staging", lambda: open(f"{os.environ['STATE_DIRECTORY']}/of-the-probe", "w").close())
+from edge_lab.engine_record import check_recording
+attempt("records of engines", check_recording)
+attempt("root's records", lambda: open("/var/lib/edge-llm/engine-records/of-the-probe", "w"))
 tries["uid"] = str(os.getuid())
 with open(f"{os.environ['STATE_DIRECTORY']}/probe.json", "w") as file:
     json.dump(tries, file)
@@ -330,6 +333,8 @@ def test_the_timer_rolls_out_what_the_registry_has_and_a_kill_leaves_the_old(mac
     bus.unlink()
     tried = json.loads(machine.path(f"{STAGING}/probe.json").read_text())
     assert tried.pop("staging") == "done: None"
+    assert tried.pop("records of engines") == "done: None"
+    assert tried["root's records"] == "OSError"
     assert 0 < int(tried.pop("uid")) < 61184
     assert {name: end for name, end in tried.items() if end.startswith("done")} == {}
     assert tried["/run/dbus/system_bus_socket"] == "FileNotFoundError"
