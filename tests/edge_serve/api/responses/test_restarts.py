@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edge_serve.stored.record import read_record
-from tests.conftest import Bundles, require_int8_cache
+from tests.conftest import Bundles, require_even_rows, require_int8_cache
 from tests.edge_serve.processes import Child, child
 
 openai = pytest.importorskip("openai")
@@ -167,6 +167,23 @@ def test_a_stop_in_the_middle_changes_no_token(
             assert ended.usage.output_tokens == MOST[case]
         if case == "schema" and ended.status == "completed":
             assert len(json.loads(ended.output_text)["a"]) >= 25
+
+
+def test_what_ran_together_goes_on_with_the_tokens_of_each_alone(
+    tiny_bundles: Bundles, tmp_path: Path
+):
+    require_even_rows()
+    bundle = tiny_bundles("qwen2")
+    alike: dict[str, Any] = {"deterministic": "true", "num_slots": "3"}
+    with server(bundle, tmp_path / "s", **alike) as first, connected(first) as client:
+        ids = [begin(client, max_output_tokens=MOST["text"], temperature=1).id for _ in range(4)]
+        seeds = [seed_of(tmp_path / "s", id_) for id_ in ids]
+        for id_ in ids[:3]:
+            wait(client, id_, 20)
+        stop(first)
+    with server(bundle, tmp_path / "s", 0, **alike) as second, connected(second) as client:
+        for id_, seed in zip(ids, seeds, strict=True):
+            assert said(wait(client, id_)) == undisturbed(client, seed, "text")
 
 
 def test_a_cache_that_has_slid_goes_on(tiny_bundles: Bundles, tmp_path: Path):
