@@ -94,7 +94,7 @@ class EngineConfig:
         max_batch: sequences that are computed at once; by default one per slot. More than a
             TensorRT engine was built for (build --max-batch) take turns.
         queue_capacity: sequences that may wait for a slot; one more is refused, by the service
-            with 429, and so are more new forms of answers, or prompts to score, than this.
+            with 429, and so are more new forms of answers than this.
         target_itl_ms: milliseconds between two tokens of a stream that must be kept: fewer
             sequences are then computed at once, and prompts get what is left. By default all
             slots are used, and a prompt runs at nine tenths of the speed that it has alone.

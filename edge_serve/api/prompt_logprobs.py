@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Backend
-from edge.backends.step import all_tokens, prefill
-from edge.bundle.embeddings import EmbeddingTable
-from edge.errors import ContextLengthError
 from edge.figures import log_softmax
 from edge.runtime.sampling import SampledToken
+from edge.runtime.scheduler import Request
+from edge.runtime.scheduler.pooling import NEUTRAL
+from edge.runtime.stream import Generation, OutputStream, submit
+from edge_serve.http.threads import ClientGoneError, in_thread, until_gone
 
 if TYPE_CHECKING:
     from edge_serve.http.guard import Receive
-    from edge_serve.http.threads import OnPiece
     from edge_serve.models.registry import ServedModel
-
-_CHUNK = 64  # logits of 64 places are 39 MB at a vocabulary of 151,936
 
 
 async def score_prompt(
@@ -30,64 +27,66 @@ async def score_prompt(
     top: int,
     *,
     receive: Receive,
-    timeout_s: float | None = None,
+    **options: Any,
 ) -> list[SampledToken]:
     """Return each token of a prompt with its log-probability and the ``top`` likeliest there.
 
-    The first token has no log-probability. Scoring waits until the engine runs nothing else. When
-    the client leaves or the time is up, it ends with the running step.
+    The first token has no log-probability. Scoring waits its turn and runs beside answers, as one
+    of them. When the client leaves or the time is up, it ends with the running step.
 
     Args:
         model: the model that scores.
         ids: the prompt.
         top: how many of the likeliest tokens to return.
         receive: reads from the client's connection.
-        timeout_s: seconds that it may take, the wait included.
+        **options: of `Request`: who asks, its priority, salt and deadline.
 
     Raises:
         ContextLengthError: the prompt does not fit.
-        OverloadError: too many prompts wait to be scored.
+        OverloadError: the queue is full.
+        DeadlineError: the time is up.
         BackendError: the engine failed, or its logits are not finite.
-        APIError: ``timeout_s`` passed, the engine hangs, or the server is shut down.
+        APIError: the engine hangs, or the server is shut down.
         ClientGoneError: the client left.
     """
-    llm = model.llm
-    if len(ids) > llm.kv_capacity:
-        raise ContextLengthError(len(ids), llm.kv_capacity)
+    result, following = [SampledToken(ids[0])], ids[1:]
+    if not following:
+        return result
 
-    def work(on_piece: OnPiece) -> list[SampledToken]:
-        def on_step(tokens: int) -> None:
-            llm.scheduler.report_step(tokens)
-            on_piece()
+    def take(first: int, logits: NDArray[np.float32]) -> None:
+        result.extend(
+            _token(row, id_, top)
+            for row, id_ in zip(logits, following[first : first + len(logits)], strict=True)
+        )
 
-        def scored() -> list[SampledToken]:
-            on_piece()  # the engine may have been busy for long
-            return _score(llm.backend, llm.embeddings, ids, top, on_step)
-
-        return llm.call(scored)
-
+    request = Request(
+        ids=tuple(ids[:-1]), params=NEUTRAL, end_ids=frozenset(), on_logits=take, **options
+    )
+    work = partial(submit, model.llm.scheduler, [request], [OutputStream()])
+    (generation,) = await in_thread(work)
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     model.scoring.add(ended)
+    reading = asyncio.create_task(_read(generation))
+    gone = asyncio.create_task(until_gone(receive))
     try:
-        return await model.score_lane.run(work, receive, timeout_s=timeout_s, ended=ended)
+        waiting: set[asyncio.Future[Any]] = {reading, gone, ended}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if ended.done():
+            ended.result()
+        if not reading.done():
+            raise ClientGoneError("the client left")
+        reading.result()
     finally:
         model.scoring.discard(ended)
-
-
-def _score(
-    backend: Backend,
-    embeddings: EmbeddingTable,
-    ids: Sequence[int],
-    top: int,
-    on_step: Callable[[int], None],
-) -> list[SampledToken]:
-    result, following = [SampledToken(ids[0])], ids[1:]
-    for part, logits in prefill(
-        backend, embeddings, ids[:-1], max_tokens=_CHUNK, wanted=all_tokens
-    ):
-        on_step(len(logits))
-        result += [_token(row, id_, top) for row, id_ in zip(logits, following[part], strict=True)]
+        generation.cancel()
+        reading.cancel()
+        gone.cancel()
     return result
+
+
+async def _read(generation: Generation) -> None:
+    async for _ in generation:
+        pass
 
 
 def _token(logits: NDArray[np.float32], token_id: int, top: int) -> SampledToken:

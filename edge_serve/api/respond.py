@@ -378,7 +378,14 @@ async def _echoes(
         echo = Piece(text=prompt if isinstance(prompt, str) else llm.tokenizer.decode(ids))
         if top is not None:
             echo.tokens = await score_prompt(
-                turn.model, ids, top, receive=turn.receive, timeout_s=left_s(deadline_s)
+                turn.model,
+                ids,
+                top,
+                receive=turn.receive,
+                priority=turn.priority,
+                client=turn.client.origin,
+                deadline_s=left_s(deadline_s),
+                salt=_salt(turn, plan),
             )
         echoes.append(echo)
     return echoes
@@ -439,6 +446,12 @@ def _take_out_left(model: ServedModel, num_sequences: int) -> None:
             flight.end_if_left()
 
 
+def _salt(turn: Turn, plan: Plan) -> str:
+    """Cached prefixes are shared within one key, and within one `cache_salt` of it."""
+    salt = turn.client.salt
+    return f"{salt}/{plan.cache_salt}" if plan.cache_salt else salt
+
+
 def _submit(
     turn: Turn,
     plan: Plan,
@@ -447,10 +460,7 @@ def _submit(
     resumed: PutAway | None,
 ) -> list[Generation]:
     """Queue every prompt, or none."""
-    # Cached prefixes are shared within one key, and within one `cache_salt` of it.
-    salt = turn.client.salt
-    if plan.cache_salt:
-        salt = f"{salt}/{plan.cache_salt}"
+    salt = _salt(turn, plan)
     generations: list[Generation] = []
     try:
         for prompt, ids in zip(plan.prompts, encoded, strict=True):

@@ -16,7 +16,6 @@ from edge.bundle.manifest_text import describe_kv_cache
 from edge.errors import ResourceError
 from edge.runtime.scheduler.request import SchedulerStats
 from edge_serve.http.errors import APIError, draining, invalid, stalled
-from edge_serve.http.threads import Lane
 from edge_serve.observe.metric_families import EngineInfo
 
 from .route import AUTO, Facts, Rule, Split
@@ -48,7 +47,6 @@ class ServedModel:
         flights: requests that run on it now.
         leases: requests that hold it and do not run yet.
         scoring: prompts that are scored or wait for it; a failed future ends the wait for one.
-        score_lane: scores prompts; each waits for an idle engine, so models do not share a thread.
         heartbeat: watches the model's engine.
         fingerprint: names what answers, from the hash of the manifest.
     """
@@ -63,12 +61,6 @@ class ServedModel:
 
     def __post_init__(self) -> None:
         self.heartbeat = Heartbeat(self.llm.scheduler.stats)
-        self.score_lane = Lane(
-            "edge-score",
-            full="too many prompts wait to be scored",
-            late="the prompt was not scored",
-            queue_capacity=self.llm.scheduler.queue_capacity,
-        )
         self.fingerprint = fingerprint(self.llm.manifest)
 
     @contextmanager

@@ -36,7 +36,7 @@ from edge.runtime.sampling_reference import non_finite
 
 from .drafting import Drafting
 from .fair_queue import FairQueue
-from .policy import FULL_SPEED, HALF_SPEED, PROMPT_SHARE, DecodeRun, Policy
+from .policy import DecodeRun, Policy
 from .request import (
     Drafter,
     FinishReason,
@@ -50,9 +50,12 @@ from .sequence import SequenceState, slot_of
 
 _Result = TypeVar("_Result")
 _Rows: TypeAlias = NDArray[np.float32] | list[BestLogits]  # of one sequence
+_OnLogits: TypeAlias = Callable[[int, NDArray[np.float32]], None]
 _SPOILS = (BackendError, ResourceError)  # rows; memory may run out in the middle of a step, too
 _NEWEST = 0.15  # weight of the newest time in a running mean
 _BRIEF = 8  # times a sequence goes into a prompt beside which it should end soon
+_ALERT_S = 10.0  # a client may well come back within that time
+_MOST_LOGITS = 64  # places of a chunk: 39 MB at a vocabulary of 151,936
 _SHORT = 31  # tokens that no engine's attention cuts into blocks
 
 
@@ -102,6 +105,9 @@ class EngineCore:
         self.running: list[SequenceState] = []
         self._chunks = 0  # of prompts
         self._read_at: dict[str, int] = {}  # the newest one of each client that runs
+        self._seen: dict[str, float] = {}  # when the last two clients came or left
+        self._rested = False  # whether the prompt whose turn it was had to wait a round
+        self._reading, self._turn_read = "", 0  # whose turn it is, and tokens read in it
         self._told_at = (0, 0)
         self._drawn: list[tuple[SequenceState, SampledToken]] = []  # and not pushed yet
         self._overlaps = backend.meanwhile is not None
@@ -185,7 +191,21 @@ class EngineCore:
 
     def add(self, sequence: SequenceState) -> None:
         """Put a sequence into the queue; see `FairQueue`."""
+        self._see(sequence)
         self.waiting.add(sequence, self._busy)
+
+    def _see(self, sequence: SequenceState) -> None:
+        """Note that a client has come, or an answer of it has ended."""
+        client = sequence.request.client
+        before = [each for each in self._seen.items() if each[0] != client]
+        self._seen = dict([*before[-1:], (client, self.now())])
+
+    def _is_alone(self, client: str) -> bool:
+        """Whether no other client runs or waits, or was here in the last seconds."""
+        since = self.now() - _ALERT_S
+        if any(each != client and seen_s >= since for each, seen_s in self._seen.items()):
+            return False
+        return all(s.request.client == client for s in (*self.running, *self.waiting))
 
     def step(self) -> None:
         """Run one round: end cancelled and late sequences, start waiting ones, decode, prefill."""
@@ -196,12 +216,16 @@ class EngineCore:
         self._sweep()
         self._start_waiting()
         self._tell_waiting()
-        decoding = [s for s in self.running if len(s.pending) == 1]
+        decoding = [s for s in self.running if s.decodes]
         prefilling = self._next_prompt(at_least=2)
         chunk = 0
+        if prefilling is not None and self._rests(prefilling):
+            prefilling = None
         if prefilling is not None:
-            chunk = self.policy.chunk_tokens(len(decoding), self._share(prefilling))
+            chunk = self._chunk(prefilling, len(decoding))
         rides = prefilling is not None and chunk == 0 and not self.deterministic
+        if prefilling is not None and prefilling.request.on_logits is not None:
+            rides = False
         if decoding:
             rides = self._decode(decoding, prefilling if rides else None)
         if prefilling is not None and not (rides or prefilling.ended):
@@ -354,37 +378,46 @@ class EngineCore:
         """The running sequence to read next, of those with so much to read; None if there is none.
 
         The first one of the highest priority, but clients of equal priority take turns. A new one
-        comes before who was read last, and behind who has waited since.
+        comes before who was read last, and behind who has waited since. A turn is a chunk, and of
+        the shortest prompt as many as a full one has tokens.
         """
-        prompts = [sequence for sequence in self.running if len(sequence.pending) >= at_least]
+        prompts = [s for s in self.running if len(s.pending) >= at_least or not s.decodes]
         if not prompts:
             return None
         newest, known = self._chunks, self._read_at
         turns = self._read_at = {client: known.get(client, newest - 1) for client in self._busy}
-        found = min(prompts, key=lambda s: (s.request.priority, turns[s.request.client]))
+        found = min(prompts, key=lambda s: (s.request.priority, len(s.pending)))
+        if found.request.client != self._reading or self._turn_read >= self.policy.step_tokens:
+            found = min(prompts, key=lambda s: (s.request.priority, turns[s.request.client]))
+            self._reading, self._turn_read = found.request.client, 0
         self._chunks = turns[found.request.client] = newest + 1
         return found
 
-    def _share(self, prefilling: SequenceState) -> float:
-        """Which share of its speed a prompt should have, so that others need not wait for long.
+    def _chunk(self, prefilling: SequenceState, decoding: int) -> int:
+        """How many tokens of a prompt to run; see `Policy.chunk_tokens`.
 
-        Those are a client that runs nothing and waits for a slot, or one that runs something for
-        which a chunk is long: a shorter prompt is read between chunks, or a brief answer written.
+        A short rest of it goes with the chunk: two steps would take longer, for others too.
         """
-        rest = len(prefilling.pending)
+        rest, alert = len(prefilling.pending), not self._is_alone(prefilling.request.client)
+        chunk = self.policy.chunk_tokens(decoding, alert=alert)
+        short = min(max(2 * chunk, _SHORT), self.policy.step_tokens)
+        return rest if alert and rest <= short and self.policy.target_itl_s is None else chunk
+
+    def _rests(self, prefilling: SequenceState) -> bool:
+        """Whether a prompt is not read in this round, but in the next.
+
+        It has every second round while another client writes a brief answer, and so about half of
+        its speed: who writes a few tokens waits for few chunks.
+        """
         client, priority = prefilling.request.client, prefilling.request.priority
-        busy = self._busy
-        if any(
-            (1 < len(other.pending) < rest or _BRIEF * len(other.ids) < rest)
+        self._rested = not self._rested and any(
+            other.decodes
+            and _BRIEF * len(other.ids) < len(prefilling.ids)
             and other.request.client != client
             and other.request.priority <= priority
             for other in self.running
-        ):
-            return HALF_SPEED
-        first = self.waiting.first(busy).request if self.waiting else None
-        if first is None or first.client in busy or first.priority > priority:
-            return FULL_SPEED
-        return PROMPT_SHARE
+        )
+        return self._rested and self.policy.target_itl_s is None
 
     def _start(self, sequence: SequenceState) -> None:
         """Start a sequence, or let it go on."""
@@ -447,6 +480,8 @@ class EngineCore:
     def _place(self, sequence: SequenceState) -> int:
         """Give the sequence a slot and the cached rows of its prompt; returns their number."""
         ids = sequence.ids
+        if sequence.request.on_logits is not None:
+            ids = []  # the logits of rows that are there already are lost
         placement = self.pool.place(ids, sequence.salt)
         assert placement is not None
         stored = self.prefix_store.lookup(ids) if self.prefix_store else None
@@ -492,20 +527,45 @@ class EngineCore:
     # ------------------------------------------------------------------ steps
 
     def _prefill(self, sequence: SequenceState, limit: int) -> None:
+        on_logits = sequence.request.on_logits
+        if on_logits is not None:
+            limit = min(limit, _MOST_LOGITS)
         if self.deterministic:
             limit = even_chunk(len(sequence.pending), limit)
         part = sequence.pending[:limit]
-        last = len(part) - 1
-        logits = self._forward([sequence], [part], [[last]])
+        places = list(range(len(part)) if on_logits else [len(part) - 1])
+        logits = self._forward([sequence], [part], [places])
         if logits is None or sequence.ended:
             return
         slot = slot_of(sequence)
+        if on_logits is not None and not self._hand_on(sequence, on_logits, logits[0], len(part)):
+            return
         slot.extend(part)
         slot.prefilled = slot.length
         sequence.pending = sequence.pending[limit:]
+        self._turn_read += len(part)
         self._tell_read(sequence)
-        if not (sequence.pending or sequence.cancelled or sequence.ended):
+        if sequence.pending or sequence.cancelled or sequence.ended:
+            return
+        if on_logits is None:
             self._sample(sequence, logits[0])
+        else:
+            self._finish(sequence, "length")
+
+    def _hand_on(
+        self, sequence: SequenceState, on_logits: _OnLogits, logits: _Rows, count: int
+    ) -> bool:
+        """Give a prompt's logits to whoever wants them; returns false if that ended it."""
+        if len(logits) < count:
+            self._fail(sequence, non_finite(np.nan))
+            return False
+        assert isinstance(logits, np.ndarray), "those come whole"
+        try:
+            on_logits(slot_of(sequence).length, logits)
+        except BaseException as error:  # noqa: BLE001 - others go on; the caller is told
+            self._fail(sequence, _caused("scoring a prompt failed", error), scrub=False)
+            return False
+        return True
 
     def _decode(self, decoding: list[SequenceState], rider: SequenceState | None) -> bool:
         """Run the next token of each, and of ``rider``'s prompt; returns whether the rider ran."""
@@ -599,7 +659,9 @@ class EngineCore:
                 np.array(wanted, dtype=np.int64),
             )
             started = self.now()
-            logits = (self.backend.forward_best or self.backend.forward)(step)
+            whole = any(sequence.request.on_logits for sequence in sequences)
+            best = None if whole else self.backend.forward_best
+            logits = (best or self.backend.forward)(step)
         except EdgeError as error:
             self._push_drawn()
             for sequence, slot, length in zip(sequences, slots, lengths, strict=True):
@@ -612,7 +674,7 @@ class EngineCore:
         self._count_step(len(sequences) * seq, seconds)
         self.model_s += seconds
         costs = self.policy.costs
-        if len(wanted[0]) > 1:
+        if len(wanted[0]) > 1 and not whole:
             costs.observe_verify(len(sequences), seq, seconds)
         elif seq == 1:
             costs.observe_plain(len(sequences), seconds)
@@ -740,10 +802,12 @@ class EngineCore:
             run_s = self.now() - sequence.submitted_s - stats.queue_s
             newest = _NEWEST if self.mean_run_s else 1.0
             self.mean_run_s += newest * (run_s - self.mean_run_s)
-            self.mean_tokens += newest * (stats.completion_tokens - self.mean_tokens)
+            if sequence.request.on_logits is None:
+                self.mean_tokens += newest * (stats.completion_tokens - self.mean_tokens)
         if books is not None and self.overflow is None:
             stats.context_left = self.backend.capacity - len(books.ids)
         self._leave(sequence, keep=self.reuse_prefix)
+        self._see(sequence)
         self.outcomes[reason] += 1
         try:
             sequence.sink.finish(reason, sequence.stats)

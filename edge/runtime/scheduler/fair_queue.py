@@ -43,9 +43,10 @@ class FairQueue:
     """Sequences that wait: by priority, then clients in turn, then in order of arrival.
 
     A newcomer, the first sequence of a client that has nothing else here and runs nothing, comes
-    before the others, so that a short question need not wait for turns of a quantum. Newcomers
-    together start a quantum in advance at most, and as much as the others have started since: so
-    however many come, these get their turns, too.
+    before the others, those that ask for least first, so that a short question need not wait for
+    turns of a quantum. Newcomers together start a quantum in advance at most (an answer counts as
+    the few tokens after which it may have to give way), and as much as the others have started
+    since: so however many come, these get their turns, too.
 
     Other threads may ask for its length and iterate over it.
 
@@ -117,12 +118,13 @@ class FairQueue:
         """
         lines = self._lines[min(self._lines)]
         idle = [line for client, line in lines.items() if client not in busy]
-        leads = self._led < self._quantum
+        may_lead = self._led < self._quantum
 
-        def turn(line: _Line) -> tuple[bool, bool, tuple[int, int]]:
+        def turn(line: _Line) -> tuple[bool, int, tuple[int, int]]:
             head = next(iter(line.sequences))
-            waits = aside and head.aside is None and not head.is_newcomer
-            return not (leads and head.is_newcomer), waits, line.turn
+            if head.is_newcomer and may_lead:
+                return False, self._cost(head, self._quantum), line.turn
+            return True, aside and head.aside is None and not head.is_newcomer, line.turn
 
         return next(iter(min(idle or lines.values(), key=turn).sequences))
 
@@ -132,18 +134,22 @@ class FairQueue:
         An answer counts as a quantum at most: few get as long as they may, and a caller who sets no
         limit would pay for a whole slot.
         """
-        request = sequence.request
-        left = sequence.tokens_left
-        cost = len(sequence.pending)
-        cost += self._quantum if left is None else min(left, self._quantum)
-        led = self._led + (cost if sequence.is_newcomer else -cost)
-        self._led = min(max(led, 0), self._quantum)
+        request, cost = sequence.request, self._cost(sequence, self._quantum)
+        if sequence.is_newcomer and any(not other.is_newcomer for other in self._all):
+            self._led = min(self._led + self._cost(sequence, FEW), self._quantum)
+        else:  # nobody was led
+            self._led = max(self._led - cost, 0)
         line = self._lines.get(request.priority, {}).get(request.client)
         if line is None:
             return
         rounds, line.used = divmod(line.used + cost, self._quantum)
         if rounds:
             line.turn = (line.turn[0] + rounds, next(self._places))
+
+    def _cost(self, sequence: SequenceState, most: int) -> int:
+        """Tokens that a sequence has to read, and of its answer ``most`` at most."""
+        left = sequence.tokens_left
+        return len(sequence.pending) + (most if left is None else min(left, most))
 
     def gives_way(
         self, sequence: SequenceState, running: Collection[SequenceState], room: int

@@ -21,11 +21,9 @@ _NEWEST = 0.25  # weight of the newest time in a running mean
 _NEWEST_OF_MEAN = 0.05  # likewise, of a mean that takes slow times as they are
 _FADE = 1 / 2048  # how fast the estimate of an option that is not taken falls, so it is tried again
 _GAIN = 1.05  # speculation must promise this much more than plain decode
-FULL_SPEED = 1.0
-PROMPT_SHARE = 0.9
-"""Share of the speed that a prompt has alone which it keeps while others decode or wait."""
-HALF_SPEED = 0.5
-"""Likewise, while another client's shorter work is done between its chunks: each has its half."""
+_PROMPT_SHARE = 0.9  # of the speed that a prompt has alone, which it keeps while others decode
+_ALERT_STEPS = 3.0  # decode steps that a chunk may last while other clients are about
+_ALERT_CHUNK = 16  # tokens of a chunk then at least: smaller ones cost too much
 _MOST_CHANCE = 0.9  # a guess that is surer than this is always of use
 _TICK_S = 1e-9  # no step takes no time, whatever the clock says
 
@@ -284,30 +282,37 @@ class Policy:
         self.costs.decode.fade(running + 1)
         return False
 
-    def chunk_tokens(self, decoding: int, share: float = FULL_SPEED) -> int:
+    def chunk_tokens(self, decoding: int, *, alert: bool = False) -> int:
         """Choose how many tokens of a prompt to run while ``decoding`` sequences wait for a token.
 
-        Without a target a prompt gets a share of the speed that it has alone, in the smallest
-        chunks that give it: they are efficient, and long enough that the decode step between two of
-        them costs little. With a target it gets what the target leaves.
+        Without a target a prompt that nobody waits for runs in full steps. Beside others it gets a
+        share of the speed that it has alone, in the smallest chunks that give it: they are
+        efficient, and long enough that the decode step between two of them costs little. With a
+        target it gets what the target leaves.
 
         Args:
-            decoding: sequences that decode; beside them a share is `PROMPT_SHARE` at most.
-            share: of its speed, for the sake of those who do not decode yet.
+            decoding: sequences that decode.
+            alert: whether other clients are about, for whose sake a chunk lasts a few decode steps.
 
         Returns:
             The tokens of the chunk; 0 where the prompt's next token should run in the decode step,
             as one sequence more: if no chunk keeps the target, or if riding gives the prompt more
             tokens per second than a chunk that keeps it.
         """
-        if decoding == 0 and share == FULL_SPEED:
+        if not (decoding or alert):
             return self.step_tokens
         prefill = self.costs.prefill
-        decode = self.costs.decode.estimate(decoding) if decoding else 0.0
-        if decode is None or not (decoding or prefill.largest_size):
+        decode = self.costs.decode.estimate(max(decoding, 1))
+        if decode is None:
             return min(self.step_tokens, _UNMEASURED_CHUNK)
         if self.target_itl_s is None or not decoding:
-            return prefill.smallest(min(share, PROMPT_SHARE), decode, self.step_tokens)
+            size = self.step_tokens
+            if decoding:
+                size = prefill.smallest(_PROMPT_SHARE, decode, size)
+            if alert:
+                most = prefill.largest(_ALERT_STEPS * decode, size)
+                size = min(max(most, _ALERT_CHUNK), size)
+            return size
         budget = self.target_itl_s - decode
         size = prefill.largest(budget, self.step_tokens)
         if size < self.step_tokens:

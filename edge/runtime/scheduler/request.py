@@ -294,6 +294,10 @@ class Request:
             tokens to come. Prompt, parameters and end ids must be those of then, and the constraint
             must have accepted the answer so far. Where ``kept`` is None, prompt and answer are read
             anew.
+        on_logits: takes a chunk of the logits of the prompt's places, float32 ``[n, vocab]``, which
+            are valid during the call, and the first of these places; in the engine's thread. Behind
+            its prompt the sequence then ends with ``length``, and nothing is sampled. An error that
+            it raises ends the sequence.
     """
 
     ids: tuple[int, ...]
@@ -306,6 +310,7 @@ class Request:
     constraint: Constraint | None = None
     wants_progress: bool = False
     begun: PutAway | None = None
+    on_logits: Callable[[int, NDArray[np.float32]], None] | None = None
 
     def sample(self, index: int) -> Request:
         """Return the request for sample ``index`` of several; the index is added to the seed."""

@@ -75,6 +75,11 @@ class SequenceState:
             self.request.constraint.accept(token_id)
 
     @property
+    def decodes(self) -> bool:
+        """Whether its next token is the last to run before one is sampled."""
+        return len(self.pending) == 1 and self.request.on_logits is None
+
+    @property
     def ran(self) -> int:
         """Number of tokens that have run since it started or went on."""
         return len(self.ids) - len(self.pending) - self.began_at

@@ -45,7 +45,7 @@ class Arrival:
 class FixedChunks(Policy):
     """Runs a prompt in chunks of one size, whatever they cost."""
 
-    def chunk_tokens(self, decoding: int, share: float = 1.0) -> int:
+    def chunk_tokens(self, decoding: int, *, alert: bool = False) -> int:
         return self.step_tokens
 
 

@@ -581,7 +581,7 @@ def test_a_prompt_that_rides_leaves_no_nan_behind(
     table: EmbeddingTable, monkeypatch: pytest.MonkeyPatch
 ):
     engine = Engine(table, nan_after_9)
-    monkeypatch.setattr(engine.core.policy, "chunk_tokens", lambda *_: 0)
+    monkeypatch.setattr(engine.core.policy, "chunk_tokens", lambda *_, **__: 0)
     _, other = engine.submit(make_request([20], replace(GREEDY, max_tokens=20)))
     engine.core.step()
     sequence, sink = engine.submit(make_request([1, 9, *[2] * 30]))

@@ -49,7 +49,7 @@ def test_an_answer_costs_a_quantum_at_most():
     queue = FairQueue(100)
     for client, answer in (("a", 100_000), ("b", 95)):
         for _ in range(3):
-            queue.add(waiting(client, 5, answer))
+            queue.add(waiting(client, 5, answer), busy="ab")
     assert "".join(start_all(queue)) == "ababab"
 
 

@@ -9,8 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.runtime.scheduler.policy import (
-    HALF_SPEED,
-    PROMPT_SHARE,
     CostCurve,
     DecodeRun,
     Draft,
@@ -231,18 +229,21 @@ def test_those_without_a_draft_run_apart_where_that_is_cheaper():
     assert policy.draft_plan([Draft(0, 0.9)] * 4) == [DecodeRun((0, 1, 2, 3), 0)]
 
 
-@given(fixed=st.floats(0.001, 0.1), per_token=st.floats(0.0001, 0.01))
-def test_a_prompt_has_half_of_its_speed_while_another_is_read_beside_it(
-    fixed: float, per_token: float
+@given(fixed=st.floats(0.001, 0.1), per_token=st.floats(0.0001, 0.01), decode=st.floats(0.001, 0.1))
+def test_a_chunk_lasts_a_few_decode_steps_while_other_clients_are_about(
+    fixed: float, per_token: float, decode: float
 ):
     policy = Policy(4, 512)
-    assert policy.chunk_tokens(0, HALF_SPEED) == 32  # before anything is known
+    assert policy.chunk_tokens(0, alert=True) == 32  # before anything is known
     for size in range(1, 513):
         policy.costs.prefill.observe(size, fixed + per_token * size)
     assert policy.chunk_tokens(0) == 512
-    alone = 512 / (fixed + per_token * 512)
-    sizes = [policy.chunk_tokens(0, share) for share in (HALF_SPEED, PROMPT_SHARE)]
-    for size, share in zip(sizes, (HALF_SPEED, PROMPT_SHARE), strict=True):
-        assert size / (fixed + per_token * size) >= 0.9 * share * alone  # sizes are grouped
-    assert sizes[0] <= sizes[1]
-    assert policy.chunk_tokens(1, HALF_SPEED) == 32  # no decode step is known
+    assert policy.chunk_tokens(1, alert=True) == 32  # no decode step is known
+    policy.costs.observe_plain(1, decode)
+    for decoding in (0, 1):
+        size = policy.chunk_tokens(decoding, alert=True)
+        assert 1 <= size <= policy.chunk_tokens(decoding)
+        assert size <= 16 or fixed + per_token * size <= 1.2 * 3 * decode  # sizes are grouped
+        if size < policy.chunk_tokens(decoding):
+            assert size >= 16
+            assert fixed + per_token * 2 * (size + 1) >= 3 * decode or size == 16
