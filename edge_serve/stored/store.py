@@ -30,6 +30,7 @@ from .record import Record, UnusableError, head_of, read_record, read_rows
 _log = logging.getLogger("edge_serve")
 _ID = re.compile(r"resp_[0-9a-f]{24}\Z")
 _SUFFIX = ".response"
+_CLOCK_IS_SET_S = 1_704_067_200  # 2024: a device without a battery begins at 1970
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Bounds:
         responses: how many.
         num_bytes: bytes of all, without the rows of those that were put away.
         rows_bytes: bytes of these rows; what does not fit is computed again after the restart.
-        age_s: seconds for which a response that has ended is kept.
+        age_s: seconds for which a response that has ended is kept; one that was made before the
+            clock was set has no age.
     """
 
     responses: int = 1000
@@ -237,7 +239,7 @@ class ResponseStore:
     def _expire(self) -> None:
         before = self._clock() - self._bounds.age_s
         for id_, entry in list(self._entries.items()):
-            if entry.has_ended and entry.created_at < before:
+            if entry.has_ended and _CLOCK_IS_SET_S <= entry.created_at < before:
                 with contextlib.suppress(ResourceError):  # the next one who looks tries again
                     self._remove(id_)
 

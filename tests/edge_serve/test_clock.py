@@ -24,6 +24,7 @@ SHOWN = {
     "edge_serve/models/registry.py",
     "edge_lab/cli/watching.py",
     "edge_fleet/cli/bundle.py",
+    "edge_serve/stored/store.py",  # an age in days, which outlasts restarts
     "edge_serve/batch/askers.py",  # or compared with a time of day that a server has said
 }
 

@@ -116,14 +116,16 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, num_bytes: int, fits:
 
 
 def test_old_ones_go(tmp_path: Path):
-    now = [1000.0]
+    base = 1_800_000_000
+    now = [base + 1000.0]
     store = ResponseStore(tmp_path / "s", Bounds(age_s=100), clock=lambda: now[0])
-    for number in (950, 990):
+    for number in (1, base + 950, base + 990):
         store.save(make_record(number))
-    store.save(make_record(951, answer=0))
-    now[0] = 1051
-    assert ids_of(store, 950, 951, 990) == [951, 990]
-    assert len(list((tmp_path / "s").iterdir())) == 2
+    store.save(make_record(base + 951, answer=0))
+    now[0] = base + 1051
+    # The first was made before a clock without a battery was set.
+    assert ids_of(store, 1, base + 950, base + 951, base + 990) == [1, base + 951, base + 990]
+    assert len(list((tmp_path / "s").iterdir())) == 3
 
 
 def test_other_files_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture):
