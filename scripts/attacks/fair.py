@@ -7,7 +7,11 @@ and beside it. An attack is held if each of these chats is answered, with a P95 
 times that alone; else the exit code is 1. The service must listen on loopback; give it and this
 script a core each (taskset), or they slow each other.
 
+With --equal N it attacks nobody, and says how many tokens a second N clients get together that each
+ask for one answer of 64 tokens after the other.
+
 Usage: python scripts/attacks/fair.py --port 8000 [--seconds 20] [--only n16,long] [--json]
+       python scripts/attacks/fair.py --port 8000 --equal 8 [--seconds 20]
 """
 
 from __future__ import annotations
@@ -27,23 +31,30 @@ from typing import Any
 GOOD, ATTACKER = "127.0.0.1", "127.0.0.2"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ANSWER_S = 60.0
-MOST_S = 120.0
+MOST_S, MOST_EQUAL = 120.0, 200
 MOST_RATIO = 3.0  # of the P95 beside an attack to that alone
 
 
 def ask(port: int, source: str, path: str, body: dict[str, Any], timeout_s: float) -> int:
     """Send one request; returns its status, or 0 where no answer came in time."""
+    return fetch(port, source, path, body, timeout_s)[0]
+
+
+def fetch(
+    port: int, source: str, path: str, body: dict[str, Any], timeout_s: float
+) -> tuple[int, bytes]:
+    """Send one request; returns status and body, or 0 and nothing where no answer came in time."""
     connection = http.client.HTTPConnection(
         GOOD, port, timeout=timeout_s, source_address=(source, 0)
     )
     try:
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
-        response.read()
+        data = response.read()
     except OSError:
-        return 0
+        return 0, b""
     else:
-        return response.status
+        return response.status, data
     finally:
         connection.close()
 
@@ -150,13 +161,42 @@ def beside(port: int, attack: Attack, seconds: float) -> tuple[Seen, Counter[int
             thread.join(ANSWER_S)
 
 
+def equal(port: int, clients: int, seconds: float) -> float:
+    """Tokens per second of so many clients with an address each."""
+    began = time.monotonic()
+    counts = [0] * clients
+
+    def run(number: int) -> None:
+        turn = 0
+        while time.monotonic() < began + seconds:
+            body = text(1000 * turn + number, 60, max_tokens=64)
+            status, data = fetch(port, f"127.0.0.{20 + number}", TEXT, body, ANSWER_S)
+            if status != 200:
+                raise SystemExit(f"a client got status {status}: {data[:200]!r}")
+            counts[number] += json.loads(data)["usage"]["completion_tokens"]
+            turn += 1
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / (time.monotonic() - began)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--port", type=int, required=True, help="of a service on 127.0.0.1")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each attack, 120 at most")
     parser.add_argument("--only", default=",".join(ATTACKS), help="attacks, by name")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--equal", type=int, metavar="N", help="clients that share, 200 at most")
     given = parser.parse_args()
+    if given.equal is not None:
+        if not 0 < given.equal <= MOST_EQUAL:
+            parser.error(f"--equal is {given.equal}; give 1 to {MOST_EQUAL}")
+        print(f"{equal(given.port, given.equal, given.seconds):.1f} tokens/s")
+        return 0
     names = given.only.split(",")
     if unknown := set(names) - set(ATTACKS):
         parser.error(f"unknown attacks {sorted(unknown)}; there are {', '.join(ATTACKS)}")

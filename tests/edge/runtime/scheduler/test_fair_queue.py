@@ -53,6 +53,31 @@ def test_an_answer_costs_a_quantum_at_most():
     assert "".join(start_all(queue)) == "ababab"
 
 
+def test_newcomers_start_a_quantum_in_advance_and_no_more():
+    """However many come, what waits for its turn is started behind those."""
+    queue, quantum = FairQueue(100), 100
+    queue.add(waiting("old", 1, 1000), busy={"old"})
+    for turn in range(3):
+        led = 0
+        for number in range(50):
+            queue.add(waiting(f"new {turn} {number}", 10, 10))
+            first = queue.first(busy=())
+            queue.remove(first)
+            queue.charge(first)
+            if first.request.client == "old":
+                break
+            led += 20
+        assert quantum <= led < quantum + 20
+        queue.add(waiting("old", 1, 1000), busy={"old"})
+
+
+def test_of_newcomers_who_asks_for_least_is_first():
+    queue = FairQueue(100)
+    for client, tokens, answer in (("a", 50, 100), ("b", 50, 10), ("c", 5, 10)):
+        queue.add(waiting(client, tokens, answer))
+    assert start_all(queue) == ["c", "b", "a"]
+
+
 def test_many_samples_and_one_request_alternate_from_the_start():
     """Each of the 16 counts, whoever came first."""
     queue = FairQueue(10)
