@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edge.bundle.engine_file import ENGINE_JSON, find_engines, read_engine_bytes
-from edge.bundle.engine_layers import is_layers_file
 from edge.bundle.engine_records import ENGINE_SIGNATURE, who_vouches
 from edge.bundle.manifest import ENGINES_DIR
-from edge.bundle.place import own_entries
 from edge.errors import BundleError
 from edge.files import list_directory
+from edge_lab.engine_layers import is_layers_file
+from edge_lab.place import own_entries
 
 _ENGINE_FILES = {ENGINE_JSON, ENGINE_SIGNATURE, "build.log", "timing.cache"}
 _UNASKED = "nobody is asked who vouches for it: no keys are trusted here"

@@ -24,14 +24,15 @@ from edge.bundle.engine_file import (
     read_engine_info,
     versions_agree,
 )
-from edge.bundle.engine_layers import LayerTable, parse_inspector
 from edge.bundle.manifest import ENGINES_DIR
 from edge.bundle.trust import open_manifest, trusted_keys_file
 from edge.bundle.verified_files import verify_files
-from edge.device import telemetry
 from edge.device.gpu import Gpu, find_gpu
+from edge.device.memory import read_available_memory_bytes
 from edge.device.process import read_rss_peak_bytes, reset_rss_peak
 from edge.errors import BackendError, BuildError, BundleError, ConfigError, DependencyError
+from edge_lab import telemetry
+from edge_lab.engine_layers import LayerTable, parse_inspector
 from edge_lab.engine_record import check_recording
 from edge_lab.progress import Progress, silent, uncounted
 
@@ -170,7 +171,7 @@ def build_engine(
             return BuildResult(store.directory, found, built=False)
         if not config.force:
             workspace = config.workspace_bytes if target.gpu else 0
-            check_memory(build.manifest, workspace, telemetry.read_available_memory_bytes())
+            check_memory(build.manifest, workspace, read_available_memory_bytes())
         if via == "trtexec":
             compiled, climbed = _climb_with_trtexec(build, target, store, on_line, progress)
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from edge.bundle.engine_file import Attention, KvRead, LayerCount, RefusedRung, WeightBytes
 from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.trust import open_manifest
-from edge.device.telemetry import read_available_memory_bytes
+from edge.device.memory import read_available_memory_bytes
 from edge_lab.progress import Progress, silent, uncounted
 
 from . import support

@@ -27,9 +27,9 @@ from edge.backends.tensorrt import plugins
 from edge.backends.tensorrt.listener import Listener, stoppable
 from edge.bundle import io_spec
 from edge.bundle.engine_file import Attention, Flavour, KvRead, Plugins, where_tensorrt_is_from
-from edge.bundle.engine_layers import told_profiles
 from edge.device.tensorrt_version import loaded_version
 from edge.errors import BuildError, ConfigError, DependencyError, EdgeError
+from edge_lab.engine_layers import told_profiles
 from edge_lab.progress import Progress
 
 from .advice import build_advice, builder_cause, parser_advice, parser_cause

@@ -8,7 +8,7 @@ there when it takes the lock was left by a killed export, and is removed. Only
 ``.r1.edge-llm-calibration`` outlives an export that failed or was killed, at any step: the next
 export continues there, and putting a bundle in place removes it.
 
-The finished staging directory and the old bundle trade places (`edge.bundle.place`): whenever the
+The finished staging directory and the old bundle trade places (`edge_lab.place`): whenever the
 process is killed, the target is the whole old bundle or the whole new one.
 
 A process that has the old bundle's files open or mapped keeps them. A process that is just opening
@@ -35,7 +35,10 @@ from edge.bundle.manifest import (
     encode_manifest,
     is_file_name,
 )
-from edge.bundle.place import (
+from edge.bundle.update import beside, fsync, locked, resolve_target, write_durably
+from edge.bundle.verified_files import sha256_file
+from edge.errors import BundleError, ConfigError, ResourceError
+from edge_lab.place import (
     check_free_space,
     check_replaceable,
     put_in_place,
@@ -43,9 +46,6 @@ from edge.bundle.place import (
     remove,
     sweep,
 )
-from edge.bundle.update import beside, fsync, locked, resolve_target, write_durably
-from edge.bundle.verified_files import sha256_file
-from edge.errors import BundleError, ConfigError, ResourceError
 
 _log = logging.getLogger(__name__)
 

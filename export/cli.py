@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge.bundle.manifest_text import (
+from edge.bundle.schemes import RULES
+from edge.cli.sections import SectionCommand, option
+from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, GateError, install_command
+from edge_lab.manifest_text import (
     describe_from_source,
     describe_kv_cache,
     describe_sampling,
     describe_tensorrt,
 )
-from edge.bundle.schemes import RULES
-from edge.cli.sections import SectionCommand, option
-from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, GateError, install_command
 
 from .targets import TARGETS
 

@@ -29,7 +29,6 @@ from edge.bundle.manifest import (
     printable,
     read_manifest,
 )
-from edge.bundle.place import check_free_space
 from edge.bundle.schemes import Clip, stored_bytes
 from edge.errors import (
     BundleError,
@@ -43,6 +42,7 @@ from edge.text.chat_template import ChatTemplate
 from edge.text.reasoning import template_reasons
 from edge.text.tokenizer import Tokenizer
 from edge_lab.measure.evaluate import check_gate, load_gate
+from edge_lab.place import check_free_space
 from edge_lab.progress import Progress, prefixed, silent, uncounted
 from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS

@@ -18,7 +18,7 @@ from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import Dialect, ModelSpec, TensorScheme
 from edge.bundle.schemes import INT4_GROUP_SIZE, Recipe
 from edge.bundle.weights import Linear, recipe_linears
-from edge.device.telemetry import read_available_memory_bytes
+from edge.device.memory import read_available_memory_bytes
 from edge.errors import (
     EXIT_GATE_MISSED,
     BackendError,

@@ -38,9 +38,9 @@ from edge.bundle.engine_file import (
     ProfileInfo,
     ShapeInfo,
 )
-from edge.bundle.engine_layers import parse_inspector
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.bundle.onnx_file import OnnxFile
+from edge_lab.engine_layers import parse_inspector
 from edge_lab.progress import silent
 from engines.build_plan import BuildPlan, plan_build
 from engines.builder import parsed_graph

@@ -19,10 +19,8 @@ import numpy as np
 
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.engine_file import ENGINE_JSON, EngineInfo, read_engine_info, rebuild_command
-from edge.bundle.engine_layers import layers_path, read_layers
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import MANIFEST_NAME, Tokens, encode_manifest, read_manifest
-from edge.bundle.manifest_text import describe_sampling
 from edge.bundle.minisign import (
     PublicKey,
     Signature,
@@ -49,7 +47,9 @@ from edge_fleet.rollout.orders import ANSWER_NAME, ORDER_NAME, read_answer
 from edge_fleet.rollout.switch import StagedFolder, read_order
 from edge_fleet.signing import SecretKey, encode_signature, read_secret_key
 from edge_lab.cli.verify import read_prompts
+from edge_lab.engine_layers import layers_path, read_layers
 from edge_lab.key_file import read_key_file
+from edge_lab.manifest_text import describe_sampling
 from edge_lab.measure.drift import read_counts
 from edge_lab.measure.evaluate import load_gate
 from edge_lab.measure.tasks import read_task

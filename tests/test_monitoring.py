@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from edge.device.telemetry import Snapshot
 from edge_fleet.devices.members import Member
 from edge_fleet.devices.metrics import render
+from edge_lab.telemetry import Snapshot
 from tests.conftest import Bundles
 from tests.edge_serve.scripted import Live, running
 

@@ -14,7 +14,7 @@ from edge.backends.process_memory import (
 )
 from edge.bundle.manifest import Manifest
 from edge.bundle.weights import manifest_linears
-from edge.device.telemetry import read_available_memory_bytes
+from edge.device.memory import read_available_memory_bytes
 from edge.errors import DeviceMemoryError, ResourceError
 
 from . import Backend

@@ -23,9 +23,9 @@ from edge.errors import BundleError, IntegrityError, install_command
 from edge.files import MALFORMED, read_file
 
 from . import io_spec
-from .engine_layers import ProfileLayers
 from .engine_records import who_vouches
 from .manifest import ENGINES_DIR, Count, Line, Manifest, Rows, Sha256
+from .profile_layers import ProfileLayers
 from .sizes import ProfileName, StepLimits
 
 ENGINE_JSON = "engine.json"

@@ -7,7 +7,7 @@ import resource
 from pathlib import Path
 
 from .cgroup import read_cpu_quota
-from .telemetry import read_kib
+from .memory import read_kib
 
 _STATUS = Path("/proc/self/status")
 _ARM_CORE = ("CPU implementer", "CPU part", "CPU variant", "CPU revision")

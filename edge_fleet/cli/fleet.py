@@ -20,7 +20,7 @@ from edge.bundle.library import find_bundle
 from edge.bundle.manifest import MANIFEST_NAME
 from edge.cli import echo_json
 from edge.cli.options import Finite, json_option
-from edge.device.telemetry import read_available_memory_bytes
+from edge.device.memory import read_available_memory_bytes
 from edge.errors import ConfigError, DeadlineError, DependencyError, ResourceError, install_command
 from edge_fleet.cli.registry_options import (
     allow_older_option,

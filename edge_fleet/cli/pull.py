@@ -10,9 +10,9 @@ import click
 
 from edge.bundle.library import CATALOGUE, REVISIONS, bundle_name, hub_id, roots
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
-from edge.bundle.place import check_replaceable
 from edge.cli.options import build_option
 from edge.errors import ConfigError, EdgeError
+from edge_lab.place import check_replaceable
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -127,7 +127,7 @@ def _was_quantized(bundle: Path) -> bool:
 
 def _target() -> tuple[str, ...]:
     """Options of the export for this very machine: a Jetson's graph is that of its JetPack."""
-    from edge.device.telemetry import read_l4t
+    from edge_lab.telemetry import read_l4t
 
     release = (read_l4t() or "").partition(".")[0]
     jetpack = {"36": "jetpack6", "38": "jetpack7", "39": "jetpack7"}.get(release)

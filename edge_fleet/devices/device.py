@@ -18,10 +18,10 @@ import msgspec
 from yarl import URL
 
 import edge
-from edge.device.telemetry import read_module
 from edge.errors import BackendError, ConfigError
 from edge.files import MALFORMED
 from edge_lab.key_file import read_key_file
+from edge_lab.telemetry import read_module
 
 from .errand import Errand, Order, plain
 

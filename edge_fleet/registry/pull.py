@@ -24,15 +24,6 @@ from edge.bundle.manifest import (
     read_manifest,
     read_manifest_bytes,
 )
-from edge.bundle.place import (
-    ORIGIN_NAME,
-    check_free_space,
-    check_replaceable,
-    put_in_place,
-    recover,
-    remove,
-    sweep,
-)
 from edge.bundle.release import Release, read_release
 from edge.bundle.trust import (
     SIGNATURE_NAME,
@@ -51,6 +42,15 @@ from edge.bundle.update import (
 from edge.bundle.verified_files import verify_files
 from edge.errors import ConfigError, EdgeError, ResourceError
 from edge.files import read_file
+from edge_lab.place import (
+    ORIGIN_NAME,
+    check_free_space,
+    check_replaceable,
+    put_in_place,
+    recover,
+    remove,
+    sweep,
+)
 from edge_lab.progress import Progress, silent
 
 from . import artifact as artifacts

@@ -244,7 +244,7 @@ class _Run:
         Raises:
             ResourceError: it could not.
         """
-        from edge.device.telemetry import read_snapshot
+        from edge_lab.telemetry import read_snapshot
 
         total = read_snapshot().memory_total_bytes
         need = self._need_bytes(manifest)
@@ -362,7 +362,7 @@ class _Run:
     def _fits(self, manifest: Manifest) -> bool:
         if self.plan.service is None:
             return True
-        from edge.device.telemetry import read_snapshot
+        from edge_lab.telemetry import read_snapshot
 
         room = read_snapshot().memory_room_bytes
         return room is None or self._need_bytes(manifest) + _WORKING_BYTES <= room

@@ -28,7 +28,6 @@ from edge.bundle.manifest import (
     decode_manifest,
     is_file_name,
 )
-from edge.bundle.place import ORIGIN_NAME, check_free_space
 from edge.bundle.release import read_release
 from edge.bundle.trust import SIGNATURE_NAME, check_manifest, trusted_keys_file
 from edge.bundle.update import beside, fsync, replace_durably, write_durably
@@ -36,6 +35,7 @@ from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, Res
 from edge.files import MALFORMED
 from edge_fleet.registry.release import check_release, release_at
 from edge_lab.engine_record import record_engine
+from edge_lab.place import ORIGIN_NAME, check_free_space
 
 from .journal import Journal, Place, reload_service, take_back
 from .orders import ANSWER_NAME, MAX_BYTES, ORDER_NAME, Answer, Order, read_answer

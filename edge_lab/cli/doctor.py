@@ -38,8 +38,8 @@ def doctor(bundle: Path | None, as_json: bool, wait_gpu: float | None, schemes: 
     Exit codes: 0 nothing failed, 65 damaged file, 69 driver, GPU or library unavailable, 71 too
     little memory, 77 no permission for a device node, 78 no engine for this machine.
     """
-    from edge.device.telemetry import read_snapshot
     from edge_lab.doctor import exit_code, run_checks, summary
+    from edge_lab.telemetry import read_snapshot
 
     checks = run_checks(bundle=bundle, wait_gpu_s=wait_gpu, schemes=schemes)
     code = exit_code(checks)

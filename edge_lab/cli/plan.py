@@ -189,7 +189,7 @@ def take_device(
     Raises:
         ConfigError: see `find_device` and `calibrated`.
     """
-    from edge.device.telemetry import read_available_memory_bytes
+    from edge.device.memory import read_available_memory_bytes
     from edge_lab.planner.calibration import calibrated
     from edge_lab.planner.plan import CPU, find_device
     from edge_lab.planner.speed import FITTED

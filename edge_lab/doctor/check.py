@@ -7,8 +7,8 @@ from typing import Literal
 
 from edge.bundle.engine_file import EngineInfo
 from edge.device.nodes import GPU_NODES, JETSON_SIGNS
-from edge.device.telemetry import Snapshot
 from edge_lab.doctor.machine import CudaProbe, Library, Machine, Node
+from edge_lab.telemetry import Snapshot
 
 Status = Literal["ok", "warn", "fail", "skip"]
 DAMAGED, UNAVAILABLE, NO_MEMORY, NO_PERMISSION, WRONG_ENGINE = 65, 69, 71, 77, 78

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edge.device.nodes import RENDER_NODES
-from edge.device.telemetry import Snapshot
+from edge_lab.telemetry import Snapshot
 
 from .check import NO_MEMORY, NO_PERMISSION, UNAVAILABLE, Check, Facts, version_numbers
 

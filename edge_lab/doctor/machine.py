@@ -21,9 +21,9 @@ from typing import Any
 import msgspec
 
 from edge.device.nodes import JETSON_NODES, SLOT_NODES, may_open
-from edge.device.telemetry import Snapshot, read_power_modes, read_snapshot
 from edge.errors import ResourceError
 from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
+from edge_lab.telemetry import Snapshot, read_power_modes, read_snapshot
 
 from .scheme_probe import Verdict
 

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from edge.bundle.engine_layers import parse_inspector
 from edge.bundle.onnx_file import (
     ELEMENT_NUMBERS,
     Message,
@@ -24,6 +23,7 @@ from edge.bundle.onnx_file import (
     tensor_info,
 )
 from edge.errors import BundleError
+from edge_lab.engine_layers import parse_inspector
 
 _WIDTH, _OUT, _GROUP = 256, 64, 128
 _HEADS, _KV_HEADS, _HEAD_DIM, _ROWS = 12, 2, 128, 512  # attention of the 1.5B

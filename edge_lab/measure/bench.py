@@ -21,11 +21,11 @@ from edge.backends import Backend
 from edge.backends.step import prefill, step_after
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import Manifest
-from edge.device.telemetry import EnergyMeter
 from edge.errors import ConfigError
 from edge.runtime.sampling import Sampler
 from edge.runtime.sampling_params import SamplingParams
 from edge_lab.progress import Progress, silent
+from edge_lab.telemetry import EnergyMeter
 
 _METER_INTERVAL_S = 0.05
 

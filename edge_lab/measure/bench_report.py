@@ -19,17 +19,17 @@ from edge.backends import Backend
 from edge.backends.process_memory import BackendKind, Deployment, plan_process_memory
 from edge.backends.tensorrt.device_memory import EngineMemory
 from edge.bundle.engine_file import EngineInfo
-from edge.bundle.engine_layers import read_layers
 from edge.bundle.manifest import Manifest
-from edge.bundle.manifest_text import describe_kv_cache
 from edge.bundle.weights import manifest_linears
-from edge.device.telemetry import Snapshot
 from edge.errors import BundleError, ConfigError
+from edge_lab.engine_layers import read_layers
+from edge_lab.manifest_text import describe_kv_cache
 from edge_lab.planner.calibration import BENCH_SCHEMA
 from edge_lab.planner.devices import identify
 from edge_lab.planner.engine import engine_work
 from edge_lab.planner.plan import CPU, Device, find_device
 from edge_lab.planner.speed import FITTED, EngineWork, Work, ceiling, decode_s, work_of
+from edge_lab.telemetry import Snapshot
 
 from .bench import BenchConfig, Samples
 

@@ -9,9 +9,9 @@ from edge.backends import Backend
 from edge.backends.tensorrt.layer_times import LayerTimes
 from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle.embeddings import EmbeddingTable
-from edge.bundle.engine_layers import LayerTable, read_layers
 from edge.bundle.manifest import Manifest
 from edge.errors import ConfigError
+from edge_lab.engine_layers import LayerTable, read_layers
 from edge_lab.progress import Progress, silent
 
 from .bench import BenchConfig, run_bench

@@ -16,10 +16,10 @@ from edge.bundle.engine_file import (
     find_engines,
     read_engine_info,
 )
-from edge.bundle.engine_layers import LayerTable, read_layers
 from edge.bundle.manifest import Manifest
 from edge.bundle.weights import unpacked_bytes
 from edge.errors import BundleError, ConfigError
+from edge_lab.engine_layers import LayerTable, read_layers
 
 from .devices import ORIN_COMPUTE_CAPABILITY
 from .speed import EngineStep, EngineWork, StepKind

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edge.backends.process_memory import ORT_SCALE_COPIES, Deployment
-from edge.bundle.engine_layers import AttentionKind
 from edge.bundle.manifest import ModelSpec
+from edge.bundle.profile_layers import AttentionKind
 from edge.bundle.schemes import SCHEMES
 from edge.bundle.weights import Linear, Part
 from edge.errors import ConfigError
@@ -93,7 +93,7 @@ class EngineStep:
         unpacked_weights: stored weights that are written as floats; two planes are two.
         unpacked_bytes: what is written and read for them on top of the packed weights.
         reformats: launches that only change a layout or a type.
-        attention: as `edge.bundle.engine_layers.ProfileLayers` has it.
+        attention: as `edge_lab.engine_layers.ProfileLayers` has it.
     """
 
     launches: int

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from edge.bundle.manifest import fingerprint
-from edge.bundle.manifest_text import describe_kv_cache
 from edge.errors import ResourceError
 from edge.runtime.scheduler.request import SchedulerStats
+from edge_lab.manifest_text import describe_kv_cache
 from edge_serve.http.errors import APIError, draining, invalid, stalled
 from edge_serve.observe.metric_families import EngineInfo
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.device.telemetry import Snapshot
 from edge.runtime.scheduler.request import SchedulerStats
+from edge_lab.telemetry import Snapshot
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from edge import __version__
-from edge.device.telemetry import Snapshot
 from edge.errors import DependencyError, install_command
 from edge.runtime.generation import FinishReason, GenerationStats
 from edge.runtime.sampling_params import KNOBS, SamplingParams
 from edge.runtime.scheduler.request import SchedulerStats
 from edge_lab.measure.drift import DriftMonitor
+from edge_lab.telemetry import Snapshot
 
 from .metric_families import (
     VLLM_NAMES,

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from edge.backends.ort import cpu as ort
 from edge.bundle.embeddings import EmbeddingTable
-from edge.device.telemetry import Snapshot
 from edge.errors import BackendError, EdgeError
 from edge.runtime.llm import LLM, Prompt
+from edge_lab.telemetry import Snapshot
 from edge_serve.run import Service
 from edge_serve.settings import ServerSettings
 from tests.fakes import ScriptedBackend, random_logits

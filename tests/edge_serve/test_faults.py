@@ -337,7 +337,7 @@ def test_an_engine_for_fewer_than_the_slots_is_said_but_is_no_gpu_that_idles(
 
 
 def test_heat_makes_the_server_not_ready(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch):
-    from edge.device.telemetry import Snapshot
+    from edge_lab.telemetry import Snapshot
     from edge_serve import run
 
     heat = {"cpu": 60.0, "gpu": 98.0}

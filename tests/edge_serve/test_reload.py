@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edge.device.telemetry import Snapshot
+from edge_lab.telemetry import Snapshot
 from edge_serve.run import Service
 from edge_serve.settings import ServerSettings
 from tests.conftest import Bundles

@@ -24,9 +24,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge.device.telemetry import Snapshot
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError, DependencyError
+from edge_lab.telemetry import Snapshot
 from edge_serve import app
 from edge_serve.api import samples
 from edge_serve.http.connections import Listener, listen

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from edge.device.telemetry import Snapshot
+from edge_lab.telemetry import Snapshot
 from edge_serve import run
 from tests.conftest import Bundles
 from tests.edge_serve.scripted import running, until

@@ -26,7 +26,6 @@ from edge.bundle.engine_file import (
     verify_plan,
 )
 from edge.bundle.manifest import read_manifest
-from edge.device import telemetry
 from edge.errors import (
     BuildError,
     BundleError,
@@ -35,6 +34,7 @@ from edge.errors import (
     IntegrityError,
     ResourceError,
 )
+from edge_lab import telemetry
 from engines import builder, compat, memory
 from engines.audit import audit_network
 from engines.builder import Target, build_engine

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from edge.bundle.engine_file import ENGINE_JSON, WeightBytes
 from edge.bundle.manifest import read_manifest
-from edge.cli.inspect import inspect
 from edge.device.gpu import Gpu
 from edge.errors import ConfigError
+from edge_lab.cli.inspect import inspect
 from engines import builder, check, compat
 from engines.audit import Audit
 from engines.builder import Target, build_engine

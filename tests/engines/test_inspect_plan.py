@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from edge.bundle.engine_file import find_engines, read_engine_info
-from edge.bundle.engine_layers import parse_inspector, read_layers
 from edge.device.gpu import Gpu
 from edge.errors import BuildError
+from edge_lab.engine_layers import parse_inspector, read_layers
 from engines import builder, compat
 from engines.builder import Target, build_engine, read_compiled_layers
 from engines.compat import TensorRT

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from edge.bundle.engine_file import read_engine_info, rebuild_command
 from edge.bundle.manifest import read_manifest
-from edge.cli.inspect import inspect
 from edge.errors import BuildError, ConfigError
+from edge_lab.cli.inspect import inspect
 from engines import builder, compat
 from engines.build_plan import BuildPlan, plan_build
 from engines.builder import Target, build_engine

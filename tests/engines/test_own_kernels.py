@@ -17,8 +17,8 @@ from click.testing import CliRunner
 from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle.engine_file import find_engines, read_engine_info, rebuild_command
 from edge.bundle.manifest import read_manifest
-from edge.cli.inspect import inspect
 from edge.errors import BuildError, ConfigError, DependencyError, IntegrityError
+from edge_lab.cli.inspect import inspect
 from engines import builder, compat, support, tune
 from engines.audit import audit_network
 from engines.build_plan import BuildPlan, plan_build

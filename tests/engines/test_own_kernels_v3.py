@@ -35,8 +35,8 @@ from edge.bundle.engine_file import EngineInfo, read_engine_info, rebuild_comman
 from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.onnx_values import Constants, node_attributes
-from edge.cli.inspect import inspect
 from edge.errors import BackendError, BuildError, BundleError, DependencyError, DeviceError
+from edge_lab.cli.inspect import inspect
 from edge_lab.engine_record import record_engine
 from engines import builder, tune
 from engines.build_plan import plan_build

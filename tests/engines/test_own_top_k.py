@@ -21,10 +21,10 @@ from edge.bundle import io_spec
 from edge.bundle.engine_file import read_engine_info
 from edge.bundle.manifest import SamplingDefaults, read_manifest
 from edge.bundle.onnx_file import Node, OnnxFile
-from edge.cli.inspect import inspect
 from edge.errors import BuildError
 from edge.runtime.sampling import Sampler
 from edge.runtime.sampling_params import SamplingParams
+from edge_lab.cli.inspect import inspect
 from engines import builder, compat
 from engines.audit import audit_network
 from engines.build_plan import plan_build

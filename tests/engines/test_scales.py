@@ -19,8 +19,8 @@ from edge.bundle import io_spec
 from edge.bundle.engine_file import read_engine_info
 from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
-from edge.cli.inspect import inspect
 from edge.errors import BuildError, IntegrityError
+from edge_lab.cli.inspect import inspect
 from engines import builder, compat
 from engines.build_plan import plan_build
 from engines.builder import Target, build_engine

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from edge.bundle.engine_layers import parse_inspector, read_layers
 from edge.bundle.manifest import read_manifest
-from edge.cli.inspect import inspect
 from edge.device.gpu import Gpu
 from edge.errors import BuildError
+from edge_lab.cli.inspect import inspect
+from edge_lab.engine_layers import parse_inspector, read_layers
 from engines import builder
 from engines.builder import BuildResult, Target, build_engine
 from engines.compat import TensorRT

@@ -19,10 +19,10 @@ from edge.bundle.engine_file import find_engines, read_engine_info, rebuild_comm
 from edge.bundle.engine_records import RECORDS_VARIABLE, built_here
 from edge.bundle.manifest import read_manifest
 from edge.bundle.trust import KEYS_VARIABLE
-from edge.cli.inspect import inspect
 from edge.device.gpu import Gpu
 from edge.errors import BuildError, ConfigError, ResourceError
 from edge_fleet.signing import make_key, sign_bundle
+from edge_lab.cli.inspect import inspect
 from edge_lab.measure import bench
 from edge_lab.measure.bench import Samples
 from edge_lab.measure.verify import compare_backends, default_thresholds

@@ -15,10 +15,10 @@ import signal
 import sys
 from pathlib import Path
 
-from edge.bundle import place as bundle_place
 from edge.bundle import update as bundle_update
 from edge.bundle.manifest import read_manifest
 from edge.bundle.update import update_manifest
+from edge_lab import place as bundle_place
 from export import bundle
 from export.bundle import BundleWriter
 from tests.manifests import make_manifest

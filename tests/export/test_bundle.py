@@ -16,7 +16,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge.bundle import place as bundle_place
 from edge.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -28,6 +27,7 @@ from edge.bundle.manifest import (
 from edge.bundle.update import update_manifest
 from edge.bundle.verified_files import sha256_file, verify_files
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, ResourceError
+from edge_lab import place as bundle_place
 from export.bundle import BundleWriter
 from tests.export.kill_child import NEW_FILES, refuse
 from tests.manifests import make_manifest

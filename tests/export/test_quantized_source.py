@@ -19,10 +19,10 @@ from edge.backends.ort.join_planes import join_planes
 from edge.backends.step import step_after
 from edge.bundle.linears import LinearSpec, linear_layers
 from edge.bundle.manifest import Dialect, Manifest, read_manifest
-from edge.bundle.manifest_text import describe_from_source
 from edge.bundle.schemes import HIGH_PLANE, stored_bytes
 from edge.cli import cli
 from edge.errors import ConfigError
+from edge_lab.manifest_text import describe_from_source
 from export import pipeline
 from export.bundle import BundleWriter
 from export.pipeline import ExportConfig, export_checkpoint

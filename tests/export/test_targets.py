@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.onnx_values import Constants
-from edge.cli.inspect import inspect
 from edge.errors import ConfigError
+from edge_lab.cli.inspect import inspect
 from engines.rules.bundle import check_bundle_rules
 from engines.rules.table import VERSIONS
 from export.cli import export

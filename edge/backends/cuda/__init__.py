@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.device.telemetry import read_available_memory_bytes
+from edge.device.memory import read_available_memory_bytes
 from edge.engine_config import GpuWait
 from edge.errors import DependencyError, DeviceError, DeviceMemoryError, EdgeError
 

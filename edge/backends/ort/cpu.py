@@ -21,7 +21,7 @@ from edge.bundle.kv_scales import Scales, read_scales
 from edge.bundle.manifest import Manifest, ModelSpec
 from edge.bundle.onnx_file import OnnxFile
 from edge.device.huge_pages import collapse_filled
-from edge.device.telemetry import read_available_memory_bytes
+from edge.device.memory import read_available_memory_bytes
 from edge.engine_config import INT8_PREFILL_TOKENS
 from edge.errors import BackendError, ConfigError, ResourceError
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from edge.bundle.engine_layers import plain_name
+from edge.bundle.profile_layers import plain_name
 
 
 class LayerTimes:

@@ -34,11 +34,11 @@ from edge.bundle.manifest import (
     is_file_name,
     read_manifest,
 )
-from edge.bundle.manifest_text import describe_kv_cache, describe_sampling
 from edge.bundle.rope import inverse_frequencies
 from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, IntegrityError
 from edge.runtime.sampling_params import KNOBS
+from edge_lab.manifest_text import describe_kv_cache, describe_sampling
 from tests.manifests import make_manifest, make_model
 
 counts = st.integers(0, 2**50)

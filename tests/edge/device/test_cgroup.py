@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from edge.device.cgroup import read_cpu_quota, read_room_bytes
-from edge.device.telemetry import read_available_memory_bytes, read_snapshot
+from edge.device.memory import read_available_memory_bytes
+from edge_lab.telemetry import read_snapshot
 from tests.control_groups import limited_group
 
 MIB = 1 << 20
@@ -163,7 +164,7 @@ def test_what_is_no_number_limits_nothing(tree: Tree, text: str):
 
 
 def test_a_real_group():
-    code = "from edge.device.telemetry import read_available_memory_bytes as read; print(read())"
+    code = "from edge.device.memory import read_available_memory_bytes as read; print(read())"
     with limited_group(300 * MIB) as group:
         command = group.command(sys.executable, "-c", code)
         done = subprocess.run(command, capture_output=True, text=True, check=True)

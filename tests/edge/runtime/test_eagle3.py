@@ -26,12 +26,12 @@ from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import head_manifest, read_manifest
 from edge.bundle.onnx_values import Constants
 from edge.bundle.weights import manifest_linears, weight_parts
-from edge.cli.inspect import inspect
 from edge.engine_config import EngineConfig
 from edge.errors import BackendError, BundleError, ConfigError
 from edge.runtime import eagle3
 from edge.runtime.eagle3 import CLOSE, Eagle3Drafter
 from edge.runtime.scheduler import StoredPrefix
+from edge_lab.cli.inspect import inspect
 from edge_lab.cli.plan import plan
 from edge_serve.models.switch import need_bytes
 from tests.conftest import TINY_KV_CAPACITY, Checkpoints, require_kernels

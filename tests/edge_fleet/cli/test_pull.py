@@ -126,7 +126,7 @@ def test_pull_on_a_jetson_exports_for_its_jetpack(
     release: str,
     target: str,
 ):
-    monkeypatch.setattr("edge.device.telemetry.read_l4t", lambda: release)
+    monkeypatch.setattr("edge_lab.telemetry.read_l4t", lambda: release)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert f"int4 --target {target}" in edge_llm("pull", "deepseek-r1:7b").err
@@ -152,7 +152,7 @@ def test_pull_takes_the_commit_that_is_known(
     words: str,
 ):
     """On the Hugging Face hub, since other hubs have commits of their own."""
-    monkeypatch.setattr("edge.device.telemetry.read_l4t", lambda: None)
+    monkeypatch.setattr("edge_lab.telemetry.read_l4t", lambda: None)
     monkeypatch.setenv("EDGE_LLM_HUB", variable)
     monkeypatch.setenv("MODELSCOPE_DOMAIN", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

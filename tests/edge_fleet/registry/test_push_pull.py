@@ -448,7 +448,7 @@ def test_a_replaced_bundle_that_still_serves_is_never_written_into(
 
     ends = {
         "edge_fleet.registry.pull.sweep": interrupt,
-        "edge.bundle.place.remove": begin_to_remove,
+        "edge_lab.place.remove": begin_to_remove,
     }
     for number, (name, end) in enumerate(ends.items()):
         offer(3 * number)

@@ -28,7 +28,6 @@ from edge.bundle import trust
 from edge.bundle.engine_records import RECORDS_VARIABLE, built_here
 from edge.bundle.manifest import encode_manifest, fingerprint, read_manifest
 from edge.bundle.release import Release
-from edge.device.telemetry import Snapshot
 from edge.engine_config import EngineConfig
 from edge.errors import (
     BackendError,
@@ -54,6 +53,7 @@ from edge_fleet.signing import make_key, sign_bundle
 from edge_lab.doctor.machine import Library, Machine
 from edge_lab.measure.watch import GoldenItem
 from edge_lab.measure.watch_server import ServerAnswerer
+from edge_lab.telemetry import Snapshot
 from tests.conftest import Bundles
 from tests.edge_fleet.registry.live import LiveRegistry
 from tests.fake_tensorrt import write_engine
@@ -647,7 +647,7 @@ def test_a_device_that_is_too_small_fetches_nothing(
     reference = device.offer()
     with monkeypatch.context() as patch:
         small = Snapshot(memory_total_bytes=100_000)
-        patch.setattr("edge.device.telemetry.read_snapshot", lambda: small)
+        patch.setattr("edge_lab.telemetry.read_snapshot", lambda: small)
         with pytest.raises(ResourceError, match=r"takes 0\.0 GB, and this device has"):
             roll_out(device.plan(reference))
     assert device.bundles() == have

@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from edge.device.telemetry import Snapshot
 from edge_lab.doctor import Check
 from edge_lab.doctor.machine import CudaProbe, Library, Machine, Node
 from edge_lab.doctor.scheme_probe import SCHEMES, Verdict
+from edge_lab.telemetry import Snapshot
 from tests.edge.device import jetson_trees as trees
 
 JETPACK6_NODES = (

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from edge.backends import Rows, Step
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import Manifest, read_manifest
-from edge.device.telemetry import EnergyMeter, Snapshot
 from edge.errors import EXIT_GATE_MISSED, BackendError, ConfigError
 from edge_lab.cli import bench as bench_verb
 from edge_lab.cli.bench import bench
@@ -37,6 +36,7 @@ from edge_lab.measure.bench_report import (
 )
 from edge_lab.planner.calibration import calibrated
 from edge_lab.planner.plan import CPU, Device, find_device
+from edge_lab.telemetry import EnergyMeter, Snapshot
 from scripts.best_logits import best_of
 from tests.conftest import Bundles
 from tests.fakes import ScriptedBackend, random_logits
@@ -472,7 +472,7 @@ def test_the_table_names_the_mode_that_it_ran_in(
     """Also where the modes of the planner do not have it, and it is compared with the fastest."""
     board = "NVIDIA Jetson AGX Orin Developer Kit"
     snapshot = Snapshot(module=board, power_mode="MINE", memory_total_bytes=61 << 30)
-    monkeypatch.setattr("edge.device.telemetry.read_snapshot", lambda: snapshot)
+    monkeypatch.setattr("edge_lab.telemetry.read_snapshot", lambda: snapshot)
     orin = find_device("agx-orin-64")
     monkeypatch.setattr(bench_report, "find_bench_device", lambda *_: (orin, None))
     done = run_verb(str(tiny_bundles("qwen2")), *SMALL)

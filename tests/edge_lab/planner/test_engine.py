@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from edge.backends.tensorrt.device_memory import plan_engine_memory
 from edge.bundle.engine_file import ENGINE_JSON, find_engines, read_engine_info
-from edge.bundle.engine_layers import layers_path, parse_inspector, read_layers
 from edge.bundle.manifest import read_manifest
 from edge.errors import BundleError, ConfigError
 from edge_lab.cli.plan import plan
+from edge_lab.engine_layers import layers_path, parse_inspector, read_layers
 from edge_lab.planner.devices import MODULES
 from edge_lab.planner.engine import Asked, PlannedEngine, find_engine
 from edge_lab.planner.speed import (

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 from edge.backends.ort.int8_prompts import int8_bytes
 from edge.bundle.manifest import encode_manifest, read_manifest
-from edge.device.telemetry import Snapshot
 from edge.errors import ConfigError
 from edge.runtime.scheduler.request import SchedulerStats
+from edge_lab.telemetry import Snapshot
 from edge_serve.api.facts import count_tokens, facts_of
 from edge_serve.api.protocol import ChatRequest, CompletionRequest
 from edge_serve.models.registry import LEAST_STALL_S, MOST_STALL_S, Heartbeat

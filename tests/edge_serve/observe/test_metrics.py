@@ -19,11 +19,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from edge import __version__
 from edge.bundle.manifest import SamplingDefaults
-from edge.device.telemetry import Snapshot
 from edge.runtime.generation import GenerationStats
 from edge.runtime.sampling_params import KNOBS, SamplingParams
 from edge.runtime.scheduler.request import SchedulerStats, SlotState
 from edge_lab.measure.drift import Counts, DriftMonitor
+from edge_lab.telemetry import Snapshot
 from edge_serve.observe.metric_families import BulkHistogram, EngineInfo
 from edge_serve.observe.metrics import (
     ITL_BUCKETS_S,

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from edge.backends.ort.session import session_options
 from edge.bundle.manifest import read_manifest
-from edge.cli.inspect import inspect
 from edge.errors import ConfigError
+from edge_lab.cli.inspect import inspect
 from export.graph.block_rotation import block_size, rotate_blocks
 from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize.rotation import RotatedCheckpoint

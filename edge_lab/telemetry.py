@@ -32,7 +32,11 @@ from types import TracebackType
 
 import msgspec
 
-from .cgroup import read_room_bytes
+from edge.device.memory import (
+    read_available_memory_bytes,
+    read_kib,
+    read_mem_available_bytes,
+)
 
 # Rails that see the module's whole input (Orin NX and Nano, Thor, TX2 and older), best first.
 _INPUT_RAILS = ("VIN", "VDD_IN", "POM_5V_IN")
@@ -111,7 +115,7 @@ def read_snapshot(root: Path = Path("/")) -> Snapshot:
         throttled_by=alerts or (),
         over_current_events=_read_over_current_events(root),
         memory_total_bytes=read_kib(root / "proc/meminfo", "MemTotal"),
-        memory_available_bytes=_available_bytes(root),
+        memory_available_bytes=read_mem_available_bytes(root),
         memory_room_bytes=read_available_memory_bytes(root),
         process_rss_bytes=read_kib(root / "proc/self/status", "VmRSS"),
     )
@@ -136,24 +140,6 @@ def read_l4t(root: Path = Path("/")) -> str | None:
 def read_jetpack(root: Path = Path("/")) -> str | None:
     """Version of the package ``nvidia-jetpack``, which is not always installed."""
     return _package_version(root, "nvidia-jetpack")
-
-
-def read_available_memory_bytes(root: Path = Path("/")) -> int | None:
-    """Memory that this process can have without swapping.
-
-    That is ``MemAvailable``, or less where a control group limits it.
-    """
-    system, group = _available_bytes(root), read_room_bytes(root)
-    return min((size for size in (system, group) if size is not None), default=None)
-
-
-def read_swap_bytes(root: Path = Path("/")) -> int:
-    """Swap that is free; what a control group may use of it is not read."""
-    return read_kib(root / "proc/meminfo", "SwapFree") or 0
-
-
-def _available_bytes(root: Path) -> int | None:
-    return read_kib(root / "proc/meminfo", "MemAvailable")
 
 
 def read_power_mode(root: Path = Path("/")) -> str | None:
@@ -289,12 +275,6 @@ def _number(path: Path) -> int | None:
     text = _text(path)
     # ASCII digits only: `int` would take other scripts' digits and underscores.
     return int(text) if text and re.fullmatch(r"-?[0-9]{1,18}", text) else None
-
-
-def read_kib(path: Path, key: str) -> int | None:
-    """Bytes of a line such as ``VmRSS:  1234 kB``; None if it is not there."""
-    match = re.search(rf"^{key}:\s+([0-9]{{1,15}}) kB$", _text(path) or "", re.MULTILINE)
-    return int(match[1]) * 1024 if match else None
 
 
 def _directories(parent: Path, prefix: str = "") -> Iterator[Path]:

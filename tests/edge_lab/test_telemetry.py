@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.device import telemetry
-from edge.device.telemetry import EnergyMeter, Snapshot, read_snapshot
+from edge_lab import telemetry
+from edge_lab.telemetry import EnergyMeter, Snapshot, read_snapshot
 from tests.edge.device import jetson_trees as trees
 
 

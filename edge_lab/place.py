@@ -21,12 +21,11 @@ from typing import Any
 
 import msgspec
 
+from edge.bundle.manifest import ENGINES_DIR, MANIFEST_NAME
+from edge.bundle.trust import SIGNATURE_NAME
+from edge.bundle.update import MANIFEST_TEMP, beside, fsync, temp_path
 from edge.errors import ConfigError, ResourceError
 from edge.files import MALFORMED, read_file
-
-from .manifest import ENGINES_DIR, MANIFEST_NAME
-from .trust import SIGNATURE_NAME
-from .update import MANIFEST_TEMP, beside, fsync, temp_path
 
 _log = logging.getLogger(__name__)
 

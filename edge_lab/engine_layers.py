@@ -23,18 +23,16 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
+from edge.bundle.profile_layers import PROFILE_MARK, AttentionKind, ProfileLayers, plain_name
 from edge.errors import BundleError
 from edge.files import MALFORMED, read_file
 
-AttentionKind = Literal["fused", "decomposed", "mixed", "own", "unknown"]
-
 _SUFFIX = ".layers.json"
 _MAX_BYTES = 1 << 26
-_PROFILE = re.compile(r"\s*\[profile +(\d+)\]")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _TYPE = re.compile(
     r"\b(?:(fp16|half)|(bf16|bfloat16)|(fp32|float)|(fp8)|(fp4)|(int4)|(int8)|(int32)|(int64)"
@@ -117,29 +115,6 @@ class CompiledLayer(_Struct, frozen=True):
         weights = any(_linear_of(node) is not None for node in self.nodes)
         packed = any(dtype in _PACKED for dtype in self.reads)
         return weights and packed and not self.multiplies
-
-
-class ProfileLayers(_Struct, frozen=True):
-    """Summary of the layers of one optimization profile.
-
-    Attributes:
-        profile: its name.
-        layers: their number.
-        fused: layers that were made of several ONNX nodes.
-        reformats: layers that only change a layout or a type.
-        unpacking: layers that write packed weights as floats, every time that they run.
-        products: matrix products by the type that they read.
-        attention: ``fused`` (in one kernel), ``decomposed``, ``own`` (in plugins), ``mixed``, or
-            ``unknown`` if no layer names attention's nodes.
-    """
-
-    profile: str
-    layers: int
-    fused: int
-    reformats: int
-    unpacking: int
-    products: dict[str, int]
-    attention: AttentionKind
 
 
 class LayerTable(_Struct, frozen=True):
@@ -249,11 +224,6 @@ def read_layers(plan: Path) -> LayerTable | None:
         raise BundleError(f"{path} is damaged ({error}); build the engine again") from error
 
 
-def plain_name(name: str) -> str:
-    """A layer's name without the mark of its profile."""
-    return _PROFILE.sub("", name)
-
-
 def _linear_of(node: str) -> str | None:
     """The linear layer whose weight a node dequantizes; None where it does something else."""
     match = _WEIGHT_NODE.fullmatch(node)
@@ -262,7 +232,7 @@ def _linear_of(node: str) -> str | None:
 
 def _parse_layer(layer: dict[str, Any]) -> CompiledLayer:
     name = str(layer["Name"])
-    profile = _PROFILE.search(name)
+    profile = PROFILE_MARK.search(name)
     weights = layer.get("Weights")
     types = [_dtype(tensor) for tensor in layer.get("Inputs", ())]
     if isinstance(weights, dict):

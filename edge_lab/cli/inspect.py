@@ -11,19 +11,19 @@ import msgspec
 from edge.bundle import io_spec
 from edge.bundle.engine_file import ENGINE_JSON
 from edge.bundle.manifest import DraftHead, Manifest, read_manifest
-from edge.bundle.manifest_text import (
+from edge.bundle.release import read_release
+from edge.bundle.verified_files import verify_files
+from edge.cli import echo_json
+from edge.cli.options import bundle_argument, json_option
+from edge.files import is_file
+from edge_lab.manifest_text import (
     describe_from_source,
     describe_kv_cache,
     describe_sampling,
     describe_tensorrt,
 )
-from edge.bundle.release import read_release
-from edge.bundle.verified_files import verify_files
-from edge.files import is_file
 
-from . import echo_json
 from .inspect_engine import inspect_engine
-from .options import bundle_argument, json_option
 
 
 @click.command()

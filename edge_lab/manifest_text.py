@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from .manifest import Manifest, SamplingDefaults
+from edge.bundle.manifest import Manifest, SamplingDefaults
 
 
 def describe_sampling(sampling: SamplingDefaults) -> str:

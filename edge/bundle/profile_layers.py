@@ -1,0 +1,40 @@
+"""Layers of a compiled engine: what ``engine.json`` says of them, and how they name profiles."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import msgspec
+
+AttentionKind = Literal["fused", "decomposed", "mixed", "own", "unknown"]
+PROFILE_MARK = re.compile(r"\s*\[profile +(\d+)\]")
+"""What TensorRT appends to the names of layers of the second and later profiles."""
+
+
+class ProfileLayers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Summary of the layers of one optimization profile.
+
+    Attributes:
+        profile: its name.
+        layers: their number.
+        fused: layers that were made of several ONNX nodes.
+        reformats: layers that only change a layout or a type.
+        unpacking: layers that write packed weights as floats, every time that they run.
+        products: matrix products by the type that they read.
+        attention: ``fused`` (in one kernel), ``decomposed``, ``own`` (in plugins), ``mixed``, or
+            ``unknown`` if no layer names attention's nodes.
+    """
+
+    profile: str
+    layers: int
+    fused: int
+    reformats: int
+    unpacking: int
+    products: dict[str, int]
+    attention: AttentionKind
+
+
+def plain_name(name: str) -> str:
+    """A layer's name without the mark of its profile."""
+    return PROFILE_MARK.sub("", name)
