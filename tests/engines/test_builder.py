@@ -421,7 +421,7 @@ def test_a_build_killed_at_any_moment_leaves_a_whole_engine(bundle: Path, tmp_pa
 def test_a_build_that_will_not_fit_is_refused_before_it_starts(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(telemetry, "read_available_memory_bytes", lambda: 500_000_000)
+    monkeypatch.setattr(builder, "read_available_memory_bytes", lambda: 500_000_000)
     with pytest.raises(ResourceError, match=r"0\.5 GB are available") as refused:
         build_engine(config(bundle), target=target())
     assert "--force" in str(refused.value)
