@@ -503,7 +503,7 @@ READERS = {
         b'port = 8000\nhost = "127.0.0.1"\nkv_capacity = 64\n',
         lambda path: load_settings(ServerSettings, file=path),
     ),
-    "keys": Reader("api-keys", f"a:sk-12345678\nb:sha256:{'0' * 64}\n".encode(), _keys),
+    "keys": Reader("api-keys", f"a:sk-1234567890123456\nb:sha256:{'0' * 64}\n".encode(), _keys),
     "baseline": Reader(
         "baseline.json",
         b'{"bundle": "a", "golden_sha256": "b", "max_tokens": 1, "items": []}',
