@@ -164,7 +164,7 @@ def beside(port: int, attack: Attack, seconds: float) -> tuple[Seen, Counter[int
 def equal(port: int, clients: int, seconds: float) -> float:
     """Tokens per second of so many clients with an address each."""
     began = time.monotonic()
-    counts = [0] * clients
+    counts, refused = [0] * clients, list[str]()
 
     def run(number: int) -> None:
         turn = 0
@@ -172,7 +172,8 @@ def equal(port: int, clients: int, seconds: float) -> float:
             body = text(1000 * turn + number, 60, max_tokens=64)
             status, data = fetch(port, f"127.0.0.{20 + number}", TEXT, body, ANSWER_S)
             if status != 200:
-                raise SystemExit(f"a client got status {status}: {data[:200]!r}")
+                refused.append(f"a client got status {status}: {data[:200]!r}")
+                return
             counts[number] += json.loads(data)["usage"]["completion_tokens"]
             turn += 1
 
@@ -181,6 +182,8 @@ def equal(port: int, clients: int, seconds: float) -> float:
         thread.start()
     for thread in threads:
         thread.join()
+    if refused:
+        raise SystemExit(refused[0])
     return sum(counts) / (time.monotonic() - began)
 
 
