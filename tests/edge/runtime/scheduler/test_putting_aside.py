@@ -258,6 +258,15 @@ def test_a_newcomer_waits_for_a_few_tokens_and_others_for_a_quantum(table: Embed
     engine.run()
 
 
+def test_equal_requests_do_not_delay_each_other(table: EmbeddingTable):
+    """Eight clients that each ask for the same share four slots as one client's requests do."""
+    engine = Engine(table, num_slots=4, capacity=256, max_step_tokens=64)
+    for number in range(8):
+        submit(engine, f"client {number}", 64, prompt=30)
+    engine.run()
+    assert engine.core.counts["put_aside"] == 0
+
+
 def test_nobody_gives_way_to_lower_priority_or_to_its_own_client(table: EmbeddingTable):
     engine = Engine(table, num_slots=2)
     high = [submit(engine, "a", 40, priority=0)[0] for _ in range(2)]
