@@ -159,9 +159,9 @@ class FairQueue:
         It is of no higher priority and of another client: of one that runs at least two more, or,
         where the other runs nothing, one that has had its turn, of a quantum of tokens since it
         started or went on; for a newcomer a few that it sampled, or that it read of a longer
-        prompt, are enough, unless what that one has left is half of what it asks for or less: equal
-        requests would only delay each other. Nobody gives way twice without a token in between, so
-        those who come cannot have rows moved back and forth.
+        prompt, are enough, unless what that one has left is at most two thirds of what it asks for:
+        equal requests would only delay each other. Nobody gives way twice without a token in
+        between, so those who come cannot have rows moved back and forth.
 
         Args:
             sequence: who waits.
@@ -184,7 +184,7 @@ class FairQueue:
             if not sequence.is_newcomer:
                 return other.ran >= self._quantum
             left, cost = other.tokens_left, self._cost(sequence, self._quantum)
-            if left is not None and 2 * (len(other.pending) + left) <= cost:
+            if left is not None and 3 * (len(other.pending) + left) <= 2 * cost:
                 return False
             is_longer = len(other.pending) > len(sequence.pending)
             sampled = min(other.ran, other.stats.completion_tokens)
