@@ -137,6 +137,12 @@ def read_l4t(root: Path = Path("/")) -> str | None:
     return match[0] if match else None
 
 
+def read_target() -> str | None:
+    """Read which ``--target`` of an export this machine is; None if it is of none."""
+    release = (read_l4t() or "").partition(".")[0]
+    return {"36": "jetpack6", "38": "jetpack7", "39": "jetpack7"}.get(release)
+
+
 def read_jetpack(root: Path = Path("/")) -> str | None:
     """Version of the package ``nvidia-jetpack``, which is not always installed."""
     return _package_version(root, "nvidia-jetpack")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge.bundle.schemes import RULES
+from edge.bundle.schemes import RULES, fold_quant
 from edge.cli.sections import SectionCommand, option
 from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, GateError, install_command
 from edge_lab.manifest_text import (
@@ -39,6 +40,15 @@ def _keep(
     return tuple(result)
 
 
+def _target(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """Resolve ``here``, which is no device in particular where there is no JetPack."""
+    if value != "here":
+        return value
+    from edge_lab.telemetry import read_target
+
+    return read_target()
+
+
 def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
     """Make the recipe's values the defaults of the other options."""
     if path is None:
@@ -49,6 +59,14 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
     if "keep" in options:
         options["keep"] = [f"{pattern}={scheme}" for pattern, scheme in options["keep"]]
     ctx.default_map = options
+
+
+class _Quant(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 on
+    """A precision in any spelling of `fold_quant`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Write it as it is written everywhere, or end with the error that lists all."""
+        return super().convert(fold_quant(str(value)), param, ctx)
 
 
 @click.command(cls=SectionCommand)
@@ -64,7 +82,7 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
 @option(
     "Quantization",
     "--quant",
-    type=click.Choice([*RULES, "source"]),
+    type=_Quant([*RULES, "source"]),
     help="Scheme of the linear layers; source keeps the integers of a checkpoint that is quantized "
     "already (GPTQ, AWQ, compressed-tensors, AutoRound). Default: source for such a checkpoint, "
     "else int4.",
@@ -194,10 +212,11 @@ def _recipe(ctx: click.Context, _param: click.Parameter, path: Path | None) -> N
 @option(
     "Graph",
     "--target",
-    type=click.Choice(list(TARGETS)),
+    type=click.Choice([*TARGETS, "here"]),
+    callback=_target,
     help="Device that the bundle is for: chooses the dialect and the type of scales, and writes no "
     "bundle that its TensorRT does not take (JetPack 6: 10.3, JetPack 7: 10.16, trt11: 11.1 and "
-    "11.4). Default: for no device in particular.",
+    "11.4); here is this machine's JetPack, if any. Default: for no device in particular.",
 )
 @option(
     "Expert",
@@ -258,7 +277,7 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
     """Turn SOURCE into a bundle.
 
     SOURCE is a Hugging Face directory, a hub id such as
-    deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B, or a GGUF file.
+    deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B, a name that pull takes, or a GGUF file.
     """
     try:
         from .pipeline import VERIFY_STEP, ExportConfig, export_checkpoint
@@ -309,6 +328,10 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
         f"{config.output}: {manifest.name}, {manifest.quantization.name}, {num_bytes / 1e6:,.0f} MB"
     )
     click.echo(f"TensorRT: {describe_tensorrt(manifest)}")
+    for target in _other_targets(config.target, manifest.tensorrt):
+        click.echo(
+            f"not for JetPack {target[-1]}: export again with --target {target} and another -o"
+        )
     if manifest.kv_cache is not None:
         click.echo(f"KV cache: {describe_kv_cache(manifest)}")
     if (from_source := describe_from_source(manifest)) is not None:
@@ -337,6 +360,22 @@ def export(ctx: click.Context, /, as_json: bool, verify: bool | None, **options:
     verb = {"embed": "embed", "rerank": "serve"}.get(manifest.model.task, "run")
     words = "" if verb == "serve" else " 'Why is the sky blue?'"
     click.echo(f"Try it: edge-llm {verb} {config.output}{words}")
+
+
+def _other_targets(target: str | None, versions: Collection[str] | None) -> list[str]:
+    """The targets of a JetPack whose TensorRT does not take the graph.
+
+    Args:
+        target: ``--target``; a bundle for no JetPack at all was asked for with some.
+        versions: of TensorRT that take it; None was not checked.
+    """
+    if versions is None or (target is not None and not target.startswith("jetpack")):
+        return []
+    return [
+        name
+        for name, each in TARGETS.items()
+        if name.startswith("jetpack") and not {*each.versions} <= {*versions}
+    ]
 
 
 def _gate(config: ExportConfig, manifest: Manifest) -> tuple[str, str]:

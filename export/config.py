@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from edge.bundle.manifest import Dialect, Task
-from edge.bundle.schemes import Clip, Quant, Recipe, kind_of
+from edge.bundle.schemes import Clip, Quant, Recipe, fold_quant, kind_of
 from edge.errors import ConfigError
 
 from .graph.embedding_table import EmbeddingType
@@ -117,6 +117,8 @@ class ExportConfig:
     device: Target = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.quant is not None:
+            object.__setattr__(self, "quant", fold_quant(self.quant))
         implied: GraphType = "bf16" if self.quant == "bf16" else "fp16"
         if self.quant == AS_IN_SOURCE:
             self._refuse_rounding()

@@ -439,7 +439,7 @@ def main(wanted: list[str]) -> None:
             (PICTURES / "flow.svg").write_text(flow(), "utf-8")
         elif name == "plan":
             target = str(PICTURES / "plan.svg")
-            plan = ["plan", "r1-qwen-1.5b", "--device", "agx-orin-64", "--svg", target]
+            plan = ["plan", "deepseek-r1:1.5b", "--device", "agx-orin-64", "--svg", target]
             subprocess.run([sys.executable, "-m", "edge.cli", *plan], check=True)
         elif name == "terminal":
             moments = record(["scripts/quickstart"])

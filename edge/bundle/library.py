@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from edge.errors import BundleError
+from edge.errors import BundleError, ConfigError
 from edge.files import is_directory, is_file, list_directory
 from edge.user_paths import expand_user, user_directory
 
@@ -20,7 +22,10 @@ CATALOGUE = {
     "deepseek-r1:8b": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
     "deepseek-r1:8b-0528": "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B",
 }
-"""Hub ids of the models that this project is for, by a name that is quicker to type."""
+"""Hub ids of the models that this project is for, by the name that every verb prints.
+
+What else they may be called is in `hub_id`.
+"""
 REVISIONS = {
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "ad9f0ae0864d7fbcd1cd905e3c6c5b069cc8b562",
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": "916b56a44061fd5cd7d6a8fb632557ed4f724f60",
@@ -33,6 +38,7 @@ Each is the one that public projects which pin these models name, independently 
 (searched in November 2026); the hub was not asked. A hub that does not have it refuses it.
 """
 _SEPARATORS = re.compile(r"[-_:/ ]+")
+_SIZE = re.compile(r"[0-9.]+b")
 
 
 def roots() -> list[Path]:
@@ -70,19 +76,25 @@ def find_bundle(name: str) -> Path:
     """Find a bundle by its directory, by its name, or by some words of its name.
 
     A directory is taken as it is. Else the name is looked for below the `roots`: the whole name
-    first, then bundles whose names have all of its words, such as ``1.5b`` or ``qwen-1.5b:int8``.
-    A name of the `CATALOGUE`, alone or with a quantization behind a hyphen, stands for its model.
+    first, then bundles whose names have all of its words, such as ``1.5b`` or ``qwen-1.5b:int8``;
+    of several the one that ends with the last word, such as ``int8`` and not ``int8-w8a8``.
+    A name of the `CATALOGUE` or a hub id there, alone or with a quantization behind a hyphen,
+    stands for its model.
 
     Raises:
-        BundleError: no bundle, or more than one, has that name.
+        BundleError: no bundle, or more than one, has that name, or it is that of a file.
     """
-    if name and is_directory(Path(name)):
-        return Path(name)
+    path = Path(name)
+    if name and is_directory(path):
+        return path
     known = list(bundle_directories())
     for directory in known:
         if directory.name == name:
             return directory
     found = [directory for directory in known if _means(name, directory.name)]
+    if len(found) > 1:
+        last = _SEPARATORS.split(name.lower())[-1]
+        found = [each for each in found if each.name.lower().endswith(f"-{last}")] or found
     if len(found) == 1:
         return found[0]
     if found:
@@ -90,6 +102,8 @@ def find_bundle(name: str) -> Path:
             f"{name!r} fits {len(found)} bundles: {', '.join(map(str, found))}; give more of the "
             "name"
         )
+    if is_file(path):
+        raise BundleError(_no_directory(path))
     raise BundleError(f"{_absence(name, known)}; {_remedy(name)}")
 
 
@@ -97,6 +111,7 @@ def find_setting(text: str, base: Path) -> Path:
     """Find the bundle that a setting names, as `find_bundle` does.
 
     A text with a ``/`` is a path, whether or not there is anything yet: who opens it will say.
+    A hub id of the `CATALOGUE` is none.
 
     Args:
         text: as it was written.
@@ -106,27 +121,84 @@ def find_setting(text: str, base: Path) -> Path:
         The directory, absolute where it was found by its name.
 
     Raises:
-        BundleError: no bundle, or more than one, has that name.
+        BundleError: no bundle, or more than one, has that name, or it is that of a file.
         ConfigError: it begins with a home directory that is not known.
     """
     path = base / expand_user(text)
-    if "/" in text or is_directory(path):
+    if is_directory(path):
+        return path
+    if "/" in text and not _named(text):
+        if is_file(path):
+            raise BundleError(_no_directory(path))
         return path
     return find_bundle(text).absolute()
 
 
 def hub_id(name: str) -> str | None:
-    """Return the hub id of a name of the `CATALOGUE`, whatever its case; None of any other."""
-    return CATALOGUE.get(name.lower())
+    """Return the hub id of a model of the `CATALOGUE`, by any of its names in any case.
+
+    These are the short name, the hub id, and words of both with ``r1`` among them or a size alone:
+    ``r1-qwen-1.5b``, ``DeepSeek-R1-Distill-Qwen-1.5B``, ``1.5B``.
+
+    Returns:
+        None where it is the name of no such model.
+
+    Raises:
+        ConfigError: it could be more than one; they are named.
+    """
+    found = _named(name)
+    if len(found) > 1:
+        shown = (f"{short} ({CATALOGUE[short].rpartition('/')[2]})" for short in found)
+        raise ConfigError(f"{name!r} could be {' or '.join(shown)}; give one of these names")
+    return CATALOGUE[found[0]] if found else None
+
+
+def nearest_model(name: str) -> str:
+    """Say which name of the `CATALOGUE` a name is nearest to, or which there are."""
+    near = difflib.get_close_matches(name.lower(), CATALOGUE, 1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(CATALOGUE)}"
+
+
+def gguf_bundle(path: Path) -> Path:
+    """Where the bundle of a GGUF file belongs."""
+    return roots()[0] / path.stem.lower()
+
+
+def _named(name: str) -> list[str]:
+    wanted, words = name.lower(), _words(name)
+    for short, source in CATALOGUE.items():
+        if wanted in (short, source.lower()):
+            return [short]
+    if "/" in name or not ("r1" in words or _SIZE.fullmatch(wanted)):
+        return []
+    return [
+        short
+        for short, source in CATALOGUE.items()
+        if words <= _words(f"{short}-{source.rpartition('/')[2]}")
+    ]
+
+
+def _no_directory(path: Path) -> str:
+    if path.suffix.lower() != ".gguf":
+        return f"{path} is a file; a bundle is a directory"
+    target = gguf_bundle(path)
+    run = f"edge-llm run {shlex.quote(target.name)}"
+    if is_file(target / MANIFEST_NAME):
+        return f"{path} is a checkpoint, and its bundle is there: {run}"
+    export = f"edge-llm export {shlex.quote(str(path))} -o {shlex.quote(str(target))}"
+    return f"{path} is a checkpoint: {export}, then {run}"
 
 
 def _means(name: str, directory: str) -> bool:
     wanted = name.lower()
     for short in sorted(CATALOGUE, key=len, reverse=True):
-        if wanted == short or wanted.startswith(f"{short}-"):
-            model = CATALOGUE[short].rsplit("/", 1)[-1].lower()
-            rest = _words(wanted[len(short) :])
-            return directory.lower().startswith(model) and rest <= _words(directory[len(model) :])
+        for known in (short, CATALOGUE[short].lower()):
+            if wanted == known or wanted.startswith(f"{known}-"):
+                model = CATALOGUE[short].rpartition("/")[2].lower()
+                rest = _words(wanted[len(known) :])
+                return directory.lower().startswith(model) and rest <= _words(
+                    directory[len(model) :]
+                )
     words = _words(wanted)
     return bool(words) and words <= _words(directory)
 
@@ -144,7 +216,10 @@ def _absence(name: str, known: list[Path]) -> str:
 
 
 def _remedy(name: str) -> str:
-    for short in CATALOGUE:
-        if _words(name) and _words(name) <= _words(f"{short}-{CATALOGUE[short]}"):
-            return f"get it with: edge-llm pull {short}"
+    words = _words(name)
+    near = _named(name) or [
+        short for short in CATALOGUE if words and words <= _words(f"{short}-{CATALOGUE[short]}")
+    ]
+    if near:
+        return f"get it with: edge-llm pull {' or '.join(near)}"
     return "edge-llm pull deepseek-r1:1.5b gets one, edge-llm export makes one of any checkpoint"

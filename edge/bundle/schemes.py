@@ -84,6 +84,12 @@ RULES: dict[Quant, tuple[tuple[str, SchemeKind], ...]] = {
 """The scheme of the layers whose names match a shell wildcard; the last match wins."""
 
 
+def fold_quant(name: str) -> str:
+    """Write a precision as `RULES` has it: ``INT8_W8A8`` and ``w8a8`` are ``int8-w8a8``."""
+    folded = name.strip().lower().replace("_", "-")
+    return {"w8a8": "int8-w8a8", "float16": "fp16", "bfloat16": "bf16"}.get(folded, folded)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A quantization as asked for; `schemes` resolves it for a model.

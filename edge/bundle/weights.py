@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from edge.bundle.linears import linear_layers, norm_layers
 from edge.bundle.manifest import HeadManifest, Manifest, ModelSpec, TensorScheme
-from edge.bundle.schemes import SCALE_BYTES, SCHEMES, Recipe, stored_bytes
+from edge.bundle.schemes import SCALE_BYTES, SCHEMES, Recipe, fold_quant, stored_bytes
 from edge.bundle.sizes import ENGINE_FLOAT_BYTES
 from edge.errors import ConfigError
 
@@ -37,14 +37,15 @@ VARIANTS: dict[str, Recipe] = {
 
 
 def find_variant(name: str) -> Recipe:
-    """Find a recipe of `VARIANTS` by its name.
+    """Find a recipe of `VARIANTS` by its name, in any spelling of `fold_quant`.
 
     Raises:
         ConfigError: there is none of that name.
     """
-    if name not in VARIANTS:
+    recipe = VARIANTS.get(fold_quant(name))
+    if recipe is None:
         raise ConfigError(f"--quant {name} is unknown; known: {', '.join(VARIANTS)}")
-    return VARIANTS[name]
+    return recipe
 
 
 class Linear(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -13,10 +14,10 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from edge.bundle.library import find_bundle
+from edge.bundle.library import find_bundle, gguf_bundle
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import ConfigError, RequestError
-from edge.files import is_file
+from edge.files import exists, is_file
 from edge.runtime.sampling_params import KNOBS, SamplingParams
 from edge.settings_fields import field_sections, read_flags
 
@@ -43,14 +44,24 @@ class Finite(click.FloatRange):
 
 
 class BundlePath(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
-    """A bundle, by its directory or by a name that `find_bundle` knows."""
+    """A bundle, by its directory or by a name that `find_bundle` knows.
+
+    Args:
+        offers_export: whether a person who names a GGUF file is asked to have it exported.
+    """
 
     name = "bundle"
 
+    def __init__(self, *, offers_export: bool = False) -> None:
+        self._offers_export = offers_export
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Find the bundle, or end with the error that says which there are."""
-        if is_file(Path(value)):
-            self.fail(f"{value} is a file; a bundle is a directory", param, ctx)
+        path = Path(value)
+        if self._offers_export and path.suffix.lower() == ".gguf" and is_file(path):
+            exported = None if ctx is None else _offer_export(ctx, path)
+            if exported is not None:
+                return exported
         return find_bundle(str(value))
 
     def shell_complete(
@@ -60,8 +71,24 @@ class BundlePath(click.ParamType):  # type: ignore[type-arg]  # generic from cli
         return complete_bundle(ctx, param, incomplete)
 
 
+def _offer_export(ctx: click.Context, path: Path) -> Path | None:
+    """Ask a person at a terminal whether to export a checkpoint; return the bundle if it was."""
+    root, bundle = ctx.find_root().command, gguf_bundle(path)
+    verb = root.get_command(ctx, "export") if isinstance(root, click.Group) else None
+    if verb is None or ctx.resilient_parsing or exists(bundle) or not sys.stdin.isatty():
+        return None
+    if not click.confirm(f"{path} is a checkpoint. Export it to {bundle} now?", err=True):
+        return None
+    arguments = [str(path), "-o", str(bundle), "--target", "here"]
+    code = verb.main(arguments, "edge-llm export", standalone_mode=False)
+    if code:
+        ctx.exit(code)
+    return bundle
+
+
 FILE = click.Path(path_type=Path, dir_okay=False)
 bundle_argument = click.argument("bundle", type=BundlePath())
+bundle_or_gguf_argument = click.argument("bundle", type=BundlePath(offers_export=True))
 build_option = option(
     "Engine",
     "--build/--no-build",

@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Any
 
 from edge.bundle.engine_file import find_engines
-from edge.bundle.library import CATALOGUE, bundle_name, roots
+from edge.bundle.library import bundle_name, hub_id, nearest_model, roots
+from edge.bundle.schemes import RULES, fold_quant
 from edge.engine_config import BackendName
 from edge.errors import BundleError, ConfigError, RequestError
 from edge.text.reasoning import THINK_END, THINK_START
@@ -16,7 +17,6 @@ from edge.text.reasoning import THINK_END, THINK_START
 from .llm import LLM, Prompt
 from .sampling_params import SamplingParams
 
-_VERSIONS = ("1.5B", "7B", "8B")
 _DEFAULT_LENGTH = 200
 _PARAMETERS = tuple(item.name for item in fields(SamplingParams) if item.name != "max_tokens")
 # Options that code for transformers or for an engine gives, and what to give here instead.
@@ -27,8 +27,7 @@ _INSTEAD = {
     "stop_strings": "give stop, a tuple of texts",
     "eos_token_id": "give stop_token_ids, a tuple of ids",
 }
-_PRECISIONS = ("fp16", "int8", "int4")
-_DEVICES = ("auto", "cuda", "cpu")
+_DEVICES = ("auto", "cpu", "cuda", "gpu", "cuda:0")
 
 
 class DeepSeekModel:
@@ -38,10 +37,11 @@ class DeepSeekModel:
     ``deepseek-r1-distill-qwen-1.5b-int8``.
 
     Args:
-        version: ``1.5B``, ``7B`` or ``8B``.
-        precision: ``fp16``, ``int8`` or ``int4``.
-        device: ``auto``, ``cpu``, or ``cuda``: a TensorRT engine of the bundle, else ONNX Runtime
-            on the GPU.
+        version: ``1.5B``, ``7B`` or ``8B`` (the Llama distill), or another name of
+            `edge.bundle.library.hub_id`.
+        precision: a ``--quant`` of the export, in any case.
+        device: ``auto``, ``cpu``, or ``cuda`` (also ``gpu``, ``cuda:0``): a TensorRT engine of the
+            bundle, else ONNX Runtime on the GPU.
 
     Raises:
         ConfigError: an unknown version, precision or device.
@@ -51,27 +51,30 @@ class DeepSeekModel:
     def __init__(
         self, version: str = "1.5B", precision: str = "int8", device: str = "auto"
     ) -> None:
-        for name, value, choices in (
-            ("version", version, _VERSIONS),
-            ("precision", precision, _PRECISIONS),
-            ("device", device, _DEVICES),
-        ):
-            if value not in choices:
-                raise ConfigError(f"unknown {name} {value!r}; use one of {', '.join(choices)}")
-        hub_id = CATALOGUE[f"deepseek-r1:{version.lower()}"]
-        name = bundle_name(hub_id, precision)
+        source = hub_id(version if "r1" in version.lower() else f"deepseek-r1:{version}")
+        if source is None:
+            raise ConfigError(f"unknown version {version!r}; {nearest_model(version)}")
+        quant, place = fold_quant(precision), device.lower()
+        if quant not in RULES:
+            raise ConfigError(f"unknown precision {precision!r}; use one of {', '.join(RULES)}")
+        if place not in _DEVICES:
+            raise ConfigError(
+                f"unknown device {device!r}; use one of {', '.join(_DEVICES)}; of several GPUs "
+                "CUDA_VISIBLE_DEVICES chooses"
+            )
+        name = bundle_name(source, quant)
         candidates = [root / name for root in roots()]
         found = next((path for path in candidates if path.is_dir()), None)
         if found is None:
             raise BundleError(
                 f"no bundle at {' or '.join(map(str, candidates))}; make it with: "
-                f"edge-llm export {hub_id} -o {candidates[0]} --quant {precision}"
+                f"edge-llm export {source} -o {candidates[0]} --quant {quant}"
             )
         self.bundle = found
         backend: BackendName = "auto"
-        if device == "cpu":
+        if place == "cpu":
             backend = "ort-cpu"
-        elif device == "cuda":
+        elif place != "auto":
             backend = "tensorrt" if find_engines(self.bundle) else "ort-cuda"
         self.llm = LLM(self.bundle, backend=backend)
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import click
 
-from edge.bundle.library import CATALOGUE, REVISIONS, bundle_name, hub_id, roots
+from edge.bundle.library import REVISIONS, bundle_name, hub_id, nearest_model, roots
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
 from edge.cli.options import build_option
 from edge.errors import ConfigError, EdgeError
 from edge_lab.place import check_replaceable
+from edge_lab.telemetry import read_target
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -44,14 +45,15 @@ def pull(
 ) -> None:
     """Get MODEL: download it, export it, and build its engine where TensorRT runs.
 
-    MODEL is deepseek-r1:1.5b, :7b, :8b (the Llama distill) or :8b-0528 (the Qwen3 distill), or a
-    hub id. What follows is for edge-llm export, for example --method rtn or --kv-capacity 8192.
-    HF_ENDPOINT sets a mirror of the Hugging Face hub.
+    MODEL is deepseek-r1:1.5b, :7b, :8b (the Llama distill) or :8b-0528 (the Qwen3 distill), also
+    as 1.5b or r1-qwen-7b, or a hub id. What follows is for edge-llm export, for example --method
+    rtn or --kv-capacity 8192. HF_ENDPOINT sets a mirror of the Hugging Face hub.
     """
     source = hub_id(model) or model
     if "/" not in source:
         raise ConfigError(
-            f"{model!r} is neither a hub id (owner/name) nor one of {', '.join(CATALOGUE)}"
+            f"{model!r} is neither a hub id (owner/name) nor the name of a model; "
+            f"{nearest_model(model)}"
         )
     if any(option.startswith(("-o", "--output")) for option in export_options):
         raise ConfigError(
@@ -75,8 +77,10 @@ def pull(
                 f"cannot make {bundle.parent}: {error.strerror}; go to another directory, or name "
                 "one of bundles in EDGE_LLM_BUNDLES"
             ) from error
-        target = () if "--target" in export_options else _target()
-        is_pinned = hub_id(model) is not None and revision is None
+        machine = read_target()
+        is_chosen = machine is None or "--target" in export_options
+        target = () if is_chosen else ("--target", machine)
+        is_pinned = source != model and "/" not in model and revision is None
         if is_pinned and (hub or os.environ.get("EDGE_LLM_HUB") or "huggingface") == "huggingface":
             revision = REVISIONS[source]
         where = _options({"--revision": revision, "--hub": hub})
@@ -123,15 +127,6 @@ def _was_quantized(bundle: Path) -> bool:
         return read_manifest(bundle).source.quantization is not None
     except EdgeError:
         return False
-
-
-def _target() -> tuple[str, ...]:
-    """Options of the export for this very machine: a Jetson's graph is that of its JetPack."""
-    from edge_lab.telemetry import read_l4t
-
-    release = (read_l4t() or "").partition(".")[0]
-    jetpack = {"36": "jetpack6", "38": "jetpack7", "39": "jetpack7"}.get(release)
-    return () if jetpack is None else ("--target", jetpack)
 
 
 def _run(ctx: click.Context, verb: str, *arguments: str) -> None:

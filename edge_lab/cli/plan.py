@@ -30,7 +30,7 @@ device_option = option(
     "--device",
     metavar="MODULE",
     help="agx-orin-64 (default), agx-orin-32, orin-nx-16, orin-nx-8, orin-nano-8, orin-nano-4 or "
-    "cpu.",
+    "cpu; agx, orin-nx and orin-nano are the largest of theirs.",
 )
 power_mode_option = option(
     "Device", "--power-mode", help="Power mode of the module, e.g. 30W; default: its fastest."
@@ -119,8 +119,8 @@ def plan(
 ) -> None:
     """Predict memory and speed of MODEL for every quantization.
 
-    MODEL is a bundle by directory or name, a directory with a config.json, a config.json, or one
-    of r1-qwen-1.5b, r1-qwen-7b, r1-llama-8b and r1-qwen3-8b, also under the names that pull knows.
+    MODEL is a bundle by directory or name, a directory with a config.json, a config.json, or a
+    name that pull takes, such as deepseek-r1:1.5b, 1.5b or r1-qwen-7b.
     Of a bundle with an engine for an Orin the speed is that of this engine's layers.
     """
     from edge.backends.process_memory import Deployment
@@ -177,6 +177,7 @@ def plan(
         echo_json(result.as_dict())
         return
     _print(result)
+    _print_export(result)
     if svg is not None:
         click.echo(f"drawn: {svg}", err=True)
 
@@ -325,6 +326,29 @@ def _print(result: Plan) -> None:
         f"bandwidth, {factors.layer_s * 1e6:.0f} us per layer{per_launch}{arithmetic}; "
         f"{factors.source}."
     )
+
+
+def _print_export(result: Plan) -> None:
+    """Print the lines that make the planned model: in INT4, where that was planned, and fits."""
+    options = [option for option in result.options if option.recipe is not None]
+    if not options or result.model.source is None:
+        return
+    from edge_lab.planner.commands import export_commands
+
+    fitting = [option for option in options if option.fits is not False]
+    if not fitting:
+        return
+    option = next((each for each in fitting if each.name == "int4"), fitting[0])
+    for target, line in export_commands(
+        result.model, option, result.device, result.deployment
+    ).items():
+        click.echo(f"{making(option.name, target)}\n  {line}")
+
+
+def making(name: str, target: str) -> str:
+    """Head the lines that make a bundle for a ``--target``."""
+    where = f"JetPack {target[-1]}" if target.startswith("jetpack") else "this CPU"
+    return f"To make {name} for {where}:"
 
 
 def _engine_basis(result: Plan) -> str | None:

@@ -18,6 +18,7 @@ from .plan import (
     calibrate_option,
     device_option,
     int8_dialect,
+    making,
     power_mode_option,
     take_device,
 )
@@ -185,7 +186,7 @@ def _as_dict(found: Recommendation) -> dict[str, Any]:
         "taken": None if found.taken is None else row(found.taken),
         "candidates": [row(candidate) for candidate in found.candidates],
         "tutorial": {"leaf": found.leaf, "verdict": found.verdict},
-        "commands": list(found.commands),
+        "commands": found.commands,
         "remark": found.remark,
     }
 
@@ -199,9 +200,11 @@ def _print(
     if found.taken is None:
         console.print(f"Nothing meets every wish on {device}; the candidates below come closest.")
     else:
-        console.print(f"Taken: {found.taken.name}. Make it with:")
-        for command in found.commands:
-            click.echo(f"  {command}")
+        console.print(f"Taken: {found.taken.name}.")
+        for target, commands in found.commands.items():
+            click.echo(making("it", target))
+            for command in commands:
+                click.echo(f"  {command}")
         if found.remark is not None:
             console.print(f"Mind: {found.remark}.")
     console.print()

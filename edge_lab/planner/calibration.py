@@ -10,7 +10,8 @@ import msgspec
 from edge.errors import ConfigError
 from edge.files import MALFORMED, read_file
 
-from .plan import CPU, Device, find_device, find_module
+from .devices import find_module
+from .plan import CPU, Device, find_device
 from .speed import FITTED, Efficiency, Measured, Work, calibrate
 
 BENCH_SCHEMA = 1
@@ -142,13 +143,14 @@ def calibrated(path: Path, device: str | None, power_mode: str | None) -> tuple[
         raise ConfigError(
             f"--calibrate {path}: it was measured on {where}, which no table describes"
         )
-    name = place.name or device
+    asked = None if device is None else find_device(device).name
+    name = place.name or asked
     if name is None:
         raise ConfigError(
             f"--calibrate {path}: it does not say on which module it was measured, as in a "
             "container; give --device, if that is in the table"
         )
-    if device is not None and device.lower() != name.lower():
+    if asked is not None and asked != name:
         raise ConfigError(f"--calibrate {path}: it was measured with --device {name}, not {device}")
     target = (
         find_device(CPU, cpu_bytes_per_s=place.bytes_per_s)

@@ -17,6 +17,8 @@ advertised figure again.
 
 from __future__ import annotations
 
+import difflib
+import re
 from dataclasses import dataclass
 
 from edge.errors import ConfigError
@@ -167,6 +169,32 @@ MODULES: dict[str, Module] = {
     )
 }
 DEFAULT_DEVICE = "agx-orin-64"
+_WORDS = re.compile(r"[^a-z0-9]+")
+_IDLE_WORDS = {"", "nvidia", "jetson", "developer", "devkit", "dev", "kit", "module", "super"}
+_IDLE_WORDS |= {"gb", "engineering", "reference"}
+
+
+def find_module(name: str) -> Module:
+    """Find a module by its name or by words of it, as a device tree or a shop writes them.
+
+    ``Jetson Orin Nano 8GB`` is orin-nano-8. Without its memory it is the largest of its family, and
+    ``orin`` alone the default.
+
+    Raises:
+        ConfigError: there is none of that name, or it could be of more than one family.
+    """
+    words = set(_WORDS.split(re.sub(r"([0-9])gb?(?![a-z0-9])", r"\1", name.lower()))) - _IDLE_WORDS
+    if words == {"orin"}:
+        return MODULES[DEFAULT_DEVICE]
+    found = [module for module in MODULES.values() if words <= {*module.name.split("-"), "orin"}]
+    if not words or not found:
+        near = difflib.get_close_matches(name.lower(), MODULES, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(MODULES)}, cpu"
+        raise ConfigError(f"--device {name} is unknown; {hint}")
+    if len({module.name.rpartition("-")[0] for module in found}) > 1:
+        names = " or ".join(module.name for module in found)
+        raise ConfigError(f"--device {name} could be {names}; give one of these names")
+    return found[0]
 
 
 def identify(model_name: str | None, memory_bytes: int | None) -> Module | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from edge.bundle.library import CATALOGUE, find_bundle, hub_id
+from edge.bundle.library import CATALOGUE, find_bundle, hub_id, nearest_model
 from edge.bundle.manifest import (
     MANIFEST_NAME,
     Architecture,
@@ -88,53 +88,37 @@ def decoder_spec(
 
 # Dimensions of the models' own config.json files.
 BUILT_IN: dict[str, PlannedModel] = {
-    "r1-qwen-1.5b": PlannedModel(
-        "r1-qwen-1.5b",
-        decoder_spec("qwen2", 1536, 28, (12, 2, 128), 8960, 151936),
-        CATALOGUE["deepseek-r1:1.5b"],
-    ),
-    "r1-qwen-7b": PlannedModel(
-        "r1-qwen-7b",
-        decoder_spec("qwen2", 3584, 28, (28, 4, 128), 18944, 152064),
-        CATALOGUE["deepseek-r1:7b"],
-    ),
-    "r1-llama-8b": PlannedModel(
-        "r1-llama-8b",
-        decoder_spec("llama", 4096, 32, (32, 8, 128), 14336, 128256),
-        CATALOGUE["deepseek-r1:8b"],
-    ),
-    "r1-qwen3-8b": PlannedModel(
-        "r1-qwen3-8b",
-        decoder_spec("qwen3", 4096, 36, (32, 8, 128), 12288, 151936),
-        CATALOGUE["deepseek-r1:8b-0528"],
-    ),
+    name: PlannedModel(name, spec, CATALOGUE[name])
+    for name, spec in {
+        "deepseek-r1:1.5b": decoder_spec("qwen2", 1536, 28, (12, 2, 128), 8960, 151936),
+        "deepseek-r1:7b": decoder_spec("qwen2", 3584, 28, (28, 4, 128), 18944, 152064),
+        "deepseek-r1:8b": decoder_spec("llama", 4096, 32, (32, 8, 128), 14336, 128256),
+        "deepseek-r1:8b-0528": decoder_spec("qwen3", 4096, 36, (32, 8, 128), 12288, 151936),
+    }.items()
 }
+"""By their names in the `CATALOGUE`."""
 
 
 def find_model(name: str) -> PlannedModel:
-    """Find a built-in model, a bundle, a directory with a ``config.json``, or that file itself.
+    """Find a bundle or a directory with a ``config.json``, that file itself, or a built-in model.
 
-    Bundles have the names of `find_bundle`, too.
+    Built-in models have the names of `hub_id`, bundles also those of `find_bundle`.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: it is none of these, or could be more than one.
         CheckpointError: the ``config.json`` is no config of a supported decoder.
         BundleError: the bundle's manifest is damaged.
     """
-    if name.lower() in BUILT_IN:
-        return BUILT_IN[name.lower()]
-    if (known := hub_id(name)) is not None:
-        return next(model for model in BUILT_IN.values() if model.source == known)
-    problem = (
-        f"{name} is no bundle, no directory with a config.json, no config.json and none of "
-        f"{', '.join(BUILT_IN)}"
-    )
     path = Path(name)
     if not exists(path):
+        if (model := find_built_in(name)) is not None:
+            return model
         try:
             path = find_bundle(name)
         except BundleError as error:
-            raise ConfigError(f"{problem}: {error}") from error
+            raise ConfigError(
+                f"{name} is no model by name ({nearest_model(name)}): {error}"
+            ) from error
     if is_file(path / MANIFEST_NAME):
         manifest = read_manifest(path)
         return PlannedModel(
@@ -144,7 +128,20 @@ def find_model(name: str) -> PlannedModel:
     if is_file(config):
         directory = config.resolve().parent
         return PlannedModel(directory.name, read_config(config), source=str(config.parent))
-    raise ConfigError(problem)
+    raise ConfigError(
+        f"{name} is no bundle, no directory with a config.json, no config.json and no model by "
+        f"name ({nearest_model(name)})"
+    )
+
+
+def find_built_in(name: str) -> PlannedModel | None:
+    """Find a built-in model by any name of `hub_id`; None if it is none.
+
+    Raises:
+        ConfigError: it could be more than one.
+    """
+    known = hub_id(name)
+    return next((model for model in BUILT_IN.values() if model.source == known), None)
 
 
 def find_head(target: PlannedModel) -> PlannedModel:

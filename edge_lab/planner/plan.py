@@ -15,11 +15,11 @@ from edge.backends.process_memory import (
     usable_bytes,
 )
 from edge.bundle import io_spec
-from edge.bundle.schemes import Recipe
+from edge.bundle.schemes import Recipe, fold_quant
 from edge.bundle.weights import VARIANTS, Linear, find_variant, manifest_linears, recipe_linears
 from edge.errors import ConfigError
 
-from .devices import DEFAULT_DEVICE, MODULES, Module, PowerMode
+from .devices import DEFAULT_DEVICE, PowerMode, find_module
 from .drafting import (
     ACCEPTANCES,
     DraftPlan,
@@ -154,7 +154,7 @@ def find_device(
     """Find a module of the table, or this kind of CPU.
 
     Args:
-        name: name of a module, or ``cpu``; None is the AGX Orin 64 GB.
+        name: name of a module (`find_module`), or ``cpu``; None is the AGX Orin 64 GB.
         power_mode: power mode of the module; None is the fastest.
         cpu_bytes_per_s: bandwidth that a benchmark measured on the CPU.
 
@@ -162,25 +162,14 @@ def find_device(
         ConfigError: an unknown module or mode.
     """
     name = name or DEFAULT_DEVICE
-    if name == CPU:
+    if name.lower() == CPU:
         if power_mode is not None:
             raise ConfigError(f"--power-mode {power_mode} is for Orin modules, not for {CPU}")
         if cpu_bytes_per_s is None:
             return Device(CPU, None, None)
         return Device(CPU, cpu_mode(cpu_bytes_per_s), None)
     module = find_module(name)
-    return Device(name, module.mode(power_mode), usable_bytes(module.memory_bytes))
-
-
-def find_module(name: str) -> Module:
-    """Find a module of the table.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    if name not in MODULES:
-        raise ConfigError(f"--device {name} is unknown; known: {', '.join(MODULES)}, {CPU}")
-    return MODULES[name]
+    return Device(module.name, module.mode(power_mode), usable_bytes(module.memory_bytes))
 
 
 def cpu_mode(bytes_per_s: float) -> PowerMode:
@@ -304,7 +293,7 @@ def _linears(
         linears = manifest_linears(model.manifest, beside)
         return [(model.manifest.quantization.name, None, linears)]
     if quants:
-        return [(name, *_variant(model, name)) for name in quants]
+        return [(name, *_variant(model, name)) for name in dict.fromkeys(map(fold_quant, quants))]
     found: list[tuple[str, Recipe | None, list[Linear]]] = []
     for name in VARIANTS:
         try:

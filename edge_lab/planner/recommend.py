@@ -10,15 +10,18 @@ taken, and of equals the fastest. The drawing's own leaf is checked against the 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from edge.backends.process_memory import Deployment
+from edge.bundle.library import nearest_model
 from edge.bundle.linears import linear_layers
 from edge.errors import ConfigError
 
-from .models import BUILT_IN, PlannedModel
+from .commands import bundle_path, export_commands
+from .models import BUILT_IN, PlannedModel, find_built_in
 from .plan import Device, Option, Plan, make_plan
 from .speed import Efficiency, prefill_s
 
@@ -28,25 +31,25 @@ MemoryOf = Literal["process", "weights"]
 # pass@1 in percent: DeepSeek-R1's README for the distills, the model card of R1-0528-Qwen3-8B for
 # the last. That card has no MATH-500, and its LiveCodeBench is of later months (2408-2505).
 QUALITY: dict[str, dict[Benchmark, float]] = {
-    "r1-qwen-1.5b": {
+    "deepseek-r1:1.5b": {
         "aime-2024": 28.9,
         "math-500": 83.9,
         "gpqa-diamond": 33.8,
         "livecodebench": 16.9,
     },
-    "r1-qwen-7b": {
+    "deepseek-r1:7b": {
         "aime-2024": 55.5,
         "math-500": 92.8,
         "gpqa-diamond": 49.1,
         "livecodebench": 37.6,
     },
-    "r1-llama-8b": {
+    "deepseek-r1:8b": {
         "aime-2024": 50.4,
         "math-500": 89.1,
         "gpqa-diamond": 49.0,
         "livecodebench": 39.6,
     },
-    "r1-qwen3-8b": {"aime-2024": 86.0, "gpqa-diamond": 61.1, "livecodebench": 60.5},
+    "deepseek-r1:8b-0528": {"aime-2024": 86.0, "gpqa-diamond": 61.1, "livecodebench": 60.5},
 }
 MMLU_MEASURED = 41.0  # R1-Distill-Qwen-1.5B, EdgeReasoning (arXiv 2511.01866), 3,000 questions
 
@@ -125,7 +128,7 @@ class Recommendation:
         candidates: all, best first among those that meet every wish, then the dropped.
         leaf: what the tutorials' tree says for the same wish.
         verdict: what the numbers say about that leaf.
-        commands: export and build of ``taken``.
+        commands: export and build of ``taken``, by the ``--target`` that they are for.
         remark: what a build of ``taken`` lacks, or None.
     """
 
@@ -133,7 +136,7 @@ class Recommendation:
     candidates: tuple[Candidate, ...]
     leaf: str
     verdict: str
-    commands: tuple[str, ...]
+    commands: dict[str, tuple[str, ...]]
     remark: str | None
 
 
@@ -154,9 +157,6 @@ def recommend(
             f"--device {device.name} has no known bandwidth; measure it with edge-llm bench BUNDLE "
             "--json and give the file to --calibrate"
         )
-    unknown = [name for name in models if name not in BUILT_IN]
-    if unknown:
-        raise ConfigError(f"--model {unknown[0]} is unknown; known: {', '.join(BUILT_IN)}")
     if wish.prompt_tokens > deployment.kv_capacity:
         raise ConfigError(
             f"--prompt-tokens {wish.prompt_tokens} exceeds the KV capacity "
@@ -164,10 +164,10 @@ def recommend(
         )
     candidates = [
         _candidate(wish, plan, option)
-        for name in models
+        for model in dict.fromkeys(map(_model, models))
         for plan in [
             make_plan(
-                BUILT_IN[name],
+                model,
                 device,
                 deployment,
                 efficiency,
@@ -180,9 +180,16 @@ def recommend(
     ranked = sorted(candidates, key=lambda c: (bool(c.reasons), -(c.score or 0.0), c.tpot_s))
     taken = ranked[0] if not ranked[0].reasons else None
     leaf, verdict = _tutorial(wish, candidates)
-    commands = () if taken is None else _commands(taken, deployment)
+    commands = {} if taken is None else _commands(taken, device, deployment)
     remark = None if taken is None else _remark(taken, device)
     return Recommendation(taken, tuple(ranked), leaf, verdict, commands, remark)
+
+
+def _model(name: str) -> PlannedModel:
+    model = find_built_in(name)
+    if model is None:
+        raise ConfigError(f"--model {name} is unknown; {nearest_model(name)}")
+    return model
 
 
 def score(model: str, quant: str, benchmark: Benchmark) -> float | None:
@@ -228,10 +235,10 @@ def _candidate(wish: Wish, plan: Plan, option: Option) -> Candidate:
 def tutorial_leaf(wish: Wish) -> tuple[str, tuple[str, ...], bool]:
     """Where the tutorials' tree ends: its words, the models, and whether quantized."""
     if wish.memory_bytes is not None and wish.memory_bytes <= TUTORIAL_MEMORY_BYTES:
-        return "1.5B quantized", ("r1-qwen-1.5b",), True
+        return "1.5B quantized", ("deepseek-r1:1.5b",), True
     if wish.tpot_s is not None and wish.tpot_s <= TUTORIAL_LATENCY_S:
-        return "7B quantized", ("r1-qwen-7b",), True
-    return "8B", ("r1-llama-8b", "r1-qwen3-8b"), False
+        return "7B quantized", ("deepseek-r1:7b",), True
+    return "8B", ("deepseek-r1:8b", "deepseek-r1:8b-0528"), False
 
 
 def _tutorial(wish: Wish, candidates: Sequence[Candidate]) -> tuple[str, str]:
@@ -253,7 +260,7 @@ def _tutorial(wish: Wish, candidates: Sequence[Candidate]) -> tuple[str, str]:
             f"holds: {best.name} takes {_gb(best.memory_bytes)} of {_held(wish)}, TPOT "
             f"{_ms(best.tpot_s)}"
         )
-    if models == ("r1-qwen-1.5b",):
+    if models == ("deepseek-r1:1.5b",):
         verdict += ". " + _claims(there)
     return leaf, verdict
 
@@ -271,18 +278,15 @@ def _claims(there: Sequence[Candidate]) -> str:
     )
 
 
-def _commands(taken: Candidate, deployment: Deployment) -> tuple[str, ...]:
-    recipe = taken.option.recipe
-    assert recipe is not None
-    bundle = f"bundles/{taken.model.name}-{taken.option.name}"
-    export = ["edge-llm export", str(taken.model.source), "-o", bundle, *recipe.export_options()]
-    export += ["--kv-capacity", str(deployment.kv_capacity)]
-    if deployment.int8_layers:
-        export += ["--kv-cache", "int8", "--dialect", deployment.dialect]
-    build = ["edge-llm build", bundle, "--max-batch", str(deployment.batch)]
-    build += ["--max-prefill", str(deployment.max_prefill)]
-    commands = (" ".join(export), " ".join(build))
-    return commands if deployment.backend == "tensorrt" else commands[:1]
+def _commands(
+    taken: Candidate, device: Device, deployment: Deployment
+) -> dict[str, tuple[str, ...]]:
+    exports = export_commands(taken.model, taken.option, device, deployment)
+    if deployment.backend != "tensorrt":
+        return {target: (export,) for target, export in exports.items()}
+    build = ["edge-llm", "build", str(bundle_path(taken.model, taken.option))]
+    build += ["--max-batch", str(deployment.batch), "--max-prefill", str(deployment.max_prefill)]
+    return {target: (export, shlex.join(build)) for target, export in exports.items()}
 
 
 def _remark(taken: Candidate, device: Device) -> str | None:

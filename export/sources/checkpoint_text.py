@@ -16,11 +16,13 @@ from edge.files import open_file, read_file, read_text_file
 from edge.text.known_templates import with_think
 
 from .assumed_sampling import assume_sampling
+from .weight_files import HEAD_BYTES, refuse_stand_in
 
 _log = logging.getLogger(__name__)
 _MAX_BYTES = 1 << 26
 _MAX_TEMPLATE_BYTES = 1 << 20
 _CARD_BYTES = 1 << 16
+_TOKENIZER_FILES = ("*tokenizer*", "*vocab*", "*.model", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read or holds no JSON object.
     """
     try:
-        value = json.loads(read_file(path, _MAX_BYTES))
+        data = read_file(path, _MAX_BYTES)
+        refuse_stand_in(path, data[:HEAD_BYTES])
+        value = json.loads(data)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -77,6 +81,11 @@ def read_text(
     """
     tokenizer_path = directory / "tokenizer.json"
     if not tokenizer_path.is_file():
+        if not any(next(directory.glob(kind), None) for kind in _TOKENIZER_FILES):
+            raise CheckpointError(
+                f"{directory} has no file of a tokenizer: the download is incomplete; get every "
+                "file of the checkpoint"
+            )
         raise CheckpointError(
             f"{directory} has no tokenizer.json; make one with transformers: "
             f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"

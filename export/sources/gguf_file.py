@@ -21,6 +21,7 @@ from edge.errors import CheckpointError, DependencyError, install_command
 from edge.files import open_file
 
 from .safetensors_file import bfloat16
+from .weight_files import HEAD_BYTES, refuse_stand_in
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -81,7 +82,9 @@ class GgufFile:
         self.path = path
         try:
             with open_file(path) as file:
-                if file.read(len(_MAGIC)) != _MAGIC:
+                head = file.read(HEAD_BYTES)
+                refuse_stand_in(path, head)
+                if not head.startswith(_MAGIC):
                     raise self._damaged("it does not begin with GGUF")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:

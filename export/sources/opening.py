@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
+from edge.bundle.library import REVISIONS, hub_id, nearest_model
 from edge.bundle.manifest import Task
 from edge.errors import CheckpointError, ConfigError
 from edge_lab.model_config import parse_config
@@ -39,9 +40,10 @@ def open_checkpoint(
     """Open a model by whatever names it.
 
     Args:
-        source: an existing directory in Hugging Face's layout, an existing ``.gguf`` file, or a
-            hub id ``owner/name``, in this order.
-        revision: branch, tag or commit of a hub id; None is its default branch.
+        source: an existing directory in Hugging Face's layout, an existing ``.gguf`` file, a model
+            by a name of `edge.bundle.library.hub_id`, or a hub id ``owner/name``, in this order.
+        revision: branch, tag or commit of a hub id; None is its default branch, of a name on the
+            Hugging Face hub the commit in `REVISIONS`.
         cache_dir: where a hub id is downloaded to; None is the hub's own cache.
         hub: where a hub id is looked up; None is ``EDGE_LLM_HUB``, else the Hugging Face hub.
         progress: told of a download from ModelScope; huggingface-hub shows its own.
@@ -50,7 +52,8 @@ def open_checkpoint(
 
     Raises:
         CheckpointError: no such source, or one that cannot be exported.
-        ConfigError: ``revision``, ``cache_dir`` or ``hub`` with a local source, or no such hub.
+        ConfigError: ``revision``, ``cache_dir`` or ``hub`` with a local source, no such hub, or a
+            name that could be more than one model.
         DependencyError: a library of the extra ``export`` is missing.
     """
     path = Path(source)
@@ -76,10 +79,15 @@ def open_checkpoint(
         raise CheckpointError(
             f"{source} is a file but no .gguf; give the checkpoint's directory instead"
         )
+    if (known := hub_id(source)) is not None and "/" not in source:
+        if chosen_hub(hub) == "huggingface":
+            revision = revision or REVISIONS[known]
+        source = known
     if not _HUB_ID.fullmatch(source):
+        hint = "" if "/" in source else f", nor the name of a model; {nearest_model(source)}"
         raise CheckpointError(
             f"nothing to export at {source!r}: it is no directory, no .gguf file and no hub id "
-            "(owner/name)"
+            f"(owner/name){hint}"
         )
     check = partial(_check_text, task=task)
     if chosen_hub(hub) == "modelscope":

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from edge.errors import CheckpointError, DependencyError, install_command
 from edge.files import open_file
 
+from .weight_files import HEAD_BYTES, refuse_stand_in
+
 # A header has about 100 bytes per tensor; the reference implementation takes 100 MB, which become
 # 3 GB of Python's objects.
 _MAX_HEADER_BYTES = 16_000_000
@@ -96,6 +98,7 @@ class SafetensorsFile:
         self._types = tuple(_ITEM_BYTES) if quantized else FLOATS
         try:
             with open_file(path) as file:
+                refuse_stand_in(path, file.read(HEAD_BYTES))
                 size = file.seek(0, 2)
                 if size < _LENGTH_BYTES:
                     raise self._damaged(f"it has {size} bytes only")

@@ -10,6 +10,8 @@ from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
+HEAD_BYTES = 256
+"""What `refuse_stand_in` must see of a file."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -38,3 +40,21 @@ def no_weights(
         f"{problem}, only {pickled[0]}: pickled weights can run code and are never opened; convert "
         f"them where you trust them: {convert.format(name=pickled[0])}"
     )
+
+
+def refuse_stand_in(path: Path, head: bytes) -> None:
+    """Refuse what downloads leave in place of a file: a pointer of Git LFS, or a web page.
+
+    Args:
+        path: the file.
+        head: its first `HEAD_BYTES`, or all of it.
+
+    Raises:
+        CheckpointError: it is one of these.
+    """
+    if head.startswith(b"version https://git-lfs.github.com/"):  # github.com/git-lfs, docs/spec.md
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its directory"
+        )
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:14].lower().startswith((b"<!doctype html", b"<html")):
+        raise CheckpointError(f"{path} is a web page, not the file itself; download it again")

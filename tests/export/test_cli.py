@@ -66,7 +66,8 @@ def test_defaults_and_the_next_step(checkpoint: Path, tmp_path: Path):
     assert str(manifest.quantization.linears["lm_head"].scheme) == "int8-g64-planes"
     assert manifest.dtype == "fp16"
     assert manifest.quantization.clip == "mse"
-    lines = result.stdout.splitlines()
+    jetpack6 = "not for JetPack 6: export again with --target jetpack6 and another -o"
+    lines = [line for line in result.stdout.splitlines() if line != jetpack6]
     assert lines[0] == f"{tmp_path / 'bundle'}: Tiny-R1, int4, 0 MB"
     assert manifest.quality is not None
     text = manifest.quality["text"]
@@ -373,3 +374,31 @@ def modified_ns(path: Path) -> int | None:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return None
+
+
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        ((), ["6"]),  # native
+        (("--dialect", "portable"), []),
+        (("--target", "jetpack7"), ["6"]),
+        (("--target", "jetpack6"), []),
+        (("--target", "trt11"), []),
+        (("--target", "cpu"), []),
+    ],
+)
+def test_the_end_says_for_which_jetpack_it_is_not(
+    checkpoint: Path, tmp_path: Path, options: tuple[str, ...], others: list[str]
+):
+    given = ("--kv-capacity", 64, "--quant", "INT4", "--method", "rtn", "--no-verify", *options)
+    done = invoke(checkpoint, "-o", tmp_path / "one", *given)
+    assert done.exit_code == 0, done.output
+    assert read_manifest(tmp_path / "one").quantization.name == "int4"
+    lines = [line for line in done.stdout.splitlines() if line.startswith("not for JetPack")]
+    assert lines == [
+        f"not for JetPack {n}: export again with --target jetpack{n} and another -o" for n in others
+    ]
+    for line in lines:
+        again = line.split("with ")[1].removesuffix(" and another -o").split()
+        assert invoke(checkpoint, "-o", tmp_path / "two", *given[:7], *again).exit_code == 0
+        assert "10.3" in (read_manifest(tmp_path / "two").tensorrt or ())

@@ -13,7 +13,7 @@ from export.estimate import describe_s, export_s
 from export.quantize.calibrated import Method
 from export.verify import REPORT_TOKENS
 
-MODEL = BUILT_IN["r1-qwen-1.5b"].spec
+MODEL = BUILT_IN["deepseek-r1:1.5b"].spec
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 
 

@@ -41,7 +41,7 @@ def plan_of(manifest: Manifest, deployment: Deployment) -> ProcessMemory:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("backend", ["tensorrt", "ort-cpu"])
 def test_the_cache_is_exact(batch: int, backend: BackendKind):
-    model = BUILT_IN["r1-qwen-1.5b"].spec
+    model = BUILT_IN["deepseek-r1:1.5b"].spec
     per_token = 28 * 2 * 2 * 128 * (2 if backend == "tensorrt" else 4)
     assert cache_bytes(model, Deployment(backend, batch, 1000)) == batch * 1000 * per_token
 
@@ -76,7 +76,7 @@ def test_the_engines_parts_are_those_that_the_tensorrt_backend_allocates(
     bundle = shutil.copytree(tiny_bundles("qwen2"), tmp_path / "bundle")
     engine = write_engine(bundle, max_batch=batch, max_prefill=64)
     info = msgspec.structs.replace(read_engine_info(engine), kv_capacity=4096)
-    model = BUILT_IN["r1-qwen-1.5b"].spec
+    model = BUILT_IN["deepseek-r1:1.5b"].spec
     manifest = msgspec.structs.replace(read_manifest(bundle), model=model, dialect=dialect)
     theirs = device_memory.plan_engine_memory(info, manifest)
     ours = plan_process_memory(
@@ -92,7 +92,7 @@ def test_the_engines_parts_are_those_that_the_tensorrt_backend_allocates(
 
 
 def test_parts_add_up():
-    model = BUILT_IN["r1-qwen3-8b"].spec
+    model = BUILT_IN["deepseek-r1:8b-0528"].spec
     linears = recipe_linears(model, find_variant("int4"))
     plan = plan_process_memory(model, linears, io_spec.rope_positions(model), Deployment(batch=4))
     values = plan.as_dict()
@@ -107,7 +107,7 @@ def test_parts_add_up():
 
 
 def test_captured_graphs_count_at_their_bound_on_a_gpu_alone():
-    model = BUILT_IN["r1-qwen-1.5b"].spec
+    model = BUILT_IN["deepseek-r1:1.5b"].spec
     linears = recipe_linears(model, find_variant("int4"))
     on_gpu, on_cpu = (
         plan_process_memory(model, linears, 4096, Deployment(backend))
@@ -120,7 +120,7 @@ def test_captured_graphs_count_at_their_bound_on_a_gpu_alone():
 
 
 def test_portable_attention_needs_its_scores():
-    model = BUILT_IN["r1-qwen-7b"].spec
+    model = BUILT_IN["deepseek-r1:7b"].spec
     linears = recipe_linears(model, find_variant("int4"))
     native, portable = (
         plan_process_memory(model, linears, 4096, Deployment(dialect=dialect)).activations
@@ -131,7 +131,7 @@ def test_portable_attention_needs_its_scores():
 
 @pytest.mark.parametrize("quant", ["fp16", "int8", "int4", "int4-g128"])
 def test_integers_take_less_than_floats_on_the_cpu(quant: str):
-    model = BUILT_IN["r1-qwen-1.5b"].spec
+    model = BUILT_IN["deepseek-r1:1.5b"].spec
     linears = recipe_linears(model, find_variant(quant))
     on_cpu = plan_process_memory(model, linears, 4096, Deployment("ort-cpu")).weights_bytes
     on_gpu = plan_process_memory(model, linears, 4096, Deployment()).weights_bytes
@@ -157,7 +157,7 @@ def test_a_process_takes_what_was_planned(smollm2_bundle: Path):
 
 @pytest.mark.parametrize("backend", ["tensorrt", "ort-cpu"])
 def test_an_8_bit_cache_is_a_half_or_a_quarter(backend: BackendKind):
-    model = BUILT_IN["r1-qwen-1.5b"].spec
+    model = BUILT_IN["deepseek-r1:1.5b"].spec
     plain = Deployment(backend, 2, 256, 32, "portable")
     whole = replace(plain, int8_layers="all")
     share = 2 if backend == "tensorrt" else 4
@@ -187,7 +187,7 @@ def test_the_engines_parts_with_an_8_bit_cache(batch: int, tiny_bundles: Bundles
     bundle = shutil.copytree(plain, tmp_path / "bundle")
     engine = write_engine(bundle, max_batch=batch, max_prefill=64)
     info = msgspec.structs.replace(read_engine_info(engine), kv_capacity=4096)
-    model, found = BUILT_IN["r1-qwen-1.5b"].spec, read_manifest(bundle)
+    model, found = BUILT_IN["deepseek-r1:1.5b"].spec, read_manifest(bundle)
     assert found.kv_cache is not None
     errors = (0.1,) * model.num_layers
     kv_cache = msgspec.structs.replace(found.kv_cache, score_errors=errors, float_layers=(0, 27))

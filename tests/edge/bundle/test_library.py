@@ -17,9 +17,10 @@ from edge.bundle.library import (
     find_bundle,
     find_setting,
     hub_id,
+    nearest_model,
     roots,
 )
-from edge.errors import BundleError
+from edge.errors import BundleError, ConfigError
 
 QWEN = "deepseek-r1-distill-qwen-1.5b"
 LLAMA = "deepseek-r1-distill-llama-8b"
@@ -76,6 +77,9 @@ def test_a_directory_that_is_closed_hides_no_other(root: Path, monkeypatch: pyte
         ("deepseek-r1:8b-0528", f"{QWEN3}-int4"),
         ("deepseek-r1:8b-0528-int4", f"{QWEN3}-int4"),
         ("llama", f"{LLAMA}-int8"),
+        ("r1-llama-8b", f"{LLAMA}-int8"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", f"{QWEN}-int4"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B-INT4", f"{QWEN}-int4"),
         ("mine", "mine"),
     ],
 )
@@ -123,6 +127,80 @@ def test_a_name_of_two_shows_both(root: Path):
     assert find_bundle("1.5b-int8") == root / f"{QWEN}-int8"
 
 
+@pytest.mark.parametrize("model", ["deepseek-r1:1.5b", "r1-qwen-1.5b", "1.5b"])
+def test_the_last_word_tells_int8_from_int8_w8a8(root: Path, model: str):
+    make(root, f"{QWEN}-int8", f"{QWEN}-int8-w8a8")
+    for quant in ("int8", "int8-w8a8"):
+        assert find_bundle(f"{model}-{quant}") == root / f"{QWEN}-{quant}"
+    with pytest.raises(BundleError, match="fits 2 bundles"):
+        find_bundle(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("deepseek-r1:1.5b", "deepseek-r1:1.5b"),
+        ("1.5B", "deepseek-r1:1.5b"),
+        ("r1-qwen-1.5b", "deepseek-r1:1.5b"),
+        ("DeepSeek-R1-Distill-Qwen-1.5B", "deepseek-r1:1.5b"),
+        ("deepseek-ai/deepseek-r1-distill-qwen-1.5b", "deepseek-r1:1.5b"),
+        ("7b", "deepseek-r1:7b"),
+        ("deepseek_r1 7b", "deepseek-r1:7b"),
+        ("deepseek-r1:8b", "deepseek-r1:8b"),
+        ("r1-llama-8b", "deepseek-r1:8b"),
+        ("r1-qwen3-8b", "deepseek-r1:8b-0528"),
+        ("r1-0528", "deepseek-r1:8b-0528"),
+        # None of these is a distill by name.
+        *((name, None) for name in ("", "b", "qwen-7b", "llama", "70b", "deepseek", "gemma-7b")),
+        *(
+            (name, None)
+            for name in ("deepseek-ai/DeepSeek-R1", "acme/r1-qwen-7b", "r1-qwen-7b-int4")
+        ),
+    ],
+)
+def test_a_model_has_many_names(name: str, meant: str | None):
+    assert hub_id(name) == (None if meant is None else CATALOGUE[meant])
+
+
+@pytest.mark.parametrize(
+    ("name", "models"),
+    [
+        ("8b", ["deepseek-r1:8b", "deepseek-r1:8b-0528"]),
+        ("R1-8B", ["deepseek-r1:8b", "deepseek-r1:8b-0528"]),
+        ("r1-qwen", ["deepseek-r1:1.5b", "deepseek-r1:7b"]),
+        ("deepseek-r1", list(CATALOGUE)),
+    ],
+)
+def test_a_name_of_several_models_lists_them(name: str, models: list[str]):
+    with pytest.raises(ConfigError, match="could be") as caught:
+        hub_id(name)
+    listed = re.findall(r"(?<= )(deepseek-r1:\S+) \(([^)]+)\)", str(caught.value))
+    assert [short for short, _ in listed] == models
+    for short, full in listed:
+        assert hub_id(short) == hub_id(full) == CATALOGUE[short]
+
+
+def test_a_wrong_name_says_the_nearest():
+    assert nearest_model("deepseek-r1:1.6B") == "did you mean deepseek-r1:1.5b?"
+    assert nearest_model("gemma") == f"known: {', '.join(CATALOGUE)}"
+
+
+def test_a_gguf_file_is_a_checkpoint(root: Path):
+    path = Path("My Model.Q8_0.gguf")
+    path.touch()
+    for find in (find_bundle, lambda name: find_setting(f"./{name}", Path())):
+        with pytest.raises(BundleError) as caught:
+            find(str(path))
+        assert str(caught.value) == (
+            f"{path} is a checkpoint: edge-llm export '{path}' -o '{root}/my model.q8_0', then "
+            "edge-llm run 'my model.q8_0'"
+        )
+    make(root, "my model.q8_0")
+    with pytest.raises(BundleError, match="its bundle is there: edge-llm run 'my model"):
+        find_bundle(str(path))
+    assert find_bundle("my model.q8_0") == root / "my model.q8_0"
+
+
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
@@ -168,6 +246,7 @@ def test_a_setting_names_a_bundle_or_a_path(root: Path, tmp_path: Path):
     assert find_setting("here", base) == base / "here"  # a directory beside the file wins
     assert find_setting("here", tmp_path) == root / "here"
     assert find_setting("not/yet", base) == base / "not/yet"
+    assert find_setting(CATALOGUE["deepseek-r1:1.5b"], base) == root / f"{QWEN}-int4"
     assert find_setting("~/not-yet", base) == Path("~/not-yet").expanduser()
     with pytest.raises(BundleError, match=r"has .*edge-llm export makes one"):
         find_setting("gemma", base)

@@ -118,3 +118,8 @@ def test_what_does_not_fit_is_refused():
         recipe_linears(narrow, find_variant("int4-g128"))
     with pytest.raises(ConfigError, match="--quant int3 is unknown"):
         find_variant("int3")
+
+
+@pytest.mark.parametrize("name", ["INT8-W8A8", "int8_w8a8", "W8A8", " int8-w8a8 "])
+def test_a_precision_is_known_in_any_spelling(name: str):
+    assert find_variant(name) is VARIANTS["int8-w8a8"]

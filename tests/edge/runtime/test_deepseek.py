@@ -34,6 +34,22 @@ def test_the_bundle_is_found_under_the_variable(bundles: Path):
         assert model.llm.backend.name == "ort-cpu"
     with DeepSeekModel() as model:
         assert model.bundle == bundles / NAME
+    for version in (
+        "deepseek-r1:1.5b",
+        "r1-qwen-1.5b",
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    ):
+        DeepSeekModel(version, "INT8", device="CPU").close()
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu", "GPU", "cuda:0"])
+def test_every_word_for_the_gpu_asks_for_it(
+    bundles: Path, monkeypatch: pytest.MonkeyPatch, device: str
+):
+    opened: list[str] = []
+    monkeypatch.setattr("edge.runtime.deepseek.LLM", lambda _, backend: opened.append(str(backend)))
+    DeepSeekModel(device=device)
+    assert opened == ["ort-cuda"]
 
 
 def test_the_bundle_is_found_in_the_working_directory(
@@ -52,6 +68,8 @@ def test_the_bundle_is_found_in_the_working_directory(
         ("7B", "int4", "deepseek-r1-distill-qwen-7b-int4", "DeepSeek-R1-Distill-Qwen-7B"),
         ("8B", "fp16", "deepseek-r1-distill-llama-8b-fp16", "DeepSeek-R1-Distill-Llama-8B"),
         ("1.5B", "int4", "deepseek-r1-distill-qwen-1.5b-int4", "DeepSeek-R1-Distill-Qwen-1.5B"),
+        ("7b", "int8-w8a8", "deepseek-r1-distill-qwen-7b-int8-w8a8", "DeepSeek-R1-Distill-Qwen-7B"),
+        ("8b-0528", "int8", "deepseek-r1-0528-qwen3-8b-int8", "DeepSeek-R1-0528-Qwen3-8B"),
     ],
 )
 def test_a_missing_bundle_comes_with_the_command_that_makes_it(
@@ -66,9 +84,13 @@ def test_a_missing_bundle_comes_with_the_command_that_makes_it(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"version": "70B"}, "unknown version '70B'; use one of 1.5B, 7B, 8B"),
-        ({"precision": "int2"}, "unknown precision 'int2'; use one of fp16, int8, int4"),
+        ({"version": "70B"}, "unknown version '70B'; known: deepseek-r1:1.5b, "),
+        (
+            {"precision": "int2"},
+            "unknown precision 'int2'; use one of fp16, bf16, int8, int8-w8a8, int4",
+        ),
         ({"device": "tpu"}, "unknown device 'tpu'; use one of auto"),
+        ({"device": "cuda:1"}, "'cuda:1'; .* of several GPUs CUDA_VISIBLE_DEVICES chooses"),
     ],
 )
 def test_unknown_names_list_the_known_ones(arguments: dict[str, str], message: str):

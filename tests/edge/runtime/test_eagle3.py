@@ -530,7 +530,7 @@ def test_plan_and_service_count_the_head(bundle: Path):
     with pytest.raises(ConfigError, match="is planned for a bundle with a head"):
         CliRunner().invoke(
             plan,
-            ["r1-qwen-7b", "--device", "cpu", "--draft", "eagle3"],
+            ["deepseek-r1:7b", "--device", "cpu", "--draft", "eagle3"],
             catch_exceptions=False,
         )
 

@@ -26,7 +26,7 @@ def test_a_config_is_enough(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     given = ("--kv-capacity", "4096", "--json")
     from_file = json.loads(run_verb(plan, str(tmp_path), *given).stdout)
-    built_in = json.loads(run_verb(plan, "r1-qwen-1.5b", *given).stdout)
+    built_in = json.loads(run_verb(plan, "deepseek-r1:1.5b", *given).stdout)
     assert from_file["options"] == built_in["options"]
     assert (built_in["device"], built_in["power_mode"]) == ("agx-orin-64", "MAXN")
 
@@ -36,7 +36,7 @@ def test_the_default_capacity_is_what_an_export_takes(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     found = [
         json.loads(run_verb(plan, model, "--json").stdout)["kv_capacity"]
-        for model in ("r1-qwen-1.5b", str(tmp_path))
+        for model in ("deepseek-r1:1.5b", str(tmp_path))
     ]
     assert found == [8192, 4096]
 
@@ -57,7 +57,7 @@ def test_a_bundle_is_planned_exactly(tiny_bundles: Bundles):
 
 def test_the_table_names_what_the_numbers_stand_on(tmp_path: Path):
     picture = tmp_path / "plan.svg"
-    done = run_verb(plan, "r1-qwen-7b", "--device", "orin-nano-8", "--svg", str(picture))
+    done = run_verb(plan, "deepseek-r1:7b", "--device", "orin-nano-8", "--svg", str(picture))
     assert done.exit_code == 0
     for words in (
         *("102.4 GB/s", "fitted to published", "NO", "orin-nano-8 leaves about"),
@@ -68,9 +68,9 @@ def test_the_table_names_what_the_numbers_stand_on(tmp_path: Path):
 
 
 def test_a_draft_is_planned_beside_the_model(tiny_bundles: Bundles):
-    given = ("r1-qwen-7b", "--quant", "int4", "--draft", "r1-qwen-1.5b")
+    given = ("deepseek-r1:7b", "--quant", "int4", "--draft", "deepseek-r1:1.5b")
     shown = run_verb(plan, *given).stdout
-    assert "Drafts by r1-qwen-1.5b (int4)" in shown
+    assert "Drafts by deepseek-r1:1.5b (int4)" in shown
     assert "pays from" in shown
     found = json.loads(run_verb(plan, *given, "--json").stdout)
     alone = json.loads(run_verb(plan, *given[:3], "--json").stdout)
@@ -85,25 +85,25 @@ def test_a_draft_is_planned_beside_the_model(tiny_bundles: Bundles):
     ]
     assert option["drafts"]
     with pytest.raises(ConfigError, match="one is a qwen2, the other a llama"):
-        run_verb(plan, "r1-qwen-7b", "--draft", "r1-llama-8b")
+        run_verb(plan, "deepseek-r1:7b", "--draft", "deepseek-r1:8b")
 
 
 def test_a_cpu_says_what_is_missing():
-    done = run_verb(plan, "r1-qwen-1.5b", "--device", "cpu")
+    done = run_verb(plan, "deepseek-r1:1.5b", "--device", "cpu")
     assert "the bandwidth of this CPU is not known" in done.stdout
     assert "ort-cpu" in done.stdout
 
 
 def test_a_picture_that_cannot_be_written_is_an_error(tmp_path: Path):
     with pytest.raises(ConfigError, match="cannot be written"):
-        run_verb(plan, "r1-qwen-1.5b", "--svg", str(tmp_path / "no" / "plan.svg"))
+        run_verb(plan, "deepseek-r1:1.5b", "--svg", str(tmp_path / "no" / "plan.svg"))
 
 
 def test_options_are_honoured_or_refused():
     done = json.loads(
         run_verb(
             plan,
-            *("r1-qwen-1.5b", "--quant", "int4", "--quant", "fp16", "--context", "900"),
+            *("deepseek-r1:1.5b", "--quant", "int4", "--quant", "fp16", "--context", "900"),
             *("--kv-capacity", "1000", "--max-prefill", "2000", "--power-mode", "30W", "--json"),
         ).stdout
     )
@@ -111,7 +111,7 @@ def test_options_are_honoured_or_refused():
     assert [s["context"] for s in done["options"][0]["speeds"]] == [900]
     assert (done["kv_capacity"], done["max_prefill"], done["power_mode"]) == (1000, 1000, "30W")
     with pytest.raises(ConfigError, match="--kv-capacity 1 is out of range"):
-        run_verb(plan, "r1-qwen-1.5b", "--kv-capacity", "1")
+        run_verb(plan, "deepseek-r1:1.5b", "--kv-capacity", "1")
 
 
 @pytest.mark.parametrize(
@@ -139,9 +139,9 @@ def test_what_is_no_size_is_refused(text: str):
 def test_the_recommendation_is_printed_with_its_commands():
     done = run_verb(recommend, "--memory", "2.4GB", "--latency-ms", "100")
     assert done.exit_code == 0
-    assert "Taken: r1-qwen-1.5b int4. Make it with:" in done.stdout
+    assert "Taken: deepseek-r1:1.5b int4.\nTo make it for JetPack 6:" in done.stdout
     assert "edge-llm export deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B" in done.stdout
-    assert "edge-llm build bundles/r1-qwen-1.5b-int4" in done.stdout
+    assert "edge-llm build bundles/deepseek-r1-distill-qwen-1.5b-int4" in done.stdout
 
 
 def test_nothing_found_has_its_own_exit_code_and_says_why():
@@ -153,10 +153,17 @@ def test_nothing_found_has_its_own_exit_code_and_says_why():
 
 def test_the_json_has_every_candidate():
     done = run_verb(
-        recommend, "--json", "--model", "r1-qwen-7b", "--benchmark", "math-500", "--quality", "92"
+        recommend,
+        "--json",
+        "--model",
+        "deepseek-r1:7b",
+        "--benchmark",
+        "math-500",
+        "--quality",
+        "92",
     )
     found = json.loads(done.stdout)
-    assert {row["model"] for row in found["candidates"]} == {"r1-qwen-7b"}
+    assert {row["model"] for row in found["candidates"]} == {"deepseek-r1:7b"}
     assert found["taken"]["score"] >= 92
     dropped = [row for row in found["candidates"] if row["dropped"]]
     assert {row["quant"] for row in dropped} == {"int4"}

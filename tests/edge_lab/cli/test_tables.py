@@ -80,23 +80,25 @@ def test_every_cell_is_there_whole(keys: int, rows: list[list[str]], width: int)
 
 @pytest.mark.parametrize("columns", [80, 60, 40])
 def test_no_scheme_loses_its_name(columns: int):
-    found = run_verb(plan, "r1-qwen-1.5b", columns=columns).stdout
+    found = run_verb(plan, "deepseek-r1:1.5b", columns=columns).stdout
     for name in ("int4-head-fp16", "int4-head-int4", "int8-w8a8"):
         assert name in found
     assert "…" not in found
     candidates = run_verb(recommend, "--memory", "4GB", columns=columns).stdout
-    assert "r1-qwen-1.5b int8-w8a8" in candidates
+    assert "deepseek-r1:1.5b int8-w8a8" in candidates
     assert "…" not in candidates
 
 
 def test_the_verdict_and_its_commands_come_first_and_reasons_on_demand():
     short = run_verb(recommend, "--memory", "4GB", columns=80).stdout
-    assert short.startswith("Taken: r1-qwen-1.5b int8-w8a8. Make it with:\n  edge-llm export")
+    assert short.startswith(
+        "Taken: deepseek-r1:1.5b int8-w8a8.\nTo make it for JetPack 6:\n  edge-llm export"
+    )
     table = short.partition("Candidates on")[2].partition("\n\n")[0].splitlines()[2:]
     assert len(table) == 16  # four models in four precisions, a line each
     assert {line.split()[-1] for line in table} == {"taken", "fits", "dropped"}
     assert "exceed" not in short.partition("Tutorials")[0]
     assert "Why the others were not taken: -v." in short
     long = run_verb(recommend, "--memory", "4GB", "-v", columns=200).stdout
-    assert "r1-qwen-7b int4: dropped: " in long
+    assert "deepseek-r1:7b int4: dropped: " in long
     assert long.count(": dropped: ") == sum(line.endswith("dropped") for line in table)

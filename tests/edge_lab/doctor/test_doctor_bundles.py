@@ -45,7 +45,7 @@ def test_memory(orin: FakeMachine, tiny_bundles: Bundles):
 
 def test_the_cpu_needs_more_than_a_gpu(laptop: FakeMachine, orin: FakeMachine):
     """Of a float model twice as much: ONNX Runtime on the CPU computes in fp32."""
-    model = BUILT_IN["r1-qwen-7b"].spec
+    model = BUILT_IN["deepseek-r1:7b"].spec
     linears = {
         linear.name: LinearInfo(linear.scheme, linear.shape, 2 * math.prod(linear.shape))
         for linear in recipe_linears(model, Recipe("fp16"))

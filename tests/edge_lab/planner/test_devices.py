@@ -6,7 +6,7 @@ import pytest
 
 from edge.backends.process_memory import usable_bytes
 from edge.errors import ConfigError
-from edge_lab.planner.devices import MODULES, Module, identify
+from edge_lab.planner.devices import MODULES, Module, find_module, identify
 
 GIB = 1 << 30
 
@@ -72,3 +72,33 @@ def test_without_memory_nothing_is_identified():
 def test_something_is_left_to_programs():
     for module in MODULES.values():
         assert 0.6 * module.memory_bytes < usable_bytes(module.memory_bytes) < module.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *((name, name) for name in MODULES),
+        ("orin", "agx-orin-64"),
+        ("AGX", "agx-orin-64"),
+        ("jetson_agx_orin_32GB", "agx-orin-32"),
+        ("NVIDIA Jetson AGX Orin Developer Kit", "agx-orin-64"),
+        ("orin-nano", "orin-nano-8"),
+        ("jetson-orin-nano", "orin-nano-8"),
+        ("Jetson Orin Nano 4 GB", "orin-nano-4"),
+        ("NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", "orin-nano-8"),
+        ("nx", "orin-nx-16"),
+        ("orin-nx-8g", "orin-nx-8"),
+    ],
+)
+def test_a_module_has_many_names(name: str, meant: str):
+    assert find_module(name) is MODULES[meant]
+
+
+def test_a_name_of_no_module_or_several_says_which_there_are():
+    with pytest.raises(ConfigError, match="8gb could be orin-nx-8 or orin-nano-8"):
+        find_module("8gb")
+    with pytest.raises(ConfigError, match="orin-nanno is unknown; did you mean orin-nano-8"):
+        find_module("orin-nanno")
+    for name in ("tx2", "", "jetson", "agx-xavier", "orin-nx-4"):
+        with pytest.raises(ConfigError, match=rf"--device {name} is unknown; "):
+            find_module(name)

@@ -13,9 +13,11 @@ from edge_lab.planner.plan import Plan, find_device, make_plan
 from edge_lab.planner.speed import FITTED, decode_s, verify_s
 
 
-def make(draft: str | None = "r1-qwen-1.5b", batch: int = 1, device: str = "agx-orin-64") -> Plan:
+def make(
+    draft: str | None = "deepseek-r1:1.5b", batch: int = 1, device: str = "agx-orin-64"
+) -> Plan:
     return make_plan(
-        BUILT_IN["r1-qwen-7b"],
+        BUILT_IN["deepseek-r1:7b"],
         find_device(device),
         Deployment(batch=batch),
         FITTED,
@@ -63,7 +65,7 @@ def test_full_batches_need_more_acceptance_than_one_stream_and_a_large_draft_nev
     least = {batch: make(batch=batch).options[0].least_acceptance for batch in (1, 8)}
     assert least[1] is not None
     assert least[8] is None or least[8] > least[1]
-    (alike,) = make("r1-qwen-7b").options
+    (alike,) = make("deepseek-r1:7b").options
     assert alike.least_acceptance is None
     assert {speed.guesses for speed in alike.drafts} == {0}
 
@@ -86,7 +88,7 @@ def test_the_least_acceptance_is_where_drafts_begin():
 def test_the_memory_of_a_pair_is_that_of_both_engines_in_one_process():
     both, alone = make().options[0].memory, make(None).options[0].memory
     own = make_plan(
-        BUILT_IN["r1-qwen-1.5b"],
+        BUILT_IN["deepseek-r1:1.5b"],
         find_device("agx-orin-64"),
         Deployment(),
         FITTED,
@@ -105,12 +107,12 @@ def test_the_memory_of_a_pair_is_that_of_both_engines_in_one_process():
 def test_the_draft_of_a_cpu_is_planned_for_one():
     cpu = find_device("cpu")
     plan = make_plan(
-        BUILT_IN["r1-qwen-7b"],
+        BUILT_IN["deepseek-r1:7b"],
         cpu,
         Deployment("ort-cpu"),
         FITTED,
         quants=["int4"],
-        draft=BUILT_IN["r1-qwen-1.5b"],
+        draft=BUILT_IN["deepseek-r1:1.5b"],
     )
     assert plan.draft is not None
     assert plan.options[0].drafts == ()  # of unknown bandwidth

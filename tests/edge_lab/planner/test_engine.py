@@ -114,7 +114,7 @@ def test_an_unpacked_weight_adds_its_bytes_and_nothing_else(quant: str, build: B
         assert (before.unpacked_weights, before.unpacked_bytes) == (0, 0)
         assert (step.unpacked_weights, step.unpacked_bytes) == (1, 4 * math.prod(linear.shape))
         assert step.launches == before.launches + 1  # the kernel that unpacks
-    work = work_for("r1-qwen-1.5b", "int4")
+    work = work_for("deepseek-r1:1.5b", "int4")
     times = [
         decode_s(dataclasses.replace(work, engine=each), AGX, FITTED, 1, 64)
         for each in (plain, found)
@@ -180,7 +180,7 @@ def test_rows_of_an_8_bit_cache_are_no_weights(build: Build):
 
 
 def test_the_engine_is_believed_where_the_rule_says_unpacked():
-    ruled = dataclasses.replace(work_for("r1-qwen-1.5b", "int8"), unpacked_bytes=10**9)
+    ruled = dataclasses.replace(work_for("deepseek-r1:1.5b", "int8"), unpacked_bytes=10**9)
     step = EngineStep(28 * LAUNCHES_PER_LAYER, 0, 0, 0, "fused")
     built = dataclasses.replace(ruled, engine=EngineWork(step, None))
     assert built.weights_bytes("decode") == ruled.step_bytes
@@ -194,7 +194,7 @@ def with_launches(work: Work, launches: int, unpacked: int = 0) -> Work:
 
 
 def test_as_many_launches_as_assumed_predict_what_is_predicted_without_an_engine():
-    work = work_for("r1-qwen-7b", "int4")
+    work = work_for("deepseek-r1:7b", "int4")
     built = with_launches(work, LAUNCHES_PER_LAYER * work.num_layers)
     for batch in (1, 4):
         assert predict(built, AGX, FITTED, batch, 512, 512) == predict(
@@ -211,7 +211,7 @@ def test_as_many_launches_as_assumed_predict_what_is_predicted_without_an_engine
 def test_more_launches_or_bytes_never_predict_faster(
     launches: tuple[int, int], unpacked: tuple[int, int], batch: int, context: int
 ):
-    work = work_for("r1-qwen-1.5b", "int4")
+    work = work_for("deepseek-r1:1.5b", "int4")
     few, many = (with_launches(work, pick(launches), pick(unpacked)) for pick in (min, max))
     for step_s in (
         lambda each: decode_s(each, AGX, FITTED, batch, context),
@@ -226,7 +226,7 @@ def test_more_launches_or_bytes_never_predict_faster(
 
 def test_a_decode_step_reads_whole_buckets(build: Build):
     work = dataclasses.replace(
-        work_for("r1-qwen-1.5b", "int4"), engine=EngineWork(None, None, (256, 1024))
+        work_for("deepseek-r1:1.5b", "int4"), engine=EngineWork(None, None, (256, 1024))
     )
     assert [work.rows_read(rows) for rows in (1, 256, 257, 1024)] == [256, 256, 1024, 1024]
     assert decode_s(work, AGX, FITTED, 1, 257) == decode_s(work, AGX, FITTED, 1, 1024)
@@ -240,7 +240,7 @@ def test_a_calibration_counts_the_launches_of_what_was_measured():
     truth = dataclasses.replace(FITTED, weights=0.8, layer_s=150e-6, compute=0.4)
     runs = []
     for quant, launches in (("fp16", 200), ("int8", 500), ("int4", 900)):
-        work = with_launches(work_for("r1-qwen-1.5b", quant), launches)
+        work = with_launches(work_for("deepseek-r1:1.5b", quant), launches)
         tpot_s, seconds = decode_s(work, AGX, truth, 1, 256), prefill_s(work, AGX, truth, 512, 512)
         runs.append(Measured(work, 1, 256, tpot_s, 512, 512, seconds, quant))
     found = calibrate(AGX, FITTED, runs, "measured")
@@ -250,7 +250,7 @@ def test_a_calibration_counts_the_launches_of_what_was_measured():
 
 def test_the_json_of_a_work_is_read_back(build: Build):
     bundle = build(table={"unpacked": ("lm_head",), "fused": False})
-    work = dataclasses.replace(work_for("r1-qwen-1.5b", "int4"), engine=find(bundle).work)
+    work = dataclasses.replace(work_for("deepseek-r1:1.5b", "int4"), engine=find(bundle).work)
     text = json.dumps(dataclasses.asdict(work))
     assert msgspec.convert(json.loads(text), Work) == work
     assert planned(bundle)["options"][0]["work"]["engine"] == json.loads(text)["engine"]
@@ -333,7 +333,7 @@ def test_without_a_table_the_prediction_is_the_rule_and_says_why(build: Build):
     same("another GPU (sm 8.6, here sm 8.7)")
     shutil.rmtree(bundle / "engines")
     same("the bundle has no engine")
-    assert planned(Path("r1-qwen-1.5b"))["engine_unknown"] is None
+    assert planned(Path("deepseek-r1:1.5b"))["engine_unknown"] is None
 
 
 def test_a_table_of_the_first_profile_alone_leaves_decode_to_the_rule(build: Build):
@@ -356,6 +356,6 @@ def test_a_table_of_another_bundle_is_refused(build: Build):
 
 
 def test_the_option_is_for_bundles_on_an_orin(build: Build):
-    for arguments in (("r1-qwen-1.5b",), (str(build()), "--device", "cpu")):
+    for arguments in (("deepseek-r1:1.5b",), (str(build()), "--device", "cpu")):
         with pytest.raises(ConfigError, match="--no-engine is for a bundle on an Orin"):
             CliRunner().invoke(plan, [*arguments, "--no-engine"], catch_exceptions=False)

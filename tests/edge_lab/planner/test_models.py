@@ -37,16 +37,16 @@ def test_a_config_is_found_by_its_directory_and_by_its_path(
 def test_the_built_in_model_is_the_real_config(tmp_path: Path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG))
-    assert without_rope(BUILT_IN["r1-qwen-1.5b"].spec) == without_rope(read_config(path))
+    assert without_rope(BUILT_IN["deepseek-r1:1.5b"].spec) == without_rope(read_config(path))
 
 
 @pytest.mark.parametrize(
     ("name", "layers", "head", "total"),
     [  # 10^9 parameters; the models' cards round them to 1.78, 7.62, 8.03 and 8.19
-        ("r1-qwen-1.5b", 1.310, 0.233, 1.777),
-        ("r1-qwen-7b", 6.525, 0.545, 7.615),
-        ("r1-llama-8b", 6.979, 0.525, 8.030),
-        ("r1-qwen3-8b", 6.946, 0.622, 8.190),
+        ("deepseek-r1:1.5b", 1.310, 0.233, 1.777),
+        ("deepseek-r1:7b", 6.525, 0.545, 7.615),
+        ("deepseek-r1:8b", 6.979, 0.525, 8.030),
+        ("deepseek-r1:8b-0528", 6.946, 0.622, 8.190),
     ],
 )
 def test_built_in_models_have_the_published_sizes(
@@ -69,11 +69,11 @@ def test_a_bundle_brings_its_manifest(tiny_bundles: Bundles):
 
 
 def test_what_is_no_model_is_refused_with_what_could_be(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"r1-qwen-1\.5b"):
+    with pytest.raises(ConfigError, match=r"deepseek-r1:1\.5b"):
         find_model(str(tmp_path))
-    with pytest.raises(ConfigError, match="no-such-model is no bundle"):
+    with pytest.raises(ConfigError, match="no-such-model is no model by name"):
         find_model("no-such-model")
-    with pytest.raises(ConfigError, match="n is no bundle"):
+    with pytest.raises(ConfigError, match="n is no model by name"):
         find_model("n" * 300)
 
 

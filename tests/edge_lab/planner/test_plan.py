@@ -42,7 +42,7 @@ BENCH: dict[str, Any] = {
 }
 
 
-def make(name: str = "r1-qwen-1.5b", device: str = "agx-orin-64", **options: Any) -> Plan:
+def make(name: str = "deepseek-r1:1.5b", device: str = "agx-orin-64", **options: Any) -> Plan:
     deployment = Deployment("ort-cpu" if device == CPU else "tensorrt")
     return make_plan(BUILT_IN[name], find_device(device), deployment, FITTED, **options)
 
@@ -58,7 +58,7 @@ def test_every_quantization_stands_side_by_side(name: str):
 
 
 def test_memory_decides_what_fits():
-    fits = {option.name: option.fits for option in make("r1-qwen-7b", "orin-nano-8").options}
+    fits = {option.name: option.fits for option in make("deepseek-r1:7b", "orin-nano-8").options}
     assert fits["int4"]
     assert not fits["fp16"]
     assert all(option.fits is None for option in make(device=CPU).options)
@@ -69,7 +69,7 @@ def test_a_prediction_says_what_it_rests_on():
         device: str = "agx-orin-64", mode: str | None = None, batch: int = 1
     ) -> dict[str, Any]:
         plan = make_plan(
-            BUILT_IN["r1-qwen-1.5b"], find_device(device, mode), Deployment(batch=batch), FITTED
+            BUILT_IN["deepseek-r1:1.5b"], find_device(device, mode), Deployment(batch=batch), FITTED
         )
         return {o.name: (o.basis["decode"], o.basis["prefill"]) for o in plan.options}
 
@@ -157,8 +157,8 @@ def test_the_picture_stands_alone_and_draws_every_option(device: str):
 
 def test_the_picture_shows_a_limit_that_matters():
     """On the small module some lines cross it; on the large one it would flatten all others."""
-    assert "left to programs" in draw_plan(make("r1-qwen-7b", "orin-nano-8"))
-    assert "left to programs" not in draw_plan(make("r1-qwen-1.5b", "agx-orin-64"))
+    assert "left to programs" in draw_plan(make("deepseek-r1:7b", "orin-nano-8"))
+    assert "left to programs" not in draw_plan(make("deepseek-r1:1.5b", "agx-orin-64"))
 
 
 NO_NAME = {"name": None, "power_mode": None, "bytes_per_s": None}
@@ -175,7 +175,7 @@ def test_a_benchmark_calibrates(tmp_path: Path):
     assert efficiency.source == "measured: b.json"
     assert efficiency.weights > FITTED.weights  # 7.0 ms are less than the fit says
     found = make_plan(
-        BUILT_IN["r1-qwen-1.5b"],
+        BUILT_IN["deepseek-r1:1.5b"],
         device,
         Deployment(),
         efficiency,

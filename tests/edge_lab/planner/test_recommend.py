@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from edge.backends.process_memory import Deployment
+from edge.bundle.library import bundle_name
+from edge.cli.options import BundlePath
 from edge.errors import ConfigError
 from edge_lab.planner.models import BUILT_IN
 from edge_lab.planner.plan import find_device
@@ -22,7 +26,7 @@ from edge_lab.planner.recommend import (
 from edge_lab.planner.speed import FITTED
 
 GB = 10**9
-DISTILLS = ("r1-qwen-1.5b", "r1-qwen-7b", "r1-llama-8b")
+DISTILLS = ("deepseek-r1:1.5b", "deepseek-r1:7b", "deepseek-r1:8b")
 
 
 def choose(
@@ -57,7 +61,7 @@ def test_the_leaves_of_the_drawing(wish: Wish, leaf: str):
             Wish(memory_bytes=GB, memory_of="weights", tpot_s=0.1),
             "agx-orin-64",
             tuple(BUILT_IN),
-            "r1-qwen-1.5b int4",
+            "deepseek-r1:1.5b int4",
             True,
         ),
         # ... and not for a process, which takes 1.8 GB.
@@ -67,25 +71,25 @@ def test_the_leaves_of_the_drawing(wish: Wish, leaf: str):
             Wish(memory_bytes=16 * GB, tpot_s=0.1),
             "agx-orin-64",
             DISTILLS,
-            "r1-qwen-7b int8-w8a8",
+            "deepseek-r1:7b int8-w8a8",
             True,
         ),
-        (Wish(tpot_s=0.1), "orin-nano-8", DISTILLS, "r1-qwen-7b int4", True),
+        (Wish(tpot_s=0.1), "orin-nano-8", DISTILLS, "deepseek-r1:7b int4", True),
         # The third: without a limit in time, the 8B of 0528 is the best.
-        (Wish(), "agx-orin-64", tuple(BUILT_IN), "r1-qwen3-8b int8-w8a8", True),
+        (Wish(), "agx-orin-64", tuple(BUILT_IN), "deepseek-r1:8b-0528 int8-w8a8", True),
         # The same model meets 100 ms too: the drawing's 7B is not the best there is.
-        (Wish(tpot_s=0.1), "agx-orin-64", tuple(BUILT_IN), "r1-qwen3-8b int8-w8a8", True),
-        (Wish(tpot_s=0.01), "agx-orin-64", tuple(BUILT_IN), "r1-qwen-1.5b int4", False),
+        (Wish(tpot_s=0.1), "agx-orin-64", tuple(BUILT_IN), "deepseek-r1:8b-0528 int8-w8a8", True),
+        (Wish(tpot_s=0.01), "agx-orin-64", tuple(BUILT_IN), "deepseek-r1:1.5b int4", False),
         (Wish(tpot_s=0.001), "agx-orin-64", tuple(BUILT_IN), None, False),
         (Wish(quality=90), "agx-orin-64", tuple(BUILT_IN), None, False),
         (
             Wish(quality=90, benchmark="math-500"),
             "agx-orin-64",
             tuple(BUILT_IN),
-            "r1-qwen-7b int8-w8a8",
+            "deepseek-r1:7b int8-w8a8",
             False,
         ),
-        (Wish(ttft_s=0.07), "agx-orin-64", tuple(BUILT_IN), "r1-qwen-1.5b int8-w8a8", False),
+        (Wish(ttft_s=0.07), "agx-orin-64", tuple(BUILT_IN), "deepseek-r1:1.5b int8-w8a8", False),
     ],
 )
 def test_the_tree(wish: Wish, device: str, models: tuple[str, ...], taken: str | None, holds: bool):
@@ -117,12 +121,12 @@ def test_the_drawings_figures_are_held_against_ours():
     found = choose(Wish(memory_bytes=GB, tpot_s=0.1))
     assert "1.8 GB is not under 1 GB" in found.verdict
     assert "MMLU was measured as 41.0 %" in found.verdict
-    assert "even r1-qwen-1.5b int4 is dropped" in found.verdict
+    assert "even deepseek-r1:1.5b int4 is dropped" in found.verdict
 
 
 def test_a_module_without_the_memory_drops_what_does_not_fit():
     found = choose(Wish(), "orin-nano-8")
-    (dropped,) = [c for c in found.candidates if c.name == "r1-qwen-7b fp16"]
+    (dropped,) = [c for c in found.candidates if c.name == "deepseek-r1:7b fp16"]
     assert "do not fit orin-nano-8" in dropped.reasons[0]
     assert found.remark is not None
     assert "swap" in found.remark
@@ -131,7 +135,7 @@ def test_a_module_without_the_memory_drops_what_does_not_fit():
 
 
 @pytest.mark.parametrize("tpot_s", [0.2, 0.03, 0.01])
-def test_commands_are_those_of_this_command_line(tpot_s: float):
+def test_commands_are_those_of_this_command_line(tpot_s: float, monkeypatch: pytest.MonkeyPatch):
     """W8A8, INT4 of a large and of a small model."""
     from engines.cli import build
     from export.cli import export
@@ -139,14 +143,17 @@ def test_commands_are_those_of_this_command_line(tpot_s: float):
     found = choose(Wish(tpot_s=tpot_s), batch=2, kv_capacity=2048)
     assert found.taken is not None
     assert found.taken.option.recipe is not None
-    for command, line in zip((export, build), found.commands, strict=True):
-        program, verb, *arguments = line.split()
-        assert (program, verb) == ("edge-llm", command.name)
-        options = [a for a in arguments if a.startswith("-")]
-        known = {opt for parameter in command.params for opt in parameter.opts}
-        assert set(options) <= known
-    assert "--max-batch 2" in found.commands[1]
-    assert "--kv-capacity 2048" in found.commands[0]
+    monkeypatch.setattr(BundlePath, "convert", lambda _, value, *rest: Path(value))
+    assert list(found.commands) == ["jetpack6", "jetpack7"]
+    for target, lines in found.commands.items():
+        exporting, building = map(shlex.split, lines)
+        assert (exporting[:2], building[:2]) == (["edge-llm", "export"], ["edge-llm", "build"])
+        made = export.make_context("export", exporting[2:]).params
+        assert (made["target"], made["kv_capacity"]) == (target, 2048)
+        assert made["quant"] == found.taken.option.recipe.quant
+        assert made["output"].name == bundle_name(made["source"], found.taken.option.name)
+        built = build.make_context("build", building[2:]).params
+        assert (built["bundle"], built["max_batch"]) == (made["output"], 2)
 
 
 @pytest.mark.parametrize("benchmark", get_args(Benchmark))
@@ -160,8 +167,8 @@ def test_scores_never_rise_by_quantization(benchmark: Any):
 
 
 def test_small_models_lose_more():
-    assert score("r1-qwen-1.5b", "int4", "math-500") == pytest.approx(83.9 * 0.94)
-    assert score("r1-qwen-7b", "int4", "math-500") == pytest.approx(92.8 * 0.97)
+    assert score("deepseek-r1:1.5b", "int4", "math-500") == pytest.approx(83.9 * 0.94)
+    assert score("deepseek-r1:7b", "int4", "math-500") == pytest.approx(92.8 * 0.97)
 
 
 def test_wrong_wishes_are_refused():

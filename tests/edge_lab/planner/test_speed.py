@@ -43,14 +43,14 @@ def work_for(name: str, quant: str) -> Work:
 @pytest.mark.parametrize(
     ("name", "quant", "ceiling"),
     [  # tokens per second of reading layers and lm_head once at 204.8 GB/s
-        ("r1-qwen-1.5b", "fp16", 66.3),
-        ("r1-qwen-1.5b", "int4-head-fp16", 170.0),
-        ("r1-qwen-1.5b", "int4-g128", 225.0),
-        ("r1-qwen-1.5b", "int4", 210.0),
-        ("r1-qwen-7b", "int4-g128", 52.4),
-        ("r1-qwen-7b", "int4", 48.5),
-        ("r1-llama-8b", "fp16", 13.6),
-        ("r1-qwen3-8b", "int4-head-int4", 48.1),
+        ("deepseek-r1:1.5b", "fp16", 66.3),
+        ("deepseek-r1:1.5b", "int4-head-fp16", 170.0),
+        ("deepseek-r1:1.5b", "int4-g128", 225.0),
+        ("deepseek-r1:1.5b", "int4", 210.0),
+        ("deepseek-r1:7b", "int4-g128", 52.4),
+        ("deepseek-r1:7b", "int4", 48.5),
+        ("deepseek-r1:8b", "fp16", 13.6),
+        ("deepseek-r1:8b-0528", "int4-head-int4", 48.1),
     ],
 )
 def test_the_roofline_is_the_known_one(name: str, quant: str, ceiling: float):
@@ -62,12 +62,12 @@ def test_the_roofline_is_the_known_one(name: str, quant: str, ceiling: float):
 def test_no_prediction_exceeds_the_roofline():
     for quant in ("fp16", "int8", "int4"):
         for context in (1, 512, 4096):
-            found = predict(work_for("r1-qwen-7b", quant), AGX, FITTED, 4, context)
+            found = predict(work_for("deepseek-r1:7b", quant), AGX, FITTED, 4, context)
             assert found.decode_tps < found.decode_ceiling_tps
 
 
 def test_operations_are_two_per_weight_and_token():
-    work = work_for("r1-qwen-1.5b", "fp16")
+    work = work_for("deepseek-r1:1.5b", "fp16")
     assert work.linear_ops == pytest.approx(2 * 1.310e9, rel=0.001)
     ideal = prefill_s(work, AGX, dataclasses.replace(PERFECT, weights=1e9), 1000)
     pairs = 1000 * 1001 / 2 * 4 * 28 * 12 * 128
@@ -75,14 +75,14 @@ def test_operations_are_two_per_weight_and_token():
 
 
 def test_every_chunk_of_a_prompt_reads_the_weights_again():
-    work = work_for("r1-qwen-7b", "fp16")
+    work = work_for("deepseek-r1:7b", "fp16")
     whole, chunked = (prefill_s(work, AGX, PERFECT, 2000, size) for size in (None, 512))
     assert chunked - whole == pytest.approx(3 * work.step_bytes / AGX.bytes_per_s)
     assert prefill_s(work, AGX, PERFECT, 512, 512) == prefill_s(work, AGX, PERFECT, 512)
 
 
 def test_int8_activations_speed_up_prefill_alone():
-    w8a8, int8 = (work_for("r1-qwen-7b", quant) for quant in ("int8-w8a8", "int8"))
+    w8a8, int8 = (work_for("deepseek-r1:7b", quant) for quant in ("int8-w8a8", "int8"))
     assert w8a8.int8_share == 1  # of the layers; the lm_head keeps float inputs
     assert int8.int8_share == 0
     assert prefill_s(w8a8, AGX, FITTED, 2048) < 0.6 * prefill_s(int8, AGX, FITTED, 2048)
@@ -112,7 +112,7 @@ def test_calibration_meets_the_measurement(
 
 
 def test_faster_than_the_time_per_layer_drops_it():
-    work = work_for("r1-qwen-1.5b", "int4")
+    work = work_for("deepseek-r1:1.5b", "int4")
     truth = dataclasses.replace(FITTED, layer_s=0.0, weights=0.95)
     measured = Measured(work, 1, 256, decode_s(work, AGX, truth, 1, 256), 8, None, 1.0, "fast.json")
     found = calibrate(AGX, FITTED, [measured], "measured")
@@ -121,7 +121,7 @@ def test_faster_than_the_time_per_layer_drops_it():
 
 
 def test_faster_than_memory_is_refused():
-    work = work_for("r1-qwen-1.5b", "int4")
+    work = work_for("deepseek-r1:1.5b", "int4")
     with pytest.raises(ConfigError, match=r"wrong\.json: 1\.00 ms per step is less than"):
         calibrate(
             AGX, FITTED, [Measured(work, 1, 256, 0.001, 512, 512, 0.1, "wrong.json")], "measured"
@@ -165,7 +165,7 @@ def test_measurements_that_disagree_are_met_in_the_middle(noise: list[float], we
 
 def measure(quant: str, truth: Efficiency, batch: int, context: int, prompt: int) -> Measured:
     """What a benchmark says of a device that is as ``truth``."""
-    work = work_for("r1-qwen-1.5b", quant)
+    work = work_for("deepseek-r1:1.5b", quant)
     return Measured(
         work=work,
         batch=batch,
@@ -186,7 +186,7 @@ def test_the_ceilings_of_the_document_are_those_of_the_planner():
     nano = MODULES["orin-nano-8"].mode("15W")
     expected = {}
     for variant in VARIANTS:
-        model = BUILT_IN["r1-qwen-1.5b"].spec
+        model = BUILT_IN["deepseek-r1:1.5b"].spec
         linears = recipe_linears(model, find_variant(variant))
         weights = plan_process_memory(model, linears, 8192, Deployment()).weights
         work = work_of(model, linears, weights, Deployment())
@@ -200,7 +200,7 @@ def test_the_ceilings_of_the_document_are_those_of_the_planner():
 
 
 def test_a_ceiling_is_the_longer_of_reading_and_multiplying():
-    work = work_for("r1-qwen-1.5b", "int4")
+    work = work_for("deepseek-r1:1.5b", "int4")
     one, many = ceiling(work, AGX, 1, 1, 1), ceiling(work, AGX, 1, 512, 512)
     assert (one.bound, many.bound) == ("bandwidth", "arithmetic")
     assert one.step_s == work.read_bytes(1, 1) / AGX.bytes_per_s
@@ -212,7 +212,7 @@ def test_a_ceiling_is_the_longer_of_reading_and_multiplying():
 
 
 def test_no_prefill_is_faster_than_its_chunks_can_be():
-    for name, quant in (("r1-qwen-1.5b", "int4"), ("r1-qwen-7b", "int8-w8a8")):
+    for name, quant in (("deepseek-r1:1.5b", "int4"), ("deepseek-r1:7b", "int8-w8a8")):
         work = work_for(name, quant)
         for tokens in (1, 511, 512, 513, 3000):
             least = prefill_ceiling_s(work, AGX, tokens, 512)
@@ -223,9 +223,9 @@ def test_no_prefill_is_faster_than_its_chunks_can_be():
 
 
 def test_planes_multiply_twice_on_a_gpu_and_once_on_a_cpu():
-    model = BUILT_IN["r1-qwen-1.5b"].spec
+    model = BUILT_IN["deepseek-r1:1.5b"].spec
     linears = recipe_linears(model, find_variant("int8"))
     for deployment, times in ((Deployment("tensorrt"), 2), (Deployment("ort-cpu"), 1)):
         memory = plan_process_memory(model, linears, 4096, deployment)
         found = work_of(model, linears, memory.weights, deployment)
-        assert found.linear_ops == times * work_for("r1-qwen-1.5b", "fp16").linear_ops
+        assert found.linear_ops == times * work_for("deepseek-r1:1.5b", "fp16").linear_ops

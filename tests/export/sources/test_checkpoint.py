@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -16,13 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge.bundle.library import CATALOGUE, REVISIONS
 from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import CheckpointError, ConfigError
 from export.pipeline import ExportConfig, export_checkpoint
 from export.sources.checkpoint import Checkpoint
 from export.sources.checkpoint_text import read_licence, sampling_defaults
-from export.sources.opening import open_checkpoint
+from export.sources.opening import Hub, open_checkpoint
 from export.sources.safetensors_file import SafetensorsFile
 from tests import tiny_models as tiny
 
@@ -319,6 +321,37 @@ def test_missing_files(directory: Path) -> None:
         open_checkpoint(str(directory))
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3554214752\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (LFS, "is a Git LFS pointer, not the file itself; run git lfs pull"),
+        (b"\r\n<!DOCTYPE html>\n<html><title>Log in</title>", "is a web page"),
+        (b"\xef\xbb\xbf<HTML lang=en>", "is a web page"),
+    ],
+)
+def test_what_a_download_left_in_place_of_a_file_is_named(
+    directory: Path, name: str, content: bytes, words: str
+) -> None:
+    (directory / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} {words}"):
+        open_checkpoint(str(directory))
+
+
+def test_a_download_that_was_cut_off_after_the_config(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    with pytest.raises(CheckpointError, match="no file of a tokenizer: the download is incomplete"):
+        open_checkpoint(str(directory))
+    (directory / "tokenizer.model").touch()
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json; make one"):
+        open_checkpoint(str(directory))
+
+
 def test_harmless_surplus(directory: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     add_tensor(directory, name, "F32", [8], bytes(32))
@@ -452,3 +485,40 @@ def test_sources_that_are_none(directory: Path, tmp_path: Path) -> None:
         open_checkpoint(str(directory), revision="main")
     with pytest.raises(ConfigError, match="--cache-dir is for hub ids"):
         open_checkpoint(str(directory), cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "hub", "revision", "expected"),
+    [
+        ("r1-qwen-7b", "huggingface", None, REVISIONS[CATALOGUE["deepseek-r1:7b"]]),
+        ("deepseek-r1:7b", None, "main", "main"),
+        ("7b", "modelscope", None, None),  # which has commits of its own
+        (CATALOGUE["deepseek-r1:7b"], None, None, None),
+    ],
+)
+def test_a_name_of_a_model_means_one_commit(
+    source: str,
+    hub: Hub | None,
+    revision: str | None,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def download(source: str, revision: str | None, *_: object) -> None:
+        asked.append((source, revision))
+        raise CheckpointError("enough")
+
+    monkeypatch.delenv("EDGE_LLM_HUB", raising=False)
+    monkeypatch.setattr("export.sources.opening.download", download)
+    monkeypatch.setattr("export.sources.modelscope.download", download)
+    with pytest.raises(CheckpointError, match="enough"):
+        open_checkpoint(source, revision=revision, hub=hub)
+    assert asked == [(CATALOGUE["deepseek-r1:7b"], expected)]
+
+
+def test_a_wrong_name_of_a_model_says_the_nearest() -> None:
+    with pytest.raises(CheckpointError, match=r"did you mean deepseek-r1:1\.5b\?"):
+        open_checkpoint("deepseek-r1:1.6b")
+    with pytest.raises(ConfigError, match="'8b' could be"):
+        open_checkpoint("8b")

@@ -578,3 +578,9 @@ def test_offsets_of_tensors(offsets, words, tmp_path: Path) -> None:
     else:
         with pytest.raises(CheckpointError, match=words):
             gguf_file.GgufFile(path)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    (path := tmp_path / "x.gguf").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match="is a Git LFS pointer"):
+        open_checkpoint(str(path))

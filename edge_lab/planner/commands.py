@@ -1,0 +1,51 @@
+"""The command lines that make what was planned."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from edge.backends.process_memory import Deployment
+from edge.bundle.library import bundle_name, roots
+from edge.device.memory import read_kib
+from edge_lab.telemetry import read_module, read_target
+
+from .devices import identify
+from .models import PlannedModel
+from .plan import CPU, Device, Option
+
+
+def targets_of(device: Device) -> tuple[str, ...]:
+    """The values of ``--target`` that a device may be: of an Orin either JetPack.
+
+    Of the very module that this machine is, only its own.
+    """
+    if device.name == CPU:
+        return (CPU,)
+    here = identify(read_module(), read_kib(Path("/proc/meminfo"), "MemTotal"))
+    target = None if here is None or here.name != device.name else read_target()
+    return ("jetpack6", "jetpack7") if target is None else (target,)
+
+
+def bundle_path(model: PlannedModel, option: Option) -> Path:
+    """The bundle of a model under the name that ``edge-llm pull`` gives it."""
+    return roots()[0] / bundle_name(str(model.source), option.name)
+
+
+def export_commands(
+    model: PlannedModel, option: Option, device: Device, deployment: Deployment
+) -> dict[str, str]:
+    """The export of a planned model, by its ``--target``.
+
+    Args:
+        model: what is exported; no bundle.
+        option: the quantization.
+        device: where it will run.
+        deployment: capacity and type of the KV cache.
+    """
+    assert option.recipe is not None, model.name
+    arguments = ["edge-llm", "export", str(model.source), "-o", str(bundle_path(model, option))]
+    arguments += [*option.recipe.export_options(), "--kv-capacity", str(deployment.kv_capacity)]
+    if deployment.int8_layers:
+        arguments += ["--kv-cache", "int8"]
+    return {each: shlex.join([*arguments, "--target", each]) for each in targets_of(device)}
