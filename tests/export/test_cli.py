@@ -402,3 +402,15 @@ def test_the_end_says_for_which_jetpack_it_is_not(
         again = line.split("with ")[1].removesuffix(" and another -o").split()
         assert invoke(checkpoint, "-o", tmp_path / "two", *given[:7], *again).exit_code == 0
         assert "10.3" in (read_manifest(tmp_path / "two").tensorrt or ())
+
+
+@pytest.mark.parametrize(
+    ("release", "target"),
+    [("36.4.3", "jetpack6"), ("39.0", "jetpack7"), ("35.1", None), (None, None)],
+)
+def test_a_target_may_be_this_machines_own(
+    monkeypatch: pytest.MonkeyPatch, release: str | None, target: str | None
+):
+    monkeypatch.setattr("edge_lab.telemetry.read_l4t", lambda: release)
+    context = export.make_context("export", ["source", "-o", "bundle", "--target", "here"])
+    assert context.params["target"] == target
