@@ -25,12 +25,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = {
-    "edge": 17_054,
-    "edge_lab": 8_431,
-    "edge_serve": 9_158,
-    "edge_fleet": 5_655,
-    "engines": 6_597,
-    "export": 8_107,
+    "edge": 17_049,
+    "edge_lab": 9_359,
+    "edge_serve": 10_404,
+    "edge_fleet": 6_356,
+    "engines": 6_638,
+    "export": 8_159,
 }
 """Code lines of each package, without what an allowance covers."""
 
@@ -51,7 +51,7 @@ class Loaded:
     lines: int
 
 
-LOADED = {"tensorrt": Loaded(modules=93, lines=11_815), "ort-cpu": Loaded(modules=88, lines=11_119)}
+LOADED = {"tensorrt": Loaded(modules=87, lines=11_243), "ort-cpu": Loaded(modules=82, lines=10_540)}
 
 
 @dataclass(frozen=True)

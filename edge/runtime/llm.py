@@ -38,9 +38,6 @@ from edge.text.reasoning import (
 from edge.text.streamed_text import Detokenizer
 from edge.text.tokenizer import Tokenizer
 
-from .draft_model import ModelDrafter, open_drafter, read_draft
-from .drafts import NgramDrafter
-from .eagle3 import Eagle3Drafter, Head, open_head, read_head
 from .embedding import EmbeddingReader, Judge, run
 from .generation import score
 from .sampling import SampledToken
@@ -58,6 +55,8 @@ from .stream import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .draft_model import ModelDrafter
+    from .eagle3 import Eagle3Drafter, Head
     from .structured_output import GrammarCompiler, OutputFormat
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -686,18 +685,26 @@ class LLM:
         if draft is None:
             return None
         if not self.config.drafts_with_head:
+            from .draft_model import read_draft
+
             return read_draft(draft, self.bundle, self.config.trusted_keys)
+        from .eagle3 import read_head
+
         self._head = read_head(self.bundle, self.manifest, files)
         return self._head.manifest
 
     def _drafter(self) -> Drafter | None:
         config = self.config
         if self._head is not None:
+            from .eagle3 import open_head
+
             self._draft_model = open_head(
                 self.bundle, self._head, self.embeddings, target=self.backend, config=config
             )
             return self._draft_model
         if config.draft is not None and self.draft_manifest is not None:
+            from .draft_model import open_drafter
+
             self._draft_model = open_drafter(
                 config.draft,
                 self.draft_manifest,
@@ -706,7 +713,11 @@ class LLM:
                 config=config,
             )
             return self._draft_model
-        return NgramDrafter() if config.speculative else None
+        if not config.speculative:
+            return None
+        from .drafts import NgramDrafter
+
+        return NgramDrafter()
 
     def _sliding_window(self) -> Overflow:
         from .overflow import SlidingWindow

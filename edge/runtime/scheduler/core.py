@@ -37,15 +37,7 @@ from edge.runtime.sampling_reference import non_finite
 from .drafting import Drafting
 from .fair_queue import FairQueue
 from .policy import DecodeRun, Policy
-from .request import (
-    Drafter,
-    FinishReason,
-    Overflow,
-    PrefixSource,
-    PutAway,
-    Request,
-    Sink,
-)
+from .request import Drafter, FinishReason, Overflow, PrefixSource, PutAway, Request, Sink
 from .sequence import SequenceState, slot_of
 
 _Result = TypeVar("_Result")
@@ -57,6 +49,7 @@ _BRIEF = 8  # times a sequence goes into a prompt beside which it should end soo
 _ALERT_S = 10.0  # a client may well come back within that time
 _MOST_LOGITS = 64  # places of a chunk: 39 MB at a vocabulary of 151,936
 _SHORT = 31  # tokens that no engine's attention cuts into blocks
+_WHOLE = 4  # chunks: a prompt that is no longer goes in one
 
 
 class EngineCore:
@@ -400,7 +393,7 @@ class EngineCore:
         """
         rest, alert = len(prefilling.pending), not self._is_alone(prefilling.request.client)
         chunk = self.policy.chunk_tokens(decoding, alert=alert)
-        short = min(max(2 * chunk, _SHORT), self.policy.step_tokens)
+        short = min(max(_WHOLE * chunk, _SHORT), self.policy.step_tokens)
         return rest if alert and rest <= short and self.policy.target_itl_s is None else chunk
 
     def _rests(self, prefilling: SequenceState) -> bool:

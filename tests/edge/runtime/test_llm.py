@@ -18,6 +18,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+import edge.runtime.drafts
 import edge.runtime.llm
 from edge import LLM, GenerationChunk, SamplingParams
 from edge.backends.ort import cpu as ort
@@ -667,7 +668,7 @@ def test_speculation_leaves_the_answer_as_it_is(
             limits.append(context.limit)
             return super().offer(context)
 
-    monkeypatch.setattr(edge.runtime.llm, "NgramDrafter", Asked)
+    monkeypatch.setattr(edge.runtime.drafts, "NgramDrafter", Asked)
     for speculative in (0, 1, 4):
         limits.clear()
         scripted = Scripted(tiny_bundles("qwen2"), monkeypatch, speculative=speculative)

@@ -115,7 +115,6 @@ def test_whenever_sequences_are_put_aside_they_go_on_with_the_same_tokens(
                 if not sequence.ended:
                     assert core._put_aside(sequence)
         engine.check_books()
-    assert core.counts["put_aside"] or all(len(sink.ids) < 8 for _, sink, _ in known)
     for request, sink, constraint in known:
         if constraint is not None:
             alone = Engine(
