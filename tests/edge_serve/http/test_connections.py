@@ -219,12 +219,13 @@ def test_a_full_queue_looks_for_the_dead_of_whom_the_loop_has_not_heard(tiny_bun
         assert (refused.status, refused.json["error"]["code"]) == (429, "queue_full")
         (model,) = live.service.models.models()
         until(lambda: all(flight.receive is not None for flight in model.flights))
-        for flight in model.flights:
+        dead = list(model.flights)
+        for flight in dead:
             flight.receive._connection = SimpleNamespace(has_left=True)  # type: ignore[union-attr]
         answers: list[Any] = []
         comes = threading.Thread(target=lambda: answers.append(live.chat(max_tokens=2)))
         comes.start()
-        until(lambda: all(flight.done.done() for flight in list(model.flights)[:2]))
+        until(lambda: all(flight.done.done() for flight in dead))
         live.engine.running.set()
         comes.join()
         assert answers[0].status == 200
