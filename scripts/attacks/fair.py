@@ -20,6 +20,7 @@ import argparse
 import http.client
 import json
 import math
+import socket
 import statistics
 import sys
 import threading
@@ -59,6 +60,20 @@ def fetch(
         connection.close()
 
 
+def leave_unread(port: int, source: str, body: dict[str, Any], over: threading.Event) -> int:
+    """Ask for a stream and read nothing of it until the attack is over; 0 if that was refused."""
+    try:
+        with socket.create_connection((GOOD, port), ANSWER_S, (source, 0)) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            data = json.dumps(body).encode()
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: {GOOD}\r\nContent-Type: application/json\r\n"
+            sock.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+            over.wait()
+            return int(sock.recv(12)[9:12] or 0)
+    except (OSError, ValueError):
+        return 0
+
+
 def chat(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "Say yes."}], "temperature": 0, **fields}
 
@@ -77,6 +92,7 @@ class Attack:
     fields: dict[str, Any]
     prompt_tokens: int = 0
     sources: tuple[str, ...] = (ATTACKER,)
+    reads: bool = True
 
     def body(self, number: int) -> dict[str, Any]:
         if self.path == CHAT:
@@ -90,6 +106,7 @@ ATTACKS = {
     "connections": Attack(68, CHAT, {"max_tokens": 16}),
     "unlimited": Attack(1, CHAT, {"n": 4}),
     "addresses": Attack(8, CHAT, {"n": 4}, sources=tuple(f"127.0.0.{i}" for i in range(10, 18))),
+    "unread": Attack(30, CHAT, {"stream": True}, reads=False),
     "scored": Attack(4, TEXT, {"max_tokens": 1, "echo": True, "logprobs": 1}, 3000),
 }
 
@@ -142,7 +159,11 @@ def beside(port: int, attack: Attack, seconds: float) -> tuple[Seen, Counter[int
     def run(number: int) -> None:
         while not over.is_set():
             source = attack.sources[number % attack.connections % len(attack.sources)]
-            statuses[ask(port, source, attack.path, attack.body(number), ANSWER_S)] += 1
+            if attack.reads:
+                status = ask(port, source, attack.path, attack.body(number), ANSWER_S)
+            else:
+                status = leave_unread(port, source, attack.body(number), over)
+            statuses[status] += 1
             number += attack.connections
             over.wait(0.1)
 

@@ -45,6 +45,27 @@ def test_clients_take_turns_of_a_quantum_and_pay_back_what_they_overdraw():
     assert "".join(start_all(queue)) == "aabc" + "aac" + "bc" + "c"
 
 
+def test_who_runs_something_comes_after_who_runs_nothing():
+    queue = FairQueue(100)
+    for client in "ab":
+        queue.add(waiting(client), busy="ab")
+    assert queue.first(busy=()).request.client == "a"
+    assert queue.first(busy="a").request.client == "b"
+    assert queue.first(busy="ab").request.client == "a"
+
+
+def test_who_comes_is_not_behind_turns_that_others_have_used_in_advance():
+    queue = FairQueue(100)
+    for client, tokens, count in (("a", 499, 2), ("b", 49, 2)):
+        for _ in range(count):
+            queue.add(waiting(client, tokens), busy="ab")
+    dear = queue.first(busy=())
+    queue.remove(dear)
+    queue.charge(dear)
+    queue.add(waiting("c", 49), busy="c")
+    assert dear.request.client + "".join(start_all(queue)) == "a" + "bbc" + "a"
+
+
 def test_an_answer_costs_a_quantum_at_most():
     queue = FairQueue(100)
     for client, answer in (("a", 100_000), ("b", 95)):
