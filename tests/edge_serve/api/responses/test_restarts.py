@@ -79,7 +79,9 @@ def begin(client: Any, **fields: Any) -> Any:
 
 def said(response: Any) -> tuple[str, str]:
     """Reasoning and text of a response."""
-    parts = [(item.type, part.text) for item in response.output for part in item.content]
+    # As a mapping: old clients do not know that reasoning has content.
+    output = response.to_dict()["output"]
+    parts = [(item["type"], part["text"]) for item in output for part in item["content"]]
     return tuple(  # type: ignore[return-value]
         "".join(text for kind, text in parts if kind == wanted)
         for wanted in ("reasoning", "message")
