@@ -295,9 +295,9 @@ class Request:
             must have accepted the answer so far. Where ``kept`` is None, prompt and answer are read
             anew.
         on_logits: takes a chunk of the logits of the prompt's places, float32 ``[n, vocab]``, which
-            are valid during the call, and the first of these places; in the engine's thread. Behind
-            its prompt the sequence then ends with ``length``, and nothing is sampled. An error that
-            it raises ends the sequence.
+            are valid during the call, and the first of these places; in the engine's thread. After
+            its prompt the sequence ends with ``length``, and nothing is sampled. An error that it
+            raises ends the sequence.
     """
 
     ids: tuple[int, ...]

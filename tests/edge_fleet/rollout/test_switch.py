@@ -291,7 +291,7 @@ ATTACKS: dict[str, tuple[Callable[[Site], object], str]] = {
 def test_what_is_not_what_was_judged_is_refused(site: Site, attack: str):
     change, wanted = ATTACKS[attack]
     if attack == "another's file" and os.geteuid() != 0:
-        pytest.skip("needs root")
+        pytest.skip("needs root to give a file to another user")
     change(site)
     code, said = site.order("try", site.name)
     assert code == 65
