@@ -383,7 +383,10 @@ class _Endpoints:
         cards = [_card(model) for model in self._models.models()]
         if not self._models.is_loading:
             first, least = cards[0].created, min(card.max_model_len for card in cards)
-            cards += [ModelCard(name, first, least) for name in self._models.aliases()]
+            reasons = all(card.reasons is True for card in cards if card.task == "generate")
+            cards += [
+                ModelCard(name, first, least, reasons=reasons) for name in self._models.aliases()
+            ]
         return cards
 
     # ------------------------------------------------------------------------------- state
@@ -420,4 +423,5 @@ def _card(model: ServedModel) -> ModelCard:
         return ModelCard(model.name, model.created, model.llm.kv_capacity, task=task)
     own = msgspec.to_builtins(manifest.sampling)
     del own["assumed"]
-    return ModelCard(model.name, model.created, model.llm.kv_capacity, own, task)
+    llm = model.llm
+    return ModelCard(model.name, model.created, llm.kv_capacity, own, llm.reasons, task)

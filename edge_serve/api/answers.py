@@ -221,12 +221,17 @@ class RerankResponse(Struct):
 
 
 class ModelCard(Struct):
-    """A model that is served; ``sampling`` has what a request takes that leaves a field open."""
+    """A model that is served; ``sampling`` has what a request takes that leaves a field open.
+
+    ``reasons`` says whether its answers to chats may begin with reasoning, which can then be
+    limited or skipped; for a name that stands for several models, whether all of them do.
+    """
 
     id: str
     created: int
     max_model_len: int
     sampling: dict[str, float] | UnsetType = UNSET
+    reasons: bool | UnsetType = UNSET
     task: Literal["generate", "embed", "rerank"] | UnsetType = UNSET
     object: Literal["model"] = "model"
     owned_by: str = "edge-llm"

@@ -213,6 +213,16 @@ def test_a_request_names_its_model(pair: Pair):
     assert pair.live.chat(model="other").status == 404
 
 
+def test_the_list_says_which_models_reason(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    def listed() -> dict[str, bool]:
+        cards = pair.live.ask("/v1/models").json["data"]
+        return {card["id"]: card["reasons"] for card in cards}
+
+    assert set(listed().values()) == {True}
+    monkeypatch.setattr(pair.engines["small"].llm, "reasons", False)
+    assert listed() == {"small": False, "big": True, "auto": False, "prod": False}
+
+
 def test_auto_decides_by_the_request_and_the_load(pair: Pair):
     live = pair.live
     short = live.chat("short", model="auto", temperature=0)
