@@ -9,7 +9,6 @@ has the name of the directory that was found. Files and the environment are in
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +19,7 @@ from typing import Any, Generic, Literal, TypeVar
 import msgspec
 
 from .errors import ConfigError, EdgeError
+from .other_names import nearest_name
 from .user_paths import expand_user
 
 FINDER = "finder"
@@ -116,8 +116,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
         name: the name that was given.
         known: the names that are known.
     """
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return ConfigError(f"{what}; the nearest known one is {near[0]!r}")
+    return ConfigError(f"{what}; the nearest known one is {nearest_name(name, known, 0.0)!r}")
 
 
 def field_kind(hint: Any) -> tuple[Any, bool]:

@@ -46,7 +46,7 @@ async def time_core(llm: LLM, tokens: int) -> float:
     """Seconds of one answer read in this process."""
     params = SamplingParams(temperature=0, max_tokens=tokens)
     started = time.perf_counter()
-    (generation,) = llm.submit(QUESTION, params)
+    generation = llm.submit(QUESTION, params)
     async for _ in generation:
         pass
     return time.perf_counter() - started

@@ -119,7 +119,7 @@ def streams(options: argparse.Namespace, counts: list[int]) -> dict[str, Any]:
         for count in counts:
             batch = prompts(llm, count, 32)
             started = time.perf_counter()
-            done = finish([llm.submit(ids, greedy(options.tokens))[0] for ids in batch])
+            done = finish([llm.submit(ids, greedy(options.tokens)) for ids in batch])
             seconds = time.perf_counter() - started
             gaps = [gap for each in done for gap in each.stats.itl_s]
             # While all decode: after the last first token.
@@ -142,17 +142,17 @@ def mixed(options: argparse.Namespace) -> dict[str, Any]:
     with open_llm(options, num_slots=4, reuse_prefix=False) as llm:
         finish(llm.submit(prompts(llm, 1, 256)[0], greedy(8), n=2))
         size = min(LONG_PROMPT, options.kv_capacity // 2)
-        (alone,) = finish(llm.submit(prompts(llm, 1, size)[0], greedy(1)))
+        (alone,) = finish([llm.submit(prompts(llm, 1, size)[0], greedy(1))])
         result["long_prompt_alone_ttft_ms"] = round(alone.stats.ttft_s * 1e3)
         num_tokens = 3 * options.tokens
         for name, num_long in (("without", 0), ("with", 2)):
-            short = [llm.submit(ids, greedy(num_tokens))[0] for ids in prompts(llm, 2, 32)]
+            short = [llm.submit(ids, greedy(num_tokens)) for ids in prompts(llm, 2, 32)]
             long: list[GenerationResult] = []
 
             def send(count: int = num_long, to: list[GenerationResult] = long) -> None:
                 for ids in prompts(llm, count, size):
                     time.sleep(alone.stats.ttft_s / 2)
-                    to += finish(llm.submit(ids, greedy(1)))
+                    to += finish([llm.submit(ids, greedy(1))])
 
             sender = threading.Thread(target=send)
             sender.start()
@@ -176,7 +176,7 @@ def prefix(options: argparse.Namespace) -> dict[str, Any]:
             questions = [
                 [*system, *llm.encode(f"\nWhat is {i} plus {i + 3}?")] for i in range(NUM_QUESTIONS)
             ]
-            done = finish([llm.submit(ids, greedy(4))[0] for ids in questions])
+            done = finish([llm.submit(ids, greedy(4)) for ids in questions])
             stats = llm.scheduler.stats()
             shared = stats.cached_tokens / stats.prompt_tokens
             ttft_ms = 1e3 * median(each.stats.ttft_s - each.stats.queue_s for each in done)
@@ -213,7 +213,7 @@ def batch(options: argparse.Namespace, count: int) -> dict[str, Any]:
         pairs = list(zip(every, params, strict=True))
         alone = [llm.generate(ids, each).tokens for ids, each in pairs]
         again = [llm.generate(ids, each).tokens for ids, each in pairs]
-        together = finish([llm.submit(ids, each)[0] for ids, each in pairs])
+        together = finish([llm.submit(ids, each) for ids, each in pairs])
         firsts = [
             next((at for at, (x, y) in enumerate(zip(a, b.tokens, strict=True)) if x != y), None)
             for a, b in zip(alone, together, strict=True)

@@ -142,7 +142,7 @@ def distill(
             say(f"{counts['written']} written, {counts['left out']} left out of {len(questions)}")
 
         for index, chat in questions:
-            (generation,) = llm.submit(chat, replace(params, seed=seed + index))
+            generation = llm.submit(chat, replace(params, seed=seed + index))
             running.append((chat, generation))
             if len(running) == 4 * num_slots:  # more than run, so that a long answer idles no slot
                 take()

@@ -22,6 +22,6 @@ def check_task(manifest: Manifest, task: Task) -> None:
     own = manifest.model.task
     if own != task:
         raise RequestError(
-            f"the model {manifest.name} {_DOES[own]} and cannot {task}; use a bundle that was "
-            f"exported with --task {task}"
+            f"the model {_DOES[own]} and cannot {task}; use a bundle that was exported with "
+            f"--task {task}"
         )

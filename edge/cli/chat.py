@@ -161,7 +161,7 @@ class Conversation:
         is_stopped = False
         with _stop_on_interrupt() as stopped:
             messages = [*self._head(), *self.messages, question]
-            (generation,) = self.llm.submit(messages, self.params)
+            generation = self.llm.submit(messages, self.params)
             try:
                 while printer.finish_reason is None and not is_stopped:
                     # A long prompt gives no piece for minutes.

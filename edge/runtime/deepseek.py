@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import logging
 from dataclasses import fields
 from types import TracebackType
 from typing import Any
@@ -12,6 +12,7 @@ from edge.bundle.library import bundle_name, hub_id, nearest_model, roots
 from edge.bundle.schemes import RULES, fold_quant
 from edge.engine_config import BackendName
 from edge.errors import BundleError, ConfigError, RequestError
+from edge.other_names import instead_of
 from edge.text.reasoning import THINK_END, THINK_START
 
 from .llm import LLM, Prompt
@@ -19,15 +20,15 @@ from .sampling_params import SamplingParams
 
 _DEFAULT_LENGTH = 200
 _PARAMETERS = tuple(item.name for item in fields(SamplingParams) if item.name != "max_tokens")
+_OWN = ("max_length", "max_new_tokens", "do_sample")
 # Options that code for transformers or for an engine gives, and what to give here instead.
 _INSTEAD = {
     "max_tokens": "give max_new_tokens, or max_length, which counts prompt and answer together",
     "num_return_sequences": "use model.llm.submit(messages, n=...) for several answers",
     "num_beams": "leave it out: answers are sampled; model.llm.generate_best ranks several",
-    "stop_strings": "give stop, a tuple of texts",
-    "eos_token_id": "give stop_token_ids, a tuple of ids",
 }
 _DEVICES = ("auto", "cpu", "cuda", "gpu", "cuda:0")
+_log = logging.getLogger(__name__)
 
 
 class DeepSeekModel:
@@ -77,6 +78,7 @@ class DeepSeekModel:
         elif place != "auto":
             backend = "tensorrt" if find_engines(self.bundle) else "ort-cuda"
         self.llm = LLM(self.bundle, backend=backend)
+        self._warned = False
 
     def generate(
         self,
@@ -121,6 +123,7 @@ class DeepSeekModel:
         messages: Prompt = (
             [{"role": "user", "content": context}] if isinstance(context, str) else context
         )
+        length = 0
         if max_new_tokens is None:
             length = _DEFAULT_LENGTH if max_length is None else max_length
             max_new_tokens = self._room(messages, length)
@@ -133,6 +136,14 @@ class DeepSeekModel:
                 **params,
             ),
         )
+        cut = result.finish_reason == "length" and len(result.tokens) >= max_new_tokens
+        if cut and length and not self._warned:
+            self._warned = True
+            _log.warning(
+                "max_length=%d cut the answer off: it counts prompt and answer together; give "
+                "max_new_tokens=2000 (said once)",
+                length,
+            )
         if not result.reasoning:
             return result.text
         if THINK_END not in self.llm.tokenizer.decode(token.id for token in result.tokens):
@@ -183,8 +194,6 @@ class DeepSeekModel:
 
 
 def _unknown_option(name: str) -> RequestError:
-    instead = _INSTEAD.get(name)
-    if instead is None:
-        near = difflib.get_close_matches(name, _PARAMETERS, n=1, cutoff=0.0)[0]
-        instead = f"the nearest known one is {near}; see edge.SamplingParams for all"
+    known = (*_OWN, *_PARAMETERS)
+    instead = _INSTEAD.get(name) or instead_of(name, known, "see edge.SamplingParams for all")
     return RequestError(f"generate has no option {name}: {instead}")

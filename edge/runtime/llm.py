@@ -10,7 +10,7 @@ from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from edge.bundle.verified_files import VerifiedFiles
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import BundleError, ConfigError, ContextLengthError, RequestError
 from edge.files import decode_text
+from edge.other_names import instead_of, nearest_name
 from edge.text.begun_answer import BegunAnswer, take_begun_answer
 from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.fill_in_middle import fill_in_middle
@@ -63,6 +64,24 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Plain text, token ids, or chat messages ``{"role": ..., "content": ...}``."""
 _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
+
+
+class AnswerOptions(TypedDict, total=False):
+    """Options of `LLM.submit`, `LLM.stream` and `LLM.generate`; the first describes them."""
+
+    priority: int
+    client: str
+    deadline_s: float | None
+    salt: str
+    suffix: str | None
+    tools: Sequence[Mapping[str, Any]] | None
+    output: OutputFormat | None
+    thinking: bool | None
+    thinking_budget: int | None
+    continue_final_message: bool
+    ids: Sequence[int] | None
+    progress: bool
+    resumed: PutAway | None
 
 
 class LLM:
@@ -294,34 +313,42 @@ class LLM:
             **options,
         )
 
+    @overload
     def submit(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        n: int = 1,
-        priority: int = 0,
-        client: str = "",
-        deadline_s: float | None = None,
-        salt: str = "",
-        suffix: str | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        output: OutputFormat | None = None,
-        thinking: bool | None = None,
-        thinking_budget: int | None = None,
-        continue_final_message: bool = False,
-        ids: Sequence[int] | None = None,
-        progress: bool = False,
-        resumed: PutAway | None = None,
-    ) -> list[Generation]:
-        """Queue ``n`` answers to a prompt, which share its rows of the cache; returns at once.
+        n: None = None,
+        **options: Unpack[AnswerOptions],
+    ) -> Generation: ...
+
+    @overload
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: int,
+        **options: Unpack[AnswerOptions],
+    ) -> list[Generation]: ...
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        **options: Unpack[AnswerOptions],
+    ) -> Generation | list[Generation]:
+        """Queue answers to a prompt, which share its rows of the cache; returns at once.
 
         Reasoning is split off for chats only; otherwise text comes back as the model wrote it.
 
         Args:
             prompt: plain text, token ids or messages.
             params: sampling; what is None comes from the bundle. Sample ``i`` has the seed plus i.
-            n: how many samples.
+            n: how many samples; None is one.
             priority: lower runs first.
             client: who asks; clients take turns. When the queue is full, the newest answers that
                 wait of the client with most end with `OverloadError` to make room for another's.
@@ -341,14 +368,41 @@ class LLM:
                 It goes on with the same tokens; those that it had come again first, without
                 log-probabilities.
 
+        Returns:
+            The answer that is coming; with ``n``, of whatever number, a list of them.
+
         Raises:
-            RequestError: a wrong prompt, parameter, output format or budget, or an answer to
-                continue that breaks the output format.
+            RequestError: a wrong prompt, option, parameter, output format or budget, or an answer
+                to continue that breaks the output format.
             DependencyError: an output format is given and llguidance is missing.
             ContextLengthError: the prompt does not fit into the cache.
             OverloadError: the queue is full, and no other client has more in it.
             BackendError: the engine can serve no more, or the LLM is closed.
         """
+        _check_options(options)
+        answers = self._submit(prompt, params, 1 if n is None else n, **options)
+        return answers[0] if n is None else answers
+
+    def _submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        n: int,
+        *,
+        priority: int = 0,
+        client: str = "",
+        deadline_s: float | None = None,
+        salt: str = "",
+        suffix: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        output: OutputFormat | None = None,
+        thinking: bool | None = None,
+        thinking_budget: int | None = None,
+        continue_final_message: bool = False,
+        ids: Sequence[int] | None = None,
+        progress: bool = False,
+        resumed: PutAway | None = None,
+    ) -> list[Generation]:
         check_task(self.manifest, "generate")
         self.scheduler.check_count(n)
         if resumed is not None and n > 1:
@@ -432,7 +486,10 @@ class LLM:
         return self.scheduler.put_away([each.sequence for each in generations], timeout_s)
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        **options: Unpack[AnswerOptions],
     ) -> Generator[GenerationChunk, None, None]:
         """Generate text piece by piece; closing the stream ends the generation.
 
@@ -448,11 +505,14 @@ class LLM:
         """
         if "n" in options:
             raise RequestError("a stream is one answer; submit gives n of them")
-        _check_no_sampling(options)
+        _check_options(options)
         return self._stream(prompt, params, options)
 
     def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        **options: Unpack[AnswerOptions],
     ) -> GenerationResult:
         """Generate a whole answer; see `stream`."""
         return join_chunks(self.stream(prompt, params, **options))
@@ -465,7 +525,7 @@ class LLM:
         best_of: int,
         n: int = 1,
         rank_by: Literal["mean", "sum"] = "mean",
-        **options: Any,
+        **options: Unpack[AnswerOptions],
     ) -> list[GenerationResult]:
         """Generate ``best_of`` answers and return the ``n`` most probable, the best first.
 
@@ -486,7 +546,6 @@ class LLM:
             raise RequestError(f"best_of ({best_of}) must be at least n ({n}), and n at least 1")
         if rank_by not in ("mean", "sum"):
             raise RequestError(f"rank_by must be mean or sum, not {rank_by!r}")
-        _check_no_sampling(options)
         params = params or SamplingParams()
         if params.logprobs is None:
             params = replace(params, logprobs=0)
@@ -631,10 +690,9 @@ class LLM:
         self.embeddings.close()
 
     def _stream(
-        self, prompt: Prompt, params: SamplingParams | None, options: dict[str, Any]
+        self, prompt: Prompt, params: SamplingParams | None, options: AnswerOptions
     ) -> Generator[GenerationChunk, None, None]:
-        (generation,) = self.submit(prompt, params, **options)
-        yield from _read(generation)
+        yield from _read(self.submit(prompt, params, **options))
 
     def _output_stream(
         self,
@@ -795,13 +853,16 @@ def _check_is_format(output: object) -> None:
         )
 
 
-def _check_no_sampling(options: Mapping[str, Any]) -> None:
-    misplaced = [field.name for field in fields(SamplingParams) if field.name in options]
-    if misplaced:
-        raise RequestError(
-            f"{misplaced[0]} is sampling; give it as SamplingParams({misplaced[0]}=...) after the "
-            "prompt"
-        )
+def _check_options(options: Mapping[str, object]) -> None:
+    known, sampling = AnswerOptions.__annotations__, [each.name for each in fields(SamplingParams)]
+    for name in options.keys() - known.keys():
+        near = nearest_name(name, [*known, *sampling])
+        if near in sampling:
+            raise RequestError(
+                f"{name} is sampling; give it as SamplingParams({near}=...) after the prompt"
+            )
+        instead = instead_of(name, known, f"there are {', '.join(known)}")
+        raise RequestError(f"an answer has no option {name}: {instead}")
 
 
 def _read(generation: Generation) -> Iterator[GenerationChunk]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from edge.bins import geometric_edges, linear_edges
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import RequestError
+from edge.other_names import instead_of
 from edge.settings_fields import Section
 
 MAX_LOGPROBS = 20
@@ -130,8 +131,19 @@ class SamplingParams:
         ignore_eos: go on after the model's own end token.
 
     Raises:
-        RequestError: a value of the wrong type or out of its range.
+        RequestError: an unknown name, or a value of the wrong type or out of its range.
     """
+
+    def __new__(cls, *given: object, **params: Any) -> SamplingParams:
+        """Refuse what ``__init__`` has no parameter for, which would be a TypeError there."""
+        known = [each.name for each in fields(cls)]
+        for name in params:
+            if name not in known:
+                instead = instead_of(name, known, f"there are {', '.join(known)}")
+                raise RequestError(f"SamplingParams has no {name}: {instead}")
+        if given:
+            raise RequestError("SamplingParams takes names: SamplingParams(temperature=0.6)")
+        return super().__new__(cls)
 
     temperature: float | None = None
     top_k: int | None = None

@@ -112,6 +112,6 @@ def real_answers(
     monkeypatch.setattr("edge.runtime.scheduler.drafting._SAVED_STEPS", 1e12)
     with LLM(bundle, num_threads=1, num_slots=3, **options) as llm:
         llm.scheduler._core.drafting.trial_s = 1e9
-        queued = [g for p, params, more in jobs for g in llm.submit(p, params, **more)]
+        queued = [g for p, params, more in jobs for g in llm.submit(p, params, **{"n": 1, **more})]
         results = [generation.result() for generation in queued]
         return [(r.tokens, r.text, r.finish_reason) for r in results], llm.scheduler.stats()

@@ -147,7 +147,11 @@ def test_wrong_parameters(model: DeepSeekModel):
         for name, words in (
             ("max_tokens", "max_new_tokens"),
             ("num_return_sequences", r"submit\(messages, n="),
-            ("repetition_penalti", "the nearest known one is repetition_penalty"),
+            ("repetition_penalti", r"did you mean repetition_penalty\?"),
+            ("max_lenght", r"did you mean max_length\?"),
+            ("repeat_penalty", r"did you mean repetition_penalty\?"),
+            ("eos_token_id", r"did you mean stop_token_ids\?"),
+            ("qqq", "see edge.SamplingParams for all"),
         ):
             options: dict[str, Any] = {name: 1}
             with pytest.raises(RequestError, match=f"no option {name}: .*{words}"):
@@ -165,6 +169,22 @@ def test_max_new_tokens_counts_the_answer(model: DeepSeekModel):
         for number in (1, 9):
             answer = model.generate(QUESTION, max_new_tokens=number, **options)
             assert answer == model.generate(QUESTION, max_length=num_prompt + number, **options)
+
+
+def test_an_answer_that_max_length_cuts_is_said_once(
+    model: DeepSeekModel, caplog: pytest.LogCaptureFixture
+):
+    options: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
+    with model:
+        model.generate(QUESTION, max_new_tokens=3, **options)  # what was asked for
+        model.generate(QUESTION, 10**6, temperature=0, ignore_eos=True)  # the KV cache cuts it
+        assert not caplog.records
+        model.generate(QUESTION, 40, **options)
+        (said,) = caplog.records
+        assert "max_length=40 cut the answer off" in said.getMessage()
+        assert "give max_new_tokens" in said.getMessage()
+        model.generate(QUESTION, 41, **options)
+    assert caplog.records == [said]
 
 
 def test_do_sample_draws_or_does_not(model: DeepSeekModel, monkeypatch: pytest.MonkeyPatch):

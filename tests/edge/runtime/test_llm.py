@@ -267,7 +267,7 @@ def test_what_a_prompt_becomes(scripted: Scripted):
     with pytest.raises(RequestError, match="params must be SamplingParams, not dict"):
         llm.generate("hi", {"temperature": 0})  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="output must be an OutputFormat"):
-        llm.submit("hi", output={"type": "json_object"})  # type: ignore[arg-type]
+        llm.submit("hi", output={"type": "json_object"})  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(
@@ -363,10 +363,19 @@ def test_what_is_no_list_of_ids_is_not_taken_for_one(scripted: Scripted, ids: An
 
 def test_sampling_beside_the_prompt_is_refused_with_its_place(scripted: Scripted):
     llm = scripted.llm
-    for ask in (llm.generate, llm.stream, llm.generate_best):
+    asks: list[Any] = [llm.submit, llm.generate, llm.stream, llm.generate_best]
+    for ask in asks:
         options: dict[str, Any] = {"best_of": 1} if ask == llm.generate_best else {}
-        with pytest.raises(RequestError, match=r"SamplingParams\(max_tokens=\.\.\.\)"):
-            ask("what", max_tokens=3, **options)
+        for name, instead in (
+            ("max_tokens", r"max_tokens is sampling; .* SamplingParams\(max_tokens=\.\.\.\)"),
+            ("max_new_tokens", r"max_new_tokens is sampling; .*\(max_tokens=\.\.\.\)"),
+            ("repeat_penalty", r"\(repetition_penalty=\.\.\.\)"),
+            ("thinkin", "no option thinkin: did you mean thinking?"),
+            ("do_sample", "no option do_sample: temperature 0 takes the likeliest token"),
+            ("qqq", "no option qqq: there are priority, client, "),
+        ):
+            with pytest.raises(RequestError, match=instead):
+                ask("what", **{name: 3}, **options)
     wrong: Any
     for wrong in ("2", True, 2.0, np.int64(0)):
         with pytest.raises(RequestError, match="n must be an integer of at least 1, not "):
@@ -387,7 +396,7 @@ def test_answers_that_run_together_are_those_of_each_alone(scripted: Scripted):
     llm = scripted.llm
     params = [replace(SEEDED, seed=seed, max_tokens=12) for seed in range(6)]
     expected = [llm.generate("what", each).tokens for each in params]
-    generations = [llm.submit("what", each)[0] for each in params]
+    generations = [llm.submit("what", each) for each in params]
     results = [generation.result() for generation in reversed(generations)]
     assert [result.tokens for result in reversed(results)] == expected
     assert max(map(len, scripted.backend.batches)) == 4  # slots
@@ -405,7 +414,7 @@ def test_an_answer_that_is_put_away_goes_on_in_another_process(
         asked["output"] = OutputFormat(form)
     params = replace(SEEDED, presence_penalty=1.0, frequency_penalty=0.5)
     with LLM(tiny_bundles("qwen2"), reuse_prefix=False) as first:
-        (whole,) = first.submit(QUESTION, params, **asked)
+        whole = first.submit(QUESTION, params, **asked)
         wanted = whole.result()
         backend: Any = first.backend
         forward = backend.forward
@@ -415,7 +424,7 @@ def test_an_answer_that_is_put_away_goes_on_in_another_process(
             return forward(step)
 
         backend.forward = slow
-        (generation,) = first.submit(QUESTION, params, **asked)
+        generation = first.submit(QUESTION, params, **asked)
         seen = [chunk for _, chunk in zip(range(num_read), generation, strict=False)]
         (state,) = first.put_away([generation], 10)
         rest = list(generation)
@@ -427,7 +436,7 @@ def test_an_answer_that_is_put_away_goes_on_in_another_process(
     with LLM(tiny_bundles("qwen2"), reuse_prefix=False) as second:
         with pytest.raises(RequestError, match="goes on as one"):
             second.submit(QUESTION, params, **asked, n=2, resumed=state)
-        (resumed,) = second.submit(QUESTION, params, **asked, resumed=state)
+        resumed = second.submit(QUESTION, params, **asked, resumed=state)
         result = resumed.result()
     assert (result.text, result.reasoning) == (wanted.text, wanted.reasoning)
     assert result.tokens == wanted.tokens
@@ -451,7 +460,9 @@ def test_samples_of_a_prompt_have_seeds_in_a_row(scripted: Scripted):
     with pytest.raises(RequestError, match="read to its end before"):
         generations[0].result()
     with pytest.raises(RequestError, match="submit gives n"):
-        llm.stream(QUESTION, n=2)
+        llm.stream(QUESTION, n=2)  # type: ignore[call-arg]
+    (only,) = llm.submit(QUESTION, SEEDED, n=1)  # a list, as of any number that is given
+    assert only.result().tokens == llm.submit(QUESTION, SEEDED).result().tokens
 
 
 def test_the_best_answers_are_the_most_probable(scripted: Scripted):
@@ -516,7 +527,7 @@ def test_answers_for_asyncio(scripted: Scripted):
     expected = llm.generate(QUESTION, params)
 
     async def read(index: int) -> list[GenerationChunk]:
-        (generation,) = llm.submit(QUESTION, params)
+        generation = llm.submit(QUESTION, params)
         chunks = []
         async for chunk in generation:
             chunks.append(chunk)
@@ -576,9 +587,9 @@ def test_a_full_queue_refuses(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyP
     with pytest.raises(OverloadError):
         llm.generate("what", SEEDED)
     gate.set()
-    assert running[0].result().tokens == waiting[0].result().tokens
+    assert running.result().tokens == waiting.result().tokens
     for _ in range(20):  # a place is free as soon as an answer has ended
-        assert [llm.submit("what", SEEDED)[0] for _ in range(2)][1].result().tokens
+        assert [llm.submit("what", SEEDED) for _ in range(2)][1].result().tokens
     assert llm.scheduler.stats().outcomes["rejected"] == 2
     llm.close()
 
@@ -778,7 +789,7 @@ def test_the_real_engine_gives_each_answer_as_if_it_ran_alone(tiny_bundles: Bund
             bundle, num_threads=1, prefill_chunk=4, num_slots=4, speculative=speculative
         ) as llm:
             for _ in range(2):
-                generations = [llm.submit(text, each)[0] for text, each in pairs]
+                generations = [llm.submit(text, each) for text, each in pairs]
                 found = [generation.result().tokens for generation in generations]
                 assert found == expected
             assert llm.scheduler.stats().cached_tokens > 0

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -139,7 +143,27 @@ def test_parameters_are_frozen_copies():
     assert made == SamplingParams(logit_bias={1: 2.0}, stop=("a",), temperature=1.0)
     with pytest.raises(AttributeError):
         made.temperature = 0.5  # type: ignore[misc]
-    with pytest.raises(TypeError):
+    assert pickle.loads(pickle.dumps(made)) == copy.copy(made) == made
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("max_new_tokens", "did you mean max_tokens?"),
+        ("n_predict", "did you mean max_tokens?"),
+        ("repeat_penalty", "did you mean repetition_penalty?"),
+        ("temprature", "did you mean temperature?"),
+        ("do_sample", "temperature 0 takes the likeliest token, more draws it"),
+        ("qqq", "there are temperature, top_k, "),
+    ],
+)
+def test_a_wrong_name_says_the_right_one(name: str, instead: str):
+    options: dict[str, Any] = {name: 1}
+    with pytest.raises(RequestError, match=f"no {name}: {re.escape(instead)}"):
+        SamplingParams(**options)
+    with pytest.raises(RequestError, match=f"no {name}: "):
+        replace(SamplingParams(), **options)
+    with pytest.raises(RequestError, match=r"names: SamplingParams\(temperature=0.6\)"):
         SamplingParams(0.5)  # type: ignore[call-arg]
 
 

@@ -1,0 +1,50 @@
+"""Finds what was meant by a name that is not known, such as another program's."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+_SAME = (
+    ("max_tokens", "max_new_tokens", "max_completion_tokens", "max_output_tokens", "num_predict",
+     "n_predict", "max_length", "maxOutputTokens"),
+    ("repetition_penalty", "repeat_penalty"),
+    ("stop", "stop_sequences", "stop_strings", "stopSequences"),
+    ("stop_token_ids", "eos_token_id"),
+    ("n", "num_return_sequences"),
+    ("kv_capacity", "num_ctx", "n_ctx", "ctx_size", "max_model_len", "max_seq_len"),
+    ("num_slots", "n_parallel", "max_num_seqs"),
+    ("num_threads", "num_thread", "n_threads", "threads"),
+    ("thinking", "enable_thinking", "think"),
+    ("thinking_budget", "thinking_token_budget", "reasoning_budget"),
+    ("response_format", "format", "output", "guided_json", "json_schema"),
+)  # fmt: skip
+"""Names of one thing: here, in transformers, vLLM, llama.cpp, Ollama and the protocols."""
+_INSTEAD = {
+    "do_sample": "temperature 0 takes the likeliest token, more draws it",
+    "num_beams": "answers are sampled, without beams",
+    "mirostat": "take top_p or min_p",
+    "typical_p": "take top_p or min_p",
+    **dict.fromkeys(("num_ctx", "n_ctx"), "--kv-capacity chooses it when the model is loaded"),
+}
+
+
+def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Find the known name that stands for the same, or else the one that is written most alike.
+
+    Args:
+        name: the name that was given.
+        known: the names that are known.
+        cutoff: how much alike they must be, 0..1, as `difflib.get_close_matches` counts.
+    """
+    names = list(known)
+    same = {other for group in _SAME if name in group for other in group}
+    if found := [other for other in names if other in same]:
+        return found[0]
+    return next(iter(difflib.get_close_matches(name, names, 1, cutoff)), None)
+
+
+def instead_of(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Say what to give in place of a name; ``otherwise`` where nothing is like it."""
+    near = nearest_name(name, known, 1.0 if name in _INSTEAD else 0.6)
+    return f"did you mean {near}?" if near else _INSTEAD.get(name, otherwise)
