@@ -69,6 +69,8 @@ HOSTILE = """[a](javascript:alert(1)) [b](data:text/html,x) [c](/metrics) [d](vb
 \\(\\frac{\\) $\\def\\a{\\a\\a}\\a$
 """
 
+TALL = "\\[\\left(\\frac{\\frac{a}{b}}{\\frac{c}{d}}\\right)\\]"
+
 VIEW = """
 const [folder, done] = [arguments[0], arguments[arguments.length - 1]];
 const given = arguments[1];
@@ -158,6 +160,34 @@ def test_formulas_are_mathml(shown: Browser):
     assert len(found) == 7
     assert sum(display == "block" for _, display, _ in found) == 3
     assert sum(structured for _, _, structured in found) >= 4
+
+
+def test_equations_are_numbered_through_an_answer(browser: Browser, server: StubServer):
+    rows = "\\begin{align}\na &= b \\\\\nc &= d\n\\end{align}\n\n"
+    server.answers["rows"] = rows + "So:\n\n" + rows
+    for number in (1, 2):
+        browser.ask("rows")
+        browser.until(lambda number=number: len(browser.all(".assistant .copy")) == number)
+        browser.answered()
+    # What a reader hears: the numbers come from a counter, whose value no script is told.
+    nodes = browser.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    texts = [one["name"]["value"] for one in nodes if one["role"]["value"] == "StaticText"]
+    numbers = re.findall(r"\((\d)\)", "".join(texts))
+    assert numbers == ["1", "2", "3", "4"] * 2  # each answer begins anew
+
+
+def test_the_font_of_formulas_is_the_pages_own(shown: Browser):
+    loaded = "return [...document.fonts].filter((font) => font.status === 'loaded').length"
+    shown.until(lambda: shown.driver.execute_script(loaded) == 1)
+    assert shown.complaints() == []
+    # Only a font with the table MATH has brackets of every height; this machine has no other.
+    script = """return given.map((tex) => {
+      const [root, view] = fresh();
+      view.update(tex, true);
+      return root.querySelector("mo").getBoundingClientRect().height;
+    });"""
+    low, high = in_view(shown, script, ["\\(\\left(a\\right)\\)", TALL])
+    assert high > 2 * low
 
 
 @pytest.mark.parametrize(
