@@ -7,58 +7,34 @@ import functools
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 
 import edge.errors
-from edge import LLM, cli
+from edge import cli
 from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect
 from edge.cli.options import take_engine, take_sampling
 from edge.errors import EXIT_GATE_MISSED, EdgeError
-from edge.runtime import deepseek
 from tests.conftest import Bundles
+from tests.documents import FENCE, ROOT, SPAN, blocks, rows, spans
 from tests.manifests import make_model
 from tests.packages import PACKAGES
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 CHINESE = ROOT / "README.zh-CN.md"
 INDEX = ROOT / "docs" / "README.md"
 DESIGN = ROOT / "docs" / "design.md"
-CLAIMS = ROOT / "docs" / "claims.md"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 OTHERS = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 DOCS = [README, CHINESE, *OTHERS]
 
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 _AS_ROOT = re.compile(r"^(?:sudo )?(?:/\S+/bin/)?(?=edge-llm )")
 _ELLIPSIS = "…"
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    """Fenced code of a language."""
-    return [body for name, body in _FENCE.findall(path.read_text("utf-8")) if name == language]
-
-
-def spans(path: Path) -> list[str]:
-    """Inline code outside fences."""
-    return _SPAN.findall(_FENCE.sub("", path.read_text("utf-8")))
-
-
-def rows(text: str) -> Iterator[list[str]]:
-    """Cells of every table row that is no header or rule."""
-    lines = text.splitlines()
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
-        is_header = following.startswith("|---")
-        if line.startswith("|") and not line.startswith("|---") and not is_header:
-            yield [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def commands() -> list[tuple[str, str]]:
@@ -178,7 +154,7 @@ def test_every_flag_exists(path: Path):
 
 def _anchors(path: Path) -> set[str]:
     """Anchors of the headings, by GitHub's rule (unique headings only)."""
-    text = _FENCE.sub("", path.read_text("utf-8"))
+    text = FENCE.sub("", path.read_text("utf-8"))
     headings = re.findall(r"^#+ +(.*)$", text, re.MULTILINE)
     slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
     assert len(slugs) == len(set(slugs)) or path.name == "CHANGELOG.md", f"{path}: twice the same"
@@ -187,7 +163,7 @@ def _anchors(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_every_relative_link_resolves(path: Path):
-    for target in _LINK.findall(_FENCE.sub("", path.read_text("utf-8"))):
+    for target in _LINK.findall(FENCE.sub("", path.read_text("utf-8"))):
         if target.startswith(("http://", "https://")):
             continue
         name, _, anchor = target.partition("#")
@@ -215,12 +191,12 @@ _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 def test_the_readme_says_the_same_in_chinese():
     """The same sections, commands, figures, code and links; the words are the translator's."""
     texts = [path.read_text("utf-8") for path in (README, CHINESE)]
-    bare = [_FENCE.sub("", text) for text in texts]
+    bare = [FENCE.sub("", text) for text in texts]
     for found in (
-        [_FENCE.findall(text) for text in texts],
+        [FENCE.findall(text) for text in texts],
         [re.findall(r"^#+", text, re.MULTILINE) for text in bare],
         [[line.count("|") for line in text.splitlines() if line[:1] == "|"] for text in bare],
-        [Counter(_SPAN.findall(text)) for text in bare],
+        [Counter(SPAN.findall(text)) for text in bare],
         [Counter(_NUMBER.findall(text)) for text in bare],
         [
             Counter(
@@ -267,38 +243,6 @@ def test_python_of_the_readme_runs(
         assert bundle.name in source or "DeepSeekModel" in source
         exec(compile(source, str(README), "exec"), {})
         assert capsys.readouterr().out.strip()
-
-
-@pytest.fixture
-def cuda_is_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`DeepSeekModel` asks for a GPU and gets a CPU."""
-    monkeypatch.setattr(deepseek, "LLM", lambda bundle, backend: LLM(bundle, backend="ort-cpu"))
-
-
-def test_python_of_the_claims_runs_as_it_is_printed(
-    tiny_bundles: Bundles,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    cuda_is_a_cpu: None,
-):
-    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(tmp_path))
-    (tmp_path / "deepseek-r1-distill-qwen-7b-fp16").symlink_to(tiny_bundles("qwen2"))
-    python = blocks(CLAIMS, "python")
-    assert len(python) == 2
-    for source in python:
-        exec(compile(source, str(CLAIMS), "exec"), {})
-        assert capsys.readouterr().out.strip()
-
-
-def test_every_claim_has_a_verdict():
-    text = CLAIMS.read_text("utf-8")
-    known, claims = text.split("\n## ", 1)
-    verdicts = {cells[0] for cells in rows(known)}
-    found = list(rows(claims.split("## Continual learning")[0]))
-    assert all(len(cells) == 3 for cells in found)
-    assert {cells[1] for cells in found} == verdicts
-    assert len(found) > 40
 
 
 _API = re.compile(r"(LLM|DeepSeekModel|SamplingParams|EngineConfig)\.(\w+)")
