@@ -448,6 +448,13 @@ def find_engines(bundle: Path) -> list[Path]:
     return sorted(directory for directory in found if directory.name.isprintable())
 
 
+def no_engine(bundle: Path) -> BundleError:
+    """Make the error for a bundle that has none."""
+    return BundleError(
+        f"{bundle} has no TensorRT engine; build one on this machine with: edge-llm build {bundle}"
+    )
+
+
 def versions_agree(*versions: str) -> bool:
     """Whether versions of TensorRT are one, as far as each says."""
     parts = [version.split(".")[:4] for version in versions]

@@ -21,6 +21,7 @@ from edge.bundle.engine_file import (
     check_engine,
     engine_rank,
     find_engines,
+    no_engine,
     open_plan,
     read_engine_info,
     rebuild_command,
@@ -92,10 +93,7 @@ def choose_engine(
     """
     directories = [engine_dir] if engine_dir is not None else find_engines(bundle)
     if not directories:
-        raise BundleError(
-            f"{bundle} has no TensorRT engine; build one on this machine with: edge-llm build "
-            f"{bundle}"
-        )
+        raise no_engine(bundle)
     policy = trusted_keys_file(trusted_keys)
     fitting: list[ChosenEngine] = []
     problems: list[EdgeError] = []

@@ -182,9 +182,11 @@ def test_a_wait_for_the_gpu_asks_for_tensorrt(
     config = EngineConfig(gpu_wait="block")
     with pytest.raises(ConfigError, match=r"gpu_wait is for TensorRT.*no engine: edge-llm build"):
         choose.open_backend(bundle, read_manifest(bundle), config)
-    for name in ("pycuda", "pycuda.driver", "cuda.bindings.driver"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DependencyError, match="PyCUDA or cuda-bindings"):
+    without_bindings(monkeypatch)
+    monkeypatch.setattr("edge.device.gpu.load_driver", lambda: None)
+    monkeypatch.setattr("edge.device.gpu.find_gpu", lambda: None)
+    said = "gpu_wait needs an NVIDIA GPU" if node is None else "PyCUDA or cuda-bindings"
+    with pytest.raises(DependencyError, match=said):
         choose.open_backend(engine_bundle, read_manifest(engine_bundle), config)
 
     def opened(*_: object, **options: Any) -> SimpleNamespace:
@@ -193,6 +195,52 @@ def test_a_wait_for_the_gpu_asks_for_tensorrt(
     monkeypatch.setattr("edge.backends.tensorrt.runner.TensorRTBackend", opened)
     backend: Any = choose.open_backend(engine_bundle, read_manifest(engine_bundle), config)
     assert backend.options["gpu_wait"] == "block"
+
+
+def without_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pycuda", "pycuda.driver", "cuda.bindings.driver"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize(
+    ("has", "said", "never"),
+    [
+        ("", "--backend tensorrt needs an NVIDIA GPU, and this machine shows none", "install"),
+        ("gpu", "libcuda.so.1 does not load or is too old; install the driver", "PyCUDA"),
+        ("gpu driver", "has no TensorRT engine; build one on this machine with", "PyCUDA"),
+        ("gpu driver engine", "needs PyCUDA or cuda-bindings", "build"),
+    ],
+)
+def test_what_lacks_first_is_named(
+    has: str,
+    said: str,
+    never: str,
+    bundle: Path,
+    engine_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The bindings are missing each time, and whoever installs them must not meet the next wall."""
+
+    def load_driver() -> None:
+        if "driver" not in has:
+            raise OSError("libcuda.so.1: cannot open shared object file")
+
+    set_node(monkeypatch, NODE if "gpu" in has else None)
+    gpu = SimpleNamespace() if "driver" in has else None
+    monkeypatch.setattr("edge.device.gpu.find_gpu", lambda: gpu)
+    monkeypatch.setattr("edge.device.gpu.load_driver", load_driver)
+    without_bindings(monkeypatch)
+    chosen = engine_bundle if "engine" in has else bundle
+    with pytest.raises((DependencyError, BundleError), match=said) as caught:
+        LLM(chosen, backend="tensorrt")
+    assert never not in str(caught.value)
+
+
+def test_onnx_runtime_without_a_gpu_is_told_so(bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    set_node(monkeypatch, None)
+    monkeypatch.setattr("edge.device.gpu.find_gpu", lambda: None)
+    with pytest.raises(DependencyError, match="--backend ort-cuda needs an NVIDIA GPU"):
+        LLM(bundle, backend="ort-cuda")
 
 
 def test_the_node_that_decides(tmp_path: Path):
