@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import socket
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from edge.errors import CheckpointError, DependencyError, install_command
 
@@ -25,6 +30,7 @@ TEXT_FILES = [
     "1_Pooling/config.json",
 ]
 # Without a directory part: original/consolidated.*.safetensors would be the same weights twice.
+_CONNECT_S = 10
 _WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "gptq_model-*.safetensors"]
 
 
@@ -59,7 +65,7 @@ def _snapshot(
     repo_id: str, revision: str | None, cache_dir: Path | None, patterns: list[str]
 ) -> Path:
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
         from huggingface_hub.errors import (
             GatedRepoError,
             HfHubHTTPError,
@@ -72,12 +78,18 @@ def _snapshot(
         raise DependencyError(
             f"downloading {repo_id} needs huggingface-hub; run: {install_command('export')}"
         ) from error
+    lack = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _no_way(constants.ENDPOINT)
     try:
-        return Path(
-            snapshot_download(
-                repo_id, revision=revision, cache_dir=cache_dir, allow_patterns=patterns
+        with _quiet_library():
+            return Path(
+                snapshot_download(
+                    repo_id,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    allow_patterns=patterns,
+                    local_files_only=lack is not None,  # instead of six tries with pauses
+                )
             )
-        )
     except GatedRepoError as error:  # before its base class RepositoryNotFoundError
         problem = (
             "is gated and this account has no access; accept its terms on the hub, then set "
@@ -94,10 +106,10 @@ def _snapshot(
         problem = f"has no revision {revision!r}; give a branch, a tag or a full commit"
         cause = error
     except LocalEntryNotFoundError as error:
+        lack = lack or f"{_named(constants.ENDPOINT)} fails ({error.__cause__ or error})"
         problem = (
-            "is not whole in the local cache and the hub cannot be reached; check the network, "
-            "HF_ENDPOINT and HF_HUB_OFFLINE, try --hub modelscope, or give a directory that was "
-            "downloaded elsewhere"
+            f"is not whole in the local cache, and {lack}; mend that, try --hub modelscope, or "
+            "give a directory that was downloaded elsewhere"
         )
         cause = error
     except HFValidationError as error:
@@ -107,3 +119,40 @@ def _snapshot(
         problem = f"could not be downloaded ({error}); run the same command again to resume"
         cause = error
     raise CheckpointError(f"{repo_id} {problem}") from cause
+
+
+def _no_way(endpoint: str) -> str | None:
+    """Say that no connection to the hub can be made, and why; None where one can or a proxy does.
+
+    The library asks six times with pauses, and logs each.
+    """
+    url = urlsplit(endpoint)
+    host = url.hostname or ""
+    proxies = urllib.request.getproxies()
+    if (url.scheme in proxies or "all" in proxies) and not urllib.request.proxy_bypass(host):
+        return None
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    except OSError as error:
+        return f"{_named(endpoint)} cannot be reached ({error.strerror or error})"
+    return None
+
+
+def _named(endpoint: str) -> str:
+    whence = "HF_ENDPOINT" if os.environ.get("HF_ENDPOINT") else "the Hugging Face hub"
+    return f"{urlsplit(endpoint).netloc} ({whence})"
+
+
+@contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Keep the library's warnings off the terminal, unless ``HF_HUB_VERBOSITY`` asks for them."""
+    from huggingface_hub.utils import logging
+
+    level = logging.get_verbosity()
+    if not os.environ.get("HF_HUB_VERBOSITY"):
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
 
@@ -150,6 +150,7 @@ class _Hub:
             raise ConfigError(
                 f"{DOMAIN_VARIABLE} is {domain!r}, which is no host; unset it for {_DOMAIN}"
             )
+        self._host = urlsplit(endpoint).netloc
         self._base = f"{endpoint.rstrip('/')}/api/v1/models/{quote(repo_id)}/repo"
         self._repo_id = repo_id
         self._revision = revision
@@ -271,9 +272,11 @@ class _Hub:
         )
 
     def _unreachable(self, error: Exception) -> CheckpointError:
+        whence = DOMAIN_VARIABLE if os.environ.get(DOMAIN_VARIABLE) else "ModelScope"
+        reason = getattr(error, "reason", error)  # urllib wraps that of the network
         return CheckpointError(
-            f"{self._repo_id}: ModelScope cannot be reached ({error}); check the network and "
-            f"{DOMAIN_VARIABLE}, or give a directory that was downloaded elsewhere"
+            f"{self._repo_id}: {self._host} ({whence}) cannot be reached ({reason}); check the "
+            f"network and {DOMAIN_VARIABLE}, or give a directory that was downloaded elsewhere"
         )
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -15,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from export.sources.hub import _no_way
 from tests import tiny_models as tiny
 from tests.export.sources.local_server import LocalServer
 
@@ -109,11 +111,12 @@ class Worker:
 
     def __init__(self, home: Path, **environment: str) -> None:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.stderr,
             text=True,
             cwd=Path(__file__).parents[3],
             env={**kept, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
@@ -132,6 +135,9 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.process.communicate(timeout=30)
+        with self.stderr:
+            self.stderr.seek(0)
+            self.said = self.stderr.read()
 
 
 @pytest.fixture(scope="module")
@@ -253,5 +259,38 @@ def test_no_hub_there(tmp_path: Path) -> None:
     # Port 9 (discard) of this machine: nothing listens.
     with Worker(tmp_path, HF_ENDPOINT="http://127.0.0.1:9") as unreachable:
         error = unreachable.open("owner/tiny")["error"]
-    assert error.startswith("CheckpointError: owner/tiny is not whole in the local cache")
-    assert "HF_ENDPOINT" in error
+    assert error.startswith("CheckpointError: owner/tiny is not whole in the local cache, and ")
+    assert "127.0.0.1:9 (HF_ENDPOINT) cannot be reached (Connection refused)" in error
+    assert unreachable.said == ""  # the library's log of each try
+
+
+def test_a_host_without_an_address_is_asked_for_once(
+    hub: Hub, home: Path, worker: Worker, tmp_path: Path
+) -> None:
+    """RFC 6761: no name under .invalid has one. What the cache has whole is still taken."""
+    whole = worker.open("owner/tiny")
+    environment = {"HF_ENDPOINT": "https://hf-mirror.invalid", "HF_HUB_VERBOSITY": "warning"}
+    with Worker(tmp_path, **environment) as unreachable:
+        error = unreachable.open("owner/tiny")["error"]
+    assert "hf-mirror.invalid (HF_ENDPOINT) cannot be reached" in error
+    assert "Retrying" not in unreachable.said
+    with Worker(home, **environment) as cached:
+        assert cached.open("owner/tiny") == whole
+
+
+@pytest.mark.parametrize(
+    ("proxy", "bypass", "asks"),
+    [("", "", True), ("http://p:1", "", False), ("http://p:1", "*", True)],
+)
+def test_behind_a_proxy_only_the_proxy_knows(
+    proxy: str, bypass: str, asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http", "https", "all", "no"):
+        monkeypatch.delenv(f"{name}_proxy", raising=False)
+        monkeypatch.delenv(f"{name.upper()}_PROXY", raising=False)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    if proxy:
+        monkeypatch.setenv("https_proxy", proxy)
+    monkeypatch.setenv("no_proxy", bypass)
+    said = "hf.invalid (the Hugging Face hub) cannot be reached ("
+    assert (_no_way("https://hf.invalid") or "").startswith(said) == asks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -269,7 +270,18 @@ def test_a_listing_cannot_write_elsewhere(server: Server, monkeypatch: pytest.Mo
 def test_no_modelscope_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     # Port 9 (discard) of this machine: nothing listens.
     monkeypatch.setenv("MODELSCOPE_DOMAIN", "http://127.0.0.1:9")
-    with pytest.raises(CheckpointError, match=r"cannot be reached .*check the network"):
+    with pytest.raises(
+        CheckpointError, match=r"9 \(MODELSCOPE_DOMAIN\) cannot be reached \(.*Connec"
+    ):
+        open_tiny(cache_dir=tmp_path)
+    monkeypatch.delenv("MODELSCOPE_DOMAIN")
+    gone = socket.gaierror(-2, "Name or service not known")
+
+    def no_address(*_: object) -> None:
+        raise gone
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_address)
+    with pytest.raises(CheckpointError, match=r": www.modelscope.cn \(ModelScope\) cannot be re"):
         open_tiny(cache_dir=tmp_path)
     monkeypatch.setenv("MODELSCOPE_DOMAIN", "file:///etc")
     with pytest.raises(ConfigError, match="which is no host"):
