@@ -271,7 +271,7 @@ def test_a_host_without_an_address_is_asked_for_once(
     whole = worker.open("owner/tiny")
     environment = {"HF_ENDPOINT": "https://hf-mirror.invalid", "HF_HUB_VERBOSITY": "warning"}
     with Worker(tmp_path, **environment) as unreachable:
-        error = unreachable.open("owner/tiny")["error"]
+        error = unreachable.open("owner/tiny", revision="a" * 40)["error"]  # as `pull` asks
     assert "hf-mirror.invalid (HF_ENDPOINT) cannot be reached" in error
     assert "Retrying" not in unreachable.said
     with Worker(home, **environment) as cached:
