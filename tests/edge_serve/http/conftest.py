@@ -67,7 +67,7 @@ def real(driver: Any, tiny_bundles: Bundles, tmp_path: Path) -> Iterator[tuple[B
         driver.get(live.url)
         page = Browser(driver)
         page.until(lambda: "API key" in page.one("#state").text)
-        page.one("#key").send_keys(REAL_KEY, page.keys.TAB)
+        page.one("#key").send_keys(REAL_KEY, page.keys.ENTER)
         page.until(lambda: page.one("#state").get_attribute("class") == "up")
         page.complaints()
         yield page, live

@@ -35,6 +35,7 @@ class StubServer(ThreadingHTTPServer):
         reason: for which answers end.
         answers: text by prompt, sent in small pieces.
         context: tokens of the models' context.
+        reasons: whether a model reasons, by name; those that are not named do.
         waiting: requests in the queue, as it says.
         usage: tokens of each answer, as it says.
         holds: cleared, answers do not begin; `progress` is told meanwhile.
@@ -58,6 +59,7 @@ class StubServer(ThreadingHTTPServer):
         self.warning: str | None = None
         self.tokens = 0
         self.context = 4096
+        self.reasons: dict[str, bool] = {}
         self.waiting = 2
         self.usage: dict[str, Any] = {"completion_tokens": 7, "prompt_tokens": 3}
         self.progress: dict[str, int] | None = None
@@ -199,7 +201,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _card(self, name: str) -> dict[str, Any]:
         own = {"temperature": 0.6, "top_p": 0.95, "top_k": 0, "min_p": 0.0}
-        return {"id": name, "max_model_len": self.server.context, "sampling": own}
+        return {
+            "id": name,
+            "max_model_len": self.server.context,
+            "sampling": own,
+            "reasons": self.server.reasons.get(name, True),
+        }
 
     def _stats(self) -> dict[str, Any]:
         times = {"count": 3, "p50": 0.125, "p95": 1.25, "p99": 2.5}
@@ -230,7 +237,13 @@ class _Handler(BaseHTTPRequestHandler):
                 },
                 **{name: {} for name in self.server.models if name != "tiny"},
             },
-            "rejections": {"queue_full": 3, "bodies_full": 0},
+            "rejections": {
+                "queue_full": 3,
+                "unknown_field": 1,
+                "bodies_full": 0,
+                "invalid_value": 6,
+            }
+            | {"of_a_newer_server": 2},
             "drift": {"params": {"temperature": {"psi": 0.31, "alarm": True}}},
             "device": {
                 "process_rss_bytes": 3 * 2**29,

@@ -215,6 +215,33 @@ def test_sampling_controls(browser: Browser, server: StubServer):
     assert browser.one("[name=temperature]").get_attribute("value") == "0.25"
 
 
+def test_controls_of_reasoning_are_for_models_that_reason(browser: Browser, server: StubServer):
+    def shown() -> list[bool]:
+        names = ("thinking_token_budget", "no_thinking")
+        return [browser.one(f"[name={name}]").is_displayed() for name in names]
+
+    browser.open_panel()
+    assert shown() == [True, True]
+    browser.one("[name=thinking_token_budget]").send_keys("50")
+    browser.ask("hello")
+    browser.answered()
+    assert server.requests[-1]["thinking_token_budget"] == 50
+    server.reasons["tiny"] = False
+    browser.until(lambda: shown() == [False, False])
+    browser.one("#new").click()
+    browser.ask("hello")  # what was typed before is nothing to this model
+    browser.answered()
+    assert "thinking_token_budget" not in server.requests[-1]
+    # Of two models side by side, each is sent what it has a use for.
+    browser.one("#compare").click()
+    assert shown() == [True, True]
+    browser.one("#new").click()
+    browser.ask("hello")
+    browser.until(lambda: len(browser.all(".pair .keep:enabled")) == 2)
+    asked = {one["model"]: one.get("thinking_token_budget") for one in server.requests[-2:]}
+    assert asked == {"tiny": None, "<b>other</b>": 50}
+
+
 def test_a_wrong_number_is_named_and_nothing_sent(browser: Browser, server: StubServer):
     browser.open_panel()
     browser.one("[name=top_p]").send_keys("7")
@@ -226,7 +253,7 @@ def test_a_wrong_number_is_named_and_nothing_sent(browser: Browser, server: Stub
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [("broken", "the engine failed at this request"), ("cut", "connection ended before")],
+    [("broken", "the engine failed at this request"), ("cut", "connection closed before")],
 )
 def test_an_answer_that_breaks_off(prompt: str, message: str, browser: Browser):
     browser.ask(prompt)
@@ -279,22 +306,58 @@ def test_nothing_is_sent_before_a_model_is_known(browser: Browser, server: StubS
 def test_a_key_is_asked_for_and_kept_in_this_tab(browser: Browser, server: StubServer):
     server.api_key = "s3cret"
     browser.reload()
-    browser.until(lambda: "API key" in browser.one("#state").text)
-    assert browser.driver.switch_to.active_element.get_attribute("id") == "key"
+    key, note = browser.one("#key"), browser.one("#key-note")
+    browser.until(key.is_displayed)
+    assert browser.driver.switch_to.active_element == key
+    assert not browser.one("#prompt").is_displayed()
+    assert not browser.one("#model").is_displayed()
+    assert "not known" not in note.text
     browser.picture("key")
-    browser.one("#key").send_keys("s3cret", browser.keys.TAB)
+    key.send_keys("guessed", browser.keys.ENTER)
+    browser.until(lambda: note.text == "That key is not known.")
+    assert browser.driver.switch_to.active_element == key
+    key.send_keys("s3cret", browser.keys.ENTER)  # in the place of the wrong one
     browser.ask("hello")
     assert "Done." in browser.answered().text
     browser.reload()
     browser.until(lambda: browser.one("#state").get_attribute("class") == "up")
     stored = browser.driver.execute_script("return [localStorage.length, document.cookie]")
     assert stored == [0, ""]
+    browser.open_panel()
+    browser.one("#key-forget").click()
+    key = browser.one("#key")
+    browser.until(key.is_displayed)
+    # The log stays to be read, and the server is not asked with a key that was taken back.
+    assert "Done." in browser.one(".turn.assistant").text
+    server.api_key = None
+    browser.until(lambda: not key.is_displayed())
+
+
+def test_a_key_that_was_taken_back_is_asked_for_on_a_phone(browser: Browser, server: StubServer):
+    metrics = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        browser.ask("hello")
+        browser.answered()
+        browser.one("#panel-toggle").click()
+        server.api_key = "s3cret"
+        key = browser.one("#key")
+        browser.until(key.is_displayed)  # and no panel is in front of it
+        assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= 390
+        assert "Done." in browser.one(".turn.assistant").text
+        box = key.rect
+        assert 0 < box["y"] < box["y"] + box["height"] < metrics["height"]
+        key.send_keys("s3cret", browser.keys.ENTER)
+        browser.until(lambda: browser.one("#prompt").is_displayed())
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_a_key_that_no_header_holds_is_asked_for_again(browser: Browser, server: StubServer):
-    browser.open_panel()
-    browser.one("#key").send_keys("密钥", browser.keys.TAB)
-    browser.until(lambda: "API key" in browser.one("#state").text)
+    server.api_key = "s3cret"
+    browser.until(lambda: browser.one("#key").is_displayed())
+    browser.one("#key").send_keys("密钥", browser.keys.ENTER)
+    browser.until(lambda: browser.one("#key-note").text == "That key is not known.")
     assert browser.all(".turn.error") == []
 
 
@@ -323,10 +386,10 @@ def test_the_dashboard_shows_what_the_server_says(browser: Browser):
     assert "2.1 GB of 8.6 GB" in text
     assert f"{HOT_CELSIUS:.0f} °C" in text
     assert "125 ms, P99 2.5 s" in text
-    assert "Memory of the server\n1.6 GB" in text
-    assert "queue_full 3" in text
-    assert "bodies_full" not in text
-    assert "0.31 temperature ⚠" in text
+    assert "Server memory\n1.6 GB" in text
+    assert "invalid request 7, queue full 3, of a newer server 2" in text
+    assert "connections" not in text  # nothing was refused for that
+    assert "0.31 Temperature ⚠" in text
     assert "Power" not in text  # this device tells nothing of it
     browser.ask("endless")
     first = browser.all("#gauges dd")[0]
@@ -342,9 +405,10 @@ def test_a_curve_has_a_scale_and_tells_what_was(browser: Browser, server: StubSe
 
     browser.open_panel()
     queue = browser.all(".gauge")[4]
-    browser.until(lambda: queue.find_element(browser.by.CSS_SELECTOR, ".scale").text == "2")
+    top, bottom = queue.find_elements(browser.by.CSS_SELECTOR, ".scale")
+    browser.until(lambda: (top.text, bottom.text) == ("2", "0"))
     server.waiting = 7
-    browser.until(lambda: queue.find_element(browser.by.CSS_SELECTOR, ".scale").text == "7")
+    browser.until(lambda: (top.text, bottom.text) == ("7", "0"))
     curve = queue.find_element(browser.by.CSS_SELECTOR, ".spark")
     text = queue.find_element(browser.by.CSS_SELECTOR, "dd")
     browser.driver.execute_script("arguments[0].scrollIntoView()", curve)
@@ -379,11 +443,11 @@ def test_the_dashboard_shows_the_cache_by_slot(browser: Browser):
     """
     found = browser.driver.execute_script(script)  # at once: it is drawn anew when it changes
     assert [text for text, _ in found] == [
-        "20 rows, 5 from the cache",
-        "5 rows",
-        "9 kept for reuse",
+        "20 tokens, 5 from the cache",
+        "5 tokens",
+        "9 tokens kept for reuse",
         "free",
-        "KV cache by slot, 25 rows each",
+        "KV cache by slot, 25 tokens each",
     ]
     browser.driver.execute_script("document.getElementById('engines').scrollIntoView()")
     browser.picture("slots")
@@ -436,8 +500,40 @@ def test_the_keyboard_reaches_everything(browser: Browser):
         active = browser.driver.switch_to.active_element
         seen.add(active.get_attribute("id") or active.get_attribute("name"))
         active.send_keys(browser.keys.TAB)
-    wanted = {"model", "new", "prompt", "send", "temperature", "no_thinking", "system", "key"}
+    wanted = {"model", "new", "prompt", "send", "temperature", "no_thinking", "system", "theme"}
+    wanted |= {"language"}
     assert wanted <= seen
+
+
+def background(browser: Browser) -> int:
+    """The red of the page's background."""
+    script = "return getComputedStyle(document.body).backgroundColor"
+    return int(re.findall(r"\d+", browser.driver.execute_script(script))[0])
+
+
+def test_a_theme_is_chosen_and_kept_in_the_browser(browser: Browser):
+    for theme, is_light in (("dark", False), ("light", True), ("dark", False)):
+        browser.open_panel()
+        browser.one(f"#theme option[value={theme}]").click()
+        assert (background(browser) > 128) == is_light
+        browser.driver.execute_script("sessionStorage.clear()")  # as a new tab
+        browser.reload()
+        assert (background(browser) > 128) == is_light
+    browser.open_panel()
+    browser.one("#theme option[value=system]").click()
+    assert background(browser) > 128
+
+
+def test_a_language_is_chosen_and_kept_in_the_browser(browser: Browser):
+    browser.open_panel()
+    browser.one("#language option[value=zh]").click()
+    browser.until(lambda: browser.one("html").get_attribute("lang") == "zh-Hans")
+    browser.driver.execute_script("sessionStorage.clear()")
+    browser.reload()
+    assert browser.one("#new").text == "新对话"
+    browser.open_panel()
+    browser.one("#language option[value='']").click()
+    browser.until(lambda: browser.one("html").get_attribute("lang") == "en")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -447,9 +543,7 @@ def test_dark_and_light(scheme: str, browser: Browser):
     try:
         browser.ask("hello")
         browser.answered()
-        script = "return getComputedStyle(document.body).backgroundColor"
-        red = int(re.findall(r"\d+", browser.driver.execute_script(script))[0])
-        assert (red > 128) == (scheme == "light")
+        assert (background(browser) > 128) == (scheme == "light")
         browser.picture(scheme)
     finally:
         browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
@@ -480,6 +574,7 @@ def test_ask_the_real_service(real: tuple[Browser, Live]):
     reasoning = turn.find_element(browser.by.CSS_SELECTOR, ".reasoning")
     assert reasoning.text == "I think so."
     assert browser.one("#model").get_attribute("value") == "tiny"
+    browser.open_panel()
     wanted = re.compile(r"P99.*\b0 of 64, 0 running", re.DOTALL)
     browser.until(lambda: wanted.search(browser.one("#gauges").text))
     browser.picture("real")
@@ -502,6 +597,7 @@ def test_stop_the_real_service(real: tuple[Browser, Live]):
 
 def test_an_error_of_the_real_service(real: tuple[Browser, Live]):
     browser, _ = real
+    browser.open_panel()
     browser.one("[name=max_tokens]").send_keys("99999999999")
     browser.ask("hello")
     browser.until(lambda: browser.all(".turn.error"))

@@ -379,7 +379,7 @@ def test_an_edit_outlasts_the_end_of_an_answer(browser: Browser, server: StubSer
     field = browser.driver.switch_to.active_element
     field.send_keys(" again")
     browser.one(".turn.user .tools .main").click()
-    browser.until(lambda: "Wait for its end" in browser.one("#toast").text)
+    browser.until(lambda: "Wait for it to finish" in browser.one("#toast").text)
     server.holds.set()
     browser.answered()
     assert field.get_attribute("value") == "hello again"
@@ -472,7 +472,7 @@ def test_figures_of_a_stopped_answer_count(browser: Browser, server: StubServer)
     assert tokens() == written
     facts = turn.find_element(browser.by.CSS_SELECTOR, ".facts").text
     assert "tokens/s" in facts
-    assert "first after" in facts
+    assert "first token after" in facts
     # The prompt of what goes on has what is there of the answer.
     server.usage = {"completion_tokens": 40, "prompt_tokens": 3 + written}
     tool(browser, "continue").click()
@@ -509,7 +509,13 @@ def test_figures_stand_under_the_answer(browser: Browser, server: StubServer):
     browser.ask("hello")
     turn = browser.answered()
     facts = turn.find_element(browser.by.CSS_SELECTOR, ".facts").text
-    for fact in ("1,412 tokens", "tokens/s", "first after", "prompt 1,203, 1,100 cached", "tiny"):
+    for fact in (
+        "1,412 tokens",
+        "tokens/s",
+        "first token after",
+        "prompt 1,203, 1,100 cached",
+        "tiny",
+    ):
         assert fact in facts
     summary = turn.find_element(browser.by.CSS_SELECTOR, "summary").text
     assert summary.startswith("Thought for")
@@ -521,7 +527,7 @@ def test_a_thought_of_no_time_is_a_thought(browser: Browser, server: StubServer)
     browser.driver.execute_script("performance.now = () => 1")
     browser.ask("hello")
     summary = browser.answered().find_element(browser.by.CSS_SELECTOR, "summary")
-    assert summary.text.startswith("Thought for 0 ms")
+    assert summary.text == "Thought for a moment"
 
 
 def test_the_meter_warns_before_the_context_is_full(browser: Browser, server: StubServer):
@@ -536,9 +542,7 @@ def test_the_meter_warns_before_the_context_is_full(browser: Browser, server: St
     browser.one("#prompt").clear()
     server.usage = {"completion_tokens": 500, "prompt_tokens": 3000}
     browser.ask("hello")
-    browser.until(
-        lambda: text.text == "about 596 of 4,096 tokens of context are left".replace("596", "596")
-    )
+    browser.until(lambda: text.text == "about 596 of 4,096 tokens of context left")
     assert browser.all("#meter.near")
     server.usage = {"completion_tokens": 500, "prompt_tokens": 3596}
     browser.ask("hello")
@@ -598,7 +602,7 @@ def test_export_and_import(browser: Browser, server: StubServer, tmp_path: Path)
     ("text", "said"),
     [
         ("no json", "This is not JSON."),
-        ('{"a": 1}', "holds no conversations"),
+        ('{"a": 1}', "has no conversations"),
         (json.dumps({"format": FORMAT, "conversations": [{"schema": 9}]}), "(schema 9)"),
         (json.dumps({"format": FORMAT, "conversations": [CIRCLE]}), "(parent of turn 1)"),
         (json.dumps({"format": FORMAT, "conversations": [NO_FIGURES]}), "(turn 1)"),
@@ -655,7 +659,7 @@ def before_the_page(browser: Browser, script: str) -> Iterator[None]:
 def test_without_a_store_the_page_goes_on(browser: Browser, server: StubServer):
     script = "delete window.indexedDB; Object.defineProperty(window, 'indexedDB', {value: null})"
     with before_the_page(browser, script):
-        assert "stores nothing" in browser.one("#toast").text
+        assert "does not store" in browser.one("#toast").text
         browser.ask("hello")
         browser.answered()
         assert titles(browser) == ["hello"]

@@ -1,12 +1,14 @@
 // Starts the page.
 
+import { startAccess } from "./access.js";
+import { startAppearance } from "./appearance.js";
 import { ask, grow, openChat, refresh } from "./chat.js";
 import { startCompare } from "./compare.js";
 import { newConversation } from "./conversation.js";
 import { showList, startList } from "./conversations.js";
 import { poll } from "./dashboard.js";
 import { $, isComposing } from "./dom.js";
-import { loadModels, modelChanged } from "./models.js";
+import { modelChanged } from "./models.js";
 import { startSampling } from "./sampling.js";
 import { isNarrow, openList, openPanel, startSides } from "./sides.js";
 import { state } from "./state.js";
@@ -36,23 +38,21 @@ function listen() {
     $(id).addEventListener("click", () => open(!document.body.classList.contains(part)));
   }
   $("model").addEventListener("change", () => { save("model", $("model").value); modelChanged(); });
-  $("access").addEventListener("submit", (event) => event.preventDefault());
-  $("key").addEventListener("change", () => { save("key", $("key").value.trim()); loadModels(); });
   document.addEventListener("visibilitychange", poll);
 }
 
 async function start() {
   translate(document);
-  $("key").value = load("key", "");
+  startAppearance();
+  startAccess(poll);
   listen();
   startSides();
-  startCompare();
+  startCompare(modelChanged);
   try {
     await startSampling();
     openChat(await startList(show, refresh, load("current", null)) ?? state.conversation);
   } finally {
     document.body.classList.add("started");
-    await loadModels();
     poll();
   }
 }

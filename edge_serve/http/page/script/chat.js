@@ -104,17 +104,17 @@ async function answer(parent, { broken = null, models = () => [$("model").value]
   const shown = conversation.leaf;
   const again = () => answer(parent, { broken, models });
   keep(conversation);
+  const names = models();
   let sampling;
   try {
-    sampling = parameters();
-    if (broken?.reasoning) delete sampling.enable_thinking;  // it has begun
+    sampling = names.map(parameters);
+    if (broken?.reasoning) delete sampling[0].enable_thinking;  // it has begun
   } catch (error) {
     redraw();
     showError(error.message, 0, again);
     return;
   }
   if (broken) goTo(conversation, broken.id);
-  const names = models();
   const turns = broken ? [broken]
     : names.length > 1 ? addPair(conversation, parent) : [addTurn(conversation, parent, "assistant", "")];
   for (const [at, turn] of turns.entries()) {
@@ -126,12 +126,12 @@ async function answer(parent, { broken = null, models = () => [$("model").value]
   busy(true);
   const runs = turns.map((turn) => new Run(conversation, turn, request.signal));
   toEnd(true);
-  const options = { stream: true, stream_options: { include_usage: true }, return_progress: true, ...sampling };
-  await Promise.all(runs.map((run) => run.read(async () => {
+  const options = { stream: true, stream_options: { include_usage: true }, return_progress: true };
+  await Promise.all(runs.map((run, at) => run.read(async () => {
     const { turn } = run;
     const asked = broken ? continuationOf(conversation, turn, systemMessage())
       : { messages: messagesOf(conversation, parent, systemMessage()) };
-    return post("v1/chat/completions", { model: turn.model, ...asked, ...options }, request.signal);
+    return post("v1/chat/completions", { model: turn.model, ...asked, ...options, ...sampling[at] }, request.signal);
   })));
   if (state.request === request) state.request = null;
   busy(state.request !== null);

@@ -1,10 +1,8 @@
 // Two models side by side: whether one question goes to both, and to which.
 
-import { toast } from "./conversations.js";
 import { $ } from "./dom.js";
 import { state } from "./state.js";
 import { load, save } from "./tab.js";
-import { t } from "./words.js";
 
 let isOn = false;
 
@@ -19,24 +17,23 @@ export function askedModels() {
   return isOn ? [$("model").value, $("model-b").value] : [$("model").value];
 }
 
-/** Offers the models as the second one, too; where there is only one, nothing is compared. */
+/** Offers the models as the second one, too; where there is only one, comparing is not offered. */
 export function offerSecond() {
   const wanted = load("model-b", $("model-b").value);
   const names = state.models.map(({ id }) => id);
   const chosen = names.includes(wanted) ? wanted : names.find((name) => name !== $("model").value);
   $("model-b").replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
+  $("compare").hidden = names.length < 2;
   show(names.length > 1 && load("compare", false));
 }
 
-export function startCompare() {
+/** Starts the button; `changed()` is told when other models will be asked. */
+export function startCompare(changed) {
   $("compare").addEventListener("click", () => {
-    if (!isOn && state.models.length < 2) {
-      toast(t("compare_one", { name: state.models[0]?.id ?? "–" }));
-      return;
-    }
     show(!isOn);
     save("compare", isOn);
     if (isOn) $("model-b").focus();
+    changed();
   });
-  $("model-b").addEventListener("change", () => save("model-b", $("model-b").value));
+  $("model-b").addEventListener("change", () => { save("model-b", $("model-b").value); changed(); });
 }

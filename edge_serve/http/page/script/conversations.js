@@ -8,8 +8,8 @@ import { save } from "./tab.js";
 import { fromJSON, saveFile, toJSON, toMarkdown } from "./transfer.js";
 import { language, t } from "./words.js";
 
-const days = new Intl.DateTimeFormat(language, { month: "short", day: "numeric" });
-const times = new Intl.DateTimeFormat(language, { hour: "2-digit", minute: "2-digit" });
+const times = new Intl.DateTimeFormat(language, { dateStyle: "medium", timeStyle: "short" });
+const DAY_MS = 24 * 3600 * 1000;
 
 const deleted = new WeakSet();  // an answer that is under way must not bring them back
 
@@ -85,16 +85,22 @@ export function showList() {
   const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
   const found = conversations.filter((one) => matches(one, words)).sort((a, b) => b.updated - a.updated);
   const focused = document.activeElement?.dataset?.focus;
-  $("conversations").replaceChildren(...found.map(item));
+  let group = null;
+  $("conversations").replaceChildren(...found.flatMap((one) => {
+    const own = groupOf(one.updated), isFirst = own !== group;
+    group = own;
+    return isFirst ? [node("li", "group", t(own)), item(one)] : [item(one)];
+  }));
   $("none").hidden = found.length > 0;
   $("none").textContent = t(words.length ? "none_found" : "none_yet");
   $("export-all").disabled = conversations.length === 0;
   if (focused) $("conversations").querySelector(`[data-focus="${CSS.escape(focused)}"]`)?.focus();
 }
 
-function when(time) {
-  const date = new Date(time);
-  return (date.toDateString() === new Date().toDateString() ? times : days).format(date);
+// The key of the heading that a conversation is listed below.
+function groupOf(time) {
+  const ago = new Date().setHours(0, 0, 0, 0) - time;  // from the beginning of this day back
+  return ago <= 0 ? "today" : ago <= DAY_MS ? "yesterday" : ago <= 7 * DAY_MS ? "week" : "older";
 }
 
 function button(className, text, focus, act) {
@@ -111,7 +117,8 @@ function item(conversation) {
   const made = node("li");
   const row = node("div", "row");
   const main = button("open", "", `open ${id}`, () => { open(conversation); showList(); });
-  main.append(node("span", "title", title), node("small", "", when(conversation.updated)));
+  main.append(node("span", "title", title));
+  main.title = `${title}\n${times.format(conversation.updated)}`;
   if (conversation === state.conversation) main.setAttribute("aria-current", "true");
   const more = button("quiet more", "⋯", `more ${id}`, () => { unfolded = unfolded === id ? null : id; showList(); });
   more.setAttribute("aria-label", t("actions_for", { title }));

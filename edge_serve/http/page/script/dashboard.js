@@ -1,15 +1,17 @@
 // Shows what the server says about itself.
 
+import { isLocked, lock, unlock } from "./access.js";
 import { $, node } from "./dom.js";
 import { showEngines } from "./engines.js";
 import { gb, seconds } from "./figures.js";
-import { loadModels, showState } from "./models.js";
+import { readModels, showState } from "./models.js";
+import { refusalsOf } from "./refusals.js";
 import { getJSON, reasonOf } from "./server.js";
 import { Sparkline } from "./sparkline.js";
 import { state } from "./state.js";
-import { count, t } from "./words.js";
+import { count, nameOf, t } from "./words.js";
 
-const POLL_S = 2, HISTORY = 60;
+const POLL_S = 2, LOCKED_POLL_S = 6, HISTORY = 60;
 
 const spell = (s) => s === null ? "–" : seconds(s * 1000);
 const sum = (rows, name) => rows.reduce((total, row) => total + (row[name] ?? 0), 0);
@@ -50,14 +52,13 @@ const GAUGES = [
   ["gauge_power", ({ device }) => device.module_power_watts == null ? null
     : [device.module_power_watts, `${device.module_power_watts.toFixed(1)} W`], "optional"],
   ["gauge_rejections", ({ stats }) => {
-    const reasons = Object.entries(stats.rejections ?? {}).filter(([, n]) => n);
-    return reasons.length ? [total(stats.rejections), reasons.map(([why, n]) => `${why} ${n}`).join(", "),
-      String(total(stats.rejections))] : null;
+    const all = total(stats.rejections);
+    return all ? [all, refusalsOf(stats.rejections).join(", "), count(all)] : null;
   }, "optional"],
   ["gauge_drift", ({ stats }) => {
     const found = Object.entries(stats.drift?.params ?? {}).filter(([, one]) => Number.isFinite(one.psi));
     const [name, worst] = found.sort(([, a], [, b]) => b.psi - a.psi)[0] ?? [];
-    return worst ? [worst.psi, `${worst.psi.toFixed(2)} ${name}${worst.alarm ? " ⚠" : ""}`, worst.psi.toFixed(2)] : null;
+    return worst ? [worst.psi, `${worst.psi.toFixed(2)} ${nameOf(name)}${worst.alarm ? " ⚠" : ""}`, worst.psi.toFixed(2)] : null;
   }, "optional"],
 ];
 
@@ -86,7 +87,7 @@ const gauges = GAUGES.map(([name, value, optional]) => {
 });
 
 let before = null;
-let listed = null;  // the models of /stats that the list of models was read for; null: it is read again
+let polls = 0;  // of which only the last one goes on: one is asked for beside the clock's
 
 function showStats(stats) {
   const rows = Object.values(stats.models ?? {}), at = performance.now();
@@ -115,20 +116,24 @@ function note(text, bad) {
   $("dash-note").className = bad ? "error" : "";
 }
 
+/** Asks the server how it is, again and again while the page is seen. */
 export async function poll() {
   clearTimeout(state.timer);
+  const turn = ++polls;
   if (!document.hidden) {
     try {
-      const stats = await getJSON("stats");
+      const [stats] = await Promise.all([getJSON("stats"), readModels()]);
+      if (turn !== polls) return;
+      unlock();
       showStats(stats);
-      const names = Object.keys(stats.models ?? {}).join("\n");
-      if (state.models.length && names === listed) showState(t("ready"), "up");
-      else listed = await loadModels() ? names : null;  // names of splits come a little later
+      $("gauges").hidden = false;
     } catch (error) {
-      before = listed = null;
-      note(reasonOf(error), true);
-      showState(reasonOf(error), "down");
+      if (turn !== polls) return;
+      before = null;
+      if (error.status === 401) lock();
+      showState(error.status === 401 ? t("key_wanted") : reasonOf(error), "down");
+      note(error.status === 401 ? "" : reasonOf(error), true);
     }
   }
-  state.timer = setTimeout(poll, POLL_S * 1000);
+  state.timer = setTimeout(poll, (isLocked() ? LOCKED_POLL_S : POLL_S) * 1000);
 }

@@ -3,6 +3,8 @@
 import { count, t } from "./words.js";
 
 export const seconds = (ms) => ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
+/** Returns how long the model thought; a whole thought may come in one read. */
+export const thinkingTime = (ms) => ms < 100 ? t("a_moment") : seconds(ms);
 export const gb = (bytes) => `${(bytes / 1e9).toFixed(1)} GB`;
 
 /** Returns what stands under an answer; `isNamed` where the model's name stands above it. */

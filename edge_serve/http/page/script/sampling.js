@@ -2,7 +2,7 @@
 
 import { toast } from "./conversations.js";
 import { $ } from "./dom.js";
-import { chosenModel } from "./state.js";
+import { chosenModel, modelNamed } from "./state.js";
 import { dropPreset, keepPreset, loadPresets } from "./store.js";
 import { openPanel } from "./sides.js";
 import { load, save } from "./tab.js";
@@ -17,11 +17,17 @@ let presets = [];
 
 const fields = () => [...$("sampling").querySelectorAll("[name]")];
 
-/** Returns the fields that are filled in, as a request has them. Throws an Error at a wrong number. */
-export function parameters() {
-  const result = {};
+// Names that stand for several models reason if all of them do, and old servers say nothing of it.
+const reasons = (model) => model?.reasons !== false;
+
+/**
+ * Returns the fields that are filled in, as a request to the model of this name has them; without those
+ * that it has no use for. Throws an Error at a wrong number.
+ */
+export function parameters(name) {
+  const result = {}, model = modelNamed(name);
   for (const field of fields()) {
-    if (field.type !== "number") continue;
+    if (field.type !== "number" || (field.closest("[data-reasons]") && !reasons(model))) continue;
     if (!field.checkValidity()) {
       openPanel(true);
       field.reportValidity();
@@ -31,7 +37,7 @@ export function parameters() {
   }
   const stops = $("sampling").querySelector("[name=stop]").value.split("\n").filter(Boolean);
   if (stops.length) result.stop = stops;
-  if ($("sampling").querySelector("[name=no_thinking]").checked) result.enable_thinking = false;
+  if (reasons(model) && $("sampling").querySelector("[name=no_thinking]").checked) result.enable_thinking = false;
   return result;
 }
 
@@ -39,9 +45,11 @@ export function systemMessage() {
   return $("sampling").querySelector("[name=system]").value.trim();
 }
 
-/** Shows in every field what the model itself would take. */
-export function showOwnValues() {
+/** Shows in every field what the model itself would take, and what only models that reason have if one of `names` does. */
+export function showOwnValues(names) {
   const own = chosenModel()?.sampling ?? {};
+  const isShown = names.some((name) => reasons(modelNamed(name)));
+  for (const label of $("sampling").querySelectorAll("[data-reasons]")) label.hidden = !isShown;
   for (const field of fields()) {
     if (field.name in own) field.placeholder = String(own[field.name]);
     else if (field.dataset.own) field.placeholder = t(field.dataset.own);

@@ -1,11 +1,11 @@
 // Asks the server, and reads its errors and its streams.
 
-import { $ } from "./dom.js";
+import { givenKey } from "./access.js";
 import { t } from "./words.js";
 
 export function headers(extra) {
-  const key = $("key").value.trim();
-  if (/[^\x20-\x7e]/.test(key)) throw new Refusal(t("key_wanted"), 401, 0);  // no header holds it
+  const key = givenKey();
+  if (/[^\x20-\x7e]/.test(key)) throw new Refusal(t("key_unknown"), 401, 0);  // no header holds it
   return { ...extra, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
 }
 
@@ -24,7 +24,7 @@ async function refusal(response) {
   } catch {
     message = t("no_reason");
   }
-  if (response.status === 401) message = t("key_wanted");
+  if (response.status === 401) return new Refusal(t(givenKey() ? "key_unknown" : "key_ask"), 401, 0);
   const after = Number(response.headers.get("retry-after")) || 0;
   return new Refusal(`${message} (${response.status})`, response.status, after);
 }

@@ -19,9 +19,9 @@ export class Sparkline {
     this.line = this.#add("polyline");
     this.cursor = this.#add("line");
     this.cursor.setAttribute("y2", String(HEIGHT));
-    this.scale = node("span", "scale");
-    this.scale.setAttribute("aria-hidden", "true");
-    this.root.append(this.svg, this.scale);
+    [this.top, this.bottom] = ["top", "bottom"].map((name) => node("span", `scale ${name}`));
+    for (const scale of [this.top, this.bottom]) scale.setAttribute("aria-hidden", "true");
+    this.root.append(this.svg, this.top, this.bottom);
     this.root.addEventListener("pointermove", (event) => this.#point(event));
     this.root.addEventListener("pointerleave", () => this.onpoint?.(null));
   }
@@ -32,7 +32,7 @@ export class Sparkline {
     return made;
   }
 
-  /** Adds a reading; the scale shows the short text of the highest one. */
+  /** Adds a reading; the scale, which begins at 0, shows the short text of the highest one. */
   push(value, text, short = text) {
     this.points.push([value, text, short, Date.now()]);
     if (this.points.length > this.size) this.points.shift();
@@ -42,7 +42,8 @@ export class Sparkline {
       const y = HEIGHT - 2 - (HEIGHT - 4) * (top > low ? (one - low) / (top - low) : 0);
       return `${this.#x(at).toFixed(1)},${y.toFixed(1)}`;
     }).join(" "));
-    this.scale.textContent = this.points[values.indexOf(top)][2];
+    this.top.textContent = this.points[values.indexOf(top)][2];
+    this.bottom.textContent = top > low ? low < 0 ? this.points[values.indexOf(low)][2] : "0" : "";
   }
 
   #x(at) {

@@ -10,7 +10,8 @@ export const state = {
   timer: 0,
 };
 
-/** Returns the model that is chosen, as /v1/models describes it. */
-export function chosenModel() {
-  return state.models.find((model) => model.id === document.getElementById("model").value) ?? null;
-}
+/** Returns a model as /v1/models describes it; null where there is none of that name. */
+export const modelNamed = (name) => state.models.find(({ id }) => id === name) ?? null;
+
+/** Returns the model that is chosen. */
+export const chosenModel = () => modelNamed(document.getElementById("model").value);

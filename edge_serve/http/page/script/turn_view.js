@@ -4,7 +4,7 @@ import { MarkdownView } from "./answer/markdown_view.js";
 import { siblingsOf } from "./conversation.js";
 import { copyFrom } from "./copy.js";
 import { isComposing, node } from "./dom.js";
-import { factsOf, seconds } from "./figures.js";
+import { factsOf, thinkingTime } from "./figures.js";
 import { count, t } from "./words.js";
 
 export class TurnView {
@@ -94,7 +94,7 @@ export class TurnView {
   #summary(final) {
     const { figures = {}, thought_ms: took, content } = this.turn;
     if (!final && !content) return t("thinking");
-    const time = took === undefined ? "" : seconds(took);  // 0 ms is a time too
+    const time = took === undefined ? "" : thinkingTime(took);
     const tokens = figures.reasoning_tokens;
     if (time && tokens) return t("thought_long", { time, n: count(tokens) });
     return time ? t("thought", { time }) : t("reasoning");

@@ -1,10 +1,12 @@
-// The page's words, in the first language of the browser that there is a catalogue for.
+// The page's words, in the language that was chosen, or the first of the browser's that there is a catalogue for.
 
 import en from "../lang/en.js";
 import zh from "../lang/zh.js";
+import { browser } from "./tab.js";
 
 const CATALOGUES = { en, zh };
-const found = navigator.languages.map((tag) => tag.slice(0, 2).toLowerCase()).find((tag) => tag in CATALOGUES) ?? "en";
+const found = [browser.load("language", ""), ...navigator.languages]
+  .map((tag) => String(tag).slice(0, 2).toLowerCase()).find((tag) => Object.hasOwn(CATALOGUES, tag)) ?? "en";
 
 export const language = found === "zh" ? "zh-Hans" : "en";
 
@@ -14,6 +16,9 @@ export function t(key, values = {}) {
   if (text === undefined) throw new Error(`no text for ${key}`);
   return text.replace(/\{(\w+)\}/g, (_, name) => String(values[name]));
 }
+
+/** Returns the text of a key, or where there is none the key as words: names that the server may add to. */
+export const nameOf = (key) => Object.hasOwn(CATALOGUES[found], key) ? t(key) : key.replaceAll("_", " ");
 
 const numbers = new Intl.NumberFormat(language);
 export const count = (value) => numbers.format(value);
