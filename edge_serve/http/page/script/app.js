@@ -8,6 +8,7 @@ import { newConversation } from "./conversation.js";
 import { showList, startList } from "./conversations.js";
 import { poll } from "./dashboard.js";
 import { $, isComposing } from "./dom.js";
+import { startFiles } from "./files.js";
 import { modelChanged } from "./models.js";
 import { startSampling } from "./sampling.js";
 import { isNarrow, openList, openPanel, startSides } from "./sides.js";
@@ -46,6 +47,7 @@ async function start() {
   startAppearance();
   startAccess(poll);
   listen();
+  startFiles();
   startSides();
   startCompare(modelChanged);
   try {

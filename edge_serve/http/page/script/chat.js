@@ -6,6 +6,7 @@ import {
 } from "./conversation.js";
 import { keep, toast } from "./conversations.js";
 import { $ } from "./dom.js";
+import { takeFiles } from "./files.js";
 import { clearErrors, drawLog, showError, toEnd, viewOf } from "./log.js";
 import { showMeter } from "./meter.js";
 import { parameters, systemMessage } from "./sampling.js";
@@ -25,7 +26,7 @@ const actions = {
   go_on: (turn) => answer(turn.parent, { broken: turn }),
   edit: (turn, text) => {
     if (!isFree()) return false;
-    answer(addTurn(state.conversation, turn.parent, "user", text).id, { models: askedModels });
+    answer(addTurn(state.conversation, turn.parent, "user", text, turn.files).id, { models: askedModels });
     return true;
   },
   show: (turn, name) => {
@@ -73,12 +74,14 @@ export function openChat(conversation) {
 export function ask(event) {
   event.preventDefault();
   const text = $("prompt").value.trim();
-  if (!text || !isFree()) return;
+  if ((!text && !state.files.length) || !isFree()) return;
   const { conversation } = state;
   if (conversation.pair) { toast(t("keep_first")); return; }
-  const last = pathOf(conversation).at(-1);
-  if (last?.role === "user") last.content += `\n\n${text}`;  // it was never answered
-  else addTurn(conversation, last?.id ?? null, "user", text);
+  const last = pathOf(conversation).at(-1), files = takeFiles();
+  if (last?.role === "user") {  // it was never answered
+    last.content = [last.content, text].filter(Boolean).join("\n\n");
+    if (files.length) last.files = [...last.files ?? [], ...files];
+  } else addTurn(conversation, last?.id ?? null, "user", text, files);
   $("prompt").value = "";
   grow();
   $("prompt").focus();  // the button that was clicked goes away

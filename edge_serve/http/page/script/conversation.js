@@ -12,15 +12,19 @@ export function newConversation() {
     updated: now, leaf: null, pair: null, turns: {} };
 }
 
-/** Adds a turn below `parent` (null: at the beginning) and makes it the leaf; returns it. */
-export function addTurn(conversation, parent, role, content) {
+/**
+ * Adds a turn below `parent` (null: at the beginning), with text files where there are some, and makes it the
+ * leaf; returns it.
+ */
+export function addTurn(conversation, parent, role, content, files = []) {
   const numbers = Object.keys(conversation.turns).map(Number);
   const id = String(1 + Math.max(0, ...numbers));
   const turn = { id, parent, role, content, at: Date.now() };
+  if (files.length) turn.files = files;
   conversation.turns[id] = turn;
   goTo(conversation, id);
   conversation.updated = turn.at;
-  if (role === "user" && !conversation.title) conversation.title = titleOf(content);
+  if (role === "user" && !conversation.title) conversation.title = titleOf(content || (files[0]?.name ?? ""));
   return turn;
 }
 
@@ -84,9 +88,20 @@ export function leafBelow(conversation, id) {
   }
 }
 
+/** Returns the text of a turn as a model reads it: its files first, each with its name and in a fence. */
+export function textOf({ content, files = [] }) {
+  return [...files.map(fenced), content].filter(Boolean).join("\n\n");
+}
+
+function fenced({ name, text }) {
+  const longest = (text.match(/`{3,}/g) ?? []).reduce((most, run) => Math.max(most, run.length), 2);
+  const fence = "`".repeat(longest + 1);
+  return `${name}:\n${fence}${/\.(\w{1,10})$/.exec(name)?.[1] ?? ""}\n${text.replace(/\n$/, "")}\n${fence}`;
+}
+
 /** Returns the messages to send for an answer to `leaf`; reasoning stays here, templates strip it anyway. */
 export function messagesOf(conversation, leaf, system) {
-  const past = pathOf(conversation, leaf).map(({ role, content }) => ({ role, content }));
+  const past = pathOf(conversation, leaf).map((turn) => ({ role: turn.role, content: textOf(turn) }));
   return system ? [{ role: "system", content: system }, ...past] : past;
 }
 
@@ -132,14 +147,17 @@ function isPair(pair, turns) {
 function isTurn(turn) {
   return ["user", "assistant"].includes(turn.role) && typeof turn.content === "string"
     && (turn.parent === null || typeof turn.parent === "string")
-    && ["undefined", "string"].includes(typeof turn.reasoning) && turn.figures !== null;
+    && ["undefined", "string"].includes(typeof turn.reasoning) && turn.figures !== null
+    && (turn.files === undefined || (Array.isArray(turn.files) && turn.files.every(isFile)));
 }
+
+const isFile = (file) => typeof file?.name === "string" && typeof file.text === "string";
 
 function fromList(value) {
   const made = newConversation();
   for (const turn of value.turns) {
     if (!isTurn({ ...turn, parent: null })) throw new Error("a turn");
-    const added = addTurn(made, made.leaf, turn.role, turn.content);
+    const added = addTurn(made, made.leaf, turn.role, turn.content, turn.files);
     if (turn.reasoning) added.reasoning = turn.reasoning;
   }
   if (typeof value.title === "string" && value.title) made.title = value.title;

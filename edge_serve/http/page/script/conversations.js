@@ -1,6 +1,6 @@
 // The list of conversations.
 
-import { become, newConversation, pathOf } from "./conversation.js";
+import { become, newConversation, pathOf, textOf } from "./conversation.js";
 import { $, isComposing, node } from "./dom.js";
 import { state } from "./state.js";
 import { dropConversation, isKept, keepConversation, loadConversation, loadConversations, tabs } from "./store.js";
@@ -74,7 +74,7 @@ async function reread(id) {
 }
 
 function matches(conversation, words) {
-  const text = [conversation.title, ...Object.values(conversation.turns).map((turn) => turn.content)].join("\n");
+  const text = [conversation.title, ...Object.values(conversation.turns).map(textOf)].join("\n");
   return words.every((word) => text.toLowerCase().includes(word));
 }
 

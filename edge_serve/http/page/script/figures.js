@@ -6,6 +6,7 @@ export const seconds = (ms) => ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 100
 /** Returns how long the model thought; a whole thought may come in one read. */
 export const thinkingTime = (ms) => ms < 100 ? t("a_moment") : seconds(ms);
 export const gb = (bytes) => `${(bytes / 1e9).toFixed(1)} GB`;
+export const bytes = (n) => n < 1000 ? `${n} B` : n < 1e6 ? `${(n / 1e3).toFixed(1)} KB` : n < 1e9 ? `${(n / 1e6).toFixed(1)} MB` : gb(n);
 
 /** Returns what stands under an answer; `isNamed` where the model's name stands above it. */
 export function factsOf(turn, isNamed) {

@@ -5,6 +5,7 @@ import { newConversation } from "./conversation.js";
 export const state = {
   conversation: newConversation(),  // the one that is shown
   request: null,  // the AbortController of the answer that is under way
+  files: [],  // text files that wait for the next message: { name, text }
   models: [],  // as /v1/models lists them
   stats: null,  // the last answer of /stats
   timer: 0,

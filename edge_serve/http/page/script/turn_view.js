@@ -4,6 +4,7 @@ import { MarkdownView } from "./answer/markdown_view.js";
 import { siblingsOf } from "./conversation.js";
 import { copyFrom } from "./copy.js";
 import { isComposing, node } from "./dom.js";
+import { fileList } from "./files.js";
 import { factsOf, thinkingTime } from "./figures.js";
 import { count, t } from "./words.js";
 
@@ -46,6 +47,8 @@ export class TurnView {
     const { turn } = this;
     if (turn.role === "assistant") this.#showName();
     if (!this.answer) {
+      this.#showFiles();
+      this.body.hidden = !turn.content;
       if (this.body.textContent !== turn.content || this.body.firstElementChild) this.body.textContent = turn.content;
     } else {
       if (turn.content || final) this.answer.update(turn.content, final);
@@ -53,6 +56,16 @@ export class TurnView {
       this.#followPhase(final);
     }
     if (final) this.#showFacts();
+  }
+
+  #showFiles() {
+    const { files } = this.turn;
+    if (files === this.shownFiles) return;
+    this.shownFiles = files;
+    this.files?.remove();
+    if (!files) return;
+    this.files = fileList(files);
+    this.root.prepend(this.files);
   }
 
   // Of two side by side, each says whose it is.
@@ -161,7 +174,7 @@ export class TurnView {
     area.setAttribute("aria-label", t("edit_message"));
     area.rows = Math.min(12, area.value.split("\n").length + 1);
     const stop = () => { this.root.classList.remove("editing"); this.update(true); };
-    const send = () => { if (area.value.trim() && this.actions.edit(this.turn, area.value.trim())) stop(); };
+    const send = () => { if ((area.value.trim() || this.turn.files) && this.actions.edit(this.turn, area.value.trim())) stop(); };
     const buttons = node("div", "tools");
     const main = this.#button("send", send);
     main.className = "main";
@@ -171,6 +184,7 @@ export class TurnView {
       if (event.key === "Enter" && !event.shiftKey && !isComposing(event)) { event.preventDefault(); send(); }
     });
     this.root.classList.add("editing");
+    this.body.hidden = false;
     this.body.replaceChildren(area);
     this.facts.replaceChildren(buttons);
     area.focus();
