@@ -42,6 +42,7 @@ from .api.ollama.protocol import (
 from .api.ollama.text import NAMES as OLLAMA_NAMES
 from .api.ollama.text import OllamaRender, is_load, loaded, plan_generate, plan_ollama_chat
 from .api.openapi import openapi
+from .api.other_paths import OTHER_PATHS, other_path
 from .api.pooling import embed, rerank
 from .api.protocol import (
     ChatRequest,
@@ -175,6 +176,7 @@ class _Endpoints:
             *(Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()),
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in post.items()),
             *(Route(path, self._not_served, methods=[method]) for path, method in NOT_SERVED_PATHS),
+            *(Route(path, self._other_path, methods=["GET", "POST"]) for path in OTHER_PATHS),
             *(
                 Route(prefix + path, endpoint, methods=methods.split())
                 for path, (methods, endpoint) in both.items()
@@ -343,6 +345,9 @@ class _Endpoints:
 
     async def _not_served(self, request: Request) -> Response:
         raise not_served(request.scope["path"])
+
+    async def _other_path(self, request: Request) -> Response:
+        raise other_path(request.scope["path"])
 
     # ------------------------------------------------------------------------------- tokens
 

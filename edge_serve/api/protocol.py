@@ -8,12 +8,15 @@ differently. Ranges of sampling parameters come from `edge.runtime.sampling_para
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
+from edge.other_names import instead_of
 from edge.runtime.sampling_params import KNOBS
 from edge_serve.http.errors import APIError, invalid
 
@@ -37,6 +40,7 @@ MAX_TEXTS = 2048
 """Texts of one request that embeds or reranks; OpenAI's limit."""
 
 Request = TypeVar("Request")
+_type_info = cache(msgspec.inspect.type_info)
 
 
 def range_of(name: str) -> Meta:
@@ -252,6 +256,8 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _PLACE = re.compile(r" - at (?:`key` in )?`\$(.*)`$")
 _STEP = re.compile(r"\[[^]]*\]|[^.\[]+")
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
+_RANGE = re.compile(r"expected `(int|float)` [<>]=? ")
+_MOST_LETTERS = 64  # of an unknown name that are compared with those of fields
 _MISSING = re.compile(r"missing required field `([^`]*)`")
 
 
@@ -320,54 +326,96 @@ def _wrong_field(message: str, kind: Any, above: str = "") -> APIError:
     place = _PLACE.search(message)
     where = (above + (place[1] if place else "")).lstrip(".")
     what = message[: place.start()] if place else message
-    for pattern, code, text in (
-        (_UNKNOWN, "unknown_field", "unknown field; remove it, or see the list of fields"),
-        (_MISSING, "missing_field", "this field is required"),
-    ):
+    steps = _STEP.findall(place[1]) if place else []
+    info = _type_info(kind)
+    for pattern, code in ((_UNKNOWN, "unknown_field"), (_MISSING, "missing_field")):
         found = pattern.search(what)
         if found:
             name = f"{where}.{found[1]}" if where else found[1]
+            text = "this field is required"
+            if code == "unknown_field":
+                text = f"unknown field; {_instead(found[1], info, steps)}"
             return invalid(f"{name[:200]}: {text}", param=name[:200], code=code)
+    types = list(_types_at(info, steps))
     what = what[:1].lower() + what[1:]
     if what.startswith("invalid "):  # msgspec does not say what would be valid
-        steps = _STEP.findall(place[1]) if place else []
-        tags = what.startswith("invalid value ")
-        values, hints = _allowed(msgspec.inspect.type_info(kind), steps, tags=tags)
-        send = f"send {' or '.join(map(_quoted, values))}"
-        what = "; ".join([what[:200], *([send] if values else ()), *hints])
+        hints = [
+            hint
+            for each in types
+            if isinstance(each, msgspec.inspect.Metadata) and each.extra
+            for hint in each.extra.get("hints", [])
+        ]
+        if what.startswith("invalid value "):
+            values = [each.tag for each in _types_at(info, steps[:-1]) if _is_tagged(each, steps)]
+        else:
+            values = [value for each in types for value in getattr(each, "values", ())]
+        send = f"send {' or '.join(map(_quoted, dict.fromkeys(values)))}"
+        what = "; ".join([what[:200], *([send] if values else ()), *dict.fromkeys(hints)])
+    elif " of length " not in what and (allowed := _numbers(what, types)):
+        what = allowed
     return invalid(f"{where or 'body'}: {what}"[:500], param=where or None)
 
 
-def _allowed(info: Any, steps: list[str], *, tags: bool) -> tuple[list[Any], list[str]]:
-    """Find the values that a place of a request may have, and the hints of `no_tools` there.
+def _instead(name: str, info: Any, steps: list[str]) -> str:
+    """Say which field of the object at a place was meant by an unknown one."""
+    known = [
+        field.encode_name
+        for each in _types_at(info, steps)
+        if isinstance(each, msgspec.inspect.StructType)
+        for field in each.fields
+    ]
+    # A comparison with a name of megabytes would take the interpreter from the others.
+    return instead_of(name[:_MOST_LETTERS], known, "remove it, or see the list of fields")
+
+
+def _numbers(what: str, types: list[Any]) -> str | None:
+    """Say in words which numbers a place takes; None where ``what`` is about something else."""
+    if {type(each) for each in types} == {msgspec.inspect.NoneType}:
+        return "nothing is computed by it here; leave it out"
+    if what.endswith("multiple of 1.0"):
+        return "expected a whole number"
+    for each in types:
+        if _RANGE.match(what) and getattr(each, "ge", None) is not None and each.le is not None:
+            low, high = _number(each.ge), _number(each.le)
+            if low == high:
+                return f"only {low} is taken here; leave it out"
+            return f"expected a number from {low} to {high}"
+    return None
+
+
+def _number(value: float) -> str:
+    return str(int(value) if value == int(value) else value)
+
+
+def _types_at(info: Any, steps: list[str]) -> Iterator[Any]:
+    """Find the types that a place of a request may have, metadata among them.
 
     Args:
         info: the type of what the steps begin at.
         steps: keys and indices, the latter in brackets.
-        tags: whether to find the values that choose a type, instead of others.
     """
-    parts: list[tuple[Any, list[str]]] = []
-    values: list[Any] = []
-    hints: list[str] = []
+    if not steps:
+        yield info
     if isinstance(info, msgspec.inspect.Metadata):
-        parts = [(info.type, steps)]
-        hints = (info.extra or {}).get("hints", []) if not steps else []
+        yield from _types_at(info.type, steps)
     elif isinstance(info, msgspec.inspect.UnionType):
-        parts = [(each, steps) for each in info.types]
-    elif isinstance(info, msgspec.inspect.LiteralType) and not (steps or tags):
-        values = list(info.values)
+        for each in info.types:
+            yield from _types_at(each, steps)
     elif isinstance(info, msgspec.inspect.ListType) and steps:
-        parts = [(info.item_type, steps[1:])]
+        yield from _types_at(info.item_type, steps[1:])
     elif isinstance(info, msgspec.inspect.StructType) and steps:
-        # The others only have an error of their own.
-        if tags and steps == [info.tag_field] and info.forbid_unknown_fields:
-            values = [info.tag]
-        parts = [(each.type, steps[1:]) for each in info.fields if each.encode_name == steps[0]]
-    for part, rest in parts:
-        more, also = _allowed(part, rest, tags=tags)
-        values = values + [each for each in more if each not in values]
-        hints = hints + [each for each in also if each not in hints]
-    return values, hints
+        for field in info.fields:
+            if field.encode_name == steps[0]:
+                yield from _types_at(field.type, steps[1:])
+
+
+def _is_tagged(info: Any, steps: list[str]) -> bool:
+    """Whether a type is chosen by the field that the steps end in; the lenient have own errors."""
+    return (
+        isinstance(info, msgspec.inspect.StructType)
+        and info.forbid_unknown_fields
+        and info.tag_field == steps[-1]
+    )
 
 
 def _quoted(value: Any) -> str:

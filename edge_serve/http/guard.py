@@ -339,8 +339,11 @@ def _check_body_headers(scope: Scope, limit: int) -> None:
     kind = (headers.get(b"content-type") or b"").split(b";")[0].strip().lower()
     # This also keeps web pages out: for this type browsers ask first, and CORS is off.
     if kind != b"application/json":
+        found = f"Content-Type {kind[:80].decode('latin-1')!r}" if kind else "no Content-Type"
         raise APIError(
-            415, "unsupported_media_type", "send the body as Content-Type: application/json"
+            415,
+            "unsupported_media_type",
+            f"the body has {found}; send it as Content-Type: application/json",
         )
     length = headers.get(b"content-length") or b"0"
     if not _LENGTH.fullmatch(length):

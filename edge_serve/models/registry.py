@@ -30,6 +30,7 @@ _SWITCH_WAIT_S = 60.0
 LEAST_STALL_S, MOST_STALL_S = 5.0, 120.0
 """Bounds of the time after which a silent engine counts as hung, where none is set."""
 _STALL_STEPS = 10
+_MOST_NAMED = 5  # models in the error about one that is not served
 TAG = ":latest"
 """What Ollama's clients expect at the end of a name without a colon, and may add to one."""
 OpenLLM = Callable[[Path], "LLM"]
@@ -270,10 +271,13 @@ class ModelRegistry:
         model = self._models.get(name)
         if model is None:
             quoted = repr(name[:80])
+            names = [*self._models, *self.aliases()]
+            more = ", ...; GET /v1/models lists all" if names[_MOST_NAMED:] else ""
             raise APIError(
                 404,
                 "model_not_found",
-                f"the model {quoted} is not served here; GET /v1/models lists those that are",
+                f"the model {quoted} is not served here; those that are: "
+                f"{', '.join(names[:_MOST_NAMED])}{more}",
                 param="model",
                 quoted=quoted,
             )

@@ -11,7 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_serve.api import protocol
+from edge_serve.api.anthropic.protocol import MessagesRequest
+from edge_serve.api.ollama.protocol import OllamaChatRequest
+from edge_serve.api.other_paths import OTHER_PATHS
 from edge_serve.api.protocol import ChatRequest, CompletionRequest, decode, nesting
+from edge_serve.api.responses.protocol import ResponsesRequest
 from edge_serve.http.errors import APIError, as_api_error
 from tests.edge_serve.scripted import Answer, Live
 
@@ -194,3 +198,79 @@ def test_no_secret_gets_out_of_an_error():
     assert quoting.envelope()["error"]["message"] == "no '/opt/r1' here, but …"
     shown = as_api_error(APIError(400, "x", "messages[0].role: must be a/b, and 1/2 or </think>"))
     assert "a/b, and 1/2 or </think>" in shown.envelope()["error"]["message"]
+
+
+def refusal(kind: type[Any], body: dict[str, Any]) -> str:
+    with pytest.raises(APIError) as caught:
+        decode(json.dumps(body).encode(), kind, 64)
+    return caught.value.message
+
+
+CHAT_BODY = {"messages": [{"role": "user", "content": "hi"}]}
+CLAUDE_BODY = {**CHAT_BODY, "model": "a", "max_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "name", "meant"),
+    [
+        (ChatRequest, CHAT_BODY, "max_token", "max_tokens"),
+        (ChatRequest, CHAT_BODY, "repeat_penalty", "repetition_penalty"),
+        (ChatRequest, CHAT_BODY, "num_predict", "max_tokens"),
+        (ChatRequest, CHAT_BODY, "format", "response_format"),
+        (MessagesRequest, CLAUDE_BODY, "stop", "stop_sequences"),
+        (ResponsesRequest, {"input": "hi"}, "max_tokens", "max_output_tokens"),
+    ],
+)
+def test_an_unknown_field_says_the_protocols_own(
+    kind: type[Any], body: dict[str, Any], name: str, meant: str
+):
+    assert refusal(kind, {**body, name: 1}) == f"{name}: unknown field; did you mean {meant}?"
+
+
+def test_an_unknown_field_of_an_object_is_compared_with_that_object():
+    options: Any = {"max_tokens": 4}
+    said = "options.max_tokens: unknown field; did you mean num_predict?"
+    assert refusal(OllamaChatRequest, {"options": options}) == said
+    tools = [{"type": "function", "function": {"name": "f", "parametres": {}}}]
+    said = "tools[0].function.parametres: unknown field; did you mean parameters?"
+    assert refusal(ChatRequest, {**CHAT_BODY, "tools": tools}) == said
+    nothing = "unknown field; remove it, or see the list of fields"
+    assert refusal(ChatRequest, {**CHAT_BODY, "qqq": 1}) == f"qqq: {nothing}"
+    long = "max_tokens" + "s" * 10**6  # is not compared as a whole
+    assert refusal(ChatRequest, {**CHAT_BODY, long: 1}) == f"{long[:200]}: {nothing}"
+    assert "--kv-capacity" in refusal(ChatRequest, {**CHAT_BODY, "num_ctx": 8192})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("mirostat", 2, "only 0 is taken here; leave it out"),
+        ("mirostat_eta", 0.1, "nothing is computed by it here; leave it out"),
+        ("repeat_last_n", 64, "only -1 is taken here; leave it out"),
+        ("temperature", 20, "expected a number from 0 to 10"),
+        ("num_predict", 1.5, "expected a whole number"),
+        ("num_predict", -3, "expected a number from -2 to 2147483647"),
+        ("temperature", "hot", "expected `float | null`, got `str`"),
+    ],
+)
+def test_what_an_option_takes_is_said_in_words(option: str, value: Any, said: str):
+    body = {"options": {option: value}}
+    assert refusal(OllamaChatRequest, body) == f"options.{option}: {said}"
+
+
+def test_paths_of_other_servers_say_what_is_here(live: Live):
+    for path, instead in OTHER_PATHS.items():
+        for body in (None, CHAT_BODY):
+            answer = live.ask(path, body)
+            assert answer.status == 404
+            assert answer.json["error"]["message"] == f"{path} is not served; instead: {instead}"
+        verb, there = re.findall(r"(GET|POST) (/[a-z0-9/_.]+)", instead)[0]
+        assert live.ask(there, {} if verb == "POST" else None).status in (200, 400)
+
+
+def test_a_body_of_another_type_says_which(live: Live):
+    for kind, found in (("text/plain; x=y", "Content-Type 'text/plain'"), ("", "no Content-Type")):
+        answer = live.ask("/v1/chat/completions", raw=b"{", headers={"Content-Type": kind})
+        assert answer.status == 415
+        said = f"the body has {found}; send it as Content-Type: application/json"
+        assert answer.json["error"]["message"] == said

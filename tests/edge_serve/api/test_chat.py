@@ -350,7 +350,7 @@ def test_models(live: Live):
         answer = live.ask("/v1/chat/completions", {**body, "model": name})
         assert answer.status == 404
         assert answer.json["error"]["message"] == (
-            f"the model {name!r} is not served here; GET /v1/models lists those that are"
+            f"the model {name!r} is not served here; those that are: tiny"
         )
 
 
