@@ -56,6 +56,10 @@ ALLOWED: dict[str, tuple[str, bool]] = {
         "what its configuration says is tested without it",
         NO_PROGRAMS,
     ),
+    r"needs nginx \(Debian: nginx-light\)": (
+        "HAProxy passes the same streams on",
+        NO_PROGRAMS,
+    ),
     r"manifests need kubernetes-validate": (
         "the schemas of all versions are large; EDGE_LLM_FLEET=1 installs them",
         os.environ.get("EDGE_LLM_FLEET", "0") != "1",

@@ -78,6 +78,7 @@ def test_a_program_of_debian_may_lack_only_where_it_could_not_be_installed(
         "needs Debian's package docker-registry",
         "needs Debian's package prometheus",
         "needs HAProxy (Debian: haproxy)",
+        "needs nginx (Debian: nginx-light)",
         "needs systemd (Debian: systemd)",
         "needs groff",
     ]
