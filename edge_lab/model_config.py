@@ -20,6 +20,17 @@ _ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": "llama",
     "Qwen3ForCausalLM": "qwen3",
 }
+_OTHER_KINDS = (
+    (
+        re.compile(r"moe|mixtral|deepseek|gpt.?oss|dbrx", re.IGNORECASE),
+        "a mixture of experts take a dense model",
+    ),
+    (
+        re.compile(r"vl|vision|llava|mllama|omni|ConditionalGeneration", re.IGNORECASE),
+        "a model of more than text take one of text alone",
+    ),
+)
+"""What else models are, by names of their architectures, and what to take."""
 _WITHOUT_HEAD: dict[str, Architecture] = {
     "Qwen2Model": "qwen2",
     "LlamaModel": "llama",
@@ -187,11 +198,29 @@ def _architecture(config: _Config, task: Task) -> Architecture:
             "architectures", f"must name one model class, found {names!r}; supported: {supported}"
         )
     if names[0] not in known:
-        advice = "; a model that embeds: --task embed" if names[0] in _WITHOUT_HEAD else ""
+        advice = alternative(names[0], task)
+        if names[0] in _WITHOUT_HEAD:
+            advice = "a model that embeds: --task embed"
         raise config.error(
-            "architectures", f"{names[0]} is not supported; supported: {supported}{advice}"
+            "architectures", f"{names[0]} is not supported; supported: {supported}; {advice}"
         )
     return known[names[0]]
+
+
+def alternative(family: str, task: Task = "generate") -> str:
+    """Say which model to take instead of one of another architecture.
+
+    Args:
+        family: name of its class, or of its architecture in a GGUF file.
+        task: what the model is for.
+    """
+    kind = "take a model of one of these"
+    for pattern, other in _OTHER_KINDS:
+        if pattern.search(family):
+            kind = f"instead of {other}"
+            break
+    example = "Qwen/Qwen3-Embedding-0.6B" if task == "embed" else "Qwen/Qwen3-8B"
+    return f"{kind}, such as {example} (docs/support-matrix.md)"
 
 
 def _refuse_unsupported(config: _Config) -> None:

@@ -16,7 +16,7 @@ from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import Architecture, ModelSpec, RopeSpec, Source
 from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
-from edge_lab.model_config import BIDIRECTIONAL, check_spec, yarn_attention_factor
+from edge_lab.model_config import BIDIRECTIONAL, alternative, check_spec, yarn_attention_factor
 
 from .checkpoint import Checkpoint
 from .gguf_file import GgufFile
@@ -141,7 +141,7 @@ def read_gguf_spec(
     if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         raise CheckpointError(
             f"{path}: general.architecture {architecture!r} is not supported; supported: "
-            f"{', '.join(_ARCHITECTURES)}"
+            f"{', '.join(_ARCHITECTURES)}; {alternative(str(architecture))}"
         )
     keys = _Keys(metadata, architecture, path)
     for key in _UNSUPPORTED_KEYS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -253,3 +254,32 @@ def test_any_value_is_read_or_refused(key: str, value: Any) -> None:
         spec = parse_config(config(**{key: value}))
         assert spec.num_heads % spec.num_kv_heads == 0
         assert spec.head_dim % 2 == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("MistralForCausalLM", "take a model of one of these, such as Qwen/Qwen3-8B"),
+        ("Phi3ForCausalLM", "take a model of one of these"),
+        ("Gemma3ForCausalLM", "take a model of one of these"),
+        ("Gemma3ForConditionalGeneration", "of more than text take one of text alone, such as"),
+        ("Qwen2_5_VLForConditionalGeneration", "instead of a model of more than text"),
+        ("MixtralForCausalLM", "instead of a mixture of experts take a dense model, such as Qwen"),
+        ("Qwen3MoeForCausalLM", "instead of a mixture of experts take a dense model"),
+        ("DeepseekV3ForCausalLM", "instead of a mixture of experts take a dense model"),
+        ("qwen3vlmoe", "instead of a mixture of experts"),
+        ("gemma3", "take a model of one of these"),
+    ],
+)
+def test_another_family_says_what_to_take(family: str, words: str):
+    with pytest.raises(CheckpointError, match=f"{family} is not supported; .*; .*{words}") as said:
+        parse_config(config(architectures=[family]))
+    assert str(said.value).endswith("(docs/support-matrix.md)")
+    with pytest.raises(CheckpointError, match="such as Qwen/Qwen3-Embedding"):
+        parse_config(config(architectures=[family]), task="embed")
+
+
+def test_the_page_that_is_named_has_what_is_supported():
+    text = (Path(__file__).parents[2] / "docs" / "support-matrix.md").read_text("utf-8")
+    for name in ("Qwen2ForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"):
+        assert f"`{name}`" in text
