@@ -41,6 +41,9 @@ class StubServer(ThreadingHTTPServer):
         holds: cleared, answers do not begin; `progress` is told meanwhile.
         progress: of the prompt, as it is told; None tells nothing.
         failing: model whose answers break off.
+        states: of models, by name, as the server says them; it loads those that have one.
+        loading: cleared, models that are to be loaded go on loading.
+        load_refusal: status and text with which loading and unloading are refused.
         refusals: how many chats are yet to be refused with 429.
     """
 
@@ -67,6 +70,10 @@ class StubServer(ThreadingHTTPServer):
         self.holds = threading.Event()
         self.holds.set()
         self.answers: dict[str, str] = {}
+        self.states: dict[str, dict[str, str]] = {}
+        self.loading = threading.Event()
+        self.loading.set()
+        self.load_refusal: tuple[int, str] | None = None
         self.reason = "stop"
 
     @property
@@ -117,6 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append(body)
         if not self._admitted():
             self._error(401, "wrong key")
+        elif self._path() in ("/models/load", "/models/unload"):
+            self._set_state(body["model"], self._path().rpartition("/")[2])
         elif self._path() != "/v1/chat/completions":
             self._error(404, "nothing here")
         elif self.server.refusals > 0:
@@ -138,6 +147,16 @@ class _Handler(BaseHTTPRequestHandler):
                     self._stream(body["messages"][-1]["content"])
             except OSError:
                 self.server.hangups.set()
+
+    def _set_state(self, model: str, act: str) -> None:
+        if self.server.load_refusal is not None:
+            self._error(*self.server.load_refusal)
+            return
+        if act == "load":
+            self.server.states[model] = {"value": "loading"}
+            self.server.loading.wait(20)
+        self.server.states[model] = {"value": f"{act}ed"}
+        self._json(200, {"success": True})
 
     def _hold(self) -> None:
         told = None
@@ -206,6 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
             "max_model_len": self.server.context,
             "sampling": own,
             "reasons": self.server.reasons.get(name, True),
+            "size_bytes": 1_500_000_000,
+            **({"status": state} if (state := self.server.states.get(name)) else {}),
         }
 
     def _stats(self) -> dict[str, Any]:

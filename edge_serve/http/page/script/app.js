@@ -9,6 +9,7 @@ import { showList, startList } from "./conversations.js";
 import { poll } from "./dashboard.js";
 import { $, isComposing } from "./dom.js";
 import { startFiles } from "./files.js";
+import { startLoading } from "./loading.js";
 import { modelChanged } from "./models.js";
 import { startSampling } from "./sampling.js";
 import { isNarrow, openList, openPanel, startSides } from "./sides.js";
@@ -46,6 +47,7 @@ async function start() {
   translate(document);
   startAppearance();
   startAccess(poll);
+  startLoading(poll);
   listen();
   startFiles();
   startSides();

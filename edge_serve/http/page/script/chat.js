@@ -11,7 +11,7 @@ import { clearErrors, drawLog, showError, toEnd, viewOf } from "./log.js";
 import { showMeter } from "./meter.js";
 import { parameters, systemMessage } from "./sampling.js";
 import { post, reasonOf } from "./server.js";
-import { state } from "./state.js";
+import { modelNamed, state } from "./state.js";
 import { readInto } from "./stream.js";
 import { TurnView } from "./turn_view.js";
 import { count, t } from "./words.js";
@@ -200,10 +200,12 @@ class Run {
     if (!isEmpty(this.turn)) this.view.update(true);
   }
 
-  // Says what the answer waits for: others in the queue, or its prompt.
+  // Says what the answer waits for: its model, others in the queue, or its prompt.
   #wait() {
-    const { progress } = this;
-    if (!isEmpty(this.turn) || !progress || performance.now() - this.startedAt < PATIENT_MS) return;
+    const { progress, turn } = this;
+    const status = modelNamed(turn.model)?.status?.value ?? "loaded";
+    if (isEmpty(turn) && !progress && status !== "loaded") this.view.wait(t("loading_model"));
+    if (!isEmpty(turn) || !progress || performance.now() - this.startedAt < PATIENT_MS) return;
     const { ahead, processed, total } = progress;
     if (ahead !== undefined) this.view.wait(t(ahead ? "waiting" : "waiting_next", { n: count(ahead) }));
     else this.view.wait(t("reading", { n: count(processed), all: count(total) }), processed / total);

@@ -1,6 +1,7 @@
 // Two models side by side: whether one question goes to both, and to which.
 
 import { $ } from "./dom.js";
+import { optionOf } from "./models.js";
 import { state } from "./state.js";
 import { load, save } from "./tab.js";
 
@@ -22,7 +23,7 @@ export function offerSecond() {
   const wanted = load("model-b", $("model-b").value);
   const names = state.models.map(({ id }) => id);
   const chosen = names.includes(wanted) ? wanted : names.find((name) => name !== $("model").value);
-  $("model-b").replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
+  $("model-b").replaceChildren(...state.models.map((model) => optionOf(model, chosen)));
   $("compare").hidden = names.length < 2;
   show(names.length > 1 && load("compare", false));
 }

@@ -106,7 +106,7 @@ function showStats(stats) {
   const models = Object.entries(stats.models ?? {});
   const failed = models.filter(([, row]) => row.failed).map(([name]) => name);
   const warnings = [...new Set(rows.map((row) => row.warning).filter(Boolean))];
-  showEngines(stats.models ?? {});
+  showEngines(stats.models ?? {}, state.served);
   note(failed.length ? t("engine_failed", { names: failed.join(", ") }) : warnings.join(" "),
     failed.length > 0 || warnings.length > 0);
 }

@@ -1,27 +1,49 @@
 // Shows what computes each model, and what each slot of its KV cache holds.
 
+import { patch } from "./answer/patch.js";
 import { $, node } from "./dom.js";
+import { bytes } from "./figures.js";
+import { stateOf } from "./loading.js";
 import { count, t } from "./words.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
-const SHOWN = ["backend", "engine", "quantization", "kv_capacity_tokens", "slots"];
+/**
+ * Shows the models: `rows` by name from /stats, and `served` from /v1/models, which may have some that are not
+ * loaded. What has not changed stays, with the reader's selection and the focus.
+ */
+export function showEngines(rows, served) {
+  const cards = new Map(served.filter(({ status }) => status).map((card) => [card.id, card]));
+  const items = [...new Set([...Object.keys(rows), ...cards.keys()])].map((name) => modelItem(name, rows[name] ?? {}, cards.get(name)));
+  const fresh = document.createDocumentFragment();
+  fresh.append(...items);
+  patch($("engines"), fresh);
+}
 
-let shown = "";
+function modelItem(name, row, card) {
+  const item = node("li"), slots = row.slots ?? [], state = card ? stateOf(card) : null;
+  item.append(node("h3", "", name));
+  const facts = [row.backend, row.engine, row.quantization, card?.size_bytes ? bytes(card.size_bytes) : null].filter(Boolean);
+  if (facts.length || !state) item.append(node("p", "", facts.join(" · ") || t("state_unloaded")));
+  if (state) item.append(stateRow(name, state));
+  if (card?.status.failed) item.append(node("p", "why", card.status.failed));
+  if (slots.length) item.append(slotList(slots, row.kv_capacity_tokens / slots.length));
+  return item;
+}
 
-/** Shows the models of an answer of /stats; what has not changed stays, with the reader's selection. */
-export function showEngines(models) {
-  const now = JSON.stringify(Object.entries(models).map(([name, row]) => [name, SHOWN.map((key) => row[key])]));
-  if (now === shown) return;
-  shown = now;
-  $("engines").replaceChildren(...Object.entries(models).map(([name, row]) => {
-    const item = node("li"), slots = row.slots ?? [];
-    item.append(node("h3", "", name));
-    const facts = [row.backend, row.engine, row.quantization].filter(Boolean);
-    item.append(node("p", "", facts.join(" · ") || t("not_loaded")));
-    if (slots.length) item.append(slotList(slots, row.kv_capacity_tokens / slots.length));
-    return item;
-  }));
+function stateRow(name, { value, seconds, act }) {
+  const row = node("div", "state");
+  row.append(node("span", value, t(`state_${value}`, { n: seconds })));
+  if (value === "loading") row.append(node("progress"));
+  if (act) {
+    const button = node("button", "", t(act));
+    button.type = "button";
+    button.dataset.act = act;
+    button.dataset.model = name;
+    button.setAttribute("aria-label", `${t(act)} ${name}`);
+    row.append(button);
+  }
+  return row;
 }
 
 function slotList(slots, capacity) {

@@ -11,16 +11,22 @@ import { t } from "./words.js";
 
 /** Reads the list of models, and shows it where it has changed. */
 export async function readModels() {
-  const served = (await getJSON("v1/models")).data.filter(({ task }) => (task ?? "generate") === "generate");
-  const models = served.map((model) => ({ ...model, id: String(model.id) }));
+  state.served = (await getJSON("v1/models")).data.map((model) => ({ ...model, id: String(model.id) }));
+  const models = state.served.filter(({ task }) => (task ?? "generate") === "generate");
   showState(t(models.length ? "ready" : "no_model"), models.length ? "up" : "down");
   if (JSON.stringify(models) === JSON.stringify(state.models)) return;  // a menu that is open stays open
   state.models = models;
   const select = $("model"), wanted = load("model", select.value);
-  select.replaceChildren(...models.map(({ id }) => new Option(id, id, false, id === wanted)));
+  select.replaceChildren(...models.map((model) => optionOf(model, wanted)));
   select.hidden = models.length === 0;
   offerSecond();
   modelChanged();
+}
+
+/** Makes a model's place in a menu; one that is not loaded can be chosen, too, and is loaded for a question. */
+export function optionOf({ id, status }, wanted) {
+  const isAway = ["unloaded", "failed"].includes(status?.value);
+  return new Option(isAway ? t("option_unloaded", { name: id }) : id, id, false, id === wanted);
 }
 
 export function modelChanged() {

@@ -6,7 +6,8 @@ export const state = {
   conversation: newConversation(),  // the one that is shown
   request: null,  // the AbortController of the answer that is under way
   files: [],  // text files that wait for the next message: { name, text }
-  models: [],  // as /v1/models lists them
+  served: [],  // as /v1/models lists them
+  models: [],  // those of them that chat
   stats: null,  // the last answer of /stats
   timer: 0,
 };
