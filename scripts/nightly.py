@@ -81,6 +81,21 @@ STEPS = (
         ),
     ),
     Step(
+        "release",
+        # Of a clone, as this run writes its record into the checkout.
+        'here=$(mktemp -d); trap \'rm -rf "$here"\' EXIT; git clone --quiet . "$here/clone";'
+        ' "$here/clone/scripts/release" --out "$here"',
+        (
+            "docker/jetson/**",
+            "requirements/**",
+            "scripts/_venv",
+            "scripts/release*",
+            "scripts/release_pages/**",
+            "scripts/sbom",
+            *DEPENDENCIES,
+        ),
+    ),
+    Step(
         "kernels",
         "scripts/kernels --check",
         (
