@@ -22,6 +22,7 @@ import pytest
 from edge import cli
 from edge.device.nodes import JETSON_NODES, SLOT_NODES
 from edge_serve.config_file import load_settings
+from scripts.release import OWN_LOCK
 from tests.conftest import Bundles
 
 ROOT = Path(__file__).parent.parent
@@ -540,6 +541,42 @@ def test_the_virtual_environment_is_made_once(tmp_path: Path):
     assert checkout.endswith(f"--no-deps --no-build-isolation --upgrade {INSTALLER.parent}/..")
     install(root, "--uninstall")
     assert not (root / "opt/edge-llm").exists()
+
+
+@pytest.mark.parametrize("has_wheels", [True, False])
+def test_a_release_installs_its_wheel_and_the_libraries_that_it_brings(
+    has_wheels: bool, tmp_path: Path
+):
+    log, root, release = tmp_path / "log", tmp_path / "root", tmp_path / "edge llm"
+    python = stub_python(tmp_path / "python", log)
+    shutil.copytree(INSTALLER.parent / "systemd", release / "scripts/systemd")
+    for name in ("install-service", "install-pycuda", "_jetpack"):
+        shutil.copy(INSTALLER.with_name(name), release / "scripts")
+    (release / "requirements").mkdir()
+    (release / OWN_LOCK).touch()
+    (release / "requirements/jetpack7.txt").touch()
+    if has_wheels:
+        (release / "wheels/jetpack7").mkdir(parents=True)
+    arguments = ("r1", "--bundle", "/srv/r1", "--python", str(python), "--lock", "jetpack7")
+    for _ in range(2):  # another release may have the same version
+        log.unlink(missing_ok=True)
+        done = subprocess.run(
+            ("bash", str(release / "scripts/install-service"), *arguments),
+            env={"PATH": os.environ["PATH"], "DESTDIR": str(root), "CUDA_ROOT": "/none"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        libraries, wheel = [line for line in log.read_text().splitlines() if "-m pip" in line]
+        here = release / "scripts/.."
+        offline = f" --no-index --find-links {here}/wheels/jetpack7" if has_wheels else ""
+        options = "--no-deps --require-hashes"
+        lock = f"--requirement {here}/requirements/jetpack7.txt"
+        assert libraries.endswith(f" {options} --only-binary :all:{offline} {lock}")
+        options += " --no-index --force-reinstall"
+        assert wheel.endswith(f" {options} --find-links {here} --requirement {here}/{OWN_LOCK}")
 
 
 @pytest.mark.parametrize("old", ["3 10 /usr", "3 12 /opt/python", "", None])
