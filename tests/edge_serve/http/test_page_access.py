@@ -51,6 +51,8 @@ def test_every_word_is_used_and_there():
     assert named <= there
     quoted = set(re.findall(r'"(\w+)"', own))
     quoted |= {f"preset_{name}" for name in ("own", "greedy", "precise", "lively")}
+    quoted |= {f"state_{name}" for name in ("loaded", "loading", "failed")}
+    quoted |= {"load_failed", "unload_failed"}
     assert there - quoted == set()
 
 
