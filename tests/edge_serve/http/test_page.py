@@ -432,6 +432,8 @@ def test_the_dashboard_names_the_engine_and_a_gpu_that_idles(browser: Browser, s
     assert browser.one("#dash-note").text == ""
     server.warning = "the CPU computes, though this machine has a GPU"
     browser.until(lambda: browser.one("#dash-note").text == server.warning)
+    state = browser.one("#state")
+    assert (state.text, state.get_attribute("title")) == ("ready, with a warning", server.warning)
 
 
 def test_the_dashboard_shows_the_cache_by_slot(browser: Browser):

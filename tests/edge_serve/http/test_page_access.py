@@ -16,6 +16,7 @@ from edge_serve.http.page import page_files
 from tests.edge_serve.http.browser import Browser
 from tests.edge_serve.http.page_stub import StubServer
 from tests.edge_serve.http.test_page_answers import TEXT
+from tests.edge_serve.http.test_page_files import give
 
 AXE = Path(__file__).parent / "axe-core/axe.min.js"
 AXE_SHA256 = "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c"  # npm, 4.14.1
@@ -109,18 +110,25 @@ def test_wcag_22_aa(
 ):
     server.answers["text"] = TEXT
     server.usage = {"completion_tokens": 500, "prompt_tokens": 3500}
+    failed = {"value": "failed", "failed": "it takes 9 GB, and 7 GB are free"}
+    server.states = {"tiny": {"value": "loaded"}, "<b>other</b>": failed}
     with seen_as(browser, language, scheme, size):
         name = f"{language[:2]}-{scheme}-{'phone' if size else 'desktop'}"
         browser.picture(f"{name}-empty")
         assert violations(browser) == []
+        browser.until(lambda: browser.one("#state").get_attribute("class") == "up")
+        give(browser, "drop", ("notes.txt", b"Buy milk."))
+        browser.until(lambda: browser.all("#files .chip"))
+        assert violations(browser) == []
         browser.ask("hello")
         browser.answered()
+        browser.one(".turn .files summary").click()
         browser.ask("text")
         browser.until(lambda: len(browser.all(".turn.assistant")) == 2)
         browser.answered()
         browser.ask("broken")
         browser.until(lambda: browser.all(".turn.error"))
-        browser.one(".turn details summary").click()
+        browser.one(".turn.assistant details summary").click()
         browser.picture(f"{name}-chat")
         assert violations(browser) == []
         browser.open_panel()
@@ -140,6 +148,10 @@ def test_wcag_22_aa(
         browser.ask("text")
         browser.until(lambda: len(browser.all(".pair .keep:enabled")) == 2)
         browser.picture(f"{name}-compare")
+        assert violations(browser) == []
+        server.api_key = "s3cret"
+        browser.until(lambda: browser.one("#key").is_displayed())
+        browser.picture(f"{name}-key")
         assert violations(browser) == []
         width = browser.driver.execute_script("return document.documentElement.scrollWidth")
         assert width <= (390 if size else 1280)

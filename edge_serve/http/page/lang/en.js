@@ -183,6 +183,7 @@ export default {
   "untitled": "Untitled",
   "waiting": "Waiting, {n} ahead",
   "waiting_next": "Waiting, next in line",
+  "warned": "ready, with a warning",
   "week": "Previous 7 days",
   "yesterday": "Yesterday",
   "you": "You"

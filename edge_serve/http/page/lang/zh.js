@@ -183,6 +183,7 @@ export default {
   "untitled": "未命名",
   "waiting": "排队中，前面还有 {n} 个",
   "waiting_next": "排队中，下一个就是",
+  "warned": "就绪，有警告",
   "week": "过去 7 天",
   "yesterday": "昨天",
   "you": "你"

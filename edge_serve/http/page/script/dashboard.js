@@ -107,8 +107,11 @@ function showStats(stats) {
   const failed = models.filter(([, row]) => row.failed).map(([name]) => name);
   const warnings = [...new Set(rows.map((row) => row.warning).filter(Boolean))];
   showEngines(stats.models ?? {}, state.served);
-  note(failed.length ? t("engine_failed", { names: failed.join(", ") }) : warnings.join(" "),
-    failed.length > 0 || warnings.length > 0);
+  const trouble = failed.length ? t("engine_failed", { names: failed.join(", ") }) : warnings.join(" ");
+  note(trouble, trouble !== "");
+  if (!state.models.length) showState(t("no_model"), "down");
+  else if (failed.length) showState(trouble, "down");
+  else showState(t(trouble ? "warned" : "ready"), trouble ? "warned" : "up", trouble || t("ready"));
 }
 
 function note(text, bad) {

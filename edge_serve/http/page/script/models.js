@@ -13,7 +13,6 @@ import { t } from "./words.js";
 export async function readModels() {
   state.served = (await getJSON("v1/models")).data.map((model) => ({ ...model, id: String(model.id) }));
   const models = state.served.filter(({ task }) => (task ?? "generate") === "generate");
-  showState(t(models.length ? "ready" : "no_model"), models.length ? "up" : "down");
   if (JSON.stringify(models) === JSON.stringify(state.models)) return;  // a menu that is open stays open
   state.models = models;
   const select = $("model"), wanted = load("model", select.value);
@@ -34,8 +33,8 @@ export function modelChanged() {
   showMeter();
 }
 
-export function showState(text, kind) {
+export function showState(text, kind, title = text) {
   if ($("state").textContent !== text) $("state").textContent = text;
-  $("state").title = text;
+  $("state").title = title;
   $("state").className = kind;
 }
