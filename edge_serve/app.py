@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import ExitStack
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, Router
 
-from .api.answers import ModelCard, ModelList
+from .api.answers import LoadResponse, ModelCard, ModelList, ModelState
 from .api.anthropic.errors import NAMES as MESSAGES_NAMES
 from .api.anthropic.messages import MessagesRender, check_version, plan_messages
 from .api.anthropic.messages import count_tokens as count_message_tokens
@@ -29,6 +28,7 @@ from .api.ollama.models import (
     API_VERSION,
     NOT_SERVED_PATHS,
     list_models,
+    list_running,
     not_served,
     show_model,
 )
@@ -49,6 +49,7 @@ from .api.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    LoadRequest,
     RerankRequest,
     TokenizeRequest,
     decode,
@@ -59,17 +60,21 @@ from .api.responses.protocol import ResponsesRequest
 from .api.responses.stored import StoredResponses
 from .api.text import detokenize, tokenize, tokenizer_info
 from .http.access import APIKeys, RateLimit
-from .http.errors import renamed
+from .http.errors import APIError, invalid, renamed
 from .http.guard import App, Guard, Receive, Scope, Send, read_body
 from .http.memory import Trimmer
 from .http.page import page_files
 from .http.priority import priority_of
 from .http.probes import HEALTHY
 from .http.threads import LARGE_BYTES, Lane, Lanes, in_thread
-from .models.registry import Choice, ModelRegistry, ServedModel
-from .settings import ServerSettings
+from .models.registry import Choice, ModelEntry, ModelRegistry
+from .settings import ServerSettings, parse_keep_alive
 
 if TYPE_CHECKING:
+    from edge.runtime.llm import LLM
+
+    from .models.bundle_text import BundleText
+    from .models.loader import Loader
     from .observe.metrics import Metrics
 
 _Body = TypeVar("_Body")
@@ -85,6 +90,7 @@ def create_app(
     keys: APIKeys | None,
     arrivals: RateLimit | None = None,
     stored: StoredResponses | None = None,
+    loader: Loader | None = None,
 ) -> App:
     """Make the application with its guard.
 
@@ -95,10 +101,11 @@ def create_app(
         keys: of those who may call; None lets everyone on this machine.
         arrivals: bounds what one address may send.
         stored: the responses that are stored; None stores none.
+        loader: loads and unloads models; None leaves them as they are.
     """
     stored = stored or StoredResponses(models, settings, metrics, None)
     trimmer = Trimmer()
-    endpoints = _Endpoints(models, settings, metrics, stored, trimmer)
+    endpoints = _Endpoints(models, settings, metrics, stored, trimmer, loader)
     router = Router(endpoints.routes(), redirect_slashes=False)
 
     async def routed(scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,9 +134,11 @@ class _Endpoints:
         metrics: Metrics,
         stored: StoredResponses,
         trimmer: Trimmer,
+        loader: Loader | None,
     ) -> None:
         self._models = models
         self._stored = stored
+        self._loader = loader
         self._settings = settings
         self._metrics = metrics
         self._lanes = Lanes(settings, on_large=trimmer.soon)
@@ -148,6 +157,8 @@ class _Endpoints:
         both: dict[str, tuple[str, Endpoint]] = {  # by path its methods
             "/models": ("GET", self._list_models),
             "/models/{id:path}": ("GET", self._show_model),
+            "/models/load": ("POST", self._load_model),
+            "/models/unload": ("POST", self._unload_model),
             "/chat/completions": ("POST", self._chat),
             "/completions": ("POST", self._completions),
             "/responses": ("POST", self._responses),
@@ -270,6 +281,7 @@ class _Endpoints:
             headers=choice.headers(),
             arm=choice.arm,
             priority=priority_of(request.headers.getlist("priority")),
+            waited_s=choice.waited_s,
         )
 
     async def _embeddings(self, request: Request) -> Response:
@@ -285,12 +297,10 @@ class _Endpoints:
     async def _choose(self, body: TextRequest, lane: Lane, request: Request) -> Choice:
         counts = None
         if limits := self._models.token_limits(body.model):
-            with ExitStack() as leases:
-                for model in limits:
-                    leases.enter_context(model.lease())
-                counts = await lane.run(partial(count_tokens, body, limits), request.receive)
+            counts = await lane.run(partial(count_tokens, body, limits), request.receive)
         facts = facts_of(body, request.scope["request_id"], counts)
-        choice = await self._models.choose(body.model, facts)
+        keep_alive_s = self._keep_alive_s(body, request)
+        choice = await self._models.choose(body.model, facts, keep_alive_s)
         if choice.rule is not None:
             self._metrics.observe_route(choice.rule, choice.model.name)
         if choice.arm is not None:
@@ -312,8 +322,12 @@ class _Endpoints:
     ) -> Response:
         given = body.model
         if is_load(body):
-            choice = await self._choose(body, lane, request)  # a name that is not served is refused
-            return json_response(loaded(given or choice.model.name, body))
+            if body.keep_alive is not None and not _read_keep_alive(body.keep_alive):
+                entry = self._models.find(given)
+                await self._unload(entry, request)
+                return json_response(loaded(given or entry.name, body, "unload"))
+            choice = await self._choose(body, lane, request)
+            return json_response(loaded(given or choice.model.name, body, "load"))
 
         def render(turn: Turn, body: Any) -> Render:
             return OllamaRender(turn, body, given)
@@ -322,23 +336,35 @@ class _Endpoints:
 
     async def _ollama_show(self, request: Request) -> Response:
         body, _ = await self._read(request, ShowRequest)
-        choice = await self._models.choose(body.model or body.name or None)
-        return json_response(show_model(choice.model))
+        entry = self._models.find(body.model or body.name or None)
+        return json_response(show_model(entry, await self._text_of(entry, request)))
 
     async def _ollama_embed(self, request: Request) -> Response:
         body, lane = await self._read(request, EmbedRequest)
-        choice = await self._models.choose(body.model)
+        stay_s = self._keep_alive_s(body, request)
+        choice = await self._models.choose(body.model, keep_alive_s=stay_s)
         return await ollama_embed(self._turn(request, choice, lane), body)
 
     async def _ollama_embeddings(self, request: Request) -> Response:
         body, lane = await self._read(request, EmbeddingsRequest)
-        choice = await self._models.choose(body.model)
+        stay_s = self._keep_alive_s(body, request)
+        choice = await self._models.choose(body.model, keep_alive_s=stay_s)
         with renamed({"input": "prompt"}):
             return await embed_prompt(self._turn(request, choice, lane), body)
 
     async def _ollama_models(self, request: Request) -> Response:
-        running = request.scope["path"] == "/api/ps"
-        return json_response(list_models(self._models.models(), running=running))
+        listing = list_running if request.scope["path"] == "/api/ps" else list_models
+        return json_response(listing(self._models.entries()))
+
+    def _keep_alive_s(self, body: object, request: Request) -> float | None:
+        """Return how long a request of Ollama's API wants its model to stay, if it may say that.
+
+        Raises:
+            APIError: 400, it is no time.
+        """
+        given = getattr(body, "keep_alive", None)
+        seconds = None if given is None else _read_keep_alive(given)
+        return seconds if request.scope["is_admin"] else None
 
     async def _ollama_version(self, request: Request) -> Response:
         return json_response(VersionAnswer(API_VERSION))
@@ -366,8 +392,15 @@ class _Endpoints:
             return json_response(await lane.run(lambda _: detokenize(body, model), request.receive))
 
     async def _tokenizer_info(self, request: Request) -> Response:
-        choice = await self._models.choose(request.query_params.get("model"))
-        return json_response(tokenizer_info(choice.model))
+        entry = self._models.find(request.query_params.get("model"))
+        return json_response(tokenizer_info(await self._text_of(entry, request)))
+
+    async def _text_of(self, entry: ModelEntry, request: Request) -> LLM | BundleText:
+        """Return what a bundle has for texts; to ask about a model does not load it."""
+        if entry.served is not None:
+            return entry.served.llm
+        lane = self._lanes.lane(LARGE_BYTES)  # a tokenizer may take seconds to read
+        return await lane.run(lambda _: entry.text(), request.receive)
 
     # ------------------------------------------------------------------------------- models
 
@@ -381,11 +414,55 @@ class _Endpoints:
         for card in self._cards():
             if card.id == name:
                 return json_response(card)
-        return json_response(_card(self._models.get(request.path_params["id"])))  # there is none
+        return json_response(_card(self._models.entry(request.path_params["id"])))  # there is none
+
+    async def _load_model(self, request: Request) -> Response:
+        body, _ = await self._read(request, LoadRequest)
+        entry = self._models.entry(self._models.without_tag(body.model))
+        await self._may_load(request).load(entry)
+        if entry.served is not None:
+            entry.served.touch()
+        return json_response(LoadResponse())
+
+    async def _unload_model(self, request: Request) -> Response:
+        body, _ = await self._read(request, LoadRequest)
+        entry = self._models.entry(self._models.without_tag(body.model))
+        if not await self._may_load(request).unload(entry):
+            raise APIError(
+                409,
+                "model_busy",
+                f"requests run on the model {entry.name!r}; try again when they are done",
+                retry_after_s=5,
+            )
+        return json_response(LoadResponse())
+
+    async def _unload(self, entry: ModelEntry, request: Request) -> None:
+        """Unload a model now, or after its last request."""
+        if not await self._may_load(request).unload(entry) and entry.served is not None:
+            entry.served.keep_alive_s = 0.0
+
+    def _may_load(self, request: Request) -> Loader:
+        """Return what loads models, for a client that may ask it.
+
+        Raises:
+            APIError: 403, this client may not; or 503 while models cannot be loaded by hand.
+        """
+        if not request.scope["is_admin"]:
+            raise APIError(
+                403,
+                "not_admin",
+                "this client may not load and unload models; the operator can name its API key in "
+                "admin_keys (without API keys, programs on the server's own machine may)",
+            )
+        if self._loader is None or self._models.is_loading:
+            raise APIError(
+                503, "loading", "models are not loaded by hand now; try again", retry_after_s=5
+            )
+        return self._loader
 
     def _cards(self) -> list[ModelCard]:
         """Describe the models, and the names that stand for one of several once they are open."""
-        cards = [_card(model) for model in self._models.models()]
+        cards = list(map(_card, self._models.entries()))
         if not self._models.is_loading:
             first, least = cards[0].created, min(card.max_model_len for card in cards)
             reasons = all(card.reasons is True for card in cards if card.task == "generate")
@@ -421,12 +498,26 @@ class _Endpoints:
         return Response(file.body, headers=file.headers)
 
 
-def _card(model: ServedModel) -> ModelCard:
-    manifest = model.llm.manifest
-    task = manifest.model.task
-    if task != "generate":
-        return ModelCard(model.name, model.created, model.llm.kv_capacity, task=task)
-    own = msgspec.to_builtins(manifest.sampling)
-    del own["assumed"]
-    llm = model.llm
-    return ModelCard(model.name, model.created, llm.kv_capacity, own, llm.reasons, task)
+def _read_keep_alive(given: str | float) -> float:
+    """Read a field ``keep_alive``; infinite for ever.
+
+    Raises:
+        APIError: 400, it is no time.
+    """
+    try:
+        return parse_keep_alive(given)
+    except ValueError as error:
+        raise invalid(f"keep_alive: {error}", "keep_alive") from None
+
+
+def _card(entry: ModelEntry) -> ModelCard:
+    task = entry.manifest.model.task
+    card = ModelCard(entry.name, entry.created, entry.kv_capacity, task=task)
+    card.status = ModelState(entry.status)
+    if entry.status == "failed":
+        card.status.failed = APIError(503, "load_failed", entry.failed or "").shown
+    if task == "generate":
+        own = msgspec.to_builtins(entry.manifest.sampling)
+        del own["assumed"]
+        card.sampling, card.reasons = own, entry.reasons
+    return card

@@ -32,11 +32,12 @@ from .http.guard import check_host, limit_arrivals
 from .http.memory import limit_arenas
 from .http.messages import make_server
 from .http.probes import Probes, Ready
-from .http.threads import in_thread
+from .http.threads import in_daemon, in_thread
 from .inputs import read_inputs
 from .models.limits import check_room
+from .models.loader import Loader
 from .models.registry import ModelRegistry
-from .models.switch import Switcher, need_bytes
+from .models.switch import Switcher
 from .observe.metrics import Metrics
 from .observe.notify import Notifier
 from .settings import ServerSettings
@@ -113,21 +114,18 @@ class Service:
             splits=inputs.splits,
             stall_s=settings.stall_s,
         )
-        self._switcher = Switcher(
-            self.models,
-            self._free_bytes,
-            num_slots=settings.num_slots,
-            kv_capacity=settings.kv_capacity,
-            prefill=settings.prefill,
-            draft=settings.draft,
-            drain_timeout_s=settings.drain_timeout_s,
-        )
         self.metrics = Metrics(
             self.models.stats,
             telemetry=telemetry,
             engines=self.models.engines,
             drift=inputs.drift,
             vllm_names=settings.vllm_metrics,
+        )
+        self._loader = Loader(
+            self.models, settings, lambda: telemetry().memory_room_bytes, self.metrics
+        )
+        self._switcher = Switcher(
+            self.models, self._loader, drain_timeout_s=settings.drain_timeout_s
         )
         num_connections = possible_connections(settings.max_connections, len(settings.model))
         limits = replace(settings, max_connections=num_connections)
@@ -137,7 +135,9 @@ class Service:
         directory = settings.responses_dir
         store = None if directory is None else ResponseStore(directory)
         self._stored = StoredResponses(self.models, limits, self.metrics, store)
-        app = create_app(self.models, limits, self.metrics, self._keys, arrivals, self._stored)
+        app = create_app(
+            self.models, limits, self.metrics, self._keys, arrivals, self._stored, self._loader
+        )
         self._server = make_server(
             app, limits, connections, arrivals, self.metrics.observe_rejection
         )
@@ -211,7 +211,7 @@ class Service:
             _log.info("probes are answered on port %d", self.probes.port)
         self._notifier.send(status="loading")
         await in_thread(self._check_room)
-        loading = _in_daemon(lambda: self.models.load(self._settings.model))
+        loading = in_daemon(lambda: self.models.load(self._settings.model, self._loader.later))
         stopped = asyncio.ensure_future(self._stopped.wait())
         waiting: set[asyncio.Future[Any]] = {loading, stopped}
         while not (loading.done() or stopped.done()):
@@ -222,6 +222,8 @@ class Service:
             return False
         stopped.cancel()
         await loading
+        for model in self.models.models():
+            self._loader.watch(model)
         _log.info("ready: %s", ", ".join(self._settings.model))
         self._publish()
         self._notifier.send(ready=1, status="serving")
@@ -229,7 +231,7 @@ class Service:
         self._resuming = asyncio.create_task(self._stored.resume())
         # systemd takes a reload during the start for a part of it, and sends no signal.
         paths = self._settings.model.items()
-        if any(self.models.get(name).bundle != path.resolve() for name, path in paths):
+        if any(self.models.entry(name).bundle != path.resolve() for name, path in paths):
             self._on_reload()
         return True
 
@@ -244,11 +246,13 @@ class Service:
             ResourceError: they cannot be opened in it.
         """
         room, swap = read_room_bytes(), read_swap_bytes()
+        # The first is opened whatever the room; others are asked about one by one.
+        first = dict(list(self._settings.model.items())[:1])
         if room is not None:
             hard = read_room_bytes(is_hard=True)
             with contextlib.suppress(BundleError):  # opening it says so
                 check_room(
-                    self._settings,
+                    replace(self._settings, model=first),
                     room + swap,
                     read_rss_bytes() or 0,
                     None if hard is None else hard + swap,
@@ -256,6 +260,7 @@ class Service:
 
     async def _drain(self) -> None:
         self.models.is_draining = True
+        self._loader.drain()
         self._publish()
         self._notifier.send(stopping=1, status="draining")
         running = self.models.num_flights
@@ -283,7 +288,14 @@ class Service:
     async def _close(self) -> None:
         """Close the models; an engine that hangs must not keep the process."""
         patience_s = 1.0 if self._forced.is_set() else _CLOSE_S
-        closing = _in_daemon(self.models.close)
+        if self._loader.lock.locked():  # a model that is being opened or closed
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._loader.lock.acquire(), patience_s)
+                self._loader.lock.release()
+        if self._loader.lock.locked():
+            _log.info("stopped while a model was being opened")
+            self.is_clean = False
+        closing = in_daemon(self.models.close)
         done, _ = await asyncio.wait({closing}, timeout=patience_s)
         if not done:
             _log.error("an engine did not stop within %g s", patience_s)
@@ -370,11 +382,11 @@ class Service:
                 bundle = path.resolve()
                 if name not in self._settings.model:
                     raise ConfigError(f"the new model {name!r} needs a restart")
-                served = self.models.get(name)
+                served = self.models.entry(name)
                 manifest = await in_thread(partial(read_manifest, bundle))
-                if manifest != served.llm.manifest or bundle != served.bundle:
+                if manifest != served.manifest or bundle != served.bundle:
                     await self._switcher.switch(name, bundle)
-        except EdgeError as error:
+        except (EdgeError, APIError) as error:
             _log.error("nothing more was reloaded: %s", error)
             return
         except Exception:  # noqa: BLE001 - logged; nobody awaits this task
@@ -384,18 +396,6 @@ class Service:
         if same != self._settings:
             _log.warning("settings other than the bundles have changed; they need a restart")
         _log.info("reloaded")
-
-    def _free_bytes(self) -> int | None:
-        """Return the memory for a second model beside the open ones; None if it is not known."""
-        settings = self._settings
-        if settings.memory_budget_mb is None:
-            return self._telemetry().memory_room_bytes
-        sizes = settings.num_slots, settings.kv_capacity, settings.prefill
-        taken = [
-            need_bytes(model.llm.manifest, *sizes, model.llm.draft_manifest)
-            for model in self.models.open_models()
-        ]
-        return settings.memory_budget_mb * 2**20 - sum(taken)
 
     # ------------------------------------------------------------------------------- signals
 
@@ -436,32 +436,6 @@ class Service:
         self._stopped.set()
         if self._stops > 1:
             self._forced.set()
-
-
-def _in_daemon(work: Callable[[], None]) -> asyncio.Future[None]:
-    """Run ``work`` in a thread that does not keep the process from exiting."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-
-    def settle(error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
-
-    def run() -> None:
-        error: BaseException | None = None
-        try:
-            work()
-        except BaseException as caught:  # noqa: BLE001 - raised again where it is awaited
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop is gone
-            loop.call_soon_threadsafe(settle, error)
-
-    threading.Thread(target=run, name="edge-service", daemon=True).start()
-    return future
 
 
 def serve(

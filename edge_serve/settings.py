@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,13 @@ from .observe.logs import LogFormat
 DEFAULT_PORT = 8000
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _NAME = re.compile(r"[!-~]{1,128}")
+_NUMBER = re.compile(r"[+-]?\d{1,12}(\.\d{0,9})?(e[+-]?\d{1,2})?", re.ASCII)
+_DURATION_PART = re.compile(r"(\d{1,12}(?:\.\d{0,9})?)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)", re.ASCII)
+_DURATION = re.compile(rf"[+-]?({_DURATION_PART.pattern})+", re.ASCII)
+_UNITS_S = {
+    "ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0,
+    "h": 3600.0,
+}  # fmt: skip
 _Positive = Annotated[int, Meta(ge=1)]
 _Count = Annotated[int, Meta(ge=0)]
 _Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -48,8 +56,13 @@ class ServerSettings(EngineConfig):
         default_model: model for requests that name none, which are refused otherwise.
         auto: rules of the model ``auto``, as MODEL=CONDITION; the first that holds decides.
         split: A/B splits, as NAME=MODEL:SHARE/MODEL:SHARE.
-        memory_budget_mb: MiB that all bundles may take together while one replaces another; by
-            default a second one is opened beside the first if it fits into the free memory.
+        keep_alive: time without requests after which a model is unloaded, as 5m, 1h30m or seconds;
+            the next request loads it. 0 unloads it after each answer; by default, as with -1, it
+            stays until another model needs its memory.
+        memory_budget_mb: MiB that all loaded bundles may take together, while one replaces another,
+            too; by default the free memory is what there is. One bundle is loaded in any case.
+        admin_keys: names of the API keys that may load and unload models by hand, and say how long
+            they stay.
         max_body_bytes: longest body of a request.
         max_inflight_body_bytes: bytes of all bodies whose requests have not ended; one client may
             have a quarter of them, and the first 16 KiB of each body are free.
@@ -71,7 +84,7 @@ class ServerSettings(EngineConfig):
             of the head.
         body_timeout_s: seconds from the head to the end of the body.
         write_timeout_s: seconds after which a client that takes nothing of what it was sent is cut.
-        keep_alive_s: seconds after which an idle connection is closed.
+        idle_connection_s: seconds after which an idle connection is closed.
         stream_buffer_bytes: bytes that wait for one slow reader, beside 256 KiB in the kernel; with
             more the stream is cancelled.
         ping_s: seconds of silence on a stream after which a comment is sent.
@@ -103,7 +116,9 @@ class ServerSettings(EngineConfig):
     default_model: str | None = None
     auto: dict[str, str] = field(default_factory=dict)
     split: dict[str, str] = field(default_factory=dict)
+    keep_alive: str | None = None
     memory_budget_mb: _Count | None = None
+    admin_keys: list[str] = field(default_factory=list)
     max_body_bytes: _Positive = 4 * 2**20
     max_inflight_body_bytes: _Positive = 64 * 2**20
     max_header_bytes: _Positive = 16 * 2**10
@@ -119,7 +134,7 @@ class ServerSettings(EngineConfig):
     header_timeout_s: _Seconds = 10.0
     body_timeout_s: _Seconds = 10.0
     write_timeout_s: _Seconds = 20.0
-    keep_alive_s: _Seconds = 15.0
+    idle_connection_s: _Seconds = 15.0
     stream_buffer_bytes: _Positive = 256 * 2**10
     ping_s: _Seconds = 15.0
     request_timeout_s: _Seconds | None = 600.0
@@ -134,7 +149,7 @@ class ServerSettings(EngineConfig):
     stall_s: _Seconds | None = None
 
     SECTIONS: ClassVar[dict[Section, tuple[str, ...]]] = {
-        "Models": ("model", "default_model"),
+        "Models": ("model", "default_model", "keep_alive"),
         "Network": ("host", "port", "probe_port", "api_key_file", "allow_open"),
         "Limits": (
             "max_body_bytes", "max_connections", "request_timeout_s", "rate_limit_rpm",
@@ -155,7 +170,7 @@ class ServerSettings(EngineConfig):
                     f"the model name {name!r} is not 1 to 128 printable ASCII characters without "
                     "spaces; name it with --model NAME=BUNDLE"
                 )
-        _ = self.proxy_networks
+        _ = self.proxy_networks, self.keep_alive_s
         if self.port and self.port == self.probe_port:
             raise ConfigError(
                 f"port and probe_port are both {self.port}; give another --probe-port"
@@ -165,11 +180,30 @@ class ServerSettings(EngineConfig):
                 f"max_inflight_body_bytes, {self.max_inflight_body_bytes}, is less than one body "
                 f"may have (max_body_bytes, {self.max_body_bytes}); raise it or lower that"
             )
+        if self.admin_keys and self.api_key_file is None:
+            raise ConfigError(
+                f"admin_keys names {', '.join(self.admin_keys)}, and there are no API keys; give "
+                "--api-key-file, too, or leave admin_keys out"
+            )
         if self.api_key_file is None and not self.allow_open and not is_loopback(self.host):
             raise ConfigError(
                 f"host {self.host} can be reached from other machines, and no API key is set; "
                 "give --api-key-file, listen on 127.0.0.1, or say --allow-open"
             )
+
+    @property
+    def keep_alive_s(self) -> float:
+        """``keep_alive`` in seconds; infinite where no time unloads a model.
+
+        Raises:
+            ConfigError: it is no time.
+        """
+        if self.keep_alive is None:
+            return math.inf
+        try:
+            return parse_keep_alive(self.keep_alive)
+        except ValueError as error:
+            raise ConfigError(f"keep_alive is {self.keep_alive!r}: {error}") from None
 
     @property
     def proxy_networks(self) -> list[Network]:
@@ -198,6 +232,30 @@ def keys_without_option() -> list[str]:
     """Name the settings that are keys of the file and of the environment only."""
     sections = field_sections(ServerSettings)
     return [field.name for field in fields(ServerSettings) if field.name not in sections]
+
+
+def parse_keep_alive(given: str | float) -> float:
+    """Read how long a model stays, as Ollama does: a duration of Go, or seconds.
+
+    Args:
+        given: e.g. ``5m``, ``1h30m``, ``500ms``, 300 or ``300``; what is negative is for ever.
+
+    Returns:
+        Seconds; infinite for ever.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    text = str(given)
+    if _NUMBER.fullmatch(text):
+        seconds = float(text)
+    elif _DURATION.fullmatch(text):
+        parts = _DURATION_PART.findall(text)
+        seconds = sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+        seconds = -seconds if text.startswith("-") else seconds
+    else:
+        raise ValueError("write a time such as 5m, 1h30m or 300 (seconds), or -1 for ever")
+    return math.inf if seconds < 0 else seconds
 
 
 def is_loopback(host: str) -> bool:

@@ -116,7 +116,7 @@ def line(short: list[float], long: list[float], tokens: int) -> tuple[float, flo
 def measure(bundle: Path, tokens: int, repeats: int, delay_ms: float) -> dict[str, float]:
     engine = ScriptedEngine()
     options = {"kv_capacity": tokens + 64, "num_slots": 8}
-    with running(bundle, engine, llm=options, keep_alive_s=60) as live:
+    with running(bundle, engine, llm=options, idle_connection_s=60) as live:
         engine.say(QUESTION, "</think>" + "x" * tokens, ends=False)
         core = {}
         for length in (1, tokens):

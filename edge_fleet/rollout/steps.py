@@ -255,7 +255,7 @@ class _Run:
             )
 
     def _need_bytes(self, manifest: Manifest) -> int:
-        from edge_serve.models.switch import need_bytes
+        from edge_serve.models.loader import need_bytes
 
         return need_bytes(manifest, self.plan.engine.num_slots, self.plan.engine.kv_capacity)
 

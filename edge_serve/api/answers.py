@@ -220,6 +220,13 @@ class RerankResponse(Struct):
     object: Literal["list"] = "list"
 
 
+class ModelState(Struct):
+    """Whether a model is loaded, as llama.cpp's router says it; ``failed`` has the reason."""
+
+    value: Literal["loaded", "loading", "unloaded", "failed"]
+    failed: str | UnsetType = UNSET
+
+
 class ModelCard(Struct):
     """A model that is served; ``sampling`` has what a request takes that leaves a field open.
 
@@ -235,6 +242,7 @@ class ModelCard(Struct):
     task: Literal["generate", "embed", "rerank"] | UnsetType = UNSET
     object: Literal["model"] = "model"
     owned_by: str = "edge-llm"
+    status: ModelState | UnsetType = UNSET
 
 
 class ModelList(Struct):
@@ -242,6 +250,12 @@ class ModelList(Struct):
 
     data: list[ModelCard]
     object: Literal["list"] = "list"
+
+
+class LoadResponse(Struct):
+    """The answer to ``POST /v1/models/load`` and ``POST /v1/models/unload``."""
+
+    success: bool = True
 
 
 class TokenizeResponse(Struct):

@@ -9,7 +9,7 @@ import msgspec
 
 from edge.text.tokenizer import Tokenizer
 from edge_serve.http.threads import OnPiece
-from edge_serve.models.registry import ServedModel
+from edge_serve.models.registry import ModelEntry
 from edge_serve.models.route import Facts
 
 from .anthropic.protocol import CountTokensRequest, MessagesRequest, ToolChoiceNone
@@ -69,7 +69,7 @@ def _kind_of(request: TextRequest) -> str:
 
 
 def count_tokens(
-    request: TextRequest, limits: Mapping[ServedModel, int], on_piece: OnPiece
+    request: TextRequest, limits: Mapping[ModelEntry, int], on_piece: OnPiece
 ) -> dict[str, int]:
     """Count the tokens of a request's texts for each of some models.
 
@@ -96,14 +96,14 @@ def count_tokens(
     for model in limits:
         key = _tokenizer_key(model)
         if key not in counts:
-            tokenizer = model.llm.tokenizer
-            counts[key] = num_ids + _count(tokenizer, texts, most[key] - num_ids, on_piece)
+            left = most[key] - num_ids
+            counts[key] = num_ids + _count(model.tokenizer(), texts, left, on_piece)
         found[model.name] = counts[key]
     return found
 
 
-def _tokenizer_key(model: ServedModel) -> str:
-    return model.llm.manifest.files["tokenizer.json"].sha256
+def _tokenizer_key(model: ModelEntry) -> str:
+    return model.manifest.files["tokenizer.json"].sha256
 
 
 def _count(tokenizer: Tokenizer, texts: list[str], limit: int, on_piece: OnPiece) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
@@ -152,9 +151,8 @@ async def _run(turn: Turn, ids: Sequence[list[int]]) -> list[Pooled]:
     """Run texts, a few at a time, until all are done, the client leaves or the time is up."""
     check_there(turn.receive)
     model, metrics = turn.model, turn.metrics
-    timeout_s = turn.settings.request_timeout_s
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+    deadline_s = turn.deadline_s()
     feeding = asyncio.create_task(_feed(turn, ids, deadline_s))
     gone = asyncio.create_task(until_gone(turn.receive))
     model.scoring.add(ended)

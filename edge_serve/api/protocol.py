@@ -199,6 +199,12 @@ class CompletionRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 
 
+class LoadRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /v1/models/load`` and ``POST /v1/models/unload``."""
+
+    model: ModelName
+
+
 class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """The body of ``POST /tokenize``: a text, or the messages of a chat."""
 

@@ -63,6 +63,7 @@ class Turn:
         headers: headers of the response.
         arm: the arm of the A/B split that chose the model, if any.
         priority: lower runs first.
+        waited_s: seconds for which it has waited for the model to be loaded.
     """
 
     model: ServedModel
@@ -75,6 +76,12 @@ class Turn:
     headers: Mapping[str, str]
     arm: str | None = None
     priority: int = 0
+    waited_s: float = 0.0
+
+    def deadline_s(self) -> float | None:
+        """When the answer must have ended if it begins now, on the monotonic clock."""
+        most_s = self.settings.request_timeout_s
+        return None if most_s is None else clock() + most_s - self.waited_s
 
 
 @dataclass(frozen=True)
@@ -217,8 +224,8 @@ async def begin(
     Raises:
         What `respond` raises.
     """
-    model, most_s = turn.model, turn.settings.request_timeout_s
-    with model.lease():
+    model = turn.model
+    with model.lease(counts=False):  # its flight counts, if it is a client's
 
         def prepare(on_piece: OnPiece) -> tuple[Plan, list[list[int]]]:
             check_task(model.llm.manifest, "generate")
@@ -228,9 +235,9 @@ async def begin(
             return plan, [_encode(model, plan, prompt, on_piece) for prompt in plan.prompts]
 
         plan, ids = await turn.lane.run(prepare, turn.receive)
+        deadline_s = turn.deadline_s()
         if resumed is not None:
-            most_s = resumed.left_s
-        deadline_s = None if most_s is None else clock() + most_s
+            deadline_s = None if resumed.left_s is None else clock() + resumed.left_s
         echoes = await _echoes(turn, plan, ids, deadline_s)
         plan = await _compile(turn, plan, deadline_s)
         check_there(turn.receive)

@@ -20,6 +20,7 @@ from .protocol import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    LoadRequest,
     RerankRequest,
     TokenizeRequest,
     decode,
@@ -56,8 +57,9 @@ SAMPLES: dict[type[Struct], bytes] = {
     ),
     GenerateRequest: b'{"prompt": "hello", "format": {"type": "object"}, "think": true}',
     ShowRequest: b'{"model": "a"}',
+    LoadRequest: b'{"model": "a"}',
     EmbedRequest: b'{"input": ["a"], "truncate": true, "dimensions": 2, "options": {"num_ctx": 8}}',
-    EmbeddingsRequest: b'{"prompt": "a"}',
+    EmbeddingsRequest: b'{"prompt": "a", "keep_alive": "5m"}',
     CountTokensRequest: b'{"messages": [{"role": "user", "content": "a"}], "system": "b"}',
 }
 

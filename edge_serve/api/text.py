@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge.errors import RequestError
 from edge.text.chat_template import encode_chat
@@ -17,6 +17,10 @@ from .generate import check_length, check_messages, check_texts
 from .generic_tools import place_tools
 from .protocol import DetokenizeRequest, TokenizeRequest
 from .tools import template_tools
+
+if TYPE_CHECKING:
+    from edge.runtime.llm import LLM
+    from edge_serve.models.bundle_text import BundleText
 
 # Who measures a perplexity has a document encoded and cuts it afterwards.
 _LEAST_ROOM_TOKENS = 32_768
@@ -99,9 +103,8 @@ def detokenize(body: DetokenizeRequest, model: ServedModel) -> DetokenizeRespons
     return DetokenizeResponse(model.llm.tokenizer.decode(body.tokens))
 
 
-def tokenizer_info(model: ServedModel) -> dict[str, Any]:
+def tokenizer_info(llm: LLM | BundleText) -> dict[str, Any]:
     """Return what a client such as ``lm-eval`` with a remote tokenizer needs to know."""
-    llm = model.llm
     tokens = llm.manifest.tokens
     return {
         "tokenizer_class": type(llm.tokenizer).__name__,

@@ -6,7 +6,7 @@ import hmac
 import ipaddress
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,6 +129,20 @@ class Origins:
         elif _SAID.fullmatch(said):
             return address_group(said.decode())
         return group
+
+
+def is_admin(client: Client, address: str | None, admin_keys: Collection[str] | None) -> bool:
+    """Whether a client may load and unload models by hand.
+
+    Args:
+        client: who asks.
+        address: where the connection comes from; None is this process.
+        admin_keys: names of the keys that may; None without keys, where this machine may.
+    """
+    if admin_keys is not None:
+        return client.name in admin_keys
+    # Behind a trusted proxy of this machine, the client is who the proxy says.
+    return address is None or (is_loopback(address) and client.origin == address_group(address))
 
 
 def is_local(host: bytes) -> bool:

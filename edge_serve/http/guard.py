@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from edge_serve.settings import ServerSettings, is_loopback
 
-from .access import APIKeys, Client, Origins, RateLimit, is_cross_site, is_local
+from .access import APIKeys, Client, Origins, RateLimit, is_admin, is_cross_site, is_local
 from .bodies import BodyAccount, BodyBudget
 from .errors import APIError, as_api_error, draining
 from .threads import check_there
@@ -247,6 +247,12 @@ class Guard:
         client = client or Client(origin=origin)
         scope["client_identity"] = client
         scope["client_name"] = client.name
+        address = scope.get("client")
+        scope["is_admin"] = is_admin(
+            client,
+            address[0] if address else None,
+            None if self._keys is None else self._settings.admin_keys,
+        )
         if scope["method"] == "POST":
             wait_s = self._rate.take(client.name)
             if wait_s:

@@ -72,6 +72,12 @@ class Trimmer:
         asyncio.get_running_loop().run_in_executor(None, self._give_back)
 
     def _give_back(self) -> None:
-        gc.collect()  # a traceback, say, holds what it saw in a cycle
-        _libc.malloc_trim(0)
+        give_back()
         self._kept_bytes = read_rss_bytes() or 0
+
+
+def give_back() -> None:
+    """Give free memory back to the system, at once; stops the process for tens of ms."""
+    gc.collect()  # a traceback, say, holds what it saw in a cycle
+    if _has_trim:
+        _libc.malloc_trim(0)

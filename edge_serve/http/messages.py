@@ -248,7 +248,7 @@ def make_server(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=settings.keep_alive_s,
+        timeout_keep_alive=settings.idle_connection_s,
         timeout_graceful_shutdown=1,
         h11_max_incomplete_event_size=settings.max_header_bytes,
         backlog=2048,

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from edge.errors import OverloadError, ResourceError
 
@@ -82,6 +82,36 @@ async def in_thread(work: Callable[[], _Result]) -> _Result:
     with _submitting(todo):
         job = asyncio.get_running_loop().run_in_executor(None, lambda: todo.pop()())
     return await job
+
+
+def in_daemon(work: Callable[[], _Result]) -> asyncio.Future[_Result]:
+    """Run ``work``, which may take long, in a thread that does not keep the process from exiting.
+
+    Raises:
+        RuntimeError: no thread could be started.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_Result] = loop.create_future()
+
+    def settle(result: _Result | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(cast("_Result", result))
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as caught:  # noqa: BLE001 - raised again where it is awaited
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is gone
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="edge-service", daemon=True).start()
+    return future
 
 
 class Lane:

@@ -33,6 +33,10 @@ class Carrier(Protocol):
     name: str
     flights: set[Flight]
 
+    def leave(self, flight: Flight, *, counts: bool) -> None:
+        """Take a request out that has ended; ``counts`` tells whether it was a client's."""
+        ...
+
 
 class Flight:
     """Reads the generations of one request, counts them and ends them together.
@@ -153,7 +157,7 @@ class Flight:
         finally:
             self._left -= 1
             if not self._left:
-                self._model.flights.discard(self)
+                self._model.leave(self, counts=not self._is_watch)
                 if not self.done.done():
                     self.done.set_result(None)
 

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from edge.backends.ort.int8_prompts import int8_bytes
 from edge.backends.process_memory import (
@@ -72,6 +73,21 @@ def unit_limits(settings: ServerSettings, num_cores: int | None = None) -> UnitL
         memory_max_bytes=int(_MAX_FACTOR * high),
         tasks_max=_TASKS + _TASKS_PER_CORE * cores * max(1, len(plans)),
     )
+
+
+def opening_bytes(settings: ServerSettings, bundle: Path) -> int:
+    """Plan the memory that this process takes more at most while it opens a bundle on the CPU.
+
+    Args:
+        settings: of the service.
+        bundle: the bundle. What a GPU allocates is not counted.
+
+    Raises:
+        BundleError, ConfigError: see `unit_limits`.
+    """
+    given = replace(settings, model={"one": bundle}, default_model=None, auto={}, split={})
+    plans = [plan for plan, on_cpu in _plans(given, LEAST_CAPACITY) if on_cpu]
+    return int((1 - _PLAN_ERROR) * sum(plan.load_peak - plan.python for plan in plans))
 
 
 def check_room(

@@ -1,27 +1,35 @@
-"""Holds the models of a server: chooses one for a request and watches their engines."""
+"""Holds the models of a server: chooses one for a request and watches their engines.
+
+An entry is what a name stands for, whether its bundle is loaded or not; a served model is a bundle
+that is open. `edge_serve.models.loader` opens and closes them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from edge.bundle.manifest import fingerprint
+from edge.bundle.manifest import Manifest, fingerprint
 from edge.errors import ResourceError
 from edge.runtime.scheduler.request import SchedulerStats
 from edge_lab.manifest_text import describe_kv_cache
+from edge_lab.measure.drift import WATCH_USER
 from edge_serve.http.errors import APIError, draining, invalid, stalled
 from edge_serve.observe.metric_families import EngineInfo
 
+from .bundle_text import BundleText, read_bundle_text
 from .route import AUTO, Facts, Rule, Split
 
 if TYPE_CHECKING:
     from edge.runtime.llm import LLM
+    from edge.text.tokenizer import Tokenizer
 
     from .flight import Flight
 
@@ -34,6 +42,7 @@ _MOST_NAMED = 5  # models in the error about one that is not served
 TAG = ":latest"
 """What Ollama's clients expect at the end of a name without a colon, and may add to one."""
 OpenLLM = Callable[[Path], "LLM"]
+ModelStatus = Literal["loaded", "loading", "unloaded", "failed"]
 
 
 @dataclass(eq=False)
@@ -48,6 +57,9 @@ class ServedModel:
         flights: requests that run on it now.
         leases: requests that hold it and do not run yet.
         scoring: prompts that are scored or wait for it; a failed future ends the wait for one.
+        keep_alive_s: seconds without a request after which it is unloaded; infinite for never.
+        used_s: monotonic seconds at which a request last came or ended.
+        on_rest: called when the last request that held it has ended, or ``keep_alive_s`` changed.
         heartbeat: watches the model's engine.
         fingerprint: names what answers, from the hash of the manifest.
     """
@@ -59,19 +71,44 @@ class ServedModel:
     flights: set[Flight] = field(default_factory=set)
     leases: int = 0
     scoring: set[asyncio.Future[None]] = field(default_factory=set)
+    keep_alive_s: float = math.inf
+    used_s: float = field(default_factory=time.monotonic)
+    on_rest: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.heartbeat = Heartbeat(self.llm.scheduler.stats)
         self.fingerprint = fingerprint(self.llm.manifest)
 
     @contextmanager
-    def lease(self) -> Iterator[None]:
-        """Keep the model open while a request is prepared."""
+    def lease(self, *, counts: bool = True) -> Iterator[None]:
+        """Keep the model open while a request is prepared.
+
+        Args:
+            counts: whether its end counts as use of the model; no matter where a flight follows.
+        """
         self.leases += 1
         try:
             yield
         finally:
             self.leases -= 1
+            self.touch(counts=counts)
+
+    def leave(self, flight: Flight, *, counts: bool) -> None:
+        """Take out a request that has ended; ``counts`` as for `lease`."""
+        self.flights.discard(flight)
+        self.touch(counts=counts)
+
+    def touch(self, *, counts: bool = True) -> None:
+        """Note that it is used now, if that counts."""
+        if counts:
+            self.used_s = time.monotonic()
+        if not self.is_used:
+            self.on_rest()
+
+    @property
+    def expires_s(self) -> float:
+        """Monotonic seconds at which it is unloaded if no request comes; infinite for never."""
+        return (time.monotonic() if self.is_used else self.used_s) + self.keep_alive_s
 
     def engine_info(self) -> EngineInfo:
         """Return what runs the model."""
@@ -147,6 +184,85 @@ class Heartbeat:
         return min(max(_STALL_STEPS * self._full_step_s, LEAST_STALL_S), MOST_STALL_S)
 
 
+@dataclass(eq=False)
+class ModelEntry:
+    """A name that requests may use, and the bundle that it stands for, loaded or not.
+
+    Attributes:
+        name: the name that requests use.
+        bundle: the bundle's directory.
+        manifest: the bundle's description.
+        created: Unix seconds at which it was opened last, or listed.
+        kv_capacity: tokens that prompt and answer may take together, as far as is known.
+        reasons: whether answers to chats may begin with reasoning.
+        served: the open bundle; None while it is not loaded.
+        is_loading: whether it is being loaded.
+        failed: why it could not be loaded; None if it could, or was never tried.
+        failures: how often in a row it could not.
+        retry_s: monotonic seconds before which no request tries it again.
+    """
+
+    name: str
+    bundle: Path
+    manifest: Manifest
+    created: int
+    kv_capacity: int
+    reasons: bool
+    served: ServedModel | None = None
+    is_loading: bool = False
+    failed: str | None = None
+    failures: int = 0
+    retry_s: float = 0.0
+    _text: BundleText | None = None
+
+    @property
+    def status(self) -> ModelStatus:
+        """Its state, in the words of llama.cpp's router."""
+        if self.is_loading:
+            return "loading"
+        if self.served is not None:
+            return "loaded"
+        return "unloaded" if self.failed is None else "failed"
+
+    def put(self, model: ServedModel) -> None:
+        """Serve an open bundle."""
+        self.served, self.bundle, self.manifest = model, model.bundle, model.llm.manifest
+        self.created, self.kv_capacity = model.created, model.llm.kv_capacity
+        self.reasons = model.llm.reasons
+        self.failed = self._text = None
+        self.failures, self.retry_s = 0, 0.0
+
+    def text(self) -> BundleText | LLM:
+        """Return what the bundle has for texts; blocks where it is not loaded.
+
+        Raises:
+            EdgeError: the bundle cannot be read.
+        """
+        if (served := self.served) is not None:
+            return served.llm
+        return read_bundle_text(self.bundle, self.manifest, self.kv_capacity)
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer, and keep it for the next time; blocks as `text` does."""
+        if (served := self.served) is not None:
+            return served.llm.tokenizer
+        if self._text is None:
+            self._text = read_bundle_text(self.bundle, self.manifest, self.kv_capacity)
+        return self._text.tokenizer
+
+    def engine_info(self) -> EngineInfo:
+        """Return what runs the model; of one that is not loaded, only which bundle it is."""
+        if (served := self.served) is not None:
+            return served.engine_info()
+        manifest = self.manifest
+        labels = {
+            "bundle": manifest.name,
+            "quantization": manifest.quantization.name,
+            "fingerprint": fingerprint(manifest),
+        }
+        return EngineInfo(labels, None)
+
+
 class Choice(NamedTuple):
     """A model, and why it was chosen.
 
@@ -154,11 +270,13 @@ class Choice(NamedTuple):
         model: the model that answers.
         rule: the rule of ``auto`` that chose it, as it was written.
         arm: ``NAME:MODEL`` where an A/B split chose it.
+        waited_s: seconds for which the request has waited for the model.
     """
 
     model: ServedModel
     rule: str | None = None
     arm: str | None = None
+    waited_s: float = 0.0
 
     def headers(self) -> dict[str, str]:
         """Return the headers that tell the client which model answers, and why."""
@@ -185,6 +303,7 @@ class ModelRegistry:
     Attributes:
         is_draining: whether the server is about to stop.
         is_loading: whether its models are still being opened.
+        load_for: loads the model of an entry for a request, which waits; None where all are loaded.
         trouble: why the device should get no requests now, e.g. ``thermal``; None if it should.
     """
 
@@ -202,17 +321,27 @@ class ModelRegistry:
         self._rules = rules or []
         self._splits = splits or {}
         self._stall_s = stall_s
-        self._models: dict[str, ServedModel] = {}
+        self._entries: dict[str, ModelEntry] = {}
         self._retired: set[ServedModel] = set()
         self._held: dict[str, asyncio.Event] = {}
         self.is_draining = False
         self.is_loading = True
+        self.load_for: Callable[[ModelEntry], Awaitable[None]] | None = None
         self.trouble: str | None = None
 
     # ------------------------------------------------------------------------------- models
 
-    def load(self, bundles: Mapping[str, Path]) -> None:
+    def load(
+        self,
+        bundles: Mapping[str, Path],
+        later: Callable[[str, Path], ModelEntry | None] = lambda name, bundle: None,
+    ) -> None:
         """Open bundles one after the other; blocks.
+
+        Args:
+            bundles: by name.
+            later: asked about each bundle after the first; returns the entry of one that is not
+                opened now.
 
         Raises:
             EdgeError: a bundle cannot be opened; those before it stay open until `close`.
@@ -221,6 +350,9 @@ class ModelRegistry:
             started = time.monotonic()
             # Resolved now, since a link may lead elsewhere when this bundle is opened again.
             path = bundle.resolve()
+            if self._entries and (entry := later(name, path)) is not None:
+                self._entries[name] = entry
+                continue
             self.add(ServedModel(name, path, self.open(path)))
             _log.info("model %s is open after %.1f s", name, time.monotonic() - started)
         self.is_loading = False
@@ -241,35 +373,62 @@ class ModelRegistry:
 
     def add(self, model: ServedModel) -> None:
         """Serve a model; the model that had its name before is retired, but runs on."""
-        old = self._models.get(model.name)
+        entry = self._entries.get(model.name)
+        if entry is None:
+            llm = model.llm
+            entry = ModelEntry(
+                model.name, model.bundle, llm.manifest, model.created, llm.kv_capacity, llm.reasons
+            )
+            self._entries[model.name] = entry
+        self.retire(entry)
+        entry.put(model)
+
+    def retire(self, entry: ModelEntry) -> ServedModel | None:
+        """Take the open bundle out of an entry, if there is one; it takes memory until `forget`."""
+        old, entry.served = entry.served, None
         if old is not None:
             self._retired.add(old)
-        self._models[model.name] = model
+        return old
 
     def forget(self, model: ServedModel) -> None:
         """Drop a retired model that has been closed."""
         self._retired.discard(model)
 
+    def entries(self) -> list[ModelEntry]:
+        """Return all names of models, loaded or not, in their order."""
+        return list(self._entries.values())
+
     def models(self) -> list[ServedModel]:
-        """Return the models that take requests."""
-        return list(self._models.values())
+        """Return the models that are loaded."""
+        return [entry.served for entry in self.entries() if entry.served is not None]
 
     def open_models(self) -> list[ServedModel]:
         """Return the models that take memory: those, and retired ones that are not closed yet."""
-        return [*self._models.values(), *self._retired]
+        return [*self.models(), *list(self._retired)]
 
     def aliases(self) -> list[str]:
         """Return the names that stand for one of several models."""
         return [*([AUTO] if self._rules else []), *self._splits]
 
     def get(self, name: str) -> ServedModel:
-        """Return the model of this name.
+        """Return the model of this name, which is loaded.
 
         Raises:
-            APIError: 404, there is none.
+            APIError: 404, there is none; or 503, it is not loaded.
         """
-        model = self._models.get(name)
+        model = self.entry(name).served
         if model is None:
+            raise _unavailable("model_unloaded", f"the model {name!r} is not loaded")
+        return model
+
+    def entry(self, name: str) -> ModelEntry:
+        """Return what this name stands for.
+
+        Raises:
+            APIError: 404, no model has this name.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
             quoted = repr(name[:80])
             names = [*self._models, *self.aliases()]
             more = ", ...; GET /v1/models lists all" if names[_MOST_NAMED:] else ""
@@ -281,7 +440,16 @@ class ModelRegistry:
                 param="model",
                 quoted=quoted,
             )
-        return model
+        return entry
+
+    def find(self, name: str | None) -> ModelEntry:
+        """Return what a request's name stands for, and load nothing.
+
+        Raises:
+            APIError: 400, 404, or 503 while nothing can be served.
+        """
+        self._check_open()
+        return self._pick(self._named(name), Facts({}, "chat", ""))[0]
 
     @contextmanager
     def held(self, name: str) -> Iterator[None]:
@@ -293,39 +461,84 @@ class ModelRegistry:
             del self._held[name]
             event.set()
 
-    async def choose(self, name: str | None, facts: Facts | None = None) -> Choice:
-        """Choose the model for a request.
+    async def choose(
+        self, name: str | None, facts: Facts | None = None, keep_alive_s: float | None = None
+    ) -> Choice:
+        """Choose the model for a request; one that is not loaded is loaded, and the request waits.
 
         Args:
             name: the name in the request, if any.
             facts: decide between models that share a name; None stands for an empty chat.
+            keep_alive_s: how long the model stays from then on after its last request; None leaves
+                that as it is.
 
         Raises:
             APIError: 400, 404, or 503 while nothing can be served.
         """
         self._check_open()
-        if name is None:
-            if self._default is None:
-                raise invalid("model: this field is required", "model", "missing_field")
-            name = self._default
-        name = self.without_tag(name)
-        choice = self._pick(name, facts or Facts({}, "chat", ""))
-        event = self._held.get(choice.model.name)
-        if event is not None:
+        facts = facts or Facts({}, "chat", "")
+        named = self._named(name)
+        is_watch = facts.key == WATCH_USER
+        asked_s = time.monotonic()
+        waited_s = 0.0
+        passed: set[str] = set()
+        entry, rule, arm = self._pick(named, facts)
+        while (model := entry.served) is None or entry.name in self._held:
             try:
-                await asyncio.wait_for(event.wait(), _SWITCH_WAIT_S)
-            except asyncio.TimeoutError:
-                raise _unavailable("loading", "the model is being replaced") from None
+                await self._wait_for(entry, is_watch=is_watch)
+            except APIError as error:
+                if rule is None or error.code not in ("load_failed", "no_room"):
+                    raise
+                passed.add(entry.name)
+                entry, rule, arm = self._pick(named, facts, passed)
+                if entry.name in passed:  # there is no other
+                    raise
             self._check_open()
-            choice = choice._replace(model=self.get(choice.model.name))
-        reason = self._why_not(choice.model)
+            waited_s = time.monotonic() - asked_s
+        reason = self._why_not(model)
         if reason == "engine_stalled":
             raise stalled()
         if reason:
             raise _unavailable(reason, "the engine can serve no more; the log has the cause")
-        return choice
+        if keep_alive_s is not None:
+            model.keep_alive_s = keep_alive_s
+        model.touch(counts=not is_watch)
+        return Choice(model, rule, arm, waited_s)
 
-    def token_limits(self, name: str | None) -> dict[ServedModel, int]:
+    async def _wait_for(self, entry: ModelEntry, *, is_watch: bool) -> None:
+        """Wait until a model is replaced or loaded.
+
+        Raises:
+            APIError: 503, that takes too long or fails.
+        """
+        if (event := self._held.get(entry.name)) is not None:
+            try:
+                await asyncio.wait_for(event.wait(), _SWITCH_WAIT_S)
+            except asyncio.TimeoutError:
+                raise _unavailable("loading", "the model is being replaced") from None
+        elif is_watch:
+            raise _unavailable(
+                "model_unloaded",
+                f"the model {entry.name!r} is not loaded, and edge-llm watch loads none; it is "
+                "when a client asks for it",
+            )
+        else:
+            assert self.load_for is not None  # without it, all are loaded
+            await self.load_for(entry)
+
+    def _named(self, name: str | None) -> str:
+        """Return the name that a request gives, or the default one.
+
+        Raises:
+            APIError: 400, there is neither.
+        """
+        if name is None:
+            if self._default is None:
+                raise invalid("model: this field is required", "model", "missing_field")
+            name = self._default
+        return self.without_tag(name)
+
+    def token_limits(self, name: str | None) -> dict[ModelEntry, int]:
         """Return the models whose rules look at a request's tokens, and up to which number.
 
         Args:
@@ -335,12 +548,12 @@ class ModelRegistry:
             APIError: 404, or 503 while nothing can be served.
         """
         self._check_open()
-        limits: dict[ServedModel, int] = {}
+        limits: dict[ModelEntry, int] = {}
         if (self._default if name is None else self.without_tag(name)) == AUTO:
             for rule in self._rules:
                 if rule.most_tokens is not None:
-                    model = self.get(rule.model)
-                    limits[model] = max(rule.most_tokens, limits.get(model, 0))
+                    entry = self.entry(rule.model)
+                    limits[entry] = max(rule.most_tokens, limits.get(entry, 0))
         return limits
 
     def _check_open(self) -> None:
@@ -351,29 +564,40 @@ class ModelRegistry:
 
     def without_tag(self, name: str) -> str:
         """Return a name without the tag that `/api/tags` gives it, unless it is served with one."""
-        return name if name in self._models else name.removesuffix(TAG)
+        return name if name in self._entries else name.removesuffix(TAG)
 
-    def _pick(self, name: str, facts: Facts) -> Choice:
+    def _pick(
+        self, name: str, facts: Facts, passed: Collection[str] = ()
+    ) -> tuple[ModelEntry, str | None, str | None]:
+        """Return what a name stands for, and the rule and the arm that chose it, if any.
+
+        Args:
+            name: the name.
+            facts: decide between models that share it.
+            passed: models that rules do not choose, since they cannot be loaded now.
+        """
         if name in self._splits:
             arm = self._splits[name].arm(facts.key)
-            return Choice(self.get(arm), arm=f"{name}:{arm}")
+            return self.entry(arm), None, f"{name}:{arm}"
         if name != AUTO or not self._rules:
-            return Choice(self.get(name))
+            return self.entry(name), None, None
         for rule in self._rules:
-            model = self.get(rule.model)
+            entry = self.entry(rule.model)
+            model = entry.served
             # A model that cannot serve is passed over, whatever its rule says.
-            healthy = self._why_not(model) is None
-            if healthy and rule.holds(facts, model.llm.scheduler.stats()):
-                return Choice(model, rule=rule.text)
-        return Choice(self.get(self._rules[-1].model), rule="none")
+            healthy = rule.model not in passed and (model is None or self._why_not(model) is None)
+            stats = SchedulerStats() if model is None else model.llm.scheduler.stats()
+            if healthy and rule.holds(facts, stats):
+                return entry, rule.text, None
+        return self.entry(self._rules[-1].model), "none", None
 
     def stats(self) -> dict[str, SchedulerStats]:
-        """Return the state of every model's scheduler."""
+        """Return the state of the scheduler of every model that is loaded."""
         return {model.name: model.llm.scheduler.stats() for model in self.models()}
 
     def engines(self) -> dict[str, EngineInfo]:
-        """Return what runs each model."""
-        return {model.name: model.engine_info() for model in self.models()}
+        """Return what runs each model; of those that are not loaded, only which bundle it is."""
+        return {entry.name: entry.engine_info() for entry in self.entries()}
 
     # ------------------------------------------------------------------------------- health
 
@@ -395,7 +619,7 @@ class ModelRegistry:
         reason = self.not_ready()
         if reason is not None:
             raise APIError(503, reason, f"the server is not ready: {reason}", retry_after_s=5)
-        engines = self.engines().values()
+        engines = [model.engine_info() for model in self.models()]
         return {
             "status": "ready",  # anybody may ask, so no model is named
             "backends": sorted({engine.labels["backend"] for engine in engines}),

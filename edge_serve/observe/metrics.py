@@ -161,6 +161,9 @@ class Metrics:
             "ignored_client_headers", "Headers x-edge-client that no trusted proxy sent."
         )
         self._routes = counter("route_decisions", "Choices of the model 'auto'.", "rule", "model")
+        self._loads = counter("model_loads", "Models loaded for a request.", "model", "outcome")
+        self._unloads = counter("model_unloads", "Models unloaded, by reason.", "model", "reason")
+        self._load_s = histogram("model_load_seconds", "Time to load a model.", REQUEST_BUCKETS_S)
         self._arms = counter("ab_requests", "Requests by arm of an A/B split.", "arm", "model")
         self._arm_outcomes = counter("ab_sequences", "The arms' outcomes.", "arm", "outcome")
         self._arm_tokens = counter("ab_generation_tokens", "Tokens sampled by arms.", "arm")
@@ -296,6 +299,17 @@ class Metrics:
         """Count a decision of the model ``auto``."""
         self._routes.labels(self._label("rule", rule), self._label("model", model)).inc()
 
+    def observe_load(self, model: str, took_s: float | None) -> None:
+        """Count a model that was loaded after the start; None where it could not be."""
+        model = self._label("model", model)
+        self._loads.labels(model, "error" if took_s is None else "loaded").inc()
+        if took_s is not None:
+            self._load_s.labels(model).observe(took_s)
+
+    def observe_unload(self, model: str, reason: str) -> None:
+        """Count a model that was unloaded; the reason is the loader's."""
+        self._unloads.labels(self._label("model", model), reason).inc()
+
     def observe_arm(self, arm: str, model: str) -> None:
         """Count a request of an A/B split; its outcome is counted when it ends."""
         self._arms.labels(self._label("arm", arm), self._label("model", model)).inc()
@@ -326,7 +340,7 @@ class Metrics:
         engines = {} if self._engines is None else self._engines()
         now = self._clock()
         with self._lock:
-            names = dict.fromkeys([*schedulers, *self._windows])
+            names = dict.fromkeys([*schedulers, *engines, *self._windows])
             oldest = now - self._window_s
             latency = {name: _summaries(self._windows.get(name, {}), oldest) for name in names}
             arm_latency = {
@@ -382,9 +396,15 @@ class Metrics:
         return self._snapshot[1]
 
     def _collect(self) -> Iterator[Metric]:
-        yield from scheduler_families(self._scheduler_stats())
+        schedulers = self._scheduler_stats()
+        yield from scheduler_families(schedulers)
         if self._engines is not None:
-            yield engine_family(self._engines())
+            engines = self._engines()
+            yield engine_family({name: engines[name] for name in schedulers if name in engines})
+            loaded: dict[tuple[str, ...], float | None] = {
+                (name,): float(name in schedulers) for name in engines
+            }
+            yield gauge("model_loaded", "1 while the model is loaded.", ("model",), loaded)
         snapshot = self._device()
         if snapshot is not None:
             yield from device_families(snapshot)

@@ -219,7 +219,12 @@ def running(
 ) -> Iterator[Live]:
     """Serve a bundle as ``tiny`` for as long as the block lasts."""
     engine = engine or ScriptedEngine()
-    given: dict[str, Any] = {"port": 0, "model": {"tiny": bundle}, "keep_alive_s": 2.0, **settings}
+    given: dict[str, Any] = {
+        "port": 0,
+        "model": {"tiny": bundle},
+        "idle_connection_s": 2.0,
+        **settings,
+    }
     options = {"num_slots": 4, "queue_capacity": 64, **(llm or {})}
     service = Service(
         ServerSettings(**given),

@@ -48,7 +48,7 @@ def test_a_jump_ends_nothing_and_lets_nobody_in(
     jump_s: float, wall: WallClock, tiny_bundles: Bundles, tmp_path: Path
 ):
     keys = write_secret(tmp_path / "keys", "clock:sk-of-the-good-clock\n")
-    limits = {"request_timeout_s": 20.0, "keep_alive_s": 20.0, "rate_limit_rpm": 3}
+    limits = {"request_timeout_s": 20.0, "idle_connection_s": 20.0, "rate_limit_rpm": 3}
     with running(tiny_bundles("qwen2"), api_key_file=keys, **limits) as live:  # type: ignore[arg-type]
         live.engine.default = "yes " * 40
         body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 60}

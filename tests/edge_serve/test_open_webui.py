@@ -222,7 +222,12 @@ def test_the_prompts_of_both_ways_are_the_same(live: Live):
     assert counts[0] == counts[1]
 
 
-def test_unloading_a_model_leaves_it_where_it_is(live: Live):
+def test_a_model_is_unloaded_and_loaded_again(live: Live):
+    """As its menu of models does."""
     body = {"model": "tiny:latest", "keep_alive": 0, "prompt": ""}
-    assert post(live, "/api/generate", body).json["done"]
-    assert live.ask("/api/ps").json["models"]
+    assert post(live, "/api/generate", body).json["done_reason"] == "unload"
+    assert live.ask("/api/ps").json["models"] == []
+    assert live.ask("/api/tags").json["models"]
+    got = lines(post(live, "/api/chat", OLLAMA_CHAT))
+    assert got[-1]["done"]
+    assert len(live.ask("/api/ps").json["models"]) == 1

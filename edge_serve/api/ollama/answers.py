@@ -32,12 +32,12 @@ class OllamaAnswerMessage(Struct, omit_defaults=True):
 
 
 class OllamaCounts(Struct, kw_only=True):
-    """What every last line has; ``load_duration`` is 0, since models are loaded before."""
+    """What every last line has; ``load_duration`` is 0 where the model was loaded before."""
 
     model: str
     created_at: str
     done: bool = False
-    done_reason: Literal["stop", "length", "load"] | UnsetType = UNSET
+    done_reason: Literal["stop", "length", "load", "unload"] | UnsetType = UNSET
     total_duration: int | UnsetType = UNSET
     load_duration: int | UnsetType = UNSET
     prompt_eval_count: int | UnsetType = UNSET
@@ -87,7 +87,7 @@ class ModelDetails(Struct):
 
 
 class OllamaModel(Struct):
-    """A model that is served; those of ``/api/ps`` say that it stays."""
+    """A model that is served; those of ``/api/ps`` say how long they stay."""
 
     name: str
     model: str

@@ -35,12 +35,15 @@ async def embed(turn: Turn, body: EmbedRequest) -> Response:
         turn, list(texts), body.options, body.dimensions, truncate=body.truncate is not False
     )
     took_ns = int((time.perf_counter() - started) * 1e9)
+    waited_ns = int(turn.waited_s * 1e9)
     tokens = sum(each.stats.prompt_tokens for each in found)
     name = body.model or turn.model.name
 
     def write() -> Response:
         numbers = cast("list[list[float]]", vectors.tolist())
-        return json_response(EmbedAnswer(name, numbers, took_ns, 0, tokens), turn.headers)
+        return json_response(
+            EmbedAnswer(name, numbers, waited_ns + took_ns, waited_ns, tokens), turn.headers
+        )
 
     return await in_thread(write)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -14,15 +16,20 @@ from edge.text.fill_in_middle import fill_in_middle
 from edge.text.tokenizer import Tokenizer
 from edge_serve.api.generic_tools import call_syntax
 from edge_serve.http.errors import APIError
-from edge_serve.models.registry import TAG, ServedModel
+from edge_serve.models.registry import TAG, ModelEntry, ServedModel
 
 from .answers import ModelDetails, OllamaModel, OllamaModels, ShowAnswer
 from .text import timestamp
+
+if TYPE_CHECKING:
+    from edge.runtime.llm import LLM
+    from edge_serve.models.bundle_text import BundleText
 
 API_VERSION = "0.13.4"
 """The version of Ollama whose API this is: some clients refuse servers of older ones."""
 
 _NEVER = "9999-12-31T23:59:59Z"
+_LAST_S = 250_000_000_000  # in the year 9892; a time after that may be no date
 _NOT_SERVED = {
     "pull": "edge-llm pull MODEL on the device",
     "push": "nothing; bundles are directories, copy them",
@@ -50,14 +57,20 @@ def not_served(path: str) -> APIError:
     )
 
 
-def list_models(models: Sequence[ServedModel], *, running: bool = False) -> OllamaModels:
-    """List models, with what ``/api/ps`` adds where they are listed as running."""
-    return OllamaModels([_entry(model, running=running) for model in models])
+def list_models(entries: Sequence[ModelEntry]) -> OllamaModels:
+    """List models, loaded or not."""
+    return OllamaModels(list(map(_describe, entries)))
 
 
-def show_model(model: ServedModel) -> ShowAnswer:
-    """Describe a model."""
-    llm = model.llm
+def list_running(entries: Sequence[ModelEntry]) -> OllamaModels:
+    """List the models that are loaded, and until when."""
+    return OllamaModels(
+        [_running(entry, entry.served) for entry in entries if entry.served is not None]
+    )
+
+
+def show_model(entry: ModelEntry, llm: LLM | BundleText) -> ShowAnswer:
+    """Describe a model, by what its bundle has for texts."""
     spec = llm.manifest.model
     family = spec.architecture
     sampling = msgspec.to_builtins(llm.manifest.sampling)
@@ -68,23 +81,22 @@ def show_model(model: ServedModel) -> ShowAnswer:
     return ShowAnswer(
         parameters="\n".join(f"{name} {value}" for name, value in parameters.items()),
         template=template,
-        details=_details(model),
+        details=_details(entry),
         model_info={
             "general.architecture": family,
-            "general.parameter_count": _num_parameters(model),
+            "general.parameter_count": _num_parameters(entry),
             f"{family}.context_length": llm.kv_capacity,
             f"{family}.embedding_length": spec.hidden_size,
             f"{family}.block_count": spec.num_layers,
             f"{family}.attention.head_count": spec.num_heads,
             f"{family}.attention.head_count_kv": spec.num_kv_heads,
         },
-        capabilities=_capabilities(model),
-        modified_at=_modified_at(model),
+        capabilities=_capabilities(llm),
+        modified_at=_modified_at(entry),
     )
 
 
-def _capabilities(model: ServedModel) -> list[str]:
-    llm = model.llm
+def _capabilities(llm: LLM | BundleText) -> list[str]:
     if llm.manifest.model.task != "generate":
         return ["embedding"] if llm.manifest.model.task == "embed" else []
     found = ["completion"]
@@ -105,37 +117,42 @@ def _fills_gaps(tokenizer: Tokenizer) -> bool:
     return True
 
 
-def _entry(model: ServedModel, *, running: bool) -> OllamaModel:
-    manifest = model.llm.manifest
-    size = sum(file.num_bytes for file in manifest.files.values())
+def _describe(entry: ModelEntry) -> OllamaModel:
+    manifest = entry.manifest
     # Older versions of Open WebUI look here for the name with a tag, whatever they were given.
-    name = model.name if ":" in model.name else model.name + TAG
-    entry = OllamaModel(
+    name = entry.name if ":" in entry.name else entry.name + TAG
+    return OllamaModel(
         name=name,
         model=name,
-        modified_at=_modified_at(model),
-        size=size,
+        modified_at=_modified_at(entry),
+        size=sum(file.num_bytes for file in manifest.files.values()),
         digest=manifest.self_sha256,
-        details=_details(model),
+        details=_details(entry),
     )
-    if running:
-        entry.expires_at = _NEVER
-        entry.size_vram = 0 if model.llm.backend.name == "ort-cpu" else size
-        entry.context_length = model.llm.kv_capacity
-    return entry
 
 
-def _details(model: ServedModel) -> ModelDetails:
-    manifest = model.llm.manifest
+def _running(entry: ModelEntry, model: ServedModel) -> OllamaModel:
+    found = _describe(entry)
+    found.size_vram = 0 if model.llm.backend.name == "ort-cpu" else found.size
+    found.context_length = model.llm.kv_capacity
+    found.expires_at = _NEVER
+    if math.isfinite(model.expires_s):
+        at = min(time.time() + model.expires_s - time.monotonic(), _LAST_S)
+        found.expires_at = timestamp(datetime.fromtimestamp(at, timezone.utc))
+    return found
+
+
+def _details(entry: ModelEntry) -> ModelDetails:
+    manifest = entry.manifest
     family = manifest.model.architecture
-    size = f"{_num_parameters(model) / 1e9:.2f}B"
+    size = f"{_num_parameters(entry) / 1e9:.2f}B"
     return ModelDetails(family, [family], size, manifest.quantization.name)
 
 
-def _num_parameters(model: ServedModel) -> int:
+def _num_parameters(entry: ModelEntry) -> int:
     """Count the numbers of the model's tensors."""
-    return sum(map(math.prod, expected_tensors(model.llm.manifest.model).values()))
+    return sum(map(math.prod, expected_tensors(entry.manifest.model).values()))
 
 
-def _modified_at(model: ServedModel) -> str:
-    return timestamp(datetime.fromtimestamp(model.created, timezone.utc))
+def _modified_at(entry: ModelEntry) -> str:
+    return timestamp(datetime.fromtimestamp(entry.created, timezone.utc))

@@ -12,9 +12,9 @@ from edge_serve.api.protocol import ModelName, StopString, Tool, range_of
 _MaybeName = Annotated[str, Meta(max_length=256)]
 _WHOLE = Meta(multiple_of=1)
 _WholeSeed = Annotated[float, _WHOLE, Meta(ge=-1, le=2**53)]  # a larger float has lost digits
+KeepAlive = Annotated[str, Meta(max_length=64)] | float
 _HARDWARE = "how the engine runs is the server's choice"
 IGNORED = {
-    "keep_alive": "models stay as long as the server runs",
     "messages[].tool_calls[].type": "every call is of a function",
     "messages[].tool_calls[].index": "calls are in their order",
     "messages[].tool_calls[].function.index": "calls are in their order",
@@ -114,7 +114,7 @@ class OllamaRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     shift: Literal[False] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
-    keep_alive: Any = None
+    keep_alive: KeepAlive | None = None
 
 
 class OllamaChatRequest(OllamaRequest, forbid_unknown_fields=True, kw_only=True):
@@ -166,7 +166,7 @@ class EmbedRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     truncate: bool | None = None
     dimensions: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
     options: OllamaOptions | None = None
-    keep_alive: Any = None
+    keep_alive: KeepAlive | None = None
 
 
 class EmbeddingsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -175,4 +175,4 @@ class EmbeddingsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     model: ModelName | None = None
     prompt: str | None = None
     options: OllamaOptions | None = None
-    keep_alive: Any = None
+    keep_alive: KeepAlive | None = None

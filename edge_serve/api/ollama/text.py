@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET
@@ -199,6 +199,7 @@ class OllamaRender(Render):
         # As the client named it, since some look for that name.
         self._model = name or turn.model.name
         self._is_chat = isinstance(body, OllamaChatRequest)
+        self._waited_s = turn.waited_s
         self._last = Piece()
         self._num_calls = 0
 
@@ -248,10 +249,10 @@ class OllamaRender(Render):
         answer.done_reason = "length" if piece.finish_reason == "length" else "stop"
         answer.prompt_eval_count = usage.prompt_tokens
         answer.eval_count = usage.completion_tokens
-        answer.load_duration = 0
+        answer.load_duration = int(self._waited_s * 1e9)
         stats = piece.stats
         if stats is not None:
-            answer.total_duration = int(stats.total_s * 1e9)
+            answer.total_duration = int((self._waited_s + stats.total_s) * 1e9)
             answer.prompt_eval_duration = int((stats.ttft_s - stats.queue_s) * 1e9)
             answer.eval_duration = int((stats.total_s - stats.ttft_s) * 1e9)
         return answer
@@ -285,16 +286,18 @@ def is_load(body: OllamaChatRequest | GenerateRequest) -> bool:
     return not body.prompt and body.suffix is None
 
 
-def loaded(name: str, body: OllamaChatRequest | GenerateRequest) -> OllamaCounts:
+def loaded(
+    name: str, body: OllamaChatRequest | GenerateRequest, reason: Literal["load", "unload"]
+) -> OllamaCounts:
     """Return the answer to such a request."""
     created_at = timestamp(datetime.now(timezone.utc))
     if isinstance(body, OllamaChatRequest):
         message = OllamaAnswerMessage("", "assistant")
         return OllamaChatAnswer(
-            model=name, created_at=created_at, message=message, done=True, done_reason="load"
+            model=name, created_at=created_at, message=message, done=True, done_reason=reason
         )
     return GenerateAnswer(
-        model=name, created_at=created_at, response="", done=True, done_reason="load"
+        model=name, created_at=created_at, response="", done=True, done_reason=reason
     )
 
 

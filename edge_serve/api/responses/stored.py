@@ -32,7 +32,7 @@ from edge_serve.api.respond import Answer, Plan, Resumed, Turn, begin, json_resp
 from edge_serve.http.access import Client
 from edge_serve.http.errors import APIError, as_api_error, draining, invalid
 from edge_serve.http.threads import ClientGoneError, Lane, in_thread
-from edge_serve.models.registry import ModelRegistry
+from edge_serve.models.registry import ModelRegistry, ServedModel
 from edge_serve.settings import ServerSettings
 from edge_serve.stored.record import Record, StoredRows, Unfinished, rows_sha256
 from edge_serve.stored.store import ResponseStore
@@ -362,17 +362,26 @@ class StoredResponses:
             APIError: it cannot go on.
             EdgeError: likewise.
         """
-        record, unfinished = live.record, live.record.unfinished
+        unfinished = live.record.unfinished
         assert unfinished is not None
-        assert self._store is not None
         if unfinished.begins >= MOST_BEGINS:
             raise APIError(
                 500,
                 "interrupted",
                 f"the server was killed {unfinished.begins} times while it ran this response",
             )
-        model = self._models.get(unfinished.model)
-        llm = model.llm
+        try:
+            model = (await self._models.choose(unfinished.model)).model
+        except APIError as error:
+            if error.code == "no_room":
+                return False
+            raise
+        with model.lease():  # it stays loaded until the answer has begun
+            return await self._resume_on(model, live)
+
+    async def _resume_on(self, model: ServedModel, live: _Live) -> bool:
+        record, unfinished, llm = live.record, live.record.unfinished, model.llm
+        assert unfinished is not None
         if bundle_key(llm.manifest) != unfinished.bundle:
             raise APIError(
                 409,

@@ -33,7 +33,7 @@ from edge.runtime.eagle3 import CLOSE, Eagle3Drafter
 from edge.runtime.scheduler import StoredPrefix
 from edge_lab.cli.inspect import inspect
 from edge_lab.cli.plan import plan
-from edge_serve.models.switch import need_bytes
+from edge_serve.models.loader import need_bytes
 from tests.conftest import TINY_KV_CAPACITY, Checkpoints, require_kernels
 from tests.edge.backends.ort.test_gpu import HOST
 from tests.edge.runtime.conftest import VOCAB

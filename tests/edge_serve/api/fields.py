@@ -48,7 +48,7 @@ def fields_of(kind: type[msgspec.Struct], seen: set[type]) -> Iterator[str]:
 def observe(
     live: Live, path: str, body: dict[str, Any], kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[int, Any]:
-    """The status, and all that a request came to: for the engine, the route and the client."""
+    """The status, and all that a request came to: for engine, route and client, and afterwards."""
     submitted: list[Any] = []
     submit = LLM.submit
 
@@ -70,7 +70,8 @@ def observe(
     facts = None
     if answer.status == 200 and submitted:
         facts = facts_of(decode(json.dumps(body).encode(), kind, 64), "id")
-    return answer.status, (submitted, facts, text)
+    stays_s = [model.keep_alive_s for model in live.service.models.models()]
+    return answer.status, (submitted, facts, text, stays_s)
 
 
 def check_field(

@@ -170,11 +170,17 @@ def test_every_setting_without_a_flag_is_a_key_and_a_variable(tmp_path: Path):
     keys = keys_without_option()
     assert "max_header_bytes" in keys
     path = tmp_path / "edge.toml"
-    others = {"max_inflight_body_bytes": 2**30, "trusted_proxies": ["10.0.0.2", "fd00::/8"]}
+    others = {
+        "max_inflight_body_bytes": 2**30,
+        "trusted_proxies": ["10.0.0.2", "fd00::/8"],
+        "admin_keys": ["ann"],
+    }
     path.write_text("".join(f"{key} = 77\n" for key in keys if key not in others))
     environ = {
         "EDGE_LLM_SERVE_MAX_INFLIGHT_BODY_BYTES": str(2**30),
         "EDGE_LLM_SERVE_TRUSTED_PROXIES": "10.0.0.2, fd00::/8",
+        "EDGE_LLM_SERVE_ADMIN_KEYS": "ann",
+        "EDGE_LLM_SERVE_API_KEY_FILE": "/srv/keys",
     }
     found = load_settings(ServerSettings, file=path, environ=environ)
     for key in keys:

@@ -28,9 +28,9 @@ from edge.runtime.scheduler.request import SchedulerStats
 from edge_lab.telemetry import Snapshot
 from edge_serve.api.facts import count_tokens, facts_of
 from edge_serve.api.protocol import ChatRequest, CompletionRequest
+from edge_serve.models.loader import need_bytes
 from edge_serve.models.registry import LEAST_STALL_S, MOST_STALL_S, Heartbeat
 from edge_serve.models.route import Facts, Rule, Split, read_routes
-from edge_serve.models.switch import need_bytes
 from edge_serve.run import Service
 from edge_serve.settings import ServerSettings
 from tests.conftest import Bundles
@@ -267,8 +267,8 @@ def test_a_model_that_is_busy_holds_up_no_prompt_that_another_scores(pair: Pair)
 
 
 def test_tokens_are_counted_as_far_as_the_rules_look(pair: Pair, monkeypatch: pytest.MonkeyPatch):
-    small, big = (pair.service.models.get(name) for name in ("small", "big"))
-    tokenizer = small.llm.tokenizer
+    small, big = (pair.service.models.entry(name) for name in ("small", "big"))
+    tokenizer = small.tokenizer()
     words, quanta = "some words", "\N{CJK UNIFIED IDEOGRAPH-91CF}" * 4
     expected = len(tokenizer.encode(words)) + len(tokenizer.encode(quanta))
     encoded: list[str] = []

@@ -1,0 +1,366 @@
+"""Loads models when requests ask for them, and unloads those that are idle.
+
+One model is opened or closed at a time. A model is unloaded `ServedModel.keep_alive_s` after its
+last request, and the one that is idle for longest where another needs its memory; never while a
+request holds it. What was asked of a model that is being unloaded loads it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from edge.backends.ort.int8_prompts import int8_bytes
+from edge.bundle.io_spec import kv_bytes_per_token
+from edge.bundle.manifest import HeadManifest, Manifest, head_manifest, read_manifest
+from edge.bundle.trust import open_manifest
+from edge.engine_config import EAGLE3, Prefill
+from edge.errors import EdgeError
+from edge_serve.http.errors import APIError, draining
+from edge_serve.http.memory import give_back
+from edge_serve.http.threads import in_daemon
+from edge_serve.settings import ServerSettings
+
+from .bundle_text import read_bundle_text
+from .limits import opening_bytes
+from .registry import ModelEntry, ModelRegistry, ServedModel
+
+if TYPE_CHECKING:
+    from edge_serve.observe.metrics import Metrics
+
+_log = logging.getLogger("edge_serve")
+_FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 60.0
+_BUSY_S = 5.0  # when to ask again where models that answer leave no room
+_MIB = 2**20
+Reason = Literal["idle", "room", "asked"]
+"""Why a model is unloaded: no request came, another needs its memory, or somebody asked for it."""
+
+
+def need_bytes(
+    manifest: Manifest,
+    num_slots: int,
+    kv_capacity: int | None,
+    prefill: Prefill = "plain",
+    draft: Manifest | None = None,
+) -> int:
+    """Compute the memory that a bundle takes at most: its files, the KV cache, prompts' weights.
+
+    Args:
+        manifest: of the bundle.
+        num_slots: slots of its cache.
+        kv_capacity: tokens of a slot; None is the bundle's own.
+        prefill: how prompts are multiplied.
+        draft: of the bundle or head that drafts for it, whose cache is as long.
+
+    Raises:
+        ConfigError: the bundle has no weights for such a ``prefill``.
+    """
+    capacity = kv_capacity or manifest.kv_capacity
+    prompts = int8_bytes(manifest) if prefill == "int8" else 0
+    files = sum(file.num_bytes for file in manifest.files.values())
+    cache = (
+        num_slots
+        * capacity
+        * kv_bytes_per_token(manifest.model, manifest.dtype, manifest.int8_layers)
+    )
+    own = prompts + files + cache
+    if isinstance(draft, HeadManifest):  # its files are among the bundle's
+        return own + num_slots * capacity * kv_bytes_per_token(draft.model, draft.dtype)
+    return own if draft is None else own + need_bytes(draft, num_slots, capacity)
+
+
+class Loader:
+    """Loads and unloads the models of a registry; only the event loop's thread may call it.
+
+    Args:
+        models: the registry.
+        settings: how models are opened, how long they stay, and their memory.
+        room_bytes: returns the memory that this process can still have; None if it is not known.
+        metrics: counts what is loaded and unloaded.
+
+    Attributes:
+        lock: held while a model is opened, closed or replaced.
+    """
+
+    def __init__(
+        self,
+        models: ModelRegistry,
+        settings: ServerSettings,
+        room_bytes: Callable[[], int | None],
+        metrics: Metrics,
+    ) -> None:
+        self._models = models
+        self._settings = settings
+        self._room_bytes = room_bytes
+        self._metrics = metrics
+        self.lock = asyncio.Lock()
+        self._loads: dict[str, asyncio.Task[None]] = {}
+        self._unloads: set[asyncio.Task[bool]] = set()
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._stopping: asyncio.Future[None] | None = None
+        models.load_for = self.load_for
+
+    # ------------------------------------------------------------------------------- memory
+
+    def need_bytes(self, manifest: Manifest) -> int:
+        """Compute the memory that a bundle takes at most, with what drafts for it; reads files.
+
+        Raises:
+            EdgeError: the bundle that drafts cannot be read, or see `need_bytes`.
+        """
+        settings = self._settings
+        draft: Manifest | None = None
+        if settings.draft == EAGLE3:
+            draft = head_manifest(manifest)
+        elif settings.draft is not None:
+            draft = read_manifest(settings.draft)
+        sizes = settings.num_slots, settings.kv_capacity, settings.prefill
+        return need_bytes(manifest, *sizes, draft)
+
+    def _peak_bytes(self, bundle: Path, manifest: Manifest) -> int:
+        """Compute what a bundle takes at most, where that counts also while it is opened."""
+        need = self.need_bytes(manifest)
+        if self._settings.memory_budget_mb is None:
+            return max(need, opening_bytes(self._settings, bundle))
+        return need
+
+    def free_bytes(self) -> int | None:
+        """Return the memory for a model beside the open ones; None if it is not known."""
+        if self._settings.memory_budget_mb is None:
+            return self._room_bytes()
+        taken = sum(map(self._taken_bytes, self._models.open_models()))
+        return self._settings.memory_budget_mb * _MIB - taken
+
+    def _taken_bytes(self, model: ServedModel) -> int:
+        settings = self._settings
+        sizes = settings.num_slots, settings.kv_capacity, settings.prefill
+        return need_bytes(model.llm.manifest, *sizes, model.llm.draft_manifest)
+
+    def later(self, name: str, bundle: Path) -> ModelEntry | None:
+        """Return the entry of a model that does not fit beside the open ones; None if it does.
+
+        Raises:
+            EdgeError: its manifest cannot be read, or is not to be trusted.
+        """
+        settings = self._settings
+        manifest = open_manifest(bundle, settings.trusted_keys)
+        need, free = self._peak_bytes(bundle, manifest), self.free_bytes()
+        if free is None or need <= free:
+            return None
+        _log.warning(
+            "model %s starts unloaded: it needs %d MiB, and %d MiB are left beside the others (%s);"
+            " the first request for it loads it in the place of one that is idle",
+            name,
+            need / _MIB,
+            max(0, free) / _MIB,
+            "the free memory" if settings.memory_budget_mb is None else "memory_budget_mb",
+        )
+        capacity = settings.kv_capacity or manifest.kv_capacity
+        reasons = read_bundle_text(bundle, manifest, capacity).reasons
+        return ModelEntry(name, bundle, manifest, int(time.time()), capacity, reasons)
+
+    async def make_room(self, entry: ModelEntry, need: int) -> None:
+        """Unload idle models, the longest idle first, until another fits; `lock` is held.
+
+        Raises:
+            APIError: 503, models that answer leave no room for it; none is unloaded.
+        """
+        others = [model for model in self._models.models() if model.name != entry.name]
+        idle = sorted(
+            (model for model in others if not model.is_used), key=lambda model: model.used_s
+        )
+        free = await in_daemon(self.free_bytes)
+        if free is None:
+            return
+        most = free + sum(map(self._taken_bytes, idle))
+        if need > most and len(idle) < len(others):
+            busy = ", ".join(model.name for model in others if model.is_used)
+            raise APIError(
+                503,
+                "no_room",
+                f"the model {entry.name!r} needs {need / _MIB:.0f} MiB, and "
+                f"{max(0, most) / _MIB:.0f} MiB can be had beside the models that answer now "
+                f"({busy}); try again when they are done, or have the operator raise "
+                "memory_budget_mb",
+                retry_after_s=_BUSY_S,
+            )
+        for model in idle:
+            if free is None or need <= free:
+                return
+            if not model.is_used:  # a request may have come meanwhile
+                await self._close(self._models.entry(model.name), "room")
+                free = await in_daemon(self.free_bytes)
+
+    # ------------------------------------------------------------------------------- loading
+
+    async def load_for(self, entry: ModelEntry) -> None:
+        """Load a model for a request, which waits at most as long as it may take.
+
+        Raises:
+            APIError: 503, it cannot be loaded now; or 504, it takes too long.
+        """
+        if (wait_s := entry.retry_s - time.monotonic()) > 0:
+            raise self._failed(entry, wait_s)
+        await self.load(entry)
+
+    async def load(self, entry: ModelEntry) -> None:
+        """Load a model if it is not loaded, whether or not that has just failed.
+
+        Raises:
+            What `load_for` raises.
+        """
+        if entry.served is not None:
+            return None
+        if self._models.is_draining:
+            raise draining()
+        loop = asyncio.get_running_loop()
+        if self._stopping is None:
+            self._stopping = loop.create_future()
+        task = self._loads.get(entry.name)
+        if task is None:
+            task = self._loads[entry.name] = asyncio.create_task(self._load(entry))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        waiting: set[asyncio.Future[Any]] = {task, self._stopping}
+        await asyncio.wait(
+            waiting,
+            timeout=self._settings.request_timeout_s,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        if task.done():
+            return task.result()
+        if self._stopping.done():
+            raise draining()
+        raise APIError(
+            504,
+            "deadline_exceeded",
+            f"the model {entry.name!r} was not loaded in the time that a request may take; try "
+            "again later",
+            retry_after_s=5,
+            should_retry=False,
+        )
+
+    async def _load(self, entry: ModelEntry) -> None:
+        try:
+            async with self.lock:
+                if entry.served is None:  # a reload may have opened it meanwhile
+                    await self._open(entry)
+        finally:
+            del self._loads[entry.name]
+
+    async def _open(self, entry: ModelEntry) -> None:
+        started = time.monotonic()
+        entry.is_loading = True
+        try:
+            peak = partial(self._peak_bytes, entry.bundle, entry.manifest)
+            need = await in_daemon(peak)
+            await self.make_room(entry, need)
+            llm = await in_daemon(lambda: self._models.open(entry.bundle))
+        except APIError:
+            raise
+        except Exception as error:
+            log = _log.error if isinstance(error, EdgeError) else _log.exception
+            log("model %s cannot be loaded: %s", entry.name, error)
+            self._metrics.observe_load(entry.name, None)
+            wait_s = min(_FIRST_RETRY_S * 2**entry.failures, _LAST_RETRY_S)
+            entry.retry_s = time.monotonic() + wait_s
+            entry.failures += 1
+            entry.failed = str(error) if isinstance(error, EdgeError) else "see the server's log"
+            raise self._failed(entry, wait_s) from error
+        finally:
+            entry.is_loading = False
+        if self._models.is_draining:
+            await in_daemon(llm.close)
+            raise draining()
+        self.put(ServedModel(entry.name, entry.bundle, llm))
+        took_s = time.monotonic() - started
+        self._metrics.observe_load(entry.name, took_s)
+        _log.info("model %s is loaded after %.1f s", entry.name, took_s)
+
+    def put(self, model: ServedModel) -> None:
+        """Serve an open model, and unload it when it has been idle for long enough."""
+        self._models.add(model)
+        self.watch(model)
+
+    def watch(self, model: ServedModel) -> None:
+        """Unload a model when it has been idle for long enough."""
+        model.keep_alive_s = self._settings.keep_alive_s
+        model.on_rest = partial(self._rests, model)
+        model.touch()
+
+    @staticmethod
+    def _failed(entry: ModelEntry, wait_s: float) -> APIError:
+        return APIError(
+            503,
+            "load_failed",
+            f"the model {entry.name!r} could not be loaded: {entry.failed}; it is tried again",
+            retry_after_s=wait_s,
+        )
+
+    # ------------------------------------------------------------------------------- unloading
+
+    def _rests(self, model: ServedModel) -> None:
+        """Set the timer of a model that no request holds."""
+        timer = self._timers.pop(model.name, None)
+        if timer is not None:
+            timer.cancel()
+        if math.isfinite(model.keep_alive_s) and not self._models.is_draining:
+            loop = asyncio.get_running_loop()
+            left_s = max(0.0, model.expires_s - time.monotonic())
+            self._timers[model.name] = loop.call_later(left_s, self._expire, model)
+
+    def _expire(self, model: ServedModel) -> None:
+        self._timers.pop(model.name, None)
+        if not model.is_used:  # else its last request sets the timer
+            task = asyncio.create_task(self._unload(model, "idle"))
+            self._unloads.add(task)  # the loop itself keeps only a weak reference
+            task.add_done_callback(self._unloads.discard)
+
+    async def unload(self, entry: ModelEntry) -> bool:
+        """Unload a model that no request holds, at once; returns false if one holds it."""
+        return entry.served is None or await self._unload(entry.served, "asked")
+
+    async def _unload(self, model: ServedModel, reason: Reason) -> bool:
+        async with self.lock:
+            entry = self._models.entry(model.name)
+            if entry.served is not model:
+                return True
+            if reason == "idle" and model.expires_s > time.monotonic():
+                self._rests(model)  # a request came while this waited
+                return False
+            if model.is_used:
+                return False
+            await self._close(entry, reason)
+            return True
+
+    async def _close(self, entry: ModelEntry, reason: Reason) -> None:
+        """Close the open bundle of an entry; `lock` is held."""
+        model = self._models.retire(entry)
+        assert model is not None
+        timer = self._timers.pop(entry.name, None)
+        if timer is not None:
+            timer.cancel()
+        try:
+            await in_daemon(model.llm.close)
+        except Exception:  # noqa: BLE001 - logged; it takes no requests any more
+            _log.exception("model %s was not closed", entry.name)
+        self._models.forget(model)
+        self._metrics.observe_unload(entry.name, reason)
+        _log.info("model %s is unloaded (%s)", entry.name, reason)
+        del model
+        await in_daemon(give_back)
+
+    # ------------------------------------------------------------------------------- the end
+
+    def drain(self) -> None:
+        """Load and unload nothing any more; requests that wait for a model are refused."""
+        if self._stopping is not None and not self._stopping.done():
+            self._stopping.set_result(None)
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
