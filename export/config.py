@@ -12,6 +12,7 @@ from edge.errors import ConfigError
 
 from .graph.embedding_table import EmbeddingType
 from .quantize.calibrated import Method
+from .recipes import RECIPES, RecipeName
 from .sources.documents import BUILT_IN_TOKENS, DEFAULT_TOKENS
 from .sources.opening import Hub
 from .targets import ANY, TARGETS, Target
@@ -20,7 +21,7 @@ GraphType = Literal["fp16", "bf16"]
 KvCacheType = Literal["float", "int8"]
 AS_IN_SOURCE: Literal["source"] = "source"
 """The ``--quant`` that keeps the integers of a checkpoint that is quantized already."""
-DEFAULT_METHOD: Method = "awq+gptq"
+DEFAULT_METHOD = RECIPES["default"].method
 """How INT4 layers are rounded; docs/quantization.md has what each method costs and loses."""
 
 
@@ -36,8 +37,10 @@ class ExportConfig:
         group_size: see `Recipe`.
         keep: see `Recipe`.
         clip: see `Recipe`.
+        named: what is done where no other field says: ``default``, or ``fast`` for a bundle within
+            minutes, see `recipes.RECIPES`.
         method: how INT4 layers are rounded: ``rtn`` to nearest, the others calibrated; None is
-            `DEFAULT_METHOD`.
+            that of ``named``.
         calibration: text or JSONL to calibrate with; None is the built-in text, for GPTQ and
             W8A8 the mixed one.
         calibration_tokens: most tokens to calibrate with; None is as in `most_calibration_tokens`.
@@ -86,6 +89,7 @@ class ExportConfig:
     group_size: int | None = None
     keep: tuple[tuple[str, str], ...] = ()
     clip: Clip = "mse"
+    named: RecipeName = "default"
     method: Method | None = None
     calibration: Path | None = None
     calibration_tokens: int | None = None
@@ -129,6 +133,7 @@ class ExportConfig:
             ("--quant", quant, Quant),
             ("--clip", self.clip, Clip),
             ("--method", self.method or "rtn", Method),
+            ("named", self.named, RecipeName),
             ("--embeddings", self.embeddings, EmbeddingType),
             ("--kv-cache", self.kv_cache, KvCacheType),
             ("--dialect", self.dialect or "native", Dialect),
@@ -146,8 +151,11 @@ class ExportConfig:
                 f"--quant {self.quant} contradicts --dtype {self.dtype}; say --quant {self.dtype}"
             )
         has_int4 = quant == "int4" or any(kind_of(scheme) == "int4" for _, scheme in self.keep)
-        default: Method = DEFAULT_METHOD if has_int4 and self.quant != AS_IN_SOURCE else "rtn"
+        rounds = has_int4 and self.quant != AS_IN_SOURCE
+        default: Method = RECIPES[self.named].method if rounds else "rtn"
         object.__setattr__(self, "rounding", self.method or default)
+        if self.named == "fast":
+            self._check_fast(has_int4)
         if self.rounding != "rtn" and not has_int4:
             raise ConfigError(
                 f"--method {self.method} has no effect: no layer is INT4; leave it out"
@@ -161,7 +169,9 @@ class ExportConfig:
             calibrates = self.rounding != "rtn" or rounds_inputs or self.kv_cache == "int8"
             if setting is not None and not calibrates:
                 why = f"--quant {quant}, which needs no calibration;"
-                if has_int4:
+                if self.named == "fast":
+                    why = "--fast, which calibrates nothing; leave out --fast, or"
+                elif has_int4:
                     why = f"--method rtn; use --method {DEFAULT_METHOD} or"
                 raise ConfigError(f"{option} has no effect with {why} leave it out")
         if self.seed is not None and not 0 <= self.seed < 1 << 32:
@@ -252,6 +262,19 @@ class ExportConfig:
     def _implied_dialect(self) -> Dialect:
         needs_portable = self.kv_cache == "int8" and self.device.versions
         return "portable" if needs_portable else self.device.dialects[0]
+
+    def _check_fast(self, has_int4: bool) -> None:
+        """Refuse ``--fast`` where it would change nothing, or another option asks for more."""
+        if self.method is not None:
+            raise ConfigError(
+                f"--fast contradicts --method {self.method}: it rounds to nearest; leave one of "
+                "the two out"
+            )
+        if not has_int4 and self.quant != AS_IN_SOURCE:
+            raise ConfigError(
+                f"--fast has no effect with --quant {self.quant}: no layer is INT4; leave it out, "
+                "or add --no-verify to measure nothing"
+            )
 
     def _refuse_rounding(self) -> None:
         """Refuse what has no effect where the source's integers are kept."""

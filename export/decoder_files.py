@@ -36,7 +36,7 @@ from edge.text.tokenizer import Tokenizer
 from edge_lab.progress import Progress, prefixed
 
 from .bundle import BundleWriter
-from .config import ExportConfig
+from .config import AS_IN_SOURCE, ExportConfig
 from .graph.data_file import DataFile, StoredTensor
 from .graph.decoder import DecoderTensors, HiddenTap, StoredLinear, build_decoder
 from .graph.float_range import check_range
@@ -83,6 +83,27 @@ class WrittenDecoder:
     kv_cache: KvCache | None
 
 
+def calibrates(config: ExportConfig, schemes: Mapping[str, TensorScheme]) -> bool:
+    """Whether the recipe needs calibration.
+
+    Raises:
+        ConfigError: no layer uses the method.
+    """
+    if config.quant == AS_IN_SOURCE:
+        return False
+    kinds = {scheme.kind for scheme in schemes.values()}
+    if config.method not in (None, "rtn") and "int4" not in kinds:
+        raise ConfigError(f"--method {config.method} has no effect: no layer is INT4; leave it out")
+    return (config.rounding != "rtn" and "int4" in kinds) or "w8a8" in kinds
+
+
+def cache_tokens(config: ExportConfig) -> int:
+    """Tokens with which the KV cache is calibrated, at most; 0 if it stays in float."""
+    if config.kv_cache == "float":
+        return 0
+    return CACHE_TOKENS if config.calibration_tokens is None else config.calibration_tokens
+
+
 @dataclass(frozen=True)
 class DecoderFiles:
     """Plans, converts and stores a model's linears, and writes the graphs that read them.
@@ -104,30 +125,6 @@ class DecoderFiles:
     progress: Progress
     head: Eagle3Head | None = None
 
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether the recipe needs calibration.
-
-        Raises:
-            ConfigError: no layer uses the method.
-        """
-        if self.config.quant == "source":
-            return False
-        kinds = {scheme.kind for scheme in self.schemes.values()}
-        if self.config.method not in (None, "rtn") and "int4" not in kinds:
-            raise ConfigError(
-                f"--method {self.config.method} has no effect: no layer is INT4; leave it out"
-            )
-        return (self.config.rounding != "rtn" and "int4" in kinds) or "w8a8" in kinds
-
-    @property
-    def cache_tokens(self) -> int:
-        """Tokens with which the KV cache is calibrated, at most; 0 if it stays in float."""
-        if self.config.kv_cache == "float":
-            return 0
-        tokens = self.config.calibration_tokens
-        return CACHE_TOKENS if tokens is None else tokens
-
     def write(self, writer: BundleWriter, kv_capacity: int) -> WrittenDecoder:
         """Write all four files; a calibrated export continues where the last was interrupted.
 
@@ -139,7 +136,7 @@ class DecoderFiles:
         names = (graphs.decoder, graphs.cpu)
         targets = [writer.path(f"{name}.data") for name in names]
         calibration = None
-        if self.is_calibrated:
+        if calibrates(self.config, self.schemes):
             ids, calibration = self._calibration_text(self.config.most_calibration_tokens)
             key = calibration_key(self.config, self.checkpoint, ids)
             with resumable_work(writer.calibration_directory, key, targets) as work:
@@ -177,7 +174,7 @@ class DecoderFiles:
         Raises:
             ConfigError: the text cannot be used, or no layer may be in 8 bits.
         """
-        ids, calibration = self._calibration_text(self.cache_tokens)
+        ids, calibration = self._calibration_text(cache_tokens(self.config))
         scales, kv_cache, peaks = calibrate_kv_cache(
             ScaledCheckpoint(self.checkpoint, finished.factors),
             ids,

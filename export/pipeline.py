@@ -15,21 +15,18 @@ import msgspec
 from edge._version import __version__
 from edge.backends.ort.session import onnxruntime_version
 from edge.bundle import io_spec
-from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import (
     SCHEMA_VERSION,
     Dialect,
     DraftHead,
     Manifest,
-    ModelSpec,
     Quantization,
     Reranking,
-    TensorScheme,
     Tokens,
     printable,
     read_manifest,
 )
-from edge.bundle.schemes import Clip, stored_bytes
+from edge.bundle.schemes import Clip
 from edge.errors import (
     BundleError,
     CheckpointError,
@@ -50,9 +47,9 @@ from engines.rules.table import VERSIONS
 from .bundle import BundleWriter
 from .config import AS_IN_SOURCE, KvCacheType
 from .config import ExportConfig as ExportConfig
-from .decoder_files import DecoderFiles, WrittenDecoder
-from .estimate import LONG_S, describe_s, export_s
-from .graph.embedding_table import EmbeddingType, embedding_tensors
+from .decoder_files import DecoderFiles, WrittenDecoder, calibrates
+from .forecast import Forecast, estimated_bytes, forecast, forecast_of_preview, measures
+from .graph.embedding_table import embedding_tensors
 from .graph.safetensors_writer import write_safetensors
 from .head_files import write_head
 from .quantize.calibrated import Method
@@ -60,13 +57,13 @@ from .quantize.from_source import is_quantized, source_schemes
 from .quantize.rotation import RotatedCheckpoint
 from .sources.checkpoint import Checkpoint
 from .sources.checkpoint_text import CheckpointText
+from .sources.download import Preview
 from .sources.eagle3 import Eagle3Head
 from .sources.lora import LoraCheckpoint
 from .sources.opening import open_checkpoint
 from .sources.vocabulary import VOCABULARY_NAME, ReducedCheckpoint, encode_kept
 from .verify import (
     REPORT_TOKENS,
-    VERIFY_TOKENS,
     check_memory,
     measure_bundle,
     verify_bundle,
@@ -88,8 +85,8 @@ def export_checkpoint(
     Args:
         config: what to export and how.
         progress: called as the export proceeds.
-        announce: called with a line for a person: how long the export will take, or why the bundle
-            is not measured.
+        announce: called with a line for a person: what is downloaded, how long the export takes,
+            or why the bundle is not measured.
 
     Raises:
         ConfigError: options contradict each other or the model.
@@ -105,16 +102,59 @@ def export_checkpoint(
         if config.verify:
             raise DependencyError(f"--verify runs the bundle, but {problem}")
         _log.warning("%s", problem)
-    with open_checkpoint(
+    progress, announce = progress or silent, announce or _mute
+    foreseen: list[Forecast] = []
+
+    def foresee(preview: Preview) -> None:
+        found = forecast_of_preview(config, preview)
+        for line in found.lines():
+            announce(line)
+        found.check_disk(config.output)
+        foreseen.append(found)
+
+    with _open(config, progress, foresee) as checkpoint:
+        resolved = config.resolved(is_quantized=is_quantized(checkpoint))
+        return _Export(resolved, checkpoint, progress, announce).run(announced=bool(foreseen))
+
+
+def forecast_checkpoint(config: ExportConfig, progress: Progress = silent) -> Forecast:
+    """Say what `export_checkpoint` would take; of a hub only the small files are fetched.
+
+    Raises:
+        CheckpointError, ConfigError, DependencyError: see `export_checkpoint`.
+    """
+    try:
+        with _open(config, progress, _enough) as checkpoint:
+            config = config.resolved(is_quantized=is_quantized(checkpoint))
+            return _Export(config, checkpoint, progress, _mute).expected
+    except _EnoughError as enough:
+        return forecast_of_preview(config, enough.preview)
+
+
+class _EnoughError(Exception):
+    """The small files were all that was wanted; it ends a download before the weights."""
+
+    def __init__(self, preview: Preview) -> None:
+        super().__init__(preview.source)
+        self.preview = preview
+
+
+def _enough(preview: Preview) -> None:
+    raise _EnoughError(preview)
+
+
+def _open(
+    config: ExportConfig, progress: Progress, before_download: Callable[[Preview], None]
+) -> Checkpoint:
+    return open_checkpoint(
         config.source,
         revision=config.revision,
         cache_dir=config.cache_dir,
         hub=config.hub,
-        progress=progress or silent,
+        progress=progress,
         task=config.task,
-    ) as checkpoint:
-        config = config.resolved(is_quantized=is_quantized(checkpoint))
-        return _Export(config, checkpoint, progress or silent, announce or _mute).run()
+        before_download=before_download,
+    )
 
 
 def _cannot_run_here(dialect: Dialect, kv_cache: KvCacheType) -> str | None:
@@ -199,20 +239,19 @@ class _Export:
             config, checkpoint, self.schemes, self.positions, progress, self.head
         )
 
-    def run(self) -> Manifest:
-        required = estimated_bytes(
-            self.model,
-            self.schemes,
-            self.positions,
-            self.config.embeddings,
-            offsets=self.config.quant == AS_IN_SOURCE,
-        )
-        if self.decoder.is_calibrated:
-            tokens = self.config.most_calibration_tokens
-            models = 2 if "gptq" in self.config.rounding else 1  # the float and the rounded one
-            required += 2 * 4 * models * tokens * self.model.hidden_size  # states, old and new
-        if self.head is not None:
-            required += 2 * self.head.num_bytes  # integers and their scales twice, or floats
+    @property
+    def expected(self) -> Forecast:
+        """What the export takes."""
+        head_bytes = 0 if self.head is None else self.head.num_bytes
+        return forecast(self.config, self.model, self.schemes, head_bytes)
+
+    def run(self, *, announced: bool) -> Manifest:
+        """Write the bundle.
+
+        Args:
+            announced: whether what it takes was announced before a download.
+        """
+        expected = self.expected
         what = "the bundle"
         if self.config.verify:
             try:
@@ -221,16 +260,16 @@ class _Export:
                 raise ResourceError(
                     f"--verify has no room: {error}; free some memory, or leave it out"
                 ) from error
-            required += self._reference_bytes
             what += " with the float model of --verify"
         with BundleWriter(
             self.config.output,
-            required_bytes=required,
+            required_bytes=expected.needed_bytes,
             overwrite=self.config.overwrite,
-            calibrates=self.decoder.is_calibrated,
+            calibrates=calibrates(self.config, self.schemes),
             what=what,
         ) as writer:
-            self.announce(self._expectation())
+            for line in () if announced else expected.lines():
+                self.announce(line)
             decoder = self.decoder.write(writer, self.kv_capacity)
             head = None
             if self.head is not None:
@@ -242,7 +281,7 @@ class _Export:
             manifest = self.manifest(decoder, legal, head)
             if self.config.verify:
                 manifest = self.verify(writer, manifest)
-            elif self._reports:
+            elif measures(self.config, self.model, self.schemes):
                 manifest = self.report(writer, manifest)
             self.progress(_LAST_STEP, 0, 1)
             manifest = writer.commit(manifest)
@@ -280,11 +319,6 @@ class _Export:
         return read_manifest(staged)
 
     @property
-    def _reports(self) -> bool:
-        """Whether what the quantization cost is measured; that compares next tokens."""
-        return self.config.report and self.quantized and self.model.task == "generate"
-
-    @property
     def _quant(self) -> str:
         """The name of the recipe."""
         return self.config.quant or self.config.recipe.quant
@@ -307,31 +341,10 @@ class _Export:
         config = dataclasses.replace(
             self.config.float_reference(), output=writer.scratch() / "reference"
         )
-        _Export(config, self.original, prefixed(self.progress, "reference: "), _mute).run()
-        return config.output
-
-    def _expectation(self) -> str:
-        measured = self.config.verify or self._reports
-        tokens = VERIFY_TOKENS if self.config.verify else REPORT_TOKENS
-
-        def expected_s(rounding: Method) -> float:
-            cache_tokens = self.decoder.cache_tokens
-            return export_s(
-                self.model, self.schemes, rounding, tokens if measured else 0, cache_tokens
-            )
-
-        rounding = self.config.rounding
-        rounds_int4 = self.config.quant != AS_IN_SOURCE and any(
-            scheme.kind == "int4" for scheme in self.schemes.values()
+        _Export(config, self.original, prefixed(self.progress, "reference: "), _mute).run(
+            announced=True
         )
-        recipe = f"{self._quant}, {rounding}" if rounds_int4 else self._quant
-        seconds = expected_s(rounding)
-        text = f"{recipe}: expect {describe_s(seconds)} on two cores"
-        if measured:
-            text += ", measuring included"
-        if rounds_int4 and self.config.method is None and seconds > LONG_S:
-            text += f"; --method awq: {describe_s(expected_s('awq'))}, and loses more"
-        return text
+        return config.output
 
     def write_embeddings(self, path: Path) -> None:
         table = self.checkpoint.tensor("model.embed_tokens.weight")
@@ -438,31 +451,6 @@ def _printable(part: _Part) -> _Part:
         elif isinstance(value, msgspec.Struct) and not isinstance(value, Tokens | Reranking):
             changes[name] = _printable(value)
     return msgspec.structs.replace(part, **changes)
-
-
-def estimated_bytes(
-    model: ModelSpec,
-    schemes: dict[str, TensorScheme],
-    positions: int,
-    embeddings: EmbeddingType = "fp16",
-    *,
-    offsets: bool = False,
-) -> int:
-    """Estimate a bundle's size from above, for the check of free disk space.
-
-    With ``offsets`` each group of integers may have one, as those of a source do (`quantize.kept`).
-    """
-    row_bytes = 2 * model.hidden_size if embeddings == "fp16" else model.hidden_size + 4
-    total = model.vocab_size * row_bytes
-    total += positions * model.head_dim * (2 + 4)  # cos and sin, for both graphs
-    for layer in linear_layers(model):
-        scheme = schemes[layer.name]
-        weight, scales = stored_bytes(layer.shape, scheme)
-        scales *= 3  # in fp16 or bf16, and in fp32 for the CPU twin
-        total += weight + scales
-        if offsets:
-            total += scales // (2 if scheme.planes else 1)
-    return total + (64 << 20)  # norms, biases, graphs, tokenizer, alignment
 
 
 def _mute(line: str) -> None:

@@ -117,7 +117,7 @@ def test_every_command_parses(
         if verb == "export":
             from export.pipeline import ExportConfig
 
-            params.pop("as_json")
+            del params["as_json"], params["dry_run"]
             ExportConfig(**params)  # refuses what contradicts itself
         elif verb in ("run", "chat"):
             take_sampling(params)

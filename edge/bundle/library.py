@@ -37,6 +37,21 @@ REVISIONS = {
 Each is the one that public projects which pin these models name, independently of each other
 (searched in November 2026); the hub was not asked. A hub that does not have it refuses it.
 """
+PUBLISHED = {
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "RedHatAI/DeepSeek-R1-Distill-Qwen-1.5B-"
+    "quantized.w4a16",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": "RedHatAI/DeepSeek-R1-Distill-Qwen-7B-"
+    "quantized.w4a16",
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": "RedHatAI/DeepSeek-R1-Distill-Llama-8B-"
+    "quantized.w4a16",
+    "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": "Intel/DeepSeek-R1-0528-Qwen3-8B-int4-AutoRound",
+}
+"""Checkpoint with 4-bit integers that ``--quant source`` of a name of the `CATALOGUE` takes.
+
+Red Hat's are GPTQ by llm-compressor (symmetric, groups of 128), by their model cards and Neural
+Magic's "Quantized DeepSeek-R1 Models" of February 2025; Intel's is the example of vLLM's and
+SGLang's pages on AutoRound. The hub was not asked.
+"""
 _SEPARATORS = re.compile(r"[-_:/ ]+")
 _SIZE = re.compile(r"[0-9.]+b")
 
@@ -82,9 +97,12 @@ def find_bundle(name: str) -> Path:
     stands for its model.
 
     Raises:
-        BundleError: no bundle, or more than one, has that name, or it is that of a file.
+        BundleError: no bundle, or more than one, has that name, or it is that of a checkpoint or
+            another file.
     """
     path = Path(name)
+    if name and is_checkpoint(path):
+        raise BundleError(_no_bundle(path))
     if name and is_directory(path):
         return path
     known = list(bundle_directories())
@@ -103,7 +121,7 @@ def find_bundle(name: str) -> Path:
             "name"
         )
     if is_file(path):
-        raise BundleError(_no_directory(path))
+        raise BundleError(_no_bundle(path))
     raise BundleError(f"{_absence(name, known)}; {_remedy(name)}")
 
 
@@ -125,11 +143,13 @@ def find_setting(text: str, base: Path) -> Path:
         ConfigError: it begins with a home directory that is not known.
     """
     path = base / expand_user(text)
+    if is_checkpoint(path):
+        raise BundleError(_no_bundle(path))
     if is_directory(path):
         return path
     if "/" in text and not _named(text):
         if is_file(path):
-            raise BundleError(_no_directory(path))
+            raise BundleError(_no_bundle(path))
         return path
     return find_bundle(text).absolute()
 
@@ -159,9 +179,17 @@ def nearest_model(name: str) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(CATALOGUE)}"
 
 
-def gguf_bundle(path: Path) -> Path:
-    """Where the bundle of a GGUF file belongs."""
-    return roots()[0] / path.stem.lower()
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is what `export` reads and no bundle: a GGUF file, or a model's directory."""
+    if path.suffix.lower() == ".gguf":
+        return is_file(path)
+    return is_file(path / "config.json") and not is_file(path / MANIFEST_NAME)
+
+
+def checkpoint_bundle(path: Path) -> Path:
+    """Where the bundle of a checkpoint on this machine belongs."""
+    path = path.absolute()
+    return roots()[0] / (path.stem if path.suffix.lower() == ".gguf" else path.name).lower()
 
 
 def _named(name: str) -> list[str]:
@@ -178,14 +206,14 @@ def _named(name: str) -> list[str]:
     ]
 
 
-def _no_directory(path: Path) -> str:
-    if path.suffix.lower() != ".gguf":
+def _no_bundle(path: Path) -> str:
+    if not is_checkpoint(path):
         return f"{path} is a file; a bundle is a directory"
-    target = gguf_bundle(path)
+    target = checkpoint_bundle(path)
     run = f"edge-llm run {shlex.quote(target.name)}"
     if is_file(target / MANIFEST_NAME):
         return f"{path} is a checkpoint, and its bundle is there: {run}"
-    export = f"edge-llm export {shlex.quote(str(path))} -o {shlex.quote(str(target))}"
+    export = f"edge-llm export {shlex.quote(str(path))} -o {shlex.quote(str(target))} --fast"
     return f"{path} is a checkpoint: {export}, then {run}"
 
 

@@ -22,7 +22,7 @@ from .conversation import read_conversation, write_conversation
 from .markdown import answer_printer
 from .options import (
     ONE_ANSWER,
-    bundle_or_gguf_argument,
+    bundle_or_checkpoint_argument,
     engine_options,
     sampling_options,
     take_engine,
@@ -54,7 +54,7 @@ _LOOK_S = 0.1  # between two looks at whether Ctrl-C was pressed
 
 
 @click.command(cls=SectionCommand)
-@bundle_or_gguf_argument
+@bundle_or_checkpoint_argument
 @option("Answer", "--system", help="System message; R1 distills are best used without one.")
 @engine_options(*ONE_ANSWER)
 @sampling_options

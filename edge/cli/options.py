@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,10 +15,10 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from edge.bundle.library import find_bundle, gguf_bundle
+from edge.bundle.library import checkpoint_bundle, find_bundle, is_checkpoint
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import ConfigError, RequestError
-from edge.files import exists, is_file
+from edge.files import exists
 from edge.runtime.sampling_params import KNOBS, SamplingParams
 from edge.settings_fields import field_sections, read_flags
 
@@ -47,7 +48,7 @@ class BundlePath(click.ParamType):  # type: ignore[type-arg]  # generic from cli
     """A bundle, by its directory or by a name that `find_bundle` knows.
 
     Args:
-        offers_export: whether a person who names a GGUF file is asked to have it exported.
+        offers_export: whether a person who names a checkpoint is asked to have it exported.
     """
 
     name = "bundle"
@@ -58,7 +59,7 @@ class BundlePath(click.ParamType):  # type: ignore[type-arg]  # generic from cli
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Find the bundle, or end with the error that says which there are."""
         path = Path(value)
-        if self._offers_export and path.suffix.lower() == ".gguf" and is_file(path):
+        if self._offers_export and is_checkpoint(path):
             exported = None if ctx is None else _offer_export(ctx, path)
             if exported is not None:
                 return exported
@@ -73,22 +74,23 @@ class BundlePath(click.ParamType):  # type: ignore[type-arg]  # generic from cli
 
 def _offer_export(ctx: click.Context, path: Path) -> Path | None:
     """Ask a person at a terminal whether to export a checkpoint; return the bundle if it was."""
-    root, bundle = ctx.find_root().command, gguf_bundle(path)
+    root, bundle = ctx.find_root().command, checkpoint_bundle(path)
     verb = root.get_command(ctx, "export") if isinstance(root, click.Group) else None
     if verb is None or ctx.resilient_parsing or exists(bundle) or not sys.stdin.isatty():
         return None
-    if not click.confirm(f"{path} is a checkpoint. Export it to {bundle} now?", err=True):
-        return None
-    arguments = [str(path), "-o", str(bundle), "--target", "here"]
-    code = verb.main(arguments, "edge-llm export", standalone_mode=False)
-    if code:
-        ctx.exit(code)
+    arguments = [str(path), "-o", str(bundle), "--target", "here", "--fast"]
+    with redirect_stdout(sys.stderr):  # standard output is for the answer
+        verb.main([*arguments, "--dry-run"], "edge-llm export", standalone_mode=False)
+        if not click.confirm(f"{path} is a checkpoint. Export it to {bundle} now?", True):
+            return None
+        if code := verb.main(arguments, "edge-llm export", standalone_mode=False):
+            ctx.exit(code)
     return bundle
 
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 bundle_argument = click.argument("bundle", type=BundlePath())
-bundle_or_gguf_argument = click.argument("bundle", type=BundlePath(offers_export=True))
+bundle_or_checkpoint_argument = click.argument("bundle", type=BundlePath(offers_export=True))
 build_option = option(
     "Engine",
     "--build/--no-build",

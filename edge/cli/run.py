@@ -13,7 +13,7 @@ from edge.errors import RequestError
 from . import echo_json
 from .options import (
     ONE_ANSWER,
-    bundle_or_gguf_argument,
+    bundle_or_checkpoint_argument,
     check_utf8,
     engine_options,
     sampling_options,
@@ -25,7 +25,7 @@ from .sections import SectionCommand, option
 
 
 @click.command(cls=SectionCommand)
-@bundle_or_gguf_argument
+@bundle_or_checkpoint_argument
 @click.argument("prompt", required=False)
 @option("Answer", "--system", help="System message; R1 distills are best used without one.")
 @option(

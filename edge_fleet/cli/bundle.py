@@ -33,6 +33,7 @@ from edge.cli import echo_json
 from edge.cli.options import FILE, bundle_argument, json_option
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 from edge.files import is_directory, read_text_file
+from edge_fleet.registry.names import REGISTRY_VARIABLE, team_registry
 from edge_fleet.registry.reference import Reference, parse_reference
 from edge_fleet.signing import (
     make_key,
@@ -46,6 +47,7 @@ from edge_lab.cli.progress import show_progress
 from edge_lab.progress import Progress, uncounted
 
 from .registry_options import (
+    ReferenceType,
     allow_older_option,
     plain_http_option,
     reference_argument,
@@ -73,16 +75,27 @@ bundle.add_command(recover)
 
 @bundle.command(short_help="Send a bundle to a registry.")
 @bundle_argument
-@reference_argument
+@click.argument("reference", type=ReferenceType(), required=False)
 @plain_http_option
 @json_option
-def push(bundle: Path, reference: Reference, plain_http: bool | None, as_json: bool) -> None:
+def push(bundle: Path, reference: Reference | None, plain_http: bool | None, as_json: bool) -> None:
     """Send BUNDLE to a registry as REFERENCE; only what is not there yet is sent.
 
-    Every file is held to its hash before. Engines stay here: they are built on each device.
+    Without REFERENCE it goes to the registry of EDGE_LLM_REGISTRY, under the name by which edge-llm
+    pull finds it there. Every file is held to its hash before. Engines stay here: they are built on
+    each device.
     """
     from edge_fleet.registry.push import push as send
 
+    if reference is None:
+        team = team_registry()
+        if team is None:
+            raise ConfigError(
+                f"there is no REFERENCE, and {REGISTRY_VARIABLE} names no registry; give one of "
+                "them"
+            )
+        reference = team.reference_of(read_manifest(bundle))
+        plain_http = team.plain_http if plain_http is None else plain_http
     with _open(reference, plain_http) as registry, show_progress() as progress:
         done = send(bundle, reference, registry, progress)
     place = f"{reference.registry}/{reference.repository}@{done.digest}"

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
-from edge.bundle.library import REVISIONS, bundle_name, hub_id, nearest_model, roots
+from edge.bundle.library import (
+    PUBLISHED,
+    REVISIONS,
+    bundle_name,
+    hub_id,
+    nearest_model,
+    roots,
+)
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
 from edge.cli.options import build_option
-from edge.errors import ConfigError, EdgeError
-from edge_lab.place import check_replaceable
+from edge.errors import ConfigError, EdgeError, RegistryError
+from edge_fleet.registry.names import (
+    REGISTRY_VARIABLE,
+    TeamRegistry,
+    suffixes,
+    takes,
+    team_registry,
+)
+from edge_lab.cli.progress import show_progress
+from edge_lab.place import check_replaceable, human
 from edge_lab.telemetry import read_target
 
 
@@ -31,6 +48,21 @@ from edge_lab.telemetry import read_target
     type=click.Choice(["huggingface", "modelscope"]),
     help="Where to download from. Default: EDGE_LLM_HUB, else the Hugging Face hub.",
 )
+@click.option(
+    "--fast",
+    is_flag=True,
+    help="As for edge-llm export: a bundle within minutes of the download, which loses more.",
+)
+@click.option(
+    "--from",
+    "origin",
+    type=click.Choice(["hub", "registry"]),
+    help="Export a model of the hub, or take only a bundle of the registry. Default: the registry "
+    "of EDGE_LLM_REGISTRY first, then the hub.",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Only say what is downloaded, and what disk and time it takes."
+)
 @click.argument("export_options", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def pull(
@@ -41,6 +73,9 @@ def pull(
     force: bool,
     revision: str | None,
     hub: str | None,
+    fast: bool,
+    origin: str | None,
+    dry_run: bool,
     export_options: tuple[str, ...],
 ) -> None:
     """Get MODEL: download it, export it, and build its engine where TensorRT runs.
@@ -48,6 +83,10 @@ def pull(
     MODEL is deepseek-r1:1.5b, :7b, :8b (the Llama distill) or :8b-0528 (the Qwen3 distill), also
     as 1.5b or r1-qwen-7b, or a hub id. What follows is for edge-llm export, for example --method
     rtn or --kv-capacity 8192. HF_ENDPOINT sets a mirror of the Hugging Face hub.
+
+    Of a short name, --quant source takes a checkpoint that others have quantized: a smaller
+    download, and no calibration. If EDGE_LLM_REGISTRY names a registry, a bundle of it is fetched
+    as it is, signed where this machine trusts keys.
     """
     source = hub_id(model) or model
     if "/" not in source:
@@ -60,39 +99,64 @@ def pull(
             "pull names the bundle itself, so that every verb finds it; give --output to edge-llm "
             "export, or another directory of bundles in EDGE_LLM_BUNDLES"
         )
+    is_short = source != model and "/" not in model
+    if is_short and quant is not None and quant.lower() == "source":
+        source = PUBLISHED[source]
     quantization = _options({"--quant": quant})
     given = [*_options({"--revision": revision, "--hub": hub}), *export_options]
-    bundle = _bundle(ctx, source, [*quantization, *given])
+    asked = _asked(ctx, source, [*quantization, *given, *(["--fast"] if fast else [])])
+    bundle = _bundle(asked, source)
     if (bundle / MANIFEST_NAME).is_file() and not force:
         # The same command again goes on to a build that was cut off.
         found = f"{bundle} is there already"
         if given:
             found = f"{bundle} is there already, so {given[0]} has no effect"
+        elif not fast and quant is None and _method(bundle) == "rtn":
+            found += ", rounded to nearest as by --fast"
         click.echo(f"{found}; --force makes it anew", err=True)
+        if dry_run:
+            return
     else:
-        try:
-            bundle.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot make {bundle.parent}: {error.strerror}; go to another directory, or name "
-                "one of bundles in EDGE_LLM_BUNDLES"
-            ) from error
+        if not dry_run:
+            _make_room(bundle.parent)
         machine = read_target()
-        is_chosen = machine is None or "--target" in export_options
-        target = () if is_chosen else ("--target", machine)
-        is_pinned = source != model and "/" not in model and revision is None
-        if is_pinned and (hub or os.environ.get("EDGE_LLM_HUB") or "huggingface") == "huggingface":
-            revision = REVISIONS[source]
-        where = _options({"--revision": revision, "--hub": hub})
-        options = (*quantization, *target, *where, *export_options)
-        options = (*options, *(["--force"] if force else []))
-        _run(ctx, "export", source, "-o", str(bundle), *options)
-        # Of a first bundle only the export has seen whether the source is quantized already.
-        name = bundle_name(source, read_manifest(bundle).quantization.name)
-        if name != bundle.name:
-            check_replaceable(bundle.with_name(name), overwrite=False)
-            bundle = bundle.rename(bundle.with_name(name))
-            click.echo(f"moved to {bundle}, which says how it is quantized", err=True)
+        team = None if origin == "hub" else team_registry()
+        if origin == "registry" and team is None:
+            raise ConfigError(f"--from registry: {REGISTRY_VARIABLE} names none; set it")
+        if team is not None and (only := _of_exports(asked)):
+            if origin == "registry":
+                raise ConfigError(f"--from registry exports nothing, so {only} has no effect")
+            click.echo(f"{only} is for an export, so {team.place} is not asked", err=True)
+            team = None
+        name = asked.params["quant"] or "int4"
+        target = asked.params["target"] or machine
+        if team is None or not _fetch(team, source, name, target, bundle, origin, force, dry_run):
+            is_chosen = machine is None or "--target" in export_options
+            flags = {"--force": force, "--fast": fast, "--dry-run": dry_run}
+            is_pinned = is_short and revision is None and source in REVISIONS
+            hub_name = hub or os.environ.get("EDGE_LLM_HUB") or "huggingface"
+            if is_pinned and hub_name == "huggingface":
+                revision = REVISIONS[source]
+            options = (
+                *quantization,
+                *(() if is_chosen else ("--target", machine)),
+                *_options({"--revision": revision, "--hub": hub}),
+                *export_options,
+                *(flag for flag, is_given in flags.items() if is_given),
+            )
+            quick = not (quant or fast or export_options)
+            hint = f"edge-llm pull {model} --fast"
+            if is_short:
+                hint += f", or --quant source, which takes {PUBLISHED[source]}" if quick else ""
+            notes = [f"sooner, but it loses more: {hint}"] if quick else []
+            if build or (build is None and machine is not None):
+                notes.append("the engine is built afterwards; nobody has timed that on an Orin yet")
+            _run(ctx, "export", source, "-o", str(bundle), *options, notes=notes)
+            if dry_run:
+                return
+            bundle = _named_for(bundle, source)
+        elif dry_run:
+            return
     if build is None:
         from edge_lab.doctor.machine import Machine
 
@@ -102,23 +166,128 @@ def pull(
     click.echo(f"Try it: edge-llm run {bundle.name} 'Why is the sky blue?'")
 
 
+def _make_room(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make {directory}: {error.strerror}; go to another directory, or name one of "
+            "bundles in EDGE_LLM_BUNDLES"
+        ) from error
+
+
+def _named_for(bundle: Path, source: str) -> Path:
+    """Move a bundle whose source turned out to be quantized; only the export has seen that."""
+    name = bundle_name(source, read_manifest(bundle).quantization.name)
+    if name == bundle.name:
+        return bundle
+    check_replaceable(bundle.with_name(name), overwrite=False)
+    bundle = bundle.rename(bundle.with_name(name))
+    click.echo(f"moved to {bundle}, which says how it is quantized", err=True)
+    return bundle
+
+
+def _fetch(
+    team: TeamRegistry,
+    source: str,
+    quantization: str,
+    target: str | None,
+    bundle: Path,
+    origin: str | None,
+    force: bool,
+    dry_run: bool,
+) -> bool:
+    """Fetch a bundle from the team's registry; False where it has none, and the hub is next.
+
+    Raises:
+        BundleError, IntegrityError: what is there is not signed as this machine wants it, is
+            damaged, or is an older release.
+        ConfigError: the registry refuses the credentials, or ``origin`` allows nothing else.
+    """
+    from edge_fleet.registry.client import NotThereError, Registry
+    from edge_fleet.registry.pull import look
+    from edge_fleet.registry.pull import pull as fetch
+    from edge_fleet.registry.release import check_release, release_at
+
+    machine = target if target in ("jetpack6", "jetpack7") else None
+    why: list[str] = []
+    for suffix in suffixes(machine):
+        reference = team.reference(source, quantization, suffix)
+        with Registry(reference, plain_http=team.plain_http) as registry:
+            try:
+                offer = look(reference, registry)
+            except NotThereError:
+                why.append(f"{reference} is not there")
+                continue
+            except RegistryError as error:
+                why.append(str(error).partition(";")[0])
+                break
+            if not takes(offer.manifest, machine):
+                why.append(f"{reference} is not for {machine}")
+                continue
+            note = check_release(offer.release, str(reference), release_at(bundle))
+            size = sum(info.num_bytes for info in offer.manifest.files.values())
+            signed = "" if offer.signer is None else f", signed with {offer.signer}"
+            click.echo(
+                f"{reference}{signed}: {human(size)} to fetch, less what bundles here share, and "
+                f"{human(size)} of disk",
+                err=True,
+            )
+            if note is not None:
+                click.echo(note, err=True)
+            if not dry_run:
+                with show_progress() as progress:
+                    done = fetch(offer, registry, bundle, overwrite=force, progress=progress)
+                click.echo(f"{done.bundle}: fetched {human(done.fetched_bytes)} ({done.digest})")
+            return True
+    if origin == "registry":
+        raise ConfigError(f"--from registry: {'; '.join(why)}; push it there, or leave --from out")
+    click.echo(f"{'; '.join(why)}: taking it from the hub", err=True)
+    return False
+
+
+_OF_ANY_PULL = {"source", "output", "quant", "named", "target", "overwrite", "dry_run"}
+
+
+def _of_exports(asked: click.Context) -> str | None:
+    """The first given option that only an export obeys; None if there is none."""
+    for parameter in asked.command.params:
+        name = parameter.name or ""
+        is_given = asked.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
+        if is_given and name not in _OF_ANY_PULL:
+            return parameter.opts[0]
+    return None
+
+
 def _options(given: dict[str, str | None]) -> list[str]:
     """What is given of these options of the export, as it is typed."""
     return [text for name, value in given.items() if value for text in (name, value)]
 
 
-def _bundle(ctx: click.Context, source: str, options: list[str]) -> Path:
-    """Where the export with these options belongs; see `export.config.ExportConfig.quant`.
+def _asked(ctx: click.Context, source: str, options: list[str]) -> click.Context:
+    """What the export understands of these options.
 
     Raises:
-        click.UsageError, ConfigError: the export does not know an option, or its value.
+        click.UsageError, ConfigError: it does not know an option, or its value.
     """
-    export = _verb(ctx, "export").make_context("edge-llm export", [source, "-o", "x", *options])
-    quant = export.params["quant"]
+    return _verb(ctx, "export").make_context("edge-llm export", [source, "-o", "x", *options])
+
+
+def _bundle(asked: click.Context, source: str) -> Path:
+    """Where the export that is asked for belongs; see `export.config.ExportConfig.quant`."""
+    quant = asked.params["quant"]
     kept, rounded = (roots()[0] / bundle_name(source, name) for name in ("source", "int4"))
     if quant is None and ((kept / MANIFEST_NAME).is_file() or _was_quantized(rounded)):
         return kept
     return roots()[0] / bundle_name(source, quant or "int4")
+
+
+def _method(bundle: Path) -> str | None:
+    """How the INT4 layers of a bundle were rounded; None if it cannot be read."""
+    try:
+        return read_manifest(bundle).quantization.method
+    except EdgeError:
+        return None
 
 
 def _was_quantized(bundle: Path) -> bool:
@@ -129,9 +298,11 @@ def _was_quantized(bundle: Path) -> bool:
         return False
 
 
-def _run(ctx: click.Context, verb: str, *arguments: str) -> None:
-    """Run another verb as if it had been typed, and say what was typed."""
+def _run(ctx: click.Context, verb: str, *arguments: str, notes: Sequence[str] = ()) -> None:
+    """Run another verb as if it had been typed, and say what was typed, and what else to know."""
     click.echo(f"$ edge-llm {verb} {shlex.join(arguments)}", err=True)
+    for note in notes:
+        click.echo(note, err=True)
     command = _verb(ctx, verb)
     code = command.main(list(arguments), f"edge-llm {verb}", standalone_mode=False)
     if isinstance(code, int) and code:

@@ -31,7 +31,7 @@ trusted_keys_option = option(
 )
 
 
-class _ReferenceType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+class ReferenceType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     """A reference to a registry."""
 
     name = "reference"
@@ -43,4 +43,4 @@ class _ReferenceType(click.ParamType):  # type: ignore[type-arg]  # generic from
         return value if isinstance(value, Reference) else parse_reference(str(value))
 
 
-reference_argument = click.argument("reference", type=_ReferenceType())
+reference_argument = click.argument("reference", type=ReferenceType())

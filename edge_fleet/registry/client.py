@@ -72,6 +72,10 @@ class _BusyError(RegistryError):
         self.wait_s = wait_s
 
 
+class NotThereError(ConfigError):
+    """The registry has nothing under this name."""
+
+
 class Registry:
     """One repository of a registry. Any thread may call it.
 
@@ -128,7 +132,7 @@ class Registry:
             wanted: a tag, or the digest that it must have.
 
         Raises:
-            ConfigError: it is not there, or the registry refuses the credentials.
+            ConfigError: it is not there (`NotThereError`), or the registry refuses the credentials.
             IntegrityError: it is another than the digest says, or too large.
             RegistryError: the registry cannot be reached or fails.
         """
@@ -456,7 +460,8 @@ class Registry:
                 _retry_after(response.headers.get("Retry-After"), 0.0),
             )
         if status == 404:
-            return ConfigError(f"{self._name} has no {path.rpartition('/')[2]} ({status} {said})")
+            name = path.rpartition("/")[2]
+            return NotThereError(f"{self._name} has no {name} ({status} {said})")
         return ConfigError(f"{self._name} refuses {method} {path}: {status} {said}")
 
     def _unreachable(self, error: Exception) -> RegistryError:

@@ -27,6 +27,7 @@ _ENVIRONMENT = {
     RECORDS_VARIABLE: "Directory where build records its engines; see docs/bundles.md.",
     BUILDERS_VARIABLE: "Users whose records of engines count, besides root's and one's own.",
     "EDGE_LLM_HUB": "huggingface or modelscope: where pull and export download from.",
+    "EDGE_LLM_REGISTRY": "Registry where pull looks for bundles first; see docs/bundles.md.",
     "HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE": "As for the Hugging Face hub's own client.",
     "MODELSCOPE_DOMAIN": "Another host of ModelScope.",
     "EDGE_LLM_TRACEBACK": "If set, an error shows its traceback.",

@@ -33,7 +33,7 @@ class _Serve(SettingsCommand):
 
 
 @click.command(cls=_Serve)
-@click.argument("bundle", required=False, type=BundlePath())
+@click.argument("bundle", required=False, type=BundlePath(offers_export=True))
 @config_option
 @settings_options(ServerSettings)
 def serve(bundle: Path | None, config_file: Path | None, **flags: Any) -> int:

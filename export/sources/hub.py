@@ -7,10 +7,13 @@ import socket
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from edge.errors import CheckpointError, DependencyError, install_command
+
+from .download import Download
 
 TEXT_FILES = [
     "config.json",
@@ -35,7 +38,10 @@ _WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "gptq_model-*.
 
 
 def download(
-    repo_id: str, revision: str | None, cache_dir: Path | None, check: Callable[[Path], object]
+    repo_id: str,
+    revision: str | None,
+    cache_dir: Path | None,
+    check: Callable[[Path, Download], object],
 ) -> tuple[Path, str]:
     """Fetch one revision of a repository: first the small files, then the weights.
 
@@ -43,8 +49,8 @@ def download(
         repo_id: ``owner/name``.
         revision: branch, tag or commit; None is the default branch.
         cache_dir: the hub's cache; None is the one of ``HF_HOME``.
-        check: called with the directory before any weights are fetched; what it raises ends the
-            download.
+        check: called with the directory, and what weights are still to come, before any of them is
+            fetched; what it raises ends the download.
 
     Returns:
         The snapshot's directory and its commit.
@@ -54,11 +60,39 @@ def download(
         DependencyError: huggingface-hub is not installed.
     """
     directory = _snapshot(repo_id, revision, cache_dir, TEXT_FILES)
-    check(directory)
     # The cache names each snapshot after its commit (huggingface_hub, "Understand caching"), so
     # both steps and the manifest speak of the same one, even if the branch moves in between.
     commit = directory.name
+    check(directory, Download(_missing_bytes(repo_id, commit, directory), directory.parents[2]))
     return _snapshot(repo_id, commit, cache_dir, TEXT_FILES + _WEIGHT_FILES), commit
+
+
+def _missing_bytes(repo_id: str, commit: str, directory: Path) -> int | None:
+    """Bytes of the weights that are not in a snapshot's directory; None if the hub does not say."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE or _no_way(constants.ENDPOINT) is not None:
+        return 0  # nothing will be fetched; what is missing is an error of the next step
+    try:
+        files = list(HfApi().list_repo_tree(repo_id, revision=commit))
+    except (HfHubHTTPError, *_network_errors(), OSError, ValueError):
+        return None  # a mirror without this call; the download itself tells what is wrong
+    return sum(
+        getattr(file, "size", 0)
+        for file in files
+        if any(fnmatch(file.path, pattern) for pattern in _WEIGHT_FILES)
+        and not (directory / file.path).exists()
+    )
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What a broken connection raises besides OSError, which covers huggingface-hub before 1.0."""
+    try:
+        from httpx import HTTPError
+    except ImportError:
+        return ()
+    return (HTTPError,)
 
 
 def _snapshot(

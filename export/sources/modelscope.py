@@ -31,6 +31,8 @@ from edge.files import MALFORMED
 from edge.user_paths import user_directory
 from edge_lab.progress import Progress
 
+from .download import Download
+
 DOMAIN_VARIABLE = "MODELSCOPE_DOMAIN"
 """ModelScope's own variable for another host; a scheme before it, as of a mirror, is kept."""
 _DOMAIN = "www.modelscope.cn"
@@ -74,7 +76,7 @@ def download(
     repo_id: str,
     revision: str | None,
     cache_dir: Path | None,
-    check: Callable[[Path], object],
+    check: Callable[[Path, Download], object],
     text_files: list[str],
     progress: Progress,
 ) -> tuple[Path, str]:
@@ -87,8 +89,8 @@ def download(
         repo_id: ``owner/name``.
         revision: branch, tag or commit; None is ``master``.
         cache_dir: directory of downloads; None is ``edge-llm/modelscope`` among the user's caches.
-        check: called with the directory before any weights are fetched; what it raises ends the
-            download.
+        check: called with the directory, and what weights are still to come, before any of them is
+            fetched; what it raises ends the download.
         text_files: names of the small files, all of which may be missing.
         progress: told of the bytes of each file.
 
@@ -110,9 +112,11 @@ def download(
             for name in text_files:
                 if name in files:
                     hub.fetch(files[name], directory)
-            check(directory)
-            for name in sorted(filter(_WEIGHTS.fullmatch, files)):
-                hub.fetch(files[name], directory)
+            weights = [files[name] for name in sorted(filter(_WEIGHTS.fullmatch, files))]
+            missing = sum(file.size for file in weights if not (directory / file.path).exists())
+            check(directory, Download(missing, directory))
+            for file in weights:
+                hub.fetch(file, directory)
     except OSError as error:  # of the disk; those of the network are read where they occur
         raise CheckpointError(
             f"{repo_id} could not be downloaded to {directory} ({error.strerror or error}); make "

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
 from edge.bundle.library import REVISIONS, hub_id, nearest_model
-from edge.bundle.manifest import Task
+from edge.bundle.manifest import ModelSpec, Task
 from edge.errors import CheckpointError, ConfigError
 from edge_lab.model_config import parse_config
 from edge_lab.progress import Progress, silent
@@ -17,11 +17,12 @@ from edge_lab.progress import Progress, silent
 from . import modelscope
 from .checkpoint import Checkpoint
 from .checkpoint_text import read_json, read_text
+from .download import Download, Preview
 from .gguf_source import GgufCheckpoint
 from .hf_directory import HfDirectory
 from .hub import TEXT_FILES, download
 from .pooling import Judge, find_task
-from .quantization_config import read_quantization
+from .quantization_config import QuantizationConfig, read_quantization
 
 Hub = Literal["huggingface", "modelscope"]
 HUB_VARIABLE = "EDGE_LLM_HUB"
@@ -36,6 +37,7 @@ def open_checkpoint(
     hub: Hub | None = None,
     progress: Progress = silent,
     task: Task | None = None,
+    before_download: Callable[[Preview], object] | None = None,
 ) -> Checkpoint:
     """Open a model by whatever names it.
 
@@ -49,6 +51,8 @@ def open_checkpoint(
         progress: told of a download from ModelScope; huggingface-hub shows its own.
         task: what the model is for; None embeds with a directory of sentence-transformers, and
             generates with all others.
+        before_download: called for a hub id, before its weights are fetched; what it raises ends
+            the download.
 
     Raises:
         CheckpointError: no such source, or one that cannot be exported.
@@ -89,7 +93,12 @@ def open_checkpoint(
             f"nothing to export at {source!r}: it is no directory, no .gguf file and no hub id "
             f"(owner/name){hint}"
         )
-    check = partial(_check_text, task=task)
+
+    def check(directory: Path, weights: Download) -> None:
+        spec, quantization = _check_text(directory, task)
+        if before_download is not None:
+            before_download(Preview(source, spec, quantization, weights))
+
     if chosen_hub(hub) == "modelscope":
         directory, commit = modelscope.download(
             source, revision, cache_dir, check, TEXT_FILES, progress
@@ -125,10 +134,11 @@ def _open_directory(
     return Judge(opened) if task == "rerank" else opened
 
 
-def _check_text(directory: Path, task: Task | None) -> None:
+def _check_text(directory: Path, task: Task | None) -> tuple[ModelSpec, QuantizationConfig | None]:
     """Refuse what cannot be exported before gigabytes of it are downloaded."""
     config = read_json(directory / "config.json")
     task = task or find_task(directory)
     spec = parse_config(config, str(directory / "config.json"), task)
-    read_quantization(config, directory)
+    quantization = read_quantization(config, directory)
     read_text(directory, config, spec.vocab_size)
+    return spec, quantization

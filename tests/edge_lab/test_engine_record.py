@@ -59,7 +59,7 @@ def test_where_others_may_write_nothing_is_recorded(records: Path, tmp_path: Pat
     record_engine(tmp_path / "engine.json", DATA)
 
 
-def test_where_no_directory_can_be_made_it_says_what_names_another(
+def test_where_no_bundle_can_be_made_it_says_what_names_another(
     records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "file").touch()

@@ -18,8 +18,8 @@ from click.testing import CliRunner, Result
 import edge.cli
 from edge.bundle.manifest import read_manifest
 from edge.bundle.verified_files import verify_files
-from edge.errors import ConfigError, DependencyError, install_command
-from export import pipeline, verify
+from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, install_command
+from export import forecast, verify
 from export.cli import _FIGURES, export
 from export.config import ExportConfig
 from tests.conftest import FEW_TOKENS, RUNNABLE
@@ -117,7 +117,7 @@ def test_a_faster_recipe_names_the_better_one(checkpoint: Path, tmp_path: Path):
 def test_a_long_default_names_the_faster_method(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pipeline, "LONG_S", 0.1)
+    monkeypatch.setattr(forecast, "LONG_S", 0.1)
     base = (checkpoint, "-o", tmp_path / "bundle", "--no-verify", "--force")
     few = ("--calibration-tokens", FEW_TOKENS)
     for options, named in (
@@ -127,8 +127,55 @@ def test_a_long_default_names_the_faster_method(
     ):
         result = invoke(*base, *options)
         assert result.exit_code == 0, result.output
-        hint = "on two cores; --method awq: about 5 s, and loses more"
+        hint = "on two cores; sooner, but loses more: --method awq (about 5 s)"
         assert (hint in result.stderr) == named, result.stderr
+        assert "--fast" not in result.stderr  # it does not go with tokens to calibrate with
+    offered = invoke(checkpoint, "-o", tmp_path / "bundle", "--no-verify", "--force")
+    assert "loses more: --fast (about 5 s), --method awq (about 5 s)\n" in offered.stderr
+
+
+def test_fast_is_rounded_to_nearest_and_says_what_that_loses(checkpoint: Path, tmp_path: Path):
+    made = invoke(checkpoint, "-o", tmp_path / "bundle", "--fast")
+    assert made.exit_code == 0, made.output
+    manifest = read_manifest(tmp_path / "bundle")
+    assert (manifest.quantization.name, manifest.quantization.method) == ("int4", "rtn")
+    assert manifest.quantization.calibration is None
+    assert manifest.quality is None
+    assert str(manifest.quantization.linears["layers.0.qkv"].scheme) == "int4-g32"
+    assert "about what llama.cpp's Q4_0 does" in made.stdout
+    assert "without --fast it is calibrated" in made.stdout
+    measured = invoke(
+        checkpoint, "-o", tmp_path / "verified", "--fast", "--verify", "--dialect", RUNNABLE
+    )
+    assert measured.exit_code == EXIT_GATE_MISSED  # a tiny random model loses more than the gate
+    assert "measuring included" in measured.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--method", "awq"), "--fast contradicts --method awq"),
+        (("--quant", "int8"), "--fast has no effect with --quant int8: no layer is INT4"),
+        (("--seed", "1"), "--seed has no effect with --fast, which calibrates nothing"),
+    ],
+)
+def test_fast_does_not_go_with_what_it_would_ignore(
+    checkpoint: Path, tmp_path: Path, options: tuple[str, ...], words: str
+):
+    refused = invoke(checkpoint, "-o", tmp_path / "bundle", "--fast", *options)
+    assert isinstance(refused.exception, ConfigError)
+    assert words in str(refused.exception)
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(checkpoint: Path, tmp_path: Path):
+    said = invoke(checkpoint, "-o", tmp_path / "bundle", "--dry-run")
+    assert said.exit_code == 0, said.output
+    assert said.stdout == "int4, awq+gptq: expect about 5 s on two cores, measuring included\n"
+    found = json.loads(invoke(checkpoint, "-o", tmp_path / "b", "--dry-run", "--json").stdout)
+    assert found["recipe"] == "int4, awq+gptq"
+    assert found["download_bytes"] == 0
+    assert 0 < found["bundle_bytes"] < found["peak_bytes"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bundle_that_cannot_be_measured_is_written_and_said(

@@ -23,8 +23,9 @@ from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import Manifest, TensorScheme, read_manifest
 from edge.bundle.verified_files import verify_files
 from edge.errors import CheckpointError, ConfigError
+from export.forecast import estimated_bytes
 from export.graph import embedding_table
-from export.pipeline import ExportConfig, estimated_bytes, export_checkpoint
+from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize.linear import convert_linear
 from export.quantize.plan import nearest_rows
 from export.sources.opening import open_checkpoint

@@ -42,7 +42,7 @@ def make(root: Path, *names: str) -> None:
         (root / name / "manifest.json").touch()
 
 
-def test_a_name_that_no_directory_can_have_is_one_that_is_not_there(root: Path):
+def test_a_name_that_no_bundle_can_have_is_one_that_is_not_there(root: Path):
     prompt = "Why is the sky blue? " * 20  # where the bundle before it was forgotten
     for find in (find_bundle, lambda name: find_setting(name, Path())):
         with pytest.raises(BundleError, match="no directory Why is"):
@@ -192,8 +192,8 @@ def test_a_gguf_file_is_a_checkpoint(root: Path):
         with pytest.raises(BundleError) as caught:
             find(str(path))
         assert str(caught.value) == (
-            f"{path} is a checkpoint: edge-llm export '{path}' -o '{root}/my model.q8_0', then "
-            "edge-llm run 'my model.q8_0'"
+            f"{path} is a checkpoint: edge-llm export '{path}' -o '{root}/my model.q8_0' --fast, "
+            "then edge-llm run 'my model.q8_0'"
         )
     make(root, "my model.q8_0")
     with pytest.raises(BundleError, match="its bundle is there: edge-llm run 'my model"):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from edge.bundle.library import CATALOGUE, REVISIONS
-from edge.bundle.manifest import read_manifest
+from edge.bundle.library import CATALOGUE, PUBLISHED, REVISIONS, find_bundle
+from edge.bundle.manifest import Source, encode_manifest, read_manifest
 from tests.command_line import Result, error_line
+from tests.edge_fleet.registry.live import SMALL, LiveRegistry, write_bundle
+from tests.export.sources.test_hub import MAIN, Hub
 from tests.quantized_golden import QuantizedGolden, write_base
 from tests.tiny_models import write_checkpoint
 
@@ -59,7 +65,7 @@ def test_pull_keeps_the_integers_of_a_quantized_source(
         name = f"{checkpoint.name.lower()}-{quant}"
         assert read_manifest(shelf / name).quantization.name == quant
         assert f"edge-llm run {name} " in made.out
-        assert f"{shelf / name} is there already; " in edge_llm("pull", checkpoint).err
+        assert f"{shelf / name} is there already" in edge_llm("pull", checkpoint).err
     kept = edge_llm("pull", sources["source"], "--no-verify", "--force")
     assert kept.code == 0, kept.err
     assert sorted(path.name for path in shelf.iterdir() if not path.name.startswith(".")) == [
@@ -163,3 +169,201 @@ def test_pull_takes_the_commit_that_is_known(
     line = edge_llm("pull", "deepseek-r1:7b", *options).err.splitlines()[0] + "\n"
     assert words in line
     assert ("--revision" in words) == ("--revision" in line)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A hub with a model of the catalogue, and with what others made of it."""
+    root, hub, source = tmp_path_factory.mktemp("hub"), Hub(), CATALOGUE["deepseek-r1:1.5b"]
+    hub.snapshots = {
+        (source, REVISIONS[source]): write_checkpoint(root / "float", "qwen2"),
+        (PUBLISHED[source], MAIN): QuantizedGolden.load("ct-w4a16").write(root / "w4a16"),
+    }
+    with hub:
+        yield hub
+
+
+def pull_from(hub: Hub, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, since the hub's client reads the environment when it is loaded."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    hub.requests.clear()
+    return subprocess.run(
+        [sys.executable, "-m", "edge.cli", "pull", *arguments],
+        env={
+            **kept,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "EDGE_LLM_BUNDLES": str(tmp_path / "kept"),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def fetched_weights(hub: Hub) -> set[str]:
+    return {path for verb, path in hub.requests if verb == "GET" and "safetensors" in path}
+
+
+def test_what_a_pull_takes_is_said_before_it_begins(hub: Hub, tmp_path: Path):
+    asked = pull_from(hub, tmp_path, "deepseek-r1:1.5b", "--dry-run")
+    assert asked.returncode == 0, asked.stderr
+    assert not fetched_weights(hub)
+    assert not (tmp_path / "kept").exists()
+    first, sooner, *_ = asked.stderr.splitlines()
+    assert first.startswith("$ edge-llm export deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B -o ")
+    assert "edge-llm pull deepseek-r1:1.5b --fast, or --quant source, which takes RedHat" in sooner
+    folder = next(iter(hub.snapshots.values()))
+    size = (folder / "model.safetensors").stat().st_size / 1e6
+    disk, time = asked.stdout.splitlines()
+    assert disk.startswith(f"{size:.1f} MB to download to {tmp_path}/hf/hub; the bundle takes ")
+    assert "of disk at the peak" in disk
+    assert time == "int4, awq+gptq: expect about 5 s on two cores, measuring included"
+
+    made = pull_from(hub, tmp_path, "deepseek-r1:1.5b", "--fast")
+    assert made.returncode == 0, made.stderr
+    assert len(fetched_weights(hub)) == 1
+    assert f"{size:.1f} MB to download" in made.stderr
+    assert made.stderr.count("int4, rtn: expect about 5 s") == 1
+    bundle = tmp_path / "kept" / "deepseek-r1-distill-qwen-1.5b-int4"
+    assert read_manifest(bundle).quantization.method == "rtn"
+    again = pull_from(hub, tmp_path, "deepseek-r1:1.5b")
+    assert (
+        "is there already, rounded to nearest as by --fast; --force makes it anew" in again.stderr
+    )
+    cached = pull_from(hub, tmp_path, "deepseek-r1:1.5b", "--force", "--dry-run")
+    assert cached.stdout.startswith("already downloaded; the bundle takes about ")
+
+
+def test_a_short_name_means_what_others_quantized_too(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made = pull_from(hub, tmp_path, "1.5b", "--quant", "source")
+    assert made.returncode == 0, made.stderr
+    assert made.stderr.startswith(f"$ edge-llm export {PUBLISHED[CATALOGUE['deepseek-r1:1.5b']]} ")
+    assert "--revision" not in made.stderr.splitlines()[0]  # the commits known are another's
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(tmp_path / "kept"))
+    bundle = find_bundle("deepseek-r1:1.5b")
+    assert bundle.name == "deepseek-r1-distill-qwen-1.5b-quantized.w4a16-source"
+    manifest = read_manifest(bundle)
+    assert manifest.quantization.method == "source"
+    layer = manifest.quantization.linears["layers.0.qkv"]
+    assert layer.from_source is not None
+    assert layer.from_source.treatment == "kept"
+
+
+def test_every_short_name_has_one_that_others_quantized():
+    assert PUBLISHED.keys() == set(CATALOGUE.values())
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveRegistry]:
+    registry = LiveRegistry(tmp_path_factory.mktemp("registry"))
+    yield registry
+    registry.kill()
+
+
+@pytest.fixture
+def team(live: LiveRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A registry of this test's own, and a hub that nobody reaches."""
+    monkeypatch.setattr("edge_lab.telemetry.read_l4t", lambda: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "no-docker"))
+    monkeypatch.delenv("EDGE_LLM_TRUSTED_KEYS", raising=False)
+    monkeypatch.setattr("edge.bundle.trust.DEFAULT_KEYS", tmp_path / "no-keys")
+    place = f"{live.address}/{tmp_path.name.replace('_', '-').lower()}"
+    monkeypatch.setenv("EDGE_LLM_REGISTRY", place)
+    return place
+
+
+def export_of(target: Path, model: str, **changes: object) -> Path:
+    """A bundle as `pull` would have made it of a hub, but for what an engine would open."""
+    write_bundle(target, SMALL)
+    source = Source(kind="hub", location=CATALOGUE.get(model, model))
+    manifest = msgspec.structs.replace(read_manifest(target), source=source, **changes)
+    (target / "manifest.json").write_bytes(encode_manifest(manifest))
+    return target
+
+
+def test_what_a_team_pushes_is_what_it_pulls(
+    edge_llm: EdgeLlm, shelf: Path, team: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Signed, by its short name, without a look at the hub."""
+    mine = export_of(tmp_path / "mine", "deepseek-r1:1.5b", tensorrt=("10.16",))
+    assert edge_llm("bundle", "keygen", tmp_path / "release", "--no-password").code == 0
+    assert edge_llm("bundle", "sign", mine, "--key", tmp_path / "release.key").code == 0
+    pushed = edge_llm("bundle", "push", mine)
+    assert pushed.out.startswith(f"{team}/deepseek-r1@sha256:"), pushed.err
+    monkeypatch.setenv("EDGE_LLM_TRUSTED_KEYS", str(tmp_path / "release.pub"))
+
+    asked = edge_llm("pull", "1.5b", "--dry-run")
+    assert (asked.code, asked.out) == (0, "")
+    assert f"{team}/deepseek-r1:1.5b-int4, signed with " in asked.err
+    bundle = shelf / "deepseek-r1-distill-qwen-1.5b-int4"
+    assert not bundle.exists()
+    for options in ((), ("--force", "--fast"), ("--force", "--from", "registry")):
+        pulled = edge_llm("pull", "1.5b", *options)
+        assert pulled.code == 0, pulled.err
+        assert "edge-llm export" not in pulled.err
+        assert "edge-llm run deepseek-r1-distill-qwen-1.5b-int4" in pulled.out
+    assert (bundle / "manifest.json").read_bytes() == (mine / "manifest.json").read_bytes()
+
+    monkeypatch.setattr("edge_lab.telemetry.read_l4t", lambda: "38.2")
+    assert "1.5b-int4, signed" in edge_llm("pull", "1.5b", "--force", "--dry-run").err
+    monkeypatch.setattr("edge_lab.telemetry.read_l4t", lambda: "36.4.3")  # TensorRT 10.3
+    other = edge_llm("pull", "1.5b", "--force")
+    assert f"{team}/deepseek-r1:1.5b-int4-jetpack6 is not there; {team}/deepseek-r1:1.5b-int4 is " \
+        "not for jetpack6: taking it from the hub\n$ edge-llm export" in other.err  # fmt: skip
+    portable = export_of(
+        tmp_path / "jp6", "deepseek-r1:1.5b", dialect="portable", tensorrt=("10.3", "10.16")
+    )
+    assert edge_llm("bundle", "sign", portable, "--key", tmp_path / "release.key").code == 0
+    assert edge_llm("bundle", "push", portable).code == 0
+    assert "1.5b-int4-jetpack6, signed" in edge_llm("pull", "1.5b", "--force", "--dry-run").err
+
+
+def test_what_is_not_signed_is_neither_taken_nor_exported(
+    edge_llm: EdgeLlm, shelf: Path, team: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert edge_llm("bundle", "push", export_of(tmp_path / "a", "deepseek-r1:7b")).code == 0
+    assert edge_llm("bundle", "keygen", tmp_path / "release", "--no-password").code == 0
+    monkeypatch.setenv("EDGE_LLM_TRUSTED_KEYS", str(tmp_path / "release.pub"))
+    assert "is not signed" in error_line(edge_llm("pull", "deepseek-r1:7b"), 65)
+
+
+def test_the_hub_is_next_and_a_line_says_why(
+    edge_llm: EdgeLlm, shelf: Path, team: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    missing = f"{team}/deepseek-r1:7b-int4 is not there"
+    pulled = edge_llm("pull", "deepseek-r1:7b")
+    assert pulled.err.startswith(f"{missing}: taking it from the hub\n$ edge-llm export")
+    assert f"{missing}; push it" in error_line(edge_llm("pull", "7b", "--from", "registry"), 64)
+    assert edge_llm("pull", "7b", "--from", "hub").err.startswith("$ edge-llm export")
+    own = edge_llm("pull", "7b", "--kv-capacity", "64").err
+    assert own.startswith("--kv-capacity is for an export, so ")
+    refused = error_line(edge_llm("pull", "7b", "--kv-capacity", "64", "--from", "registry"), 64)
+    assert "exports nothing, so --kv-capacity has no effect" in refused
+    assert (
+        f"{team}/owner/name:int8 is not there"
+        in edge_llm("pull", "Owner/Name", "--quant", "int8").err
+    )
+    monkeypatch.setenv("EDGE_LLM_REGISTRY", "http://127.0.0.1:9/team")  # where nothing listens
+    monkeypatch.setattr("edge_fleet.registry.client._TRIES", 1)
+    gone = edge_llm("pull", "7b").err
+    assert gone.startswith("http://127.0.0.1:9 gives no answer (")
+    assert ": taking it from the hub\n$ edge-llm export" in gone
+    for wrong in ("ftp://127.0.0.1", "Team/Models", "https://"):
+        monkeypatch.setenv("EDGE_LLM_REGISTRY", wrong)
+        assert f"EDGE_LLM_REGISTRY is {wrong!r}" in error_line(edge_llm("pull", "7b"), 64)
+    monkeypatch.delenv("EDGE_LLM_REGISTRY")
+    assert "EDGE_LLM_REGISTRY names none" in error_line(
+        edge_llm("pull", "7b", "--from", "registry"), 64
+    )
+
+
+def test_a_bundle_of_no_hub_needs_a_name(edge_llm: EdgeLlm, team: str, tmp_path: Path):
+    mine = write_bundle(tmp_path / "mine", SMALL)
+    assert "was exported from tiny and not from a hub" in error_line(
+        edge_llm("bundle", "push", mine), 64
+    )

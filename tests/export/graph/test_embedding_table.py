@@ -18,10 +18,11 @@ from edge.bundle.io_spec import EMBEDDINGS_NAME
 from edge.bundle.manifest import read_manifest
 from edge.bundle.schemes import Recipe
 from edge.errors import CheckpointError, ConfigError
+from export.forecast import estimated_bytes
 from export.graph import embedding_table
 from export.graph.embedding_table import EmbeddingType, embedding_tensors, quantize_table_rows
 from export.graph.safetensors_writer import write_safetensors
-from export.pipeline import ExportConfig, estimated_bytes, export_checkpoint
+from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize.recipe import read_recipe
 from tests.manifests import make_model
 from tests.tiny_models import write_checkpoint

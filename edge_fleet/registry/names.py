@@ -1,0 +1,113 @@
+"""Which reference a model's bundle has in a team's own registry, for pull and push alike.
+
+``deepseek-r1:1.5b`` in INT4 is ``REGISTRY/deepseek-r1:1.5b-int4``, and ``owner/name`` of a hub
+``REGISTRY/owner/name:int4``. The bundle that only a certain JetPack takes ends with ``-jetpack6``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from edge.bundle.library import CATALOGUE, PUBLISHED
+from edge.bundle.manifest import Manifest
+from edge.errors import ConfigError
+
+from .reference import Reference, parse_reference
+
+REGISTRY_VARIABLE = "EDGE_LLM_REGISTRY"
+TENSORRT = {"jetpack6": "10.3", "jetpack7": "10.16"}
+"""TensorRT of each JetPack that `edge_lab.telemetry.read_target` knows."""
+
+
+@dataclass(frozen=True)
+class TeamRegistry:
+    """Where a team keeps its bundles.
+
+    Attributes:
+        place: ``HOST[:PORT]``, and a path where one was given.
+        plain_http: see `client.Registry`.
+    """
+
+    place: str
+    plain_http: bool | None
+
+    def reference(self, hub_id: str, quantization: str, suffix: str = "") -> Reference:
+        """Name the bundle of a model.
+
+        Args:
+            hub_id: of the model, or of a checkpoint of it that is quantized already.
+            quantization: as in ``--quant``.
+            suffix: see `suffixes` and `suffix_of`.
+
+        Raises:
+            ConfigError: a hub id that no registry takes as a name.
+        """
+        model = {theirs: ours for ours, theirs in PUBLISHED.items()}.get(hub_id, hub_id)
+        for short, known in CATALOGUE.items():
+            if known.lower() == model.lower():
+                repository, _, size = short.partition(":")
+                tag = f"{size}-{quantization}{suffix}"
+                return parse_reference(f"{self.place}/{repository}:{tag}")
+        return parse_reference(f"{self.place}/{model.lower()}:{quantization}{suffix}")
+
+    def reference_of(self, manifest: Manifest) -> Reference:
+        """Name a bundle as those look for it who pull its model.
+
+        Raises:
+            ConfigError: it is of no model of a hub.
+        """
+        if manifest.source.kind != "hub":
+            raise ConfigError(
+                f"{manifest.name} was exported from {manifest.source.location} and not from a hub, "
+                "so no short name means it; give a REFERENCE"
+            )
+        hub_id = manifest.source.location.removeprefix("modelscope:")
+        return self.reference(hub_id, manifest.quantization.name, suffix_of(manifest))
+
+
+def team_registry() -> TeamRegistry | None:
+    """Read ``EDGE_LLM_REGISTRY``: ``HOST[:PORT][/PATH]``, after ``http://`` one without TLS.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    text = os.environ.get(REGISTRY_VARIABLE)
+    if not text:
+        return None
+    scheme, _, place = text.rpartition("://")
+    place = place.rstrip("/")
+    try:
+        if scheme not in ("", "http", "https"):
+            raise ConfigError(scheme)
+        parse_reference(f"{place}/name:tag")
+    except ConfigError:
+        raise ConfigError(
+            f"{REGISTRY_VARIABLE} is {text!r}, which is no registry; write HOST[:PORT][/PATH] in "
+            "lower case, or http://HOST... for one without TLS"
+        ) from None
+    return TeamRegistry(place, {"": None, "http": True, "https": False}[scheme])
+
+
+def suffix_of(manifest: Manifest) -> str:
+    """What ends a bundle's tag: nothing, or the JetPack that it is for.
+
+    The native dialect runs on JetPack 7 and on CPUs, so it is the one without an ending.
+    """
+    if manifest.dialect == "native":
+        return ""
+    return next((f"-{name}" for name in TENSORRT if takes(manifest, name)), "")
+
+
+def suffixes(machine: str | None) -> list[str]:
+    """What may end the tag of a bundle for this machine, the best first.
+
+    Args:
+        machine: `edge_lab.telemetry.read_target`.
+    """
+    return [""] if machine is None else [f"-{machine}", ""]
+
+
+def takes(manifest: Manifest, machine: str | None) -> bool:
+    """Whether the TensorRT of a machine takes a bundle; one without TensorRT has none to ask."""
+    return machine is None or TENSORRT[machine] in (manifest.tensorrt or ())

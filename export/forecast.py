@@ -1,0 +1,243 @@
+"""Says what an export will take, before it starts: the download, the disk, the time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edge.bundle import io_spec
+from edge.bundle.linears import linear_layers
+from edge.bundle.manifest import ModelSpec, TensorScheme
+from edge.bundle.schemes import GROUP_SIZES, stored_bytes
+from edge_lab.place import check_free_space, human
+
+from .config import AS_IN_SOURCE, ExportConfig
+from .decoder_files import cache_tokens, calibrates
+from .estimate import LONG_S, describe_s, export_s
+from .graph.embedding_table import EmbeddingType
+from .recipes import RECIPES
+from .sources.download import Download, Preview
+from .sources.quantization_config import QuantizationConfig
+from .verify import REPORT_TOKENS, VERIFY_TOKENS
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What an export takes, estimated.
+
+    Attributes:
+        recipe: what is done to the weights, such as ``int4, awq+gptq``.
+        seconds: on two cores, after the download.
+        measured: whether what the quantization cost is measured within them.
+        sooner: options that take less time and lose more, and their seconds.
+        bundle_bytes: size of the bundle, from above.
+        working_bytes: what the export cannot do without besides, until it ends.
+        reference_bytes: the float model that the bundle is measured against; it is left out where
+            the disk has no room for it, but for ``--verify``.
+        download: the weights that are to be fetched first; None for a source on this machine.
+    """
+
+    recipe: str
+    seconds: float
+    measured: bool
+    sooner: Mapping[str, float]
+    bundle_bytes: int
+    working_bytes: int
+    reference_bytes: int
+    download: Download | None = None
+
+    @property
+    def needed_bytes(self) -> int:
+        """Room that the bundle's disk must have."""
+        return self.bundle_bytes + self.working_bytes
+
+    def lines(self) -> list[str]:
+        """Write it for a person: with a download, what is fetched and the disk; then the time."""
+        time = f"{self.recipe}: expect {describe_s(self.seconds)} on two cores"
+        if self.measured:
+            time += ", measuring included"
+        if self.sooner:
+            named = ", ".join(f"{name} ({describe_s(s)})" for name, s in self.sooner.items())
+            time += f"; sooner, but loses more: {named}"
+        return [time] if self.download is None else [*self._disk(self.download), time]
+
+    def as_dict(self) -> dict[str, object]:
+        """The same for ``--json``."""
+        fetched = 0 if self.download is None else self.download.num_bytes
+        peak = self.needed_bytes + self.reference_bytes
+        return {
+            "recipe": self.recipe,
+            "export_s": round(self.seconds),
+            "download_bytes": fetched,
+            "bundle_bytes": self.bundle_bytes,
+            "peak_bytes": None if fetched is None else fetched + peak,
+        }
+
+    def check_disk(self, target: Path) -> None:
+        """Refuse a disk that is too full, before anything is downloaded.
+
+        Args:
+            target: where the bundle will be; it need not exist, nor its parents.
+
+        Raises:
+            ResourceError: it is; the message has what is free and what is needed.
+        """
+        assert self.download is not None
+        fetched = self.download.num_bytes
+        if not fetched:
+            return  # what is here may be an export that goes on; the writer looks at the disk
+        bundles, cache = _existing(target.absolute().parent), _existing(self.download.directory)
+        what = f"the download ({human(fetched)})"
+        if bundles.stat().st_dev == cache.stat().st_dev:
+            what += f" with the bundle ({human(self.needed_bytes)})"
+            check_free_space(cache, fetched + self.needed_bytes, what)
+            return
+        check_free_space(cache, fetched, what)
+        check_free_space(bundles, self.needed_bytes)
+
+    def _disk(self, download: Download) -> list[str]:
+        peak, kept = self.needed_bytes + self.reference_bytes, self.bundle_bytes
+        bundle = (
+            f"the bundle takes about {human(self.bundle_bytes)}, {human(peak)} while it is made"
+        )
+        if download.num_bytes is None:
+            fetched = "the hub does not say how large the download is"
+        elif not download.num_bytes:
+            fetched = "already downloaded"
+        else:
+            fetched = f"{human(download.num_bytes)} to download to {download.directory}"
+            both, after = peak + download.num_bytes, kept + download.num_bytes
+            bundle += f"; with the download {human(both)} of disk at the peak, {human(after)} after"
+        return [f"{fetched}; {bundle}"]
+
+
+def forecast(
+    config: ExportConfig,
+    model: ModelSpec,
+    schemes: Mapping[str, TensorScheme],
+    head_bytes: int = 0,
+) -> Forecast:
+    """Estimate what an export takes, from the model's dimensions alone.
+
+    Args:
+        config: what to export and how, `ExportConfig.resolved`.
+        model: the dimensions.
+        schemes: the scheme of every linear layer, by name.
+        head_bytes: of an EAGLE-3 head that goes into the bundle.
+    """
+    positions, measured = io_spec.rope_positions(model), measures(config, model, schemes)
+    keeps = config.quant == AS_IN_SOURCE
+    working = 0
+    if calibrates(config, schemes):
+        models = 2 if "gptq" in config.rounding else 1  # the float and the rounded one
+        tokens = config.most_calibration_tokens
+        working = 2 * 4 * models * tokens * model.hidden_size  # states, old and new
+    working += 2 * head_bytes  # integers and their scales twice, or floats
+    reference = 0
+    if measured:
+        floats = config.float_reference().recipe.schemes(model)
+        reference = estimated_bytes(model, floats, positions)
+    if config.verify:
+        working, reference = working + reference, 0
+    tokens = VERIFY_TOKENS if config.verify else REPORT_TOKENS
+
+    def seconds(other: ExportConfig, is_measured: bool) -> float:
+        return export_s(
+            model, schemes, other.rounding, tokens if is_measured else 0, cache_tokens(other)
+        )
+
+    rounds = not keeps and any(scheme.kind == "int4" for scheme in schemes.values())
+    name = str(config.quant or config.recipe.quant)
+    expected = seconds(config, measured)
+    sooner: dict[str, float] = {}
+    if rounds and config.method is None and config.named == "default" and expected > LONG_S:
+        if (config.calibration, config.calibration_tokens, config.seed) == (None, None, None):
+            is_measured = measured and (config.verify or RECIPES["fast"].measures)
+            sooner["--fast"] = seconds(replace(config, named="fast"), is_measured)
+        sooner["--method awq"] = seconds(replace(config, method="awq"), measured)
+    return Forecast(
+        recipe=f"{name}, {config.rounding}" if rounds else name,
+        seconds=expected,
+        measured=measured,
+        sooner=sooner,
+        bundle_bytes=estimated_bytes(model, schemes, positions, config.embeddings, offsets=keeps),
+        working_bytes=working,
+        reference_bytes=reference,
+    )
+
+
+def forecast_of_preview(config: ExportConfig, preview: Preview) -> Forecast:
+    """Estimate what an export takes from a hub's small files, before the weights are fetched.
+
+    An adapter and a reduced vocabulary are not known yet, so it is that of the whole model.
+
+    Raises:
+        ConfigError: the options contradict the checkpoint.
+    """
+    quantization = preview.quantization
+    config = config.resolved(is_quantized=quantization is not None)
+    if config.quant == AS_IN_SOURCE and quantization is not None:
+        overrides = config.recipe.overrides(preview.spec)
+        schemes = {**_likely_schemes(preview.spec, quantization), **overrides}
+    else:
+        schemes = config.recipe.schemes(preview.spec)
+    return replace(forecast(config, preview.spec, schemes), download=preview.download)
+
+
+def measures(config: ExportConfig, model: ModelSpec, schemes: Mapping[str, TensorScheme]) -> bool:
+    """Whether the bundle is measured at the end, for ``verify`` or for the report."""
+    quantized = any(scheme.kind != "float" for scheme in schemes.values())
+    return config.verify or (config.report and quantized and model.task == "generate")
+
+
+def estimated_bytes(
+    model: ModelSpec,
+    schemes: Mapping[str, TensorScheme],
+    positions: int,
+    embeddings: EmbeddingType = "fp16",
+    *,
+    offsets: bool = False,
+) -> int:
+    """Estimate a bundle's size from above, for the check of free disk space.
+
+    With ``offsets`` each group of integers may have one, as those of a source do (`quantize.kept`).
+    """
+    row_bytes = 2 * model.hidden_size if embeddings == "fp16" else model.hidden_size + 4
+    total = model.vocab_size * row_bytes
+    total += positions * model.head_dim * (2 + 4)  # cos and sin, for both graphs
+    for layer in linear_layers(model):
+        scheme = schemes[layer.name]
+        weight, scales = stored_bytes(layer.shape, scheme)
+        scales *= 3  # in fp16 or bf16, and in fp32 for the CPU twin
+        total += weight + scales
+        if offsets:
+            total += scales // (2 if scheme.planes else 1)
+    return total + (64 << 20)  # norms, biases, graphs, tokenizer, alignment
+
+
+def _likely_schemes(model: ModelSpec, quantization: QuantizationConfig) -> dict[str, TensorScheme]:
+    """What the layers of a quantized checkpoint will be stored as, by what its config says of most.
+
+    Only its tensors tell exactly (`quantize.from_source.source_schemes`).
+    """
+    main, schemes = quantization.main, {}
+    for layer in linear_layers(model):
+        formats = [quantization.format_of(name.removesuffix(".weight")) for name in layer.weights]
+        size = math.gcd(main.group_size or layer.shape[0], layer.shape[0], max(GROUP_SIZES))
+        if not main.is_integer or None in formats or size not in GROUP_SIZES:
+            schemes[layer.name] = TensorScheme("float")
+        elif main.bits <= 4:
+            schemes[layer.name] = TensorScheme("int4", size)
+        else:
+            schemes[layer.name] = TensorScheme("int8", size, planes=True)
+    return schemes
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that is there."""
+    path = path.expanduser().absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
