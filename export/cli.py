@@ -353,7 +353,7 @@ def export(
                 "dialect": manifest.dialect,
                 "tensorrt": manifest.tensorrt,
                 "kv_cache": describe_kv_cache(manifest),
-                "quality": None if text is None else {n: text[n] for n in _FIGURES},
+                "quality": None if text is None else _figures(text),
                 "missed": missed,
             }
         )
@@ -375,11 +375,11 @@ def export(
     if manifest.sampling.assumed is not None:
         click.echo(f"the source states no sampling: {describe_sampling(manifest.sampling)}")
     if text is not None:
-        click.echo(
-            f"{'verified' if config.verify else 'measured'}: KL {text['kl_mean']:.4f}, top-1 "
-            f"{text['top1_agreement']:.1%}, perplexity {text['perplexity']:.2f} "
-            f"({text['perplexity_reference']:.2f} in float, x{text['perplexity_ratio']:.3f})"
-        )
+        alone = text.get("bundle_alone")
+        verdict = "verified" if config.verify else "measured"
+        click.echo(f"{verdict}{' as the CPU serves it' if alone else ''}: {_loss(text)}")
+        if alone:
+            click.echo(f"  with float activations, as a TensorRT engine has them: {_loss(alone)}")
         if missed:
             kind = gate_of_recipe(manifest.quantization.name)
             click.echo(
@@ -396,6 +396,22 @@ def export(
     verb = {"embed": "embed", "rerank": "serve"}.get(manifest.model.task, "run")
     words = "" if verb == "serve" else " 'Why is the sky blue?'"
     click.echo(f"Try it: edge-llm {verb} {config.output}{words}")
+
+
+def _figures(text: dict[str, Any]) -> dict[str, Any]:
+    """What ``--json`` says of a measurement: of what is served, and of the bundle alone."""
+    figures = {name: text[name] for name in _FIGURES}
+    if alone := text.get("bundle_alone"):
+        figures["bundle_alone"] = {name: alone[name] for name in _FIGURES if name in alone}
+    return figures
+
+
+def _loss(figures: dict[str, Any]) -> str:
+    return (
+        f"KL {figures['kl_mean']:.4f}, top-1 {figures['top1_agreement']:.1%}, perplexity "
+        f"{figures['perplexity']:.2f} ({figures['perplexity_reference']:.2f} in float, "
+        f"x{figures['perplexity_ratio']:.3f})"
+    )
 
 
 def _other_targets(target: str | None, versions: Collection[str] | None) -> list[str]:

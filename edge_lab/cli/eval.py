@@ -89,10 +89,11 @@ _OPTIONS = (
     option("Output", "--json", "as_json", is_flag=True, help="Print one JSON line per bundle."),
     option(
         "Engine",
-        "--int8-activations",
-        is_flag=True,
-        help="Compute on the CPU with activations rounded to int8, as it does when it serves; "
-        "default: float, which measures the bundle alone.",
+        "--int8-activations/--no-int8-activations",
+        default=None,
+        help="Measure only as the CPU serves INT8 and INT4 weights, with activations rounded to "
+        "int8; or only the bundle alone, with float ones, as a TensorRT engine has them. By "
+        "default what is served and, with --against, what the bundle alone has lost, too.",
     ),
     engine_options("num_threads"),
 )

@@ -34,7 +34,7 @@ from edge.errors import (
 from edge.files import exists, is_file
 from edge_lab.measure import evaluate as evaluation
 from edge_lab.measure.evaluator import Computer, evaluate_task, evaluate_text
-from edge_lab.measure.report import FIGURES, format_figure, html_report, html_task_report
+from edge_lab.measure.report import figure_rows, html_report, html_task_report
 from edge_lab.plot import load_renderer
 
 from .progress import show_progress
@@ -211,14 +211,9 @@ def _print_text(results: list[dict[str, Any]]) -> None:
         *("", *bundles),
         left=bundles,
     )
-    for key, heading, form in FIGURES:
-        cells = []
-        for result in results:
-            cell = format_figure(result[key], form)
-            if (interval := result["confidence"].get(key)) is not None:
-                cell += f" ({' to '.join(form.format(end) for end in interval)})"
-            cells.append(cell)
-        table.add_row(heading, *cells)
+    for heading, cells in figure_rows(results):
+        shown = [f"{figure} ({interval})" if interval else figure for figure, interval in cells]
+        table.add_row(heading, *shown)
     console.print(table)
     for result in results:
         worst = sorted(result["layers"], key=lambda row: -row["key_error"])[:3]

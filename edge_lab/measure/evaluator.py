@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
+from edge.backends.ort.session import rounds_activations
 from edge.bundle.manifest import Manifest, ModelSpec
 from edge.bundle.trust import open_manifest
 from edge.bundle.verified_files import VerifiedFiles
@@ -27,9 +28,9 @@ from edge.runtime.sampling_params import SamplingParams
 from edge.text.tokenizer import Tokenizer
 from edge_lab.progress import Progress, prefixed, silent, uncounted
 
-from .compare import CHUNK_TOKENS, WindowResult, merge, num_scored, run_window
+from .compare import CHUNK_TOKENS, Comparison, WindowResult, merge, num_scored, run_window
 from .defaults import EVAL_TEXT, WINDOW
-from .evaluate import EvalText, cut_windows, describe, measure, read_text
+from .evaluate import EvalText, cut_windows, describe, measure, read_text, summarize
 from .tasks import (
     ChoiceItem,
     Item,
@@ -252,7 +253,9 @@ def evaluate_text(
         progress: is called with the steps of each bundle, named ``NAME: open`` and ``NAME: score``.
 
     Returns:
-        For each bundle what `measure` returns, with ``bundle`` and ``int8_activations``.
+        For each bundle what `measure` returns, with ``bundle``, ``int8_activations`` (whether they
+        were rounded). Where the engine rounds because nothing else was asked for, and there is a
+        reference, ``bundle_alone`` has the figures of `summarize` with float activations.
 
     Raises:
         ConfigError: the text cannot be read, a window is too long, or the reference is another
@@ -280,21 +283,22 @@ def evaluate_text(
                 f"{bundle} and {reference} are bundles of models with other dimensions; give the "
                 "same model's bundle to --against"
             )
-        job = TextJob(bundle, reference, size, engine)
-        name, parts = computer.score(job, windows, prefixed(progress, f"{bundle.name}: "))
         digest = hashlib.sha256(text.encode()).hexdigest()
-        result = measure(
-            merge(parts),
-            manifest,
-            base,
-            EvalText(windows, path.name, digest),
-            window=size,
-            engine=name,
-            seed=seed,
-        )
-        results.append(
-            {"bundle": str(bundle), **result, "int8_activations": engine.int8_activations}
-        )
+        read = EvalText(windows, path.name, digest)
+
+        def run(engine: EngineConfig, step: str, bundle: Path = bundle) -> tuple[str, Comparison]:
+            job = TextJob(bundle, reference, size, engine)
+            name, parts = computer.score(job, windows, prefixed(progress, f"{step}: "))  # noqa: B023
+            return name, merge(parts)
+
+        name, found = run(engine, bundle.name)
+        result = measure(found, manifest, base, read, window=size, engine=name, seed=seed)
+        rounds = engine.int8_activations is not False and rounds_activations(manifest)
+        result |= {"bundle": str(bundle), "int8_activations": rounds}
+        if rounds and engine.int8_activations is None and base is not None:
+            _, alone = run(engine.with_options(int8_activations=False), f"{bundle.name} alone")
+            result["bundle_alone"] = summarize(alone.positions)
+        results.append(result)
     return results
 
 
@@ -396,7 +400,8 @@ def evaluate_task(
             "bundle": str(bundle),
             **summarize_task(ours),
             "task": {"name": task_file.name, "sha256": digest},
-            "int8_activations": engine.int8_activations,
+            "int8_activations": engine.int8_activations is not False
+            and rounds_activations(open_manifest(bundle, engine.trusted_keys)),
         }
         if theirs is not None and reference is not None:
             result["against"] = {

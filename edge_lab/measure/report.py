@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from typing import Any
 
@@ -40,6 +40,30 @@ FIGURES = (
     ("perplexity_ratio", "ratio of both", "{:.4f}"),
 )
 """Key, heading and format of each figure, here and on a terminal."""
+ALONE = ("kl_mean", "top1_agreement", "perplexity_ratio")
+"""Those that are shown of the bundle alone, too, where what is served loses more."""
+
+
+def activations(result: dict[str, Any]) -> str:
+    """What the figures of a result were computed with."""
+    return "int8, as the CPU serves it" if result["int8_activations"] else "float"
+
+
+def figure_rows(results: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yield each row's heading, and of each result the figure and its interval, empty if none."""
+    for key, heading, form in FIGURES:
+        cells = []
+        for result in results:
+            interval = result["confidence"].get(key, ())
+            ends = " to ".join(form.format(end) for end in interval)
+            cells.append((format_figure(result[key], form), ends))
+        yield heading, cells
+    yield "activations", [(activations(result), "") for result in results]
+    alone = [result.get("bundle_alone") or {} for result in results]
+    for key, heading, form in FIGURES:
+        if key in ALONE and any(alone):
+            cells = [(format_figure(figures.get(key), form), "") for figures in alone]
+            yield f"{heading}: the bundle alone", cells
 
 
 def format_figure(value: float | None, form: str) -> str:
@@ -78,8 +102,8 @@ def html_report(results: Sequence[dict[str, Any]]) -> str:
     body += [
         "<h2>What was measured</h2>",
         f"<p>Text: SHA-256 <code>{escape(first['text']['sha256'])}</code>. "
-        f"Bootstrap seed {first['seed']}. Engine {escape(first['engine'])} with "
-        f"{'int8' if first['int8_activations'] else 'float'} activations. Bits per weight are "
+        f"Bootstrap seed {first['seed']}. Engine {escape(first['engine'])}; the bundle alone is "
+        "computed with float activations, as a TensorRT engine does. Bits per weight are "
         "those of the linear layers without the lm_head, scales included. KL is "
         "KL(reference || bundle) in nats over the whole vocabulary.</p>",
     ]
@@ -98,15 +122,12 @@ def _table(results: Sequence[dict[str, Any]], labels: Sequence[str]) -> str:
         for result, label in zip(results, labels, strict=True)
     )
     rows = []
-    for key, heading, form in FIGURES:
-        cells = []
-        for result in results:
-            cell = escape(format_figure(result[key], form))
-            if key in result["confidence"]:
-                low, high = result["confidence"][key]
-                cell += f"<small>{form.format(low)} to {form.format(high)}</small>"
-            cells.append(f"<td>{cell}</td>")
-        rows.append(f"<tr><td>{escape(heading)}</td>{''.join(cells)}</tr>")
+    for heading, cells in figure_rows(results):
+        listed = "".join(
+            f"<td>{escape(figure)}{interval and f'<small>{interval}</small>'}</td>"
+            for figure, interval in cells
+        )
+        rows.append(f"<tr><td>{escape(heading)}</td>{listed}</tr>")
     return f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
 
 

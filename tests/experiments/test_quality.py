@@ -57,7 +57,9 @@ def test_a_recipe_is_measured_once(
     row = next(line for line in table if line.startswith("| `int4-rtn-g32`"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert float(cells[2]) == pytest.approx(result["kl_mean"], abs=1e-4)
-    assert float(cells[5]) == pytest.approx(100 * result["top1_agreement"], abs=0.1)
+    alone = result["bundle_alone"]
+    assert float(cells[3]) == pytest.approx(alone["kl_mean"], abs=1e-4)
+    assert float(cells[6]) == pytest.approx(100 * alone["top1_agreement"], abs=0.1)
     assert result["kl_mean"] > 0
     cost = json.loads((place / "export.json").read_text())
     assert 20e6 < cost["peak_bytes"] < 4e9

@@ -73,10 +73,12 @@ def test_defaults_and_the_next_step(checkpoint: Path, tmp_path: Path):
     text = manifest.quality["text"]
     assert text["tokens"] == 512
     assert lines[1].startswith("TensorRT: legal for ")
-    assert lines[2].startswith(f"measured: KL {text['kl_mean']:.4f}, top-1 ")
+    alone = text["bundle_alone"]
+    assert lines[2].startswith(f"measured as the CPU serves it: KL {text['kl_mean']:.4f}, top-1 ")
     assert lines[2].endswith(f"in float, x{text['perplexity_ratio']:.3f})")
-    assert lines[3].startswith("--quant int8 would lose less")
-    assert lines[4] == f"Try it: edge-llm run {tmp_path / 'bundle'} 'Why is the sky blue?'"
+    assert f"as a TensorRT engine has them: KL {alone['kl_mean']:.4f}, top-1 " in lines[3]
+    assert lines[4].startswith("--quant int8 would lose less")
+    assert lines[5] == f"Try it: edge-llm run {tmp_path / 'bundle'} 'Why is the sky blue?'"
     # No terminal, no progress bar, and a line of a step only where the machine is so busy that it
     # takes 10 s. A tiny random model loses more than the gate allows.
     expected, *steps, warning = result.stderr.splitlines()
@@ -92,7 +94,7 @@ def test_nothing_is_measured_where_nobody_wants_it(checkpoint: Path, tmp_path: P
         result = invoke(checkpoint, "-o", tmp_path / name, *options)
         assert result.exit_code == 0, result.output
         assert read_manifest(tmp_path / name).quality is None
-        assert "measured:" not in result.output
+        assert "measured as" not in result.output
         assert "measuring" not in result.output
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -255,7 +257,10 @@ def test_json_is_one_line_on_stdout(checkpoint: Path, tmp_path: Path):
         "dialect": RUNNABLE,
         "tensorrt": list(manifest.tensorrt or ()),
         "kv_cache": "float",
-        "quality": {name: text[name] for name in _FIGURES},
+        "quality": {
+            **{name: text[name] for name in _FIGURES},
+            "bundle_alone": {name: text["bundle_alone"][name] for name in _FIGURES[1:]},
+        },
         "missed": [],
     }
 

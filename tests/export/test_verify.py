@@ -81,7 +81,7 @@ def test_a_bundle_that_passes_carries_its_figures(source: Path, place: Path, tmp
     assert text["tokens"] > 200
     assert text["gate"] == {"name": str(gate), "missed": []}
     assert text["reference"]["quantization"] == "fp16"
-    assert f"verified: KL {text['kl_mean']:.4f}, top-1 " in result.stdout
+    assert f"verified as the CPU serves it: KL {text['kl_mean']:.4f}, top-1 " in result.stdout
     assert [path.name for path in place.iterdir()] == ["bundle"]
 
 

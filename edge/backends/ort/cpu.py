@@ -40,6 +40,7 @@ from .session import (
     load_graph,
     multiplies_8_bits,
     open_session,
+    rounds_activations,
 )
 
 _WEIGHTS_BYTES = 8 << 20  # regions from this size on hold weights
@@ -103,12 +104,9 @@ class OrtBackend:
         check_threads(num_threads)
         if int8_activations:
             check_int8_activations(manifest)
-        self.rounds_activations = int8_activations is not False and any(
-            linear.scheme.kind in ("int4", "int8")
-            for linear in manifest.quantization.linears.values()
-        )
-        self._model, self._dialect = manifest.model, io_spec.DIALECTS[manifest.dialect]
         rounds = int8_activations is not False
+        self.rounds_activations = rounds and rounds_activations(manifest)
+        self._model, self._dialect = manifest.model, io_spec.DIALECTS[manifest.dialect]
         if int8_prompts:
             _check_memory(manifest)
         fused = fuse_attention and can_fuse(manifest)

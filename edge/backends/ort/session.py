@@ -155,6 +155,12 @@ def accuracy_level(int8_activations: bool) -> int:
     return 4 if int8_activations else 1
 
 
+def rounds_activations(manifest: Manifest) -> bool:
+    """Whether the CPU rounds activations to int8 when it serves a bundle."""
+    kinds = {linear.scheme.kind for linear in manifest.quantization.linears.values()}
+    return not kinds.isdisjoint(("int4", "int8"))
+
+
 def check_int8_activations(manifest: Manifest) -> None:
     """Refuse the wish that activations are rounded where it would change nothing.
 

@@ -119,10 +119,34 @@ def test_scoring_and_tasks_print_lines_without_a_terminal(tiny_bundles, tmp_path
 
 def test_rounded_activations_lose_more(tiny_bundles):
     int4, fp16 = (tiny_bundles("qwen2", "portable", quant) for quant in ("int4", "fp16"))
-    (plain,) = figures(int4, "--against", fp16, *SHORT)
+    (plain,) = figures(int4, "--against", fp16, *SHORT, "--no-int8-activations")
     (rounded,) = figures(int4, "--against", fp16, *SHORT, "--int8-activations")
     assert (plain["int8_activations"], rounded["int8_activations"]) == (False, True)
     assert plain["kl_mean"] != rounded["kl_mean"]  # which is larger is chance at so few weights
+    assert "bundle_alone" not in plain | rounded
+
+
+def test_what_is_served_is_what_is_measured(tiny_bundles):
+    """By default the figures are those that a service has; the bundle's own are beside them."""
+    int4, fp16 = (tiny_bundles("qwen2", "portable", quant) for quant in ("int4", "fp16"))
+    against = ("--against", fp16, *SHORT)
+    (found,) = figures(int4, *against)
+    (rounded,) = figures(int4, *against, "--int8-activations")
+    (plain,) = figures(int4, *against, "--no-int8-activations")
+    alone = found.pop("bundle_alone")
+    assert found == rounded
+    assert alone == {name: plain[name] for name in alone}
+    assert {"kl_mean", "top1_agreement", "perplexity_ratio"} <= set(alone)
+    shown = " ".join(invoke(int4, *against).stdout.split())
+    assert "int8, as the CPU serves it" in shown
+    assert "KL, mean: the bundle alone" in shown
+
+
+def test_nothing_is_measured_twice_where_nothing_is_rounded(tiny_bundles):
+    fp16 = tiny_bundles("qwen2", "portable", "fp16")
+    (found,) = figures(fp16, "--against", fp16, *SHORT)
+    assert found["int8_activations"] is False
+    assert "bundle_alone" not in found
 
 
 def test_a_reference_with_a_name_that_none_can_have(tiny_bundles):
