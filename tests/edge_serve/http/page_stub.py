@@ -257,6 +257,11 @@ class _Handler(BaseHTTPRequestHandler):
                     "latency": {"ttft_s": times, "itl_s": times, "total_s": times},
                 },
                 **{name: {} for name in self.server.models if name != "tiny"},
+                **{
+                    name: {"loaded": False}
+                    for name, state in self.server.states.items()
+                    if state["value"] != "loaded"
+                },
             },
             "rejections": {
                 "queue_full": 3,

@@ -227,6 +227,8 @@ def test_controls_of_reasoning_are_for_models_that_reason(browser: Browser, serv
     browser.answered()
     assert server.requests[-1]["thinking_token_budget"] == 50
     server.reasons["tiny"] = False
+    browser.reload()
+    browser.open_panel()
     browser.until(lambda: shown() == [False, False])
     browser.one("#new").click()
     browser.ask("hello")  # what was typed before is nothing to this model

@@ -4,7 +4,7 @@ import { isLocked, lock, unlock } from "./access.js";
 import { $, node } from "./dom.js";
 import { showEngines } from "./engines.js";
 import { gb, seconds } from "./figures.js";
-import { readModels, showState } from "./models.js";
+import { followModels, forgetModels, showState } from "./models.js";
 import { refusalsOf } from "./refusals.js";
 import { getJSON, reasonOf } from "./server.js";
 import { Sparkline } from "./sparkline.js";
@@ -125,7 +125,8 @@ export async function poll() {
   const turn = ++polls;
   if (!document.hidden) {
     try {
-      const [stats] = await Promise.all([getJSON("stats"), readModels()]);
+      const stats = await getJSON("stats");
+      await followModels(stats.models ?? {});
       if (turn !== polls) return;
       unlock();
       showStats(stats);
@@ -133,6 +134,7 @@ export async function poll() {
     } catch (error) {
       if (turn !== polls) return;
       before = null;
+      forgetModels();
       if (error.status === 401) lock();
       showState(error.status === 401 ? t("key_wanted") : reasonOf(error), "down");
       note(error.status === 401 ? "" : reasonOf(error), true);

@@ -2,6 +2,7 @@
 
 import { $ } from "./dom.js";
 import { toast } from "./conversations.js";
+import { forgetModels } from "./models.js";
 import { post, reasonOf } from "./server.js";
 import { t } from "./words.js";
 
@@ -29,6 +30,7 @@ async function ask(act, model, again) {
     toast(t(`${act}_failed`, { name: model, why: reasonOf(error) }));
   }
   since.delete(model);
+  forgetModels();
   again();
 }
 
