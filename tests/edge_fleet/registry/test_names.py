@@ -1,0 +1,77 @@
+"""Which reference of a team's registry a model's bundle has."""
+
+from __future__ import annotations
+
+import pytest
+
+from edge.bundle.library import CATALOGUE, PUBLISHED
+from edge.bundle.manifest import Source
+from edge.errors import ConfigError
+from edge_fleet.registry.names import TENSORRT, TeamRegistry, suffixes, takes, team_registry
+from export.targets import TARGETS
+from tests.manifests import make_manifest
+
+TEAM = TeamRegistry("registry.example:5000/models", None)
+
+
+def test_each_jetpack_has_the_tensorrt_that_an_export_is_held_to():
+    """The fleet knows no exporter, so the table is there twice."""
+    jetpacks = {name: t.versions for name, t in TARGETS.items() if name.startswith("jetpack")}
+    assert {name: (version,) for name, version in TENSORRT.items()} == jetpacks
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "reference"),
+    [
+        (CATALOGUE["deepseek-r1:1.5b"], "deepseek-r1:1.5b-int8"),
+        (CATALOGUE["deepseek-r1:8b-0528"].lower(), "deepseek-r1:8b-0528-int8"),
+        (PUBLISHED[CATALOGUE["deepseek-r1:7b"]], "deepseek-r1:7b-int8"),
+        ("Qwen/Qwen3-8B", "qwen/qwen3-8b:int8"),
+        ("a__b/c.d_e", "a__b/c.d_e:int8"),
+    ],
+)
+def test_a_model_has_one_name(hub_id: str, reference: str):
+    assert str(TEAM.reference(hub_id, "int8")) == f"{TEAM.place}/{reference}"
+
+
+def test_a_hub_id_that_no_registry_takes_is_refused():
+    with pytest.raises(ConfigError, match="is no reference"):
+        TEAM.reference("owner/-name", "int8")
+
+
+@pytest.mark.parametrize(
+    ("dialect", "versions", "suffix", "machines"),
+    [
+        ("native", ("10.16", "11.1"), "", ["jetpack7", None]),
+        ("portable", ("10.3", "10.16"), "-jetpack6", ["jetpack6", "jetpack7", None]),
+        ("portable", ("10.16",), "-jetpack7", ["jetpack7", None]),
+        ("portable", (), "", [None]),
+    ],
+)
+def test_what_is_pushed_is_looked_for_by_the_machines_that_take_it(
+    dialect: str, versions: tuple[str, ...], suffix: str, machines: list[str | None]
+):
+    source = Source(kind="hub", location=f"modelscope:{CATALOGUE['deepseek-r1:1.5b']}")
+    manifest = make_manifest(dialect=dialect, tensorrt=versions, source=source)
+    assert TEAM.reference_of(manifest).tag == f"1.5b-int4{suffix}"
+    assert [m for m in ("jetpack6", "jetpack7", None) if takes(manifest, m)] == machines
+    first = machines[0]
+    assert suffix in suffixes(first) or first is None
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "plain"),
+    [
+        ("registry.example", "registry.example", None),
+        ("registry.example:5000/a/b/", "registry.example:5000/a/b", None),
+        ("http://registry.lan/a", "registry.lan/a", True),
+        ("https://localhost:5000", "localhost:5000", False),
+    ],
+)
+def test_the_variable_says_how_to_speak(
+    monkeypatch: pytest.MonkeyPatch, text: str, place: str, plain: bool | None
+):
+    monkeypatch.setenv("EDGE_LLM_REGISTRY", text)
+    assert team_registry() == TeamRegistry(place, plain)
+    monkeypatch.setenv("EDGE_LLM_REGISTRY", "")
+    assert team_registry() is None
