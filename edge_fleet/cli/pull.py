@@ -19,6 +19,7 @@ from edge.bundle.library import (
     roots,
 )
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
+from edge.bundle.trust import trusted_keys_file
 from edge.cli.options import build_option
 from edge.errors import ConfigError, EdgeError, RegistryError
 from edge_fleet.registry.names import (
@@ -151,6 +152,11 @@ def pull(
             notes = [f"sooner, but it loses more: {hint}"] if quick else []
             if build or (build is None and machine is not None):
                 notes.append("the engine is built afterwards; nobody has timed that on an Orin yet")
+            if trusted_keys_file(None) is not None:
+                notes.append(
+                    "this machine trusts keys: nothing here builds or runs the bundle until it is "
+                    "signed by one of them (edge-llm bundle sign)"
+                )
             _run(ctx, "export", source, "-o", str(bundle), *options, notes=notes)
             if dry_run:
                 return

@@ -330,6 +330,8 @@ def test_what_is_not_signed_is_neither_taken_nor_exported(
     assert edge_llm("bundle", "keygen", tmp_path / "release", "--no-password").code == 0
     monkeypatch.setenv("EDGE_LLM_TRUSTED_KEYS", str(tmp_path / "release.pub"))
     assert "is not signed" in error_line(edge_llm("pull", "deepseek-r1:7b"), 65)
+    exported = edge_llm("pull", "deepseek-r1:7b", "--from", "hub")
+    assert "trusts keys: nothing here builds or runs the bundle until it is signed" in exported.err
 
 
 def test_the_hub_is_next_and_a_line_says_why(
