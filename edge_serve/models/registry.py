@@ -430,7 +430,7 @@ class ModelRegistry:
         entry = self._entries.get(name)
         if entry is None:
             quoted = repr(name[:80])
-            names = [*self._models, *self.aliases()]
+            names = [*self._entries, *self.aliases()]
             more = ", ...; GET /v1/models lists all" if names[_MOST_NAMED:] else ""
             raise APIError(
                 404,
