@@ -513,7 +513,7 @@ def _read_keep_alive(given: str | float) -> float:
 def _card(entry: ModelEntry) -> ModelCard:
     task = entry.manifest.model.task
     card = ModelCard(entry.name, entry.created, entry.kv_capacity, task=task)
-    card.status = ModelState(entry.status)
+    card.size_bytes, card.status = entry.size_bytes, ModelState(entry.status)
     if entry.status == "failed":
         card.status.failed = APIError(503, "load_failed", entry.failed or "").shown
     if task == "generate":

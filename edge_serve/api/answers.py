@@ -232,6 +232,7 @@ class ModelCard(Struct):
 
     ``reasons`` says whether its answers to chats may begin with reasoning, which can then be
     limited or skipped; for a name that stands for several models, whether all of them do.
+    ``size_bytes`` is what the bundle's files take.
     """
 
     id: str
@@ -242,6 +243,7 @@ class ModelCard(Struct):
     task: Literal["generate", "embed", "rerank"] | UnsetType = UNSET
     object: Literal["model"] = "model"
     owned_by: str = "edge-llm"
+    size_bytes: int | UnsetType = UNSET
     status: ModelState | UnsetType = UNSET
 
 

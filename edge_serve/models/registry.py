@@ -224,6 +224,11 @@ class ModelEntry:
             return "loaded"
         return "unloaded" if self.failed is None else "failed"
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the bundle's files."""
+        return sum(file.num_bytes for file in self.manifest.files.values())
+
     def put(self, model: ServedModel) -> None:
         """Serve an open bundle."""
         self.served, self.bundle, self.manifest = model, model.bundle, model.llm.manifest

@@ -125,7 +125,7 @@ def _describe(entry: ModelEntry) -> OllamaModel:
         name=name,
         model=name,
         modified_at=_modified_at(entry),
-        size=sum(file.num_bytes for file in manifest.files.values()),
+        size=entry.size_bytes,
         digest=manifest.self_sha256,
         details=_details(entry),
     )

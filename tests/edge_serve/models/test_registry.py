@@ -213,13 +213,19 @@ def test_a_request_names_its_model(pair: Pair):
     assert pair.live.chat(model="other").status == 404
 
 
+def test_the_list_says_what_a_bundle_takes(pair: Pair, tiny_bundles: Bundles):
+    files = [path for path in tiny_bundles("qwen2").rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files if path.name != "manifest.json")
+    assert pair.live.ask("/v1/models/small").json["size_bytes"] == size
+
+
 def test_the_list_says_which_models_reason(pair: Pair, monkeypatch: pytest.MonkeyPatch):
     def listed() -> dict[str, bool]:
         cards = pair.live.ask("/v1/models").json["data"]
         return {card["id"]: card["reasons"] for card in cards}
 
     assert set(listed().values()) == {True}
-    monkeypatch.setattr(pair.engines["small"].llm, "reasons", False)
+    monkeypatch.setattr(pair.service.models.entry("small"), "reasons", False)
     assert listed() == {"small": False, "big": True, "auto": False, "prod": False}
 
 

@@ -9,6 +9,7 @@ import { $ } from "./dom.js";
 import { takeFiles } from "./files.js";
 import { clearErrors, drawLog, showError, toEnd, viewOf } from "./log.js";
 import { showMeter } from "./meter.js";
+import { forgetModels } from "./models.js";
 import { parameters, systemMessage } from "./sampling.js";
 import { post, reasonOf } from "./server.js";
 import { modelNamed, state } from "./state.js";
@@ -204,7 +205,10 @@ class Run {
   #wait() {
     const { progress, turn } = this;
     const status = modelNamed(turn.model)?.status?.value ?? "loaded";
-    if (isEmpty(turn) && !progress && status !== "loaded") this.view.wait(t("loading_model"));
+    if (isEmpty(turn) && !progress && status !== "loaded") {
+      this.view.wait(t("loading_model"));
+      forgetModels();  // the next look finds it loading
+    }
     if (!isEmpty(turn) || !progress || performance.now() - this.startedAt < PATIENT_MS) return;
     const { ahead, processed, total } = progress;
     if (ahead !== undefined) this.view.wait(t(ahead ? "waiting" : "waiting_next", { n: count(ahead) }));
