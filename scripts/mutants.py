@@ -201,7 +201,7 @@ class _Copy:
             MutantError: another one is found.
         """
         for package in packages:
-            command = [sys.executable, "-c", f"import {package}; print({package}.__file__)"]
+            command = [sys.executable, "-c", f"import {package}; print({package}.__path__[0])"]
             done = subprocess.run(
                 command, cwd=self._directory, env=self._environment, capture_output=True, text=True
             )
