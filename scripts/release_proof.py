@@ -195,7 +195,7 @@ def names_what_is_missing(machine: Machine) -> None:
 
 def exports(machine: Machine) -> None:
     """Export SmolLM2, under the name of the bundle that the README's Python opens."""
-    options = ["--quant", "int4", "--method", "rtn", "--kv-capacity", "2048"]
+    options = ["--quant", "int4", "--method", "rtn", "--kv-capacity", "256"]  # which ends answers
     # What the export's own warning says there: the newest ONNX Runtime for Python 3.10 is too old.
     if "3.10." in machine.run(["edge-llm/bin/python", "--version"]):
         options += ["--dialect", "portable"]
