@@ -13,18 +13,18 @@ _SAME = (
     ("stop_token_ids", "eos_token_id"),
     ("n", "num_return_sequences"),
     ("kv_capacity", "num_ctx", "n_ctx", "ctx_size", "max_model_len", "max_seq_len"),
-    ("num_slots", "n_parallel", "max_num_seqs"),
-    ("num_threads", "num_thread", "n_threads", "threads"),
-    ("thinking", "enable_thinking", "think"),
-    ("thinking_budget", "thinking_token_budget", "reasoning_budget"),
     ("response_format", "format", "output", "guided_json", "json_schema"),
+    # verbs
+    ("inspect", "show"),
+    ("list", "ls", "ps"),
+    ("export", "create", "convert"),
+    ("run", "generate"),
 )  # fmt: skip
 """Names of one thing: here, in transformers, vLLM, llama.cpp, Ollama and the protocols."""
 _INSTEAD = {
     "do_sample": "temperature 0 takes the likeliest token, more draws it",
     "num_beams": "answers are sampled, without beams",
     "mirostat": "take top_p or min_p",
-    "typical_p": "take top_p or min_p",
     **dict.fromkeys(("num_ctx", "n_ctx"), "--kv-capacity chooses it when the model is loaded"),
 }
 

@@ -12,9 +12,10 @@ import msgspec
 
 from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES
 from edge.cli import echo_json
-from edge.cli.options import bundle_argument, check_writable, given_flag
+from edge.cli.options import bundle_argument
 from edge.cli.sections import SectionCommand, option
 from edge.errors import EXIT_GATE_MISSED, ConfigError
+from edge_lab.cli.options import check_writable, given_flag
 from edge_lab.cli.progress import show_progress
 
 from .config import ATTENTIONS, KV_READS, TENSORRT_ATTENTIONS, AttentionChoice, BuildConfig

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edge.errors import BundleError, ConfigError
@@ -53,6 +53,7 @@ Magic's "Quantized DeepSeek-R1 Models" of February 2025; Intel's is the example 
 SGLang's pages on AutoRound. The hub was not asked.
 """
 _SEPARATORS = re.compile(r"[-_:/ ]+")
+_ALIKE = 0.85  # of a name with a slip in it and the right one
 _SIZE = re.compile(r"[0-9.]+b")
 
 
@@ -122,7 +123,23 @@ def find_bundle(name: str) -> Path:
         )
     if is_file(path):
         raise BundleError(_no_bundle(path))
-    raise BundleError(f"{_absence(name, known)}; {_remedy(name)}")
+    raise BundleError(f"{_absence(name, known)}; {_remedy(name, known)}")
+
+
+def only_bundle() -> Path:
+    """Find the bundle that is meant where none is named: the only one below the `roots`.
+
+    Raises:
+        ConfigError: there is not exactly one; those that there are are named.
+    """
+    known = list(bundle_directories())
+    if len(known) > 1:
+        names = ", ".join(directory.name for directory in known)
+        raise ConfigError(f"give the name of a bundle, of which there are {len(known)}: {names}")
+    if not known:
+        where = " or ".join(map(str, roots()))
+        raise ConfigError(f"give a bundle: there is none in {where}; {_remedy('')}")
+    return known[0]
 
 
 def find_setting(text: str, base: Path) -> Path:
@@ -243,7 +260,11 @@ def _absence(name: str, known: list[Path]) -> str:
     return f"no directory {name} and no bundle of that name in {where}, which has {names}"
 
 
-def _remedy(name: str) -> str:
+def _remedy(name: str, known: Sequence[Path] = ()) -> str:
+    for directory in known:
+        alike = directory.name.lower(), *_words(directory.name)
+        if not _named(name) and difflib.get_close_matches(name.lower(), alike, 1, _ALIKE):
+            return f"did you mean {directory.name}?"
     words = _words(name)
     near = _named(name) or [
         short for short in CATALOGUE if words and words <= _words(f"{short}-{CATALOGUE[short]}")

@@ -7,7 +7,6 @@ An `EdgeError` is one line on stderr and its own exit code (see `edge.errors`).
 from __future__ import annotations
 
 import codecs
-import difflib
 import errno
 import io
 import json
@@ -23,6 +22,7 @@ import click
 
 import edge
 from edge.errors import EdgeError, ResourceError
+from edge.other_names import nearest_name
 
 from .verbs import GROUPS
 
@@ -63,8 +63,8 @@ class _Verbs(click.Group):
         name = args[0]
         verbs = self.list_commands(ctx)
         if name not in verbs and not name.startswith("-"):
-            near = difflib.get_close_matches(name, verbs, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = nearest_name(name, verbs)
+            hint = f"; did you mean {near}?" if near else ""
             ctx.fail(f"No such command {name!r}{hint}")
         return super().resolve_command(ctx, args)
 

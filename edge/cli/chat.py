@@ -28,7 +28,7 @@ from .options import (
     take_engine,
     take_sampling,
 )
-from .screen import StreamPrinter, dim, format_stats
+from .screen import StreamPrinter, dim, format_stats, open_shown
 from .sections import SectionCommand, option
 
 if TYPE_CHECKING:
@@ -63,15 +63,10 @@ def chat(
     system: str | None,
     **options: Any,
 ) -> None:
-    """Talk to BUNDLE; /help lists the commands."""
-    from edge.runtime.llm import LLM
-
+    """Talk to BUNDLE, or to the only one there is; /help lists the commands."""
     params = take_sampling(options)
     config = take_engine(options, num_slots=1)
-    with (
-        LLM(bundle, config) as llm,
-        _line_history(),
-    ):
+    with open_shown(bundle, config) as llm, _line_history():
         check_task(llm.manifest, "generate")
         if llm.template is None:
             raise RequestError(f"{bundle} has no chat template; use: edge-llm run --raw")

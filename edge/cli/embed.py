@@ -12,6 +12,7 @@ from edge.errors import RequestError
 
 from . import echo_json
 from .options import bundle_argument, check_utf8, engine_options, take_engine
+from .screen import open_shown
 from .sections import SectionCommand, option
 
 _OPTIONS = (
@@ -57,9 +58,7 @@ def embed(
             )
     for text in texts:
         check_utf8(text, "text")
-    from edge.runtime.llm import LLM
-
-    with LLM(bundle, config) as llm:
+    with open_shown(bundle, config) as llm:
         vectors = llm.embed(texts, prompt_name=prompt_name, dimensions=dimensions)
     for text, vector in zip(texts, vectors.tolist(), strict=True):
         echo_json({"text": text, "embedding": vector})

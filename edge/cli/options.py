@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -12,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from edge.bundle.library import checkpoint_bundle, find_bundle, is_checkpoint
+from edge.bundle.library import checkpoint_bundle, find_bundle, is_checkpoint, only_bundle
 from edge.engine_config import EngineConfig, EngineOptions
-from edge.errors import ConfigError, RequestError
+from edge.errors import RequestError
 from edge.files import exists
 from edge.runtime.sampling_params import KNOBS, SamplingParams
 from edge.settings_fields import field_sections, read_flags
@@ -29,19 +26,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class Finite(click.FloatRange):
-    """A float in a range. ``nan``, which click lets into every range, is in none."""
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Read the number, or end with a usage error."""
-        number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
 
 
 class BundlePath(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
@@ -88,14 +72,21 @@ def _offer_export(ctx: click.Context, path: Path) -> Path | None:
     return bundle
 
 
+def take_only_bundle() -> Path:
+    """Find the bundle of a verb that names none, and say which it is.
+
+    Raises:
+        ConfigError: see `only_bundle`.
+    """
+    found = only_bundle()
+    click.echo(f"edge-llm: {found.name}, the only bundle here", err=True)
+    return found
+
+
 FILE = click.Path(path_type=Path, dir_okay=False)
 bundle_argument = click.argument("bundle", type=BundlePath())
-bundle_or_checkpoint_argument = click.argument("bundle", type=BundlePath(offers_export=True))
-build_option = option(
-    "Engine",
-    "--build/--no-build",
-    default=None,
-    help="Build the engine. Default: where TensorRT runs.",
+bundle_or_checkpoint_argument = click.argument(
+    "bundle", type=BundlePath(offers_export=True), default=take_only_bundle
 )
 json_option = option("Output", "--json", "as_json", is_flag=True, help="Print one JSON line.")
 
@@ -127,16 +118,6 @@ def take_engine(options: dict[str, Any], **fixed: Unpack[EngineOptions]) -> Engi
     return read_flags(EngineConfig, given).with_options(**fixed)
 
 
-def given_flag(*names: str) -> str | None:
-    """Return the flag of the first of these parameters that was given; None if none was."""
-    context = click.get_current_context()
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        if name in names and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            return parameter.opts[0]
-    return None
-
-
 def sampling_options(command: Command) -> Command:
     """Add the sampling options; what is not given is the model's own default."""
     texts, sections = option_texts(SamplingParams), field_sections(SamplingParams)
@@ -157,22 +138,6 @@ def take_sampling(options: dict[str, Any]) -> SamplingParams:
     """
     given = {name: options.pop(name) for name in (*KNOBS, "stop")}
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
-
-
-def check_writable(path: Path | None, option: str) -> None:
-    """Refuse a file that could not be written after the hours that its content takes.
-
-    Raises:
-        ConfigError: it is not there, and its directory is not either, or is not writable.
-    """
-    if path is None or os.access(path, os.W_OK):
-        return
-    directory = path.absolute().parent
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"{option} {path} cannot be written: {directory} is no directory that this user may "
-            "write to; name another, or make it first"
-        )
 
 
 def check_utf8(text: str, what: str) -> None:

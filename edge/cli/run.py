@@ -20,7 +20,7 @@ from .options import (
     take_engine,
     take_sampling,
 )
-from .screen import StreamPrinter, format_stats
+from .screen import StreamPrinter, format_stats, open_shown
 from .sections import SectionCommand, option
 
 
@@ -53,7 +53,7 @@ def run(
     no_stats: bool,
     **options: Any,
 ) -> None:
-    """Answer PROMPT (or standard input) with BUNDLE and stream the answer."""
+    """Answer PROMPT (or standard input) with BUNDLE, or the only one there is, and stream it."""
     params = take_sampling(options)
     config = take_engine(options, num_slots=1)
     if prompt is None:
@@ -66,11 +66,9 @@ def run(
         raise RequestError(
             "--system needs the chat template, --raw and --suffix work without; drop one"
         )
-    from edge.runtime.llm import LLM
-
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
-    with LLM(bundle, config) as llm:
+    with open_shown(bundle, config) as llm:
         given = prompt if raw else messages
         if as_json:
             result = llm.generate(given, params, suffix=suffix)

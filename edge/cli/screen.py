@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
+    from edge.engine_config import EngineConfig
     from edge.runtime.generation import FinishReason, GenerationStats
     from edge.runtime.llm import LLM
     from edge.runtime.stream import GenerationChunk
@@ -35,6 +37,18 @@ def is_dumb() -> bool:
 def dim(text: str) -> str:
     """Make text paler, where the terminal can."""
     return text if is_dumb() else click.style(text, dim=True)
+
+
+def open_shown(bundle: Path, config: EngineConfig) -> LLM:
+    """Open a bundle, and show on a terminal that it is being loaded; elsewhere nothing."""
+    from edge.runtime.llm import LLM
+
+    if is_dumb() or not sys.stderr.isatty():
+        return LLM(bundle, config)
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"checking and loading {visible(bundle.name)}"):
+        return LLM(bundle, config)
 
 
 class StreamPrinter:

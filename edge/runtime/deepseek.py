@@ -20,12 +20,9 @@ from .sampling_params import SamplingParams
 
 _DEFAULT_LENGTH = 200
 _PARAMETERS = tuple(item.name for item in fields(SamplingParams) if item.name != "max_tokens")
-_OWN = ("max_length", "max_new_tokens", "do_sample")
 # Options that code for transformers or for an engine gives, and what to give here instead.
 _INSTEAD = {
-    "max_tokens": "give max_new_tokens, or max_length, which counts prompt and answer together",
     "num_return_sequences": "use model.llm.submit(messages, n=...) for several answers",
-    "num_beams": "leave it out: answers are sampled; model.llm.generate_best ranks several",
 }
 _DEVICES = ("auto", "cpu", "cuda", "gpu", "cuda:0")
 _log = logging.getLogger(__name__)
@@ -123,21 +120,19 @@ class DeepSeekModel:
         messages: Prompt = (
             [{"role": "user", "content": context}] if isinstance(context, str) else context
         )
-        length = 0
-        if max_new_tokens is None:
-            length = _DEFAULT_LENGTH if max_length is None else max_length
-            max_new_tokens = self._room(messages, length)
+        length = _DEFAULT_LENGTH if max_length is None else max_length
+        room = self._room(messages, length) if max_new_tokens is None else max_new_tokens
         result = self.llm.generate(
             messages,
             SamplingParams(
                 temperature=self._temperature(temperature, do_sample),
                 top_k=top_k,
-                max_tokens=max_new_tokens,
+                max_tokens=room,
                 **params,
             ),
         )
-        cut = result.finish_reason == "length" and len(result.tokens) >= max_new_tokens
-        if cut and length and not self._warned:
+        cut = result.finish_reason == "length" and len(result.tokens) >= room
+        if cut and max_new_tokens is None and not self._warned:
             self._warned = True
             _log.warning(
                 "max_length=%d cut the answer off: it counts prompt and answer together; give "
@@ -194,6 +189,6 @@ class DeepSeekModel:
 
 
 def _unknown_option(name: str) -> RequestError:
-    known = (*_OWN, *_PARAMETERS)
+    known = ("max_new_tokens", "max_length", "do_sample", *_PARAMETERS)
     instead = _INSTEAD.get(name) or instead_of(name, known, "see edge.SamplingParams for all")
     return RequestError(f"generate has no option {name}: {instead}")

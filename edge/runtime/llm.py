@@ -62,12 +62,34 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Plain text, token ids, or chat messages ``{"role": ..., "content": ...}``."""
+Params = SamplingParams | None
 _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
 
 
 class AnswerOptions(TypedDict, total=False):
-    """Options of `LLM.submit`, `LLM.stream` and `LLM.generate`; the first describes them."""
+    """Options of `LLM.submit`, `LLM.stream`, `LLM.generate` and `LLM.generate_best`.
+
+    Attributes:
+        priority: lower runs first.
+        client: who asks; clients take turns. When the queue is full, the newest answers that
+            wait of the client with most end with `OverloadError` to make room for another's.
+        deadline_s: seconds after which an answer ends with `DeadlineError`.
+        salt: prompts share cached prefixes only with those of the same salt.
+        suffix: see `LLM.encode`; the answer ends at the tokens that end a middle, too.
+        tools: see `LLM.encode`.
+        output: the form that the answer must have, what was begun included; reasoning is free.
+        thinking: see `LLM.encode`.
+        thinking_budget: tokens after which the reasoning is ended, what was begun included; for
+            chats of models that reason.
+        continue_final_message: see `LLM.encode`; what comes back is only what is new.
+        ids: what `LLM.encode` made of the prompt with the same arguments, where the caller has it.
+        progress: whether pieces with `GenerationChunk.progress` come before the answer: one
+            for each place in the queue, and for each percent of the prompt that is read.
+        resumed: what `LLM.put_away` returned of one answer to this prompt, with the same arguments.
+            It goes on with the same tokens; those that it had come again first, without
+            log-probabilities.
+    """
 
     priority: int
     client: str
@@ -315,31 +337,16 @@ class LLM:
 
     @overload
     def submit(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        n: None = None,
-        **options: Unpack[AnswerOptions],
+        self, prompt: Prompt, params: Params = None, **options: Unpack[AnswerOptions]
     ) -> Generation: ...
 
     @overload
     def submit(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        n: int,
-        **options: Unpack[AnswerOptions],
+        self, prompt: Prompt, params: Params = None, *, n: int, **options: Unpack[AnswerOptions]
     ) -> list[Generation]: ...
 
     def submit(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        n: int | None = None,
-        **options: Unpack[AnswerOptions],
+        self, prompt: Prompt, params: Params = None, *, n: int | None = None, **options: Any
     ) -> Generation | list[Generation]:
         """Queue answers to a prompt, which share its rows of the cache; returns at once.
 
@@ -349,24 +356,7 @@ class LLM:
             prompt: plain text, token ids or messages.
             params: sampling; what is None comes from the bundle. Sample ``i`` has the seed plus i.
             n: how many samples; None is one.
-            priority: lower runs first.
-            client: who asks; clients take turns. When the queue is full, the newest answers that
-                wait of the client with most end with `OverloadError` to make room for another's.
-            deadline_s: seconds after which an answer ends with `DeadlineError`.
-            salt: prompts share cached prefixes only with those of the same salt.
-            suffix: see `encode`; the answer ends at the tokens that end a middle, too.
-            tools: see `encode`.
-            output: the form that the answer must have, what was begun included; reasoning is free.
-            thinking: see `encode`.
-            thinking_budget: tokens after which the reasoning is ended, what was begun included; for
-                chats of models that reason.
-            continue_final_message: see `encode`; what comes back is only what is new.
-            ids: what `encode` made of the prompt with the same arguments, where the caller has it.
-            progress: whether pieces with `GenerationChunk.progress` come before the answer: one
-                for each place in the queue, and for each percent of the prompt that is read.
-            resumed: what `put_away` returned of one answer to this prompt, with the same arguments.
-                It goes on with the same tokens; those that it had come again first, without
-                log-probabilities.
+            **options: see `AnswerOptions`.
 
         Returns:
             The answer that is coming; with ``n``, of whatever number, a list of them.
@@ -386,7 +376,7 @@ class LLM:
     def _submit(
         self,
         prompt: Prompt,
-        params: SamplingParams | None,
+        params: Params,
         n: int,
         *,
         priority: int = 0,
@@ -486,10 +476,7 @@ class LLM:
         return self.scheduler.put_away([each.sequence for each in generations], timeout_s)
 
     def stream(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        **options: Unpack[AnswerOptions],
+        self, prompt: Prompt, params: Params = None, **options: Unpack[AnswerOptions]
     ) -> Generator[GenerationChunk, None, None]:
         """Generate text piece by piece; closing the stream ends the generation.
 
@@ -509,10 +496,7 @@ class LLM:
         return self._stream(prompt, params, options)
 
     def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        **options: Unpack[AnswerOptions],
+        self, prompt: Prompt, params: Params = None, **options: Unpack[AnswerOptions]
     ) -> GenerationResult:
         """Generate a whole answer; see `stream`."""
         return join_chunks(self.stream(prompt, params, **options))
@@ -520,7 +504,7 @@ class LLM:
     def generate_best(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         best_of: int,
         n: int = 1,
@@ -690,7 +674,7 @@ class LLM:
         self.embeddings.close()
 
     def _stream(
-        self, prompt: Prompt, params: SamplingParams | None, options: AnswerOptions
+        self, prompt: Prompt, params: Params, options: AnswerOptions
     ) -> Generator[GenerationChunk, None, None]:
         yield from _read(self.submit(prompt, params, **options))
 
@@ -857,11 +841,9 @@ def _check_options(options: Mapping[str, object]) -> None:
     known, sampling = AnswerOptions.__annotations__, [each.name for each in fields(SamplingParams)]
     for name in options.keys() - known.keys():
         near = nearest_name(name, [*known, *sampling])
-        if near in sampling:
-            raise RequestError(
-                f"{name} is sampling; give it as SamplingParams({near}=...) after the prompt"
-            )
-        instead = instead_of(name, known, f"there are {', '.join(known)}")
+        instead = f"it is sampling; give it as SamplingParams({near}=...) after the prompt"
+        if near not in sampling:
+            instead = instead_of(name, known, f"there are {', '.join(known)}")
         raise RequestError(f"an answer has no option {name}: {instead}")
 
 

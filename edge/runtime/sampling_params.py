@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
-from edge.bins import geometric_edges, linear_edges
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import RequestError
 from edge.other_names import instead_of
@@ -18,20 +17,16 @@ MAX_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class Knob:
-    """Type, range and counting of one number among the sampling parameters.
+    """Type and range of one number among the sampling parameters.
 
     Attributes:
         kind: type of the value, int or float.
         low, high: least and greatest value.
-        buckets: upper edges of its histogram in the server's metrics; empty for none.
-        grid: upper edges of the bins in which `edge_lab.measure.drift` counts it; empty for none.
     """
 
     kind: type[int] | type[float]
     low: float
     high: float
-    buckets: tuple[float, ...] = ()
-    grid: tuple[float, ...] = ()
 
     def check(self, name: str, value: object) -> float:
         """Check a value and return it, as a float where the knob is one.
@@ -46,56 +41,20 @@ class Knob:
 
 _MOST = 2**31 - 1
 KNOBS = {
-    "temperature": Knob(
-        kind=float,
-        low=0.0,
-        high=10.0,
-        buckets=(0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0),
-        grid=linear_edges(0.05, 40),
-    ),
-    "top_k": Knob(
-        kind=int,
-        low=0,
-        high=_MOST,
-        buckets=(0.0, 1.0, 10.0, 20.0, 40.0, 50.0, 100.0, 1000.0),
-        grid=geometric_edges(1024),
-    ),
-    "top_p": Knob(
-        kind=float,
-        low=0.0,
-        high=1.0,
-        buckets=(0.0, 0.1, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0),
-        grid=linear_edges(0.01, 100),
-    ),
-    "min_p": Knob(
-        kind=float,
-        low=0.0,
-        high=1.0,
-        buckets=(0.0, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0),
-        grid=linear_edges(0.01, 100),
-    ),
-    "repetition_penalty": Knob(
-        kind=float,
-        low=0.1,
-        high=10.0,
-        buckets=(0.9, 1.0, 1.05, 1.1, 1.2, 1.5, 2.0),
-        grid=linear_edges(0.05, 40),
-    ),
+    "temperature": Knob(float, 0.0, 10.0),
+    "top_k": Knob(int, 0, _MOST),
+    "top_p": Knob(float, 0.0, 1.0),
+    "min_p": Knob(float, 0.0, 1.0),
+    "repetition_penalty": Knob(float, 0.1, 10.0),
     "presence_penalty": Knob(float, -2.0, 2.0),
     "frequency_penalty": Knob(float, -2.0, 2.0),
     "seed": Knob(int, 0, 2**64 - 1),
-    "max_tokens": Knob(
-        kind=int,
-        low=1,
-        high=_MOST,
-        buckets=tuple(float(f * 10**e) for e in range(5) for f in (1, 2, 5)),
-        grid=geometric_edges(131072),
-    ),
+    "max_tokens": Knob(int, 1, _MOST),
 }
 """The sampling knobs, by name.
 
-The checks of `SamplingParams`, the options of the verbs, the ranges of the HTTP API, the histograms
-of the metrics and the bins in which drift is measured are made from this table.
+The checks of `SamplingParams`, the options of the verbs and the ranges of the HTTP API are made
+from this table.
 """
 
 DEFAULTED = tuple(name for name in KNOBS if name in SamplingDefaults.__struct_fields__)
@@ -137,10 +96,9 @@ class SamplingParams:
     def __new__(cls, *given: object, **params: Any) -> SamplingParams:
         """Refuse what ``__init__`` has no parameter for, which would be a TypeError there."""
         known = [each.name for each in fields(cls)]
-        for name in params:
-            if name not in known:
-                instead = instead_of(name, known, f"there are {', '.join(known)}")
-                raise RequestError(f"SamplingParams has no {name}: {instead}")
+        for name in params.keys() - known:
+            instead = instead_of(name, known, f"there are {', '.join(known)}")
+            raise RequestError(f"SamplingParams has no {name}: {instead}")
         if given:
             raise RequestError("SamplingParams takes names: SamplingParams(temperature=0.6)")
         return super().__new__(cls)

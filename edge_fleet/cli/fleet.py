@@ -19,7 +19,7 @@ import msgspec
 from edge.bundle.library import find_bundle
 from edge.bundle.manifest import MANIFEST_NAME
 from edge.cli import echo_json
-from edge.cli.options import Finite, json_option
+from edge.cli.options import json_option
 from edge.device.memory import read_available_memory_bytes
 from edge.errors import ConfigError, DeadlineError, DependencyError, ResourceError, install_command
 from edge_fleet.cli.registry_options import (
@@ -36,6 +36,7 @@ from edge_fleet.devices.rollout import FleetRollout
 from edge_fleet.registry.reference import Reference
 from edge_fleet.rollout import MAX_WATCH_S, WATCH_S
 from edge_lab.cli.eval import evaluation_options
+from edge_lab.cli.options import Finite
 
 if TYPE_CHECKING:
     from edge_fleet.devices.evaluation import FleetComputer

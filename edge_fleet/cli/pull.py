@@ -20,7 +20,6 @@ from edge.bundle.library import (
 )
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
 from edge.bundle.trust import trusted_keys_file
-from edge.cli.options import build_option
 from edge.errors import ConfigError, EdgeError, RegistryError
 from edge_fleet.registry.names import (
     REGISTRY_VARIABLE,
@@ -29,6 +28,7 @@ from edge_fleet.registry.names import (
     takes,
     team_registry,
 )
+from edge_lab.cli.options import build_option
 from edge_lab.cli.progress import show_progress
 from edge_lab.place import check_replaceable, human
 from edge_lab.telemetry import read_target

@@ -8,20 +8,13 @@ from typing import Any
 import click
 
 from edge.cli import echo_json
-from edge.cli.options import (
-    FILE,
-    Finite,
-    build_option,
-    engine_options,
-    given_flag,
-    json_option,
-    take_engine,
-)
+from edge.cli.options import FILE, engine_options, json_option, take_engine
 from edge.cli.sections import SectionCommand, option
 from edge.errors import ConfigError
 from edge_fleet.registry.reference import Reference
 from edge_fleet.rollout import MAX_WATCH_S, SWITCH_TIMEOUT_S, WATCH_S
 from edge_lab.cli.golden_options import GOLDEN_ENGINE, golden_option, max_tokens_option
+from edge_lab.cli.options import Finite, build_option, given_flag
 from edge_lab.cli.progress import show_progress
 
 from .registry_options import (

@@ -12,11 +12,12 @@ import msgspec
 
 import edge
 from edge.cli import echo_json
-from edge.cli.options import FILE, Finite, bundle_argument, engine_options, json_option, take_engine
+from edge.cli.options import FILE, bundle_argument, engine_options, json_option, take_engine
 from edge.cli.sections import SectionCommand, option
 from edge.errors import EXIT_GATE_MISSED, BackendError, ConfigError
 from edge.files import MALFORMED, read_file
 
+from .options import Finite
 from .progress import show_progress
 from .tables import make_table
 

@@ -10,7 +10,9 @@ import click
 import msgspec
 
 from edge.cli import echo_json
-from edge.cli.options import BundlePath, Finite, json_option
+from edge.cli.options import BundlePath, json_option
+
+from .options import Finite
 
 if TYPE_CHECKING:
     from edge_lab.doctor import Check

@@ -23,7 +23,7 @@ from edge.bundle.manifest import MANIFEST_NAME, Dialect, read_manifest
 from edge.bundle.tasks import check_task
 from edge.bundle.update import update_manifest
 from edge.cli import COMMAND_GROUP, echo_json
-from edge.cli.options import check_writable, take_engine
+from edge.cli.options import take_engine
 from edge.errors import (
     EXIT_GATE_MISSED,
     CheckpointError,
@@ -37,6 +37,7 @@ from edge_lab.measure.evaluator import Computer, evaluate_task, evaluate_text
 from edge_lab.measure.report import figure_rows, html_report, html_task_report
 from edge_lab.plot import load_renderer
 
+from .options import check_writable
 from .progress import show_progress
 from .tables import make_table
 

@@ -10,10 +10,11 @@ import click
 
 from edge.bundle.io_spec import REASONING_KV_CAPACITY
 from edge.cli import echo_json
-from edge.cli.options import Finite, json_option
+from edge.cli.options import json_option
 from edge.cli.sections import SectionCommand, option
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 
+from .options import Finite
 from .plan import (
     calibrate_option,
     device_option,

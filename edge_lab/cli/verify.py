@@ -12,11 +12,12 @@ import click
 import msgspec
 
 from edge.cli import echo_json
-from edge.cli.options import Finite, bundle_argument, engine_options, take_engine
+from edge.cli.options import bundle_argument, engine_options, take_engine
 from edge.cli.sections import SectionCommand, option
 from edge.engine_config import GPU_BACKENDS, EngineConfig
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 
+from .options import Finite
 from .progress import show_progress
 from .tables import make_table
 

@@ -7,19 +7,14 @@ from typing import Any
 
 import click
 
-from edge.cli.options import (
-    FILE,
-    BundlePath,
-    engine_options,
-    given_flag,
-    json_option,
-)
+from edge.cli.options import FILE, BundlePath, engine_options, json_option
 from edge.cli.sections import SectionCommand, option
 from edge.errors import ConfigError
 from edge_lab.measure.defaults import EVAL_TEXT, TEXT_TOKENS
 from edge_lab.measure.drift import ALPHA, MIN_PSI, Thresholds
 
 from .golden_options import GOLDEN_ENGINE, golden_option, max_tokens_option
+from .options import given_flag
 
 _ASKED = ("golden", "max_tokens", "thinking", "text_file", "text_tokens")
 

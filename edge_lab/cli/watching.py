@@ -12,10 +12,7 @@ import click
 import msgspec
 
 from edge.cli import echo_json
-from edge.cli.options import (
-    check_writable,
-    take_engine,
-)
+from edge.cli.options import take_engine
 from edge.errors import (
     EXIT_GATE_MISSED,
     DependencyError,
@@ -58,6 +55,7 @@ from edge_lab.measure.watch_server import (
 )
 from edge_lab.progress import Progress, prefixed, uncounted
 
+from .options import check_writable
 from .progress import show_progress
 
 

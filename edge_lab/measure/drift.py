@@ -32,11 +32,9 @@ from pathlib import Path
 
 import msgspec
 
-from edge.bins import geometric_edges
 from edge.bundle.update import replace_durably
 from edge.errors import ConfigError
 from edge.files import MALFORMED, read_file
-from edge.runtime.sampling_params import KNOBS
 
 ALPHA = 0.001
 """Probability of a false alarm per window, over all parameters."""
@@ -53,10 +51,32 @@ GRID_VERSION = 1
 _PSEUDO_COUNT = 0.5
 
 
+def _geometric_edges(last: float) -> tuple[float, ...]:
+    """Return the edges 0, 1 and on by factors of the square root of 2, up to ``last``.
+
+    A value that doubles moves by two bins.
+    """
+    edges, power = [0.0], 0
+    while edges[-1] < last:
+        edges.append(float(math.floor(2 ** (power / 2))))
+        power += 1
+    return tuple(sorted(set(edges)))
+
+
+def _linear_edges(step: float, count: int) -> tuple[float, ...]:
+    """Return edges between the multiples of ``step``, so that a round value is inside its bin."""
+    return tuple(round((i + 0.5) * step, 6) for i in range(count))
+
+
 GRIDS: dict[str, tuple[float, ...]] = {
-    "prompt_tokens": geometric_edges(131072),
-    "answer_tokens": geometric_edges(131072),
-    **{name: knob.grid for name, knob in KNOBS.items() if knob.grid},
+    "prompt_tokens": _geometric_edges(131072),
+    "answer_tokens": _geometric_edges(131072),
+    "temperature": _linear_edges(0.05, 40),
+    "top_k": _geometric_edges(1024),
+    "top_p": _linear_edges(0.01, 100),
+    "min_p": _linear_edges(0.01, 100),
+    "repetition_penalty": _linear_edges(0.05, 40),
+    "max_tokens": _geometric_edges(131072),
 }
 """Upper edges of the bins of each parameter, inclusive; one more bin holds what is above."""
 _MAX_COUNTS_BYTES = 1 << 24

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from edge.cli.options import BundlePath
+from edge.cli.options import BundlePath, take_only_bundle
 from edge.cli.settings_options import settings_options
 from edge.errors import ConfigError, DependencyError, install_command
 from edge_serve.cli.config_option import SettingsCommand, config_option, default_config
@@ -39,22 +39,30 @@ class _Serve(SettingsCommand):
 def serve(bundle: Path | None, config_file: Path | None, **flags: Any) -> int:
     """Serve BUNDLE, or each --model [NAME=]BUNDLE, to OpenAI's clients until SIGTERM.
 
-    BUNDLE is a directory or one of the names of edge-llm list. It is served under its directory's
-    name, and to requests that name no model. Every option is a key of the file of --config, too;
-    limits that few change are keys only: edge-llm config show --origin prints them all.
+    BUNDLE is a directory or one of the names of edge-llm list; the only one need not be named. It
+    is served under its directory's name, and to requests that name no model. Every option is a key
+    of the file of --config, too; limits that few change are keys only: edge-llm config show
+    --origin prints them all.
     """
-    if bundle is not None:
-        if flags["model"]:
-            raise ConfigError("give either BUNDLE or --model, not both")
+
+    def serve_one(bundle: Path) -> None:
         name = bundle.resolve().name
         flags["model"] = {name: str(bundle)}
         flags["default_model"] = flags["default_model"] or name
+
+    if bundle is not None:
+        if flags["model"]:
+            raise ConfigError("give either BUNDLE or --model, not both")
+        serve_one(bundle)
 
     def read() -> ServerSettings:
         file = config_file or default_config()
         return load_settings(ServerSettings, file=file, environ=os.environ, flags=flags).settings
 
     settings = read()
+    if not settings.model:
+        serve_one(take_only_bundle())
+        settings = read()
     try:
         from edge_serve.observe.logs import configure_logging
         from edge_serve.run import serve as run_service

@@ -63,6 +63,15 @@ REQUEST_BUCKETS_S = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
+PARAM_BUCKETS: dict[str, tuple[float, ...]] = {
+    "temperature": (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0),
+    "top_k": (0.0, 1.0, 10.0, 20.0, 40.0, 50.0, 100.0, 1000.0),
+    "top_p": (0.0, 0.1, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0),
+    "min_p": (0.0, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0),
+    "repetition_penalty": (0.9, 1.0, 1.05, 1.1, 1.2, 1.5, 2.0),
+    "max_tokens": tuple(float(f * 10**e) for e in range(5) for f in (1, 2, 5)),
+}
+"""Upper edges of the histograms of sampling parameters."""
 _PERCENTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 _TELEMETRY_AGE_S = 1.0  # a look takes some 2 ms; scrapes and pages share one
 
@@ -147,9 +156,8 @@ class Metrics:
             "request_decode_seconds", "First to last token.", REQUEST_BUCKETS_S
         )
         self._params = {
-            name: histogram(f"request_{name}", f"{name} asked for.", knob.buckets)
-            for name, knob in KNOBS.items()
-            if knob.buckets
+            name: histogram(f"request_{name}", f"{name} asked for.", buckets)
+            for name, buckets in PARAM_BUCKETS.items()
         }
         self._prompt = counter("prompt_tokens", "Tokens of prompts.", "model", "cached")
         self._generated = counter("generation_tokens", "Tokens sampled.", "model", "phase")

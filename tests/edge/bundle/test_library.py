@@ -18,6 +18,7 @@ from edge.bundle.library import (
     find_setting,
     hub_id,
     nearest_model,
+    only_bundle,
     roots,
 )
 from edge.errors import BundleError, ConfigError
@@ -264,3 +265,30 @@ def test_every_name_of_the_catalogue_has_its_commit():
     assert set(REVISIONS) == set(CATALOGUE.values())
     assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in REVISIONS.values())
     assert len(set(REVISIONS.values())) == len(REVISIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("smolm2", "mine, qwen2-int4, smollm2-135m-int8; did you mean smollm2-135m-int8?"),
+        ("SmolLM-135m-int8", "did you mean smollm2-135m-int8?"),
+        ("smollm2-135m-int4", "did you mean smollm2-135m-int8?"),
+        ("qwen3", "get it with: edge-llm pull deepseek-r1:8b-0528"),  # no slip of qwen2
+        ("deepseek-r1:1.5b", "get it with: edge-llm pull deepseek-r1:1.5b"),
+    ],
+)
+def test_a_name_with_a_slip_says_the_right_one(root: Path, name: str, said: str):
+    make(root, "smollm2-135m-int8", "mine", "qwen2-int4")
+    for find in (find_bundle, lambda name: find_setting(name, Path())):
+        with pytest.raises(BundleError, match=f"{re.escape(said)}$"):
+            find(name)
+
+
+def test_the_only_bundle_is_meant_where_none_is_named(root: Path):
+    with pytest.raises(ConfigError, match=r"give a bundle: there is none in .*; edge-llm pull"):
+        only_bundle()
+    make(root, "one")
+    assert only_bundle() == root / "one"
+    make(root, "two")
+    with pytest.raises(ConfigError, match=r"of which there are 2: one, two$"):
+        only_bundle()

@@ -66,8 +66,8 @@ class Script:
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     script = Script()
 
-    def submit(llm: LLM, prompt: Any, params: Any) -> list[ScriptedGeneration]:
-        return [ScriptedGeneration(script.stream(llm, prompt, params))]
+    def submit(llm: LLM, prompt: Any, params: Any) -> ScriptedGeneration:
+        return ScriptedGeneration(script.stream(llm, prompt, params))
 
     monkeypatch.setattr(LLM, "submit", submit)
     return script
@@ -277,7 +277,7 @@ def stream(self, prompt, params=None):
     stats = GenerationStats(prompt_tokens=10, completion_tokens=5, context_left=50)
     yield GenerationChunk(finish_reason="stop", stats=stats)
 
-LLM.submit = lambda *arguments: [ScriptedGeneration(stream(*arguments))]
+LLM.submit = lambda *arguments: ScriptedGeneration(stream(*arguments))
 sys.argv = ["edge-llm", *arguments]
 main()
 """
@@ -344,7 +344,8 @@ def terminal(bundle: Path, tmp_path: Path) -> Iterator[Terminal]:
 
 def test_a_chat_in_a_terminal(terminal: Terminal, tmp_path: Path):
     """Markdown in colour, an editor, Ctrl-C, commands that fail: the chat goes on."""
-    terminal.until(">>> ")
+    terminal.until("checking and loading ")
+    assert " tokens. /help lists" in terminal.until(">>> ")
     terminal.send("primes\r")
     answer = terminal.until("tokens left]")
     screen = Screen(40)

@@ -287,7 +287,9 @@ def test_usage_errors(edge_llm: Callable[..., Result], bundle: Path, tmp_path: P
         (("serve", bundle, "--workers", "2"), "--num-slots says how many"),
         (("frobnicate",), "No such command 'frobnicate'; see: edge-llm --help"),
         (("chta", bundle), "No such command 'chta'; did you mean chat?; see: edge-llm --help"),
-        (("run",), "Missing argument 'BUNDLE'; see: edge-llm run --help"),
+        (("inspect",), "Missing argument 'BUNDLE'; see: edge-llm inspect --help"),
+        (("show", bundle), "No such command 'show'; did you mean inspect?"),
+        (("ps",), "No such command 'ps'; did you mean list?"),
         (("cache", "lst"), "No such command 'lst'"),
     ):
         assert message in error_line(edge_llm(*arguments), 64)

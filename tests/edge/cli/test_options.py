@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from edge.bundle.manifest import read_manifest
+from edge_serve.settings import ServerSettings
 from tests.command_line import Result, error_line
+from tests.conftest import Bundles
 from tests.export.sources.test_gguf import write_tiny
 from tests.tiny_models import write_checkpoint
 
@@ -82,3 +84,65 @@ def test_who_says_yes_gets_an_answer(
     assert error_line(again, 65).endswith(f"its bundle is there: edge-llm run {bundle.name}")
     command = again.err.rpartition(": ")[2]
     assert edge_llm(*shlex.split(command)[1:], "hello", "--max-tokens", "4").code == 0
+
+
+def kept(tmp_path: Path, bundle: Path, *names: str) -> None:
+    for name in names:
+        (tmp_path / "kept" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "kept" / name).symlink_to(bundle)
+
+
+def test_the_only_bundle_need_not_be_named(
+    edge_llm: EdgeLlm,
+    tiny_bundles: Bundles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(tmp_path / "kept"))
+    nothing = f"give a bundle: there is none in {tmp_path / 'kept'}; edge-llm pull"
+    for verb in ("run", "chat", "serve"):
+        assert nothing in error_line(edge_llm(verb, stdin="hello"), 64)
+    kept(tmp_path, tiny_bundles("qwen2"), "first")
+    for verb in ("run", "chat"):
+        answered = edge_llm(verb, "--max-tokens", "4", stdin="hello\n")
+        assert answered.code == 0, answered.err
+        said = "edge-llm: first, the only bundle here\n"
+        assert answered.err.startswith(said)
+        assert edge_llm(verb, "first", "--max-tokens", "4", stdin="hello\n").err.find(said) == -1
+    kept(tmp_path, tiny_bundles("qwen2"), "second")
+    for verb in ("run", "chat", "serve"):
+        line = error_line(edge_llm(verb, stdin="hello"), 64)
+        assert line.endswith("give the name of a bundle, of which there are 2: first, second")
+
+
+def test_serve_takes_the_only_bundle_unless_a_file_names_one(
+    edge_llm: EdgeLlm,
+    tiny_bundles: Bundles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    served: list[ServerSettings] = []
+    monkeypatch.setattr("edge_serve.run.serve", lambda settings, reread: served.append(reread()))
+    monkeypatch.setattr("edge_serve.observe.logs.configure_logging", lambda *_: None)
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(tmp_path / "kept"))
+    kept(tmp_path, tiny_bundles("qwen2"), "first")
+    assert "first, the only bundle here" in edge_llm("serve").err
+    (tmp_path / "serve.toml").write_text(f'model = {{mine = "{tmp_path / "kept" / "first"}"}}\n')
+    assert edge_llm("serve", "--config", tmp_path / "serve.toml").err == ""
+    bundle = tiny_bundles("qwen2")
+    assert [list(each.model) for each in served] == [[bundle.name], ["mine"]]
+    assert served[0].default_model == bundle.name
+
+
+def test_a_bundle_that_loads_is_shown_on_terminals_only(
+    edge_llm: EdgeLlm, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    ask = ("run", tiny_bundles("qwen2"), "hello", "--max-tokens", "4", "--no-stats")
+    assert "loading" not in edge_llm(*ask).err
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    assert "loading" not in edge_llm(*ask).err
+    monkeypatch.setenv("TERM", "xterm")
+    shown = edge_llm(*ask)
+    assert f"checking and loading {tiny_bundles('qwen2').name}" in shown.err
+    assert "loading" not in shown.out

@@ -367,8 +367,8 @@ def test_sampling_beside_the_prompt_is_refused_with_its_place(scripted: Scripted
     for ask in asks:
         options: dict[str, Any] = {"best_of": 1} if ask == llm.generate_best else {}
         for name, instead in (
-            ("max_tokens", r"max_tokens is sampling; .* SamplingParams\(max_tokens=\.\.\.\)"),
-            ("max_new_tokens", r"max_new_tokens is sampling; .*\(max_tokens=\.\.\.\)"),
+            ("max_tokens", r"max_tokens: it is sampling; .* SamplingParams\(max_tokens=\.\.\.\)"),
+            ("max_new_tokens", r"max_new_tokens: it is sampling; .*\(max_tokens=\.\.\.\)"),
             ("repeat_penalty", r"\(repetition_penalty=\.\.\.\)"),
             ("thinkin", "no option thinkin: did you mean thinking?"),
             ("do_sample", "no option do_sample: temperature 0 takes the likeliest token"),

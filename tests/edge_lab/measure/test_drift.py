@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge.errors import ConfigError
+from edge.runtime.sampling_params import DEFAULTED
 from edge_lab.measure.drift import (
     GRIDS,
     MIN_REQUESTS,
@@ -196,6 +197,10 @@ def test_merged_bins_cover_the_grid_without_overlap(row: list[int]):
         if any(row[first:last]):
             assert seen[0] <= first
             assert last <= seen[-1] + 1
+
+
+def test_what_models_have_defaults_for_is_counted():
+    assert {*GRIDS} == {*DEFAULTED, "max_tokens", "prompt_tokens", "answer_tokens"}
 
 
 def test_a_value_falls_into_the_bin_of_its_edge():

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from edge import __version__
 from edge.bundle.manifest import SamplingDefaults
 from edge.runtime.generation import GenerationStats
-from edge.runtime.sampling_params import KNOBS, SamplingParams
+from edge.runtime.sampling_params import DEFAULTED, KNOBS, SamplingParams
 from edge.runtime.scheduler.request import SchedulerStats, SlotState
 from edge_lab.measure.drift import Counts, DriftMonitor
 from edge_lab.telemetry import Snapshot
@@ -28,6 +28,7 @@ from edge_serve.observe.metric_families import BulkHistogram, EngineInfo
 from edge_serve.observe.metrics import (
     ITL_BUCKETS_S,
     MAX_LABELS,
+    PARAM_BUCKETS,
     REQUEST_BUCKETS_S,
     TTFT_BUCKETS_S,
     WINDOW_VALUES,
@@ -401,3 +402,7 @@ def test_the_page_reads_what_stats_has():
     assert rows <= set(stats["models"]["r1"])
     kinds = set(re.findall(r'latency\(now, "(\w+)"\)', text))
     assert kinds <= set(stats["models"]["r1"]["latency"])
+
+
+def test_what_models_have_defaults_for_has_a_histogram():
+    assert {*PARAM_BUCKETS} == {*DEFAULTED, "max_tokens"}
