@@ -149,8 +149,15 @@ def _snapshot(
     except HFValidationError as error:
         problem = f"is no hub id ({error}); give owner/name"
         cause = error
-    except (HfHubHTTPError, OSError) as error:
-        problem = f"could not be downloaded ({error}); run the same command again to resume"
+    except Exception as error:
+        # Errors of its HTTP client come through; which client that is depends on its version.
+        client = type(error).__module__.startswith("httpx")
+        if not client and not isinstance(error, HfHubHTTPError | OSError):
+            raise
+        problem = (
+            f"could not be downloaded from {_named(constants.ENDPOINT)} ({error}); run the same "
+            "command again to resume"
+        )
         cause = error
     raise CheckpointError(f"{repo_id} {problem}") from cause
 

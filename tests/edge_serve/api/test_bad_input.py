@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from edge_serve.api import protocol
 from edge_serve.api.anthropic.protocol import MessagesRequest
 from edge_serve.api.ollama.protocol import OllamaChatRequest
-from edge_serve.api.other_paths import OTHER_PATHS
 from edge_serve.api.protocol import ChatRequest, CompletionRequest, decode, nesting
 from edge_serve.api.responses.protocol import ResponsesRequest
 from edge_serve.http.errors import APIError, as_api_error
@@ -256,16 +255,6 @@ def test_an_unknown_field_of_an_object_is_compared_with_that_object():
 def test_what_an_option_takes_is_said_in_words(option: str, value: Any, said: str):
     body = {"options": {option: value}}
     assert refusal(OllamaChatRequest, body) == f"options.{option}: {said}"
-
-
-def test_paths_of_other_servers_say_what_is_here(live: Live):
-    for path, instead in OTHER_PATHS.items():
-        for body in (None, CHAT_BODY):
-            answer = live.ask(path, body)
-            assert answer.status == 404
-            assert answer.json["error"]["message"] == f"{path} is not served; instead: {instead}"
-        verb, there = re.findall(r"(GET|POST) (/[a-z0-9/_.]+)", instead)[0]
-        assert live.ask(there, {} if verb == "POST" else None).status in (200, 400)
 
 
 def test_a_body_of_another_type_says_which(live: Live):

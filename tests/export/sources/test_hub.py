@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -276,6 +279,25 @@ def test_a_host_without_an_address_is_asked_for_once(
     assert "Retrying" not in unreachable.said
     with Worker(home, **environment) as cached:
         assert cached.open("owner/tiny") == whole
+
+
+def test_a_hub_that_breaks_off_is_no_traceback(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closing = threading.Thread(target=close_each, args=(server,), daemon=True)
+        closing.start()
+        port = server.getsockname()[1]
+        with Worker(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{port}") as broken:
+            error = broken.open("owner/tiny")["error"]
+        server.shutdown(socket.SHUT_RDWR)
+        closing.join()
+    said = f"CheckpointError: owner/tiny could not be downloaded from 127.0.0.1:{port} (HF_ENDPOINT"
+    assert error.startswith(said)
+
+
+def close_each(server: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the listener is shut
+        while True:
+            server.accept()[0].close()
 
 
 @pytest.mark.parametrize(
