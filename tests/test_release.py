@@ -458,7 +458,16 @@ def test_a_release_with_a_failed_proof_has_no_name(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["edge-llm-1.2.3"]
     assert release.main(options) == 1
     assert "is there already; remove it, or name another --out" in capsys.readouterr().err
-    assert release.main([*options, "--public-key", "x"]) == 1
+    options[1] = str(tmp_path / "other")
+    for more, reason in (
+        (["--public-key", "x"], "--public-key has no effect without --sign"),
+        (
+            ["--sign", "no.key"],
+            "needs minisign" if not shutil.which("minisign") else "no.key is no file",
+        ),
+    ):
+        assert release.main([*options, *more]) == 1
+        assert reason in capsys.readouterr().err
 
 
 def test_every_library_that_the_proofs_resolve_is_an_extra_of_the_locks():
