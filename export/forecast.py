@@ -99,9 +99,9 @@ class Forecast:
 
     def _disk(self, download: Download) -> list[str]:
         peak, kept = self.needed_bytes + self.reference_bytes, self.bundle_bytes
-        bundle = (
-            f"the bundle takes about {human(self.bundle_bytes)}, {human(peak)} while it is made"
-        )
+        bundle = f"the bundle takes about {human(kept)}"
+        if peak > kept:
+            bundle += f", {human(peak)} while it is made"
         if download.num_bytes is None:
             fetched = "the hub does not say how large the download is"
         elif not download.num_bytes:
