@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from tests.conftest import Bundles
 from tests.edge_serve.http.browser import Browser
 from tests.edge_serve.http.page_stub import StubServer
+from tests.edge_serve.scripted import running
 
 OTHER = "<b>other</b>"
 
@@ -88,3 +92,25 @@ def test_the_focus_stays_while_another_model_loads(page: Browser, server: StubSe
     active = page.driver.switch_to.active_element
     assert active.get_attribute("data-model") == "tiny"
     server.loading.set()
+
+
+def test_the_real_service_unloads_and_loads_for_a_question(driver: Any, tiny_bundles: Bundles):
+    with running(tiny_bundles("qwen2")) as live:
+        driver.get(live.url)
+        page = Browser(driver)
+        page.started()
+        page.open_panel()
+        page.until(lambda: states(page) == ["loaded"])
+        page.one("#engines button").click()
+        page.until(lambda: states(page) == ["not loaded"])
+        assert live.ask("/v1/models/tiny").json["status"] == {"value": "unloaded"}
+        live.engine.say([{"role": "user", "content": "hello"}], "So.</think>Here again.")
+        page.ask("hello")
+        assert "Here again." in page.answered().text
+        page.until(lambda: states(page) == ["loaded"])
+        page.one("#engines button").click()
+        page.until(lambda: states(page) == ["not loaded"])
+        page.one("#engines button").click()
+        page.until(lambda: states(page) == ["loaded"])
+        assert not page.one("#toast").is_displayed()
+        driver.get("about:blank")
