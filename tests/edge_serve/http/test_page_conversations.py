@@ -591,7 +591,7 @@ def test_export_and_import(browser: Browser, server: StubServer, tmp_path: Path)
     browser.one("#conversations .json").click()
     whole = exported(browser, tmp_path, "json")
     assert json.loads(whole)["format"] == FORMAT
-    assert bring(browser, tmp_path / "brought", whole) == "1 conversations imported."
+    assert bring(browser, tmp_path / "brought", whole) == "Conversations imported: 1."
     assert titles(browser) == ["hello", "hello"]
     first, second = stored_values(browser)
     assert first["id"] != second["id"]
@@ -634,7 +634,7 @@ def test_broken_and_old_stored_conversations(browser: Browser, server: StubServe
     }
     stored(browser, "for (const one of given) store.put(one);", [broken, {"id": "worse"}, old])
     browser.reload()
-    assert "2 stored conversations cannot be read" in browser.one("#toast").text
+    assert "cannot be read: 2." in browser.one("#toast").text
     assert titles(browser) == ["From before"]
     browser.one("#conversations .open").click()
     browser.ask("hello")
@@ -682,7 +682,7 @@ def test_a_value_that_is_lost_takes_no_others_with_it(browser: Browser):
         "there.get = function (key) { return key === '%s' ? lost() : get.call(this, key); };"
     )
     with before_the_page(browser, LOST + one_by_one % bad):
-        assert "1 stored conversations cannot be read" in browser.one("#toast").text
+        assert "cannot be read: 1." in browser.one("#toast").text
         assert titles(browser) == ["two"]
     browser.reload()
     assert titles(browser) == ["two", "one"]

@@ -1,7 +1,6 @@
 // The words in English.
 export default {
   "a_moment": "a moment",
-  "access": "Access",
   "actions_for": "Actions for {title}",
   "again": "Try again",
   "again_in": "Try again in {n} s",
@@ -9,7 +8,7 @@ export default {
   "appearance": "Page",
   "at_time": "{value}, {n} s ago",
   "attach": "Attach text files",
-  "broken": "{n} stored conversations cannot be read. They stay as they are; all others are here.",
+  "broken": "Stored conversations that cannot be read: {n}. They stay as they are; all others are here.",
   "cancel": "Cancel",
   "chat": "Chat",
   "close": "Close",
@@ -59,7 +58,7 @@ export default {
   "import_broken": "Conversation {number} cannot be read ({why}). Nothing of this file was imported.",
   "import_not_json": "This is not JSON. Choose a file that was exported here.",
   "import_other": "This file has no conversations from this page. Choose one that was exported here.",
-  "imported": "{n} conversations imported.",
+  "imported": "Conversations imported: {n}.",
   "incomplete": "incomplete",
   "keep": "Keep this one",
   "keep_first": "Keep one of the two answers first; the chat continues from it.",

@@ -1,7 +1,6 @@
 // The words in Chinese.
 export default {
   "a_moment": "不到 0.1 s",
-  "access": "访问",
   "actions_for": "“{title}”的操作",
   "again": "重试",
   "again_in": "{n} 秒后可重试",
