@@ -27,7 +27,8 @@ GpuWait = Literal["auto", "spin", "yield", "block"]
 GPU_BACKENDS = ("tensorrt", "ort-cuda")
 INT8_PREFILL_TOKENS = 16
 """Tokens of a sequence in one step from which on ``prefill`` int8 takes the INT8 products."""
-_LEAST_CHUNK = 3  # an odd number of tokens is made of twos and one three
+LEAST_CHUNK = 3
+"""Tokens of the longest step at least, to run no token alone: an odd number is twos and a three."""
 _DRAFT_TOKENS = 5
 EAGLE3 = Path("eagle3")
 """The `EngineConfig.draft` that means the bundle's own head."""
@@ -191,10 +192,10 @@ class EngineConfig:
                 raise ConfigError(
                     f"{option} {why}, so answers are not deterministic: leave one of the two out"
                 )
-        if self.prefill_chunk < _LEAST_CHUNK:
+        if self.prefill_chunk < LEAST_CHUNK:
             raise ConfigError(
                 f"prefill_chunk is {self.prefill_chunk}; deterministic cuts prompts into chunks of "
-                f"two tokens or more, which takes {_LEAST_CHUNK}"
+                f"two tokens or more, which takes {LEAST_CHUNK}"
             )
 
     @property

@@ -132,13 +132,16 @@ class SlotPool:
     Args:
         num_slots: how many slots there are.
         capacity: rows of each slot.
-        deterministic: share only rows that a prompt of its own would have given in the same bits:
-            those of steps of several tokens, of which two at least are left to run.
+        even: share an even number of rows and leave two tokens or more to run: the engine computes
+            a lone token, or the last of an odd number, in other bits.
+        prompts_only: share no rows that decoding wrote.
     """
 
-    def __init__(self, num_slots: int, capacity: int, *, deterministic: bool = False) -> None:
+    def __init__(
+        self, num_slots: int, capacity: int, *, even: bool = False, prompts_only: bool = False
+    ) -> None:
         self.slots = [Slot(index, capacity) for index in range(num_slots)]
-        self.deterministic = deterministic
+        self.even, self.prompts_only = even, prompts_only
         self._clock = 0
 
     @property
@@ -175,8 +178,7 @@ class SlotPool:
         free = [slot for slot in self.slots if not slot.in_use]
         if not free:
             return None
-        most = self.most_shared(ids)
-        shared = {slot: min(self._shared(slot, ids, salt), most) for slot in self.slots}
+        shared = {slot: self._shared(slot, ids, salt) for slot in self.slots}
         best = max(shared.values())
         active = {slot.index for slot in self.slots if slot.in_use}
 
@@ -195,9 +197,10 @@ class SlotPool:
         refuge = given_up if slot is not given_up and slot.length else None
         return Placement(slot, best, source, refuge)
 
-    def most_shared(self, ids: list[int]) -> int:
-        """Rows of a prompt that need not run at most: its last token must, to give logits."""
-        return max(len(ids) - (2 if self.deterministic else 1), 0)
+    def usable(self, rows: int, ids: list[int]) -> int:
+        """Count those of a prompt's ``rows`` that need not run; its last token must: for logits."""
+        least = 2 if self.even else 1
+        return max(min(rows, len(ids) - least), 0) // least * least
 
     def take(self, slot: Slot, ids: list[int], salt: str) -> None:
         """Give a slot to a sequence; ``ids`` are the tokens of the rows that it starts with."""
@@ -214,7 +217,7 @@ class SlotPool:
 
     def _shared(self, slot: Slot, ids: list[int], salt: str) -> int:
         shared = slot.shared_with(ids, salt)
-        return min(shared, slot.prefilled) if self.deterministic else shared
+        return self.usable(min(shared, slot.prefilled) if self.prompts_only else shared, ids)
 
     def forget(self) -> None:
         """Drop every row that no sequence owns."""

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from edge.backends import Backend, BestLogits, Floats
 from edge.backends.step import step_after, zero_rows
 from edge.bundle.embeddings import EmbeddingTable
-from edge.engine_config import EngineConfig
+from edge.engine_config import LEAST_CHUNK, EngineConfig
 from edge.errors import BackendError, DeadlineError, EdgeError, OverloadError, ResourceError
 from edge.runtime.generation import PromptProgress
 from edge.runtime.kv_cache import KeptRows, Placement, Slot, SlotPool
@@ -49,6 +49,7 @@ _BRIEF = 8  # times a sequence goes into a prompt beside which it should end soo
 _ALERT_S = 10.0  # a client may well come back within that time
 _MOST_LOGITS = 64  # places of a chunk: 39 MB at a vocabulary of 151,936
 _SHORT = 31  # tokens that no engine's attention cuts into blocks
+_BLOCKS = 16  # tokens: what their size is a multiple of, for all usual heads and processors
 _WHOLE = 4  # chunks: a prompt that is no longer goes in one
 
 
@@ -86,11 +87,12 @@ class EngineCore:
         self.overflow = overflow
         self.prefix_store = prefix_store
         self.deterministic = config.deterministic
-        self.pool = SlotPool(
-            backend.num_slots, backend.capacity, deterministic=config.deterministic
-        )
         batch = min(config.max_batch or backend.num_slots, backend.num_slots)
         tokens = min(config.prefill_chunk, backend.max_step_tokens)
+        # Where activations are rounded, another last bit soon makes another token.
+        self.even = self.deterministic or (backend.rounds_activations and tokens >= LEAST_CHUNK)
+        only = self.deterministic
+        self.pool = SlotPool(backend.num_slots, backend.capacity, even=self.even, prompts_only=only)
         self.policy = Policy(batch, tokens, config.target_itl_s)
         # Looked up at each call, so that tests can replace it.
         self._clock = clock or (lambda: time.perf_counter())
@@ -478,11 +480,10 @@ class EngineCore:
         placement = self.pool.place(ids, sequence.salt)
         assert placement is not None
         stored = self.prefix_store.lookup(ids) if self.prefix_store else None
-        most = self.pool.most_shared(ids)
-        longer = stored is not None and min(stored.length, most) > placement.cached
-        rows = stored.load() if stored is not None and longer else None
-        if stored is not None and rows is not None:
-            placement = placement._replace(cached=min(stored.length, most), source=None)
+        cached = self.pool.usable(stored.length, ids) if stored is not None else 0
+        rows = stored.load() if stored is not None and cached > placement.cached else None
+        if rows is not None:
+            placement = placement._replace(cached=cached, source=None)
         return self._move_in(sequence, placement, rows)
 
     def _bring_back(self, sequence: SequenceState, kept: KeptRows) -> int:
@@ -523,8 +524,8 @@ class EngineCore:
         on_logits = sequence.request.on_logits
         if on_logits is not None:
             limit = min(limit, _MOST_LOGITS)
-        if self.deterministic:
-            limit = even_chunk(len(sequence.pending), limit)
+        if self.even:
+            limit = self._even_chunk(len(sequence.pending), limit)
         part = sequence.pending[:limit]
         places = list(range(len(part)) if on_logits else [len(part) - 1])
         logits = self._forward([sequence], [part], [places])
@@ -544,6 +545,9 @@ class EngineCore:
             self._sample(sequence, logits[0])
         else:
             self._finish(sequence, "length")
+
+    def _even_chunk(self, pending: int, limit: int) -> int:
+        return even_chunk(pending, limit, 2 if self.deterministic else _BLOCKS)
 
     def _hand_on(
         self, sequence: SequenceState, on_logits: _OnLogits, logits: _Rows, count: int
@@ -879,14 +883,19 @@ def _count_sound(rows: _Rows) -> int:
     return next(place for place, row in enumerate(rows) if not is_sound(row))
 
 
-def even_chunk(pending: int, limit: int) -> int:
+def even_chunk(pending: int, limit: int, blocks: int = 2) -> int:
     """A chunk of about ``limit`` tokens, of two or more ``pending``, that leaves none alone.
 
     An engine may compute a lone token in other bits than one of several, also the odd one that its
     attention leaves behind blocks of 32 tokens or more. So long prompts run in even chunks, and
-    end with three if they are odd.
+    those that may leave such a one end with three.
+
+    Args:
+        pending: tokens that are left of the prompt.
+        limit: tokens of the chunk.
+        blocks: what the size of any block is a multiple of.
     """
-    if pending <= max(min(limit, _SHORT), 3):
+    if pending <= max(limit, 3) and (pending <= _SHORT or pending % blocks != 1):
         return pending
     if pending % 2 and pending - 3 <= limit:
         return pending - 3

@@ -20,7 +20,7 @@ from edge.runtime.kv_cache import Slot
 from edge.runtime.sampling import SampledToken, Sampler
 from edge.runtime.sampling_params import SamplingParams
 
-from .core import EngineCore, even_chunk
+from .core import EngineCore
 from .request import Request, Sink
 from .sequence import SequenceState, slot_of
 
@@ -113,8 +113,8 @@ class PoolingCore(EngineCore):
         """Run a step of a text, and of those of its length that fit beside it."""
         batch = self._companions(first)
         limit = self.policy.step_tokens
-        if self.deterministic:
-            limit = even_chunk(len(first.pending), limit)
+        if self.even and len(batch) == 1:
+            limit = self._even_chunk(len(first.pending), limit)
         seq = min(max(len(sequence.pending) for sequence in batch), limit)
         parts = [sequence.pending[:seq] for sequence in batch]
         tokens = [[*part, *part[-1:] * (seq - len(part))] for part in parts]

@@ -125,9 +125,10 @@ class Engine:
         capacity: int = 64,
         max_step_tokens: int = 8,
         overlaps: bool = False,
+        backend_type: type[ScriptedBackend] = ScriptedBackend,
         **options: Any,
     ) -> None:
-        self.backend = ScriptedBackend(
+        self.backend = backend_type(
             table,
             script,
             num_slots=num_slots,

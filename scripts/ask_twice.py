@@ -1,0 +1,67 @@
+"""Ask each prompt of the golden set twice, and name those whose answers differ.
+
+    python -m scripts.ask_twice BUNDLE --deterministic
+    python -m scripts.ask_twice --server http://127.0.0.1:8000
+
+Both times at temperature 0. The second time most of the prompt's rows come from the cache, which
+should change nothing. It ends with status 1 if an answer differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from edge.engine_config import EngineConfig  # noqa: E402
+from edge.runtime.llm import LLM  # noqa: E402
+from edge_lab.measure.defaults import GOLDEN_SET  # noqa: E402
+from edge_lab.measure.watch import Answerer, BundleAnswerer, GoldenItem, read_golden  # noqa: E402
+from edge_lab.measure.watch_server import ServerAnswerer  # noqa: E402
+
+TOKENS = 32
+
+
+def find_differing(
+    answerer: Answerer, items: Sequence[GoldenItem], max_tokens: int = TOKENS
+) -> list[str]:
+    """The ids of the items that are answered otherwise when they are asked again at once.
+
+    Raises:
+        EdgeError: see the answerer.
+    """
+
+    def ask(item: GoldenItem) -> tuple[str, str]:
+        answer = answerer.answer(item.prompt, max_tokens)
+        return answer.reasoning, answer.text
+
+    return [item.id for item in items if ask(item) != ask(item)]
+
+
+def main() -> int:
+    """Ask, and print what was found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("bundle", nargs="?", type=Path)
+    asked.add_argument("--server", metavar="URL", help="a running server")
+    parser.add_argument("--deterministic", action="store_true", help="open the bundle so")
+    parser.add_argument("--max-tokens", type=int, default=TOKENS, help="of each answer")
+    options = parser.parse_args()
+    if options.server and options.deterministic:
+        parser.error("--deterministic is an option of the server: start it so")
+    items, _ = read_golden(GOLDEN_SET)
+    if options.server:
+        found = find_differing(ServerAnswerer(options.server), items, options.max_tokens)
+    else:
+        with LLM(options.bundle, EngineConfig(deterministic=options.deterministic)) as llm:
+            found = find_differing(BundleAnswerer(llm), items, options.max_tokens)
+    print(f"{len(found)} of {len(items)} answers differ when asked again: {', '.join(found)}")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
