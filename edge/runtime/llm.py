@@ -112,10 +112,10 @@ class LLM:
     Many answers are computed at once, batched over the slots of the cache
     (`edge.runtime.scheduler`); a request that finds no slot waits in a queue. Sampling depends only
     on the request, and a draft is taken only where it is what would have been sampled. Engines,
-    however, may compute a token's logits differently with other tokens in the step (batch, chunk,
-    drafts): in the last bits with float activations, visibly with ``int8_activations`` on the CPU,
-    where the text of two runs can part (docs/serving-core.md has figures); ``deterministic`` has
-    the CPU compute it alike.
+    however, may compute a token's logits differently with other tokens in the step (batch, drafts):
+    in the last bits with float activations, visibly with ``int8_activations`` on the CPU, where the
+    text of two runs can part (docs/serving-core.md says when); ``deterministic`` has the CPU
+    compute it alike.
 
     Args:
         bundle: directory that ``edge-llm export`` wrote; or its name, or some words of it, as

@@ -46,6 +46,9 @@ def test_cached_rows_change_no_bit_of_an_answer(
         for _ in range(2):
             assert [ask(llm, prompt) for prompt in prompts] == fresh
         assert llm.generate(prompts[3], params).stats.cached_tokens == SIZES[3] - 2
+        # A chat goes on from rows that decoding wrote, also when its last turn is asked again.
+        chat = [*prompts[3], *llm.generate_ids(prompts[3], params), 1, 2, 3]
+        assert ask(llm, chat) == ask(llm, chat)
 
 
 @pytest.fixture(scope="module")
