@@ -49,7 +49,7 @@ _BRIEF = 8  # times a sequence goes into a prompt beside which it should end soo
 _ALERT_S = 10.0  # a client may well come back within that time
 _MOST_LOGITS = 64  # places of a chunk: 39 MB at a vocabulary of 151,936
 _SHORT = 31  # tokens that no engine's attention cuts into blocks
-_BLOCKS = 16  # tokens: what their size is a multiple of, for all usual heads and processors
+_BLOCKS = 32  # tokens: their size is a multiple, since it is twice a head of 16, 32, ... values
 _WHOLE = 4  # chunks: a prompt that is no longer goes in one
 
 

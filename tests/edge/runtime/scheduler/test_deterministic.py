@@ -123,7 +123,7 @@ def test_without_it_they_do(table: EmbeddingTable, chunk: int, backend_type: typ
     assert engine.answer(request) != engine.answer(request)
 
 
-@given(st.integers(2, 3000), st.integers(1, 600), st.integers(3, 600), st.sampled_from([2, 16, 32]))
+@given(st.integers(2, 3000), st.integers(1, 600), st.integers(3, 600), st.sampled_from([2, 32]))
 def test_chunks_leave_no_token_alone(pending: int, wish: int, most: int, blocks: int):
     sizes = []
     while pending:
@@ -148,7 +148,7 @@ def test_rows_of_an_answer_are_used_again_only_without_it(
     assert cached == (10 if deterministic else 14)
 
 
-@pytest.mark.parametrize(("size", "steps"), [(3, 1), (31, 1), (33, 2), (40, 1), (63, 1), (65, 2)])
+@pytest.mark.parametrize(("size", "steps"), [(3, 1), (31, 1), (33, 2), (49, 1), (63, 1), (65, 2)])
 def test_a_prompt_that_fits_a_step_takes_one_unless_that_leaves_a_token_alone(
     table: EmbeddingTable, size: int, steps: int
 ):
