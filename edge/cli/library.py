@@ -85,7 +85,7 @@ def remove(bundle: Path, yes: bool) -> None:
     num_bytes = sum(path.lstat().st_size for path in bundle.rglob("*"))
     if not yes:
         if not sys.stdin.isatty():
-            raise ConfigError(f"nobody can be asked whether to remove {bundle}; give --yes")
+            raise ConfigError(f"removing {bundle} needs --yes where standard input is no terminal")
         if not click.confirm(f"remove {bundle} ({num_bytes / 1e6:,.0f} MB)?", err=True):
             click.echo("nothing was removed", err=True)
             return

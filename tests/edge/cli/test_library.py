@@ -88,7 +88,7 @@ def test_rm_removes_the_whole_bundle_and_no_other(edge_llm: EdgeLlm, shelf: Path
 
 
 def test_rm_asks_and_touches_only_bundles(edge_llm: EdgeLlm, shelf: Path):
-    assert "give --yes" in error_line(edge_llm("rm", "1.5b"), 64)
+    assert "needs --yes where" in error_line(edge_llm("rm", "1.5b"), 64)
     (shelf / "notes").mkdir()
     assert "is no bundle" in error_line(edge_llm("rm", shelf / "notes", "--yes"), 65)
     (shelf / "link").symlink_to(shelf / "tiny-1.5b-fp16")
