@@ -57,6 +57,20 @@ def test_every_word_is_used_and_there():
     assert there - quoted == set()
 
 
+def test_every_documented_error_has_words():
+    text = (Path(__file__).parents[3] / "docs/server.md").read_text()
+    table = text.partition("| Status | `code` |")[2].partition("\n\n")[0]
+    codes = {code for row in table.splitlines() for code in re.findall(r"`([a-z_]+)`", _code(row))}
+    assert {"queue_full", "model_busy"} < codes
+    (path,) = (path for path in page_files() if path.endswith("/script/refusals.js"))
+    known = set(re.findall(r'"(\w+)"', page_files()[path].body.decode()))
+    assert codes - known == set()
+
+
+def _code(row: str) -> str:
+    return row.split("|")[2] if row.count("|") > 2 else ""
+
+
 def test_axe_is_what_was_published():
     assert hashlib.sha256(AXE.read_bytes()).hexdigest() == AXE_SHA256
 

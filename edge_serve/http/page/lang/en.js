@@ -122,7 +122,7 @@ export default {
   "refused_body": "body too large",
   "refused_busy": "all connections in use",
   "refused_context": "prompt too long",
-  "refused_engine": "engine failure",
+  "refused_engine": "server failure",
   "refused_host": "host or site not allowed",
   "refused_invalid": "invalid request",
   "refused_key": "key without access",

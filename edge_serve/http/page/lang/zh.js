@@ -122,7 +122,7 @@ export default {
   "refused_body": "内容过大",
   "refused_busy": "连接已占满",
   "refused_context": "提示过长",
-  "refused_engine": "引擎故障",
+  "refused_engine": "服务器故障",
   "refused_host": "主机或网站不被允许",
   "refused_invalid": "请求无效",
   "refused_key": "密钥无权限",
