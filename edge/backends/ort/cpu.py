@@ -273,8 +273,7 @@ def load_cpu_graph(
     widened = widen_products(graph, bundle, manifest) if int8_prompts else []
     # Else no kernel takes 8-bit weights, and a joined one is unpacked to float in every step.
     if int8_activations and multiplies_8_bits(ort):
-        level = accuracy_level(int8_activations)
-        join_planes(graph, bundle, manifest, accuracy_level=level, without=widened)
+        join_planes(graph, bundle, manifest, accuracy_level=accuracy_level(True), without=widened)
     if deterministic:
         cut_groups(graph, bundle)
     return graph
