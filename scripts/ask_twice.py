@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from edge.engine_config import EngineConfig  # noqa: E402
+from edge.errors import EdgeError  # noqa: E402
 from edge.runtime.llm import LLM  # noqa: E402
 from edge_lab.measure.defaults import GOLDEN_SET  # noqa: E402
 from edge_lab.measure.watch import Answerer, BundleAnswerer, GoldenItem, read_golden  # noqa: E402
@@ -64,4 +65,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except EdgeError as error:
+        sys.exit(f"error: {error}")
