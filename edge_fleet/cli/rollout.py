@@ -126,6 +126,7 @@ def rollout(
     """
     from edge_fleet.rollout.service import Service
     from edge_fleet.rollout.steps import Plan, roll_out
+    from edge_lab.measure.drift import ROLLOUT_USER
     from edge_lab.measure.watch_server import ServerAnswerer, read_api_key
 
     watching = ("model", "api_key_file", "watch_s", "switch_timeout_s")
@@ -139,7 +140,8 @@ def rollout(
     service = None
     if server is not None:
         key = None if api_key_file is None else read_api_key(api_key_file)
-        service = Service(ServerAnswerer(server, api_key=key, model=model), model)
+        answerer = ServerAnswerer(server, api_key=key, model=model, user=ROLLOUT_USER)
+        service = Service(answerer, model)
     plan = Plan(
         reference,
         link,

@@ -46,6 +46,8 @@ MIN_REQUESTS = 50
 DEFAULT_WINDOW = 500
 WATCH_USER = "edge-llm-watch"
 """Value of ``user`` in the requests of ``edge-llm watch``, which are no client's."""
+ROLLOUT_USER = "edge-llm-rollout"
+"""The same in those of ``bundle rollout``, for which a server loads its model."""
 GRID_VERSION = 1
 
 _PSEUDO_COUNT = 0.5

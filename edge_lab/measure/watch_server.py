@@ -57,6 +57,7 @@ class ServerAnswerer:
         model: the model to ask; None is the server's default.
         thinking: let it reason before it answers.
         timeout_s: how long one answer may take.
+        user: the name that requests give for their user.
 
     Attributes:
         model: see above; it may be set later.
@@ -73,6 +74,7 @@ class ServerAnswerer:
         model: str | None = None,
         thinking: bool = False,
         timeout_s: float = TIMEOUT_S,
+        user: str = WATCH_USER,
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -82,6 +84,7 @@ class ServerAnswerer:
         if api_key is not None:
             self._headers["authorization"] = f"Bearer {api_key}"
         self.model = model
+        self._user = user
         self._thinking = thinking
         self._timeout_s = timeout_s
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
@@ -99,7 +102,7 @@ class ServerAnswerer:
             "max_tokens": max_tokens,
             "enable_thinking": self._thinking,
         }
-        body = self._with_model(body | {"user": WATCH_USER})
+        body = self._with_model(body | {"user": self._user})
         found, timing = self._exchange("/v1/chat/completions", body)
         try:
             (choice,) = found["choices"]
@@ -146,7 +149,7 @@ class ServerAnswerer:
                 "logprobs": 0,
                 "max_tokens": 1,
                 "temperature": 0,
-                "user": WATCH_USER,
+                "user": self._user,
             }
             found = self._ask("/v1/completions", self._with_model(body))
             try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edge.errors import DeadlineError, EdgeError, OverloadError
 from edge.runtime.sampling_params import SamplingParams
-from edge_lab.measure.drift import WATCH_USER
+from edge_lab.measure.drift import ROLLOUT_USER, WATCH_USER
 from edge_serve.http.errors import APIError
 from edge_serve.http.threads import ClientGoneError, check_there
 
@@ -34,7 +34,7 @@ class Carrier(Protocol):
     flights: set[Flight]
 
     def leave(self, flight: Flight, *, counts: bool) -> None:
-        """Take a request out that has ended; ``counts`` tells whether it was a client's."""
+        """Take a request out that has ended; ``counts`` tells whether it keeps the model."""
         ...
 
 
@@ -49,7 +49,8 @@ class Flight:
         generations: one per choice.
         params: resolved sampling parameters, for the metrics.
         metrics: counts every end.
-        user: the user that the request names; it tells the watch's own requests from clients'.
+        user: the user that the request names; it tells a watch's and a roll-out's requests from
+            clients'.
         arm: the arm of the A/B split that chose the model.
 
     Attributes:
@@ -72,7 +73,8 @@ class Flight:
         user: str | None = None,
         arm: str | None = None,
     ) -> None:
-        self._is_watch = user == WATCH_USER
+        self._is_client = user not in (WATCH_USER, ROLLOUT_USER)
+        self._counts = user != WATCH_USER
         self._arm = arm
         self._model = model
         self._generations = generations
@@ -133,7 +135,7 @@ class Flight:
                         reason,
                         self._params,
                         counter.tokens,
-                        is_asked=index == 0 and not self._is_watch,
+                        is_asked=index == 0 and self._is_client,
                         arm=self._arm,
                     )
                     if has_drifted:
@@ -157,7 +159,7 @@ class Flight:
         finally:
             self._left -= 1
             if not self._left:
-                self._model.leave(self, counts=not self._is_watch)
+                self._model.leave(self, counts=self._counts)
                 if not self.done.done():
                     self.done.set_result(None)
 

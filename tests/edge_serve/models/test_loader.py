@@ -22,7 +22,7 @@ import pytest
 
 from edge.bundle.manifest import encode_manifest, read_manifest
 from edge.runtime.llm import LLM
-from edge_lab.measure.drift import WATCH_USER
+from edge_lab.measure.drift import ROLLOUT_USER, WATCH_USER
 from edge_lab.telemetry import Snapshot
 from edge_serve.models.loader import need_bytes
 from edge_serve.run import Service
@@ -178,6 +178,10 @@ def test_a_watch_loads_no_model_and_keeps_none_awake(bundles: dict[str, Path]):
         refused = here.ask("one", user=WATCH_USER)
         assert (refused.status, refused.json["error"]["code"]) == (503, "model_unloaded")
         assert here.opened == ["one"]
+        asked = here.live.ask("/stats").json["asked"]
+        assert here.ask("one", user=ROLLOUT_USER).status == 200  # it waits for the new bundle
+        assert here.opened == ["one", "one"]
+        assert here.live.ask("/stats").json["asked"] == asked
 
 
 def test_to_ask_about_a_model_loads_none(bundles: dict[str, Path]):
