@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -101,7 +102,8 @@ class Loader:
         self._metrics = metrics
         self.lock = asyncio.Lock()
         self._loads: dict[str, asyncio.Task[None]] = {}
-        self._unloads: set[asyncio.Task[bool]] = set()
+        self._waiting: Counter[str] = Counter()  # requests that wait for a model, by its name
+        self._unloads: set[asyncio.Task[None]] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._stopping: asyncio.Future[None] | None = None
         models.load_for = self.load_for
@@ -173,14 +175,14 @@ class Loader:
         """
         others = [model for model in self._models.models() if model.name != entry.name]
         idle = sorted(
-            (model for model in others if not model.is_used), key=lambda model: model.used_s
+            (model for model in others if not self._is_used(model)), key=lambda model: model.used_s
         )
         free = await in_daemon(self.free_bytes)
         if free is None:
             return
         most = free + sum(map(self._taken_bytes, idle))
         if need > most and len(idle) < len(others):
-            busy = ", ".join(model.name for model in others if model.is_used)
+            busy = ", ".join(model.name for model in others if self._is_used(model))
             raise APIError(
                 503,
                 "no_room",
@@ -193,7 +195,7 @@ class Loader:
         for model in idle:
             if free is None or need <= free:
                 return
-            if not model.is_used:  # a request may have come meanwhile
+            if not self._is_used(model):  # a request may have come meanwhile
                 await self._close(self._models.entry(model.name), "room")
                 free = await in_daemon(self.free_bytes)
 
@@ -222,11 +224,19 @@ class Loader:
         loop = asyncio.get_running_loop()
         if self._stopping is None:
             self._stopping = loop.create_future()
+        self._waiting[entry.name] += 1
+        try:
+            return await self._join(entry, self._stopping)
+        finally:
+            self._waiting[entry.name] -= 1
+
+    async def _join(self, entry: ModelEntry, stopping: asyncio.Future[None]) -> None:
+        """Wait for the load of a model, which is begun if it is not under way."""
         task = self._loads.get(entry.name)
         if task is None:
             task = self._loads[entry.name] = asyncio.create_task(self._load(entry))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        waiting: set[asyncio.Future[Any]] = {task, self._stopping}
+        waiting: set[asyncio.Future[Any]] = {task, stopping}
         await asyncio.wait(
             waiting,
             timeout=self._settings.request_timeout_s,
@@ -234,7 +244,7 @@ class Loader:
         )
         if task.done():
             return task.result()
-        if self._stopping.done():
+        if stopping.done():
             raise draining()
         raise APIError(
             504,
@@ -304,6 +314,10 @@ class Loader:
 
     # ------------------------------------------------------------------------------- unloading
 
+    def _is_used(self, model: ServedModel) -> bool:
+        """Whether a request holds a model, or has waited for it and is about to."""
+        return model.is_used or self._waiting[model.name] > 0
+
     def _rests(self, model: ServedModel) -> None:
         """Set the timer of a model that no request holds."""
         timer = self._timers.pop(model.name, None)
@@ -316,27 +330,30 @@ class Loader:
 
     def _expire(self, model: ServedModel) -> None:
         self._timers.pop(model.name, None)
-        if not model.is_used:  # else its last request sets the timer
-            task = asyncio.create_task(self._unload(model, "idle"))
+        if not self._is_used(model):  # else its last request sets the timer
+            task = asyncio.create_task(self._unload_idle(model))
             self._unloads.add(task)  # the loop itself keeps only a weak reference
             task.add_done_callback(self._unloads.discard)
 
     async def unload(self, entry: ModelEntry) -> bool:
-        """Unload a model that no request holds, at once; returns false if one holds it."""
-        return entry.served is None or await self._unload(entry.served, "asked")
+        """Unload a model once what is being loaded and closed is; false if a request holds it."""
+        async with self.lock:
+            if entry.served is None:
+                return True
+            if self._is_used(entry.served):
+                return False
+            await self._close(entry, "asked")
+            return True
 
-    async def _unload(self, model: ServedModel, reason: Reason) -> bool:
+    async def _unload_idle(self, model: ServedModel) -> None:
         async with self.lock:
             entry = self._models.entry(model.name)
-            if entry.served is not model:
-                return True
-            if reason == "idle" and model.expires_s > time.monotonic():
+            if entry.served is not model or self._is_used(model):
+                return
+            if model.expires_s > time.monotonic():
                 self._rests(model)  # a request came while this waited
-                return False
-            if model.is_used:
-                return False
-            await self._close(entry, reason)
-            return True
+            else:
+                await self._close(entry, "idle")
 
     async def _close(self, entry: ModelEntry, reason: Reason) -> None:
         """Close the open bundle of an entry; `lock` is held."""
