@@ -19,7 +19,6 @@ from typing import Any, Generic, Literal, TypeVar
 import msgspec
 
 from .errors import ConfigError, EdgeError
-from .other_names import nearest_name
 from .user_paths import expand_user
 
 FINDER = "finder"
@@ -116,6 +115,8 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
         name: the name that was given.
         known: the names that are known.
     """
+    from .other_names import nearest_name
+
     return ConfigError(f"{what}; the nearest known one is {nearest_name(name, known, 0.0)!r}")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from edge.bundle.engine_file import EngineInfo, find_engines, no_engine
+from edge.bundle.engine_file import EngineInfo, find_engines
 from edge.bundle.manifest import HeadManifest, Manifest
 from edge.device.nodes import find_gpu_node
 from edge.engine_config import EngineConfig
@@ -116,7 +116,9 @@ def _open(
             return _open_tensorrt(bundle, manifest, config)
         except (BundleError, DependencyError) as error:
             if name == "tensorrt" and isinstance(error, DependencyError):
-                raise _first_missing(error, config, bundle) from error
+                from .missing import first_missing
+
+                raise first_missing(error, config, bundle) from error
             if name == "tensorrt" or isinstance(error, IntegrityError):
                 raise
             node = find_gpu_node()
@@ -128,39 +130,11 @@ def _open(
             return _open_ort_cuda(bundle, manifest, config)
         except DependencyError as error:
             if name == "ort-cuda":
-                raise _first_missing(error, config) from error
+                from .missing import first_missing
+
+                raise first_missing(error, config) from error
             _log.warning("ONNX Runtime's CUDA provider is not used: %s", error)
     return _open_ort_cpu(bundle, manifest, config, beside)
-
-
-def _first_missing(
-    error: DependencyError, config: EngineConfig, needs_engine: Path | None = None
-) -> BundleError | DependencyError:
-    """What lacks first, in the order in which it is got: GPU, driver, engine; else ``error``.
-
-    Args:
-        error: why nothing was opened.
-        config: by which it was asked for.
-        needs_engine: the bundle that must have an engine; None where it need not.
-    """
-    from edge.device.gpu import find_gpu, load_driver
-
-    from .cuda.errors import explain_init_failure
-
-    if find_gpu() is None:
-        if find_gpu_node() is None:
-            option = config.gpu_option or f"--backend {config.backend}"
-            return DependencyError(
-                f"{option} needs an NVIDIA GPU, and this machine shows none; leave it out, and "
-                "the CPU computes; a container sees the GPU with --runtime nvidia"
-            )
-        try:
-            load_driver()
-        except OSError as reason:
-            return DependencyError(explain_init_failure(f"Failed to dlopen: {reason}"))
-    if needs_engine is not None and not find_engines(needs_engine):
-        return no_engine(needs_engine)
-    return error
 
 
 def _refusal(error: BundleError | DependencyError, node: str) -> BundleError | DependencyError:

@@ -12,7 +12,6 @@ from edge.bundle.library import bundle_name, hub_id, nearest_model, roots
 from edge.bundle.schemes import RULES, fold_quant
 from edge.engine_config import BackendName
 from edge.errors import BundleError, ConfigError, RequestError
-from edge.other_names import instead_of
 from edge.text.reasoning import THINK_END, THINK_START
 
 from .llm import LLM, Prompt
@@ -189,6 +188,8 @@ class DeepSeekModel:
 
 
 def _unknown_option(name: str) -> RequestError:
+    from edge.other_names import instead_of
+
     known = ("max_new_tokens", "max_length", "do_sample", *_PARAMETERS)
     instead = _INSTEAD.get(name) or instead_of(name, known, "see edge.SamplingParams for all")
     return RequestError(f"generate has no option {name}: {instead}")

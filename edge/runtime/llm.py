@@ -26,7 +26,6 @@ from edge.bundle.verified_files import VerifiedFiles
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import BundleError, ConfigError, ContextLengthError, RequestError
 from edge.files import decode_text
-from edge.other_names import instead_of, nearest_name
 from edge.text.begun_answer import BegunAnswer, take_begun_answer
 from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.fill_in_middle import fill_in_middle
@@ -840,6 +839,8 @@ def _check_is_format(output: object) -> None:
 def _check_options(options: Mapping[str, object]) -> None:
     known, sampling = AnswerOptions.__annotations__, [each.name for each in fields(SamplingParams)]
     for name in options.keys() - known.keys():
+        from edge.other_names import instead_of, nearest_name
+
         near = nearest_name(name, [*known, *sampling])
         instead = f"it is sampling; give it as SamplingParams({near}=...) after the prompt"
         if near not in sampling:

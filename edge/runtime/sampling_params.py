@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import RequestError
-from edge.other_names import instead_of
 from edge.settings_fields import Section
 
 MAX_LOGPROBS = 20
@@ -97,6 +96,8 @@ class SamplingParams:
         """Refuse what ``__init__`` has no parameter for, which would be a TypeError there."""
         known = [each.name for each in fields(cls)]
         for name in params.keys() - known:
+            from edge.other_names import instead_of
+
             instead = instead_of(name, known, f"there are {', '.join(known)}")
             raise RequestError(f"SamplingParams has no {name}: {instead}")
         if given:

@@ -11,8 +11,6 @@ import click
 from click.core import ParameterSource
 
 from edge.bundle.library import (
-    PUBLISHED,
-    REVISIONS,
     bundle_name,
     hub_id,
     nearest_model,
@@ -31,6 +29,7 @@ from edge_fleet.registry.names import (
 from edge_lab.cli.options import build_option
 from edge_lab.cli.progress import show_progress
 from edge_lab.place import check_replaceable, human
+from edge_lab.published import PUBLISHED, REVISIONS
 from edge_lab.telemetry import read_target
 
 

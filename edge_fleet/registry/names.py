@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from edge.bundle.library import CATALOGUE, PUBLISHED
+from edge.bundle.library import CATALOGUE
 from edge.bundle.manifest import Manifest
 from edge.errors import ConfigError
+from edge_lab.published import PUBLISHED
 
 from .reference import Reference, parse_reference
 

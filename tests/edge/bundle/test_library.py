@@ -11,7 +11,6 @@ import pytest
 
 from edge.bundle.library import (
     CATALOGUE,
-    REVISIONS,
     bundle_directories,
     bundle_name,
     find_bundle,
@@ -259,12 +258,6 @@ def test_a_name_is_absolute_in_a_setting(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     make(Path("bundles"), "mine")
     assert find_setting("mine", Path("/etc/edge-llm")) == tmp_path / "bundles" / "mine"
-
-
-def test_every_name_of_the_catalogue_has_its_commit():
-    assert set(REVISIONS) == set(CATALOGUE.values())
-    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in REVISIONS.values())
-    assert len(set(REVISIONS.values())) == len(REVISIONS)
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_every_room_that_opens_a_bundle_comes_through_the_one_door():
         "edge_fleet/cli/pull.py",
         "edge_fleet/devices/evaluator.py",
         "edge_lab/cli/evaluation.py",
-        "edge/cli/cache.py",
+        "edge_lab/cli/cache.py",
         "edge_lab/cli/inspect.py",
         "edge_lab/cli/inspect_engine.py",
         "edge/cli/library.py",

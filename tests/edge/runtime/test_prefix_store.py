@@ -23,7 +23,6 @@ from edge.backends import Backend, Floats
 from edge.backends.ort.cpu import OrtBackend
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import FileInfo, Manifest, SamplingDefaults, read_manifest
-from edge.cli.cache import cache
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError, ContextLengthError, RequestError, ResourceError
 from edge.runtime.llm import LLM
@@ -38,6 +37,7 @@ from edge.runtime.prefix_store import (
 from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.scheduler import Request, Scheduler
 from edge.runtime.stream import OutputStream, submit
+from edge_lab.cli.cache import cache
 from tests.conftest import Bundles
 
 LAYOUT = Layout("ort-cpu", "float32", 4, 2, 8)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from edge.bundle.library import CATALOGUE, PUBLISHED
+from edge.bundle.library import CATALOGUE
 from edge.bundle.manifest import Source
 from edge.errors import ConfigError
 from edge_fleet.registry.names import TENSORRT, TeamRegistry, suffixes, takes, team_registry
+from edge_lab.published import PUBLISHED
 from export.targets import TARGETS
 from tests.manifests import make_manifest
 

@@ -11,11 +11,10 @@ import click
 
 from edge.bundle.manifest import read_manifest
 from edge.bundle.tasks import check_task
+from edge.cli import echo_json
+from edge.cli.options import bundle_argument, engine_options, json_option, take_engine
 from edge.errors import ConfigError, RequestError
 from edge.files import read_text_file
-
-from . import echo_json
-from .options import bundle_argument, engine_options, json_option, take_engine
 
 if TYPE_CHECKING:
     from edge.runtime.llm import LLM
