@@ -48,6 +48,7 @@ def node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def set_node(monkeypatch: pytest.MonkeyPatch, node: str | None) -> None:
     monkeypatch.setattr(choose, "find_gpu_node", lambda: node)
+    monkeypatch.setattr("edge.backends.missing.find_gpu_node", lambda: node)
     monkeypatch.setattr(choose, "_has_cuda_provider", lambda: False)
 
 
@@ -183,8 +184,8 @@ def test_a_wait_for_the_gpu_asks_for_tensorrt(
     with pytest.raises(ConfigError, match=r"gpu_wait is for TensorRT.*no engine: edge-llm build"):
         choose.open_backend(bundle, read_manifest(bundle), config)
     without_bindings(monkeypatch)
-    monkeypatch.setattr("edge.device.gpu.load_driver", lambda: None)
-    monkeypatch.setattr("edge.device.gpu.find_gpu", lambda: None)
+    monkeypatch.setattr("edge.backends.missing.load_driver", lambda: None)
+    monkeypatch.setattr("edge.backends.missing.find_gpu", lambda: None)
     said = "gpu_wait needs an NVIDIA GPU" if node is None else "PyCUDA or cuda-bindings"
     with pytest.raises(DependencyError, match=said):
         choose.open_backend(engine_bundle, read_manifest(engine_bundle), config)
@@ -227,8 +228,8 @@ def test_what_lacks_first_is_named(
 
     set_node(monkeypatch, NODE if "gpu" in has else None)
     gpu = SimpleNamespace() if "driver" in has else None
-    monkeypatch.setattr("edge.device.gpu.find_gpu", lambda: gpu)
-    monkeypatch.setattr("edge.device.gpu.load_driver", load_driver)
+    monkeypatch.setattr("edge.backends.missing.find_gpu", lambda: gpu)
+    monkeypatch.setattr("edge.backends.missing.load_driver", load_driver)
     without_bindings(monkeypatch)
     chosen = engine_bundle if "engine" in has else bundle
     with pytest.raises((DependencyError, BundleError), match=said) as caught:
@@ -238,7 +239,7 @@ def test_what_lacks_first_is_named(
 
 def test_onnx_runtime_without_a_gpu_is_told_so(bundle: Path, monkeypatch: pytest.MonkeyPatch):
     set_node(monkeypatch, None)
-    monkeypatch.setattr("edge.device.gpu.find_gpu", lambda: None)
+    monkeypatch.setattr("edge.backends.missing.find_gpu", lambda: None)
     with pytest.raises(DependencyError, match="--backend ort-cuda needs an NVIDIA GPU"):
         LLM(bundle, backend="ort-cuda")
 

@@ -187,6 +187,7 @@ def test_every_room_that_opens_a_bundle_comes_through_the_one_door():
         "edge_fleet/rollout/steps.py",
         "edge_fleet/signing.py",
         "edge_serve/models/limits.py",
+        "edge_serve/models/loader.py",
         "edge_serve/models/switch.py",
         "edge_serve/run.py",
         "engines/rules/bundle.py",
