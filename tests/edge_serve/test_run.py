@@ -206,11 +206,12 @@ def test_every_setting_of_the_engine_reaches_it(monkeypatch: pytest.MonkeyPatch,
     ],
 )
 def test_what_keeps_it_from_starting(
-    tiny_bundles: Bundles, arguments: list[str], code: int, words: str
+    tiny_bundles: Bundles, arguments: list[str], code: int, words: str, tmp_path: Path
 ):
     bundle = [str(tiny_bundles("qwen2"))] if arguments else []
     ran = subprocess.run(
         [sys.executable, "-m", "edge.cli", "serve", *bundle, *arguments],
+        env=os.environ | {"EDGE_LLM_BUNDLES": str(tmp_path)},  # not the only one of this checkout
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert ran.returncode == code, ran.stderr
