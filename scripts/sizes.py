@@ -25,12 +25,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = {
-    "edge": 17_049,
-    "edge_lab": 9_359,
-    "edge_serve": 10_404,
-    "edge_fleet": 6_356,
-    "engines": 6_638,
-    "export": 8_159,
+    "edge": 16_979,
+    "edge_lab": 9_582,
+    "edge_serve": 11_077,
+    "edge_fleet": 6_566,
+    "engines": 6_639,
+    "export": 8_481,
 }
 """Code lines of each package, without what an allowance covers."""
 
@@ -51,7 +51,7 @@ class Loaded:
     lines: int
 
 
-LOADED = {"tensorrt": Loaded(modules=87, lines=11_243), "ort-cpu": Loaded(modules=82, lines=10_540)}
+LOADED = {"tensorrt": Loaded(modules=86, lines=11_258), "ort-cpu": Loaded(modules=81, lines=10_557)}
 
 
 @dataclass(frozen=True)
