@@ -22,6 +22,8 @@ SHOWN = {
     "edge_serve/api/generate.py",
     "edge_serve/api/responses/render.py",
     "edge_serve/models/registry.py",
+    "edge_serve/models/loader.py",
+    "edge_serve/api/ollama/models.py",
     "edge_lab/cli/watching.py",
     "edge_fleet/cli/bundle.py",
     "edge_serve/stored/store.py",  # an age in days, which outlasts restarts

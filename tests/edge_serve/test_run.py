@@ -192,7 +192,7 @@ def test_every_setting_of_the_engine_reaches_it(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ([], 64, "no model to serve"),
+        ([], 64, "give a bundle: there is none in"),
         (["--host", "0.0.0.0"], 64, "no API key is set"),
         (["--port", "99999"], 64, "port is '99999': Expected `int` <= 65535"),
         (["--api-key-file", "/absent"], 64, "cannot read the API keys"),
