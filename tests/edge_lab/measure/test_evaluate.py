@@ -238,6 +238,14 @@ def test_thresholds():
     ]
 
 
+def test_a_built_in_gate_judges_the_bundle_and_ones_own_what_is_served():
+    alone = {"cosine_mean": 1.0, "top1_agreement": 0.97, "perplexity_ratio": 1.0}
+    served = alone | {"top1_agreement": 0.94, "bundle_alone": alone}
+    assert not list(missed_thresholds(load_gate("int8", "int8"), served))
+    assert list(missed_thresholds(Gate(top1_agreement=0.95), served))
+    assert list(missed_thresholds(load_gate("int8", "int8"), alone | {"top1_agreement": 0.94}))
+
+
 def test_a_gate_that_cannot_be_decided_is_refused_before_the_run():
     text, task = GATES["int4"], Gate(accuracy_loss=0.02)
     check_gate(text, task=False, reference=True)
