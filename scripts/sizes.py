@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = {
     "edge": 16_979,
-    "edge_lab": 9_582,
+    "edge_lab": 9_584,
     "edge_serve": 11_077,
     "edge_fleet": 6_566,
     "engines": 6_639,
