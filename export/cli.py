@@ -124,8 +124,8 @@ class _Quant(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 
     "Quantization",
     "--fast",
     "named",
-    flag_value="fast",
-    default="default",
+    is_flag=True,  # a flag_value beside a default is taken always by click 8.2.0
+    callback=lambda _ctx, _param, is_given: "fast" if is_given else "default",
     help="A bundle within minutes: INT4 rounded to nearest, nothing calibrated, nothing measured. "
     "At 1.5B it loses twice what the default does, about as much as llama.cpp's Q4_0.",
 )
