@@ -6,6 +6,7 @@ with the drop-in ``cpu``; what differs is the time of the watchdog, 6 s instead 
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import shutil
@@ -416,12 +417,34 @@ def test_what_runs_in_the_background_goes_on_after_a_restart(machine: Machine):
     settings.write_text(f'responses_dir = "/var/lib/edge-llm-responses/tiny"\n{before}')
     assert machine.call("systemctl", "restart", UNIT).returncode == 0
     body = {"model": "tiny", "input": "a", "background": True, "max_output_tokens": 100}
-    ids = []
-    for _ in range(40):
-        status, answer = machine.request("/v1/responses", body, key)
-        assert status == 200, answer
-        ids.append(json.loads(answer)["id"])
-    assert machine.call("systemctl", "restart", UNIT).returncode == 0
+    ids: list[str] = []
+    runs, restarted = threading.Event(), threading.Event()
+
+    def ask() -> None:
+        """Ask until the restart is over, so that it comes upon some that run.
+
+        Several ask at once, since the tiny model answers sooner than one of them asks again.
+        """
+        while not restarted.is_set():
+            try:
+                status, answer = machine.request("/v1/responses", body, key)
+            except (OSError, http.client.HTTPException):
+                continue  # nobody listens in between
+            if status == 200:
+                ids.append(json.loads(answer)["id"])
+                if len(ids) >= 16:
+                    runs.set()
+
+    askers = [threading.Thread(target=ask) for _ in range(8)]
+    for asker in askers:
+        asker.start()
+    try:
+        assert runs.wait(60)
+        assert machine.call("systemctl", "restart", UNIT).returncode == 0
+    finally:
+        restarted.set()
+        for asker in askers:
+            asker.join()
     assert re.search(r"is put away after \d+ tokens", machine.log(UNIT)), "all had ended"
 
     def responses() -> list[dict[str, Any]]:
