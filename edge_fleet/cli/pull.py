@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import click
@@ -21,6 +22,7 @@ from edge.bundle.trust import trusted_keys_file
 from edge.errors import ConfigError, EdgeError, RegistryError
 from edge_fleet.registry.names import (
     REGISTRY_VARIABLE,
+    TENSORRT,
     TeamRegistry,
     suffixes,
     takes,
@@ -123,14 +125,14 @@ def pull(
         team = None if origin == "hub" else team_registry()
         if origin == "registry" and team is None:
             raise ConfigError(f"--from registry: {REGISTRY_VARIABLE} names none; set it")
-        if team is not None and (only := _of_exports(asked)):
+        if team is not None and (only := _of_exports(asked, origin)):
             if origin == "registry":
                 raise ConfigError(f"--from registry exports nothing, so {only} has no effect")
             click.echo(f"{only} is for an export, so {team.place} is not asked", err=True)
             team = None
-        name = asked.params["quant"] or "int4"
-        target = asked.params["target"] or machine
-        if team is None or not _fetch(team, source, name, target, bundle, origin, force, dry_run):
+        wanted = _quantizations(asked, source, bundle), asked.params["target"] or machine
+        fetched = None if team is None else _fetch(team, source, *wanted, origin, force, dry_run)
+        if fetched is None:
             is_chosen = machine is None or "--target" in export_options
             flags = {"--force": force, "--fast": fast, "--dry-run": dry_run}
             is_pinned = is_short and revision is None and source in REVISIONS
@@ -162,6 +164,8 @@ def pull(
             bundle = _named_for(bundle, source)
         elif dry_run:
             return
+        else:
+            bundle = fetched
     if build is None:
         from edge_lab.doctor.machine import Machine
 
@@ -195,41 +199,49 @@ def _named_for(bundle: Path, source: str) -> Path:
 def _fetch(
     team: TeamRegistry,
     source: str,
-    quantization: str,
-    target: str | None,
-    bundle: Path,
+    quantizations: Sequence[str],
+    machine: str | None,
     origin: str | None,
     force: bool,
     dry_run: bool,
-) -> bool:
-    """Fetch a bundle from the team's registry; False where it has none, and the hub is next.
+) -> Path | None:
+    """Fetch a bundle from the team's registry; None where it has none, and the hub is next.
 
     Raises:
         BundleError, IntegrityError: what is there is not signed as this machine wants it, is
             damaged, or is an older release.
         ConfigError: the registry refuses the credentials, or ``origin`` allows nothing else.
     """
-    from edge_fleet.registry.client import NotThereError, Registry
+    from edge_fleet.registry.client import DeniedError, NotThereError, Registry
     from edge_fleet.registry.pull import look
     from edge_fleet.registry.pull import pull as fetch
     from edge_fleet.registry.release import check_release, release_at
 
-    machine = target if target in ("jetpack6", "jetpack7") else None
     why: list[str] = []
-    for suffix in suffixes(machine):
+    missing: list[str] = []
+    for quantization, suffix in product(quantizations, suffixes(machine)):
         reference = team.reference(source, quantization, suffix)
         with Registry(reference, plain_http=team.plain_http) as registry:
             try:
                 offer = look(reference, registry)
             except NotThereError:
-                why.append(f"{reference} is not there")
+                missing.append(str(reference).removeprefix(f"{team.place}/"))
                 continue
+            except DeniedError as error:
+                raise ConfigError(
+                    f"{error}; --from hub does not ask it, nor does edge-llm without "
+                    f"{REGISTRY_VARIABLE}"
+                ) from error
             except RegistryError as error:
                 why.append(str(error).partition(";")[0])
                 break
             if not takes(offer.manifest, machine):
                 why.append(f"{reference} is not for {machine}")
                 continue
+            if offer.manifest.quantization.name != quantization:
+                why.append(f"{reference} is in {offer.manifest.quantization.name}")
+                continue
+            bundle = roots()[0] / bundle_name(source, quantization)
             note = check_release(offer.release, str(reference), release_at(bundle))
             size = sum(info.num_bytes for info in offer.manifest.files.values())
             signed = "" if offer.signer is None else f", signed with {offer.signer}"
@@ -244,22 +256,39 @@ def _fetch(
                 with show_progress() as progress:
                     done = fetch(offer, registry, bundle, overwrite=force, progress=progress)
                 click.echo(f"{done.bundle}: fetched {human(done.fetched_bytes)} ({done.digest})")
-            return True
+            return bundle
+    if missing:
+        why.insert(0, f"{team.place} has no {', '.join(missing)}")
     if origin == "registry":
         raise ConfigError(f"--from registry: {'; '.join(why)}; push it there, or leave --from out")
     click.echo(f"{'; '.join(why)}: taking it from the hub", err=True)
-    return False
+    return None
 
 
-_OF_ANY_PULL = {"source", "output", "quant", "named", "target", "overwrite", "dry_run"}
+def _quantizations(asked: click.Context, source: str, bundle: Path) -> list[str]:
+    """What a registry is asked for, the best first; ``bundle`` is where an export would go."""
+    if quant := asked.params["quant"]:
+        return [quant]
+    if bundle.name.endswith("-source"):
+        return ["source"]
+    return ["int4"] if source in PUBLISHED else ["source", "int4"]  # those are float, others may be
 
 
-def _of_exports(asked: click.Context) -> str | None:
-    """The first given option that only an export obeys; None if there is none."""
+_OF_ANY_PULL = {"source", "output", "quant", "overwrite", "dry_run"}
+
+
+def _of_exports(asked: click.Context, origin: str | None) -> str | None:
+    """The first given option that only an export obeys; None if there is none.
+
+    A registry that is asked first may have what is sooner there than by ``--fast``.
+    """
+    others = _OF_ANY_PULL | (set() if origin == "registry" else {"named"})
+    if asked.params["target"] in (None, *TENSORRT):
+        others |= {"target"}
     for parameter in asked.command.params:
         name = parameter.name or ""
         is_given = asked.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
-        if is_given and name not in _OF_ANY_PULL:
+        if is_given and name not in others:
             return parameter.opts[0]
     return None
 

@@ -76,6 +76,10 @@ class NotThereError(ConfigError):
     """The registry has nothing under this name."""
 
 
+class DeniedError(ConfigError):
+    """The registry wants credentials, or others."""
+
+
 class Registry:
     """One repository of a registry. Any thread may call it.
 
@@ -438,8 +442,8 @@ class Registry:
         )
         return made["authorization"]
 
-    def _denied(self, what: str) -> ConfigError:
-        return ConfigError(
+    def _denied(self, what: str) -> DeniedError:
+        return DeniedError(
             f"{self._name} {what}; log in with docker login or podman login, or set "
             "DOCKER_AUTH_CONFIG"
         )

@@ -1,7 +1,7 @@
 """Which reference a model's bundle has in a team's own registry, for pull and push alike.
 
 ``deepseek-r1:1.5b`` in INT4 is ``REGISTRY/deepseek-r1:1.5b-int4``, and ``owner/name`` of a hub
-``REGISTRY/owner/name:int4``. The bundle that only a certain JetPack takes ends with ``-jetpack6``.
+``REGISTRY/owner/name:int4``. The bundle that a single JetPack takes ends with ``-jetpack6``.
 """
 
 from __future__ import annotations
@@ -44,26 +44,32 @@ class TeamRegistry:
         Raises:
             ConfigError: a hub id that no registry takes as a name.
         """
-        model = {theirs: ours for ours, theirs in PUBLISHED.items()}.get(hub_id, hub_id)
         for short, known in CATALOGUE.items():
-            if known.lower() == model.lower():
+            meant = PUBLISHED[known] if quantization == "source" else known
+            if meant.lower() == hub_id.lower():
                 repository, _, size = short.partition(":")
                 tag = f"{size}-{quantization}{suffix}"
                 return parse_reference(f"{self.place}/{repository}:{tag}")
-        return parse_reference(f"{self.place}/{model.lower()}:{quantization}{suffix}")
+        return parse_reference(f"{self.place}/{hub_id.lower()}:{quantization}{suffix}")
 
     def reference_of(self, manifest: Manifest) -> Reference:
         """Name a bundle as those look for it who pull its model.
 
         Raises:
-            ConfigError: it is of no model of a hub.
+            ConfigError: it is of no model of a hub, or of one that was changed.
         """
-        if manifest.source.kind != "hub":
+        source, why = manifest.source, None
+        if source.kind != "hub":
+            why = f"exported from {source.location} and not from a hub"
+        elif source.adapter is not None:
+            why = f"made with the adapter {source.adapter.name}"
+        elif manifest.vocabulary is not None:
+            why = "made with a reduced vocabulary"
+        if why is not None:
             raise ConfigError(
-                f"{manifest.name} was exported from {manifest.source.location} and not from a hub, "
-                "so no short name means it; give a REFERENCE"
+                f"{manifest.name} was {why}, so no short name means it; give a REFERENCE"
             )
-        hub_id = manifest.source.location.removeprefix("modelscope:")
+        hub_id = source.location.removeprefix("modelscope:")
         return self.reference(hub_id, manifest.quantization.name, suffix_of(manifest))
 
 
@@ -91,13 +97,12 @@ def team_registry() -> TeamRegistry | None:
 
 
 def suffix_of(manifest: Manifest) -> str:
-    """What ends a bundle's tag: nothing, or the JetPack that it is for.
+    """What ends a bundle's tag: the only JetPack that takes it, or nothing.
 
-    The native dialect runs on JetPack 7 and on CPUs, so it is the one without an ending.
+    The native dialect, which only JetPack 7 takes, is what CPUs get too: it has no ending.
     """
-    if manifest.dialect == "native":
-        return ""
-    return next((f"-{name}" for name in TENSORRT if takes(manifest, name)), "")
+    names = [name for name in TENSORRT if takes(manifest, name)]
+    return f"-{names[0]}" if len(names) == 1 and manifest.dialect != "native" else ""
 
 
 def suffixes(machine: str | None) -> list[str]:
@@ -106,7 +111,7 @@ def suffixes(machine: str | None) -> list[str]:
     Args:
         machine: `edge_lab.telemetry.read_target`.
     """
-    return [""] if machine is None else [f"-{machine}", ""]
+    return ["", *(f"-{name}" for name in TENSORRT)] if machine is None else [f"-{machine}", ""]
 
 
 def takes(manifest: Manifest, machine: str | None) -> bool:

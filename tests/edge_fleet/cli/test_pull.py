@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from edge.bundle.manifest import Source, encode_manifest, read_manifest
 from edge_lab.published import PUBLISHED, REVISIONS
 from tests.command_line import Result, error_line
 from tests.edge_fleet.registry.live import SMALL, LiveRegistry, write_bundle
+from tests.export.sources.local_server import LocalServer
 from tests.export.sources.test_hub import MAIN, Hub
 from tests.quantized_golden import QuantizedGolden, write_base
 from tests.tiny_models import write_checkpoint
@@ -310,13 +312,14 @@ def test_what_a_team_pushes_is_what_it_pulls(
     assert "1.5b-int4, signed" in edge_llm("pull", "1.5b", "--force", "--dry-run").err
     monkeypatch.setattr("edge_lab.telemetry.read_l4t", lambda: "36.4.3")  # TensorRT 10.3
     other = edge_llm("pull", "1.5b", "--force")
-    assert f"{team}/deepseek-r1:1.5b-int4-jetpack6 is not there; {team}/deepseek-r1:1.5b-int4 is " \
-        "not for jetpack6: taking it from the hub\n$ edge-llm export" in other.err  # fmt: skip
+    assert f"{team} has no deepseek-r1:1.5b-int4-jetpack6; {team}/deepseek-r1:1.5b-int4 is not " \
+        "for jetpack6: taking it from the hub\n$ edge-llm export" in other.err  # fmt: skip
     portable = export_of(
         tmp_path / "jp6", "deepseek-r1:1.5b", dialect="portable", tensorrt=("10.3", "10.16")
     )
     assert edge_llm("bundle", "sign", portable, "--key", tmp_path / "release.key").code == 0
-    assert edge_llm("bundle", "push", portable).code == 0
+    reference = f"{team}/deepseek-r1:1.5b-int4-jetpack6"  # else the place of the native one
+    assert edge_llm("bundle", "push", portable, reference).code == 0
     assert "1.5b-int4-jetpack6, signed" in edge_llm("pull", "1.5b", "--force", "--dry-run").err
 
 
@@ -334,18 +337,23 @@ def test_what_is_not_signed_is_neither_taken_nor_exported(
 def test_the_hub_is_next_and_a_line_says_why(
     edge_llm: EdgeLlm, shelf: Path, team: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    missing = f"{team}/deepseek-r1:7b-int4 is not there"
+    missing = f"{team} has no " + ", ".join(
+        f"deepseek-r1:7b-int4{suffix}" for suffix in ("", "-jetpack6", "-jetpack7")
+    )
     pulled = edge_llm("pull", "deepseek-r1:7b")
     assert pulled.err.startswith(f"{missing}: taking it from the hub\n$ edge-llm export")
     assert f"{missing}; push it" in error_line(edge_llm("pull", "7b", "--from", "registry"), 64)
     assert edge_llm("pull", "7b", "--from", "hub").err.startswith("$ edge-llm export")
     own = edge_llm("pull", "7b", "--kv-capacity", "64").err
     assert own.startswith("--kv-capacity is for an export, so ")
-    refused = error_line(edge_llm("pull", "7b", "--kv-capacity", "64", "--from", "registry"), 64)
-    assert "exports nothing, so --kv-capacity has no effect" in refused
-    assert (
-        f"{team}/owner/name:int8 is not there"
-        in edge_llm("pull", "Owner/Name", "--quant", "int8").err
+    for option in (["--kv-capacity", "64"], ["--target", "trt11"], ["--fast"]):
+        refused = error_line(edge_llm("pull", "7b", *option, "--from", "registry"), 64)
+        assert f"exports nothing, so {option[0]} has no effect" in refused
+    other = edge_llm("pull", "7b", "--target", "trt11").err
+    assert other.startswith("--target is for an export, so ")
+    assert edge_llm("pull", "7b", "--target", "jetpack7").err.startswith(f"{team} has no ")
+    assert f"{team} has no owner/name:int8, " in (
+        edge_llm("pull", "Owner/Name", "--quant", "int8").err
     )
     monkeypatch.setenv("EDGE_LLM_REGISTRY", "http://127.0.0.1:9/team")  # where nothing listens
     monkeypatch.setattr("edge_fleet.registry.client._TRIES", 1)
@@ -359,6 +367,54 @@ def test_the_hub_is_next_and_a_line_says_why(
     assert "EDGE_LLM_REGISTRY names none" in error_line(
         edge_llm("pull", "7b", "--from", "registry"), 64
     )
+
+
+def test_a_quantized_checkpoint_is_found_by_its_hub_id(
+    edge_llm: EdgeLlm, shelf: Path, team: str, tmp_path: Path
+):
+    """In the precision in which it was pushed, and never in another one's directory."""
+    source = PUBLISHED[CATALOGUE["deepseek-r1:7b"]]
+    rounded = export_of(tmp_path / "rounded", "deepseek-r1:7b")
+    assert edge_llm("bundle", "push", rounded).code == 0
+    assert "taking it from the hub" in edge_llm("pull", source).err
+    quantization = msgspec.structs.replace(read_manifest(rounded).quantization, name="source")
+    kept = export_of(tmp_path / "as-published", source, quantization=quantization)
+    assert edge_llm("bundle", "push", kept).code == 0
+    bundle = shelf / "deepseek-r1-distill-qwen-7b-quantized.w4a16-source"
+    for force in ((), ("--force",)):
+        pulled = edge_llm("pull", source, *force)
+        assert pulled.code == 0, pulled.err
+        assert f"run {bundle.name} " in pulled.out
+        assert (bundle / "manifest.json").read_bytes() == (kept / "manifest.json").read_bytes()
+    assert "7b-source: " in edge_llm("pull", "7b", "--quant", "source", "--force").err
+    assert "7b-int4: " in edge_llm("pull", CATALOGUE["deepseek-r1:7b"], "--dry-run").err
+
+    awq = export_of(tmp_path / "awq", "owner/name-awq")
+    assert edge_llm("bundle", "push", awq, f"{team}/owner/name-awq:source").code == 0
+    mislabelled = edge_llm("pull", "owner/name-awq").err
+    assert f"{team}/owner/name-awq:source is in int4: taking it from the hub" in mislabelled
+    assert edge_llm("bundle", "push", awq).code == 0
+    before = export_of(shelf / "name-awq-source", "owner/name-awq", quantization=quantization)
+    assert "taking it from the hub" in edge_llm("pull", "owner/name-awq", "--force").err
+    assert read_manifest(before).quantization.name == "source"
+
+
+def test_a_registry_that_refuses_the_credentials_says_the_ways_out(
+    edge_llm: EdgeLlm, shelf: Path, team: str, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(403)
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+    closed = LocalServer()
+    monkeypatch.setattr(closed, "answer", refuse)
+    with closed:
+        monkeypatch.setenv("EDGE_LLM_REGISTRY", f"{closed.url}/team")
+        refused = error_line(edge_llm("pull", "7b"), 64)
+    assert "refuses the credentials for /v2/" in refused
+    assert "docker login" in refused
+    assert "--from hub does not ask it, nor does edge-llm without EDGE_LLM_REGISTRY" in refused
 
 
 def test_a_bundle_of_no_hub_needs_a_name(edge_llm: EdgeLlm, team: str, tmp_path: Path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edge.bundle.library import CATALOGUE
-from edge.bundle.manifest import Source
+from edge.bundle.manifest import Adapter, ReducedVocabulary, Source
 from edge.errors import ConfigError
 from edge_fleet.registry.names import TENSORRT, TeamRegistry, suffixes, takes, team_registry
 from edge_lab.published import PUBLISHED
@@ -22,17 +22,45 @@ def test_each_jetpack_has_the_tensorrt_that_an_export_is_held_to():
 
 
 @pytest.mark.parametrize(
-    ("hub_id", "reference"),
+    ("hub_id", "quantization", "reference"),
     [
-        (CATALOGUE["deepseek-r1:1.5b"], "deepseek-r1:1.5b-int8"),
-        (CATALOGUE["deepseek-r1:8b-0528"].lower(), "deepseek-r1:8b-0528-int8"),
-        (PUBLISHED[CATALOGUE["deepseek-r1:7b"]], "deepseek-r1:7b-int8"),
-        ("Qwen/Qwen3-8B", "qwen/qwen3-8b:int8"),
-        ("a__b/c.d_e", "a__b/c.d_e:int8"),
+        (CATALOGUE["deepseek-r1:1.5b"], "int8", "deepseek-r1:1.5b-int8"),
+        (CATALOGUE["deepseek-r1:8b-0528"].lower(), "int8", "deepseek-r1:8b-0528-int8"),
+        (PUBLISHED[CATALOGUE["deepseek-r1:7b"]], "source", "deepseek-r1:7b-source"),
+        ("Qwen/Qwen3-8B", "int8", "qwen/qwen3-8b:int8"),
+        ("a__b/c.d_e", "int8", "a__b/c.d_e:int8"),
     ],
 )
-def test_a_model_has_one_name(hub_id: str, reference: str):
-    assert str(TEAM.reference(hub_id, "int8")) == f"{TEAM.place}/{reference}"
+def test_a_model_has_one_name(hub_id: str, quantization: str, reference: str):
+    assert str(TEAM.reference(hub_id, quantization)) == f"{TEAM.place}/{reference}"
+
+
+@pytest.mark.parametrize("short", CATALOGUE)
+def test_a_model_and_what_others_quantized_share_no_name(short: str):
+    """Or whoever pulls one by its hub id gets the other."""
+    own, theirs = CATALOGUE[short], PUBLISHED[CATALOGUE[short]]
+    for quantization in ("int4", "source"):
+        assert TEAM.reference(own, quantization) != TEAM.reference(theirs, quantization)
+
+
+ADAPTER = Adapter("pirate", "0" * 64)
+FEWER = ReducedVocabulary(100, 64, "words.txt", "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "vocabulary", "why"),
+    [
+        (ADAPTER, None, "was made with the adapter pirate, so"),
+        (None, FEWER, "was made with a reduced vocabulary, so"),
+    ],
+)
+def test_a_changed_model_does_not_take_the_name_of_its_base(
+    adapter: Adapter | None, vocabulary: ReducedVocabulary | None, why: str
+):
+    source = Source(kind="hub", location=CATALOGUE["deepseek-r1:1.5b"], adapter=adapter)
+    manifest = make_manifest(source=source, vocabulary=vocabulary)
+    with pytest.raises(ConfigError, match=f"{why} no short name means it; give a REFERENCE"):
+        TEAM.reference_of(manifest)
 
 
 def test_a_hub_id_that_no_registry_takes_is_refused():
@@ -44,7 +72,8 @@ def test_a_hub_id_that_no_registry_takes_is_refused():
     ("dialect", "versions", "suffix", "machines"),
     [
         ("native", ("10.16", "11.1"), "", ["jetpack7", None]),
-        ("portable", ("10.3", "10.16"), "-jetpack6", ["jetpack6", "jetpack7", None]),
+        ("portable", ("10.3", "10.16"), "", ["jetpack6", "jetpack7", None]),
+        ("portable", ("10.3",), "-jetpack6", ["jetpack6", None]),
         ("portable", ("10.16",), "-jetpack7", ["jetpack7", None]),
         ("portable", (), "", [None]),
     ],
@@ -56,8 +85,8 @@ def test_what_is_pushed_is_looked_for_by_the_machines_that_take_it(
     manifest = make_manifest(dialect=dialect, tensorrt=versions, source=source)
     assert TEAM.reference_of(manifest).tag == f"1.5b-int4{suffix}"
     assert [m for m in ("jetpack6", "jetpack7", None) if takes(manifest, m)] == machines
-    first = machines[0]
-    assert suffix in suffixes(first) or first is None
+    for machine in machines:
+        assert suffix in suffixes(machine)
 
 
 @pytest.mark.parametrize(
