@@ -15,7 +15,7 @@ class Download:
     """The weights that a hub is about to be asked for.
 
     Attributes:
-        num_bytes: of the files that are not here yet; None if the hub does not say.
+        num_bytes: of the files that are not here yet; None if that is not known.
         directory: where they go, and stay.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -68,12 +69,12 @@ def download(
 
 
 def _missing_bytes(repo_id: str, commit: str, directory: Path) -> int | None:
-    """Bytes of the weights that are not in a snapshot's directory; None if the hub does not say."""
+    """Bytes of the weights that are not in a snapshot's directory; None if that is not known."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
     if constants.HF_HUB_OFFLINE or _no_way(constants.ENDPOINT) is not None:
-        return 0  # nothing will be fetched; what is missing is an error of the next step
+        return 0 if _has_weights(directory) else None  # what is missing ends the next step
     try:
         files = list(HfApi().list_repo_tree(repo_id, revision=commit))
     except (HfHubHTTPError, *_network_errors(), OSError, ValueError):
@@ -84,6 +85,15 @@ def _missing_bytes(repo_id: str, commit: str, directory: Path) -> int | None:
         if any(fnmatch(file.path, pattern) for pattern in _WEIGHT_FILES)
         and not (directory / file.path).exists()
     )
+
+
+def _has_weights(directory: Path) -> bool:
+    """Whether a snapshot's directory has the weights that its index names; any without an index."""
+    index = directory / "model.safetensors.index.json"
+    text = index.read_bytes() if index.exists() else b""
+    if names := re.findall(rb'"([\w.-]+\.safetensors)"', text):
+        return all((directory / name.decode()).exists() for name in names)
+    return any(any(directory.glob(pattern)) for pattern in _WEIGHT_FILES)
 
 
 def _network_errors() -> tuple[type[Exception], ...]:

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from export.sources.hub import _no_way
+from export.sources.hub import _missing_bytes, _no_way
 from tests import tiny_models as tiny
 from tests.export.sources.local_server import LocalServer
 
@@ -257,6 +257,32 @@ def test_offline_takes_what_is_cached(hub: Hub, worker: Worker, home: Path) -> N
         error = offline.open("owner/other")["error"]
     assert "HF_HUB_OFFLINE" in error
     assert len(hub.requests) == num_requests
+
+
+SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("cached", "missing"),
+    [
+        ([], None),
+        (["model.safetensors"], 0),
+        (["gptq_model-4bit-128g.safetensors"], 0),
+        (["model.safetensors.index.json"], None),
+        (["model.safetensors.index.json", SHARDS[0]], None),
+        (["model.safetensors.index.json", *SHARDS], 0),
+    ],
+)
+def test_offline_only_weights_that_are_there_are_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cached: list[str], missing: int | None
+) -> None:
+    """The small files of a dry run are in the cache without them."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "config.json").touch()
+    index = {"metadata": {}, "weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}
+    for name in cached:
+        (tmp_path / name).write_text(json.dumps(index))
+    assert _missing_bytes("owner/tiny", MAIN, tmp_path) == missing
 
 
 def test_no_hub_there(tmp_path: Path) -> None:
