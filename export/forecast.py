@@ -54,14 +54,14 @@ class Forecast:
         return self.bundle_bytes + self.working_bytes
 
     def lines(self) -> list[str]:
-        """Write it for a person: with a download, what is fetched and the disk; then the time."""
+        """Write it for a person: what is fetched if anything is, and the disk; then the time."""
         time = f"{self.recipe}: expect {describe_s(self.seconds)} on two cores"
         if self.measured:
             time += ", measuring included"
         if self.sooner:
             named = ", ".join(f"{name} ({describe_s(s)})" for name, s in self.sooner.items())
             time += f"; sooner, but loses more: {named}"
-        return [time] if self.download is None else [*self._disk(self.download), time]
+        return [self._disk(), time]
 
     def as_dict(self) -> dict[str, object]:
         """The same for ``--json``."""
@@ -97,20 +97,23 @@ class Forecast:
         check_free_space(cache, fetched, what)
         check_free_space(bundles, self.needed_bytes)
 
-    def _disk(self, download: Download) -> list[str]:
+    def _disk(self) -> str:
         peak, kept = self.needed_bytes + self.reference_bytes, self.bundle_bytes
         bundle = f"the bundle takes about {human(kept)}"
         if peak > kept:
             bundle += f", {human(peak)} while it is made"
-        if download.num_bytes is None:
-            fetched = "the hub does not say how large the download is"
-        elif not download.num_bytes:
-            fetched = "already downloaded"
-        else:
-            fetched = f"{human(download.num_bytes)} to download to {download.directory}"
-            both, after = peak + download.num_bytes, kept + download.num_bytes
-            bundle += f"; with the download {human(both)} of disk at the peak, {human(after)} after"
-        return [f"{fetched}; {bundle}"]
+        if self.download is None:
+            return bundle
+        fetched = self.download.num_bytes
+        if fetched is None:
+            return f"the size of the download is not known; {bundle}"
+        if not fetched:
+            return f"already downloaded; {bundle}"
+        both, after = human(peak + fetched), human(kept + fetched)
+        return (
+            f"{human(fetched)} to download to {self.download.directory}; {bundle}; with the "
+            f"download {both} of disk at the peak, {after} after"
+        )
 
 
 def forecast(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -81,7 +82,8 @@ def test_defaults_and_the_next_step(checkpoint: Path, tmp_path: Path):
     assert lines[5] == f"Try it: edge-llm run {tmp_path / 'bundle'} 'Why is the sky blue?'"
     # No terminal, no progress bar, and a line of a step only where the machine is so busy that it
     # takes 10 s. A tiny random model loses more than the gate allows.
-    expected, *steps, warning = result.stderr.splitlines()
+    disk, expected, *steps, warning = result.stderr.splitlines()
+    assert disk.startswith("the bundle takes about ")
     assert all(" so far" in line or ", took " in line for line in steps), steps
     assert expected == "int4, awq+gptq: expect about 5 s on two cores, measuring included"
     assert warning.startswith("warning: it misses the gate int4, which is meant for models of 1.5B")
@@ -172,7 +174,9 @@ def test_fast_does_not_go_with_what_it_would_ignore(
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(checkpoint: Path, tmp_path: Path):
     said = invoke(checkpoint, "-o", tmp_path / "bundle", "--dry-run")
     assert said.exit_code == 0, said.output
-    assert said.stdout == "int4, awq+gptq: expect about 5 s on two cores, measuring included\n"
+    disk, time = said.stdout.splitlines()
+    assert re.fullmatch(r"the bundle takes about [\d.]+ MB, [\d.]+ MB while it is made", disk)
+    assert time == "int4, awq+gptq: expect about 5 s on two cores, measuring included"
     found = json.loads(invoke(checkpoint, "-o", tmp_path / "b", "--dry-run", "--json").stdout)
     assert found["recipe"] == "int4, awq+gptq"
     assert found["download_bytes"] == 0

@@ -66,7 +66,7 @@ def test_fast_takes_a_minute_at_1_5b(tmp_path: Path):
 
 def test_a_size_that_is_not_known_is_not_made_up(tmp_path: Path):
     found = of_1_5b(tmp_path, None)
-    assert found.lines()[0].startswith("the hub does not say how large the download is; ")
+    assert found.lines()[0].startswith("the size of the download is not known; ")
     assert found.as_dict()["peak_bytes"] is None
     found.check_disk(tmp_path / "bundles" / "b")
     assert of_1_5b(tmp_path, 0).lines()[0].startswith("already downloaded; the bundle takes ")
