@@ -64,8 +64,9 @@ def main(question: str, max_turns: int = 5) -> str:
         for call in message.tool_calls:
             try:
                 result = FUNCTIONS[call.function.name](**json.loads(call.function.arguments))
-            except (OSError, TypeError) as error:  # the model reads it and can try otherwise
-                result = f"error: {error}"
+            except (OSError, TypeError, ValueError, KeyError) as error:
+                # The model reads it and can try otherwise; a KeyError says little without its type.
+                result = f"error: {type(error).__name__}: {error}"
             print(f"{call.function.name}({call.function.arguments}) -> {result}", file=sys.stderr)
             messages.append(
                 {"role": "tool", "tool_call_id": call.id, "content": json.dumps(result)}

@@ -8,6 +8,7 @@ library, so it runs in the Python of ROS 2, beside the server's own environment:
     ros2 topic pub --once /prompt std_msgs/msg/String "{data: 'Which way is north?'}"
 """
 
+import http.client
 import json
 import queue
 import threading
@@ -46,7 +47,8 @@ class EdgeLLMNode(Node):
             except urllib.error.HTTPError as error:  # refused; the body says why
                 self.get_logger().error(f"{self.url}: {error}: {error.read().decode()}")
                 continue
-            except (OSError, ValueError) as error:  # no server, a timeout, an error in the middle
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                # No server, a timeout, an error in the middle or an end there.
                 self.get_logger().error(f"{self.url}: {error}")
                 continue
             if self.prompts.empty():
@@ -65,6 +67,8 @@ class EdgeLLMNode(Node):
             for line in response:
                 if not self.prompts.empty():
                     return  # a closed connection ends the answer on the server, too
+                if line.startswith(b"data: [DONE]"):
+                    return
                 if not line.startswith(b"data: {"):
                     continue
                 event = json.loads(line[len(b"data: ") :])
@@ -74,6 +78,7 @@ class EdgeLLMNode(Node):
                 if piece:
                     self.pieces.publish(String(data=piece))
                     yield piece
+        raise ValueError("the answer broke off")
 
 
 def main():

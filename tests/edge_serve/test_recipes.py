@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from edge import LLM
 from tests.conftest import Bundles, PoolingBundles
 from tests.documents import ROOT, blocks
 from tests.edge_serve.scripted import KEY, Live, ScriptedEngine, running, until
+from tests.export.sources.local_server import LocalServer
 
 EXAMPLES = ROOT / "docs" / "examples"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
@@ -64,6 +66,39 @@ def test_the_agent_calls_a_tool_and_tells_its_result(
         live.engine.default = call
         monkeypatch.setitem(agent.FUNCTIONS, "free_space_gb", lambda path: 42.0)
         assert agent.main("How much space is free?", max_turns=2) == "No answer after 2 turns."
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "error"),
+    [
+        ("format_disk", "{}", "error: KeyError: 'format_disk'"),
+        ("free_space_gb", '{"path": "/va', "error: JSONDecodeError: "),
+        ("free_space_gb", '{"path": "\\u0000"}', "error: ValueError: "),
+    ],
+)
+def test_the_agent_tells_the_model_of_a_call_that_cannot_be_made(
+    monkeypatch: pytest.MonkeyPatch, name: str, arguments: str, error: str
+):
+    agent = load("agent")
+    function = SimpleNamespace(name=name, arguments=arguments)
+    call = SimpleNamespace(id="1", function=function)
+    replies = [
+        SimpleNamespace(content=None, tool_calls=[call], model_dump=lambda **_: {}),
+        SimpleNamespace(content="Sorry.", tool_calls=None),
+    ]
+    told: list[dict[str, Any]] = []
+
+    def create(messages: list[dict[str, Any]], **_: Any) -> Any:
+        told.extend(messages)
+        return SimpleNamespace(choices=[SimpleNamespace(message=replies.pop(0))])
+
+    client = SimpleNamespace(
+        models=SimpleNamespace(list=lambda: SimpleNamespace(data=[SimpleNamespace(id="x")])),
+        chat=SimpleNamespace(completions=SimpleNamespace(create=create)),
+    )
+    monkeypatch.setattr(agent, "OpenAI", lambda **_: client)
+    assert agent.main("How much space is free?") == "Sorry."
+    assert json.loads(told[-1]["content"]).startswith(error)
 
 
 def test_retrieval_puts_the_nearest_passages_into_the_prompt(
@@ -166,6 +201,47 @@ def test_the_ros_node_answers_the_newest_prompt(
     node.heard(SimpleNamespace(data="Still there?"))  # the server is gone
     until(lambda: bool(node.errors))
     assert live.url in node.errors[0]
+
+
+PIECE, END = b'data: {"choices":[{"delta":{"content":"Left."}}]}\n\n', b"data: [DONE]\n\n"
+IN_CHUNKS, LAST = (b"%x\r\n%b\r\n" % (len(text), text) for text in (PIECE, END))
+
+
+@pytest.mark.parametrize(
+    ("broken", "whole"),
+    [
+        (PIECE, PIECE + END),
+        (IN_CHUNKS, IN_CHUNKS + LAST + b"0\r\n\r\n"),
+        (IN_CHUNKS + LAST[:7], IN_CHUNKS + LAST + b"0\r\n\r\n"),
+    ],
+    ids=["plain", "between chunks", "in a chunk"],
+)
+def test_the_ros_node_publishes_no_answer_that_broke_off(
+    ros2: ModuleType, monkeypatch: pytest.MonkeyPatch, broken: bytes, whole: bytes
+):
+    """And goes on to answer what is asked next."""
+    bodies = [broken, whole]
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("Connection", "close")
+        if IN_CHUNKS in whole:
+            request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        request.wfile.write(bodies.pop(0))
+
+    server = LocalServer()
+    monkeypatch.setattr(server, "answer", answer)
+    with server:
+        monkeypatch.setattr(FakeNode, "parameters", {"url": server.url})
+        node = ros2.EdgeLLMNode()
+        node.heard(SimpleNamespace(data="Which way?"))
+        until(lambda: bool(node.errors or node.published["answer"]))
+        assert node.published["answer"] == []
+        node.heard(SimpleNamespace(data="Which way?"))
+        until(lambda: bool(node.published["answer"]))
+    assert node.published["answer"] == ["Left."]
+    assert len(node.errors) == 1
 
 
 @pytest.fixture

@@ -26,6 +26,10 @@ class LocalServer:
             def do_HEAD(self) -> None:
                 server.answer(self)
 
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                server.answer(self)
+
             def log_message(self, *_: Any) -> None:
                 pass
 
