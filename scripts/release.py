@@ -435,7 +435,8 @@ def fetch_wheels(folder: Path, work: Path, target: Target) -> Path:
         run([*pip, "--dest", str(wheels), "--requirement", str(entries)], f"no wheels of {what}")
     for path in wheels.iterdir():
         path.chmod(0o644)
-    page = render_page(
+    write_page(
+        wheels / "README.md",
         "wheels.md",
         title=target.title,
         lock=target.lock,
@@ -443,7 +444,6 @@ def fetch_wheels(folder: Path, work: Path, target: Target) -> Path:
         glibc_minor=target.glibc_minor,
         pythons=" or ".join(target.pythons),
     )
-    (wheels / "README.md").write_text(page, "utf-8")
     return wheels
 
 
@@ -454,6 +454,11 @@ def render_page(name: str, **values: Any) -> str:
     return environment.render_template(name, **values) + "\n"
 
 
+def write_page(path: Path, name: str, **values: Any) -> None:
+    """Write a page of ``scripts/release_pages`` with values filled in."""
+    path.write_text(render_page(name, **values), "utf-8")
+
+
 def write_install_page(folder: Path, commit: Commit, *, is_offline: bool, is_signed: bool) -> None:
     """Write ``INSTALL.md``, whose commands the proofs run."""
 
@@ -462,7 +467,8 @@ def write_install_page(folder: Path, commit: Commit, *, is_offline: bool, is_sig
         return f"{offline}--find-links ."
 
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
-    page = render_page(
+    write_page(
+        folder / "INSTALL.md",
         "INSTALL.md",
         version=commit.version,
         commit=commit.id,
@@ -472,7 +478,6 @@ def write_install_page(folder: Path, commit: Commit, *, is_offline: bool, is_sig
         is_offline=is_offline,
         is_signed=is_signed,
     )
-    (folder / "INSTALL.md").write_text(page, "utf-8")
 
 
 def write_sums(folder: Path) -> None:
@@ -498,18 +503,27 @@ def sign(folder: Path, commit: Commit, key: Path, public_key: Path) -> None:
             raise ReleaseError(f"minisign does not {what}, see above")
 
 
-def check_traces(folder: Path, *places: Path) -> None:
+def check_traces(folder: Path, commit: Commit, *places: Path, root: Path = ROOT) -> None:
     """Refuse files that name a place of the machine on which they were made.
+
+    A place that the commit names too, such as ``/opt/edge-llm``, is no trace of this machine.
 
     Raises:
         ReleaseError: one does.
     """
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix not in (".whl", ".gz", ".png"):
-            content = path.read_bytes()
-            for place in places:
-                if str(place).encode() in content:
-                    raise ReleaseError(f"{path.relative_to(folder)} names {place}; mend {__file__}")
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix not in (".whl", ".gz", ".png")
+    ]
+    for place in places:
+        named = (path for path in files if str(place).encode() in path.read_bytes())
+        path = next(named, None)
+        if path is None:
+            continue
+        search = ["git", "grep", "--quiet", "--fixed-strings", "-e", str(place), commit.id]
+        if subprocess.run(search, cwd=root, check=False).returncode:
+            raise ReleaseError(f"{path.relative_to(folder)} names {place}; mend {__file__}")
 
 
 def lint_recipes(folder: Path) -> None:
@@ -610,7 +624,7 @@ def make(arguments: argparse.Namespace) -> Path:
                 wheels = fetch_wheels(unproven, work, target)
                 size = sum(path.stat().st_size for path in wheels.iterdir())
                 say(f"wheels/{target.lock}: {size / 1e6:.0f} MB")
-        check_traces(unproven, work, ROOT)
+        check_traces(unproven, commit, work, ROOT)
         write_sums(unproven)
         if key is not None:
             sign(unproven, commit, key, public_key)

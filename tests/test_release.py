@@ -342,11 +342,22 @@ def test_checksums_are_signed_and_the_signature_is_verified(tmp_path: Path):
         release.sign(tmp_path, commit, tmp_path / "a.key", tmp_path / "b.pub")
 
 
-def test_a_release_names_no_place_of_this_machine(tmp_path: Path):
-    (tmp_path / "a.json").write_text("/home/alice/x")
-    release.check_traces(tmp_path, Path("/home/bob"))
+def test_a_release_names_no_place_of_this_machine(repository: Path, tmp_path: Path):
+    """But what the commit names anyway, also if the checkout is there."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.json").write_text("/home/alice/x")
+
+    def check(*places: str) -> None:
+        commit = release.read_commit(repository)
+        release.check_traces(folder, commit, *map(Path, places), root=repository)
+
+    check("/home/bob")
     with pytest.raises(ReleaseError, match=r"a\.json names /home/alice"):
-        release.check_traces(tmp_path, Path("/home/bob"), Path("/home/alice"))
+        check("/home/bob", "/home/alice")
+    (repository / "docs/orin.md").write_text("copy it to /home/alice\n")
+    commit_all(repository)
+    check("/home/bob", "/home/alice")
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.lock)
