@@ -19,7 +19,9 @@ ROWS = ("int4-rtn-g32", "fp16")
 def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The table has four sound chairs, and the fifth is a list of them. " * 4)
-    monkeypatch.setattr(quality, "TEXTS", {"prose": text, "code": text})
+    texts = {"prose": text, "code": text}
+    monkeypatch.setattr(quality, "TEXTS", texts)
+    monkeypatch.setattr(quality, "_ALL_TEXTS", texts)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, source: Path, *arguments: str) -> None:
