@@ -67,6 +67,11 @@ def test_a_refusal_is_shown(page: Browser, server: StubServer):
     page.until(lambda: "this key may not" in page.one("#toast").text)
     page.until(lambda: page.all("#engines button") == [])
     assert states(page) == ["loaded", "not loaded"]
+    # Another key may be the operator's.
+    server.load_refusal, server.api_key = None, "of-the-operator"
+    page.until(page.one("#key").is_displayed)
+    page.one("#key").send_keys("of-the-operator", page.keys.ENTER)
+    page.until(lambda: page.all("#engines button"))
 
 
 def test_a_question_to_a_model_that_is_not_loaded_says_what_it_waits_for(
