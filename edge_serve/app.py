@@ -452,7 +452,8 @@ class _Endpoints:
                 403,
                 "not_admin",
                 "this client may not load and unload models; the operator can name its API key in "
-                "admin_keys (without API keys, programs on the server's own machine may)",
+                "admin_keys (without API keys, programs on the server's own machine may, if they "
+                "use no proxy)",
             )
         if self._loader is None or self._models.is_loading:
             raise APIError(

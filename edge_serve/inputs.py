@@ -33,8 +33,8 @@ def read_inputs(settings: ServerSettings) -> Inputs:
     """Check the settings against each other and read the files that they name.
 
     Raises:
-        ConfigError: there is no model, the default is none of them, or the rules, splits, keys or
-            the baseline cannot be used.
+        ConfigError: there is no model, the default is none of them, ``admin_keys`` names a key that
+            is not there, or the rules, splits, keys or the baseline cannot be used.
     """
     if not settings.model:
         raise ConfigError("no model to serve; give a bundle, or --model BUNDLE for each one")
@@ -42,10 +42,16 @@ def read_inputs(settings: ServerSettings) -> Inputs:
     if default is not None and default not in {AUTO, *settings.model, *settings.split}:
         raise ConfigError(f"the default model {default!r} is not one of those to serve")
     rules, splits = read_routes(settings.auto, settings.split, settings.model)
-    keys, baseline = settings.api_key_file, settings.drift_baseline
+    path, baseline = settings.api_key_file, settings.drift_baseline
+    keys = None if path is None else APIKeys(path)
+    if keys and (missing := [name for name in settings.admin_keys if name not in keys.names]):
+        raise ConfigError(
+            f"admin_keys names {', '.join(missing)}, and {path} has no key of that name; it has "
+            f"{', '.join(keys.names)}"
+        )
     return Inputs(
         rules,
         splits,
-        None if keys is None else APIKeys(keys),
+        keys,
         DriftMonitor(None if baseline is None else read_counts(baseline), settings.drift_window),
     )

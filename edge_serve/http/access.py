@@ -15,6 +15,7 @@ from edge_serve.settings import Network, is_loopback
 
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{0,5})?")
 _MOST_CLIENTS = 4096  # that a rate limit remembers
+_PROXIED = (b"forwarded", b"x-forwarded-for", b"via")  # what proxies add
 _SAID = re.compile(rb"[ -~]{1,100}")
 
 
@@ -54,6 +55,11 @@ class APIKeys:
             ConfigError: the file cannot be used; the keys stay as they were.
         """
         self._clients = _read(self._path)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the keys, each once."""
+        return list(dict.fromkeys(client.name for _, client in self._clients))
 
     def find(self, authorization: bytes | None, x_api_key: bytes | None = None) -> Client | None:
         """Return the client of an ``Authorization: Bearer`` or ``X-API-Key`` header, or None.
@@ -131,18 +137,32 @@ class Origins:
         return group
 
 
-def is_admin(client: Client, address: str | None, admin_keys: Collection[str] | None) -> bool:
+def is_admin(
+    client: Client,
+    address: str | None,
+    admin_keys: Collection[str] | None,
+    header: Callable[[bytes], bytes | None],
+) -> bool:
     """Whether a client may load and unload models by hand.
 
     Args:
         client: who asks.
         address: where the connection comes from; None is this process.
         admin_keys: names of the keys that may; None without keys, where this machine may.
+        header: returns a header of the request by its name in lower case.
     """
     if admin_keys is not None:
         return client.name in admin_keys
-    # Behind a trusted proxy of this machine, the client is who the proxy says.
-    return address is None or (is_loopback(address) and client.origin == address_group(address))
+    if address is None:
+        return True
+    # Behind a trusted proxy of this machine, the client is who the proxy says; others show by their
+    # headers, and a page that has this machine's address for its own name (DNS rebinding) by Host.
+    return (
+        is_loopback(address)
+        and client.origin == address_group(address)
+        and all(header(name) is None for name in _PROXIED)
+        and is_local(header(b"host") or b"")
+    )
 
 
 def is_local(host: bytes) -> bool:

@@ -252,6 +252,7 @@ class Guard:
             client,
             address[0] if address else None,
             None if self._keys is None else self._settings.admin_keys,
+            headers.get,
         )
         if scope["method"] == "POST":
             wait_s = self._rate.take(client.name)

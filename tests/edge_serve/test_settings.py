@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from edge.errors import ConfigError
+from edge_serve.inputs import read_inputs
 from edge_serve.settings import ServerSettings, parse_keep_alive
+from tests.conftest import write_secret
 
 
 @pytest.mark.parametrize(
@@ -37,4 +40,10 @@ def test_what_is_no_time_is_refused(given: str):
 def test_admins_need_keys(tmp_path: Path):
     with pytest.raises(ConfigError, match="admin_keys names ann, and there are no API keys"):
         ServerSettings(admin_keys=["ann"])
-    assert ServerSettings(admin_keys=["ann"], api_key_file=tmp_path).admin_keys == ["ann"]
+    keys = tmp_path / "keys"
+    write_secret(keys, "ann:the-key-of-the-operator\nbob:the-key-of-a-client\n")
+    good = ServerSettings(admin_keys=["ann"], api_key_file=keys, model={"one": tmp_path})
+    assert read_inputs(good).keys is not None
+    wrong = replace(good, admin_keys=["anne", "bob", "carl"])
+    with pytest.raises(ConfigError, match=r"names anne, carl, and .* no key .* has ann, bob$"):
+        read_inputs(wrong)

@@ -267,6 +267,27 @@ def test_models_are_loaded_and_unloaded_by_hand(bundles: dict[str, Path]):
         assert here.live.ask(load, {"model": "one"}, headers={"Sec-Fetch-Site": "cross-site"}).status == 403  # noqa: E501  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("X-Forwarded-For", "192.0.2.7"),
+        ("FORWARDED", "for=192.0.2.7"),
+        ("via", "1.1 proxy"),
+        ("X-Forwarded-For", ""),
+        ("Host", "rebound.example"),
+    ],
+)
+def test_without_keys_who_comes_through_a_proxy_or_a_page_is_not_this_machine(
+    bundles: dict[str, Path], name: str, value: str
+):
+    with station({"one": bundles["one"]}, host="0.0.0.0", allow_open=True) as here:
+        refused = here.live.ask("/models/unload", {"model": "one"}, headers={name: value})
+        assert (refused.status, refused.json["error"]["code"]) == (403, "not_admin")
+        assert here.status("one") == "loaded"
+        local = {"Host": "localhost:8000"}
+        assert here.live.ask("/models/unload", {"model": "one"}, headers=local).status == 200
+
+
 def test_with_keys_only_those_of_admins_load_and_unload(bundles: dict[str, Path], tmp_path: Path):
     keys = tmp_path / "keys"
     keys.write_text(KEYS)
