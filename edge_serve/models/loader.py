@@ -12,7 +12,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -107,6 +108,18 @@ class Loader:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._stopping: asyncio.Future[None] | None = None
         models.load_for = self.load_for
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Hold `lock`, unless the server is about to stop by the time that it is free.
+
+        Raises:
+            APIError: 503, it is.
+        """
+        async with self.lock:
+            if self._models.is_draining:
+                raise draining()
+            yield
 
     # ------------------------------------------------------------------------------- memory
 
@@ -257,7 +270,7 @@ class Loader:
 
     async def _load(self, entry: ModelEntry) -> None:
         try:
-            async with self.lock:
+            async with self.turn():
                 if entry.served is None:  # a reload may have opened it meanwhile
                     await self._open(entry)
         finally:
@@ -320,6 +333,8 @@ class Loader:
 
     def _rests(self, model: ServedModel) -> None:
         """Set the timer of a model that no request holds."""
+        if self._models.entry(model.name).served is not model:
+            return  # it was replaced, and the timer is the new one's
         timer = self._timers.pop(model.name, None)
         if timer is not None:
             timer.cancel()
@@ -336,8 +351,12 @@ class Loader:
             task.add_done_callback(self._unloads.discard)
 
     async def unload(self, entry: ModelEntry) -> bool:
-        """Unload a model once what is being loaded and closed is; false if a request holds it."""
-        async with self.lock:
+        """Unload a model once what is being loaded and closed is; false if a request holds it.
+
+        Raises:
+            APIError: 503, the server is about to stop.
+        """
+        async with self.turn():
             if entry.served is None:
                 return True
             if self._is_used(entry.served):
@@ -348,7 +367,7 @@ class Loader:
     async def _unload_idle(self, model: ServedModel) -> None:
         async with self.lock:
             entry = self._models.entry(model.name)
-            if entry.served is not model or self._is_used(model):
+            if self._models.is_draining or entry.served is not model or self._is_used(model):
                 return
             if model.expires_s > time.monotonic():
                 self._rests(model)  # a request came while this waited

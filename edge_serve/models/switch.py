@@ -51,10 +51,11 @@ class Switcher:
         """Serve ``bundle`` under ``name`` from now on.
 
         Raises:
+            APIError: 503, the server is about to stop, or there is no room; all is as it was.
             EdgeError: the bundle cannot be served; everything is as it was.
             Whatever else the opening raises, e.g. MemoryError; likewise.
         """
-        async with self._loader.lock:
+        async with self._loader.turn():
             entry = self._models.entry(name)
             old = entry.served
             started = time.monotonic()

@@ -217,6 +217,20 @@ def test_to_ask_about_a_model_loads_none(bundles: dict[str, Path]):
         assert here.opened == ["one"]
 
 
+def test_a_replaced_model_does_not_keep_its_successor_awake(bundles: dict[str, Path]):
+    with station({"one": bundles["one"]}, keep_alive="1s") as here, ThreadPoolExecutor(1) as pool:
+        here.engines["two"] = ScriptedEngine()
+        here.engines["one"].running.clear()
+        answer = pool.submit(here.ask, "one")
+        until(lambda: here.service.models.num_flights == 1)
+        reload(here, one=bundles["two"])
+        here.engines["one"].running.set()
+        assert says(answer.result()) == "one"  # which ends after the new one's timer was set
+        assert here.status("one") == "loaded"
+        until(lambda: here.status("one") == "unloaded")
+        assert here.opened == ["one", "two"]
+
+
 # What clients say
 
 
@@ -452,6 +466,31 @@ def test_a_stop_does_not_wait_for_a_model_that_is_loaded(bundles: dict[str, Path
             here.service.stop()
             refused = answer.result(timeout=5)
         assert (refused.status, refused.json["error"]["code"]) == (503, "draining")
+
+
+def test_what_waited_for_another_model_does_not_begin_after_a_stop(
+    bundles: dict[str, Path], act: str
+):
+    with station({"one": bundles["one"]}) as here, ThreadPoolExecutor(1) as pool:
+        if act == "load":
+            assert here.live.ask("/models/unload", {"model": "one"}).status == 200
+        here.engines["two"] = ScriptedEngine()
+        service, lock = here.service, here.service._loader.lock
+        assert service._loop is not None
+        asyncio.run_coroutine_threadsafe(lock.acquire(), service._loop).result(5)
+        if act == "reload":
+            waits: Any = pool.submit(reload, here, one=bundles["two"])
+        else:
+            waits = pool.submit(here.live.ask, f"/models/{act}", {"model": "one"})
+        until(lambda: bool(lock._waiters))
+        service.stop()
+        until(lambda: service.models.is_draining)
+        service._loop.call_soon_threadsafe(lock.release)
+        answer = waits.result(10)
+        if act != "reload":
+            assert (answer.status, answer.json["error"]["code"]) == (503, "draining")
+    assert here.opened == ["one"]
+    assert (service.models.entry("one").served is None) is (act == "load")
 
 
 def test_a_request_waits_for_a_load_as_long_as_it_may_take(bundles: dict[str, Path]):
