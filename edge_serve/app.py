@@ -418,16 +418,16 @@ class _Endpoints:
 
     async def _load_model(self, request: Request) -> Response:
         body, _ = await self._read(request, LoadRequest)
-        entry = self._models.entry(self._models.without_tag(body.model))
-        await self._may_load(request).load(entry)
+        loader, entry = self._may_load(request), self._models.by_hand(body.model)
+        await loader.load(entry)
         if entry.served is not None:
             entry.served.touch()
         return json_response(LoadResponse())
 
     async def _unload_model(self, request: Request) -> Response:
         body, _ = await self._read(request, LoadRequest)
-        entry = self._models.entry(self._models.without_tag(body.model))
-        if not await self._may_load(request).unload(entry):
+        loader, entry = self._may_load(request), self._models.by_hand(body.model)
+        if not await loader.unload(entry):
             raise APIError(
                 409,
                 "model_busy",

@@ -138,8 +138,12 @@ class Loader:
         sizes = settings.num_slots, settings.kv_capacity, settings.prefill
         return need_bytes(manifest, *sizes, draft)
 
-    def _peak_bytes(self, bundle: Path, manifest: Manifest) -> int:
-        """Compute what a bundle takes at most, where that counts also while it is opened."""
+    def peak_bytes(self, bundle: Path, manifest: Manifest) -> int:
+        """Compute what a bundle takes at most, where that counts also while it is opened.
+
+        Raises:
+            What `need_bytes` raises.
+        """
         need = self.need_bytes(manifest)
         if self._settings.memory_budget_mb is None:
             return max(need, opening_bytes(self._settings, bundle))
@@ -165,7 +169,7 @@ class Loader:
         """
         settings = self._settings
         manifest = open_manifest(bundle, settings.trusted_keys)
-        need, free = self._peak_bytes(bundle, manifest), self.free_bytes()
+        need, free = self.peak_bytes(bundle, manifest), self.free_bytes()
         if free is None or need <= free:
             return None
         _log.warning(
@@ -280,7 +284,7 @@ class Loader:
         started = time.monotonic()
         entry.is_loading = True
         try:
-            peak = partial(self._peak_bytes, entry.bundle, entry.manifest)
+            peak = partial(self.peak_bytes, entry.bundle, entry.manifest)
             need = await in_daemon(peak)
             await self.make_room(entry, need)
             llm = await in_daemon(lambda: self._models.open(entry.bundle))

@@ -447,6 +447,23 @@ class ModelRegistry:
             )
         return entry
 
+    def by_hand(self, name: str) -> ModelEntry:
+        """Return the one model that is loaded or unloaded by this name.
+
+        Raises:
+            APIError: 404, there is none; or 400, the name stands for several.
+        """
+        name = self.without_tag(name)
+        if name in self.aliases():
+            split = self._splits.get(name)
+            several = dict(split.shares if split else [(rule.model, 1) for rule in self._rules])
+            raise invalid(
+                f"model: {name!r} stands for one of several models; name one of them: "
+                f"{', '.join(several)}",
+                "model",
+            )
+        return self.entry(name)
+
     def find(self, name: str | None) -> ModelEntry:
         """Return what a request's name stands for, and load nothing.
 

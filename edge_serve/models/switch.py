@@ -21,13 +21,14 @@ from edge_serve.http.errors import APIError
 from edge_serve.http.threads import in_daemon, in_thread
 
 from .loader import Loader
-from .registry import ModelRegistry, ServedModel
+from .registry import ModelEntry, ModelRegistry, ServedModel
 
 if TYPE_CHECKING:
     from edge.runtime.llm import LLM
 
 _log = logging.getLogger("edge_serve")
 _POLL_S = 0.02
+_LOST = "is not loaded any more, and the next request tries its old bundle again"
 
 
 class Switcher:
@@ -52,7 +53,8 @@ class Switcher:
 
         Raises:
             APIError: 503, the server is about to stop, or there is no room; all is as it was.
-            EdgeError: the bundle cannot be served; everything is as it was.
+            EdgeError: the bundle cannot be served; all is as it was, but if the old bundle cannot
+                be opened again, the model is not loaded.
             Whatever else the opening raises, e.g. MemoryError; likewise.
         """
         async with self._loader.turn():
@@ -61,23 +63,22 @@ class Switcher:
             started = time.monotonic()
             try:
                 manifest = await in_thread(lambda: read_manifest(bundle))
-                need = await in_thread(lambda: self._loader.need_bytes(manifest))
+                need = await in_thread(lambda: self._loader.peak_bytes(bundle, manifest))
                 if old is None:
                     await self._loader.make_room(entry, need)
                 free = await in_thread(self._loader.free_bytes)
                 beside = old is None or free is None or need <= free
                 if old is not None and not beside:
-                    await self._replace(old, bundle)
+                    await self._replace(entry, old, bundle)
                 else:
                     llm = await in_daemon(lambda: self._open(bundle))
                     self._loader.put(ServedModel(name, bundle, llm))
                     if old is not None:
                         self._retire(old)
-            except (EdgeError, APIError) as error:
-                _log.error("model %s stays as it is: %s", name, error)
-                raise
-            except Exception:
-                _log.exception("model %s stays as it is", name)
+            except Exception as error:
+                log = _log.error if isinstance(error, EdgeError | APIError) else _log.exception
+                is_lost = old is not None and entry.served is None
+                log("model %s %s: %s", name, _LOST if is_lost else "stays as it is", error)
                 raise
             _log.info(
                 "model %s is another bundle after %.1f s, opened %s",
@@ -86,21 +87,20 @@ class Switcher:
                 "beside the old one" if beside else "in its place",
             )
 
-    async def _replace(self, old: ServedModel, bundle: Path) -> None:
+    async def _replace(self, entry: ModelEntry, old: ServedModel, bundle: Path) -> None:
         with self._models.held(old.name):
             await self._until_unused(old)
             await in_thread(old.llm.close)
+            self._models.retire(entry)
+            self._models.forget(old)
             try:
                 llm = await in_daemon(lambda: self._open(bundle))
-            except Exception:
+            except Exception as error:
+                _log.warning("model %s opens its old bundle again: %s", old.name, error)
                 again = await in_daemon(lambda: self._open(old.bundle))
-                self._put(ServedModel(old.name, old.bundle, again), old)
+                self._loader.put(ServedModel(old.name, old.bundle, again))
                 raise
-            self._put(ServedModel(old.name, bundle, llm), old)
-
-    def _put(self, new: ServedModel, old: ServedModel) -> None:
-        self._loader.put(new)
-        self._models.forget(old)
+            self._loader.put(ServedModel(old.name, bundle, llm))
 
     def _open(self, bundle: Path) -> LLM:
         """Open a bundle and generate two tokens: a model whose logits are NaN is not served."""

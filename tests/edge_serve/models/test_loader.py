@@ -24,6 +24,7 @@ from edge.bundle.manifest import encode_manifest, read_manifest
 from edge.runtime.llm import LLM
 from edge_lab.measure.drift import ROLLOUT_USER, WATCH_USER
 from edge_lab.telemetry import Snapshot
+from edge_serve.models import loader
 from edge_serve.models.loader import need_bytes
 from edge_serve.run import Service
 from edge_serve.settings import ServerSettings
@@ -302,6 +303,19 @@ def test_without_keys_who_comes_through_a_proxy_or_a_page_is_not_this_machine(
         assert here.live.ask("/models/unload", {"model": "one"}, headers=local).status == 200
 
 
+def test_a_name_that_stands_for_several_models_is_not_loaded(bundles: dict[str, Path]):
+    pair = {name: bundles[name] for name in ("one", "two")}
+    names = {"auto": {"one": "kind=json", "two": "always"}, "split": {"half": "two:1/one:1"}}
+    with station(pair, **names) as here:
+        for path in ("/models/load", "/models/unload"):
+            for name, several in (("auto", "one, two"), ("half:latest", "two, one")):
+                refused = here.live.ask(path, {"model": name}).json["error"]
+                assert (refused["code"], refused["param"]) == ("invalid_value", "model")
+                assert refused["message"].endswith(f"name one of them: {several}")
+        here.service.models.is_loading = True  # as while they are opened, and not yet known
+        assert here.live.ask("/models/load", {"model": "late"}).json["error"]["code"] == "loading"
+
+
 def test_with_keys_only_those_of_admins_load_and_unload(bundles: dict[str, Path], tmp_path: Path):
     keys = tmp_path / "keys"
     keys.write_text(KEYS)
@@ -364,6 +378,20 @@ def test_a_model_that_answers_gives_no_room(bundles: dict[str, Path]):
         assert here.status("one") == "unloaded"
 
 
+def test_a_new_bundle_is_opened_beside_the_old_one_only_where_its_opening_fits(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", "edge_serve")
+    need = need_bytes(read_manifest(bundles["one"]), 2, PLANNED)
+    with station({"one": bundles["one"]}) as here:
+        here.engines["two"] = ScriptedEngine()
+        here.service._loader._room_bytes = lambda: 2 * need
+        monkeypatch.setattr(loader, "opening_bytes", lambda *_: 3 * need)
+        reload(here, one=bundles["two"])
+        assert says(here.ask("one")) == "two"
+    assert ", opened in its place" in caplog.text
+
+
 def test_one_model_is_loaded_whatever_the_budget(bundles: dict[str, Path]):
     pair = {name: bundles[name] for name in ("one", "two")}
     with station(pair, memory_budget_mb=0) as here:
@@ -397,6 +425,23 @@ def test_a_load_that_fails_says_why_and_is_tried_again(bundles: dict[str, Path])
         until(lambda: here.ask("two").status == 200)
         assert here.status("two") == "loaded"
         assert here.metric("model_loads_total", 'model="two",outcome="error"') >= 1
+
+
+def test_where_the_old_bundle_does_not_open_again_either_the_next_request_tries_it(
+    bundles: dict[str, Path], caplog: pytest.LogCaptureFixture
+):
+    with station({"one": bundles["one"]}, memory_budget_mb=0) as here:
+        table, aside = bundles["one"] / "embeddings.safetensors", bundles["one"] / "aside"
+        table.rename(aside)
+        (bundles["three"] / "embeddings.safetensors").unlink()
+        here.engines["three"] = ScriptedEngine()
+        reload(here, one=bundles["three"])
+        assert here.status("one") == "unloaded"
+        assert "model one is not loaded any more" in caplog.text
+        assert "model one stays as it is" not in caplog.text
+        aside.rename(table)
+        assert says(here.ask("one")) == "one"
+        assert here.service.models.open_models() == here.service.models.models()
 
 
 def test_the_wait_between_tries_doubles_up_to_a_minute(bundles: dict[str, Path]):

@@ -500,7 +500,7 @@ def test_an_error_of_any_kind_changes_nothing(
         assert live.ask("/ready").status == 200
         assert phase == "open" or engines["new"].backend.closed
         said_so = {r.getMessage(): r.exc_info for r in caplog.records if r.levelname == "ERROR"}
-        for line in ("model tiny stays as it is", "nothing more was reloaded"):
+        for line in ("model tiny stays as it is: no room", "nothing more was reloaded"):
             kind, error, traceback = said_so[line] or (None, None, None)
             assert (kind, str(error)) == (MemoryError, "no room")
             assert traceback is not None
