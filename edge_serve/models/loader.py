@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("edge_serve")
 _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 60.0
 _BUSY_S = 5.0  # when to ask again where models that answer leave no room
+_FAILED_S = 600.0  # how long no request unloads others for a model that has failed
 _MIB = 2**20
 Reason = Literal["idle", "room", "asked"]
 """Why a model is unloaded: no request came, another needs its memory, or somebody asked for it."""
@@ -104,6 +105,7 @@ class Loader:
         self.lock = asyncio.Lock()
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._waiting: Counter[str] = Counter()  # requests that wait for a model, by its name
+        self._pressing: set[str] = set()  # models that are loaded in the place of idle ones
         self._unloads: set[asyncio.Task[None]] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._stopping: asyncio.Future[None] | None = None
@@ -184,52 +186,68 @@ class Loader:
         reasons = read_bundle_text(bundle, manifest, capacity).reasons
         return ModelEntry(name, bundle, manifest, int(time.time()), capacity, reasons)
 
-    async def make_room(self, entry: ModelEntry, need: int) -> None:
+    async def make_room(self, entry: ModelEntry, need: int, *, unloads: bool = True) -> None:
         """Unload idle models, the longest idle first, until another fits; `lock` is held.
 
+        Args:
+            entry: the other one, which is not loaded.
+            need: bytes that it takes.
+            unloads: whether models may be unloaded for it.
+
         Raises:
-            APIError: 503, models that answer leave no room for it; none is unloaded.
+            APIError: 503, models that answer leave no room for it, or one would have to be
+                unloaded and may not.
         """
-        others = [model for model in self._models.models() if model.name != entry.name]
-        idle = sorted(
-            (model for model in others if not self._is_used(model)), key=lambda model: model.used_s
-        )
         free = await in_daemon(self.free_bytes)
-        if free is None:
-            return
-        most = free + sum(map(self._taken_bytes, idle))
-        if need > most and len(idle) < len(others):
-            busy = ", ".join(model.name for model in others if self._is_used(model))
-            raise APIError(
-                503,
-                "no_room",
-                f"the model {entry.name!r} needs {need / _MIB:.0f} MiB, and "
-                f"{max(0, most) / _MIB:.0f} MiB can be had beside the models that answer now "
-                f"({busy}); try again when they are done, or have the operator raise "
-                "memory_budget_mb",
-                retry_after_s=_BUSY_S,
+        while free is not None and need > free:  # a request may come while a model is closed
+            loaded = self._models.models()
+            idle = sorted(
+                (model for model in loaded if not self._is_used(model)), key=lambda m: m.used_s
             )
-        for model in idle:
-            if free is None or need <= free:
+            busy = [model.name for model in self._models.open_models() if model not in idle]
+            most = free + sum(map(self._taken_bytes, idle))
+            if need > most and busy:
+                raise APIError(
+                    503,
+                    "no_room",
+                    f"the model {entry.name!r} needs {need / _MIB:.0f} MiB, and "
+                    f"{max(0, most) / _MIB:.0f} MiB can be had beside the models that answer now "
+                    f"({', '.join(busy)}); try again when they are done, or have the operator "
+                    "raise memory_budget_mb",
+                    retry_after_s=_BUSY_S,
+                )
+            if not idle:
                 return
-            if not self._is_used(model):  # a request may have come meanwhile
-                await self._close(self._models.entry(model.name), "room")
-                free = await in_daemon(self.free_bytes)
+            if not unloads:
+                raise self._failed(
+                    entry,
+                    _LAST_RETRY_S,
+                    f"for {_FAILED_S / 60:.0f} minutes no other model is unloaded for it, unless "
+                    "the operator loads it by hand",
+                )
+            await self._close(self._models.entry(idle[0].name), "room")
+            free = await in_daemon(self.free_bytes)
 
     # ------------------------------------------------------------------------------- loading
 
     async def load_for(self, entry: ModelEntry) -> None:
         """Load a model for a request, which waits at most as long as it may take.
 
+        One that has just failed gets no other's memory: it may well fail again.
+
         Raises:
             APIError: 503, it cannot be loaded now; or 504, it takes too long.
         """
         if (wait_s := entry.retry_s - time.monotonic()) > 0:
             raise self._failed(entry, wait_s)
-        await self.load(entry)
+        await self.load(entry, unloads=not entry.failures or wait_s < -_FAILED_S)
 
-    async def load(self, entry: ModelEntry) -> None:
+    async def load(self, entry: ModelEntry, *, unloads: bool = True) -> None:
         """Load a model if it is not loaded, whether or not that has just failed.
+
+        Args:
+            entry: the model's.
+            unloads: whether idle models make room for it.
 
         Raises:
             What `load_for` raises.
@@ -241,6 +259,8 @@ class Loader:
         loop = asyncio.get_running_loop()
         if self._stopping is None:
             self._stopping = loop.create_future()
+        if unloads:
+            self._pressing.add(entry.name)
         self._waiting[entry.name] += 1
         try:
             return await self._join(entry, self._stopping)
@@ -279,14 +299,14 @@ class Loader:
                     await self._open(entry)
         finally:
             del self._loads[entry.name]
+            self._pressing.discard(entry.name)
 
     async def _open(self, entry: ModelEntry) -> None:
         started = time.monotonic()
         entry.is_loading = True
         try:
-            peak = partial(self.peak_bytes, entry.bundle, entry.manifest)
-            need = await in_daemon(peak)
-            await self.make_room(entry, need)
+            peak = await in_daemon(partial(self.peak_bytes, entry.bundle, entry.manifest))
+            await self.make_room(entry, peak, unloads=entry.name in self._pressing)
             llm = await in_daemon(lambda: self._models.open(entry.bundle))
         except APIError:
             raise
@@ -321,11 +341,11 @@ class Loader:
         model.touch()
 
     @staticmethod
-    def _failed(entry: ModelEntry, wait_s: float) -> APIError:
+    def _failed(entry: ModelEntry, wait_s: float, then: str = "it is tried again") -> APIError:
         return APIError(
             503,
             "load_failed",
-            f"the model {entry.name!r} could not be loaded: {entry.failed}; it is tried again",
+            f"the model {entry.name!r} could not be loaded: {entry.failed}; {then}",
             retry_after_s=wait_s,
         )
 

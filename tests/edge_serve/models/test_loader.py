@@ -378,6 +378,52 @@ def test_a_model_that_answers_gives_no_room(bundles: dict[str, Path]):
         assert here.status("one") == "unloaded"
 
 
+def test_a_request_that_comes_while_room_is_made_keeps_its_model(bundles: dict[str, Path]):
+    budget = room_for(bundles, 2)
+    with station(bundles, memory_budget_mb=budget) as here, ThreadPoolExecutor(2) as pool:
+        here.service._loader.peak_bytes = lambda *_: budget << 20  # type: ignore[method-assign]
+        begun, goes_on = threading.Event(), threading.Event()
+        llm = here.service.models.get("one").llm
+        close = llm.close
+
+        def close_slowly() -> None:
+            begun.set()
+            goes_on.wait(20)
+            close()
+
+        llm.close = close_slowly  # type: ignore[method-assign]
+        here.engines["two"].running.clear()
+        third = pool.submit(here.ask, "three")
+        assert begun.wait(10)
+        second = pool.submit(here.ask, "two")
+        until(lambda: here.service.models.num_flights == 1)
+        goes_on.set()
+        refused = third.result()
+        assert (refused.status, refused.json["error"]["code"]) == (503, "no_room")
+        assert "(two); try again" in refused.json["error"]["message"]
+        here.engines["two"].running.set()
+        assert says(second.result()) == "two"
+        assert here.opened == ["one", "two"]
+
+
+def test_a_replaced_model_that_still_answers_gives_no_room(bundles: dict[str, Path]):
+    budget = room_for(bundles, 2)
+    pair = {name: bundles[name] for name in ("one", "two")}
+    with station(pair, memory_budget_mb=budget) as here, ThreadPoolExecutor(1) as pool:
+        assert here.live.ask("/models/unload", {"model": "two"}).status == 200
+        here.engines["three"] = ScriptedEngine()
+        here.engines["one"].running.clear()
+        answer = pool.submit(here.ask, "one")
+        until(lambda: here.service.models.num_flights == 1)
+        reload(here, one=bundles["three"])
+        here.service._loader.peak_bytes = lambda *_: budget << 20  # type: ignore[method-assign]
+        assert here.ask("two").json["error"]["code"] == "no_room"
+        assert here.status("one") == "loaded"  # nothing is unloaded where that would not do
+        here.engines["one"].running.set()
+        assert says(answer.result()) == "one"
+        until(lambda: here.ask("two").status == 200)
+
+
 def test_a_new_bundle_is_opened_beside_the_old_one_only_where_its_opening_fits(
     bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -425,6 +471,29 @@ def test_a_load_that_fails_says_why_and_is_tried_again(bundles: dict[str, Path])
         until(lambda: here.ask("two").status == 200)
         assert here.status("two") == "loaded"
         assert here.metric("model_loads_total", 'model="two",outcome="error"') >= 1
+
+
+def test_a_model_that_has_failed_takes_no_others_place_again(bundles: dict[str, Path]):
+    pair = {name: bundles[name] for name in ("one", "two")}
+    with station(pair, memory_budget_mb=room_for(bundles, 1)) as here:
+        table, aside = bundles["two"] / "embeddings.safetensors", bundles["two"] / "aside"
+        table.rename(aside)
+        assert here.ask("two").json["error"]["code"] == "load_failed"
+        assert says(here.ask("one")) == "one"
+        here.service.models.entry("two").retry_s = time.monotonic()
+        refused = here.ask("two").json["error"]
+        assert refused["code"] == "load_failed"
+        assert "for 10 minutes no other model is unloaded for it" in refused["message"]
+        assert here.status("one") == "loaded"
+        assert here.opened == ["one", "two", "one"]
+        here.service.models.entry("two").retry_s = time.monotonic() - 600
+        assert here.ask("two").json["error"]["code"] == "load_failed"
+        assert says(here.ask("one")) == "one"
+        assert here.opened == ["one", "two", "one", "two", "one"]
+        aside.rename(table)
+        assert here.live.ask("/models/load", {"model": "two"}).status == 200  # by hand it does
+        assert says(here.ask("one")) == "one"
+        assert says(here.ask("two")) == "two"
 
 
 def test_where_the_old_bundle_does_not_open_again_either_the_next_request_tries_it(
