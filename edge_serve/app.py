@@ -66,7 +66,7 @@ from .http.memory import Trimmer
 from .http.page import page_files
 from .http.priority import priority_of
 from .http.probes import HEALTHY
-from .http.threads import LARGE_BYTES, Lane, Lanes, in_thread
+from .http.threads import LARGE_BYTES, Lane, Lanes, in_thread, while_there
 from .models.registry import Choice, ModelEntry, ModelRegistry
 from .settings import ServerSettings, parse_keep_alive
 
@@ -286,12 +286,12 @@ class _Endpoints:
 
     async def _embeddings(self, request: Request) -> Response:
         body, lane = await self._read(request, EmbeddingRequest)
-        choice = await self._models.choose(body.model)
+        choice = await self._models.choose(body.model, receive=request.receive)
         return await embed(self._turn(request, choice, lane), body)
 
     async def _rerank(self, request: Request) -> Response:
         body, lane = await self._read(request, RerankRequest)
-        choice = await self._models.choose(body.model)
+        choice = await self._models.choose(body.model, receive=request.receive)
         return await rerank(self._turn(request, choice, lane), body)
 
     async def _choose(self, body: TextRequest, lane: Lane, request: Request) -> Choice:
@@ -300,7 +300,7 @@ class _Endpoints:
             counts = await lane.run(partial(count_tokens, body, limits), request.receive)
         facts = facts_of(body, request.scope["request_id"], counts)
         keep_alive_s = self._keep_alive_s(body, request)
-        choice = await self._models.choose(body.model, facts, keep_alive_s)
+        choice = await self._models.choose(body.model, facts, keep_alive_s, request.receive)
         if choice.rule is not None:
             self._metrics.observe_route(choice.rule, choice.model.name)
         if choice.arm is not None:
@@ -342,13 +342,13 @@ class _Endpoints:
     async def _ollama_embed(self, request: Request) -> Response:
         body, lane = await self._read(request, EmbedRequest)
         stay_s = self._keep_alive_s(body, request)
-        choice = await self._models.choose(body.model, keep_alive_s=stay_s)
+        choice = await self._models.choose(body.model, None, stay_s, request.receive)
         return await ollama_embed(self._turn(request, choice, lane), body)
 
     async def _ollama_embeddings(self, request: Request) -> Response:
         body, lane = await self._read(request, EmbeddingsRequest)
         stay_s = self._keep_alive_s(body, request)
-        choice = await self._models.choose(body.model, keep_alive_s=stay_s)
+        choice = await self._models.choose(body.model, None, stay_s, request.receive)
         with renamed({"input": "prompt"}):
             return await embed_prompt(self._turn(request, choice, lane), body)
 
@@ -379,7 +379,7 @@ class _Endpoints:
 
     async def _tokenize(self, request: Request) -> Response:
         body, lane = await self._read(request, TokenizeRequest)
-        model = (await self._models.choose(body.model)).model
+        model = (await self._models.choose(body.model, receive=request.receive)).model
         with model.lease():
             return json_response(
                 await lane.run(partial(tokenize, body, model, self._settings), request.receive)
@@ -387,7 +387,7 @@ class _Endpoints:
 
     async def _detokenize(self, request: Request) -> Response:
         body, lane = await self._read(request, DetokenizeRequest)
-        model = (await self._models.choose(body.model)).model
+        model = (await self._models.choose(body.model, receive=request.receive)).model
         with model.lease():
             return json_response(await lane.run(lambda _: detokenize(body, model), request.receive))
 
@@ -419,7 +419,7 @@ class _Endpoints:
     async def _load_model(self, request: Request) -> Response:
         body, _ = await self._read(request, LoadRequest)
         loader, entry = self._may_load(request), self._models.by_hand(body.model)
-        await loader.load(entry)
+        await while_there(loader.load(entry), request.receive)
         if entry.served is not None:
             entry.served.touch()
         return json_response(LoadResponse())

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -51,6 +51,34 @@ async def until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
     """Return when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def while_there(
+    work: Coroutine[Any, Any, _Result], receive: Callable[[], Awaitable[Any]] | None
+) -> _Result:
+    """Wait for ``work``, which is cancelled when the client leaves.
+
+    Args:
+        work: what to wait for.
+        receive: reads from the client's connection, whose body has been read; None is nobody's.
+
+    Raises:
+        ClientGoneError: the client left.
+        Whatever ``work`` raises.
+    """
+    if receive is None:
+        return await work
+    job = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(until_gone(receive))
+    try:
+        await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not job.done():
+            raise ClientGoneError("the client left")
+        return job.result()
+    finally:
+        gone.cancel()
+        job.cancel()
+        del job  # an error's traceback leads here
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from edge.bundle.io_spec import kv_bytes_per_token
 from edge.bundle.manifest import HeadManifest, Manifest, head_manifest, read_manifest
 from edge.bundle.trust import open_manifest
 from edge.engine_config import EAGLE3, Prefill
-from edge.errors import EdgeError
+from edge.errors import EdgeError, OverloadError
 from edge_serve.http.errors import APIError, draining
 from edge_serve.http.memory import give_back
 from edge_serve.http.threads import in_daemon
@@ -230,23 +230,31 @@ class Loader:
 
     # ------------------------------------------------------------------------------- loading
 
-    async def load_for(self, entry: ModelEntry) -> None:
+    async def load_for(self, entry: ModelEntry, asked_s: float) -> None:
         """Load a model for a request, which waits at most as long as it may take.
 
         One that has just failed gets no other's memory: it may well fail again.
 
+        Args:
+            entry: the model's.
+            asked_s: monotonic seconds at which the request came.
+
         Raises:
             APIError: 503, it cannot be loaded now; or 504, it takes too long.
+            OverloadError: too many requests wait for it.
         """
         if (wait_s := entry.retry_s - time.monotonic()) > 0:
             raise self._failed(entry, wait_s)
-        await self.load(entry, unloads=not entry.failures or wait_s < -_FAILED_S)
+        await self.load(entry, asked_s, unloads=not entry.failures or wait_s < -_FAILED_S)
 
-    async def load(self, entry: ModelEntry, *, unloads: bool = True) -> None:
+    async def load(
+        self, entry: ModelEntry, asked_s: float | None = None, *, unloads: bool = True
+    ) -> None:
         """Load a model if it is not loaded, whether or not that has just failed.
 
         Args:
             entry: the model's.
+            asked_s: as for `load_for`; None is now.
             unloads: whether idle models make room for it.
 
         Raises:
@@ -256,29 +264,35 @@ class Loader:
             return None
         if self._models.is_draining:
             raise draining()
-        loop = asyncio.get_running_loop()
+        if self._waiting[entry.name] >= max(1, self._settings.queue_capacity):
+            raise OverloadError(
+                f"too many requests wait for the model {entry.name!r} to be loaded; try again "
+                "later",
+                _BUSY_S,
+            )
         if self._stopping is None:
-            self._stopping = loop.create_future()
+            self._stopping = asyncio.get_running_loop().create_future()
+        most_s = self._settings.request_timeout_s
+        if most_s is not None and asked_s is not None:
+            most_s = max(0.0, asked_s + most_s - time.monotonic())
         if unloads:
             self._pressing.add(entry.name)
         self._waiting[entry.name] += 1
         try:
-            return await self._join(entry, self._stopping)
+            return await self._join(entry, self._stopping, most_s)
         finally:
             self._waiting[entry.name] -= 1
 
-    async def _join(self, entry: ModelEntry, stopping: asyncio.Future[None]) -> None:
+    async def _join(
+        self, entry: ModelEntry, stopping: asyncio.Future[None], most_s: float | None
+    ) -> None:
         """Wait for the load of a model, which is begun if it is not under way."""
         task = self._loads.get(entry.name)
         if task is None:
             task = self._loads[entry.name] = asyncio.create_task(self._load(entry))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
         waiting: set[asyncio.Future[Any]] = {task, stopping}
-        await asyncio.wait(
-            waiting,
-            timeout=self._settings.request_timeout_s,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
+        await asyncio.wait(waiting, timeout=most_s, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         if stopping.done():

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from edge.bundle.manifest import Manifest, fingerprint
 from edge.errors import ResourceError
@@ -22,6 +22,7 @@ from edge.runtime.scheduler.request import SchedulerStats
 from edge_lab.manifest_text import describe_kv_cache
 from edge_lab.measure.drift import WATCH_USER
 from edge_serve.http.errors import APIError, draining, invalid, stalled
+from edge_serve.http.threads import while_there
 from edge_serve.observe.metric_families import EngineInfo
 
 from .bundle_text import BundleText, read_bundle_text
@@ -331,7 +332,7 @@ class ModelRegistry:
         self._held: dict[str, asyncio.Event] = {}
         self.is_draining = False
         self.is_loading = True
-        self.load_for: Callable[[ModelEntry], Awaitable[None]] | None = None
+        self.load_for: Callable[[ModelEntry, float], Awaitable[None]] | None = None
         self.trouble: str | None = None
 
     # ------------------------------------------------------------------------------- models
@@ -484,7 +485,11 @@ class ModelRegistry:
             event.set()
 
     async def choose(
-        self, name: str | None, facts: Facts | None = None, keep_alive_s: float | None = None
+        self,
+        name: str | None,
+        facts: Facts | None = None,
+        keep_alive_s: float | None = None,
+        receive: Callable[[], Awaitable[Any]] | None = None,
     ) -> Choice:
         """Choose the model for a request; one that is not loaded is loaded, and the request waits.
 
@@ -493,9 +498,12 @@ class ModelRegistry:
             facts: decide between models that share a name; None stands for an empty chat.
             keep_alive_s: how long the model stays from then on after its last request; None leaves
                 that as it is.
+            receive: reads from the client's connection; None where there is none.
 
         Raises:
-            APIError: 400, 404, or 503 while nothing can be served.
+            APIError: 400, 404, 504, or 503 while nothing can be served.
+            OverloadError: too many requests wait for the model.
+            ClientGoneError: the client left while it waited.
         """
         self._check_open()
         facts = facts or Facts({}, "chat", "")
@@ -507,7 +515,7 @@ class ModelRegistry:
         entry, rule, arm = self._pick(named, facts)
         while (model := entry.served) is None or entry.name in self._held:
             try:
-                await self._wait_for(entry, is_watch=is_watch)
+                await while_there(self._wait_for(entry, asked_s, is_watch=is_watch), receive)
             except APIError as error:
                 if rule is None or error.code not in ("load_failed", "no_room"):
                     raise
@@ -527,11 +535,12 @@ class ModelRegistry:
         model.touch(counts=not is_watch)
         return Choice(model, rule, arm, waited_s)
 
-    async def _wait_for(self, entry: ModelEntry, *, is_watch: bool) -> None:
+    async def _wait_for(self, entry: ModelEntry, asked_s: float, *, is_watch: bool) -> None:
         """Wait until a model is replaced or loaded.
 
         Raises:
-            APIError: 503, that takes too long or fails.
+            APIError: 503, that fails; or 503 or 504, it takes too long.
+            OverloadError: too many requests wait for it.
         """
         if (event := self._held.get(entry.name)) is not None:
             try:
@@ -546,7 +555,7 @@ class ModelRegistry:
             )
         else:
             assert self.load_for is not None  # without it, all are loaded
-            await self.load_for(entry)
+            await self.load_for(entry, asked_s)
 
     def _named(self, name: str | None) -> str:
         """Return the name that a request gives, or the default one.

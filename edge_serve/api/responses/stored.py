@@ -372,6 +372,8 @@ class StoredResponses:
             )
         try:
             model = (await self._models.choose(unfinished.model)).model
+        except OverloadError:  # too many requests wait for it
+            return False
         except APIError as error:
             if error.code == "no_room":
                 return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import random
 import re
 import shutil
@@ -21,11 +22,13 @@ import msgspec
 import pytest
 
 from edge.bundle.manifest import encode_manifest, read_manifest
+from edge.errors import OverloadError
 from edge.runtime.llm import LLM
 from edge_lab.measure.drift import ROLLOUT_USER, WATCH_USER
 from edge_lab.telemetry import Snapshot
+from edge_serve.http.errors import APIError
 from edge_serve.models import loader
-from edge_serve.models.loader import need_bytes
+from edge_serve.models.loader import Loader, need_bytes
 from edge_serve.run import Service
 from edge_serve.settings import ServerSettings
 from tests.conftest import Bundles
@@ -582,6 +585,7 @@ def test_a_stop_does_not_wait_for_a_model_that_is_loaded(bundles: dict[str, Path
         assert (refused.status, refused.json["error"]["code"]) == (503, "draining")
 
 
+@pytest.mark.parametrize("act", ["load", "unload", "reload"])
 def test_what_waited_for_another_model_does_not_begin_after_a_stop(
     bundles: dict[str, Path], act: str
 ):
@@ -607,12 +611,56 @@ def test_what_waited_for_another_model_does_not_begin_after_a_stop(
     assert (service.models.entry("one").served is None) is (act == "load")
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "who"}]}),
+        ("/tokenize", {"prompt": "who"}),
+        ("/models/load", {}),
+    ],
+)
+def test_nobody_waits_for_a_load_once_the_client_has_left(
+    bundles: dict[str, Path], path: str, fields: dict[str, Any]
+):
+    with station({"one": bundles["one"]}) as here:
+        assert here.live.ask("/models/unload", {"model": "one"}).status == 200
+        here.gate.clear()
+        body = json.dumps({"model": "one", **fields})
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with here.live.connect() as sock:
+            sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            until(lambda: here.service._loader._waiting["one"] == 1)
+        until(lambda: here.service._loader._waiting["one"] == 0)
+        assert here.status("one") == "loading"
+        here.gate.set()
+        until(lambda: here.status("one") == "loaded")
+
+
+def test_no_more_requests_wait_for_a_load_than_for_their_turn(bundles: dict[str, Path]):
+    with station({"one": bundles["one"]}, queue_capacity=1) as here, ThreadPoolExecutor(1) as pool:
+        assert here.live.ask("/models/unload", {"model": "one"}).status == 200
+        here.gate.clear()
+        waits = pool.submit(here.ask, "one")
+        until(lambda: here.service._loader._waiting["one"] == 1)
+        refused = here.ask("one")
+        assert (refused.status, refused.json["error"]["code"]) == (429, "queue_full")
+        assert int(refused.headers["retry-after"]) > 0
+        here.gate.set()
+        assert says(waits.result()) == "one"
+
+
 def test_a_request_waits_for_a_load_as_long_as_it_may_take(bundles: dict[str, Path]):
     with station({"one": bundles["one"]}, request_timeout_s=0.5) as here:
         assert here.live.ask("/models/unload", {"model": "one"}).status == 200
         here.gate.clear()
         late = here.ask("one")
         assert (late.status, late.json["error"]["code"]) == (504, "deadline_exceeded")
+        here.service._loader._settings = replace(here.service._settings, request_timeout_s=60.0)
+        entry, asked_s = here.service.models.entry("one"), time.monotonic() - 60
+        waited_before = here.service._loader.load_for(entry, asked_s)  # e.g. for another model
+        assert here.service._loop is not None
+        with pytest.raises(APIError, match="was not loaded in the time"):
+            asyncio.run_coroutine_threadsafe(waited_before, here.service._loop).result(5)
         here.gate.set()
         until(lambda: here.status("one") == "loaded")
 
@@ -630,6 +678,31 @@ def test_a_background_response_keeps_its_model(bundles: dict[str, Path], tmp_pat
         until(lambda: here.status("one") == "unloaded")
         assert here.live.ask(f"/v1/responses/{begun['id']}").json["status"] != "in_progress"
         assert here.opened == ["one"]
+
+
+def test_a_response_that_goes_on_after_a_restart_waits_where_too_many_do(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with station({"one": bundles["one"]}, responses_dir=tmp_path / "first") as here:
+        here.engines["one"].running.clear()
+        body = {"model": "one", "input": "who", "background": True, "max_output_tokens": 8}
+        path = f"/v1/responses/{here.live.ask('/v1/responses', body).json['id']}"
+        shutil.copytree(tmp_path / "first", tmp_path / "second")  # as a kill leaves it
+    refusals, load_for = [OverloadError("too many requests wait")], Loader.load_for
+
+    async def refuse_once(self: Loader, *args: Any) -> None:
+        if refusals:
+            raise refusals.pop()
+        await load_for(self, *args)
+
+    monkeypatch.setattr(Loader, "load_for", refuse_once)
+    pair = {name: bundles[name] for name in ("two", "one")}
+    budget = room_for(bundles, 1)
+    with station(pair, memory_budget_mb=budget, responses_dir=tmp_path / "second") as here:
+        ended = ("completed", "incomplete", "failed")
+        until(lambda: here.live.ask(path).json["status"] in ended)
+        assert here.live.ask(path).json["status"] == "completed"
+        assert not refusals
 
 
 @pytest.mark.slow
