@@ -158,8 +158,8 @@ class _Quant(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 
     "Expert",
     "--rotate/--no-rotate",
     default=None,
-    help="Spread outliers by rotating the hidden states, exact in float; unties a tied lm_head. "
-    "Default: for int8-w8a8 only.",
+    help="Spread outliers by rotating the hidden states, exact in float, at no cost in a step. "
+    "Default: for int8 and int8-w8a8; not of models that embed or with --eagle3.",
 )
 @option(
     "Quantization",

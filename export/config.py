@@ -47,8 +47,8 @@ class ExportConfig:
         seed: decides the order of the calibration documents; None is 0.
         workers: layers that are rounded side by side, to the same bytes; each further one takes
             what calibration has seen of a layer in memory.
-        rotate: rotate the residual stream and the heads' values (`quantize.rotation`); None does
-            so for ``int8-w8a8`` only.
+        rotate: rotate the residual stream and the heads' values (`quantize.rotation`); None is as
+            in `rotates`.
         embeddings: how the rows of the token table are stored.
         kv_cache: how the rows of the KV cache are stored: in the graph's float type, or in INT8
             with calibrated scales, see `quantize.kv_scales`.
@@ -203,8 +203,6 @@ class ExportConfig:
         object.__setattr__(self, "recipe", recipe)
         if self.eagle3 is not None:
             self._check_head()
-        if self.rotate is None:
-            object.__setattr__(self, "rotate", self.quant == "int8-w8a8")
 
     def resolved(self, *, is_quantized: bool) -> ExportConfig:
         """The same with the ``quant`` that None means.
@@ -224,6 +222,20 @@ class ExportConfig:
             return self
         return replace(self, quant=AS_IN_SOURCE if is_quantized else "int4")
 
+    def rotates(self, task: Task) -> bool:
+        """Whether hidden states and values are rotated: by default for INT8, where a model can be.
+
+        The vectors of a model that embeds would be rotated, too, and a head that drafts was trained
+        with the hidden states as they are.
+
+        Args:
+            task: of the checkpoint.
+        """
+        if self.rotate is not None:
+            return self.rotate
+        able = task != "embed" and self.eagle3 is None
+        return self.quant == "int8-w8a8" or (self.quant == "int8" and able)
+
     @property
     def most_calibration_tokens(self) -> int:
         """Tokens to calibrate with at most; a KV cache alone takes fewer where nobody says."""
@@ -242,7 +254,7 @@ class ExportConfig:
         """
         if task == "generate":
             return
-        rotates = bool(self.rotate) and task == "embed"
+        rotates = self.rotates(task) and task == "embed"
         for option, given, why in (
             (f"--eagle3 {self.eagle3}", self.eagle3 is not None, "it drafts tokens"),
             (f"--vocab-keep {self.vocab_keep}", self.vocab_keep is not None, "it is not tried"),
@@ -300,9 +312,11 @@ class ExportConfig:
 
     def _check_head(self) -> None:
         """Refuse what changes the hidden states or tokens that the head was trained with."""
-        rotates = self.rotate or (self.rotate is None and self.quant == "int8-w8a8")
         for option, given in (
-            ("--rotate, which --quant int8-w8a8 implies; add --no-rotate", rotates),
+            (
+                "--rotate, which --quant int8-w8a8 implies; add --no-rotate",
+                self.rotates("generate"),
+            ),
             ("--vocab-keep; leave one of the two out", self.vocab_keep is not None),
         ):
             if given:

@@ -206,7 +206,8 @@ class _Export:
         if config.vocab_keep is not None:
             self.reduced = ReducedCheckpoint(checkpoint, config.vocab_keep, config.vocab_size)
             checkpoint = self.reduced
-        if config.rotate:
+        self.rotates = config.rotates(checkpoint.spec.task)
+        if self.rotates:
             checkpoint = RotatedCheckpoint(checkpoint)
         self.checkpoint = checkpoint
         self.model = checkpoint.spec
@@ -270,6 +271,9 @@ class _Export:
         ) as writer:
             for line in () if announced else expected.lines():
                 self.announce(line)
+            if self.config.quant == "int8" and self.config.rotate is None and not self.rotates:
+                reader = "its vectors" if self.config.eagle3 is None else "the head of --eagle3"
+                self.announce(f"not rotated, since {reader} must stay in the model's own basis")
             decoder = self.decoder.write(writer, self.kv_capacity)
             head = None
             if self.head is not None:
@@ -419,7 +423,7 @@ class _Export:
                 # The source's own input scales come without factors.
                 smoothed=method != "source"
                 and any(info.activation_scale is not None for info in linears.values()),
-                rotated=bool(self.config.rotate),
+                rotated=self.rotates,
                 embeddings=self.config.embeddings,
             ),
             sampling=self.checkpoint.text.sampling,

@@ -20,34 +20,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.linears import TOKEN_TABLE
-from export.graph.block_rotation import rotate_blocks
+from export.graph.block_rotation import hadamard, rotate_blocks
 from export.sources.checkpoint import Checkpoint, Transformed
 
 Array = NDArray[np.float32]
 _HEAD = "lm_head.weight"
 _FINAL_NORM = "model.norm.weight"
 _LAYER_NORM = re.compile(r"(?:model\.layers\.\d+\.(?:input|post_attention)_layer)?norm\.weight")
-_TILE_ROWS = 8192
+_TILE_ROWS = 1024  # and their temporaries stay near the CPU's cache
 
 
-def orthogonal_matrix(size: int, seed: int) -> Array:
-    """Make a random orthogonal ``[size, size]`` matrix without large entries.
+class Rotation:
+    """A random orthogonal ``[size, size]`` matrix without large entries, as factors.
 
     The largest power of two in ``size`` takes a Hadamard matrix, the odd rest a cosine transform
     (DCT-II), so every entry is at most ``sqrt(2 / size)``; random signs of the input channels make
-    the matrix independent of the model.
+    the matrix independent of the model. It is the Kronecker product of an outer and an inner
+    matrix of about ``sqrt(size)``, times the signs: products with these take a thirtieth of the
+    arithmetic at 1,536 channels.
     """
-    odd = size
-    hadamard = np.ones((1, 1))
-    while odd % 2 == 0:
-        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-        odd //= 2
-    rows, columns = np.arange(odd)[:, None], np.arange(odd)[None]
-    cosine = np.cos(math.pi * rows * (2 * columns + 1) / (2 * odd)) * math.sqrt(2 / odd)
-    cosine[0] /= math.sqrt(2)
-    hadamard /= math.sqrt(len(hadamard))
-    signs = np.random.RandomState(seed).randint(0, 2, size) * 2.0 - 1.0
-    return (signs[:, None] * np.kron(hadamard, cosine)).astype(np.float32)
+
+    def __init__(self, size: int, seed: int) -> None:
+        odd = size
+        while odd % 2 == 0:
+            odd //= 2
+        outer = 1
+        while size % (2 * outer) == 0 and (2 * outer) ** 2 <= size:
+            outer *= 2
+        rows, columns = np.arange(odd)[:, None], np.arange(odd)[None]
+        cosine = np.cos(math.pi * rows * (2 * columns + 1) / (2 * odd)) * math.sqrt(2 / odd)
+        cosine[0] /= math.sqrt(2)
+        self._signs = np.random.RandomState(seed).randint(0, 2, size).astype(np.float32) * 2 - 1
+        self._outer = hadamard(outer)
+        self._inner = np.kron(hadamard(size // odd // outer), cosine).astype(np.float32)
+
+    def __call__(self, values: Array) -> Array:
+        """Compute ``values R`` for float32 ``[n, size]``."""
+        inner = (values * self._signs).reshape(-1, len(self._inner)) @ self._inner
+        blocks = inner.reshape(len(values), len(self._outer), -1)
+        rotated: Array = np.matmul(self._outer, blocks)  # a Hadamard matrix is symmetric
+        return rotated.reshape(values.shape)
 
 
 class RotatedCheckpoint(Transformed):
@@ -66,8 +78,8 @@ class RotatedCheckpoint(Transformed):
         super().__init__(checkpoint)
         model = checkpoint.spec
         self.spec = msgspec.structs.replace(model, tied_embeddings=False)
-        self._residual = orthogonal_matrix(model.hidden_size, seed)
-        self._head = orthogonal_matrix(model.head_dim, seed + 1)
+        self._residual = Rotation(model.hidden_size, seed)
+        self._head = Rotation(model.head_dim, seed + 1)
 
     def tensor(self, name: str) -> NDArray[Any]:
         """Read a rotated tensor; see `Checkpoint.tensor`."""
@@ -99,24 +111,23 @@ class RotatedCheckpoint(Transformed):
 
     def _read_stream(self, weight: NDArray[Any], norm: str | None) -> Array:
         """Compute ``W diag(norm) R`` for ``[out, hidden]`` weights."""
-        matrix = self._residual
-        if norm is not None:
-            matrix = self.original.tensor(norm).astype(np.float32)[:, None] * matrix
+        factors = None if norm is None else self.original.tensor(norm).astype(np.float32)
         result = np.empty(weight.shape, dtype=np.float32)
         for start in range(0, len(weight), _TILE_ROWS):
             rows = weight[start : start + _TILE_ROWS].astype(np.float32)
-            np.matmul(rows, matrix, out=result[start : start + len(rows)])
+            if factors is not None:
+                rows *= factors
+            result[start : start + len(rows)] = self._residual(rows)
         return result
 
     def _write_stream(self, weight: Array) -> Array:
         """Compute ``R^T W`` for ``[hidden, in]`` weights."""
-        result: Array = self._residual.T @ weight
-        return result
+        return np.ascontiguousarray(self._residual(np.ascontiguousarray(weight.T)).T)
 
     def _rotate_heads(self, values: Array) -> Array:
         """Rotate ``[n, heads * head_dim]`` head by head."""
-        heads = values.reshape(len(values), -1, len(self._head))
-        return np.ascontiguousarray(heads @ self._head).reshape(values.shape)
+        width = self.spec.head_dim
+        return self._head(np.ascontiguousarray(values).reshape(-1, width)).reshape(values.shape)
 
 
 class BlockRotatedCheckpoint(Transformed):

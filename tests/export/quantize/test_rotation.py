@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edge.bundle.io_spec import EMBEDDINGS_NAME
 from edge.bundle.linears import expected_tensors
-from export.quantize.rotation import RotatedCheckpoint, orthogonal_matrix
+from edge.bundle.manifest import Manifest, Task
+from export.pipeline import ExportConfig, export_checkpoint
+from export.quantize.rotation import RotatedCheckpoint, Rotation
 from export.sources.checkpoint import Checkpoint
 from export.sources.opening import open_checkpoint
 from tests.export.quantize.layers import run_layers
 from tests.tiny_models import KINDS, Kind, write_checkpoint
+from tests.tiny_pooling import write_embedder
 
 
 def float_logits(checkpoint: Checkpoint) -> NDArray[np.float32]:
@@ -25,13 +30,17 @@ def float_logits(checkpoint: Checkpoint) -> NDArray[np.float32]:
     return logits
 
 
+def matrix_of(size: int, seed: int) -> NDArray[np.float64]:
+    return Rotation(size, seed)(np.eye(size, dtype=np.float32)).astype(np.float64)
+
+
 @pytest.mark.parametrize("size", [1, 3, 16, 64, 576, 1536])
 def test_the_matrix_is_orthogonal_and_no_entry_stands_out(size: int):
-    matrix = orthogonal_matrix(size, 0).astype(np.float64)
+    matrix = matrix_of(size, 0)
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=2e-6)
     assert np.abs(matrix).max() <= np.sqrt(2 / size) + 1e-6
     if size > 1:
-        assert not np.array_equal(matrix, orthogonal_matrix(size, 1))
+        assert not np.array_equal(matrix, matrix_of(size, 1))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -54,3 +63,48 @@ def test_rotation_keeps_the_logits(kind: Kind, tied: bool, tmp_path: Path):
             rotated.tensor("model.embed_tokens.weight").astype(np.float32),
             checkpoint.tensor("model.embed_tokens.weight").astype(np.float32),
         )
+
+
+def export(source: Path, output: Path, **options: Any) -> tuple[Manifest, list[str]]:
+    lines: list[str] = []
+    config = ExportConfig(str(source), output, kv_capacity=64, **options)
+    return export_checkpoint(config, announce=lines.append), lines
+
+
+def test_int8_is_rotated_for_no_byte_more(tmp_path: Path):
+    source = write_checkpoint(tmp_path / "model", "qwen2", tie_word_embeddings=True)
+    rotated, lines = export(source, tmp_path / "rotated", quant="int8")
+    plain, _ = export(source, tmp_path / "plain", quant="int8", rotate=False)
+    assert rotated.quantization.rotated
+    assert not plain.quantization.rotated
+    assert not any("not rotated" in line for line in lines)
+    data = rotated.graphs.decoder + ".data"
+    assert rotated.files[data].sha256 != plain.files[data].sha256
+    assert rotated.files[data].num_bytes == plain.files[data].num_bytes
+    assert rotated.files[EMBEDDINGS_NAME].num_bytes == plain.files[EMBEDDINGS_NAME].num_bytes
+
+
+def test_the_vectors_of_a_model_that_embeds_stay_as_they_are(tmp_path: Path):
+    write_embedder(tmp_path / "model")
+    manifest, lines = export(tmp_path / "model", tmp_path / "bundle", quant="int8")
+    assert not manifest.quantization.rotated
+    assert [line for line in lines if line.startswith("not rotated, since its vectors must stay")]
+    asked = export(tmp_path / "model", tmp_path / "asked", quant="int8", rotate=False)[1]
+    assert not any(line.startswith("not rotated") for line in asked)
+
+
+@pytest.mark.parametrize(
+    ("options", "task", "rotates"),
+    [
+        ({"quant": "int8"}, "generate", True),
+        ({"quant": "int8"}, "rerank", True),
+        ({"quant": "int8", "eagle3": Path("head")}, "generate", False),
+        ({"quant": "int8-w8a8"}, "generate", True),
+        ({"quant": "int4"}, "generate", False),
+        ({"quant": "fp16"}, "generate", False),
+        ({}, "generate", False),
+        ({"quant": "int4", "rotate": True}, "generate", True),
+    ],
+)
+def test_int8_is_rotated_where_the_model_can_be(options: dict[str, Any], task: Task, rotates: bool):
+    assert ExportConfig("model", Path("out"), **options).rotates(task) == rotates
