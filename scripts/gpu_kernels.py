@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.cuda import Device, DeviceMemory, PinnedMemory, Stream
-from edge.backends.cuda.kernels import Kernel, Timer
+from edge.backends.cuda.kernels import Kernel
 from edge.errors import EdgeError
 from engines.kernels import launch, reference
 from engines.kernels.attention import attention as attention_job
@@ -190,6 +190,55 @@ def make_cases() -> list[Case]:
         logits("best 256 of 151,936", 1, 151_936, 256),
         logits("best 1024 of 8 x 151,936", 8, 151_936, 1024),
     ]
+
+
+class Timer:
+    """Time on the device between two places of a stream.
+
+    Raises:
+        DependencyError: cuda-bindings is missing.
+        DeviceError: the driver fails.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._events: list[Any] = []
+        self._owned = ExitStack()  # which frees the second, too, where freeing the first fails
+        try:
+            for _ in ("start", "end"):
+                event = device.graph_call("make an event", "cuEventCreate", 0)
+                self._owned.callback(device.graph_call, "destroy an event", "cuEventDestroy", event)
+                self._events.append(event)
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, stream: Stream) -> None:
+        """Begin behind what is on the stream."""
+        self._record(0, stream)
+
+    def end(self, stream: Stream) -> None:
+        """End behind what is on the stream."""
+        self._record(1, stream)
+
+    def _record(self, which: int, stream: Stream) -> None:
+        self._device.graph_call("note a time", "cuEventRecord", self._events[which], stream.handle)
+
+    def read_s(self) -> float:
+        """Seconds between both, once they have passed.
+
+        Raises:
+            DeviceError: what was timed failed.
+        """
+        self._device.graph_call("wait for an event", "cuEventSynchronize", self._events[1])
+        milliseconds: float = self._device.graph_call(
+            "read a time", "cuEventElapsedTime", *self._events
+        )
+        return milliseconds / 1e3
+
+    def close(self) -> None:
+        """Destroy both; twice is harmless."""
+        self._owned.close()
 
 
 class Bench:

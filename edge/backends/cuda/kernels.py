@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .bindings import Calls
@@ -12,7 +11,7 @@ from .driver import load_bindings
 from .errors import device_error
 
 if TYPE_CHECKING:
-    from . import Device, Stream
+    from . import Stream
 
 _FREE_SHARED_BYTES = 48 * 1024  # of a program; more must be asked for (CUDA programming guide)
 
@@ -149,52 +148,3 @@ class Kernel:
         module, self._module = self._module, None
         if module is not None:
             self._device.graph_call("unload a kernel", "cuModuleUnload", module)
-
-
-class Timer:
-    """Time on the device between two places of a stream.
-
-    Raises:
-        DependencyError: cuda-bindings is missing.
-        DeviceError: the driver fails.
-    """
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._events: list[Any] = []
-        self._owned = ExitStack()  # which frees the second, too, where freeing the first fails
-        try:
-            for _ in ("start", "end"):
-                event = device.graph_call("make an event", "cuEventCreate", 0)
-                self._owned.callback(device.graph_call, "destroy an event", "cuEventDestroy", event)
-                self._events.append(event)
-        except BaseException:
-            self.close()
-            raise
-
-    def start(self, stream: Stream) -> None:
-        """Begin behind what is on the stream."""
-        self._record(0, stream)
-
-    def end(self, stream: Stream) -> None:
-        """End behind what is on the stream."""
-        self._record(1, stream)
-
-    def _record(self, which: int, stream: Stream) -> None:
-        self._device.graph_call("note a time", "cuEventRecord", self._events[which], stream.handle)
-
-    def read_s(self) -> float:
-        """Seconds between both, once they have passed.
-
-        Raises:
-            DeviceError: what was timed failed.
-        """
-        self._device.graph_call("wait for an event", "cuEventSynchronize", self._events[1])
-        milliseconds: float = self._device.graph_call(
-            "read a time", "cuEventElapsedTime", *self._events
-        )
-        return milliseconds / 1e3
-
-    def close(self) -> None:
-        """Destroy both; twice is harmless."""
-        self._owned.close()
