@@ -1,4 +1,4 @@
-"""Computes figures of logits and of the cache: log-probabilities, KL divergence, cosine.
+"""Computes log-probabilities of logits.
 
 Logits that hold NaN or an infinity are a `NonFiniteError`, never a figure. Everything is computed
 in float64.
@@ -68,29 +68,3 @@ def token_logprobs(logits: Rows, ids: NDArray[np.int64]) -> Vector:
         log_p = log_softmax(logits[rows])
         result[rows] = np.take_along_axis(log_p, ids[rows, None], axis=1)[:, 0]
     return result
-
-
-def kl_divergence(log_p: Vector, log_q: Vector) -> Vector:
-    """Compute KL(p || q) over the last axis, in nats; never negative.
-
-    Args:
-        log_p: a result of `log_softmax`.
-        log_q: another of the same shape.
-    """
-    result: Vector = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-    # Rounding can leave -1e-17 where both are equal.
-    return np.maximum(result, 0.0)
-
-
-def cosine_similarity(a: Rows, b: Rows) -> Vector:
-    """Compute the cosine over the last axis, -1 to 1.
-
-    Two rows of zeros give 1, one row of zeros gives 0. A row that holds NaN or an infinity gives
-    NaN, which reaches no threshold.
-    """
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # inf / inf is the NaN that is promised
-        norms = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
-        result: Vector = (x * y).sum(axis=-1) / np.maximum(norms, np.finfo(np.float64).tiny)
-    both_zero = ~(x.any(axis=-1) | y.any(axis=-1))
-    return np.where(both_zero, 1.0, np.clip(result, -1.0, 1.0))

@@ -63,7 +63,8 @@ def build(
     after a new export.
     """
     from edge.runtime.llm import LLM
-    from edge.runtime.prefix_store import Layout, PrefixStore, compute_rows, default_directory
+    from edge.runtime.prefix_store import Layout, PrefixStore
+    from edge_lab.prefixes import compute_rows, default_directory
 
     if (system is None) == (text is None):
         raise ConfigError("give one of --system FILE and --text FILE")
@@ -97,7 +98,8 @@ def build(
 @json_option
 def list_prefixes(bundle: Path, prefix_dir: Path | None, as_json: bool) -> None:
     """List what is stored for BUNDLE; every file is checked."""
-    from edge.runtime.prefix_store import PrefixStore, default_directory
+    from edge.runtime.prefix_store import PrefixStore
+    from edge_lab.prefixes import default_directory
 
     found = PrefixStore(prefix_dir or default_directory(), read_manifest(bundle)).list()
     if as_json:
@@ -117,7 +119,8 @@ def list_prefixes(bundle: Path, prefix_dir: Path | None, as_json: bool) -> None:
 @json_option
 def drop(bundle: Path, name: str, prefix_dir: Path | None, as_json: bool) -> None:
     """Remove the stored prefix NAME of BUNDLE."""
-    from edge.runtime.prefix_store import PrefixStore, default_directory
+    from edge.runtime.prefix_store import PrefixStore
+    from edge_lab.prefixes import default_directory
 
     store = PrefixStore(prefix_dir or default_directory(), read_manifest(bundle))
     if not store.drop(name):
@@ -141,7 +144,7 @@ def _read(path: Path | None) -> str:
 
 
 def _system_ids(llm: LLM, system: str) -> list[int]:
-    from edge.runtime.prefix_store import stable_prefix
+    from edge_lab.prefixes import stable_prefix
 
     def encode(user: str) -> list[int]:
         return llm.encode(
@@ -156,6 +159,6 @@ def _system_ids(llm: LLM, system: str) -> list[int]:
 
 
 def _text_ids(llm: LLM, text: str) -> list[int]:
-    from edge.runtime.prefix_store import stable_prefix
+    from edge_lab.prefixes import stable_prefix
 
     return stable_prefix(lambda rest: llm.encode(text + rest))

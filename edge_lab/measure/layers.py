@@ -26,8 +26,9 @@ from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, tensor_info
 from edge.errors import BackendError, ConfigError
-from edge.figures import cosine_similarity
 from edge_lab.progress import Progress, silent
+
+from .figures import cosine_similarity
 
 Compared = Literal["outputs", "cache"]
 

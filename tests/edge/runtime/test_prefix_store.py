@@ -24,20 +24,18 @@ from edge.backends.ort.cpu import OrtBackend
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import FileInfo, Manifest, SamplingDefaults, read_manifest
 from edge.engine_config import EngineConfig
-from edge.errors import ConfigError, ContextLengthError, RequestError, ResourceError
+from edge.errors import ConfigError, RequestError, ResourceError
 from edge.runtime.llm import LLM
 from edge.runtime.prefix_store import (
     Layout,
     PrefixStore,
     bundle_key,
-    compute_rows,
-    default_directory,
-    stable_prefix,
 )
 from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.scheduler import Request, Scheduler
 from edge.runtime.stream import OutputStream, submit
 from edge_lab.cli.cache import cache
+from edge_lab.prefixes import compute_rows
 from tests.conftest import Bundles
 
 LAYOUT = Layout("ort-cpu", "float32", 4, 2, 8)
@@ -330,19 +328,6 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, manifest: Manifest) 
         reopen(tmp_path / "file", manifest).save("a", [1], make_rows(1))
 
 
-def test_the_default_directory_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_directory() == tmp_path / "edge-llm" / "prefixes"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_directory() == Path.home() / ".cache" / "edge-llm" / "prefixes"
-
-
-@pytest.mark.usefixtures("homeless")
-def test_without_a_home_there_is_no_default_directory() -> None:
-    with pytest.raises(ConfigError, match="give --prefix-dir or XDG_CACHE_HOME"):
-        default_directory()
-
-
 # ------------------------------------------------------------------------- with a real engine
 
 
@@ -397,18 +382,6 @@ def test_a_stored_prefix_changes_no_answer(tmp_path: Path, engine: Engine) -> No
     data[-1] ^= 1
     path.write_bytes(data)
     assert engine.answer([*prefix, 5], store) == engine.answer([*prefix, 5], None)
-
-
-def test_what_cannot_be_prefilled(engine: Engine) -> None:
-    with pytest.raises(RequestError, match="no tokens"):
-        compute_rows(engine.backend, engine.table, [])
-    with pytest.raises(ContextLengthError):
-        compute_rows(engine.backend, engine.table, [1] * engine.backend.capacity)
-
-
-def test_a_stable_prefix_is_shared_by_all_continuations() -> None:
-    assert stable_prefix(lambda rest: [1, 2, ord(rest[0]), 3]) == [1, 2]
-    assert stable_prefix(lambda rest: [len(rest)]) == []
 
 
 def test_rounded_rows_are_not_those_of_a_float_engine(

@@ -18,7 +18,8 @@ from edge.bundle import io_spec
 from edge.bundle.kv_scales import dequantize_rows, quantize_rows
 from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, DependencyError
-from edge.figures import kl_divergence, log_softmax
+from edge.figures import log_softmax
+from edge_lab.measure.figures import kl_divergence
 from tests.conftest import Bundles, require_even_rows, require_int8_cache
 from tests.edge.backends.ort.test_cpu_attention import ATOL, export_heads
 from tests.edge.backends.runner import Runner, history, random_ids
