@@ -1,4 +1,4 @@
-"""Putting a finished directory where a bundle is: whole, old or new, whenever a process is killed.
+"""Putting what is finished where a bundle is: whole, old or new, whenever a process is killed.
 
 On Linux two directories trade places in one step (``renameat2(2)`` with ``RENAME_EXCHANGE``). Where
 the file system refuses that (some network and FUSE mounts) the old bundle is renamed aside first; a
@@ -21,16 +21,31 @@ from typing import Any
 
 import msgspec
 
-from edge.bundle.manifest import ENGINES_DIR, MANIFEST_NAME
+from edge.bundle.manifest import (
+    ENGINES_DIR,
+    MANIFEST_NAME,
+    Manifest,
+    decode_manifest,
+    encode_manifest,
+    read_manifest,
+)
 from edge.bundle.trust import SIGNATURE_NAME
-from edge.bundle.update import MANIFEST_TEMP, beside, fsync, temp_path
-from edge.errors import ConfigError, ResourceError
+from edge.bundle.update import (
+    beside,
+    fsync,
+    locked,
+    resolve_target,
+    temp_path,
+    write_durably,
+)
+from edge.errors import BundleError, ConfigError, ResourceError
 from edge.files import MALFORMED, read_file
 
 _log = logging.getLogger(__name__)
 
 ORIGIN_NAME = ".origin.json"
 """In a bundle that came from a registry: the registry's own manifest, which lists its pieces."""
+_MANIFEST_TEMP = f".{MANIFEST_NAME}.tmp"
 _MARGIN_BYTES = 64 << 20  # what a caller's estimate leaves out: block sizes, directories, manifest
 _AT_FDCWD = -100  # linux/fcntl.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
@@ -156,7 +171,51 @@ def own_entries(bundle: Path) -> set[str]:
         return set()
     added = (SIGNATURE_NAME, ORIGIN_NAME)
     temps = (temp_path(Path(name)).name for name in added)
-    return {*manifest.files, MANIFEST_NAME, MANIFEST_TEMP, ENGINES_DIR, *added, *temps}
+    return {*manifest.files, MANIFEST_NAME, _MANIFEST_TEMP, ENGINES_DIR, *added, *temps}
+
+
+def update_manifest(bundle: Path, manifest: Manifest) -> Manifest:
+    """Replace only ``manifest.json`` of a bundle, atomically (to add a quality report, say).
+
+    Call it after the `BundleWriter` block: both take the same lock.
+
+    Args:
+        bundle: the bundle's directory.
+        manifest: the new manifest; ``files`` must be those of the bundle.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        BundleError: no bundle is there, or its files are not those of ``manifest``.
+        ConfigError: an export is writing to the same path, or this user may not.
+        ResourceError: the disk is full; the old manifest stays.
+    """
+    bundle = resolve_target(bundle)
+    data = encode_manifest(manifest)
+    written = decode_manifest(data)
+    with locked(bundle):
+        if read_manifest(bundle).files != manifest.files:
+            raise BundleError(
+                f"{bundle} holds other files than the manifest that was to be written; "
+                "was it exported again meanwhile?"
+            )
+        temp = bundle / _MANIFEST_TEMP
+        try:
+            write_durably(temp, data)
+            temp.replace(bundle / MANIFEST_NAME)
+            fsync(bundle)
+        except OSError as error:
+            path = bundle / MANIFEST_NAME
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ResourceError(
+                    f"the disk filled up while {path} was written ({error.strerror}); free some "
+                    "space and run it again (the old one is as it was)"
+                ) from error
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+        finally:
+            temp.unlink(missing_ok=True)
+    return written
 
 
 def check_free_space(directory: Path, required_bytes: int, what: str = "the bundle") -> None:

@@ -1,4 +1,4 @@
-"""Changing a bundle that others may read or replace meanwhile: its lock, and durable writes."""
+"""What changes a bundle that others may read or replace meanwhile: its lock, and durable writes."""
 
 from __future__ import annotations
 
@@ -11,55 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from edge.errors import BundleError, ConfigError, ResourceError
-
-from .manifest import MANIFEST_NAME, Manifest, decode_manifest, encode_manifest, read_manifest
-
-MANIFEST_TEMP = f".{MANIFEST_NAME}.tmp"
-
-
-def update_manifest(bundle: Path, manifest: Manifest) -> Manifest:
-    """Replace only ``manifest.json`` of a bundle, atomically (to add a quality report, say).
-
-    Call it after the `BundleWriter` block: both take the same lock.
-
-    Args:
-        bundle: the bundle's directory.
-        manifest: the new manifest; ``files`` must be those of the bundle.
-
-    Returns:
-        The manifest as written.
-
-    Raises:
-        BundleError: no bundle is there, or its files are not those of ``manifest``.
-        ConfigError: an export is writing to the same path, or this user may not.
-        ResourceError: the disk is full; the old manifest stays.
-    """
-    bundle = resolve_target(bundle)
-    data = encode_manifest(manifest)
-    written = decode_manifest(data)
-    with locked(bundle):
-        if read_manifest(bundle).files != manifest.files:
-            raise BundleError(
-                f"{bundle} holds other files than the manifest that was to be written; "
-                "was it exported again meanwhile?"
-            )
-        temp = bundle / MANIFEST_TEMP
-        try:
-            write_durably(temp, data)
-            temp.replace(bundle / MANIFEST_NAME)
-            fsync(bundle)
-        except OSError as error:
-            path = bundle / MANIFEST_NAME
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ResourceError(
-                    f"the disk filled up while {path} was written ({error.strerror}); free some "
-                    "space and run it again (the old one is as it was)"
-                ) from error
-            raise ConfigError(f"cannot write {path}: {error.strerror}") from error
-        finally:
-            temp.unlink(missing_ok=True)
-    return written
+from edge.errors import ConfigError
 
 
 def resolve_target(target: Path) -> Path:

@@ -21,7 +21,6 @@ from edge.backends.ort.session import check_int8_activations
 from edge.bundle.library import find_bundle
 from edge.bundle.manifest import MANIFEST_NAME, Dialect, read_manifest
 from edge.bundle.tasks import check_task
-from edge.bundle.update import update_manifest
 from edge.cli import COMMAND_GROUP, echo_json
 from edge.cli.options import take_engine
 from edge.errors import (
@@ -35,6 +34,7 @@ from edge.files import exists, is_file
 from edge_lab.measure import evaluate as evaluation
 from edge_lab.measure.evaluator import Computer, evaluate_task, evaluate_text
 from edge_lab.measure.report import figure_rows, html_report, html_task_report
+from edge_lab.place import update_manifest
 from edge_lab.plot import load_renderer
 
 from .options import check_writable

@@ -141,7 +141,7 @@ class Vendor:
     def _forget_release(self) -> None:
         """As a bundle was before: the same files, and a manifest without a release."""
         from edge.bundle.manifest import read_manifest
-        from edge.bundle.update import update_manifest
+        from edge_lab.place import update_manifest
 
         manifest = read_manifest(self.copy)
         if manifest.extras.pop("release", None) is not None:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from edge.bundle import update as bundle_update
 from edge.bundle.manifest import read_manifest
-from edge.bundle.update import update_manifest
 from edge_lab import place as bundle_place
+from edge_lab.place import update_manifest
 from export import bundle
 from export.bundle import BundleWriter
 from tests.manifests import make_manifest
@@ -59,7 +59,7 @@ def arm(last: int) -> None:
         step("open", None)
         write(path, data)
 
-    for module in (bundle, bundle_update):  # the name that each of them calls it by
+    for module in (bundle, bundle_place):  # the name that each of them calls it by
         vars(module)["write_durably"] = write_half_first
     os.fsync = counted_fsync  # type: ignore[assignment]
     sys.addaudithook(step)

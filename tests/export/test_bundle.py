@@ -24,10 +24,10 @@ from edge.bundle.manifest import (
     encode_manifest,
     read_manifest,
 )
-from edge.bundle.update import update_manifest
 from edge.bundle.verified_files import sha256_file, verify_files
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, ResourceError
 from edge_lab import place as bundle_place
+from edge_lab.place import update_manifest
 from export.bundle import BundleWriter
 from tests.export.kill_child import NEW_FILES, refuse
 from tests.manifests import make_manifest

@@ -13,11 +13,11 @@ import edge
 from edge.bundle import trust
 from edge.bundle.manifest import read_manifest
 from edge.bundle.trust import KEYS_VARIABLE, open_manifest
-from edge.bundle.update import update_manifest
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, IntegrityError
 from edge.runtime.draft_model import read_draft
 from edge_fleet.signing import SecretKey, make_key, sign_bundle
+from edge_lab.place import update_manifest
 from tests.packages import PACKAGES
 
 
@@ -169,7 +169,8 @@ def test_every_room_that_opens_a_bundle_comes_through_the_one_door():
     looks = {
         "edge/bundle/trust.py",
         "edge/bundle/manifest.py",
-        "edge/bundle/update.py",
+        "edge/bundle/library.py",
+        "edge_lab/place.py",
         "edge_lab/cli/bench.py",
         "edge_fleet/cli/bundle.py",
         "edge_fleet/cli/pull.py",

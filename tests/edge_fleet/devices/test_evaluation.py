@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from edge.bundle.manifest import read_manifest
-from edge.bundle.update import update_manifest
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, DeadlineError
 from edge_fleet.devices.evaluation import FleetComputer
@@ -32,6 +31,7 @@ from edge_fleet.devices.members import LostError
 from edge_lab.measure.compare import WindowResult, cache_sums
 from edge_lab.measure.evaluator import ThisMachine, evaluate_task, evaluate_text
 from edge_lab.measure.tasks import Item, ItemResult
+from edge_lab.place import update_manifest
 
 ENGINE = EngineConfig(backend="ort-cpu", num_threads=1)
 
