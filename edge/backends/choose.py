@@ -116,9 +116,9 @@ def _open(
             return _open_tensorrt(bundle, manifest, config)
         except (BundleError, DependencyError) as error:
             if name == "tensorrt" and isinstance(error, DependencyError):
-                from .missing import first_missing
+                from .missing import raise_missing
 
-                raise first_missing(error, config, bundle) from error
+                raise_missing(error, config, bundle)
             if name == "tensorrt" or isinstance(error, IntegrityError):
                 raise
             node = find_gpu_node()
@@ -130,9 +130,10 @@ def _open(
             return _open_ort_cuda(bundle, manifest, config)
         except DependencyError as error:
             if name == "ort-cuda":
-                from .missing import first_missing
+                from .missing import raise_missing
 
-                raise first_missing(error, config) from error
+                raise_missing(error, config)
+                raise
             _log.warning("ONNX Runtime's CUDA provider is not used: %s", error)
     return _open_ort_cpu(bundle, manifest, config, beside)
 

@@ -235,6 +235,8 @@ def test_what_lacks_first_is_named(
     with pytest.raises((DependencyError, BundleError), match=said) as caught:
         LLM(chosen, backend="tensorrt")
     assert never not in str(caught.value)
+    assert caught.value.__cause__ is not caught.value
+    assert "needs PyCUDA or cuda-bindings" in f"{caught.value} {caught.value.__cause__}"
 
 
 def test_onnx_runtime_without_a_gpu_is_told_so(bundle: Path, monkeypatch: pytest.MonkeyPatch):
