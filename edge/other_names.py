@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_CAPACITY = ("kv_capacity", "num_ctx", "n_ctx", "ctx_size", "max_model_len", "max_seq_len")
 _SAME = (
     ("max_tokens", "max_new_tokens", "max_completion_tokens", "max_output_tokens", "num_predict",
      "n_predict", "max_length", "maxOutputTokens"),
@@ -12,7 +13,8 @@ _SAME = (
     ("stop", "stop_sequences", "stop_strings", "stopSequences"),
     ("stop_token_ids", "eos_token_id"),
     ("n", "num_return_sequences"),
-    ("kv_capacity", "num_ctx", "n_ctx", "ctx_size", "max_model_len", "max_seq_len"),
+    ("deadline_s", "max_time", "timeout"),
+    _CAPACITY,
     ("response_format", "format", "output", "guided_json", "json_schema"),
     # verbs
     ("inspect", "show"),
@@ -23,9 +25,12 @@ _SAME = (
 """Names of one thing: here, in transformers, vLLM, llama.cpp, Ollama and the protocols."""
 _INSTEAD = {
     "do_sample": "temperature 0 takes the likeliest token, more draws it",
-    "num_beams": "answers are sampled, without beams",
+    **dict.fromkeys(("num_beams", "length_penalty"), "answers are sampled, without beams"),
+    **dict.fromkeys(
+        ("min_tokens", "min_new_tokens"), "take ignore_eos, which goes on to max_tokens"
+    ),
     "mirostat": "take top_p or min_p",
-    **dict.fromkeys(("num_ctx", "n_ctx"), "--kv-capacity chooses it when the model is loaded"),
+    **dict.fromkeys(_CAPACITY, "--kv-capacity, LLM(kv_capacity=...), sets it when the model loads"),
 }
 
 
@@ -46,5 +51,26 @@ def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | 
 
 def instead_of(name: str, known: Iterable[str], otherwise: str) -> str:
     """Say what to give in place of a name; ``otherwise`` where nothing is like it."""
-    near = nearest_name(name, known, 1.0 if name in _INSTEAD else 0.6)
+    near = nearest_name(name, known, _alike(name))
     return f"did you mean {near}?" if near else _INSTEAD.get(name, otherwise)
+
+
+def answer_option(name: str, known: list[str], sampling: list[str]) -> str:
+    """Say what to give in place of a name that no option of `LLM.submit` and its kin has.
+
+    Args:
+        name: the name that was given.
+        known: the options that there are.
+        sampling: the fields of `SamplingParams`.
+    """
+    if nearest_name(name, ["n"], 1.0):
+        return "n of LLM.submit is how many answers there are"
+    near = nearest_name(name, [*known, *sampling], _alike(name))
+    if near in sampling:
+        return f"did you mean SamplingParams({near}=...), after the prompt?"
+    return instead_of(name, known, f"there are {', '.join(known)}")
+
+
+def _alike(name: str) -> float:
+    """How much alike a known name must be to this one: what has a sentence is not guessed."""
+    return 1.0 if name in _INSTEAD else 0.6

@@ -837,14 +837,11 @@ def _check_is_format(output: object) -> None:
 
 
 def _check_options(options: Mapping[str, object]) -> None:
-    known, sampling = AnswerOptions.__annotations__, [each.name for each in fields(SamplingParams)]
-    for name in options.keys() - known.keys():
-        from edge.other_names import instead_of, nearest_name
+    for name in options.keys() - AnswerOptions.__annotations__.keys():
+        from edge.other_names import answer_option
 
-        near = nearest_name(name, [*known, *sampling])
-        instead = f"it is sampling; give it as SamplingParams({near}=...) after the prompt"
-        if near not in sampling:
-            instead = instead_of(name, known, f"there are {', '.join(known)}")
+        known, sampling = AnswerOptions.__annotations__, [f.name for f in fields(SamplingParams)]
+        instead = answer_option(name, list(known), sampling)
         raise RequestError(f"an answer has no option {name}: {instead}")
 
 

@@ -367,9 +367,15 @@ def test_sampling_beside_the_prompt_is_refused_with_its_place(scripted: Scripted
     for ask in asks:
         options: dict[str, Any] = {"best_of": 1} if ask == llm.generate_best else {}
         for name, instead in (
-            ("max_tokens", r"max_tokens: it is sampling; .* SamplingParams\(max_tokens=\.\.\.\)"),
-            ("max_new_tokens", r"max_new_tokens: it is sampling; .*\(max_tokens=\.\.\.\)"),
+            ("max_tokens", r"max_tokens: did you mean SamplingParams\(max_tokens=\.\.\.\), after"),
+            ("max_new_tokens", r"max_new_tokens: did you mean SamplingParams\(max_tokens="),
             ("repeat_penalty", r"\(repetition_penalty=\.\.\.\)"),
+            ("temprature", r"\(temperature=\.\.\.\)"),
+            ("min_tokens", "no option min_tokens: take ignore_eos, which goes on to max_tokens$"),
+            ("length_penalty", "no option length_penalty: answers are sampled, without beams$"),
+            ("num_ctx", r"no option num_ctx: --kv-capacity, LLM\(kv_capacity=\.\.\.\), sets it"),
+            ("max_time", r"no option max_time: did you mean deadline_s\?$"),
+            ("num_return_sequences", "_sequences: n of LLM.submit is how many answers there are$"),
             ("thinkin", "no option thinkin: did you mean thinking?"),
             ("do_sample", "no option do_sample: temperature 0 takes the likeliest token"),
             ("qqq", "no option qqq: there are priority, client, "),
