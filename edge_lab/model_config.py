@@ -22,6 +22,10 @@ _ARCHITECTURES: dict[str, Architecture] = {
 }
 _OTHER_KINDS = (
     (
+        re.compile(r"encoder.?decoder|t5|bart|pegasus", re.IGNORECASE),
+        "an encoder with a decoder take a decoder alone",
+    ),
+    (
         re.compile(r"moe|mixtral|deepseek|gpt.?oss|dbrx", re.IGNORECASE),
         "a mixture of experts take a dense model",
     ),
@@ -198,7 +202,8 @@ def _architecture(config: _Config, task: Task) -> Architecture:
             "architectures", f"must name one model class, found {names!r}; supported: {supported}"
         )
     if names[0] not in known:
-        advice = alternative(names[0], task)
+        both = config.boolean("is_encoder_decoder")
+        advice = alternative("encoder-decoder" if both else names[0], task)
         if names[0] in _WITHOUT_HEAD:
             advice = "a model that embeds: --task embed"
         raise config.error(

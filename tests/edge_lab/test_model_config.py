@@ -268,6 +268,9 @@ def test_any_value_is_read_or_refused(key: str, value: Any) -> None:
         ("Qwen3MoeForCausalLM", "instead of a mixture of experts take a dense model"),
         ("DeepseekV3ForCausalLM", "instead of a mixture of experts take a dense model"),
         ("qwen3vlmoe", "instead of a mixture of experts"),
+        ("T5ForConditionalGeneration", "instead of an encoder with a decoder take a decoder alone"),
+        ("MBartForConditionalGeneration", "instead of an encoder with a decoder"),
+        ("t5", "instead of an encoder with a decoder"),
         ("gemma3", "take a model of one of these"),
     ],
 )
@@ -277,6 +280,12 @@ def test_another_family_says_what_to_take(family: str, words: str):
     assert str(said.value).endswith("(docs/support-matrix.md)")
     with pytest.raises(CheckpointError, match="such as Qwen/Qwen3-Embedding"):
         parse_config(config(architectures=[family]), task="embed")
+
+
+def test_a_config_may_say_itself_that_it_has_an_encoder():
+    changes = {"architectures": ["M2M100ForConditionalGeneration"], "is_encoder_decoder": True}
+    with pytest.raises(CheckpointError, match="instead of an encoder with a decoder take"):
+        parse_config(config(**changes))
 
 
 def test_the_page_that_is_named_has_what_is_supported():
