@@ -4,7 +4,8 @@
     python -m scripts.ask_twice --server http://127.0.0.1:8000
 
 Both times at temperature 0. The second time most of the prompt's rows come from the cache, which
-should change nothing. It ends with status 1 if an answer differs.
+should change nothing. It ends with status 1 if an answer differs, and with that of `edge-llm` where
+it cannot ask.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from edge.engine_config import EngineConfig  # noqa: E402
-from edge.errors import EdgeError  # noqa: E402
 from edge.runtime.llm import LLM  # noqa: E402
 from edge_lab.measure.defaults import GOLDEN_SET  # noqa: E402
 from edge_lab.measure.watch import Answerer, BundleAnswerer, GoldenItem, read_golden  # noqa: E402
 from edge_lab.measure.watch_server import ServerAnswerer  # noqa: E402
+from scripts.command import run_main  # noqa: E402
 
 TOKENS = 32
 
@@ -43,7 +44,7 @@ def find_differing(
     return [item.id for item in items if ask(item) != ask(item)]
 
 
-def main() -> int:
+def main() -> None:
     """Ask, and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     asked = parser.add_mutually_exclusive_group(required=True)
@@ -61,11 +62,9 @@ def main() -> int:
         with LLM(options.bundle, EngineConfig(deterministic=options.deterministic)) as llm:
             found = find_differing(BundleAnswerer(llm), items, options.max_tokens)
     print(f"{len(found)} of {len(items)} answers differ when asked again: {', '.join(found)}")
-    return 1 if found else 0
+    if found:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except EdgeError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

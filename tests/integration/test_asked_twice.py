@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from edge import LLM, SamplingParams
+from edge.errors import BundleError
 from edge_lab.measure.defaults import GOLDEN_SET
 from edge_lab.measure.watch import BundleAnswerer, read_golden
 from export.pipeline import ExportConfig, export_checkpoint
@@ -77,3 +80,10 @@ def test_golden_prompts_have_the_same_answer_twice(quant: str, served: Any):
     items, _ = read_golden(GOLDEN_SET)
     with LLM(served(quant)) as llm:
         assert find_differing(BundleAnswerer(llm), items, 16) == []
+
+
+def test_what_cannot_be_asked_is_no_answer_that_differs(tmp_path: Path):
+    command = [sys.executable, "-m", "scripts.ask_twice", str(tmp_path / "absent")]
+    asked = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (asked.returncode, asked.stdout) == (BundleError.exit_code, "")
+    assert asked.stderr.startswith("error: ")
