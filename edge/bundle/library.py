@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edge.errors import BundleError, ConfigError
-from edge.files import is_directory, is_file, list_directory
+from edge.files import exists, is_directory, is_file, list_directory
 from edge.user_paths import expand_user, user_directory
 
-from .manifest import MANIFEST_NAME
+from .manifest import MANIFEST_NAME, read_manifest
 
 BUNDLES_VARIABLE = "EDGE_LLM_BUNDLES"
 CATALOGUE = {
@@ -28,7 +28,8 @@ What else they may be called is in `hub_id`.
 """
 _SEPARATORS = re.compile(r"[-_:/ ]+")
 _ALIKE = 0.85  # of a name with a slip in it and the right one
-_SIZE = re.compile(r"[0-9.]+b")
+_SIZE = re.compile(r"(?<![0-9a-z.])[0-9.]+[bm](?![0-9a-z])")
+_QUANTIZED = re.compile(r"([-_: ]((int|fp|bf|w)[0-9]\w*|source))+$", re.IGNORECASE)
 
 
 def roots() -> list[Path]:
@@ -130,7 +131,8 @@ def find_setting(text: str, base: Path) -> Path:
         The directory, absolute where it was found by its name.
 
     Raises:
-        BundleError: no bundle, or more than one, has that name, or it is that of a file.
+        BundleError: no bundle, or more than one, has that name, or it is that of a checkpoint or
+            another file.
         ConfigError: it begins with a home directory that is not known.
     """
     path = base / expand_user(text)
@@ -166,7 +168,8 @@ def hub_id(name: str) -> str | None:
 
 def nearest_model(name: str) -> str:
     """Say which name of the `CATALOGUE` a name is nearest to, or which there are."""
-    near = difflib.get_close_matches(name.lower(), CATALOGUE, 1)
+    wanted = name.lower()
+    near = difflib.get_close_matches(wanted, [s for s in CATALOGUE if _size_fits(wanted, s)], 1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(CATALOGUE)}"
 
 
@@ -178,9 +181,17 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def checkpoint_bundle(path: Path) -> Path:
-    """Where the bundle of a checkpoint on this machine belongs."""
-    path = path.absolute()
-    return roots()[0] / (path.stem if path.suffix.lower() == ".gguf" else path.name).lower()
+    """Where the bundle of a checkpoint on this machine belongs: beside it, never around it."""
+    path = path.resolve() if path.name in ("", "..") else path
+    name = (path.stem if path.suffix.lower() == ".gguf" else path.name).lower()
+    target = roots()[0] / name
+    around = path.resolve().is_relative_to(target.resolve())
+    return target.with_name(f"{name}-int4") if around else target
+
+
+def _size_fits(wanted: str, right: str) -> bool:
+    """Whether two names, in lower case, may be of one model: a 14b is no slip of a 1.5b."""
+    return set(_SIZE.findall(wanted)) <= set(_SIZE.findall(right))
 
 
 def _named(name: str) -> list[str]:
@@ -201,11 +212,16 @@ def _no_bundle(path: Path) -> str:
     if not is_checkpoint(path):
         return f"{path} is a file; a bundle is a directory"
     target = checkpoint_bundle(path)
-    run = f"edge-llm run {shlex.quote(target.name)}"
-    if is_file(target / MANIFEST_NAME):
-        return f"{path} is a checkpoint, and its bundle is there: {run}"
-    export = f"edge-llm export {shlex.quote(str(path))} -o {shlex.quote(str(target))} --fast"
-    return f"{path} is a checkpoint: {export}, then {run}"
+    named = target if exists(Path(target.name)) else target.name  # what is here comes first
+    run = f"edge-llm run {shlex.quote(str(named))}"
+    if not is_file(target / MANIFEST_NAME):
+        output = shlex.quote(str(target))
+        export = f"edge-llm export {shlex.quote(str(path))} -o {output} --fast"
+        return f"{path} is a checkpoint: {export}, then {run}"
+    source = read_manifest(target).source.location
+    if Path(source).name in (path.name, path.resolve().name):
+        return f"{path} is a checkpoint, and the bundle of one with that name is there: {run}"
+    return f"{path} is a checkpoint, and {target} was made of {source}; export it with another -o"
 
 
 def _means(name: str, directory: str) -> bool:
@@ -235,12 +251,14 @@ def _absence(name: str, known: list[Path]) -> str:
 
 
 def _remedy(name: str, known: Sequence[Path] = ()) -> str:
+    wanted, model = name.lower(), _QUANTIZED.sub("", name)
+    named, words = _named(model), _words(model)
     for directory in known:
-        alike = directory.name.lower(), *_words(directory.name)
-        if not _named(name) and difflib.get_close_matches(name.lower(), alike, 1, _ALIKE):
+        right = directory.name.lower()
+        alike = difflib.get_close_matches(wanted, (right, *_words(right)), 1, _ALIKE)
+        if alike and not named and _size_fits(wanted, right):
             return f"did you mean {directory.name}?"
-    words = _words(name)
-    near = _named(name) or [
+    near = named or [
         short for short in CATALOGUE if words and words <= _words(f"{short}-{CATALOGUE[short]}")
     ]
     if near:

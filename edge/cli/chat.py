@@ -22,10 +22,11 @@ from .conversation import read_conversation, write_conversation
 from .markdown import answer_printer
 from .options import (
     ONE_ANSWER,
-    bundle_or_checkpoint_argument,
+    BundlePath,
     engine_options,
     sampling_options,
     take_engine,
+    take_only_bundle,
     take_sampling,
 )
 from .screen import StreamPrinter, dim, format_stats, open_shown
@@ -54,16 +55,17 @@ _LOOK_S = 0.1  # between two looks at whether Ctrl-C was pressed
 
 
 @click.command(cls=SectionCommand)
-@bundle_or_checkpoint_argument
+@click.argument("bundle", required=False, type=BundlePath(offers_export=True))
 @option("Answer", "--system", help="System message; R1 distills are best used without one.")
 @engine_options(*ONE_ANSWER)
 @sampling_options
 def chat(
-    bundle: Path,
+    bundle: Path | None,
     system: str | None,
     **options: Any,
 ) -> None:
     """Talk to BUNDLE, or to the only one there is; /help lists the commands."""
+    bundle = bundle or take_only_bundle()
     params = take_sampling(options)
     config = take_engine(options, num_slots=1)
     with open_shown(bundle, config) as llm, _line_history():

@@ -85,9 +85,6 @@ def take_only_bundle() -> Path:
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 bundle_argument = click.argument("bundle", type=BundlePath())
-bundle_or_checkpoint_argument = click.argument(
-    "bundle", type=BundlePath(offers_export=True), default=take_only_bundle
-)
 json_option = option("Output", "--json", "as_json", is_flag=True, help="Print one JSON line.")
 
 _MANY_ANSWERS = {"num_slots", "max_batch", "queue_capacity", "target_itl_ms", "reuse_prefix"}

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edge.errors import RequestError
+from edge.bundle.library import bundle_directories
+from edge.errors import BundleError, RequestError
+from edge.files import exists
 
 from . import echo_json
 from .options import (
     ONE_ANSWER,
-    bundle_or_checkpoint_argument,
+    BundlePath,
     check_utf8,
     engine_options,
     sampling_options,
     take_engine,
+    take_only_bundle,
     take_sampling,
 )
 from .screen import StreamPrinter, format_stats, open_shown
 from .sections import SectionCommand, option
+from .settings_options import complete_bundle
+
+_NAME = re.compile(r"[\w.:/~-]*|[./~].*", re.ASCII | re.DOTALL)
+"""What may be meant as a bundle's name or path; other texts are prompts."""
 
 
 @click.command(cls=SectionCommand)
-@bundle_or_checkpoint_argument
+@click.argument("bundle", required=False, shell_complete=complete_bundle)
 @click.argument("prompt", required=False)
 @option("Answer", "--system", help="System message; R1 distills are best used without one.")
 @option(
@@ -43,8 +52,11 @@ from .sections import SectionCommand, option
 @option("Output", "--no-stats", is_flag=True, help="Do not print speed figures on stderr.")
 @engine_options(*ONE_ANSWER)
 @sampling_options
+@click.pass_context
 def run(
-    bundle: Path,
+    ctx: click.Context,
+    /,
+    bundle: str | None,
     prompt: str | None,
     system: str | None,
     raw: bool,
@@ -53,7 +65,11 @@ def run(
     no_stats: bool,
     **options: Any,
 ) -> None:
-    """Answer PROMPT (or standard input) with BUNDLE, or the only one there is, and stream it."""
+    """Answer PROMPT (or standard input) with BUNDLE, or the only one there is, and stream it.
+
+    Where there is one bundle, edge-llm run "a question" is enough.
+    """
+    path, prompt = _find(ctx, bundle, prompt)
     params = take_sampling(options)
     config = take_engine(options, num_slots=1)
     if prompt is None:
@@ -68,7 +84,7 @@ def run(
         )
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
-    with open_shown(bundle, config) as llm:
+    with open_shown(path, config) as llm:
         given = prompt if raw else messages
         if as_json:
             result = llm.generate(given, params, suffix=suffix)
@@ -88,6 +104,22 @@ def run(
         printer.warn_if_cut_off(llm)
         if printer.stats is not None and not no_stats:
             click.echo(format_stats(printer.stats), err=True)
+
+
+def _find(ctx: click.Context, name: str | None, prompt: str | None) -> tuple[Path, str | None]:
+    """Find the bundle, and the prompt where that alone is given and cannot be a bundle's name."""
+    if name is None:
+        return take_only_bundle(), prompt
+    try:
+        return BundlePath(offers_export=True).convert(name, None, ctx), prompt
+    except BundleError as error:
+        known = list(bundle_directories())
+        if prompt is not None or len(known) != 1 or exists(Path(name)):
+            raise
+        if not _NAME.fullmatch(name):
+            return take_only_bundle(), name
+        ask = f'edge-llm run {shlex.quote(known[0].name)} "..."'
+        raise BundleError(f"{error} (for a prompt of one word: {ask})") from error
 
 
 def _check_prompt(prompt: str, raw: bool) -> None:

@@ -13,6 +13,7 @@ from edge.bundle.library import (
     CATALOGUE,
     bundle_directories,
     bundle_name,
+    checkpoint_bundle,
     find_bundle,
     find_setting,
     hub_id,
@@ -20,7 +21,9 @@ from edge.bundle.library import (
     only_bundle,
     roots,
 )
+from edge.bundle.manifest import Source, encode_manifest
 from edge.errors import BundleError, ConfigError
+from tests.manifests import make_manifest
 
 QWEN = "deepseek-r1-distill-qwen-1.5b"
 LLAMA = "deepseek-r1-distill-llama-8b"
@@ -181,8 +184,9 @@ def test_a_name_of_several_models_lists_them(name: str, models: list[str]):
 
 
 def test_a_wrong_name_says_the_nearest():
-    assert nearest_model("deepseek-r1:1.6B") == "did you mean deepseek-r1:1.5b?"
-    assert nearest_model("gemma") == f"known: {', '.join(CATALOGUE)}"
+    assert nearest_model("deepsek-r1:1.5B") == "did you mean deepseek-r1:1.5b?"
+    for name in ("gemma", "deepseek-r1:14b", "deepseek-r1:70b"):  # a model of another size is none
+        assert nearest_model(name) == f"known: {', '.join(CATALOGUE)}"
 
 
 def test_a_gguf_file_is_a_checkpoint(root: Path):
@@ -195,10 +199,59 @@ def test_a_gguf_file_is_a_checkpoint(root: Path):
             f"{path} is a checkpoint: edge-llm export '{path}' -o '{root}/my model.q8_0' --fast, "
             "then edge-llm run 'my model.q8_0'"
         )
-    make(root, "my model.q8_0")
-    with pytest.raises(BundleError, match="its bundle is there: edge-llm run 'my model"):
+    write_bundle(root / "my model.q8_0", path.name)
+    with pytest.raises(BundleError, match="with that name is there: edge-llm run 'my model"):
         find_bundle(str(path))
     assert find_bundle("my model.q8_0") == root / "my model.q8_0"
+
+
+def write_bundle(bundle: Path, location: str) -> None:
+    """A manifest that says of what it was made."""
+    bundle.mkdir(parents=True, exist_ok=True)
+    manifest = make_manifest(source=Source(kind="hub", location=location))
+    (bundle / "manifest.json").write_bytes(encode_manifest(manifest))
+
+
+def write_checkpoint(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "config.json").touch()
+    return directory
+
+
+def test_the_bundle_of_a_checkpoint_is_never_around_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Or an export would replace what it reads."""
+    mine = write_checkpoint(root / "mine")
+    assert checkpoint_bundle(mine) == root / "mine-int4"
+    (mine / "Mine.gguf").touch()
+    assert checkpoint_bundle(mine / "Mine.gguf") == root / "mine-int4"
+    other = write_checkpoint(tmp_path / "Other")
+    (other / "sub").mkdir()
+    for here in (other, other / "sub"):
+        monkeypatch.chdir(here)
+        assert checkpoint_bundle(Path("." if here == other else "..")) == root / "other"
+
+
+def test_a_checkpoint_is_not_said_to_have_the_bundle_of_another(root: Path):
+    path = write_checkpoint(Path("qwen"))
+    write_bundle(root / "qwen", "Qwen/Qwen3-8B")
+    with pytest.raises(BundleError) as caught:
+        find_bundle(str(path))
+    assert str(caught.value) == (
+        f"qwen is a checkpoint, and {root / 'qwen'} was made of Qwen/Qwen3-8B; "
+        "export it with another -o"
+    )
+
+
+def test_the_command_for_a_checkpoint_here_names_its_bundle_by_the_path(root: Path):
+    """Its bare name would be that of the checkpoint again."""
+    path = write_checkpoint(Path("qwen"))
+    for tell in (f"-o {root / 'qwen'} --fast, then", "with that name is there:"):
+        with pytest.raises(BundleError) as caught:
+            find_bundle(str(path))
+        assert str(caught.value).endswith(f"{tell} edge-llm run {root / 'qwen'}")
+        write_bundle(root / "qwen", "owner/qwen")
 
 
 @pytest.mark.parametrize(
@@ -266,6 +319,8 @@ def test_a_name_is_absolute_in_a_setting(tmp_path: Path, monkeypatch: pytest.Mon
         ("smolm2", "mine, qwen2-int4, smollm2-135m-int8; did you mean smollm2-135m-int8?"),
         ("SmolLM-135m-int8", "did you mean smollm2-135m-int8?"),
         ("smollm2-135m-int4", "did you mean smollm2-135m-int8?"),
+        ("smollm2-360m-int8", "edge-llm export makes one of any checkpoint"),
+        ("deepseek-r1:1.5b-int4", "get it with: edge-llm pull deepseek-r1:1.5b"),
         ("qwen3", "get it with: edge-llm pull deepseek-r1:8b-0528"),  # no slip of qwen2
         ("deepseek-r1:1.5b", "get it with: edge-llm pull deepseek-r1:1.5b"),
     ],

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 
 from edge.bundle.manifest import read_manifest
+from edge.cli import cli
 from edge_serve.settings import ServerSettings
 from tests.command_line import Result, error_line
 from tests.conftest import Bundles
@@ -81,7 +83,7 @@ def test_who_says_yes_gets_an_answer(
     assert "10.3" in (read_manifest(bundle).tensorrt or ())
     assert read_manifest(bundle).quantization.method == "rtn"
     again = edge_llm("run", gguf, "hello", stdin="y\n")
-    assert error_line(again, 65).endswith(f"its bundle is there: edge-llm run {bundle.name}")
+    assert error_line(again, 65).endswith(f"with that name is there: edge-llm run {bundle.name}")
     command = again.err.rpartition(": ")[2]
     assert edge_llm(*shlex.split(command)[1:], "hello", "--max-tokens", "4").code == 0
 
@@ -113,6 +115,44 @@ def test_the_only_bundle_need_not_be_named(
     for verb in ("run", "chat", "serve"):
         line = error_line(edge_llm(verb, stdin="hello"), 64)
         assert line.endswith("give the name of a bundle, of which there are 2: first, second")
+
+
+def test_a_question_alone_is_for_the_only_bundle(
+    edge_llm: EdgeLlm, tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(tmp_path / "kept"))
+    options = ("--max-tokens", "4", "--temperature", "0", "--json")
+    kept(tmp_path, tiny_bundles("qwen2"), "my first")
+    for question in ("hello world", "hello?", "why is that in /etc or a/b here", "\u4f60\u597d"):
+        answered = edge_llm("run", question, *options)
+        assert answered.err.startswith("edge-llm: my first, the only bundle here\n")
+        named = edge_llm("run", "my first", question, *options)
+        assert (answered.code, named.code) == (0, 0)
+        assert text_of(answered) == text_of(named)
+    for name in ("hello", "qwen3:8b", "./my model", "~/models/my model"):
+        line = error_line(edge_llm("run", name, *options), 65)
+        assert f"no directory {name} and no bundle" in line
+        assert line.endswith("(for a prompt of one word: edge-llm run 'my first' \"...\")")
+    (tmp_path / "a file").touch()
+    assert "is a file" in error_line(edge_llm("run", tmp_path / "a file"), 65)
+    kept(tmp_path, tiny_bundles("qwen2"), "second")
+    assert "no directory hello world and no" in error_line(edge_llm("run", "hello world"), 65)
+
+
+def text_of(answered: Result) -> str:
+    found: dict[str, str] = json.loads(answered.out)
+    return found["reasoning"] + found["text"]
+
+
+@pytest.mark.parametrize("verb", ["run", "chat", "serve", "bench"])
+def test_the_shell_completes_the_names_of_bundles(
+    verb: str, tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(tmp_path / "kept"))
+    complete = ShellComplete(cli, {}, "edge-llm", "_EDGE_LLM_COMPLETE").get_completions
+    assert [(item.value, item.type) for item in complete([verb], "fi")] == [("fi", "dir")]
+    kept(tmp_path, tiny_bundles("qwen2"), "first", "second")
+    assert [item.value for item in complete([verb], "fi")] == ["first"]
 
 
 def test_serve_takes_the_only_bundle_unless_a_file_names_one(
