@@ -46,7 +46,8 @@ _OPTIONS = (
         metavar="NAME|FILE",
         help="Exit with code 3 if a threshold is missed: fp16, int8, int4, recipe (the one that "
         "fits the bundle), or a TOML or JSON file with kl_mean, kl_p99, perplexity_ratio, "
-        "top1_agreement, cosine_mean; for a task a file with accuracy_loss.",
+        "top1_agreement, cosine_mean; for a task a file with accuracy_loss. A name judges the "
+        "bundle alone, unless --int8-activations leaves that out; a file what is served.",
     ),
     option(
         "Task",
@@ -93,7 +94,8 @@ _OPTIONS = (
         default=None,
         help="Measure only as the CPU serves INT8 and INT4 weights, with activations rounded to "
         "int8; or only the bundle alone, with float ones, as a TensorRT engine has them. By "
-        "default what is served and, with --against, what the bundle alone has lost, too.",
+        "default what is served; with --against a text is then read a second time, for what the "
+        "bundle alone has lost, which takes as long again.",
     ),
     engine_options("num_threads"),
 )

@@ -326,9 +326,10 @@ def missed_thresholds(gate: Gate, figures: dict[str, Any]) -> Iterator[str]:
     """Yield a sentence for each threshold that the figures miss; call `check_gate` first.
 
     A built-in gate says whether an export did damage, and the same of a bundle on every machine: it
-    judges ``bundle_alone`` where that is there. A gate of one's own limits what is served.
+    judges ``bundle_alone`` where that is there. A gate of one's own limits what is served, also one
+    with the thresholds of a built-in gate.
     """
-    if gate in GATES.values():
+    if any(gate is built_in for built_in in GATES.values()):
         figures = figures.get("bundle_alone", figures)
     for name in gate.__struct_fields__:
         limit = getattr(gate, name)

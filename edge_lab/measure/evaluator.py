@@ -121,7 +121,7 @@ class OpenModels:
         engine = job.engine.with_options(kv_capacity=job.window, prefill_chunk=CHUNK_TOKENS)
         wanted = [(job.bundle, engine)]
         if job.reference is not None:
-            wanted.append((job.reference, engine_of_reference(engine)))
+            wanted.append((job.reference, engine_of_reference(engine, job.reference)))
         bundle, *others = self._switch(wanted)
         return bundle, others[0] if others else None
 
@@ -217,11 +217,16 @@ class ThisMachine:
         return [results[line] for line, _ in items]
 
 
-def engine_of_reference(engine: EngineConfig) -> EngineConfig:
-    """Fit the engine to a reference that may be float, where no activation is ever rounded."""
+def engine_of_reference(engine: EngineConfig, reference: Path) -> EngineConfig:
+    """Fit the engine to a reference; a float one stays open while the bundle is opened both ways.
+
+    One with integer weights rounds activations where the bundle beside it does.
+    """
     if engine.int8_activations:
-        return engine.with_options(backend="ort-cpu", int8_activations=None)
-    return engine
+        engine = engine.with_options(backend="ort-cpu", int8_activations=None)
+    if rounds_activations(open_manifest(reference, engine.trusted_keys)):
+        return engine
+    return engine.with_options(int8_activations=False)
 
 
 # ------------------------------------------------------------------------------- text
@@ -391,7 +396,9 @@ def evaluate_task(
         job = TaskJob(bundle, engine, scoring or "letter", params, str(task_file))
         return computer.answer(job, items, prefixed(progress, f"{bundle.name}: "))
 
-    theirs = None if reference is None else answers(reference, engine_of_reference(engine))
+    theirs = (
+        None if reference is None else answers(reference, engine_of_reference(engine, reference))
+    )
     digest = hashlib.sha256(read_text(task_file).encode()).hexdigest()
     results = []
     for bundle in bundles:

@@ -20,6 +20,7 @@ from edge.backends import choose
 from edge.bundle.manifest import read_manifest
 from edge.bundle.verified_files import verify_files
 from edge.cli import COMMAND_GROUP
+from edge.engine_config import EngineConfig
 from edge.errors import (
     EXIT_GATE_MISSED,
     BackendError,
@@ -140,6 +141,24 @@ def test_what_is_served_is_what_is_measured(tiny_bundles):
     shown = " ".join(invoke(int4, *against).stdout.split())
     assert "int8, as the CPU serves it" in shown
     assert "KL, mean: the bundle alone" in shown
+
+
+def test_a_float_reference_is_opened_once(tiny_bundles, monkeypatch: pytest.MonkeyPatch):
+    """One with integer weights is opened as the bundle beside it is."""
+    opened: list[tuple[str, bool | None]] = []
+
+    def note(bundle: Path, engine: EngineConfig) -> LLM:
+        opened.append((read_manifest(bundle).quantization.name, engine.int8_activations))
+        return LLM(bundle, engine)
+
+    monkeypatch.setattr(evaluator, "LLM", note)
+    int4, int8, fp16 = (tiny_bundles("qwen2", "portable", q) for q in ("int4", "int8", "fp16"))
+    figures(int4, int8, "--against", fp16, *SHORT)
+    both = [("int4", None), ("int4", False), ("int8", None), ("int8", False)]
+    assert opened == [both[0], ("fp16", False), *both[1:]]
+    opened.clear()
+    figures(int4, "--against", int8, *SHORT)
+    assert opened == [("int4", None), ("int8", None), ("int4", False), ("int8", False)]
 
 
 def test_nothing_is_measured_twice_where_nothing_is_rounded(tiny_bundles):

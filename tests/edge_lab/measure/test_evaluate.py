@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -238,11 +239,13 @@ def test_thresholds():
     ]
 
 
-def test_a_built_in_gate_judges_the_bundle_and_ones_own_what_is_served():
+def test_a_built_in_gate_judges_the_bundle_and_ones_own_what_is_served(tmp_path: Path):
     alone = {"cosine_mean": 1.0, "top1_agreement": 0.97, "perplexity_ratio": 1.0}
     served = alone | {"top1_agreement": 0.94, "bundle_alone": alone}
     assert not list(missed_thresholds(load_gate("int8", "int8"), served))
     assert list(missed_thresholds(Gate(top1_agreement=0.95), served))
+    (tmp_path / "gate.json").write_bytes(msgspec.json.encode(GATES["int8"]))
+    assert list(missed_thresholds(load_gate(str(tmp_path / "gate.json"), "int8"), served))
     assert list(missed_thresholds(load_gate("int8", "int8"), alone | {"top1_agreement": 0.94}))
 
 
