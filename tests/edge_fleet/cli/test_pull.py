@@ -126,7 +126,7 @@ def test_pull_knows_the_catalogue(edge_llm: EdgeLlm, shelf: Path, monkeypatch: p
     assert "$ edge-llm export deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B" in failed.err
     for name in ("1.5B", "r1-qwen-1.5b"):
         assert edge_llm("pull", name).err.splitlines()[0] == failed.err.splitlines()[0]
-    wrong = error_line(edge_llm("pull", "deepseek-r1:1.6b"), 64)
+    wrong = error_line(edge_llm("pull", "deepsek-r1:1.5b"), 64)
     assert "neither a hub id (owner/name) nor the name of a model; did you mean deepseek" in wrong
     assert "'8b' could be deepseek-r1:8b (" in error_line(edge_llm("pull", "8b"), 64)
 
