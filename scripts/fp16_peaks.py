@@ -28,7 +28,7 @@ from edge.bundle.manifest import Manifest, read_manifest
 from edge.text.tokenizer import Tokenizer
 from edge_lab.measure.evaluate import read_text
 from export.graph.float_range import FP16_MAX
-from scripts.quality import DEVELOPMENT_TEXTS as TEXTS
+from scripts.quality_score import DEVELOPMENT_TEXTS as TEXTS
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _FIRST_INFINITE = 65520.0  # from here on a number is rounded to infinity

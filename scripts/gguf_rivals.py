@@ -1,51 +1,160 @@
-"""Requantize the linear layers of a GGUF file by the package gguf's own quantizer.
+"""A model's files as llama.cpp quantizes them, all from one float file of the same weights.
 
-usage: python scripts/gguf_rivals.py SOURCE OUTPUT TYPE        (TYPE is Q4_0, Q4_1, Q5_0, Q8_0, ...)
-
-Embeddings, norms, biases and lm_head stay as they are, so a file shows what the format costs the
-layers that every recipe quantizes. The rounding is llama.cpp's reference rounding of that type,
-without an importance matrix.
+A rival is named by its format, or by the format and ``+imatrix``: then llama-imatrix has read the
+text that calibrates our own INT4, as long as that, and llama-quantize weighs errors by what it saw.
+Mixtures of types are llama.cpp's own: where a row is no multiple of 256 weights, as in most of
+SmolLM2 and of the 0.5B, it takes another type than the one in the format's name, and token table
+and lm_head have types of their own. So bits are counted in the file.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+from numpy.typing import NDArray
 
-_LINEAR = re.compile(r"blk\.\d+\.(attn|ffn)_\w+\.weight")
+from edge.text.chat_template import ChatTemplate
+from edge.text.tokenizer import Tokenizer
+from export.sources.documents import BUILT_IN_TOKENS, calibration_batches, read_calibration_text
+from export.sources.gguf_source import GgufCheckpoint
+from export.sources.lora import LoraCheckpoint
+from export.sources.opening import open_checkpoint
+
+FORMATS = ("Q4_0", "Q4_K_S", "IQ4_NL", "IQ4_XS", "Q8_0")
+WITH_MATRIX = "+imatrix"
+RIVALS = (*FORMATS, *(name + WITH_MATRIX for name in FORMATS if name != "Q8_0"))
+"""llama-quantize rounds to Q8_0 without looking at a matrix."""
 _OF_THE_FILE = "GGUF."  # what the writer counts by itself
-_ARCHITECTURE = "general.architecture"
+_ARCHITECTURE, _FILE_TYPE = "general.architecture", "general.file_type"
+_LINEAR = re.compile(r"blk\.\d+\.(attn|ffn)_\w+\.weight")
+_GRID_WEIGHTS, _GRID_STEPS = 32, 15  # of Q4_1 and Q4_K: one scale and one offset for 32 weights
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("type")
-    options = parser.parse_args()
-    requantize(options.source, options.output, options.type)
+class FileBits(NamedTuple):
+    """Stored bits per weight, scales included, and how many tensors have which type.
 
-
-def requantize(source: Path, output: Path, name: str) -> None:
-    """Write ``output``, a copy of ``source`` whose linear layers are of the type ``name``.
-
-    Raises:
-        SystemExit: gguf's Python package cannot quantize to that type.
+    Attributes:
+        layers: of the linear layers of the decoder's layers.
+        with_lm_head: with the lm_head, which is the token table where the file has no other.
+        types: tensors by the name of their type, linear layers only.
     """
-    try:
-        kind = gguf.GGMLQuantizationType[name]
-        gguf.quants.quantize(np.zeros((1, 256), np.float32), kind)
-    except (KeyError, NotImplementedError):
-        raise SystemExit(f"error: gguf has no quantizer for {name}; Q4_0 and Q8_0 do") from None
-    rewrite(source, output, lambda tensor: _converted(tensor, kind))
+
+    layers: float
+    with_lm_head: float
+    types: dict[str, int]
+
+
+def write_floats(source: Path, output: Path, adapter: Path | None = None) -> float | None:
+    """Write ``output``, a copy of a GGUF file with all matrices as fp16.
+
+    Args:
+        source: the file, quantized or not.
+        output: where the copy goes.
+        adapter: a LoRA of the model that is merged; None merges nothing.
+
+    Returns:
+        With an adapter, how far it moves the linear layers' weights: root mean square over all,
+        in steps of the source's grid of 4 bits (one scale and one offset for 32 weights). A weight
+        anywhere between two points of a grid is 0.29 of a step from the nearer one (root mean
+        square).
+    """
+    moved = _Moved()
+    with open_checkpoint(str(source)) as base:
+        merged = None if adapter is None else LoraCheckpoint(base, adapter)
+        if not isinstance(base, GgufCheckpoint):
+            raise SystemExit(f"error: llama.cpp's formats are made from a GGUF file, not {source}")
+        places = {name: hf for hf, name in base._gguf_names.items()}
+        heads = {"q_proj": base.spec.num_heads, "k_proj": base.spec.num_kv_heads}
+
+        def convert(tensor: Any) -> tuple[Any, Any]:
+            if len(tensor.shape) < 2:
+                return tensor.data, tensor.tensor_type
+            rows = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            if merged is not None and is_linear(tensor):
+                name = places[tensor.name]
+                change = merged.tensor(name) - base.tensor(name).astype(np.float32)
+                part = name.split(".")[-2]
+                if base.spec.architecture == "llama" and part in heads:
+                    change = _paired_rows(change, heads[part])
+                moved.add(rows, change)
+                rows = rows + change
+            return rows.astype(np.float16), gguf.GGMLQuantizationType.F16
+
+        file_type = {_FILE_TYPE: int(gguf.LlamaFileType.MOSTLY_F16)}
+        rewrite(source, output, convert, file_type)
+    return None if adapter is None else moved.steps
+
+
+class _Moved:
+    """Sums up changes of weights in steps of a grid that their values before them span."""
+
+    def __init__(self) -> None:
+        self._squares, self._count = 0.0, 0
+
+    def add(self, before: NDArray[np.float32], change: NDArray[np.float32]) -> None:
+        groups = before.reshape(-1, _GRID_WEIGHTS)
+        step = (groups.max(axis=1) - groups.min(axis=1)) / _GRID_STEPS
+        ratio = change.reshape(-1, _GRID_WEIGHTS)[step > 0] / step[step > 0, None]
+        self._squares += float(np.square(ratio, dtype=np.float64).sum())
+        self._count += ratio.size
+
+    @property
+    def steps(self) -> float:
+        return float(np.sqrt(self._squares / self._count))
+
+
+def _paired_rows(weights: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
+    """HF's rows of q or k in the order that llama.cpp gives them in ``llama``."""
+    halves = weights.reshape(num_heads, 2, -1, *weights.shape[1:])
+    return np.swapaxes(halves, 1, 2).reshape(weights.shape)
+
+
+def write_calibration_text(source: Path, output: Path) -> int:
+    """Write the text that calibrates INT4, as the model reads it; returns its tokens."""
+    with open_checkpoint(str(source)) as checkpoint:
+        text = checkpoint.text
+    tokenizer = Tokenizer.from_bytes(text.tokenizer_json, text.tokens)
+    template = ChatTemplate(text.chat_template, text.tokens) if text.chat_template else None
+    documents = read_calibration_text(None, mixed=True)
+    ids = calibration_batches(tokenizer, template, documents, BUILT_IN_TOKENS)
+    body = ids[:, 1:] if text.tokens.add_bos else ids
+    output.write_text(tokenizer.decode(body.reshape(-1).tolist()), encoding="utf-8")
+    return int(body.size)
+
+
+def matrix_command(programs: Path, floats: Path, text: Path, output: Path) -> list[object]:
+    """The command that writes an importance matrix in windows as long as our calibration's."""
+    command = [programs / "llama-imatrix", "-m", floats, "-f", text, "-o", output]
+    return [*command, "-c", 512, "-b", 512, "--parse-special", "--no-ppl"]
+
+
+def quantize_command(
+    programs: Path, floats: Path, output: Path, rival: str, matrix: Path
+) -> list[object]:
+    """The command that writes a rival's file; ``matrix`` is read where the rival's name says so."""
+    kind, _, with_matrix = rival.partition("+")
+    given = ["--imatrix", matrix] if with_matrix else []
+    return [programs / "llama-quantize", *given, floats, output, kind]
+
+
+def file_bits(path: Path) -> FileBits:
+    """Count the bits of a file's weights."""
+    tensors = gguf.GGUFReader(path).tensors
+    layers = [tensor for tensor in tensors if is_linear(tensor)]
+    named = {tensor.name: tensor for tensor in tensors}
+    head = named.get("output.weight", named.get("token_embd.weight"))
+    types = Counter(tensor.tensor_type.name for tensor in layers)
+    return FileBits(_bits(layers), _bits([*layers, head]), dict(types.most_common()))
+
+
+def _bits(tensors: list[Any]) -> float:
+    return float(8 * sum(t.n_bytes for t in tensors) / sum(t.n_elements for t in tensors))
 
 
 def rewrite(
@@ -84,24 +193,6 @@ def rewrite(
     part.rename(output)
 
 
-def bits_per_weight(name: str) -> float:
-    """Bits of a type, scales included."""
-    weights, size_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
-    return float(8 * size_bytes / weights)
-
-
 def is_linear(tensor: Any) -> bool:
     """Whether a tensor of a file is the weight of a linear layer of the decoder's layers."""
     return len(tensor.shape) == 2 and bool(_LINEAR.fullmatch(tensor.name))
-
-
-def _converted(tensor: Any, kind: gguf.GGMLQuantizationType) -> tuple[Any, Any]:
-    """A tensor's stored rows and their type."""
-    if not is_linear(tensor):
-        return tensor.data, tensor.tensor_type
-    rows = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    return gguf.quants.quantize(rows, kind), kind
-
-
-if __name__ == "__main__":
-    main()

@@ -31,7 +31,7 @@ from export.quantize.statistics import mean_square, second_moment
 from export.sources.checkpoint import Checkpoint
 from export.sources.documents import SEQ_LEN, calibration_batches, read_calibration_text
 from export.sources.opening import open_checkpoint
-from scripts.quality import DEVELOPMENT_TEXTS as TEXTS
+from scripts.quality_score import DEVELOPMENT_TEXTS as TEXTS
 
 Array = NDArray[np.float32]
 _SCHEME, _SCALES = TensorScheme(kind="int4", group_size=32), np.dtype(np.float16)

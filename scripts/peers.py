@@ -192,10 +192,14 @@ def default_bundle(options: argparse.Namespace, model: str, gguf: Path) -> Path:
     return bundle
 
 
-def build_llama_cpp(work: Path) -> Path:
-    """llama.cpp as it stands in llama-cpp-python's source package, for this very CPU."""
+def build_llama_cpp(
+    work: Path, programs: Sequence[str] = ("llama-server", "llama-bench", "llama-quantize")
+) -> Path:
+    """llama.cpp as it stands in llama-cpp-python's source package, for this very CPU.
+
+    Programs that an earlier call did not ask for are added to the same build.
+    """
     build = work / f"llama.cpp-{LLAMA_CPP_PYTHON}"
-    programs = ("llama-server", "llama-bench", "llama-quantize")
     if all((build / "bin" / name).exists() for name in programs):
         return build / "bin"
     for tool in ("cmake", "c++"):

@@ -11,7 +11,7 @@ import pytest
 
 from edge.bundle.manifest import read_manifest
 from edge.text.tokenizer import Tokenizer
-from scripts.quality import TEXTS, TOKENS
+from scripts.quality_score import TEXTS, TOKENS
 
 CALIBRATION = Path("export/sources/calibration_text")
 FOLDER = Path("scripts/quality_texts")

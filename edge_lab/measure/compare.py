@@ -209,7 +209,7 @@ def run_window(
     ids = np.asarray(window, dtype=np.int64)
     blocks, columns = [], []
     for part, ours, theirs in _run_both(bundle, reference, ids):
-        columns.append(_compare_chunk(ours, theirs, ids[1:][part]))
+        columns.append(compare_chunk(ours, theirs, ids[1:][part]))
         blocks.append(part.stop - part.start)
         scored(blocks[-1])
     cache = None
@@ -259,7 +259,7 @@ def _run_both(
         yield part, ours, others[0][1] if others else None
 
 
-def _compare_chunk(
+def compare_chunk(
     logits: NDArray[np.float32],
     reference: NDArray[np.float32] | None,
     targets: NDArray[np.int64],

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from scripts import quality
+from scripts import quality, quality_score, quality_table
+from scripts.gguf_rivals import RIVALS
 from tests.conftest import Checkpoints, require_kernels
 
 ROWS = ("int4-rtn-g32", "fp16")
@@ -19,9 +20,9 @@ ROWS = ("int4-rtn-g32", "fp16")
 def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The table has four sound chairs, and the fifth is a list of them. " * 4)
-    texts = {"prose": text, "code": text}
-    monkeypatch.setattr(quality, "TEXTS", texts)
-    monkeypatch.setattr(quality, "_ALL_TEXTS", texts)
+    for module in (quality, quality_table):
+        monkeypatch.setattr(module, "TEXTS", {"prose": text, "code": text})
+    monkeypatch.setattr(quality_table, "_NEW_KINDS", 1)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, source: Path, *arguments: str) -> None:
@@ -30,7 +31,13 @@ def call(monkeypatch: pytest.MonkeyPatch, source: Path, *arguments: str) -> None
     quality.main()
 
 
-def test_a_recipe_is_measured_once(
+def edge_llm_eval(bundle: Path, reference: Path, text: Path, *options: str) -> dict[str, Any]:
+    line = ["eval", bundle, "--against", reference, "--text", text, "--json", *options]
+    result: dict[str, Any] = json.loads(quality._call(quality._edge_llm(*line)))
+    return result
+
+
+def test_figures_are_those_of_edge_llm_eval_and_measured_once(
     texts: None,
     tiny_checkpoints: Checkpoints,
     tmp_path: Path,
@@ -38,40 +45,105 @@ def test_a_recipe_is_measured_once(
     capsys: pytest.CaptureFixture[str],
 ):
     require_kernels("native")
-    lines: list[list[Any]] = []
-    run = quality.run
+    scored: list[str] = []
+    score = quality_score.score
 
-    def watched(line: list[Any]) -> Any:
-        lines.append(line)
-        return run(line)
+    def watched(*arguments: Any, **options: Any) -> Any:
+        for name, figures in score(*arguments, **options):
+            scored.append(name)
+            yield name, figures
 
-    monkeypatch.setattr(quality, "run", watched)
-    work = ["--work", str(tmp_path / "work"), "--recipe", "int4-rtn-g32", "--tokens", "40"]
-    work += ["--window", "32"]
+    monkeypatch.setattr(quality, "score", watched)
+    work = ["--work", str(tmp_path / "work"), "--recipe", "int4-rtn-g32", "--keep-bundles"]
+    cut = ["--tokens", "40", "--window", "32"]
     source = tiny_checkpoints("qwen2")
-    call(monkeypatch, source, *work, "--text", "prose")
+    call(monkeypatch, source, *work, *cut, "--text", "prose", "--served")
+    assert scored == ["prose"] * 2
     place = tmp_path / "work" / "smollm2" / "int4-rtn-g32"
-    result = json.loads((place / "prose.json").read_text())
-    assert not (place / "bundle").exists()
-    call(monkeypatch, source, *work, "--text", "prose")
-    assert len(lines) == 1
+    alone, served = (
+        json.loads((place / f"{kind}prose.json").read_text()) for kind in ("", "served-")
+    )
+    reference = place.parent / "fp16" / "bundle"
+    expected = edge_llm_eval(place / "bundle", reference, tmp_path / "text.txt", *cut)
+    assert served["kl_mean"] == pytest.approx(expected["kl_mean"], rel=1e-3)
+    for name, value in expected["bundle_alone"].items():
+        assert alone[name] == pytest.approx(value, rel=1e-3), name
+    assert alone["kl_mean"] > 0
+    assert alone["kl_mean"] != served["kl_mean"]
+    assert alone["tokens"] == expected["tokens"]
+    assert alone["bits_per_weight"] == expected["bits_per_weight"]
+
+    call(monkeypatch, source, *work, *cut, "--text", "prose")
+    assert len(scored) == 2
+    call(monkeypatch, source, *work, *cut, "--text", "prose", "code")
+    assert scored[2:] == ["code"]
     table = capsys.readouterr().out.splitlines()
-    row = next(line for line in table if line.startswith("| `int4-rtn-g32`"))
-    cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert float(cells[2]) == pytest.approx(result["kl_mean"], abs=1e-4)
-    alone = result["bundle_alone"]
-    assert float(cells[3]) == pytest.approx(alone["kl_mean"], abs=1e-4)
-    assert float(cells[6]) == pytest.approx(100 * alone["top1_agreement"], abs=0.1)
-    assert result["kl_mean"] > 0
+    rows = [line for line in table if line.startswith("| `int4-rtn-g32`")]
+    cells = [cell.strip() for cell in rows[0].split("|")[1:-1]]
     cost = json.loads((place / "export.json").read_text())
+    assert (
+        cells[1]
+        == f"{alone['bits_per_weight']:.2f} ({expected['bits_per_weight_with_lm_head']:.2f})"
+    )
+    assert float(cells[2]) == pytest.approx(cost["cpu_s"] / 60, abs=0.06)
+    assert float(cells[3]) == pytest.approx(alone["kl_mean"], abs=1e-4)
+    assert float(cells[8]) == pytest.approx(100 * alone["top1_agreement"], abs=0.1)
     assert 20e6 < cost["peak_bytes"] < 4e9
-    assert cost["seconds"] > 0
-    call(monkeypatch, source, *work)  # the other text too
-    assert len(lines) == 2
-    assert json.loads((place / "code.json").read_text())["kl_mean"] == result["kl_mean"]
-    call(monkeypatch, source, *work, "--text", "prose", "--tokens", "20")
-    assert len(lines) == 3
-    assert json.loads((place / "prose.json").read_text())["tokens"] < result["tokens"]
+    assert cost["cpu_s"] > 0.1
+
+    call(monkeypatch, source, *work, "--text", "prose", "--tokens", "20", "--window", "32")
+    assert scored[3:] == ["prose"]
+    assert json.loads((place / "prose.json").read_text())["tokens"] < alone["tokens"]
+    # Another text by the same name is another text: neither its figures nor its logits are kept.
+    (tmp_path / "text.txt").write_text(
+        "Nine chairs stood in the hall when the table was carried. " * 4
+    )
+    call(monkeypatch, source, *work, *cut, "--text", "prose")
+    anew = json.loads((place / "prose.json").read_text())
+    expected = edge_llm_eval(place / "bundle", reference, tmp_path / "text.txt", *cut)
+    assert anew["kl_mean"] == pytest.approx(expected["bundle_alone"]["kl_mean"], rel=1e-3)
+    assert anew["kl_mean"] != alone["kl_mean"]
+
+
+def test_the_models_own_answers_go_on_where_they_were_interrupted(
+    tiny_checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    require_kernels("native")
+    quality.export(str(tiny_checkpoints("qwen2")), quality._FLOAT, tmp_path)
+    monkeypatch.setattr(quality, "TOKENS", 60)
+    monkeypatch.setattr(quality, "_ANSWER_TOKENS", 24)
+    texts = []
+    for folder in ("at once", "interrupted"):
+        answers = tmp_path / f"{folder}.jsonl"
+        if folder == "interrupted":
+            first = (tmp_path / "at once.jsonl").read_text("utf-8").splitlines(keepends=True)[0]
+            answers.write_text(first, "utf-8")
+        quality.write_answers(tmp_path / "bundle", answers, tmp_path / f"{folder}.txt")
+        lines = [json.loads(line) for line in answers.read_text("utf-8").splitlines()]
+        assert sum(len(line["ids"]) for line in lines) >= 60
+        assert [line["question"] for line in lines] == list(quality._QUESTIONS[: len(lines)])
+        texts.append((tmp_path / f"{folder}.txt").read_text("utf-8"))
+        assert texts[-1] == "\n\n".join(line["text"] for line in lines)
+    assert texts[0] == texts[1] != ""
+
+
+def test_a_format_whose_grid_the_weights_are_on_is_left_out(capsys: pytest.CaptureFixture[str]):
+    assert quality.chosen_rivals(None, off_grid=False) == []
+    assert not any("Q4_K" in name for name in quality.chosen_rivals([], off_grid=False))
+    assert "left out" in capsys.readouterr().err
+    assert quality.chosen_rivals(["Q4_K_S", "Q4_0"], off_grid=False) == ["Q4_K_S", "Q4_0"]
+    assert "stored on the grid of that format" in capsys.readouterr().err
+    assert quality.chosen_rivals([], off_grid=True) == list(RIVALS)
+    assert quality.chosen_rivals(["Q4_0"], off_grid=False) == ["Q4_0"]
+    assert not capsys.readouterr().err
+
+
+def test_the_lesson_has_all_of_the_development_texts():
+    pieces = quality.lesson_texts()
+    whole = "".join(path.read_text("utf-8") for path in quality_score.DEVELOPMENT_TEXTS.values())
+    assert "".join("".join(pieces).split()) == "".join(whole.split())
+    assert len(pieces) > 40
+    assert max(map(len, pieces)) < 4000
 
 
 def test_answers_are_paired_with_those_of_the_float_model(
