@@ -1,4 +1,4 @@
-"""The load-time join of INT8 weights that are stored as two INT4 planes, for ONNX Runtime.
+"""The load-time form of INT4 and INT8 weights for ONNX Runtime: joined planes, packed by output.
 
 In the file such a weight is ``16 * high + low``: two matrix products and their sum, which is what
 TensorRT keeps packed. Where activations are rounded to int8, ONNX Runtime has one kernel for 8-bit
@@ -13,14 +13,17 @@ The joined weights are UINT8 with a zero point of 128: what ONNX Runtime's optio
 of INT8 (`session.session_options`) makes of an INT8 constant in groups does not run.
 
 MatMulNBits (``com.microsoft``, onnxruntime ContribOperators.md) takes weights as
-``[out, groups, group size]``, around 128, and scales as ``[out, groups]``. ONNX Runtime makes it of
-`DequantizeLinear` and `MatMul` by itself, with one more copy of all weights.
+``[out, groups, group size]``, around 128 or, two to a byte, around 8, and scales as
+``[out, groups]``. ONNX Runtime makes it of `DequantizeLinear` and `MatMul` by itself, on one core
+and with one more copy of all weights; here layers are packed beside each other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+import mmap
+from collections.abc import Container, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -28,9 +31,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.manifest import Manifest
+from edge.bundle.manifest import LinearInfo, Manifest
 from edge.bundle.onnx_file import ExternalTensor, Node, OnnxFile, attribute
 from edge.bundle.schemes import HIGH_PLANE, PLANES_LEAST
+from edge.device.memory import read_available_memory_bytes
+from edge.device.process import count_usable_cpus
 
 from .cpu_attention import OWN_DOMAIN, expect_node
 
@@ -38,8 +43,10 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _ZERO_POINT = np.uint8(128)
+_SIGNS = np.uint8(0x88)  # of two weights in a byte: from two's complement to around 8
 _BEYOND = np.uint8(-128 - PLANES_LEAST)
-_CHUNK_BYTES = 1 << 17  # of a plane; with its temporaries it stays in the L2 cache
+_ROOM = 4  # times the weights; the load peaks at 2.4 times those of the 1.5B with an INT8 lm_head
+_CHUNK_BYTES = 1 << 19  # of a plane; with its temporaries it stays in the L2 cache
 
 
 def join_planes(
@@ -50,10 +57,11 @@ def join_planes(
     accuracy_level: int | None = None,
     without: Container[str] = (),
 ) -> None:
-    """Replace every pair of planes by one UINT8 weight in `OnnxFile.in_memory`.
+    """Replace every pair of planes, and INT4 in products of MatMulNBits, in `OnnxFile.in_memory`.
 
-    Planes are read in chunks, so nothing but the joined weights takes memory: one block, which goes
-    back to the system as a whole.
+    Nothing but the new weights takes memory: one block, which goes back to the system as a whole.
+    Where memory is short, INT4 stays as it is: ONNX Runtime packs one layer after the other, and
+    gives each back.
 
     Args:
         graph: of the decoder.
@@ -61,35 +69,41 @@ def join_planes(
         manifest: its manifest.
         accuracy_level: write the products as MatMulNBits with this level (see
             `session.accuracy_level`), for a graph whose scales are FP32; None leaves
-            `DequantizeLinear` and `MatMul`.
+            `DequantizeLinear` and `MatMul`, and INT4 as it is.
         without: layers that are left alone.
 
     Raises:
         BundleError: the graph is not one that edge-llm's exporter wrote.
     """
-    linears = manifest.quantization.linears
-    names = [
-        name for name, linear in linears.items() if linear.scheme.planes and name not in without
-    ]
+    linears = {n: each for n, each in manifest.quantization.linears.items() if n not in without}
+    names = planes = [name for name, linear in linears.items() if linear.scheme.planes]
+    if accuracy_level is not None and _has_room(linears.values()):
+        names = [*planes, *(n for n, linear in linears.items() if linear.scheme.kind == "int4")]
     if not names:
         return
-    drop_high_products(graph, names)
+    drop_high_products(graph, planes)
     stored = graph.external_tensors()
     consumers = {name: node for node in graph.nodes for name in node.inputs}
-    sizes = [math.prod(linears[name].shape) for name in names]
-    block = np.empty(sum(sizes), dtype=np.uint8)
+    bits = {name: 8 if linears[name].scheme.planes else 4 for name in names}
+    sizes = [math.prod(linears[name].shape) * bits[name] // 8 for name in names]
+    # Small pages, unlike numpy's: the kernel makes room for huge ones, in more time than they save.
+    memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block = np.frombuffer(memory, np.uint8)
     parts = np.split(block, np.cumsum(sizes)[:-1])
     joined: dict[str, NDArray[Any]] = {}
     products: dict[str, Node] = {}
-    for name, part in zip(names, parts, strict=True):
+
+    def replace(name: str, part: NDArray[np.uint8]) -> None:
         weight, scale = f"{name}.weight", f"{name}.scale"
-        low, high = stored[weight], stored[f"{name}.high_weight"]
+        low, high = stored[weight], stored.get(f"{name}.high_weight")
         rows, columns = low.shape
         group_size = linears[name].scheme.group_size
         groups = rows // group_size
-        beyond = _BEYOND if linears[name].offsets else np.uint8(0)
+        beyond = _BEYOND if high and linears[name].offsets else np.uint8(0)
         dequantized = expect_node(consumers, weight, "DequantizeLinear")
         if accuracy_level is None or columns % 2:  # rows end within a byte of odd ones
+            if high is None:
+                return
             _read_joined(bundle, low, high, part)
             joined[weight] = part.reshape(low.shape)
             zero = _ZERO_POINT + beyond
@@ -97,7 +111,7 @@ def join_planes(
             joined.setdefault(zero_point, np.full((groups, columns), zero))
             dequantized.inputs = [*dequantized.inputs[:2], zero_point]
         else:
-            joined[weight] = part.reshape(columns, groups, group_size)
+            joined[weight] = part.reshape(columns, groups, -1)
             _read_transposed(bundle, low, high, joined[weight])
             scales = _read_floats(bundle, stored[scale])
             joined[scale] = scales.T.copy()
@@ -108,7 +122,7 @@ def join_planes(
             attributes = {
                 "K": rows,
                 "N": columns,
-                "bits": 8,
+                "bits": bits[name],
                 "block_size": group_size,
                 "accuracy_level": accuracy_level,
             }
@@ -120,7 +134,11 @@ def join_planes(
                 OWN_DOMAIN,
                 [attribute(key, value) for key, value in attributes.items()],
             )
-        part += beyond  # modulo 256, as `join` does
+        if beyond:
+            part += beyond  # modulo 256, as `join` does
+
+    with ThreadPoolExecutor(count_usable_cpus()) as pool:
+        list(pool.map(replace, names, parts))
     graph.nodes = [products.get(node.name, node) for node in graph.nodes]
     if products:
         graph.use_domain(OWN_DOMAIN, 1)
@@ -152,6 +170,12 @@ def hand_over(graph: OnnxFile, ort: ModuleType, options: onnxruntime.SessionOpti
     options.add_external_initializers(list(graph.in_memory), values)
 
 
+def _has_room(linears: Iterable[LinearInfo]) -> bool:
+    """Whether memory holds new weights beside those that ONNX Runtime makes of them."""
+    free = read_available_memory_bytes()
+    return free is None or free > _ROOM * sum(linear.num_bytes for linear in linears)
+
+
 def drop_high_products(graph: OnnxFile, names: list[str]) -> None:
     """Let the low plane's product be the sum; what only the high plane needs is then unused."""
     producers = {output: node for node in graph.nodes for output in node.outputs}
@@ -180,25 +204,37 @@ def _read_joined(
 
 
 def _read_transposed(
-    bundle: Path, low: ExternalTensor, high: ExternalTensor, out: NDArray[np.uint8]
+    bundle: Path, low: ExternalTensor, high: ExternalTensor | None, out: NDArray[np.uint8]
 ) -> None:
-    """Join the planes ``[in, out]`` of a weight to ``[out, groups, group size]``."""
-    columns, groups, group_size = out.shape
-    width = max(_CHUNK_BYTES // group_size, 1)  # bytes of a row of a plane in one chunk
-    both = np.empty((group_size, 2 * width), np.uint8)
-    row_bytes = columns // 2
-    with (bundle / low.file).open("rb") as file:
-        for group in range(groups):
-            planes = []
-            for plane in (low, high):
-                file.seek(plane.offset + group * group_size * row_bytes)
-                values = np.frombuffer(file.read(group_size * row_bytes), np.uint8)
-                planes.append(values.reshape(group_size, row_bytes))
-            for start in range(0, row_bytes, width):
-                chunks = [plane[:, start : start + width] for plane in planes]
-                part = both[:, : 2 * chunks[0].shape[1]]
-                join(chunks[0], chunks[1], part)
-                out[2 * start : 2 * start + part.shape[1], group] = part.T
+    """Pack the planes ``[in, out]`` of a weight, or its only one, as MatMulNBits takes them."""
+    rows, columns = low.shape
+    planes = [_map(bundle, plane).reshape(rows, -1) for plane in (low, high) if plane]
+    width = max(_CHUNK_BYTES // rows, 1)  # bytes of a row of a plane in one chunk
+    packed = out.reshape(columns // 2, 2, -1)
+    values = np.empty((rows, 2 * width), np.uint8)
+    for start in range(0, columns // 2, width):
+        chunks = [plane[:, start : start + width] for plane in planes]
+        part = packed[start : start + width]
+        if high is None:
+            pairs = chunks[0].reshape(rows // 2, 2, -1)
+            even, odd = pairs[:, 0], pairs[:, 1]
+            for column, both in enumerate(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0))):
+                both ^= _SIGNS
+                part[:, column] = both.T
+        else:
+            joined = values[:, : 2 * len(part)]
+            join(chunks[0], chunks[1], joined)
+            part.reshape(-1, rows)[:] = joined.T
+
+
+def _map(bundle: Path, tensor: ExternalTensor) -> NDArray[np.uint8]:
+    """A tensor's bytes in the page cache, where the kernel begins to read them in their order."""
+    start = tensor.offset % mmap.ALLOCATIONGRANULARITY
+    size, place = start + tensor.num_bytes, tensor.offset - start
+    with (bundle / tensor.file).open("rb") as file:
+        pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=place)
+    pages.madvise(mmap.MADV_WILLNEED)
+    return np.frombuffer(pages, np.uint8, tensor.num_bytes, start)
 
 
 def _read_floats(bundle: Path, tensor: ExternalTensor) -> NDArray[np.float32]:

@@ -88,17 +88,23 @@ def test_joined_weights_are_what_the_file_adds_up_to(
     linears = read_manifest(bundle).quantization.linears
     planes = [name for name, linear in linears.items() if linear.scheme.planes]
     assert planes
-    weights = {f"{name}.weight" for name in planes}
+    packed = [n for n, linear in linears.items() if linear.scheme.kind == "int4" and level]
+    assert bool(packed) == (quant == "int4" and level is not None)
+    weights = {f"{name}.weight" for name in (*planes, *packed)}
     assert {name for name in graph.in_memory if name.endswith(".weight")} == weights
     assert set(products) == (set() if level is None else weights)
-    for name in planes:
+    for name in (*planes, *packed):
         size = linears[name].scheme.group_size
         parts = [
             stored[f"{name}.{part}weight"].astype(np.float32)
             * np.repeat(stored[f"{name}.{part}scale"], size, axis=0)
-            for part in ("", "high_")
+            for part in (("", "high_") if name in planes else ("",))
         ]
-        joined = graph.in_memory[f"{name}.weight"].astype(np.float32) - 128
+        joined: NDArray[Any] = graph.in_memory[f"{name}.weight"]
+        bits = 8 if name in planes else 4
+        if bits == 4:
+            joined = np.stack([joined & 15, joined >> 4], axis=-1).reshape(*joined.shape[:2], size)
+        joined = joined.astype(np.float32) - (1 << bits - 1)
         if level is None:
             joined *= np.repeat(stored[f"{name}.scale"], size, axis=0)
         else:
@@ -114,7 +120,7 @@ def test_joined_weights_are_what_the_file_adds_up_to(
                 )
             }
             rows, columns = joined.shape
-            sizes = {"K": rows, "N": columns, "bits": 8, "block_size": size}
+            sizes = {"K": rows, "N": columns, "bits": bits, "block_size": size}
             assert found == {**sizes, "accuracy_level": level}
         assert_array_equal(joined, sum(parts))
 
@@ -154,6 +160,27 @@ def test_the_joined_graph_computes_the_same(
     monkeypatch.setattr(ort, "load_graph", load_joined)
     for ours, theirs in zip(run(), apart, strict=True):
         assert_allclose(ours, theirs, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_packed_here_or_by_onnxruntime_it_computes_the_same_bits(
+    quant: str, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    """Where memory is short, INT4 is left to ONNX Runtime."""
+    require_kernels("native")
+    bundle = tiny_bundles("qwen2", "native", quant)
+    size = sum(x.num_bytes for x in read_manifest(bundle).quantization.linears.values())
+    found = []
+    for free in (None, 4 * size + 1, 4 * size):
+        monkeypatch.setattr(module, "read_available_memory_bytes", lambda free=free: free)
+        packed = sum(name.endswith(".weight") for name in joined_graph(bundle, 4).in_memory)
+        with Runner(bundle, int8_activations=True) as runner:
+            logits = [runner.step(random_ids(1, n, seed=n)).ravel() for n in (17, 1, 5, 1)]
+        found.append((packed, np.concatenate(logits)))
+    for _, others in found[1:]:
+        assert_array_equal(others, found[0][1])
+    linears = len(read_manifest(bundle).quantization.linears)
+    assert [packed for packed, _ in found] == [linears, linears, 1 if quant == "int4" else linears]
 
 
 @pytest.mark.parametrize("joined", [True, False])
