@@ -12,6 +12,7 @@ import pytest
 from scripts import quality, quality_score, quality_table
 from scripts.gguf_rivals import RIVALS
 from tests.conftest import Checkpoints, require_kernels
+from tests.export.sources.test_gguf import write_tiny
 
 ROWS = ("int4-rtn-g32", "fp16")
 
@@ -103,6 +104,70 @@ def test_figures_are_those_of_edge_llm_eval_and_measured_once(
     expected = edge_llm_eval(place / "bundle", reference, tmp_path / "text.txt", *cut)
     assert anew["kl_mean"] == pytest.approx(expected["bundle_alone"]["kl_mean"], rel=1e-3)
     assert anew["kl_mean"] != alone["kl_mean"]
+
+
+# Writes a matrix that says how often it was made, and layers in Q8_0 whatever is asked for.
+PROGRAMS = {
+    "llama-imatrix": """
+output = Path(sys.argv[sys.argv.index("-o") + 1])
+assert len(Path(sys.argv[sys.argv.index("-f") + 1]).read_text()) > 10_000
+with output.open("a") as file:
+    file.write("made\\n")
+""",
+    "llama-quantize": """
+*options, floats, output, kind = sys.argv[1:]
+assert ("--imatrix" in options) == kind.startswith("IQ4"), (options, kind)
+q8_0 = gguf.GGMLQuantizationType.Q8_0
+def convert(tensor):
+    if not is_linear(tensor):
+        return tensor.data, tensor.tensor_type
+    return gguf.quants.quantize(tensor.data.astype(np.float32), q8_0), q8_0
+rewrite(Path(floats), Path(output), convert)
+""",
+}
+_HEAD = f"""#!{sys.executable}
+import sys
+sys.path.insert(0, {str(Path.cwd())!r})
+from pathlib import Path
+import gguf, numpy as np
+from scripts.gguf_rivals import is_linear, rewrite
+"""
+
+
+def test_a_rivals_file_is_made_counted_and_measured(
+    texts: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    require_kernels("native")
+    for name, body in PROGRAMS.items():
+        (tmp_path / name).write_text(_HEAD + body)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(quality, "build_llama_cpp", lambda _work, _programs: tmp_path)
+    source = write_tiny(tmp_path, "qwen2")
+    rivals = ["IQ4_XS+imatrix", "Q4_0"]
+    cut = ["--tokens", "40", "--window", "32", "--text", "prose"]
+    call(monkeypatch, source, "--work", str(tmp_path), "--recipe", "--rival", *rivals, *cut)
+    work = tmp_path / "smollm2"
+    for rival in rivals:
+        about = json.loads((work / rival / "export.json").read_text())
+        assert about["bits_per_weight"] == 8.5
+        assert about["types"] == {"Q8_0": 14}
+        assert 8.5 < about["bits_per_weight_with_lm_head"] < 16
+        figures = json.loads((work / rival / "prose.json").read_text())
+        assert 0 < figures["kl_mean"] < 0.01
+        assert not (work / rival / "weights.gguf").exists()
+        assert not (work / rival / "bundle").exists()
+    assert (work / "imatrix.gguf").read_text() == "made\n"
+    # The matrix is part of what a rival that uses it costs.
+    noted = json.loads((work / "imatrix.json").read_text())
+    cost = [json.loads((work / rival / "export.json").read_text())["cpu_s"] for rival in rivals]
+    assert noted["tokens"] > 10_000
+    assert cost[0] > noted["cpu_s"] > 0
+    call(
+        monkeypatch, source, "--work", str(tmp_path), "--recipe", "--rival", "IQ4_NL+imatrix", *cut
+    )
+    assert (work / "imatrix.gguf").read_text() == "made\n"
 
 
 def test_the_models_own_answers_go_on_where_they_were_interrupted(
