@@ -111,12 +111,15 @@ def _of_model(found: dict[str, Any]) -> str:
             f"which moves weights by {about['moved_steps']:.2f} steps of the grid that they were "
             "stored on"
         )
+    served = any(_is_served(row) for row in rows)
+    heads = ["Format", "Bits per weight (with lm_head)", "CPU minutes", "KL, ten texts"]
+    heads += ["KL, known kinds", "KL, new kinds", "KL, own answers", "KL, p99", "Top-1, %"]
+    heads += ["Perplexity over float's", *(["KL, as the CPU serves it"] if served else [])]
     lines = [
         f"{title}: means over the texts, and over those of kinds that calibration has and has not.",
         "",
-        "| Format | Bits per weight (with lm_head) | CPU minutes | KL, ten texts | KL, known kinds "
-        "| KL, new kinds | KL, own answers | KL, p99 | Top-1, % | Perplexity over float's |",
-        "|" + "---|" * 10,
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
     ]
     known, new = list(TEXTS)[:-_NEW_KINDS], list(TEXTS)[-_NEW_KINDS:]
     for row in rows:
@@ -139,12 +142,18 @@ def _of_model(found: dict[str, Any]) -> str:
             f"{100 * mean('top1_agreement'):.1f}",
             f"{ratio:.3f}",
         ]
+        if served:
+            cells.append(f"{mean('kl_served'):.4f}" if _is_served(row) else "")
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"| KL by text | {' | '.join(TEXTS)} |", "|" + "---|" * (1 + len(TEXTS))]
     for row in rows:
         values = " | ".join(f"{row['texts'][name]['kl_mean']:.4f}" for name in TEXTS)
         lines.append(f"| `{row['name']}` | {values} |")
     return "\n".join(lines)
+
+
+def _is_served(row: dict[str, Any]) -> bool:
+    return all("kl_served" in row["texts"][name] for name in TEXTS)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,17 @@ def test_means_by_hand_and_no_row_that_lacks_a_text():
     assert "| 0.1250 |" in quality_table.tables([found])
 
 
+def test_what_is_served_is_a_column_where_all_texts_have_it():
+    found = a_record()
+    texts = found["rows"][0]["texts"]
+    for name in TEXTS:
+        assert "serves" not in quality_table.tables([found])
+        texts[name]["kl_served"] = 0.25
+    [head, _, row, *_] = quality_table.tables([found]).splitlines()[2:]
+    assert head.endswith("| KL, as the CPU serves it |")
+    assert row.endswith("| 0.2500 |")
+
+
 def test_what_a_model_off_its_grid_is_is_said():
     about = {"steps": 129, "loss_before": 3.0, "loss_after": 2.5, "moved_steps": 0.4}
     text = quality_table.tables([{**a_record(), "off_grid": about}])
