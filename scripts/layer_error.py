@@ -1,6 +1,6 @@
 """Output error of one decoder layer by method and calibration text, on texts that neither has seen.
 
-usage: python scripts/layer_error.py SOURCE [--layer 1] [--calibration FILE ...] [--damping 0.05]
+usage: python scripts/layer_error.py SOURCE [--layer 1] [--calibration FILE ...] [--damping 0.3]
 
 A whole export and its evaluation take minutes to hours, one early layer a minute; it shows what a
 method fits to its calibration text alone. Each figure is ``|X (W - Q)|^2 / |X W|^2`` over the
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, nargs="*", default=[], help="beside built-in")
     parser.add_argument("--tokens", type=int, default=8192, help="of each calibration text")
     parser.add_argument("--held-out", type=int, default=1024, help="tokens of each held-out text")
-    parser.add_argument("--damping", type=float, nargs="*", default=[0.05])
+    parser.add_argument("--damping", type=float, nargs="*", default=[0.3])
     options = parser.parse_args()
     print(f"| Linear | Method | Calibration | Error, % ({' / '.join(TEXTS)}) |\n|---|---|---|---|")
     for row in measure(

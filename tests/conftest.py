@@ -99,7 +99,7 @@ class Bundles(Protocol):
 
 TINY_KV_CAPACITY = 128
 FEW_TOKENS = 512
-"""To calibrate with, where what a test looks at does not depend on it: the default is 27,000."""
+"""To calibrate with, where what a test looks at does not depend on it: the default is thousands."""
 FILL_MARKS = {
     "<think>": "<|fim_prefix|>",
     "</think>": "<|fim_suffix|>",

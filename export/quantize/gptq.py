@@ -52,7 +52,7 @@ class GptqRows:
         return gptq_rows(rows, self.scheme, self.factor, self.scale_type)
 
 
-def gptq_factor(moments: Array, damping: float = 0.05) -> GptqFactor:
+def gptq_factor(moments: Array, damping: float = 0.3) -> GptqFactor:
     """Factor the second moments of a layer's inputs.
 
     Args:

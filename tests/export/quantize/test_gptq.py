@@ -45,7 +45,7 @@ def test_statistics_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("width", [1, 32, 129, 300])
-@pytest.mark.parametrize(("options", "damping"), [({"damping": 0.01}, 0.01), ({}, 0.05)], ids=str)
+@pytest.mark.parametrize(("options", "damping"), [({"damping": 0.01}, 0.01), ({}, 0.3)], ids=str)
 def test_the_factor_is_the_inverse_of_the_damped_moments(
     width: int, options: dict[str, float], damping: float
 ):
