@@ -128,19 +128,21 @@ def write_calibration_text(source: Path, output: Path) -> int:
     return int(body.size)
 
 
-def matrix_command(programs: Path, floats: Path, text: Path, output: Path) -> list[object]:
+def matrix_command(
+    programs: Path, floats: Path, text: Path, output: Path, threads: int
+) -> list[object]:
     """The command that writes an importance matrix in windows as long as our calibration's."""
-    command = [programs / "llama-imatrix", "-m", floats, "-f", text, "-o", output]
+    command = [programs / "llama-imatrix", "-m", floats, "-f", text, "-o", output, "-t", threads]
     return [*command, "-c", 512, "-b", 512, "--parse-special", "--no-ppl"]
 
 
 def quantize_command(
-    programs: Path, floats: Path, output: Path, rival: str, matrix: Path
+    programs: Path, floats: Path, output: Path, rival: str, matrix: Path, threads: int
 ) -> list[object]:
     """The command that writes a rival's file; ``matrix`` is read where the rival's name says so."""
     kind, _, with_matrix = rival.partition("+")
     given = ["--imatrix", matrix] if with_matrix else []
-    return [programs / "llama-quantize", *given, floats, output, kind]
+    return [programs / "llama-quantize", *given, floats, output, kind, threads]
 
 
 def file_bits(path: Path) -> FileBits:

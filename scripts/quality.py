@@ -43,6 +43,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edge.device.process import count_usable_cpus
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import SamplingParams
 from edge_lab.measure.defaults import WINDOW
@@ -128,7 +129,8 @@ def main() -> None:
         export(str(source), _FLOAT, work / _REFERENCE)
     ask(work / _REFERENCE, reference, options)
     texts = {text: text_file(text, reference, work) for text in options.text}
-    keep_logits(reference, texts, work / _REFERENCE / "logits", options.tokens, options.window)
+    logits = work / _REFERENCE / "logits"
+    keep_logits(reference, texts, logits, options.tokens, options.window, options.threads)
     for recipe in options.recipe:
         place = work / recipe
 
@@ -172,6 +174,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint", action="append", default=[], metavar="LABEL=PATH")
     parser.add_argument("--keep-bundles", action="store_true")
     parser.add_argument("--work", type=Path, default=Path(".quality"))
+    parser.add_argument(
+        "--threads", type=int, default=count_usable_cpus(), help="of llama.cpp and to read texts"
+    )
     parser.add_argument("--peers", type=Path, default=Path(".peers"), help="where llama.cpp is")
     options = parser.parse_args()
     if "--task" in sys.argv and not options.task:
@@ -310,7 +315,8 @@ def measure(
         left = {name: path for name, path in texts.items() if f"{kind}{name}" in missing}
         if not left:
             continue
-        found = score(bundle, left, logits, options.tokens, options.window, served=kind == _SERVED)
+        size = options.tokens, options.window, options.threads
+        found = score(bundle, left, logits, *size, served=kind == _SERVED)
         for name, figures in found:
             result = {"asked": missing[f"{kind}{name}"], **figures}
             (place / f"{kind}{name}.json").write_text(json.dumps(result))
@@ -333,11 +339,12 @@ def make_rival(rival: str, source: Path, work: Path, options: argparse.Namespace
         if not noted.exists():
             text = work / "calibration.txt"
             tokens = write_calibration_text(source, text)
-            used = run_measured(matrix_command(programs, floats, text, matrix))
+            used = run_measured(matrix_command(programs, floats, text, matrix, options.threads))
             noted.write_text(json.dumps({"tokens": tokens, **used}))
         cost = json.loads(noted.read_text())
     file = place / "weights.gguf"
-    used = run_measured(quantize_command(programs, floats, file, rival, matrix))
+    threads = options.threads
+    used = run_measured(quantize_command(programs, floats, file, rival, matrix, threads))
     export(str(file), _FLOAT, place)
     bits = file_bits(file)
     about = {

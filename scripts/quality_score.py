@@ -47,7 +47,12 @@ _CHUNK_TOKENS = 128
 
 
 def keep_logits(
-    reference: Path, texts: Mapping[str, Path], folder: Path, tokens: int, window: int = WINDOW
+    reference: Path,
+    texts: Mapping[str, Path],
+    folder: Path,
+    tokens: int,
+    window: int = WINDOW,
+    threads: int | None = None,
 ) -> None:
     """Compute the reference's logits of the texts that have none in ``folder`` yet."""
     missing = [
@@ -56,7 +61,9 @@ def keep_logits(
     if not missing:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with LLM(reference, kv_capacity=window, prefill_chunk=_CHUNK_TOKENS) as llm:
+    with LLM(
+        reference, kv_capacity=window, prefill_chunk=_CHUNK_TOKENS, num_threads=threads
+    ) as llm:
         for name in missing:
             windows = _windows(llm, texts[name], tokens, window)
             shape = sum(len(ids) - 1 for ids in windows), llm.manifest.model.vocab_size
@@ -75,6 +82,7 @@ def score(
     folder: Path,
     tokens: int,
     window: int = WINDOW,
+    threads: int | None = None,
     *,
     served: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -86,6 +94,7 @@ def score(
         folder: of the reference's logits.
         tokens: of each text, at most.
         window: tokens that see each other.
+        threads: of the CPU; None leaves it to the engine.
         served: with activations as the CPU serves the bundle, instead of float ones.
 
     Yields:
@@ -98,6 +107,7 @@ def score(
         bundle,
         kv_capacity=window,
         prefill_chunk=_CHUNK_TOKENS,
+        num_threads=threads,
         int8_activations=False if float_only else None,
     ) as llm:
         for name, path in texts.items():

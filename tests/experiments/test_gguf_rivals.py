@@ -103,8 +103,8 @@ def test_bits_are_counted_in_the_file(tmp_path: Path):
 def test_a_matrix_is_given_where_the_name_says_so():
     place = Path("bin"), Path("floats"), Path("out")
     for rival in gguf_rivals.RIVALS:
-        command = list(map(str, quantize_command(*place, rival, Path("matrix"))))
-        assert command[-3:] == ["floats", "out", rival.removesuffix("+imatrix")]
+        command = list(map(str, quantize_command(*place, rival, Path("matrix"), 3)))
+        assert command[-4:] == ["floats", "out", rival.removesuffix("+imatrix"), "3"]
         assert ("matrix" in command) == rival.endswith("+imatrix")
 
 

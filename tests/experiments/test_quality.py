@@ -115,7 +115,7 @@ with output.open("a") as file:
     file.write("made\\n")
 """,
     "llama-quantize": """
-*options, floats, output, kind = sys.argv[1:]
+*options, floats, output, kind, threads = sys.argv[1:]
 assert ("--imatrix" in options) == kind.startswith("IQ4"), (options, kind)
 q8_0 = gguf.GGMLQuantizationType.Q8_0
 def convert(tensor):
