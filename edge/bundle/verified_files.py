@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from edge.errors import IntegrityError
@@ -15,7 +17,7 @@ from .manifest import MANIFEST_NAME, FileInfo, Manifest
 
 
 class VerifiedFiles:
-    """Files of a bundle, opened once, hashed, and read by the same descriptors.
+    """Files of a bundle, opened once, hashed side by side, and read by the same descriptors.
 
     What `read` returns, and what is read by a `descriptor`, is of the file that was hashed,
     whatever is put at its path meanwhile. After a library that opens files by their paths comes
@@ -23,19 +25,38 @@ class VerifiedFiles:
     """
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, names: Iterable[str] | None = None
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        names: Iterable[str] | None = None,
+        later: Collection[str] = (),
     ) -> None:
-        """Open and hash; see `verify_files`."""
+        """Open and hash; see `verify_files`. Only `finish` waits for the hashes of ``later``."""
         self._bundle = bundle
         self._manifest = manifest
         self._files: dict[str, tuple[int, os.stat_result]] = {}
+        self._hashes: dict[str, Future[FileInfo]] = {}
+        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+        self._closed = False
         try:
             self._placed_ns = self._stat(bundle).st_mtime_ns
             for name in manifest.files if names is None else names:
                 self._open(name)
+            sizes = {name: found.st_size for name, (_, found) in self._files.items()}
+            for name in sorted(sizes, key=lambda name: (name in later, -sizes[name])):
+                self._hashes[name] = self._pool.submit(self._hash, name)
+            self._wait(name for name in sizes if name not in later)
         except BaseException:
             self.close()
             raise
+
+    def finish(self) -> None:
+        """Wait for all hashes.
+
+        Raises:
+            IntegrityError: see `verify_files`.
+        """
+        self._wait(self._files)
 
     def read(self, name: str) -> bytes:
         """Read a whole file that was hashed.
@@ -48,11 +69,16 @@ class VerifiedFiles:
         return data
 
     def descriptor(self, name: str) -> int:
-        """A descriptor of a file that was hashed; it ends with this object."""
+        """A descriptor of a file that was hashed; it ends with this object.
+
+        Raises:
+            IntegrityError: see `verify_files`, for one of ``later``.
+        """
+        self._wait([name])
         return self._files[name][0]
 
     def check_unchanged(self) -> None:
-        """Check that the paths still lead to the files that were hashed, and nobody wrote to them.
+        """`finish`; then check that the paths still lead to these files, and nobody wrote to them.
 
         Whatever happens to a file changes its time of change (ctime). Where nothing else differs it
         is hashed again: a hard link that a backup made, or other rights, left its bytes as they
@@ -61,6 +87,7 @@ class VerifiedFiles:
         Raises:
             IntegrityError: one is another, or was changed; it is named.
         """
+        self.finish()
         for name, (descriptor, before) in self._files.items():
             path = self._bundle / name
             now, placed_ns = self._stat(path), self._stat(self._bundle).st_mtime_ns
@@ -75,7 +102,9 @@ class VerifiedFiles:
                 )
 
     def close(self) -> None:
-        """Close the files; calling it twice is harmless."""
+        """Close the files, hashed or not; calling it twice is harmless."""
+        self._closed = True
+        self._pool.shutdown(cancel_futures=True)  # another file may get a descriptor's number
         while self._files:
             os.close(self._files.popitem()[1][0])
 
@@ -106,9 +135,19 @@ class VerifiedFiles:
                     f"{path} has {found.st_size} bytes, the manifest says {expected.num_bytes}; "
                     "copy or export the bundle again"
                 )
-            self._check_hash(name, sha256_descriptor(descriptor))
         except OSError as error:
             raise self._cannot_read(path, error) from error
+
+    def _hash(self, name: str) -> FileInfo:
+        chunks = read_chunks(self._files[name][0])
+        return _sha256(itertools.takewhile(lambda _: not self._closed, chunks))
+
+    def _wait(self, names: Iterable[str]) -> None:
+        for name in names:
+            try:
+                self._check_hash(name, self._hashes[name].result())
+            except OSError as error:
+                raise self._cannot_read(self._bundle / name, error) from error
 
     def _check_hash(self, name: str, found: FileInfo) -> None:
         expected = self._manifest.files[name]
@@ -158,8 +197,12 @@ def sha256_file(path: Path) -> FileInfo:
 
 def sha256_descriptor(descriptor: int) -> FileInfo:
     """Hash an open file from its start, as `sha256_file`."""
+    return _sha256(read_chunks(descriptor))
+
+
+def _sha256(chunks: Iterable[bytes]) -> FileInfo:
     digest, num_bytes = hashlib.sha256(), 0
-    for chunk in read_chunks(descriptor):
+    for chunk in chunks:
         digest.update(chunk)
         num_bytes += len(chunk)
     return FileInfo(num_bytes=num_bytes, sha256=digest.hexdigest())

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Backend
-from edge.backends.choose import open_backend, serial_slots, unused_gpu
+from edge.backends.choose import open_backend, serial_slots, tries_gpu, unused_gpu
 from edge.bundle import manifest as manifests
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.library import find_setting
@@ -24,7 +24,7 @@ from edge.bundle.tasks import check_task
 from edge.bundle.trust import open_manifest
 from edge.bundle.verified_files import VerifiedFiles
 from edge.engine_config import EngineConfig, EngineOptions
-from edge.errors import BundleError, ConfigError, ContextLengthError, RequestError
+from edge.errors import BundleError, ConfigError, ContextLengthError, EdgeError, RequestError
 from edge.files import decode_text
 from edge.text.begun_answer import BegunAnswer, take_begun_answer
 from edge.text.chat_template import ChatTemplate, encode_chat
@@ -139,7 +139,7 @@ class LLM:
 
     Raises:
         IntegrityError: a file of the bundle is damaged, or the bundle is signed with a key that is
-            not trusted; nothing of it was parsed.
+            not trusted; no parser has seen it, and nothing was answered with it.
         ConfigError: an unknown option, or a value that `EngineConfig` or the engine refuses.
         BundleError: the bundle is missing, incomplete, not signed where it must be, or has no
             engine that runs here.
@@ -178,7 +178,9 @@ class LLM:
         if config.backend != "ort-cpu":
             read.append(graphs.decoder)
         names = dict.fromkeys([*self.manifest.files, *read])
-        with VerifiedFiles(self.bundle, self.manifest, names) as files:
+        # Nothing parses numbers: they are hashed while the CPU's engine reads them.
+        numbers = [name for name in names if name == EMBEDDINGS_NAME or name.endswith(".data")]
+        with VerifiedFiles(self.bundle, self.manifest, names, later=numbers) as files:
             self._open(files, config)
 
     def _open(self, files: VerifiedFiles, config: EngineConfig) -> None:
@@ -193,9 +195,15 @@ class LLM:
         )
         self._head: Head | None = None
         self.draft_manifest = self._read_draft(files)
-        self.backend: Backend = open_backend(
-            self.bundle, self.manifest, config, self.draft_manifest
-        )
+        if tries_gpu(self.bundle, config):
+            files.finish()
+        try:
+            self.backend: Backend = open_backend(
+                self.bundle, self.manifest, config, self.draft_manifest
+            )
+        except EdgeError:
+            files.finish()  # damage explains it
+            raise
         try:
             # Graph and weights are opened by their paths, once more.
             files.check_unchanged()

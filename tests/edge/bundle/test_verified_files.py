@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edge.bundle import verified_files as module
 from edge.bundle.manifest import MANIFEST_NAME, encode_manifest, read_manifest
 from edge.bundle.verified_files import VerifiedFiles, sha256_file, verify_files
 from edge.errors import BundleError, IntegrityError
@@ -141,6 +144,43 @@ def test_what_leaves_the_bytes_as_they_were_ends_no_start(bundle: Path, touch: A
         touch(bundle / "decoder.onnx")
         assert (bundle / "decoder.onnx").stat().st_ctime_ns != before
         files.check_unchanged()
+
+
+def test_hashes_of_numbers_are_waited_for_later(bundle: Path) -> None:
+    (bundle / "decoder.onnx").write_bytes(b"evil!")
+    with VerifiedFiles(bundle, read_manifest(bundle), later=["decoder.onnx"]) as files:
+        files.descriptor("tokenizer.json")
+        for ask in (files.finish, files.check_unchanged, lambda: files.descriptor("decoder.onnx")):
+            with pytest.raises(IntegrityError, match=r"decoder\.onnx is damaged"):
+                ask()
+    with pytest.raises(IntegrityError, match=r"decoder\.onnx is damaged"):
+        VerifiedFiles(bundle, read_manifest(bundle), later=["tokenizer.json"])
+
+
+def test_whoever_gives_up_waits_for_no_hash(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, ended = threading.Event(), threading.Event()
+
+    def large(_: int) -> Iterator[bytes]:
+        for _ in range(10**7):
+            yield b"graph"
+            read.set()
+        ended.set()
+
+    monkeypatch.setattr(module, "read_chunks", large)
+    with VerifiedFiles(bundle, read_manifest(bundle), ["decoder.onnx"], later=["decoder.onnx"]):
+        assert read.wait(60)
+    assert not ended.is_set()
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_named(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: int) -> Iterator[bytes]:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(module, "read_chunks", broken)
+    with pytest.raises(IntegrityError, match=r"decoder\.onnx cannot be read \(Input/output error"):
+        verify_files(bundle, read_manifest(bundle))
 
 
 def test_no_descriptor_is_left_open(bundle: Path) -> None:
