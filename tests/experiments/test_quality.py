@@ -23,7 +23,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text.write_text("The table has four sound chairs, and the fifth is a list of them. " * 4)
     for module in (quality, quality_table):
         monkeypatch.setattr(module, "TEXTS", {"prose": text, "code": text})
-    monkeypatch.setattr(quality_table, "_NEW_KINDS", 1)
+    monkeypatch.setattr(quality_table, "_HALF", 1)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, source: Path, *arguments: str) -> None:
