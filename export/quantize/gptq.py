@@ -17,6 +17,9 @@ from .rtn import QuantizedRows, integer_range, quantize_rows
 from .triangular import damp, factor_upper, invert_upper
 
 Array = NDArray[np.float32]
+DAMPING = 0.3
+"""What is added to the diagonal of the second moments, as a fraction of its mean: more than fits
+the calibration text best, since a few thousand tokens say little about the rest."""
 _TILE_ELEMENTS = 1 << 22  # each tile takes all columns: more rows, better matrix products
 _BLOCK = 64
 _ROWS = 1024  # a block of columns of this many rows stays in the CPU's cache
@@ -52,7 +55,7 @@ class GptqRows:
         return gptq_rows(rows, self.scheme, self.factor, self.scale_type)
 
 
-def gptq_factor(moments: Array, damping: float = 0.3) -> GptqFactor:
+def gptq_factor(moments: Array, damping: float = DAMPING) -> GptqFactor:
     """Factor the second moments of a layer's inputs.
 
     Args:
