@@ -17,9 +17,8 @@ from export.sources.quantized_weight import QuantizedWeight
 
 from .awq import awq_factors
 from .calibration import LayerActivations, LayerRunner
-from .descent import DescentRows
 from .error_feedback import feedback, to_make_up
-from .gptq import DAMPING, GptqRows, gptq_factor
+from .gptq import GptqRows, gptq_factor
 from .plan import Block, BlockPlan, LinearPlan, nearest_rows
 from .rotation import BlockRotatedCheckpoint
 from .rounded_twin import RESIDUAL, RoundedLayer, RoundedTwin, flat
@@ -27,11 +26,9 @@ from .rtn import NearestRows, QuantizedRows, RowQuantizer, dequantize_rows, roun
 from .scaled_checkpoint import ScaledCheckpoint
 from .smoothquant import activation_scale, smoothing, token_scale
 from .statistics import mean_square, second_moment
-from .triangular import damp
 
 Array = NDArray[np.float32]
 Method = Literal["rtn", "awq", "gptq", "awq+gptq"]
-_SWEEPS = 1  # of coordinate descent, each of which takes about as long as GPTQ's rounding
 
 
 @dataclass(frozen=True)
@@ -180,9 +177,7 @@ class Calibrated:
         del lost
         moments = second_moment(inputs)
         weights += feedback(wanted, moments, factors)
-        gptq = GptqRows(seen.scheme, gptq_factor(moments), self.scale_type)
-        damp(moments, DAMPING)
-        rows = round_tiles(weights, DescentRows(gptq, moments, _SWEEPS))
+        rows = round_tiles(weights, GptqRows(seen.scheme, gptq_factor(moments), self.scale_type))
         rounded.round(name, dequantize_rows(rows))
         return LinearPlan(
             seen.layer, seen.scheme, folded, None, kept=_split(rows, [len(p) for p in parts])
