@@ -24,13 +24,14 @@ HUGE_PAGE_BYTES = 2 << 20  # of x86-64, and of aarch64 with pages of 4 KB
 MADV_HUGEPAGE = 14
 MADV_COLLAPSE = 25  # Linux 6.1
 
+_PIECE_BYTES = 64 << 20
 _SMAPS = Path("/proc/self/smaps")
 # Holes are filled when pages are collapsed: so little may become resident that was not used.
 _MIN_RESIDENT = 0.9
 
 
-def collapse_filled(min_region_bytes: int) -> int:
-    """Make huge pages of what is resident in this process's large anonymous regions.
+def collapse_filled(min_region_bytes: int) -> Iterator[int]:
+    """Make huge pages of what is resident in this process's large anonymous regions, bit by bit.
 
     Regions that are advised against huge pages stay small (`HostCache`), and so does every 2 MB of
     which less than nine tenths are resident. What the kernel refuses is no error: it stays small.
@@ -38,31 +39,36 @@ def collapse_filled(min_region_bytes: int) -> int:
     Args:
         min_region_bytes: size of the smallest region that is looked at.
 
-    Returns:
-        Bytes that are in huge pages now because of this call, or were before.
+    Yields:
+        Bytes of the next piece that are in huge pages now because of this call, or were before.
     """
-    started, wanted, made, refusal = time.perf_counter(), 0, 0, ""
+    at, wanted, made, spent_s, refusal = 0, 0, 0, 0.0, ""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
-        for start, end in _large_regions(min_region_bytes):
-            for address, num_bytes in _resident_runs(libc, start, end):
-                wanted += num_bytes
-                try:
-                    _advise(libc, address, num_bytes, MADV_COLLAPSE)
-                    made += num_bytes
-                except OSError as error:
-                    refusal = f"; {error}"
-                    _advise(libc, address, num_bytes, MADV_HUGEPAGE)
+        started = time.perf_counter()
+        # Looked for anew each time: memory comes and goes between two pieces.
+        while found := next(_resident_runs(libc, min_region_bytes, at), None):
+            address, num_bytes = found[0], min(found[1], _PIECE_BYTES)
+            at, wanted, done = address + num_bytes, wanted + num_bytes, 0
+            try:
+                _advise(libc, address, num_bytes, MADV_COLLAPSE)
+                done = num_bytes
+            except OSError as error:
+                refusal = f"; {error}"
+                _advise(libc, address, num_bytes, MADV_HUGEPAGE)
+            made += done
+            spent_s += time.perf_counter() - started
+            yield done
+            started = time.perf_counter()
     except (OSError, AttributeError) as error:  # no smaps, no such function, no such advice
         refusal = f"; {error}"
     _log.debug(
         "%d of %d MB are in huge pages after %.1f s%s",
         made >> 20,
         wanted >> 20,
-        time.perf_counter() - started,
+        spent_s,
         refusal,
     )
-    return made
 
 
 def _large_regions(min_bytes: int) -> Iterator[tuple[int, int]]:
@@ -79,28 +85,29 @@ def _large_regions(min_bytes: int) -> Iterator[tuple[int, int]]:
                 yield start, end
 
 
-def _resident_runs(libc: ctypes.CDLL, start: int, end: int) -> Iterator[tuple[int, int]]:
+def _resident_runs(libc: ctypes.CDLL, min_bytes: int, after: int) -> Iterator[tuple[int, int]]:
     """Address and bytes of neighbouring huge pages that are resident already, nearly all of each.
 
     Raises:
-        OSError: the region is not there any more.
+        OSError: a region is not there any more.
     """
-    start += -start % HUGE_PAGE_BYTES
-    count = (end - start) // HUGE_PAGE_BYTES
-    if count <= 0:
-        return
-    pages = np.zeros((count, HUGE_PAGE_BYTES // mmap.PAGESIZE), np.uint8)
-    _check(
-        libc.mincore(
-            ctypes.c_void_p(start),
-            ctypes.c_size_t(count * HUGE_PAGE_BYTES),
-            ctypes.c_void_p(pages.ctypes.data),
+    for begin, end in _large_regions(min_bytes):
+        start = max(begin + -begin % HUGE_PAGE_BYTES, after)
+        count = (end - start) // HUGE_PAGE_BYTES
+        if count <= 0:
+            continue
+        pages = np.zeros((count, HUGE_PAGE_BYTES // mmap.PAGESIZE), np.uint8)
+        _check(
+            libc.mincore(
+                ctypes.c_void_p(start),
+                ctypes.c_size_t(count * HUGE_PAGE_BYTES),
+                ctypes.c_void_p(pages.ctypes.data),
+            )
         )
-    )
-    filled = (pages & 1).mean(axis=1) >= _MIN_RESIDENT
-    edges = np.flatnonzero(np.diff(filled, prepend=False, append=False)).tolist()
-    for first, last in zip(edges[::2], edges[1::2], strict=True):
-        yield start + first * HUGE_PAGE_BYTES, (last - first) * HUGE_PAGE_BYTES
+        filled = (pages & 1).mean(axis=1) >= _MIN_RESIDENT
+        edges = np.flatnonzero(np.diff(filled, prepend=False, append=False)).tolist()
+        for first, last in zip(edges[::2], edges[1::2], strict=True):
+            yield start + first * HUGE_PAGE_BYTES, (last - first) * HUGE_PAGE_BYTES
 
 
 def _advise(libc: ctypes.CDLL, address: int, num_bytes: int, advice: int) -> None:

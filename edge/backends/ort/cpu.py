@@ -7,6 +7,7 @@ its rows in place and copies nothing.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -148,7 +149,8 @@ class OrtBackend:
 
         self._session = open_graph(prompts=False)
         self._prompt_session = open_graph(prompts=True) if int8_prompts else None
-        collapse_filled(_WEIGHTS_BYTES)
+        # Behind each step a piece; behind the first one, which an answer waits for, none.
+        self._collapsing = itertools.chain([0], collapse_filled(_WEIGHTS_BYTES))
         model = self._model
         shape = (num_slots, model.num_kv_heads, self.capacity, model.head_dim)
         try:
@@ -199,7 +201,9 @@ class OrtBackend:
     def forward(self, step: Step) -> NDArray[np.float32]:
         """See `edge.backends.Backend.forward`."""
         step.check(self)
-        return self._runner.run(step)
+        rows = self._runner.run(step)
+        next(self._collapsing, None)
+        return rows
 
     def read_slot(self, slot: int, length: int) -> Floats:
         """See `edge.backends.Backend.read_slot`."""

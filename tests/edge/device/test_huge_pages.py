@@ -63,13 +63,17 @@ def counted(values: NDArray[np.uint8], name: str) -> int:
     return sum(found)
 
 
+def collapse(least: int) -> int:
+    return sum(collapse_filled(least))
+
+
 def test_filled_memory_becomes_huge_and_keeps_what_it_holds():
     require_huge_pages()
     values = region()
     expected = np.random.default_rng(0).integers(0, 256, SIZE, np.uint8)
     values[:] = expected
     for _ in range(2):  # once more does no harm
-        assert collapse_filled(LEAST) >= SIZE
+        assert collapse(LEAST) >= SIZE
         assert counted(values, "AnonHugePages") == counted(values, "Rss") == SIZE
         assert np.array_equal(values, expected)
 
@@ -79,7 +83,7 @@ def test_a_huge_page_with_many_holes_stays_small():
     require_huge_pages()
     values = region((0.0, 0.5, 0.89, 0.91) * (COUNT // 4))
     before = counted(values, "Rss")
-    collapse_filled(LEAST)
+    collapse(LEAST)
     assert counted(values, "AnonHugePages") == SIZE // 4
     assert 0 < counted(values, "Rss") - before <= SIZE // 4 / 10
     assert (values.reshape(COUNT, -1).sum(axis=1) > 0).tolist() == [False, True, True, True] * (
@@ -90,16 +94,16 @@ def test_a_huge_page_with_many_holes_stays_small():
 def test_what_is_advised_against_huge_pages_stays_small():
     require_huge_pages()
     values = region(advice=mmap.MADV_NOHUGEPAGE)
-    collapse_filled(LEAST)
+    collapse(LEAST)
     assert counted(values, "AnonHugePages") == 0
 
 
 def test_small_regions_are_not_looked_at():
     require_huge_pages()
     values = region()
-    collapse_filled(SIZE + mmap.PAGESIZE)
+    collapse(SIZE + mmap.PAGESIZE)
     assert counted(values, "AnonHugePages") == 0
-    collapse_filled(SIZE)
+    collapse(SIZE)
     assert counted(values, "AnonHugePages") > 0  # all of it, where the kernel finds the room
 
 
@@ -112,7 +116,7 @@ def test_files_and_shared_memory_are_left_alone(tmp_path: Path):
     for block in (copied, mmap.mmap(-1, SIZE)):
         block[:] = b"x" * SIZE
         values = np.frombuffer(block, np.uint8)
-        collapse_filled(LEAST)
+        collapse(LEAST)
         assert counted(values, "AnonHugePages") + counted(values, "ShmemPmdMapped") == 0
 
 
@@ -147,7 +151,7 @@ def test_a_refusal_is_one_line_for_who_debugs(
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: libc)
     values = region()
     with caplog.at_level(logging.DEBUG):
-        assert collapse_filled(LEAST) == 0
+        assert collapse(LEAST) == 0
     assert libc.accepted == accepted
     assert counted(values, "AnonHugePages") == 0
     (record,) = caplog.records
@@ -160,7 +164,7 @@ def test_a_system_that_shows_no_regions_is_one_line_too(
 ):
     monkeypatch.setattr(huge_pages, "_SMAPS", tmp_path / "smaps")
     with caplog.at_level(logging.DEBUG):
-        assert collapse_filled(LEAST) == 0
+        assert collapse(LEAST) == 0
     (record,) = caplog.records
     assert record.levelno == logging.DEBUG
     assert "No such file" in record.getMessage()

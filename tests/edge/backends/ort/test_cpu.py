@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from edge.backends.ort import cpu
 from edge.backends.ort.cpu import OrtBackend
 from edge.backends.step import step_after
 from edge.bundle.manifest import read_manifest
@@ -42,12 +43,18 @@ def open_runner(bundles: Bundles, kind: Kind, variant: str, **options: Any) -> R
 _SHOW_MEMORY = """
 import sys
 from pathlib import Path
+import numpy as np
 from edge.backends.ort import cpu
+from edge.backends.step import step_after
 from edge.bundle.manifest import read_manifest
 bundle = Path(sys.argv[1])
 if "small" in sys.argv:
-    cpu.collapse_filled = lambda _: 0
-backend = cpu.OrtBackend(bundle, read_manifest(bundle))
+    cpu.collapse_filled = lambda _: ()
+manifest = read_manifest(bundle)
+backend = cpu.OrtBackend(bundle, manifest)
+embeds = np.zeros((1, 1, manifest.model.hidden_size), np.float32)
+for row in range(40):
+    backend.forward(step_after([0], [row], embeds, np.array([[0]])))
 print(Path("/proc/self/smaps_rollup").read_text(), end="")
 """
 
@@ -63,6 +70,25 @@ def test_weights_are_in_huge_pages_and_take_no_more_memory(smollm2_bundle: Path)
         resident[pages], huge[pages] = int(kib["Anonymous:"]), int(kib["AnonHugePages:"])
     assert huge["huge"] >= 0.6 * resident["huge"]  # nearly all, but a crowded machine has fewer
     assert resident["huge"] == pytest.approx(resident["small"], rel=0.03)
+
+
+def test_pages_are_made_huge_behind_the_steps_that_follow_the_first(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    made = []
+
+    def pieces(_: int) -> Iterator[int]:
+        for number in range(2):
+            made.append(number)
+            yield number
+
+    monkeypatch.setattr(cpu, "collapse_filled", pieces)
+    with open_runner(tiny_bundles, "qwen2", "native") as runner:
+        counts = []
+        for number in range(4):
+            runner.step(random_ids(1, 1, seed=number))
+            counts.append(len(made))
+    assert counts == [0, 1, 2, 2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
