@@ -193,14 +193,10 @@ def drop_high_products(graph: OnnxFile, names: list[str]) -> None:
 def _read_joined(
     bundle: Path, low: ExternalTensor, high: ExternalTensor, out: NDArray[np.uint8]
 ) -> None:
-    with (bundle / low.file).open("rb") as file:
-        for start in range(0, low.num_bytes, _CHUNK_BYTES):
-            count = min(_CHUNK_BYTES, low.num_bytes - start)
-            planes = []
-            for plane in (low, high):
-                file.seek(plane.offset + start)
-                planes.append(np.frombuffer(file.read(count), np.uint8))
-            join(planes[0], planes[1], out[2 * start : 2 * (start + count)])
+    planes = _map(bundle, low), _map(bundle, high)
+    for start in range(0, low.num_bytes, _CHUNK_BYTES):
+        end = min(start + _CHUNK_BYTES, low.num_bytes)
+        join(planes[0][start:end], planes[1][start:end], out[2 * start : 2 * end])
 
 
 def _read_transposed(
