@@ -117,15 +117,20 @@ class _Quant(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 
     "Quantization",
     "--method",
     type=click.Choice(["rtn", "awq", "gptq", "awq+gptq"]),
-    help="How INT4 layers are rounded; default awq+gptq, which loses least. awq takes a fourth of "
-    "its time; rtn takes a minute and needs no calibration, but loses most.",
+    help="How INT4 layers are rounded; default awq+gptq, which loses least. rtn takes a minute and "
+    "needs no calibration, but loses most.",
+)
+@option(
+    "Quantization",
+    "--best",
+    is_flag=True,
+    help="INT4 that loses least: as by default, but calibrated with all of the text, which takes "
+    "about three times as long.",
 )
 @option(
     "Quantization",
     "--fast",
-    "named",
-    is_flag=True,  # a flag_value beside a default is taken always by click 8.2.0
-    callback=lambda _ctx, _param, is_given: "fast" if is_given else "default",
+    is_flag=True,
     help="A bundle within minutes: INT4 rounded to nearest, nothing calibrated, nothing measured. "
     "At 1.5B it loses twice what the default does, about as much as llama.cpp's Q4_0.",
 )
@@ -295,6 +300,8 @@ def export(
     as_json: bool,
     verify: bool | None,
     dry_run: bool,
+    fast: bool,
+    best: bool,
     **options: Any,
 ) -> None:
     """Turn SOURCE into a bundle.
@@ -304,7 +311,7 @@ def export(
     """
     try:
         from .pipeline import VERIFY_STEP, ExportConfig, export_checkpoint, forecast_checkpoint
-        from .recipes import RECIPES
+        from .recipes import RECIPES, RecipeName
         from .verify import better_recipe
     except ImportError as error:
         if isinstance(error, DependencyError):
@@ -317,9 +324,12 @@ def export(
     from edge_lab.cli.progress import show_progress
     from edge_lab.measure.evaluate import gate_of_recipe, load_gate, missed_thresholds
 
-    named = RECIPES[options["named"]]
+    if fast and best:
+        raise ConfigError("--fast contradicts --best; leave one of the two out")
+    name: RecipeName = "fast" if fast else "best" if best else "default"
+    named = RECIPES[name]
     report = verify is None and named.measures
-    config = ExportConfig(**options, verify=bool(verify), report=report)
+    config = ExportConfig(**options, named=name, verify=bool(verify), report=report)
     if dry_run:
         with show_progress([]) as progress:
             found = forecast_checkpoint(config, progress)

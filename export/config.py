@@ -37,8 +37,8 @@ class ExportConfig:
         group_size: see `Recipe`.
         keep: see `Recipe`.
         clip: see `Recipe`.
-        named: what is done where no other field says: ``default``, or ``fast`` for a bundle within
-            minutes, see `recipes.RECIPES`.
+        named: what is done where no other field says, see `recipes.RECIPES`: ``default``, ``fast``
+            for a bundle at once, or ``best`` for one that loses less and takes longer.
         method: how INT4 layers are rounded: ``rtn`` to nearest, the others calibrated; None is
             that of ``named``.
         calibration: text or JSONL to calibrate with; None is the built-in text, for GPTQ and
@@ -156,17 +156,18 @@ class ExportConfig:
         object.__setattr__(self, "rounding", self.method or default)
         if self.named == "fast":
             self._check_fast(has_int4)
+        if self.named == "best":
+            self._check_best(has_int4)
         if self.rounding != "rtn" and not has_int4:
             raise ConfigError(
                 f"--method {self.method} has no effect: no layer is INT4; leave it out"
             )
-        rounds_inputs = self.quant == "int8-w8a8" or any(kind == "w8a8" for _, kind in self.keep)
         for option, setting in (
             ("--calibration", self.calibration),
             ("--calibration-tokens", self.calibration_tokens),
             ("--seed", self.seed),
         ):
-            calibrates = self.rounding != "rtn" or rounds_inputs or self.kv_cache == "int8"
+            calibrates = self.rounding != "rtn" or self.rounds_inputs or self.kv_cache == "int8"
             if setting is not None and not calibrates:
                 why = f"--quant {quant}, which needs no calibration;"
                 if self.named == "fast":
@@ -241,7 +242,15 @@ class ExportConfig:
         """Tokens to calibrate with at most; a KV cache alone takes fewer where nobody says."""
         if self.calibration_tokens is not None:
             return self.calibration_tokens
-        return BUILT_IN_TOKENS if self.calibration is None else DEFAULT_TOKENS
+        most = BUILT_IN_TOKENS if self.calibration is None else DEFAULT_TOKENS
+        if self.rounding == "rtn" or self.rounds_inputs:  # ranges of INT8 inputs take all
+            return most
+        return min(most, RECIPES[self.named].calibration_tokens)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether a recipe that is not the source's rounds inputs of some linear to INT8."""
+        return self.quant == "int8-w8a8" or any(kind == "w8a8" for _, kind in self.keep)
 
     def check_task(self, task: Task) -> None:
         """Refuse what a model of this task cannot have.
@@ -286,6 +295,19 @@ class ExportConfig:
             raise ConfigError(
                 f"--fast has no effect with --quant {self.quant}: no layer is INT4; leave it out, "
                 "or add --no-verify to measure nothing"
+            )
+
+    def _check_best(self, has_int4: bool) -> None:
+        """Refuse ``--best`` where it would change nothing."""
+        if self.quant == AS_IN_SOURCE or not has_int4:
+            raise ConfigError(
+                f"--best has no effect with --quant {self.quant}: no layer is rounded to INT4; "
+                "leave it out"
+            )
+        if self.method is not None and "gptq" not in self.method:
+            raise ConfigError(
+                f"--best contradicts --method {self.method}: it is {DEFAULT_METHOD} with all of "
+                "the calibration text; leave one of the two out"
             )
 
     def _refuse_rounding(self) -> None:

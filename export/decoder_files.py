@@ -45,7 +45,9 @@ from .graph.kv_quantization import KvScales
 from .graph.rope import rope_tables
 from .quantize.calibrated import Calibrated
 from .quantize.calibration import LayerActivations, LayerRunner, warn_of_peaks
+from .quantize.effort import layer_effort
 from .quantize.from_source import AsInSource
+from .quantize.held_layer import HeldLayer
 from .quantize.kv_scales import CACHE_TOKENS, calibrate_kv_cache
 from .quantize.linear import LinearTensors, convert
 from .quantize.plan import Block, BlockPlan, Calibrator, LinearPlan, ToNearest, linear_blocks
@@ -141,8 +143,7 @@ class DecoderFiles:
             key = calibration_key(self.config, self.checkpoint, ids)
             with resumable_work(writer.calibration_directory, key, targets) as work:
                 calibrator = self._calibrated(ids)
-                layers = min(work.finished.blocks, self.checkpoint.spec.num_layers)
-                calibrator.runner.report(layers * len(ids))
+                calibrator.runner.report(min(work.finished.blocks, self.checkpoint.spec.num_layers))
                 finished, tensors = self._write_data(calibrator, work)
         else:
             with fresh_work(targets) as work:
@@ -220,9 +221,12 @@ class DecoderFiles:
         if "gptq" not in method:
             runner = LayerRunner(self.checkpoint, ids, self.progress)
             return Calibrated(runner, self.schemes, method, clip, scale_type)
-        runner = LayerRunner(self.checkpoint, ids, self.progress, TAPS_OF_BOTH)
-        twin = RoundedTwin(self.checkpoint, ids.shape[1])
-        return Calibrated(runner, self.schemes, method, clip, scale_type, twin)
+        held = HeldLayer(self.checkpoint)
+        effort = layer_effort(held.spec, ids.size)
+        share = effort.look / effort.total
+        runner = LayerRunner(held, ids, self.progress, TAPS_OF_BOTH, share)
+        twin = RoundedTwin(held, ids.shape[1])
+        return Calibrated(runner, self.schemes, method, clip, scale_type, twin, effort)
 
     def _to_nearest(self) -> Calibrator:
         scale_type = NUMPY_TYPE[self.config.float_type]
@@ -264,8 +268,12 @@ class DecoderFiles:
         """
         finished = work.finished
         every = linear_blocks(self.checkpoint.spec)
-        total = sum(math.prod(layer.shape) for block in every for layer in block.linears)
-        done = sum(math.prod(info.shape) for info in finished.infos.values())
+        # A calibration that knows what rounding takes reports its layers whole.
+        reported = isinstance(calibrator, Calibrated) and calibrator.effort is not None
+        first = self.checkpoint.spec.num_layers if reported else 0
+        counted = {each.name: math.prod(each.shape) for b in every[first:] for each in b.linears}
+        total = sum(counted.values())
+        done = sum(size for name, size in counted.items() if name in finished.infos)
         lock, ended = threading.Lock(), threading.Event()
 
         def count(weights: int) -> None:
@@ -276,7 +284,8 @@ class DecoderFiles:
                 done += weights
                 self.progress("quantize", done, total, "weights")
 
-        count(0)
+        if counted:
+            count(0)
         hidden, waiting = finished.hidden, deque[Future[_Converted]]()
         with ThreadPoolExecutor(self.config.workers) as pool:
             # One worker is this thread, which a signal can interrupt anywhere.
@@ -285,7 +294,8 @@ class DecoderFiles:
                 for block in every[finished.blocks :]:
                     seen = calibrator.look(block, hidden)
                     hidden = None if seen is None else seen.hidden
-                    waiting.append(submit(self._convert_block, calibrator, block, seen, count))
+                    report = count if block.index >= first else _uncounted
+                    waiting.append(submit(self._convert_block, calibrator, block, seen, report))
                     del seen  # its inputs are the worker's to give up
                     while len(waiting) == self.config.workers or (waiting and block is every[-1]):
                         finished = self._store_block(waiting.popleft().result(), finished, outputs)
@@ -322,6 +332,10 @@ class DecoderFiles:
             linears[linear.layer.name] = stored
             infos[linear.layer.name] = linear_info(linear, stored[0], tensors)
         return finished.after(plan, linears, infos)
+
+
+def _uncounted(_weights: int) -> None:
+    """Report nothing of weights that the calibration reports."""
 
 
 class _EndedError(Exception):

@@ -9,15 +9,13 @@ from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import ModelSpec, TensorScheme
 
 from .quantize.calibrated import Method
+from .quantize.effort import layer_effort
+from .recipes import RECIPES
 
-# Weights of the decoder layers per second on two x86-64 cores, with the default calibration text:
-# whole exports of the 1.5B of docs/quantization.md (1.31 G weights in the layers). GPTQ alone was
-# not run since it makes up for earlier layers: its time before, and what awq+gptq grew by.
-_CALIBRATED_PER_S: dict[Method, float] = {
-    "awq": 2.5e6,
-    "gptq": 0.7e6,
-    "awq+gptq": 0.6e6,
-}
+# Operations of `quantize.effort` per second on two x86-64 cores (AVX-512).
+_OPERATIONS_PER_S = 1.6e11
+# With AWQ alone: all of a weight but the text's way through the float model, in operations.
+_AWQ_OPERATIONS = 20e3
 _W8A8_PER_S = 1.9e6  # 20,000 tokens: 1,363 CPU seconds
 # Weights per second: rounding to nearest, and writing the float model that is the reference.
 _ROUNDED_PER_S, _WRITTEN_PER_S = 3e7, 7e7
@@ -25,7 +23,7 @@ _ROUNDED_PER_S, _WRITTEN_PER_S = 3e7, 7e7
 _MEASURED_S, _STARTED_S = 3.2e-11, 2.0
 # The same for the float model of a calibration: 4.4e6 weights per second on 13,000 tokens.
 _CALIBRATED_S = 1.75e-11
-LONG_S = 600.0
+LONG_S = 300.0
 """From here on a default that has a faster alternative names it."""
 
 
@@ -35,6 +33,7 @@ def export_s(
     rounding: Method,
     measured_tokens: int,
     cache_tokens: int = 0,
+    tokens: int = RECIPES["default"].calibration_tokens,
 ) -> float:
     """Estimate the seconds that an export takes on two cores, as in docs/quantization.md.
 
@@ -44,7 +43,9 @@ def export_s(
         rounding: how INT4 layers are rounded.
         measured_tokens: tokens on which the bundle is measured afterwards; 0 measures nothing.
         cache_tokens: tokens with which the KV cache is calibrated; 0 for a cache in float.
+        tokens: with which the INT4 layers are calibrated.
     """
+    plan = layer_effort(model, tokens).plan
     sizes = {layer.name: math.prod(layer.shape) for layer in linear_layers(model)}
     total = sum(sizes.values())
     kinds = {scheme.kind for scheme in schemes.values()}
@@ -55,8 +56,13 @@ def export_s(
             seconds += size / _WRITTEN_PER_S
         elif kind == "w8a8":
             seconds += size / _W8A8_PER_S
-        elif kind == "int4" and rounding != "rtn":
-            seconds += size / _CALIBRATED_PER_S[rounding]
+        elif kind == "int4" and rounding != "rtn" and name != "lm_head":
+            operations = 2.0 * tokens * size
+            if "gptq" in rounding:
+                operations += sum(plan[name.rpartition(".")[2]])
+            else:
+                operations += _AWQ_OPERATIONS * size
+            seconds += operations / _OPERATIONS_PER_S
         else:
             seconds += size / _ROUNDED_PER_S
     seconds += cache_tokens * total * _CALIBRATED_S

@@ -148,7 +148,8 @@ def forecast(
 
     def seconds(other: ExportConfig, is_measured: bool) -> float:
         return export_s(
-            model, schemes, other.rounding, tokens if is_measured else 0, cache_tokens(other)
+            *(model, schemes, other.rounding, tokens if is_measured else 0, cache_tokens(other)),
+            tokens=other.most_calibration_tokens,
         )
 
     rounds = not keeps and any(scheme.kind == "int4" for scheme in schemes.values())

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .quantize.calibrated import Method
+from .sources.documents import BUILT_IN_TOKENS
 
-RecipeName = Literal["default", "fast"]
+RecipeName = Literal["default", "fast", "best"]
 
 
 @dataclass(frozen=True)
@@ -16,22 +17,27 @@ class NamedRecipe:
 
     Attributes:
         method: how INT4 layers are rounded, in the groups of `edge.bundle.schemes.INT4_GROUP_SIZE`.
+        calibration_tokens: most tokens to calibrate INT4 layers with.
         measures: whether what the quantization cost is measured at the end.
         loss: what is known of its loss, for who gets it unmeasured.
     """
 
     method: Method
+    calibration_tokens: int
     measures: bool
     loss: str = ""
 
 
 RECIPES: dict[RecipeName, NamedRecipe] = {
-    "default": NamedRecipe("awq+gptq", measures=True),
+    # The knee of loss over time in docs/quantization-measured.md.
+    "default": NamedRecipe("awq+gptq", calibration_tokens=8192, measures=True),
+    "best": NamedRecipe("awq+gptq", calibration_tokens=BUILT_IN_TOKENS, measures=True),
     # Of what needs no calibration, groups of 32 lose least, and measuring takes as long again. The
     # figures are of "The 1.5B on four texts" in docs/quantization.md and of SmolLM2 in
     # docs/quantization-measured.md.
     "fast": NamedRecipe(
         "rtn",
+        calibration_tokens=0,
         measures=False,
         loss="rounded to nearest, which loses about what llama.cpp's Q4_0 does: twice the default "
         "at 1.5B (KL 0.042 against 0.021), five times at 135M (0.29 against 0.06)",

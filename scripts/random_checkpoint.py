@@ -1,9 +1,9 @@
 """A checkpoint of a real model's exact shape with random weights: for speed and memory, not text.
 
-usage: random_checkpoint.py DIRECTORY [--layers N]
+usage: random_checkpoint.py DIRECTORY [--shape 1.5b] [--layers N]
 
-Writes DeepSeek-R1-Distill-Qwen-1.5B's dimensions in bf16 (3.5 GB): config.json, model.safetensors,
-and a tokenizer.json whose vocabulary has the real size but made-up tokens.
+Writes the dimensions of DeepSeek-R1-Distill-Qwen-1.5B in bf16 (3.5 GB), of the 7B (15 GB), or of
+Distill-Llama-8B (16 GB): config.json, model.safetensors, and a tokenizer.json of made-up tokens.
 """
 
 from __future__ import annotations
@@ -41,6 +41,28 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 151643,
     "torch_dtype": "bfloat16",
 }
+SHAPES: dict[str, dict[str, Any]] = {
+    "1.5b": {},
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rope_theta": 500000,
+        "vocab_size": 151936,  # the real 128,256 is less than the made-up tokenizer has
+    },
+}
+"""What differs from `CONFIG`, by the name of a shape."""
 _CONTROL = (
     "<｜end▁of▁sentence｜>",
     "<｜User｜>",
@@ -59,10 +81,12 @@ _POOL = 1 << 24
 _CHUNK = 1 << 22
 
 
-def write_checkpoint(directory: Path, layers: int) -> None:
-    """Write the whole checkpoint; memory stays below 100 MB."""
+def write_checkpoint(directory: Path, layers: int | None, shape: str = "1.5b") -> None:
+    """Write the whole checkpoint, or some layers; memory stays below 100 MB."""
     directory.mkdir(parents=True, exist_ok=True)
-    config = {**CONFIG, "num_hidden_layers": layers}
+    config = {**CONFIG, **SHAPES[shape]}
+    if layers is not None:
+        config["num_hidden_layers"] = layers
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     spec = parse_config(config, "config.json")
     random = np.random.default_rng(1234)
@@ -147,6 +171,7 @@ def _write_tokenizer(directory: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
+    parser.add_argument("--shape", choices=list(SHAPES), default="1.5b")
+    parser.add_argument("--layers", type=int, help="default: all")
     arguments = parser.parse_args()
-    write_checkpoint(arguments.directory, arguments.layers)
+    write_checkpoint(arguments.directory, arguments.layers, arguments.shape)

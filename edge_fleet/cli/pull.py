@@ -282,7 +282,7 @@ def _of_exports(asked: click.Context, origin: str | None) -> str | None:
 
     A registry that is asked first may have what is sooner there than by ``--fast``.
     """
-    others = _OF_ANY_PULL | (set() if origin == "registry" else {"named"})
+    others = _OF_ANY_PULL | (set() if origin == "registry" else {"fast"})
     if asked.params["target"] in (None, *TENSORRT):
         others |= {"target"}
     for parameter in asked.command.params:

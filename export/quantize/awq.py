@@ -16,8 +16,8 @@ from .statistics import mean_magnitude, mean_square, spread
 
 Array = NDArray[np.float32]
 ALPHAS = tuple(step / 20 for step in range(0, 21, 2))
-_MAX_ROWS = 1024
-_MAX_TOKENS = 1024
+_MAX_ROWS = 128
+_MAX_TOKENS = 512
 
 
 def awq_factors(

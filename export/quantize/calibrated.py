@@ -17,6 +17,7 @@ from export.sources.quantized_weight import QuantizedWeight
 
 from .awq import awq_factors
 from .calibration import LayerActivations, LayerRunner
+from .effort import LayerEffort
 from .error_feedback import feedback, to_make_up
 from .gptq import GptqRows, gptq_factor
 from .plan import Block, BlockPlan, LinearPlan, nearest_rows
@@ -62,6 +63,7 @@ class Calibrated:
         scale_type: type in which scales will be stored, float16 or bfloat16.
         twin: runs the model as it is rounded so far, for GPTQ; the runner has `TAPS_OF_BOTH` then,
             layers are planned in their order, and ``hidden`` has both models' states, stacked.
+        effort: what a layer takes with a twin; the runner reports the look's share of it.
     """
 
     runner: LayerRunner
@@ -70,14 +72,15 @@ class Calibrated:
     clip: Clip
     scale_type: np.dtype[np.generic]
     twin: RoundedTwin | None = None
+    effort: LayerEffort | None = None
 
     def look(self, block: Block, hidden: Array | None) -> LayerActivations:
         """Run the text through a block; see `plan.Calibrator.look`."""
         if self.twin is None:
             return self.runner.run(block.index, hidden)
-        seen = self.runner.run(block.index, None if hidden is None else hidden[0])
-        before = np.stack([self.runner.embed()] * 2) if hidden is None else hidden
-        return replace(seen, before=before)
+        if hidden is None:
+            hidden = np.stack([self.runner.embed()] * 2)
+        return replace(self.runner.run(block.index, hidden[0]), before=hidden)
 
     def plan(self, block: Block, seen: LayerActivations | None) -> BlockPlan:
         """Plan a block; see `plan.Calibrator.plan`."""
@@ -96,6 +99,12 @@ class Calibrated:
             return BlockPlan(tuple(plans), factors, peaks, hidden)
         plans = [self._plan(each, folded, inputs.pop(_short(each.layer))) for each in linears]
         return BlockPlan(tuple(plans), factors, peaks, seen.hidden)
+
+    def _report(self, layer: LinearSpec, parts: int) -> None:
+        """Report how many parts of a linear are done, see `effort.LayerEffort`."""
+        if self.effort is not None:
+            index = int(layer.name.split(".")[1])
+            self.runner.report(index + self.effort.done(_short(layer), parts))
 
     def _look(self, layer: LinearSpec, x: Array) -> _SeenLinear:
         scheme = self.schemes[layer.name]
@@ -163,22 +172,29 @@ class Calibrated:
         # Held by this name alone, so that a wide linear's inputs are gone before it is rounded.
         lost = exact.pop(name)
         if seen.scheme.kind != "int4":
-            return self._plan(seen, folded, lost)
+            plan = self._plan(seen, folded, lost)
+            self._report(seen.layer, 5)
+            return plan
         factors = np.ones_like(lost[0]) if seen.factors is None else seen.factors
         parts = [folded.tensor(part).astype(np.float32) for part in seen.layer.weights]
         for values, part in zip(parts, seen.layer.weights, strict=True):
             check_range(values, part, self.scale_type)
         weights = np.concatenate(parts)
         inputs = rounded.inputs(name)
+        self._report(seen.layer, 1)
         lost /= factors
         lost -= inputs
         missing = streams[name] - rounded.residual(name) if name in streams else None
         wanted = to_make_up(weights, lost, inputs, missing)
         del lost
+        self._report(seen.layer, 2)
         moments = second_moment(inputs)
+        self._report(seen.layer, 3)
         weights += feedback(wanted, moments, factors)
+        self._report(seen.layer, 4)
         rows = round_tiles(weights, GptqRows(seen.scheme, gptq_factor(moments), self.scale_type))
         rounded.round(name, dequantize_rows(rows))
+        self._report(seen.layer, 5)
         return LinearPlan(
             seen.layer, seen.scheme, folded, None, kept=_split(rows, [len(p) for p in parts])
         )

@@ -87,6 +87,7 @@ class LayerRunner:
             all layers.
         taps: which values of a layer `LayerActivations.inputs` has, by their names within it, and
             the names there; by default what the linears see.
+        share: of a layer's work, what running it takes; whoever does the rest reports it.
     """
 
     def __init__(
@@ -95,8 +96,10 @@ class LayerRunner:
         ids: NDArray[np.int64],
         progress: Progress = silent,
         taps: Mapping[str, str] = TAPS,
+        share: float = 1.0,
     ) -> None:
         self.checkpoint = checkpoint
+        self._share = share
         self._ids = ids
         self._progress = progress
         model = checkpoint.spec
@@ -112,18 +115,18 @@ class LayerRunner:
             hidden: `LayerActivations.hidden` of the layer before; None for the first layer, which
                 begins with the tokens' embeddings.
         """
-        embedded: dict[str, Array] = {}
         if hidden is None:
             hidden = self.embed()
-            embedded = {_EMBEDDINGS: np.abs(hidden).max(axis=(0, 1))}
+        embedded = {} if index else {_EMBEDDINGS: np.abs(hidden).max(axis=(0, 1))}
         last = index == self.checkpoint.spec.num_layers
         seen = self._final_norm(hidden) if last else self._layer(index, hidden)
         return replace(seen, peaks=embedded | seen.peaks)
 
-    def report(self, done: int) -> None:
-        """Report how many sequences passed a layer so far, over all layers."""
-        total = self.checkpoint.spec.num_layers * len(self._ids)
-        self._progress("calibrate", done, total, "sequences through a layer")
+    def report(self, layers: float) -> None:
+        """Report how many layers are done, the parts of one included."""
+        count = len(self._ids)
+        total = self.checkpoint.spec.num_layers * count
+        self._progress("calibrate", layers * count, total, "sequences through a layer")
 
     def embed(self) -> Array:
         """The hidden states before the first layer, see `LayerActivations.hidden`."""
@@ -157,7 +160,7 @@ class LayerRunner:
                     inputs[short][at * seq_len : (at + 1) * seq_len] = value[0]
                 else:
                     after[at] = value[0]
-            self.report(index * count + at + 1)
+            self.report(index + self._share * (at + 1) / count)
         return LayerActivations(inputs, peaks, after)
 
     def _final_norm(self, hidden: Array) -> LayerActivations:
@@ -367,6 +370,8 @@ def run_session(model: onnx.ModelProto) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = choose_num_threads()
+    # Threads that wait for the next product by spinning take the cores from NumPy between two.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -1,4 +1,4 @@
-"""Factors, inverts and solves symmetric matrices in place, by blocks.
+"""Factors and solves symmetric matrices in place, by blocks.
 
 Most of the work is matrix products, which NumPy leaves to BLAS; its own ``linalg`` takes several
 times as long for a linear's thousands of channels, and copies of the matrix.
@@ -42,15 +42,3 @@ def solve_factored(upper: Array, values: Array) -> None:
     for block, corner in zip(blocks, corners, strict=True):
         values[block] -= upper[: block.start, block].T @ values[: block.start]
         values[block] = corner.T @ values[block]
-
-
-def invert_upper(matrix: Array) -> None:
-    """Invert an upper triangular matrix in place, by halves."""
-    size = len(matrix)
-    if size <= _BLOCK:
-        matrix[:] = np.triu(np.linalg.inv(matrix))
-        return
-    half = size // 2
-    invert_upper(matrix[:half, :half])
-    invert_upper(matrix[half:, half:])
-    matrix[:half, half:] = -(matrix[:half, :half] @ (matrix[:half, half:] @ matrix[half:, half:]))

@@ -23,6 +23,7 @@ from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, install_
 from export import forecast, verify
 from export.cli import _FIGURES, export
 from export.config import ExportConfig
+from export.recipes import RECIPES
 from tests.conftest import FEW_TOKENS, RUNNABLE
 from tests.tiny_models import write_checkpoint
 
@@ -167,6 +168,33 @@ def test_fast_does_not_go_with_what_it_would_ignore(
     checkpoint: Path, tmp_path: Path, options: tuple[str, ...], words: str
 ):
     refused = invoke(checkpoint, "-o", tmp_path / "bundle", "--fast", *options)
+    assert isinstance(refused.exception, ConfigError)
+    assert words in str(refused.exception)
+
+
+def test_best_calibrates_with_all_of_the_text(checkpoint: Path, tmp_path: Path):
+    used = {}
+    for name, options in (("default", ()), ("best", ("--best",))):
+        made = invoke(checkpoint, "-o", tmp_path / name, "--no-verify", *options)
+        assert made.exit_code == 0, made.output
+        calibration = read_manifest(tmp_path / name).quantization.calibration
+        assert calibration is not None
+        used[name] = calibration.num_tokens
+    assert used["default"] <= RECIPES["default"].calibration_tokens < used["best"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--method", "awq"), "--best contradicts --method awq"),
+        (("--quant", "int8"), "--best has no effect with --quant int8: no layer is rounded to"),
+        (("--fast",), "--fast contradicts --best; leave one of the two out"),
+    ],
+)
+def test_best_does_not_go_with_what_it_would_ignore(
+    checkpoint: Path, tmp_path: Path, options: tuple[str, ...], words: str
+):
+    refused = invoke(checkpoint, "-o", tmp_path / "bundle", "--best", *options)
     assert isinstance(refused.exception, ConfigError)
     assert words in str(refused.exception)
 

@@ -18,8 +18,8 @@ from export.config import ExportConfig
 from export.forecast import Forecast, _likely_schemes, forecast_of_preview
 from export.pipeline import export_checkpoint
 from export.quantize.from_source import source_schemes
+from export.recipes import RECIPES
 from export.sources.checkpoint_text import read_json
-from export.sources.documents import BUILT_IN_TOKENS
 from export.sources.download import Download, Preview
 from export.sources.hf_directory import HfDirectory
 from export.sources.quantization_config import read_quantization
@@ -45,10 +45,11 @@ def test_a_person_reads_the_download_the_disk_and_the_time(tmp_path: Path):
     found = re.findall(r"([\d.]+) GB of disk at the peak, ([\d.]+) GB after", disk)
     peak, after = map(float, found[0])
     assert after == pytest.approx(3.55 + 1.72, abs=0.02)
-    states = 2 * 2 * 4 * BUILT_IN_TOKENS * SPEC.hidden_size  # of the float and the rounded model
+    tokens = RECIPES["default"].calibration_tokens
+    states = 2 * 2 * 4 * tokens * SPEC.hidden_size  # of the float and the rounded model
     assert peak == pytest.approx(after + 3.65 + states / 1e9, abs=0.02)  # and the float model
     assert re.fullmatch(
-        r"int4, awq\+gptq: expect about 3\d min on two cores, measuring included; sooner, but "
+        r"int4, awq\+gptq: expect about \d+ min on two cores, measuring included; sooner, but "
         r"loses more: --fast \(about \d+ s\), --method awq \(about \d+ min\)",
         time,
     )
@@ -84,7 +85,7 @@ def test_a_disk_that_is_too_small_is_refused_first(
     if fits:
         found.check_disk(tmp_path / "bundles" / "b")
         return
-    with pytest.raises(ResourceError, match=r"the download \(3.55 GB\) with the bundle \(2"):
+    with pytest.raises(ResourceError, match=r"the download \(3.55 GB\) with the bundle \(1.9"):
         found.check_disk(tmp_path / "bundles" / "b")
 
 
