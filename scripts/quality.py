@@ -83,6 +83,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "int8-w8a8": ("--quant", "int8-w8a8"),
     "int8-w8a8-all": ("--quant", "int8-w8a8", "--keep", "lm_head=w8a8"),
     "int4": _INT4,
+    "int4-best": (*_INT4, "--best"),
     **{
         f"int4-{method}-g{size}": (*_INT4, "--method", method, "--group-size", str(size))
         for method in ("rtn", "awq", "gptq", "awq+gptq")
