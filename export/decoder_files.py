@@ -284,7 +284,7 @@ class DecoderFiles:
                 done += weights
                 self.progress("quantize", done, total, "weights")
 
-        if counted:
+        if counted and finished.blocks >= first:
             count(0)
         hidden, waiting = finished.hidden, deque[Future[_Converted]]()
         with ThreadPoolExecutor(self.config.workers) as pool:
@@ -292,6 +292,8 @@ class DecoderFiles:
             submit = pool.submit if self.config.workers > 1 else _done
             try:
                 for block in every[finished.blocks :]:
+                    if block.index == first and first:
+                        count(0)
                     seen = calibrator.look(block, hidden)
                     hidden = None if seen is None else seen.hidden
                     report = count if block.index >= first else _uncounted
