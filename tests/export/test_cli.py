@@ -254,8 +254,6 @@ def test_long_steps_print_lines_without_a_terminal(checkpoint: Path, tmp_path: P
     for step in ("quantize", "calibrate", "embeddings", "hash and move into place"):
         assert any(line.startswith(f"{step}: 100 %") for line in lines), lines
     assert any("sequences through a layer), " in line for line in lines)
-    begun = [line.partition(":")[0] for line in lines if "%" in line or "so far" in line]
-    assert begun.index("quantize") > begun.index("calibrate")  # for the lm_head alone
     assert len(result.stdout.splitlines()) == 1
 
 
