@@ -44,10 +44,11 @@ from edge.bundle.minisign import (
 )
 from edge.bundle.release import RELEASE, Release
 from edge.bundle.trust import SIGNATURE_NAME
-from edge.bundle.update import locked, replace_durably, resolve_target
+from edge.bundle.update import replace_durably
 from edge.errors import ConfigError
 from edge.files import read_file
 from edge_lab.place import update_manifest
+from edge_lab.target import locked, resolve_target
 
 _SECRET = struct.Struct("<2s2s2s32sQQ104s")
 _SCRYPT, _NO_KDF, _BLAKE2 = b"Sc", b"\0\0", b"B2"

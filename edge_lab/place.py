@@ -30,16 +30,10 @@ from edge.bundle.manifest import (
     read_manifest,
 )
 from edge.bundle.trust import SIGNATURE_NAME
-from edge.bundle.update import (
-    beside,
-    fsync,
-    locked,
-    resolve_target,
-    temp_path,
-    write_durably,
-)
+from edge.bundle.update import fsync, temp_path
 from edge.errors import BundleError, ConfigError, ResourceError
 from edge.files import MALFORMED, read_file
+from edge_lab.target import beside, locked, resolve_target, write_durably
 
 _log = logging.getLogger(__name__)
 

@@ -31,11 +31,12 @@ from edge.bundle.engine_file import (
 from edge.bundle.engine_records import ENGINE_SIGNATURE, built_here, why_unrecorded
 from edge.bundle.manifest import ENGINES_DIR
 from edge.bundle.trust import trusted_keys_file
-from edge.bundle.update import fsync, write_durably
+from edge.bundle.update import fsync
 from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, ConfigError, ResourceError
 from edge_lab.engine_layers import LayerTable, is_layers_file, layers_path
 from edge_lab.engine_record import forget_engine, record_engine
+from edge_lab.target import write_durably
 
 _log = logging.getLogger(__name__)
 

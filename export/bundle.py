@@ -35,7 +35,7 @@ from edge.bundle.manifest import (
     encode_manifest,
     is_file_name,
 )
-from edge.bundle.update import beside, fsync, locked, resolve_target, write_durably
+from edge.bundle.update import fsync
 from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, ConfigError, ResourceError
 from edge_lab.place import (
@@ -46,6 +46,7 @@ from edge_lab.place import (
     remove,
     sweep,
 )
+from edge_lab.target import beside, locked, resolve_target, write_durably
 
 _log = logging.getLogger(__name__)
 

@@ -31,14 +31,7 @@ from edge.bundle.trust import (
     read_signature_bytes,
     trusted_keys_file,
 )
-from edge.bundle.update import (
-    beside,
-    fsync,
-    locked,
-    replace_durably,
-    resolve_target,
-    write_durably,
-)
+from edge.bundle.update import fsync, replace_durably
 from edge.bundle.verified_files import verify_files
 from edge.errors import ConfigError, EdgeError, ResourceError
 from edge.files import read_file
@@ -52,6 +45,7 @@ from edge_lab.place import (
     sweep,
 )
 from edge_lab.progress import Progress, silent
+from edge_lab.target import beside, locked, resolve_target, write_durably
 
 from . import artifact as artifacts
 from .artifact import Contents, Piece

@@ -23,9 +23,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from edge.bundle.update import beside, fsync, locked, replace_durably
+from edge.bundle.update import fsync, replace_durably
 from edge.errors import BackendError, ConfigError, EdgeError
 from edge.files import MALFORMED, read_file
+from edge_lab.target import beside, locked
 
 from .orders import send
 

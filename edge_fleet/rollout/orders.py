@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from edge.bundle.update import beside, replace_durably
+from edge.bundle.update import replace_durably
 from edge.errors import (
     BackendError,
     BundleError,
@@ -23,6 +23,7 @@ from edge.errors import (
     ResourceError,
 )
 from edge.files import MALFORMED, read_file
+from edge_lab.target import beside
 
 ORDER_NAME, ANSWER_NAME = "order.json", "answer.json"
 MAX_BYTES = 1 << 14

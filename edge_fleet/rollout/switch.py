@@ -30,12 +30,13 @@ from edge.bundle.manifest import (
 )
 from edge.bundle.release import read_release
 from edge.bundle.trust import SIGNATURE_NAME, check_manifest, trusted_keys_file
-from edge.bundle.update import beside, fsync, replace_durably, write_durably
+from edge.bundle.update import fsync, replace_durably
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, ResourceError
 from edge.files import MALFORMED
 from edge_fleet.registry.release import check_release, release_at
 from edge_lab.engine_record import record_engine
 from edge_lab.place import ORIGIN_NAME, check_free_space
+from edge_lab.target import beside, write_durably
 
 from .journal import Journal, Place, reload_service, take_back
 from .orders import ANSWER_NAME, MAX_BYTES, ORDER_NAME, Answer, Order, read_answer

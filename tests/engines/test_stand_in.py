@@ -30,9 +30,9 @@ from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.bundle.manifest import Dialect, read_manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, Node, OnnxFile, attribute
 from edge.bundle.sizes import activation_bytes, profile_limits
-from edge.bundle.update import write_durably
 from edge.device.gpu import Gpu
 from edge.errors import BackendError, BuildError, ConfigError
+from edge_lab.target import write_durably
 from engines import builder, cli, compat, store
 from engines.build_plan import BuildPlan, plan_build
 from engines.builder import Target, build_engine, compile_bundle

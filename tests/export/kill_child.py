@@ -15,9 +15,9 @@ import signal
 import sys
 from pathlib import Path
 
-from edge.bundle import update as bundle_update
 from edge.bundle.manifest import read_manifest
 from edge_lab import place as bundle_place
+from edge_lab import target as bundle_target
 from edge_lab.place import update_manifest
 from export import bundle
 from export.bundle import BundleWriter
@@ -41,7 +41,7 @@ def refuse(one: Path, other: Path) -> None:
 def arm(last: int) -> None:
     """Let this process die before its operation number ``last``."""
     seen = 0
-    fsync, write = os.fsync, bundle_update.write_durably
+    fsync, write = os.fsync, bundle_target.write_durably
 
     def step(event: str, args: object) -> None:
         nonlocal seen

@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 
 from edge.bundle.manifest import LinearInfo, Manifest, Task, TensorScheme, read_manifest
-from edge.bundle.update import beside
 from edge.bundle.verified_files import verify_files
 from edge.errors import ResourceError
 from edge_lab.place import check_free_space, remove
+from edge_lab.target import beside
 from export import bundle as bundle_writer
 from export.graph.data_file import StoredTensor
 from export.graph.decoder import StoredLinear

@@ -16,7 +16,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edge.bundle.manifest import read_manifest
-from edge.bundle.update import beside
 from edge.bundle.verified_files import verify_files
 from edge.errors import (
     BackendError,
@@ -27,6 +26,7 @@ from edge.errors import (
     GateError,
     ResourceError,
 )
+from edge_lab.target import beside
 from export import bundle as bundle_writer
 from export import pipeline, verify
 from export.cli import export as export_verb
