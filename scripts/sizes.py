@@ -25,12 +25,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = {
-    "edge": 16_979,
-    "edge_lab": 9_584,
-    "edge_serve": 11_077,
-    "edge_fleet": 6_566,
-    "engines": 6_639,
-    "export": 8_481,
+    "edge": 16_952,
+    "edge_lab": 9_735,
+    "edge_serve": 11_160,
+    "edge_fleet": 6_594,
+    "engines": 6_640,
+    "export": 8_632,
 }
 """Code lines of each package, without what an allowance covers."""
 
@@ -51,7 +51,7 @@ class Loaded:
     lines: int
 
 
-LOADED = {"tensorrt": Loaded(modules=86, lines=11_258), "ort-cpu": Loaded(modules=81, lines=10_557)}
+LOADED = {"tensorrt": Loaded(modules=86, lines=11_268), "ort-cpu": Loaded(modules=81, lines=10_625)}
 
 
 @dataclass(frozen=True)
