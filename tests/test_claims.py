@@ -266,7 +266,7 @@ FIGURES: dict[str, list[Source]] = {
         ),
         Recorded(
             "docs/quantization-measured.md",
-            r"^\| `int8` \| 8.50[^|]*\|[^|]*\|[^|]*\| ([\d. /]+) \|",
+            r"^\| `int8` \| 8.50[^|]*\|[^|]*\|[^|]*\| ([\d.]+ / [\d. /]+) \|",
             least_and_most,
         ),
         Recorded(

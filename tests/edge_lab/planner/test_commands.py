@@ -57,8 +57,10 @@ def test_every_line_is_an_export_of_what_was_planned(device: str, kv_cache: str)
 
 
 def _options(verb: str, arguments: list[str]) -> dict[str, Any]:
-    ignored = {"as_json", "verify", "help_all", "dry_run"}
+    ignored = {"as_json", "verify", "help_all", "dry_run", "best", "fast"}
     parsed = export.make_context(verb, arguments).params
+    assert not parsed["best"]
+    assert not parsed["fast"]
     return {name: value for name, value in parsed.items() if name not in ignored}
 
 

@@ -20,7 +20,7 @@ from edge.backends.ort.cpu import OrtBackend
 from edge.backends.step import step_after
 from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, ConfigError
-from tests.conftest import TINY_KV_CAPACITY, Bundles, require_huge_pages
+from tests.conftest import RUNNABLE, TINY_KV_CAPACITY, Bundles, require_huge_pages
 from tests.edge.backends.runner import Runner, check_slots_apart, random_ids
 from tests.tiny_models import KINDS, Kind
 
@@ -83,7 +83,7 @@ def test_pages_are_made_huge_behind_the_steps_that_follow_the_first(
             yield number
 
     monkeypatch.setattr(cpu, "collapse_filled", pieces)
-    with open_runner(tiny_bundles, "qwen2", "native") as runner:
+    with open_runner(tiny_bundles, "qwen2", RUNNABLE) as runner:
         counts = []
         for number in range(4):
             runner.step(random_ids(1, 1, seed=number))
