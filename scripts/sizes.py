@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = {
-    "edge": 16_952,
+    "edge": 16_958,
     "edge_lab": 9_735,
     "edge_serve": 11_160,
     "edge_fleet": 6_594,
@@ -51,7 +51,7 @@ class Loaded:
     lines: int
 
 
-LOADED = {"tensorrt": Loaded(modules=86, lines=11_268), "ort-cpu": Loaded(modules=81, lines=10_625)}
+LOADED = {"tensorrt": Loaded(modules=86, lines=11_268), "ort-cpu": Loaded(modules=81, lines=10_631)}
 
 
 @dataclass(frozen=True)

@@ -46,18 +46,24 @@ def collapse_filled(min_region_bytes: int) -> Iterator[int]:
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         started = time.perf_counter()
-        # Looked for anew each time: memory comes and goes between two pieces.
-        while found := next(_resident_runs(libc, min_region_bytes, at), None):
-            address, num_bytes = found[0], min(found[1], _PIECE_BYTES)
-            at, wanted, done = address + num_bytes, wanted + num_bytes, 0
-            try:
-                _advise(libc, address, num_bytes, MADV_COLLAPSE)
-                done = num_bytes
-            except OSError as error:
-                refusal = f"; {error}"
-                _advise(libc, address, num_bytes, MADV_HUGEPAGE)
-            made += done
+        while True:
+            piece, done = 0, 0
+            # Looked for anew each time: memory comes and goes between two pieces.
+            for address, length in _resident_runs(libc, min_region_bytes, at):
+                num_bytes = min(length, _PIECE_BYTES - piece)
+                at, piece = address + num_bytes, piece + num_bytes
+                try:
+                    _advise(libc, address, num_bytes, MADV_COLLAPSE)
+                    done += num_bytes
+                except OSError as error:
+                    refusal = f"; {error}"
+                    _advise(libc, address, num_bytes, MADV_HUGEPAGE)
+                if piece == _PIECE_BYTES:
+                    break
+            wanted, made = wanted + piece, made + done
             spent_s += time.perf_counter() - started
+            if not piece:
+                break
             yield done
             started = time.perf_counter()
     except (OSError, AttributeError) as error:  # no smaps, no such function, no such advice
