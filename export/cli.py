@@ -132,7 +132,7 @@ class _Quant(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 
     "--fast",
     is_flag=True,
     help="A bundle within minutes: INT4 rounded to nearest, nothing calibrated, nothing measured. "
-    "At 1.5B it loses twice what the default does, about as much as llama.cpp's Q4_0.",
+    "At 1.5B it loses twice what calibrated INT4 does, about as much as llama.cpp's Q4_0.",
 )
 @option(
     "Quantization",

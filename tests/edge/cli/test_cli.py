@@ -207,7 +207,10 @@ def test_run_errors_are_one_line(
     assert message in error_line(edge_llm("run", bundle, "hello", *options), code)
 
 
-def test_a_forgotten_bundle_is_one_line(edge_llm: Callable[..., Result]):
+def test_a_forgotten_bundle_is_one_line(
+    edge_llm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(tmp_path))  # where a checkout has one, it answers
     assert "no directory Why" in error_line(edge_llm("run", "Why is the sky blue? " * 20), 65)
 
 
