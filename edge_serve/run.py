@@ -224,8 +224,8 @@ class Service:
         await loading
         for model in self.models.models():
             self._loader.watch(model)
-        _log.info("ready: %s", ", ".join(self._settings.model))
         self._publish()
+        _log.info("ready: %s", ", ".join(self._settings.model))  # now probes say so, too
         self._notifier.send(ready=1, status="serving")
         self._loaded.set()
         self._resuming = asyncio.create_task(self._stored.resume())
