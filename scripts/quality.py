@@ -11,7 +11,9 @@ bundle is deleted once all is measured (``--keep-bundles`` keeps it). The float 
 kept too (scripts/quality_score.py says how large they are), under ``fp16/logits``.
 
 The texts are ten that chose nothing (scripts/quality_texts/README.md) and ``own-answers``: what the
-float model itself answers to some questions, sampled by its own defaults with fixed seeds.
+float model itself answers to some questions, sampled by its own defaults with fixed seeds. ``--text
+german law tables logs config`` reads the five that were among the ten until calibration got
+documents of their kinds; they have a column of their own and no part in the means of the ten.
 
 ``--rival`` adds llama.cpp's formats, ``IQ4_XS+imatrix`` with an importance matrix
 (scripts/gguf_rivals.py), by llama.cpp's own programs, which are compiled once where scripts/peers
@@ -60,6 +62,7 @@ from scripts.gguf_rivals import (
 from scripts.peers import LLAMA_CPP_PYTHON, build_llama_cpp
 from scripts.quality_score import (
     DEVELOPMENT_TEXTS,
+    FORMER_TEXTS,
     OWN_ANSWERS,
     TEXTS,
     TOKENS,
@@ -154,7 +157,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    known = [*TEXTS, OWN_ANSWERS, *DEVELOPMENT_TEXTS]
+    known = [*TEXTS, *FORMER_TEXTS, OWN_ANSWERS, *DEVELOPMENT_TEXTS]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -254,7 +257,7 @@ def lesson_texts() -> list[str]:
 def text_file(name: str, reference: Path, work: Path) -> Path:
     """A text's file; the model's own answers are written on first use."""
     if name != OWN_ANSWERS:
-        return TEXTS.get(name) or DEVELOPMENT_TEXTS[name]
+        return {**DEVELOPMENT_TEXTS, **FORMER_TEXTS, **TEXTS}[name]
     path = work / f"{OWN_ANSWERS}.txt"
     if not path.exists():
         write_answers(reference, work / f"{OWN_ANSWERS}.jsonl", path)

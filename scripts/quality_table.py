@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from scripts.quality_score import OWN_ANSWERS, TEXTS
+from scripts.quality_score import FORMER_TEXTS, OWN_ANSWERS, TEXTS
 
 RECORDS = Path("docs/measured")
 PAGE = Path("docs/quantization-measured.md")
@@ -21,7 +21,7 @@ END = "<!-- The end of what is made. -->"
 _FIGURES = ("kl_mean", "kl_p99", "perplexity_ratio", "top1_agreement", "tokens")
 _COSTS = ("commit", "recipe", "cpu_s", "peak_bytes")
 _BITS = ("bits_per_weight", "bits_per_weight_with_lm_head")
-_HALF = 5  # of the texts: those of more usual kinds come first
+_HALF = 5  # of the texts: those whose kinds calibration knows come first
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def collect(work: Path, name: str, order: Sequence[str]) -> dict[str, Any]:
     rows = []
     for place in sorted(places, key=lambda path: (known.get(path.name, len(known)), path.name)):
         cost = json.loads((place / "export.json").read_text())
-        read = {text: _read(place, text) for text in (*TEXTS, OWN_ANSWERS)}
+        read = {text: _read(place, text) for text in (*TEXTS, *FORMER_TEXTS, OWN_ANSWERS)}
         read = {text: figures for text, figures in read.items() if figures}
         if not read:
             continue
@@ -95,14 +95,18 @@ def record(found: dict[str, Any]) -> Path:
 
 
 def tables(found: Sequence[dict[str, Any]]) -> str:
-    """Two tables for each model, as Markdown; a row without all ten texts is left out."""
+    """Two tables for each model, as Markdown.
+
+    A mean over texts of which a row lacks one is an empty cell, and a column of empty cells is left
+    out.
+    """
     return "\n\n".join(_of_model(one) for one in found)
 
 
 def _of_model(found: dict[str, Any]) -> str:
-    rows = [row for row in found["rows"] if set(TEXTS) <= set(row["texts"])]
+    rows = found["rows"]
     if not rows:
-        return f"{found['model']}: no row has all texts yet"
+        return f"{found['model']}: nothing is measured yet"
     title = f"**{found['model']}**"
     if about := found.get("off_grid"):
         title += (
@@ -111,49 +115,59 @@ def _of_model(found: dict[str, Any]) -> str:
             f"which moves weights by {about['moved_steps']:.2f} steps of the grid that they were "
             "stored on"
         )
-    served = any(_is_served(row) for row in rows)
-    heads = ["Format", "Bits per weight (with lm_head)", "CPU minutes", "KL, ten texts"]
-    heads += ["KL, first five", "KL, last five", "KL, own answers", "KL, p99", "Top-1, %"]
-    heads += ["Perplexity over float's", *(["KL, as the CPU serves it"] if served else [])]
-    lines = [
-        f"{title}: means over the ten texts, and over the first and the last five of them.",
-        "",
-        f"| {' | '.join(heads)} |",
-        "|" + "---|" * len(heads),
+    by_text = [
+        {"KL by text": f"`{row['name']}`"}
+        | {name: _mean(row, "kl_mean", [name]) for name in (*TEXTS, *FORMER_TEXTS)}
+        for row in rows
     ]
-    first, last = list(TEXTS)[:_HALF], list(TEXTS)[_HALF:]
-    for row in rows:
-        texts = row["texts"]
-
-        def mean(key: str, names: Sequence[str] = tuple(TEXTS), texts: Any = texts) -> float:
-            return fmean(texts[name][key] for name in names)
-
-        own = texts.get(OWN_ANSWERS)
-        ratio = math.exp(fmean(math.log(texts[name]["perplexity_ratio"]) for name in TEXTS))
-        cells = [
-            f"`{row['name']}`",
-            f"{row['bits_per_weight']:.2f} ({row['bits_per_weight_with_lm_head']:.2f})",
-            f"{row['cpu_s'] / 60:.1f}",
-            f"{mean('kl_mean'):.4f}",
-            f"{mean('kl_mean', first):.4f}",
-            f"{mean('kl_mean', last):.4f}",
-            f"{own['kl_mean']:.4f}" if own else "",
-            f"{mean('kl_p99'):.2f}",
-            f"{100 * mean('top1_agreement'):.1f}",
-            f"{ratio:.3f}",
+    return "\n".join(
+        [
+            f"{title}: means over texts; a cell is empty where a row has not read them all.",
+            "",
+            *_markdown([_summary(row) for row in rows]),
+            "",
+            *_markdown(by_text),
         ]
-        if served:
-            cells.append(f"{mean('kl_served'):.4f}" if _is_served(row) else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"| KL by text | {' | '.join(TEXTS)} |", "|" + "---|" * (1 + len(TEXTS))]
-    for row in rows:
-        values = " | ".join(f"{row['texts'][name]['kl_mean']:.4f}" for name in TEXTS)
-        lines.append(f"| `{row['name']}` | {values} |")
-    return "\n".join(lines)
+    )
 
 
-def _is_served(row: dict[str, Any]) -> bool:
-    return all("kl_served" in row["texts"][name] for name in TEXTS)
+def _summary(row: dict[str, Any]) -> dict[str, str]:
+    ten = list(TEXTS)
+    ratio = ""
+    if set(ten) <= set(row["texts"]):
+        logs = [math.log(row["texts"][name]["perplexity_ratio"]) for name in ten]
+        ratio = f"{math.exp(fmean(logs)):.3f}"
+    return {
+        "Format": f"`{row['name']}`",
+        "Bits per weight (with lm_head)": (
+            f"{row['bits_per_weight']:.2f} ({row['bits_per_weight_with_lm_head']:.2f})"
+        ),
+        "CPU minutes": f"{row['cpu_s'] / 60:.1f}",
+        "KL, ten texts": _mean(row, "kl_mean", ten),
+        "KL, five known kinds": _mean(row, "kl_mean", ten[:_HALF]),
+        "KL, five unknown kinds": _mean(row, "kl_mean", ten[_HALF:]),
+        "KL, former five": _mean(row, "kl_mean", list(FORMER_TEXTS)),
+        "KL, own answers": _mean(row, "kl_mean", [OWN_ANSWERS]),
+        "KL, p99": _mean(row, "kl_p99", ten, ".2f"),
+        "Top-1, %": _mean(row, "top1_agreement", ten, ".1f", 100),
+        "Perplexity over float's": ratio,
+        "KL, as the CPU serves it": _mean(row, "kl_served", ten),
+    }
+
+
+def _mean(
+    row: dict[str, Any], key: str, names: Sequence[str], form: str = ".4f", factor: float = 1
+) -> str:
+    """The mean of a figure over texts; empty if the row lacks it for one of them."""
+    figures = [row["texts"].get(name, {}).get(key) for name in names]
+    return "" if None in figures else format(factor * fmean(figures), form)
+
+
+def _markdown(rows: Sequence[dict[str, str]]) -> list[str]:
+    heads = [head for head in rows[0] if any(row[head] for row in rows)]
+    lines = [heads, *([row[head] for head in heads] for row in rows)]
+    first, *rest = (f"| {' | '.join(line)} |" for line in lines)
+    return [first, "|" + "---|" * len(heads), *rest]
 
 
 if __name__ == "__main__":

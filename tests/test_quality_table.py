@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from scripts import quality_table
-from scripts.quality_score import OWN_ANSWERS, TEXTS
+from scripts.quality_score import FORMER_TEXTS, OWN_ANSWERS, TEXTS
 
 
 def a_record() -> dict[str, Any]:
@@ -31,7 +31,7 @@ def a_record() -> dict[str, Any]:
         "texts": texts,
     }
     partial = {**copy.deepcopy(row), "name": "half"}
-    del partial["texts"]["logs"]
+    del partial["texts"]["chess"]
     return {"model": "mine", "rows": [row, partial]}
 
 
@@ -43,28 +43,69 @@ def test_the_page_is_made_of_what_was_recorded():
     )
 
 
-def test_means_by_hand_and_no_row_that_lacks_a_text():
+def cells(found: dict[str, Any], row: str, table: int = 0) -> dict[str, str]:
+    """A row's cells by the heads of their columns: of the summary, or of the KL by text."""
+    lines = [line for line in quality_table.tables([found]).splitlines() if line.startswith("|")]
+    heads, ours = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith(of)]
+        for of in ("| Format" if table == 0 else "| KL by text", f"| `{row}`")
+    )
+    return dict(zip(heads[0], ours[table], strict=True))
+
+
+def test_means_by_hand():
     found = a_record()
-    lines = quality_table.tables([found]).splitlines()
-    (summary, by_text) = (line for line in lines if line.startswith("| `int4`"))
-    cells = [cell.strip() for cell in summary.split("|")[1:-1]]
-    assert cells[1:7] == ["4.50 (5.34)", "1.5", "0.0550", "0.0300", "0.0800", ""]
-    assert cells[7:] == ["0.10", "90.0", f"{1.5**0.1:.3f}"]
-    assert by_text.count("|") == 2 + len(TEXTS)
-    assert not any("half" in line for line in lines)
+    assert cells(found, "int4") == {
+        "Format": "`int4`",
+        "Bits per weight (with lm_head)": "4.50 (5.34)",
+        "CPU minutes": "1.5",
+        "KL, ten texts": "0.0550",
+        "KL, five known kinds": "0.0300",
+        "KL, five unknown kinds": "0.0800",
+        "KL, p99": "0.10",
+        "Top-1, %": "90.0",
+        "Perplexity over float's": f"{1.5**0.1:.3f}",
+    }
+    assert list(cells(found, "int4", table=1)) == ["KL by text", *TEXTS]
     found["rows"][0]["texts"][OWN_ANSWERS] = {"kl_mean": 0.125}
-    assert "| 0.1250 |" in quality_table.tables([found])
+    assert cells(found, "int4")["KL, own answers"] == "0.1250"
+    assert cells(found, "half")["KL, own answers"] == ""
+
+
+def test_a_mean_needs_all_of_its_texts():
+    found = a_record()
+    assert {head: cell for head, cell in cells(found, "half").items() if cell} == {
+        "Format": "`half`",
+        "Bits per weight (with lm_head)": "4.50 (5.34)",
+        "CPU minutes": "1.5",
+        "KL, five known kinds": "0.0300",
+    }
+    by_text = cells(found, "half", table=1)
+    assert [name for name in TEXTS if by_text[name] == ""] == ["chess"]
+    # Where no row has it, there is no column of it either.
+    found["rows"] = found["rows"][1:]
+    assert "KL, ten texts" not in cells(found, "half")
+    assert "chess" not in cells(found, "half", table=1)
+
+
+def test_a_former_text_counts_in_no_mean_of_the_ten():
+    found = a_record()
+    before = cells(found, "int4")
+    for name in FORMER_TEXTS:
+        assert "KL, former five" not in cells(found, "int4")
+        figures = {"kl_mean": 0.5, "kl_p99": 5, "perplexity_ratio": 2, "top1_agreement": 0.1}
+        found["rows"][0]["texts"][name] = figures
+    assert cells(found, "int4") == {**before, "KL, former five": "0.5000"}
+    assert list(cells(found, "int4", table=1)) == ["KL by text", *TEXTS, *FORMER_TEXTS]
 
 
 def test_what_is_served_is_a_column_where_all_texts_have_it():
     found = a_record()
     texts = found["rows"][0]["texts"]
     for name in TEXTS:
-        assert "serves" not in quality_table.tables([found])
+        assert "KL, as the CPU serves it" not in cells(found, "int4")
         texts[name]["kl_served"] = 0.25
-    [head, _, row, *_] = quality_table.tables([found]).splitlines()[2:]
-    assert head.endswith("| KL, as the CPU serves it |")
-    assert row.endswith("| 0.2500 |")
+    assert cells(found, "int4")["KL, as the CPU serves it"] == "0.2500"
 
 
 def test_what_a_model_off_its_grid_is_is_said():
