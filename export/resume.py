@@ -66,8 +66,8 @@ def calibration_key(config: ExportConfig, checkpoint: Checkpoint, ids: NDArray[n
         "recipe": [config.quant, config.group_size, config.keep, config.clip, config.rounding],
         # An older edge-llm of the same version carried one model's state from layer to layer.
         "carries_rounded": "gptq" in config.rounding,
-        # Another one searched AWQ's factors on more rows and tokens.
-        "awq": 2,
+        # Another one flipped no channels, and searched AWQ's factors on more rows and tokens.
+        "awq": 3,
         # Another one kept channels in float, and down out of int8-w8a8.
         "ranges_per_token": True,
         "rotate": config.rotate,

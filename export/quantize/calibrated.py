@@ -13,6 +13,7 @@ from edge.bundle.linears import LinearSpec
 from edge.bundle.manifest import ModelSpec, TensorScheme
 from edge.bundle.schemes import Clip
 from export.graph.float_range import check_range
+from export.sources.checkpoint import Checkpoint
 from export.sources.quantized_weight import QuantizedWeight
 
 from .awq import awq_factors
@@ -25,6 +26,7 @@ from .rotation import BlockRotatedCheckpoint
 from .rounded_twin import RESIDUAL, RoundedLayer, RoundedTwin, flat
 from .rtn import NearestRows, QuantizedRows, RowQuantizer, dequantize_rows, round_tiles
 from .scaled_checkpoint import ScaledCheckpoint
+from .signs import channel_signs
 from .smoothquant import activation_scale, smoothing, token_scale
 from .statistics import mean_square, second_moment
 
@@ -88,6 +90,10 @@ class Calibrated:
         inputs = seen.inputs
         linears = [self._look(linear, inputs[_short(linear)]) for linear in block.linears]
         factors = {each.layer.name: each.factors for each in linears if each.factors is not None}
+        if self.method != "rtn":
+            # Those of down and o turn rows of up and v around, so they are chosen first.
+            for at in reversed(range(len(linears))):
+                linears[at] = self._with_signs(linears[at], factors, inputs)
         folded = ScaledCheckpoint(self.runner.checkpoint, factors)
         peaks = folded.peaks(seen.peaks)
         if self.twin is not None and block.index < self.runner.checkpoint.spec.num_layers:
@@ -122,8 +128,23 @@ class Calibrated:
             )
         return _SeenLinear(layer, scheme, factors)
 
-    def _weights(self, layer: LinearSpec) -> Array:
-        tensor = self.runner.checkpoint.tensor
+    def _with_signs(
+        self, seen: _SeenLinear, factors: dict[str, Array], inputs: Mapping[str, Array]
+    ) -> _SeenLinear:
+        """Give a linear's factors the signs that suit INT4, in ``factors``, too; see `signs`."""
+        layer = seen.layer
+        if seen.scheme.kind != "int4" or layer.name == "lm_head":
+            return seen
+        importance = mean_square(inputs[_short(layer)])
+        found = np.ones_like(importance) if seen.factors is None else seen.factors
+        importance /= np.square(found)
+        weights = self._weights(layer, ScaledCheckpoint(self.runner.checkpoint, factors))
+        signs = channel_signs(weights, seen.scheme, importance, self._shared(layer))
+        factors[layer.name] = found * signs
+        return replace(seen, factors=factors[layer.name])
+
+    def _weights(self, layer: LinearSpec, checkpoint: Checkpoint | None = None) -> Array:
+        tensor = (checkpoint or self.runner.checkpoint).tensor
         return np.concatenate([tensor(name).astype(np.float32) for name in layer.weights])
 
     def _shared(self, layer: LinearSpec) -> NDArray[np.int64] | None:

@@ -43,8 +43,8 @@ class ScaledCheckpoint(Transformed):
 
     Args:
         checkpoint: the float model; see `Transformed`.
-        scales: ``s`` float32 ``[in]`` by layer name (``layers.0.qkv``); a scale of ``o`` must be
-            the same for all query heads that share a KV head.
+        scales: ``s`` float32 ``[in]`` by layer name (``layers.0.qkv``), of either sign; a scale of
+            ``o`` must be the same for all query heads that share a KV head.
     """
 
     def __init__(self, checkpoint: Checkpoint, scales: Mapping[str, Array]) -> None:
@@ -81,7 +81,7 @@ class ScaledCheckpoint(Transformed):
             divisors = match and self._divisors(match[1], _DIVIDED.get(match[2]))
             if divisors is not None:
                 kept, divided = np.split(channels, [len(channels) - len(divisors)])
-                channels = np.concatenate([kept, divided / divisors])
+                channels = np.concatenate([kept, divided / np.abs(divisors)])
             result[name] = float(channels.max())
         return result
 

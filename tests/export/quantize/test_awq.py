@@ -125,7 +125,8 @@ def test_the_folded_model_computes_the_same(kind: Kind, tiny_checkpoints: Checkp
             for plan in block.linears:
                 for name in plan.layer.weights + plan.layer.biases:
                     np.testing.assert_array_equal(plan.checkpoint.tensor(name), folded.tensor(name))
-    assert changed.max() / changed.min() > 1.1  # something was folded
+    assert np.abs(changed).max() / np.abs(changed).min() > 1.1  # something was folded
+    assert changed.min() < 0 < changed.max()  # and some channels were flipped
     scale = np.abs(expected.inputs["lm_head"]).max()
     difference = np.abs(found.inputs["lm_head"] - expected.inputs["lm_head"]).max()
     assert difference < 1e-5 * scale
