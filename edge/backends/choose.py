@@ -188,14 +188,15 @@ def _open_ort_cpu(
 ) -> Backend:
     from .default_capacity import host_capacity
     from .ort import cpu as ort
-    from .ort.int8_prompts import int8_bytes
 
-    capacity = config.kv_capacity
+    capacity, extra = config.kv_capacity, 0
     if capacity is None or capacity <= manifest.rope_positions:  # else the backend refuses it
-        extra = int8_bytes(manifest) if config.prefill == "int8" else 0
-        capacity = host_capacity(
-            manifest, config.num_slots, config.prefill_chunk, extra, beside, capacity
-        )
+        if config.prefill == "int8":
+            from .ort.int8_prompts import int8_bytes
+
+            extra = int8_bytes(manifest)
+        sizes = config.num_slots, config.prefill_chunk
+        capacity = host_capacity(manifest, *sizes, extra, beside, capacity)
     return ort.OrtBackend(
         bundle,
         manifest,

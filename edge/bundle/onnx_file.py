@@ -328,14 +328,14 @@ class OnnxFile:
     def put_in_memory(self, values: Mapping[str, NDArray[Any]]) -> None:
         """Give initializers by these names other values, old or new, which no file holds.
 
-        The model says that they are external; whoever opens a session on it must hand `in_memory`
-        to it.
+        The model says that they are external, each in a file of its own name; whoever opens a
+        session on it must hand `in_memory` to it, or write those files.
         """
         tensors = self._graph.all_bytes(5)
         kept = [data for data in tensors if Message.parse(data).text(8) not in values]
         new = []
         for name, value in values.items():
-            place = ("in-memory", 0, value.nbytes)
+            place = (name, 0, value.nbytes)
             element = value.dtype.name.replace("float", "fp")
             new.append(_elsewhere(name, element, value.shape, place).serialize())
         self._graph.replace(5, kept + new)

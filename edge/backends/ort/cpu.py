@@ -27,9 +27,7 @@ from edge.engine_config import INT8_PREFILL_TOKENS
 from edge.errors import BackendError, ConfigError, ResourceError
 
 from .cpu_attention import can_fuse, fuse_cache_attention
-from .even_rows import cut_groups, find_unevenness
 from .host_cache import HostCaches
-from .int8_prompts import int8_bytes, widen_products
 from .join_planes import join_planes
 from .runner import RunShape, StepOutputs, StepRunner, cache_tensors, fill_inputs, make_inputs
 from .session import (
@@ -224,6 +222,8 @@ class OrtBackend:
         self._session = self._prompt_session = None
 
     def _make_even(self) -> None:
+        from .even_rows import find_unevenness
+
         found = find_unevenness(self, self._model.hidden_size)
         if found is not None and self.num_slots > 1:
             self._runner.pair_lone_tokens()
@@ -274,17 +274,25 @@ def load_cpu_graph(
     if fuse_attention and can_fuse(manifest):
         fuse_cache_attention(graph, manifest.model)
     ort = import_onnxruntime(manifest, "the CPU backend needs onnxruntime", "cpu")
-    widened = widen_products(graph, bundle, manifest) if int8_prompts else []
+    widened: list[str] = []
+    if int8_prompts:
+        from .int8_prompts import widen_products
+
+        widened = widen_products(graph, bundle, manifest)
     # Else no kernel takes 8-bit weights, and a joined one is unpacked to float in every step.
     if int8_activations and multiplies_8_bits(ort):
         join_planes(graph, bundle, manifest, accuracy_level=accuracy_level(True), without=widened)
     if deterministic:
+        from .even_rows import cut_groups
+
         cut_groups(graph, bundle)
     return graph
 
 
 def _check_memory(manifest: Manifest) -> None:
     """Refuse INT8 weights for prompts that memory does not hold."""
+    from .int8_prompts import int8_bytes
+
     needed = 2 * int8_bytes(manifest)  # while the session packs them, they are there twice
     free = read_available_memory_bytes()
     if free is not None and free < needed:

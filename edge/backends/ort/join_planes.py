@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -31,13 +31,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.manifest import LinearInfo, Manifest
+from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import ExternalTensor, Node, OnnxFile, attribute
 from edge.bundle.schemes import HIGH_PLANE, PLANES_LEAST
-from edge.device.memory import read_available_memory_bytes
 from edge.device.process import count_usable_cpus
 
 from .cpu_attention import OWN_DOMAIN, expect_node
+from .lent_weights import has_room, map_file
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 _ZERO_POINT = np.uint8(128)
 _SIGNS = np.uint8(0x88)  # of two weights in a byte: from two's complement to around 8
 _BEYOND = np.uint8(-128 - PLANES_LEAST)
-_ROOM = 4  # times the weights; the load peaks at 2.4 times those of the 1.5B with an INT8 lm_head
+_ROOM = 2  # times the weights, whose scales are half as wide in the bundle
 _CHUNK_BYTES = 1 << 19  # of a plane; with its temporaries it stays in the L2 cache
 
 
@@ -59,9 +59,9 @@ def join_planes(
 ) -> None:
     """Replace every pair of planes, and INT4 in products of MatMulNBits, in `OnnxFile.in_memory`.
 
-    Nothing but the new weights takes memory: one block, which goes back to the system as a whole.
-    Where memory is short, INT4 stays as it is: ONNX Runtime packs one layer after the other, and
-    gives each back.
+    Nothing but the new weights takes memory. On a CPU they are in files (`lent_weights`), where
+    there is room for such; else INT4 stays as it is: ONNX Runtime packs one layer after the other,
+    and gives each back, but would keep all that it is handed over until the last one.
 
     Args:
         graph: of the decoder.
@@ -77,7 +77,9 @@ def join_planes(
     """
     linears = {n: each for n, each in manifest.quantization.linears.items() if n not in without}
     names = planes = [name for name, linear in linears.items() if linear.scheme.planes]
-    if accuracy_level is not None and _has_room(linears.values()):
+    num_bytes = sum(linear.num_bytes for linear in linears.values())
+    in_files = accuracy_level is not None and has_room(_ROOM * num_bytes)
+    if in_files:
         names = [*planes, *(n for n, linear in linears.items() if linear.scheme.kind == "int4")]
     if not names:
         return
@@ -85,15 +87,21 @@ def join_planes(
     stored = graph.external_tensors()
     consumers = {name: node for node in graph.nodes for name in node.inputs}
     bits = {name: 8 if linears[name].scheme.planes else 4 for name in names}
-    sizes = [math.prod(linears[name].shape) * bits[name] // 8 for name in names]
-    # Small pages, unlike numpy's: the kernel makes room for huge ones, in more time than they save.
-    memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block = np.frombuffer(memory, np.uint8)
-    parts = np.split(block, np.cumsum(sizes)[:-1])
     joined: dict[str, NDArray[Any]] = {}
     products: dict[str, Node] = {}
 
-    def replace(name: str, part: NDArray[np.uint8]) -> None:
+    def allocate(name: str, shape: tuple[int, ...], dtype: type = np.uint8) -> NDArray[Any]:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if in_files and dtype is np.uint8:
+            memory = map_file(size)
+        else:
+            # Small pages, unlike numpy's: the kernel makes room for huge ones, in more time than
+            # they save.
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        joined[name] = np.frombuffer(memory, dtype).reshape(shape)
+        return joined[name]
+
+    def replace(name: str) -> None:
         weight, scale = f"{name}.weight", f"{name}.scale"
         low, high = stored[weight], stored.get(f"{name}.high_weight")
         rows, columns = low.shape
@@ -104,20 +112,21 @@ def join_planes(
         if accuracy_level is None or columns % 2:  # rows end within a byte of odd ones
             if high is None:
                 return
-            _read_joined(bundle, low, high, part)
-            joined[weight] = part.reshape(low.shape)
+            part = allocate(weight, low.shape)
+            _read_joined(bundle, low, high, part.reshape(-1))
             zero = _ZERO_POINT + beyond
             zero_point = f"zero_point.{zero}.{groups}x{columns}"
             joined.setdefault(zero_point, np.full((groups, columns), zero))
             dequantized.inputs = [*dequantized.inputs[:2], zero_point]
         else:
-            joined[weight] = part.reshape(columns, groups, -1)
-            _read_transposed(bundle, low, high, joined[weight])
+            part = allocate(weight, (columns, groups, group_size * bits[name] // 8))
+            _read_transposed(bundle, low, high, part)
             scales = _read_floats(bundle, stored[scale])
-            joined[scale] = scales.T.copy()
+            allocate(scale, (columns, groups), np.float32)[:] = scales.T
             if beyond:
                 offset = f"{name}.offset"
-                joined[offset] = _read_floats(bundle, stored[offset]) - scales * np.float32(beyond)
+                moved = _read_floats(bundle, stored[offset]) - scales * np.float32(beyond)
+                allocate(offset, moved.shape, np.float32)[:] = moved
             product = expect_node(consumers, dequantized.outputs[0], "MatMul")
             attributes = {
                 "K": rows,
@@ -138,7 +147,7 @@ def join_planes(
             part += beyond  # modulo 256, as `join` does
 
     with ThreadPoolExecutor(count_usable_cpus()) as pool:
-        list(pool.map(replace, names, parts))
+        list(pool.map(replace, names))
     graph.nodes = [products.get(node.name, node) for node in graph.nodes]
     if products:
         graph.use_domain(OWN_DOMAIN, 1)
@@ -168,12 +177,6 @@ def hand_over(graph: OnnxFile, ort: ModuleType, options: onnxruntime.SessionOpti
     """Let a session take the weights that are in memory; nothing is copied."""
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in graph.in_memory.values()]
     options.add_external_initializers(list(graph.in_memory), values)
-
-
-def _has_room(linears: Iterable[LinearInfo]) -> bool:
-    """Whether memory holds new weights beside those that ONNX Runtime makes of them."""
-    free = read_available_memory_bytes()
-    return free is None or free > _ROOM * sum(linear.num_bytes for linear in linears)
 
 
 def drop_high_products(graph: OnnxFile, names: list[str]) -> None:

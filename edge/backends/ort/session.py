@@ -15,6 +15,7 @@ from edge.device.process import choose_num_threads, count_usable_cpus
 from edge.errors import BackendError, BundleError, ConfigError, DependencyError, install_command
 
 from .join_planes import hand_over
+from .lent_weights import lend
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -135,19 +136,20 @@ def open_session(
         BackendError: ONNX Runtime refuses the graph.
     """
     ort = import_onnxruntime(manifest, "the CPU backend needs onnxruntime", "cpu")
-    options = session_options(ort, bundle, manifest)
-    hand_over(graph, ort, options)
-    if num_threads is not None:
-        options.intra_op_num_threads = num_threads
-    # The arena grows in powers of two and never shrinks: 250 MB more resident at 1.5B.
-    options.enable_cpu_mem_arena = False
-    options.add_session_config_entry(
-        "session.qdq_matmulnbits_accuracy_level", str(accuracy_level(int8_activations))
-    )
-    try:
-        return ort.InferenceSession(graph.serialize(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise BackendError(f"ONNX Runtime cannot load {bundle}: {error}") from error
+    model = graph.serialize()
+    with lend(graph, bundle) as folder:
+        options = session_options(ort, folder, manifest)
+        hand_over(graph, ort, options)
+        if num_threads is not None:
+            options.intra_op_num_threads = num_threads
+        # The arena grows in powers of two and never shrinks: 250 MB more resident at 1.5B.
+        options.enable_cpu_mem_arena = False
+        level = str(accuracy_level(int8_activations))
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
+        try:
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime cannot load {bundle}: {error}") from error
 
 
 def accuracy_level(int8_activations: bool) -> int:

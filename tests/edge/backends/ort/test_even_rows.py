@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edge import LLM, SamplingParams
 from edge.backends import Step
-from edge.backends.ort import cpu
+from edge.backends.ort import cpu, even_rows
 from edge.backends.ort.even_rows import cut_groups, find_unevenness
 from edge.backends.step import step_after
 from edge.bundle.manifest import read_manifest
@@ -212,7 +212,7 @@ def test_the_trial_fits_short_steps_and_small_slots(sizes: dict[str, int], tiny_
 def test_kernels_that_cannot_be_evened_are_refused(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cpu, "find_unevenness", lambda *_: "2 sequences in one step")
+    monkeypatch.setattr(even_rows, "find_unevenness", lambda *_: "2 sequences in one step")
     with pytest.raises(BackendError, match="leave deterministic out"):
         Runner(tiny_bundles("qwen2", "native", quant="int4"), deterministic=True)
 
