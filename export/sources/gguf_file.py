@@ -42,8 +42,9 @@ _REMOVED = {
     4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
     36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
 }  # fmt: skip
-# Dequantizing makes several temporaries of a chunk's size.
-_CHUNK_WEIGHTS = 1 << 22
+# Dequantizing makes several temporaries of a chunk's size. The package takes 16 rows at a time:
+# short ones are read as longer ones, since else most of the time is its calls of NumPy.
+_CHUNK_WEIGHTS, _LONG_ROW = 1 << 22, 1 << 13
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ class GgufFile:
             return raw.view(_VIEWS[kind.name]).reshape(tensor.shape)
         columns = tensor.shape[-1]
         num_rows = math.prod(tensor.shape[:-1])
+        joined = math.gcd(num_rows, 1 << max(_LONG_ROW // columns, 1).bit_length() - 1)
+        num_rows, columns = num_rows // joined, columns * joined
         rows = raw.reshape(num_rows, -1)
         weights = np.empty((num_rows, columns), np.float32)
         step = max(1, _CHUNK_WEIGHTS // columns)
