@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from edge.bundle.manifest import TensorScheme
 
 from .rtn import NearestRows, dequantize_rows, round_tiles
-from .statistics import mean_magnitude, mean_square, spread
+from .statistics import mean_square, spread
 
 Array = NDArray[np.float32]
-ALPHAS = tuple(step / 20 for step in range(0, 21, 2))
-_MAX_ROWS = 128
-_MAX_TOKENS = 512
+_MAX_ROWS = 64
+_MAX_TOKENS = 1024
 
 
 def awq_factors(
@@ -37,7 +36,8 @@ def awq_factors(
         shared: int64 ``[in]``; channels with the same number must have the same factor. None lets
             every channel have its own.
     """
-    magnitude = mean_magnitude(x)
+    x = x[spread(len(x), _MAX_TOKENS)]
+    magnitude = np.abs(x).mean(axis=0)
     if shared is not None:
         counts = np.bincount(shared)
         magnitude = (np.bincount(shared, magnitude) / counts)[shared].astype(np.float32)
@@ -46,17 +46,21 @@ def awq_factors(
     magnitude = np.maximum(magnitude, np.float32(1e-5) * magnitude.max())
     importance = mean_square(x)
     rows = weights[spread(len(weights), _MAX_ROWS)]
-    sample = x[spread(len(x), _MAX_TOKENS)].T
-    best: Array = np.ones_like(magnitude)
-    least = np.inf
-    for alpha in ALPHAS:
-        factors = magnitude ** np.float32(alpha)
+
+    def factors_of(tenths: int) -> Array:
+        factors: Array = magnitude ** np.float32(tenths / 10)
         factors /= np.sqrt(factors.max() * factors.min())
-        nearest = NearestRows(scheme, "mse", scale_type, importance / np.square(factors))
+        return factors
+
+    def error_of(tenths: int) -> float:
+        factors = factors_of(tenths)
+        nearest = NearestRows(scheme, "mse", scale_type, importance / factors / factors)
         change = dequantize_rows(round_tiles(rows * factors, nearest))
         change /= factors
         change -= rows
-        error = float(np.square(change @ sample).sum(dtype=np.float64))
-        if error < least:
-            best, least = factors, error
-    return best
+        return float(np.square(change @ x.T).sum(dtype=np.float64))
+
+    errors = {tenths: error_of(tenths) for tenths in range(0, 11, 2)}
+    best = min(errors, key=errors.__getitem__)
+    errors |= {tenths: error_of(tenths) for tenths in (best - 1, best + 1) if 0 < tenths < 10}
+    return factors_of(min(errors, key=errors.__getitem__))

@@ -19,7 +19,7 @@ from export.sources.quantized_weight import QuantizedWeight
 from .awq import awq_factors
 from .calibration import LayerActivations, LayerRunner
 from .effort import LayerEffort
-from .error_feedback import feedback, to_make_up
+from .error_feedback import cross_moment, made_up
 from .gptq import GptqRows, gptq_factor
 from .plan import Block, BlockPlan, LinearPlan, nearest_rows
 from .rotation import BlockRotatedCheckpoint
@@ -99,7 +99,7 @@ class Calibrated:
         if self.twin is not None and block.index < self.runner.checkpoint.spec.num_layers:
             assert seen.before is not None
             rounded = self.twin.layer(folded, block.index, seen.before[1])
-            streams = {"o": flat(seen.before[0]), "down": inputs.pop(RESIDUAL)}
+            streams = {"o": inputs.pop(RESIDUAL), "down": flat(seen.hidden)}
             plans = [self._plan_rounded(each, folded, inputs, rounded, streams) for each in linears]
             hidden = np.stack([seen.hidden, rounded.after()])
             return BlockPlan(tuple(plans), factors, peaks, hidden)
@@ -144,8 +144,7 @@ class Calibrated:
         return replace(seen, factors=factors[layer.name])
 
     def _weights(self, layer: LinearSpec, checkpoint: Checkpoint | None = None) -> Array:
-        tensor = (checkpoint or self.runner.checkpoint).tensor
-        return np.concatenate([tensor(name).astype(np.float32) for name in layer.weights])
+        return _stack(checkpoint or self.runner.checkpoint, layer.weights)
 
     def _shared(self, layer: LinearSpec) -> NDArray[np.int64] | None:
         is_o = layer.name.endswith(".o")
@@ -184,34 +183,36 @@ class Calibrated:
             folded: the model with the factors of the whole layer.
             exact: inputs of linears in the float model, ``[tokens, in]``; this one's are taken out.
             rounded: the layer, up to this linear.
-            streams: what the results of ``o`` and ``down`` are added to in the float model.
+            streams: what the float model has after the results of ``o`` and ``down`` are added.
 
         Raises:
             CheckpointError: a weight is not finite, or too large for the graph's float type.
         """
         name = _short(seen.layer)
         # Held by this name alone, so that a wide linear's inputs are gone before it is rounded.
-        lost = exact.pop(name)
+        float_inputs = exact.pop(name)
         if seen.scheme.kind != "int4":
-            plan = self._plan(seen, folded, lost)
+            plan = self._plan(seen, folded, float_inputs)
             self._report(seen.layer, 5)
             return plan
-        factors = np.ones_like(lost[0]) if seen.factors is None else seen.factors
+        factors = np.ones_like(float_inputs[0]) if seen.factors is None else seen.factors
         parts = [folded.tensor(part).astype(np.float32) for part in seen.layer.weights]
         for values, part in zip(parts, seen.layer.weights, strict=True):
             check_range(values, part, self.scale_type)
         weights = np.concatenate(parts)
         inputs = rounded.inputs(name)
         self._report(seen.layer, 1)
-        lost /= factors
-        lost -= inputs
-        missing = streams[name] - rounded.residual(name) if name in streams else None
-        wanted = to_make_up(weights, lost, inputs, missing)
-        del lost
+        if name in streams:
+            del float_inputs
+            wanted = cross_moment(inputs, streams[name] - rounded.residual(name))
+        else:
+            float_inputs /= factors
+            wanted = cross_moment(inputs, float_inputs) @ weights.T
+            del float_inputs
         self._report(seen.layer, 2)
         moments = second_moment(inputs)
         self._report(seen.layer, 3)
-        weights += feedback(wanted, moments, factors)
+        weights = made_up(weights, wanted, moments, factors)
         self._report(seen.layer, 4)
         rows = round_tiles(weights, GptqRows(seen.scheme, gptq_factor(moments), self.scale_type))
         rounded.round(name, dequantize_rows(rows))
@@ -234,6 +235,11 @@ class Calibrated:
         if factors is not None:
             importance /= np.square(factors)
         return NearestRows(scheme, "mse", self.scale_type, importance)
+
+
+def _stack(checkpoint: Checkpoint, names: Sequence[str]) -> Array:
+    """Read tensors as float32, behind each other."""
+    return np.concatenate([checkpoint.tensor(name).astype(np.float32) for name in names])
 
 
 def _short(layer: LinearSpec) -> str:

@@ -59,11 +59,14 @@ def layer_effort(model: ModelSpec, tokens: int) -> LayerEffort:
         width, rows = layer.shape
         product = 2.0 * tokens * width * rows
         look += product
-        made_up = 4.0 * tokens * width * min(rows, width)
+        short = layer.name.rpartition(".")[2]
+        if short in ("o", "down"):  # whose results the float model's residual stream tells
+            made_up = product
+        else:
+            made_up = 2.0 * width**2 * (tokens + rows)
         solved = width**3 / 3 + 2.0 * width**2 * rows
         moments = 1.0 * tokens * width**2
         rounded = width**3 / 3 + width**2 * rows + _ROUNDED * width * rows
-        short = layer.name.rpartition(".")[2]
         # A linear's inputs take the product of the one before it.
         plan[short] = (before, made_up, moments, solved, rounded)
         before = product

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.manifest import TensorScheme
 
-from .rtn import QuantizedRows, integer_range, quantize_rows
+from .rtn import QuantizedRows, integer_range, row_scales
 from .triangular import damp, factor_upper
 
 Array = NDArray[np.float32]
@@ -79,7 +79,7 @@ def gptq_rows(
     factor: GptqFactor,
     scale_type: np.dtype[np.generic],
 ) -> QuantizedRows:
-    """Quantize ``[rows, in]`` weights; scales are those of `rtn.quantize_rows` with importance.
+    """Quantize ``[rows, in]`` weights; scales are those of `rtn.row_scales` with importance.
 
     Args:
         weights: finite float32.
@@ -87,12 +87,12 @@ def gptq_rows(
         factor: factor of the second moments of the layer's inputs.
         scale_type: type in which the scales will be stored, float16 or bfloat16.
     """
-    start = quantize_rows(weights, scheme, "mse", scale_type, factor.importance)
-    values = np.empty_like(start.values)
+    scales = row_scales(weights, scheme, "mse", scale_type, factor.importance)
+    values = np.empty(weights.shape, dtype=np.int8)
     for at in range(0, len(weights), _ROWS):
         rows = slice(at, at + _ROWS)
-        values[rows] = _round_rows(weights[rows], start.scales[rows], scheme, factor)
-    return QuantizedRows(values, start.scales)
+        values[rows] = _round_rows(weights[rows], scales[rows], scheme, factor)
+    return QuantizedRows(values, scales)
 
 
 def _round_rows(
@@ -116,7 +116,8 @@ def _round_rows(
             target += upper[start:j, j - start] @ errors[start:j]
             target /= column_scales[j]
             np.rint(target, out=target)
-            np.clip(target, low, high, out=target)
+            np.maximum(target, low, out=target)
+            np.minimum(target, high, out=target)
             values[factor.order[j]] = target
             target *= column_scales[j]
             np.subtract(exact[j], target, out=errors[j])

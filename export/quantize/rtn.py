@@ -92,6 +92,26 @@ def quantize_rows(
 ) -> QuantizedRows:
     """Quantize ``[rows, in]`` weights, each row cut into groups along ``in``.
 
+    All arguments are those of `row_scales`.
+    """
+    low, high = integer_range(scheme)
+    rows, width = weights.shape
+    scales = row_scales(weights, scheme, clip, scale_type, importance)
+    quantized = weights.reshape(*scales.shape, -1) * (np.float32(1.0) / scales)[..., None]
+    np.rint(quantized, out=quantized)
+    np.clip(quantized, low, high, out=quantized)
+    return QuantizedRows(quantized.astype(np.int8).reshape(rows, width), scales)
+
+
+def row_scales(
+    weights: NDArray[np.float32],
+    scheme: TensorScheme,
+    clip: Literal["absmax", "mse"],
+    scale_type: np.dtype[np.generic],
+    importance: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """Choose the scales of ``[rows, in]`` weights, ``[rows, groups]``.
+
     Args:
         weights: finite float32.
         scheme: int8 or int4; group size 0 is one group per row.
@@ -101,7 +121,6 @@ def quantize_rows(
         importance: float32 ``[in]``, weight of each column's squared error for ``mse``: with the
             mean square of its input this is the error of the output. None weighs all alike.
     """
-    low, high = integer_range(scheme)
     rows, width = weights.shape
     size = scheme.group_size or width
     groups = weights.reshape(rows, width // size, size)
@@ -109,10 +128,7 @@ def quantize_rows(
     if clip == "mse":
         weight = None if importance is None else importance.reshape(-1, size)
         scales = _least_squares_scales(groups, scales, scheme, scale_type, weight)
-    quantized = groups * (np.float32(1.0) / scales)[..., None]
-    np.rint(quantized, out=quantized)
-    np.clip(quantized, low, high, out=quantized)
-    return QuantizedRows(quantized.astype(np.int8).reshape(rows, width), scales)
+    return scales
 
 
 def _reaching_scales(groups: NDArray[np.float32], scheme: TensorScheme) -> NDArray[np.float32]:

@@ -11,15 +11,8 @@ Array = NDArray[np.float32]
 _CHUNK_ELEMENTS = 1 << 22
 
 
-def mean_magnitude(x: Array) -> Array:
-    """Compute the mean of ``|x|`` per channel, float32 ``[width]``, of ``[tokens, width]``."""
-    total = sum(np.abs(chunk).sum(axis=0, dtype=np.float64) for chunk in _chunks(x))
-    result: Array = np.asarray(total / len(x), dtype=np.float32)
-    return result
-
-
 def mean_square(x: Array) -> Array:
-    """Compute the mean of ``x ** 2`` per channel: the diagonal of `second_moment`."""
+    """Compute the mean of ``x ** 2`` per channel, float32 ``[width]``, of ``[tokens, width]``."""
     total = sum(np.square(chunk).sum(axis=0, dtype=np.float64) for chunk in _chunks(x))
     result: Array = np.asarray(total / len(x), dtype=np.float32)
     return result

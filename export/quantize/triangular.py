@@ -13,11 +13,13 @@ Array = NDArray[np.float32]
 _BLOCK = 128
 
 
-def damp(matrix: Array, damping: float) -> None:
-    """Add a fraction of the diagonal's mean to the diagonal, in place."""
+def damp(matrix: Array, damping: float) -> float:
+    """Add a fraction of the diagonal's mean to the diagonal, in place, and return what is added."""
     diagonal = np.diagonal(matrix)
     mean = float(diagonal.mean(dtype=np.float64)) or 1.0
-    matrix[np.diag_indices_from(matrix)] += np.float32(damping * mean)
+    added = damping * mean
+    matrix[np.diag_indices_from(matrix)] += np.float32(added)
+    return added
 
 
 def factor_upper(matrix: Array) -> None:

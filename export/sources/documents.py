@@ -25,6 +25,7 @@ BUILT_IN_TOKENS, DEFAULT_TOKENS = 36864, 20480
 Chinese cut into 36,000, and of another."""
 _BUILT_IN = {False: ("built-in", "problems.jsonl"), True: ("built-in, mixed", "mixed.jsonl")}
 MAX_TEXT_BYTES = 1 << 28
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,10 @@ def calibration_batches(
     seq_len: int = SEQ_LEN,
     seed: int = 0,
 ) -> NDArray[np.int64]:
-    """Token ids int64 ``[sequences, seq_len]``: the documents shuffled, joined and cut.
+    """Token ids int64 ``[sequences, seq_len]``: the documents in another order, joined and cut.
 
-    Every sequence starts with bos where the model wants one: the first token of a context draws
+    Each beginning of that order has documents of all parts of the text, in proportion. Every
+    sequence starts with bos where the model wants one: the first token of a context draws
     activations that no other token has.
 
     Args:
@@ -149,7 +151,7 @@ def calibration_batches(
     body = seq_len if bos is None else seq_len - 1
     wanted = num_tokens // seq_len * body
     ids: list[int] = []
-    for index in np.random.RandomState(seed).permutation(len(text.documents)):
+    for index in _spread_order(len(text.documents), seed):
         ids += text.encode(tokenizer, template, index)
         if len(ids) >= wanted:
             break
@@ -163,6 +165,12 @@ def calibration_batches(
     if bos is None:
         return batch
     return np.concatenate([np.full((rows, 1), bos, dtype=np.int64), batch], axis=1)
+
+
+def _spread_order(count: int, seed: int) -> NDArray[np.intp]:
+    """An order of numbers whose first ones are, however many, evenly spread over all."""
+    start = np.random.RandomState(seed).uniform()
+    return np.argsort((start + _GOLDEN * np.arange(count)) % 1)
 
 
 def encode_document(

@@ -151,6 +151,24 @@ def test_the_built_in_text_is_in_the_models_own_format(tools: Any):
     assert marks.count(think) > 10
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_part_of_the_text_has_of_each_kind_what_the_whole_has(
+    seed: int, tools: Any, tmp_path: Path
+):
+    """Ten documents of each of ten kinds, as they follow each other in a file."""
+    path = tmp_path / "kinds.jsonl"
+    lines = [json.dumps({"text": f"kind {kind} {kind}"}) for kind in range(10) for _ in range(10)]
+    path.write_text("\n".join(lines))
+    text = read_calibration_text(path)
+    whole = len([i for n in range(100) for i in text.encode(tools[0], tools[1], n)])
+    for share in (3, 5):
+        ids = calibration_batches(tools[0], tools[1], text, whole // share, 16, seed)
+        words = tools[0].decode(ids[:, 1:].reshape(-1).tolist()).split()
+        counts = [words.count(str(kind)) / 2 for kind in range(10)]
+        assert sum(counts) > 80 / share
+        assert max(counts) - min(counts) <= 2
+
+
 def test_the_seed_decides_the_order(tools: Any):
     text = read_calibration_text(None)
     one, again, other = (

@@ -15,7 +15,7 @@ from edge.errors import CheckpointError, ConfigError
 from export.pipeline import ExportConfig
 from export.quantize.calibrated import Calibrated, Method
 from export.quantize.calibration import TAPS, LayerRunner
-from export.quantize.error_feedback import feedback, to_make_up
+from export.quantize.error_feedback import cross_moment, made_up
 from export.quantize.plan import BlockPlan, linear_blocks
 from export.quantize.rounded_twin import RESIDUAL, TAPS_OF_BOTH, RoundedTwin
 from export.quantize.rtn import integer_range
@@ -42,14 +42,18 @@ def test_the_change_solves_the_damped_least_squares(shape: tuple[int, int], adds
     exact = random.normal(size=(300, width)).astype(np.float32) * np.linspace(0.2, 3, width)
     rounded = (exact + 0.1 * random.normal(size=exact.shape)).astype(np.float32)
     missing = random.normal(size=(300, rows)).astype(np.float32) if adds else None
-    lost = (exact - rounded).astype(np.float32)
     factors = np.linspace(0.5, 2, width).astype(np.float32)
-    wanted = to_make_up(weights * factors, lost / factors, rounded / factors, missing)
-    found = feedback(wanted, second_moment(rounded / factors), factors) / factors
+    inputs = rounded / factors
+    given = (exact / factors).astype(np.float32)
+    if missing is None:
+        wanted = cross_moment(inputs, given) @ (weights * factors).T
+    else:
+        wanted = cross_moment(inputs, (exact @ weights.T + missing).astype(np.float32))
+    found = made_up(weights * factors, wanted, second_moment(inputs), factors) / factors - weights
 
     moments = second_moment(rounded).astype(np.float64)
     damped = moments + np.diagonal(moments).mean() * np.eye(width)
-    wanted = lost.astype(np.float64) @ weights.T + (0 if missing is None else missing)
+    wanted = (exact - rounded).astype(np.float64) @ weights.T + (0 if missing is None else missing)
     expected = np.linalg.solve(damped, rounded.T.astype(np.float64) @ wanted / 300).T
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
