@@ -118,8 +118,13 @@ def test_the_folded_model_computes_the_same(kind: Kind, tiny_checkpoints: Checkp
         folded = ScaledCheckpoint(checkpoint, factors)
         expected = run_layers(checkpoint, ids)[-1]
         found = run_layers(folded, ids)[-1]
-        source = norm_sources(checkpoint.spec)["layers.0.input_norm"]
-        changed = folded.tensor(source) / checkpoint.tensor(source).astype(np.float32)
+        changed = np.concatenate(
+            [
+                folded.tensor(source) / checkpoint.tensor(source).astype(np.float32)
+                for name, source in norm_sources(checkpoint.spec).items()
+                if name.endswith(("input_norm", "post_norm"))
+            ]
+        )
         # A plan reads its weights with every factor of its block.
         for block in plans[:-1]:
             for plan in block.linears:
