@@ -27,6 +27,7 @@ from typing import Any
 
 import msgspec
 
+from edge.bundle.manifest import FloatType, TensorScheme
 from edge.bundle.profile_layers import PROFILE_MARK, AttentionKind, ProfileLayers, plain_name
 from edge.errors import BundleError
 from edge.files import MALFORMED, read_file
@@ -303,3 +304,10 @@ def _attention(layers: list[CompiledLayer]) -> AttentionKind:
     if not any(fused):
         return "decomposed"
     return "mixed" if apart - inside else "fused"
+
+
+def engine_dtype(scheme: TensorScheme, float_type: FloatType) -> str:
+    """The type in which an engine stores the weights of a scheme, e.g. ``int4`` for both planes."""
+    if scheme.planes:
+        return "int4"
+    return {"float": float_type, "w8a8": "int8"}.get(scheme.kind, scheme.kind)

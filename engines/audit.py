@@ -15,7 +15,7 @@ from edge.backends.tensorrt.launch_rules import BLOCK
 from edge.bundle import io_spec
 from edge.bundle.engine_file import KvRead, LayerCount, WeightBytes
 from edge.bundle.manifest import Manifest
-from edge.bundle.schemes import engine_dtype
+from edge_lab.engine_layers import engine_dtype
 
 from .config import BuildShapes
 from .network import AttentionView, LayerView, NetworkView, TensorView

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from edge.bundle.manifest import Dialect, Task
-from edge.bundle.schemes import Clip, Quant, Recipe, fold_quant, kind_of
+from edge.bundle.schemes import Quant, fold_quant
 from edge.errors import ConfigError
+from edge_lab.recipe import Clip, Recipe, kind_of
 
 from .graph.embedding_table import EmbeddingType
 from .quantize.calibrated import Method

@@ -6,9 +6,8 @@ import json
 
 import numpy as np
 
-from edge.bundle.linears import head_linears, head_norms
 from edge.bundle.manifest import DraftHead, FloatType, Graphs
-from edge.bundle.schemes import Recipe
+from edge_lab.recipe import Recipe
 
 from .bundle import BundleWriter
 from .config import ExportConfig
@@ -19,7 +18,7 @@ from .graph.graph_builder import NUMPY_TYPE
 from .graph.head import build_head
 from .quantize.linear import convert
 from .quantize.plan import LinearPlan, nearest_rows
-from .sources.eagle3 import Eagle3Head
+from .sources.eagle3 import Eagle3Head, head_linears, head_norms
 
 _GRAPHS = Graphs(decoder="eagle3.onnx", cpu="eagle3.cpu.onnx")
 _VOCABULARY = "eagle3.vocabulary.json"

@@ -26,7 +26,6 @@ from edge.bundle.manifest import (
     printable,
     read_manifest,
 )
-from edge.bundle.schemes import Clip
 from edge.errors import (
     BundleError,
     CheckpointError,
@@ -41,6 +40,7 @@ from edge.text.tokenizer import Tokenizer
 from edge_lab.measure.evaluate import check_gate, load_gate
 from edge_lab.place import check_free_space
 from edge_lab.progress import Progress, prefixed, silent, uncounted
+from edge_lab.recipe import Clip
 from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS
 

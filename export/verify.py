@@ -16,8 +16,8 @@ from typing import Any
 from edge.backends.process_memory import Deployment, plan_process_memory
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import Dialect, ModelSpec, TensorScheme
-from edge.bundle.schemes import INT4_GROUP_SIZE, Recipe
-from edge.bundle.weights import Linear, recipe_linears
+from edge.bundle.schemes import INT4_GROUP_SIZE
+from edge.bundle.weights import Linear
 from edge.device.memory import read_available_memory_bytes
 from edge.errors import (
     EXIT_GATE_MISSED,
@@ -30,6 +30,7 @@ from edge.errors import (
     ResourceError,
 )
 from edge_lab.measure.compare import CHUNK_TOKENS
+from edge_lab.recipe import Recipe, recipe_linears
 
 from .config import AS_IN_SOURCE, DEFAULT_METHOD, ExportConfig
 

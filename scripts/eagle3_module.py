@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge.bundle.linears import head_linears, head_norms
 from edge.bundle.manifest import ModelSpec
 from edge.bundle.rope import inverse_frequencies
+from export.sources.eagle3 import head_linears, head_norms
 
 if TYPE_CHECKING:
     from .train_eagle3 import Lesson

@@ -163,7 +163,7 @@ def plan_process_memory(
 
     Args:
         model: dimensions.
-        linears: its linear layers (`weights.recipe_linears` or `weights.manifest_linears`).
+        linears: its linear layers (`weights.manifest_linears`, or of a recipe).
         positions: rows of the RoPE table.
         deployment: how it is run.
     """

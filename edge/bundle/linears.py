@@ -88,26 +88,26 @@ def _parts(model: ModelSpec) -> Iterator[LinearSpec | NormSpec]:
         yield NormSpec(f"{name}.input_norm", f"{source}.input_layernorm.weight", hidden)
         widths = {"q": q_width, "k": kv_width, "v": kv_width}
         qkv = {f"{attention}.{part}_proj": width for part, width in widths.items()}
-        yield _fuse(f"{name}.qkv", hidden, qkv, has_bias=model.qkv_bias)
+        yield fuse(f"{name}.qkv", hidden, qkv, has_bias=model.qkv_bias)
         if model.qk_norm:
             for part in "qk":
                 yield NormSpec(f"{name}.{part}_norm", f"{attention}.{part}_norm.weight", dim)
-        yield _fuse(f"{name}.o", q_width, {f"{attention}.o_proj": hidden})
+        yield fuse(f"{name}.o", q_width, {f"{attention}.o_proj": hidden})
         yield NormSpec(f"{name}.post_norm", f"{source}.post_attention_layernorm.weight", hidden)
-        yield _fuse(f"{name}.gate_up", hidden, {f"{mlp}.gate_proj": wide, f"{mlp}.up_proj": wide})
-        yield _fuse(f"{name}.down", wide, {f"{mlp}.down_proj": hidden})
+        yield fuse(f"{name}.gate_up", hidden, {f"{mlp}.gate_proj": wide, f"{mlp}.up_proj": wide})
+        yield fuse(f"{name}.down", wide, {f"{mlp}.down_proj": hidden})
     yield NormSpec("final_norm", "model.norm.weight", hidden)
     if model.task == "embed":
         return
     if model.task == "rerank":
-        yield _fuse("lm_head", hidden, {"lm_head": 2})
+        yield fuse("lm_head", hidden, {"lm_head": 2})
         return
     head = "model.embed_tokens" if model.tied_embeddings else "lm_head"
-    yield _fuse("lm_head", hidden, {head: model.vocab_size})
+    yield fuse("lm_head", hidden, {head: model.vocab_size})
 
 
-def _fuse(name: str, width: int, rows: dict[str, int], *, has_bias: bool = False) -> LinearSpec:
-    """One layer of modules with one input of ``width``, by HF name and number of outputs."""
+def fuse(name: str, width: int, rows: dict[str, int], *, has_bias: bool = False) -> LinearSpec:
+    """Make one layer of modules with one input of ``width``, by HF name and number of outputs."""
     return LinearSpec(
         name=name,
         weights=tuple(f"{module}.weight" for module in rows),
@@ -115,35 +115,3 @@ def _fuse(name: str, width: int, rows: dict[str, int], *, has_bias: bool = False
         shape=(width, sum(rows.values())),
         rows=tuple(rows.values()),
     )
-
-
-def head_linears(head: ModelSpec) -> list[LinearSpec]:
-    """List the linear layers of an EAGLE-3 head, by names of the published checkpoints.
-
-    The decoder layer's q, k and v read an embedding and a hidden state side by side. ``fc``, which
-    joins three hidden states to one, runs in the model's graph and is not among them.
-    """
-    hidden, wide, dim = head.hidden_size, head.intermediate_size, head.head_dim
-    q_width, kv_width = head.num_heads * dim, head.num_kv_heads * dim
-    attention, mlp = "midlayer.self_attn", "midlayer.mlp"
-    widths = {"q": q_width, "k": kv_width, "v": kv_width}
-    qkv = {f"{attention}.{part}_proj": width for part, width in widths.items()}
-    return [
-        _fuse("layers.0.qkv", 2 * hidden, qkv),
-        _fuse("layers.0.o", q_width, {f"{attention}.o_proj": hidden}),
-        _fuse("layers.0.gate_up", hidden, {f"{mlp}.gate_proj": wide, f"{mlp}.up_proj": wide}),
-        _fuse("layers.0.down", wide, {f"{mlp}.down_proj": hidden}),
-        _fuse("lm_head", hidden, {"lm_head": head.vocab_size}),
-    ]
-
-
-def head_norms(head: ModelSpec) -> list[NormSpec]:
-    """List the RMSNorms of an EAGLE-3 head: two stand side by side before its attention."""
-    layer = "midlayer"
-    sources = {
-        "layers.0.embed_norm": f"{layer}.input_layernorm.weight",
-        "layers.0.input_norm": f"{layer}.hidden_norm.weight",
-        "layers.0.post_norm": f"{layer}.post_attention_layernorm.weight",
-        "final_norm": "norm.weight",
-    }
-    return [NormSpec(name, source, head.hidden_size) for name, source in sources.items()]

@@ -8,9 +8,8 @@ from typing import Literal, NamedTuple
 
 from edge.bundle.linears import linear_layers, norm_layers
 from edge.bundle.manifest import HeadManifest, Manifest, ModelSpec, TensorScheme
-from edge.bundle.schemes import SCALE_BYTES, SCHEMES, Recipe, fold_quant, stored_bytes
+from edge.bundle.schemes import SCALE_BYTES, SCHEMES, stored_bytes
 from edge.bundle.sizes import ENGINE_FLOAT_BYTES
-from edge.errors import ConfigError
 
 Part = Literal["attention", "mlp", "lm_head", "scales", "norms", "rope"]
 PARTS: tuple[Part, ...] = ("attention", "mlp", "lm_head", "scales", "norms", "rope")
@@ -23,29 +22,6 @@ _PART_OF: dict[str, Part] = {
     "lm_head": "lm_head",
 }
 _FLOAT_BYTES = 2
-
-VARIANTS: dict[str, Recipe] = {
-    "fp16": Recipe("fp16"),
-    "int8": Recipe("int8"),
-    "int8-w8a8": Recipe("int8-w8a8"),
-    "int4": Recipe("int4"),
-    "int4-g128": Recipe("int4", 128),
-    "int4-head-fp16": Recipe("int4", keep=(("lm_head", "float"),)),
-    "int4-head-int4": Recipe("int4", keep=(("lm_head", "int4"),)),
-}
-"""Side by side in a plan, by the names that the user sees."""
-
-
-def find_variant(name: str) -> Recipe:
-    """Find a recipe of `VARIANTS` by its name, in any spelling of `fold_quant`.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    recipe = VARIANTS.get(fold_quant(name))
-    if recipe is None:
-        raise ConfigError(f"--quant {name} is unknown; known: {', '.join(VARIANTS)}")
-    return recipe
 
 
 class Linear(NamedTuple):
@@ -106,16 +82,6 @@ def part_of(layer: str) -> Part:
 def unpacked_bytes(weights: int) -> int:
     """Bytes written and read again where this many weights are unpacked in a step."""
     return 2 * ENGINE_FLOAT_BYTES * weights
-
-
-def recipe_linears(model: ModelSpec, recipe: Recipe) -> list[Linear]:
-    """List the linear layers of a model in a quantization.
-
-    Raises:
-        ConfigError: see `Recipe.schemes`.
-    """
-    schemes = recipe.schemes(model)
-    return [Linear(layer.name, layer.shape, schemes[layer.name]) for layer in linear_layers(model)]
 
 
 def manifest_linears(manifest: Manifest, draft: Manifest | None = None) -> list[Linear]:

@@ -19,10 +19,9 @@ from edge.bundle.engine_file import (
 from edge.bundle.engine_records import UnvouchedError, who_vouches
 from edge.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
 from edge.bundle.profile_layers import ProfileLayers
-from edge.bundle.schemes import engine_dtype
 from edge.bundle.trust import trusted_keys_file
 from edge.cli import echo_json
-from edge_lab.engine_layers import LayerTable, read_layers
+from edge_lab.engine_layers import LayerTable, engine_dtype, read_layers
 
 _BITS = {"int4": 4, "int8": 8, "fp16": 16, "bf16": 16}
 

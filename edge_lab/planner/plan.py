@@ -15,9 +15,10 @@ from edge.backends.process_memory import (
     usable_bytes,
 )
 from edge.bundle import io_spec
-from edge.bundle.schemes import Recipe, fold_quant
-from edge.bundle.weights import VARIANTS, Linear, find_variant, manifest_linears, recipe_linears
+from edge.bundle.schemes import fold_quant
+from edge.bundle.weights import Linear, manifest_linears
 from edge.errors import ConfigError
+from edge_lab.recipe import VARIANTS, Recipe, find_variant, recipe_linears
 
 from .devices import DEFAULT_DEVICE, PowerMode, find_module
 from .drafting import (

@@ -33,7 +33,7 @@ def build_head(
         model: its dimensions.
         dialect: ``native`` or ``portable``.
         float_type: type of activations, cache and logits.
-        tensors: where its weights are, by the names of `linears.head_linears` and `head_norms`.
+        tensors: where its weights are, by the names of `eagle3.head_linears` and `head_norms`.
         kv_capacity: rows of its cache.
         norm_before_residual: see `manifest.DraftHead`.
     """

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from edge.bundle.linears import LinearSpec, linear_layers
 from edge.bundle.manifest import TensorScheme, Treatment
-from edge.bundle.schemes import GROUP_SIZES, Clip
+from edge.bundle.schemes import GROUP_SIZES
+from edge_lab.recipe import Clip
 from export.sources.checkpoint import Checkpoint
 from export.sources.quantization_config import WeightFormat
 from export.sources.quantized_weight import QuantizedWeight

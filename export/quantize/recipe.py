@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from edge.bundle.schemes import Clip, Quant
+from edge.bundle.schemes import Quant
 from edge.errors import ConfigError, DependencyError, install_command
 from edge.files import MALFORMED, read_file
+from edge_lab.recipe import Clip
 
 _MAX_BYTES = 1 << 20
 

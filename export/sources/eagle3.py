@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.linears import TOKEN_TABLE, head_linears, head_norms
+from edge.bundle.linears import TOKEN_TABLE, LinearSpec, NormSpec, fuse
 from edge.bundle.manifest import ModelSpec
 from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
@@ -36,6 +36,38 @@ _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _FC, _D2T, _T2D, _TABLE = "fc.weight", "d2t", "t2d", "embed_tokens.weight"
 _COMPARED_ROWS = 64
 _SAME = 0.05  # of a row's norm: tables are published in fp16, bf16 or dequantized
+
+
+def head_linears(head: ModelSpec) -> list[LinearSpec]:
+    """List the linear layers of an EAGLE-3 head, by names of the published checkpoints.
+
+    The decoder layer's q, k and v read an embedding and a hidden state side by side. ``fc``, which
+    joins three hidden states to one, runs in the model's graph and is not among them.
+    """
+    hidden, wide, dim = head.hidden_size, head.intermediate_size, head.head_dim
+    q_width, kv_width = head.num_heads * dim, head.num_kv_heads * dim
+    attention, mlp = "midlayer.self_attn", "midlayer.mlp"
+    widths = {"q": q_width, "k": kv_width, "v": kv_width}
+    qkv = {f"{attention}.{part}_proj": width for part, width in widths.items()}
+    return [
+        fuse("layers.0.qkv", 2 * hidden, qkv),
+        fuse("layers.0.o", q_width, {f"{attention}.o_proj": hidden}),
+        fuse("layers.0.gate_up", hidden, {f"{mlp}.gate_proj": wide, f"{mlp}.up_proj": wide}),
+        fuse("layers.0.down", wide, {f"{mlp}.down_proj": hidden}),
+        fuse("lm_head", hidden, {"lm_head": head.vocab_size}),
+    ]
+
+
+def head_norms(head: ModelSpec) -> list[NormSpec]:
+    """List the RMSNorms of an EAGLE-3 head: two stand side by side before its attention."""
+    layer = "midlayer"
+    sources = {
+        "layers.0.embed_norm": f"{layer}.input_layernorm.weight",
+        "layers.0.input_norm": f"{layer}.hidden_norm.weight",
+        "layers.0.post_norm": f"{layer}.post_attention_layernorm.weight",
+        "final_norm": "norm.weight",
+    }
+    return [NormSpec(name, source, head.hidden_size) for name, source in sources.items()]
 
 
 class Eagle3Head(Transformed):

@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 
 from edge import LLM, EdgeError, SamplingParams
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from edge.bundle.linears import head_linears, head_norms
 from edge.bundle.manifest import ModelSpec, read_manifest
 from edge.errors import ConfigError
 from export.graph.rope import rope_tables
 from export.pipeline import ExportConfig, export_checkpoint
-from export.sources.eagle3 import Eagle3Head
+from export.sources.eagle3 import Eagle3Head, head_linears, head_norms
 from export.sources.opening import open_checkpoint
 from scripts.train_eagle3 import (
     BEST,

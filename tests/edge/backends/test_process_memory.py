@@ -27,8 +27,9 @@ from edge.bundle import io_spec
 from edge.bundle.engine_file import read_engine_info
 from edge.bundle.manifest import Dialect, Manifest, read_manifest
 from edge.bundle.sizes import CAPTURE_BYTES
-from edge.bundle.weights import find_variant, manifest_linears, recipe_linears
+from edge.bundle.weights import manifest_linears
 from edge_lab.planner.models import BUILT_IN
+from edge_lab.recipe import find_variant, recipe_linears
 from tests.conftest import Bundles, require_kernels
 from tests.fake_tensorrt import write_engine
 

@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edge.bundle import io_spec
-from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import Manifest, TensorScheme, read_manifest
-from edge.bundle.schemes import Recipe
-from edge.bundle.weights import (
-    VARIANTS,
-    find_variant,
-    manifest_linears,
-    recipe_linears,
-    weight_parts,
-)
-from edge.errors import ConfigError
-from edge_lab.planner.models import BUILT_IN
+from edge.bundle.weights import manifest_linears, weight_parts
+from edge_lab.recipe import Recipe, find_variant, recipe_linears
 from tests.conftest import Bundles
 from tests.manifests import make_model
 from tests.tiny_models import Kind
-
-
-@pytest.mark.parametrize("name", list(BUILT_IN))
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_fits_the_models_by_name(name: str, variant: str):
-    model = BUILT_IN[name].spec
-    linears = recipe_linears(model, find_variant(variant))
-    assert [linear.name for linear in linears] == [layer.name for layer in linear_layers(model)]
-    expected = math.prod(linear_layers(model)[0].shape) * model.num_layers
-    qkv = [linear for linear in linears if linear.name.endswith(".qkv")]
-    assert sum(math.prod(linear.shape) for linear in qkv) == expected
-    assert {linear.part for linear in qkv} == {"attention"}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_options_are_those_of_export(variant: str):
-    from export.cli import export
-
-    recipe = find_variant(variant)
-    arguments = ["source", "-o", "bundle", *recipe.export_options()]
-    with export.make_context("export", arguments) as context:
-        assert context.params["quant"] == recipe.quant
-        assert context.params["group_size"] == recipe.group_size
-        assert tuple(context.params["keep"]) == recipe.keep
 
 
 def exact_bytes(manifest: Manifest, bundle: Path) -> dict[str, int]:
@@ -110,16 +76,3 @@ def test_w8a8_counts_the_scale_of_the_inputs():
         weight_parts(model, linears, 64)["scales"] - weight_parts(model, as_int8, 64)["scales"]
     )
     assert difference == 2 * 4 * model.num_layers  # all linears of a layer, in fp16
-
-
-def test_what_does_not_fit_is_refused():
-    narrow = make_model(hidden_size=96, num_heads=4, head_dim=24)
-    with pytest.raises(ConfigError, match=r"--group-size 128 does not fit.*\[32\]"):
-        recipe_linears(narrow, find_variant("int4-g128"))
-    with pytest.raises(ConfigError, match="--quant int3 is unknown"):
-        find_variant("int3")
-
-
-@pytest.mark.parametrize("name", ["INT8-W8A8", "int8_w8a8", "W8A8", " int8-w8a8 "])
-def test_a_precision_is_known_in_any_spelling(name: str):
-    assert find_variant(name) is VARIANTS["int8-w8a8"]

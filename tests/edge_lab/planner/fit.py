@@ -16,8 +16,7 @@ from edge.backends.process_memory import Deployment, plan_process_memory
 from edge.bundle import io_spec
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import ModelSpec
-from edge.bundle.schemes import Recipe
-from edge.bundle.weights import Linear, recipe_linears
+from edge.bundle.weights import Linear
 from edge_lab.planner.devices import MODULES, PowerMode
 from edge_lab.planner.models import BUILT_IN, decoder_spec
 from edge_lab.planner.published import (
@@ -29,6 +28,7 @@ from edge_lab.planner.published import (
     Precision,
 )
 from edge_lab.planner.speed import FITTED, Efficiency, Work, decode_s, prefill_s, work_of
+from edge_lab.recipe import Recipe, recipe_linears
 
 MODELS: dict[str, ModelSpec] = {
     "R1-Distill-Qwen-1.5B": BUILT_IN["deepseek-r1:1.5b"].spec,

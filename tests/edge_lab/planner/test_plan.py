@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from edge.backends.process_memory import Deployment
-from edge.bundle.weights import VARIANTS
 from edge.errors import ConfigError
 from edge_lab.planner.calibration import calibrated, read_runs
 from edge_lab.planner.models import BUILT_IN, PlannedModel, decoder_spec, find_model
 from edge_lab.planner.picture import draw_plan
 from edge_lab.planner.plan import CPU, Plan, find_device, make_plan
 from edge_lab.planner.speed import FITTED
+from edge_lab.recipe import VARIANTS
 from tests.conftest import Bundles
 
 SVG = "{http://www.w3.org/2000/svg}"

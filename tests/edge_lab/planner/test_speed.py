@@ -10,7 +10,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge.backends.process_memory import Deployment, plan_process_memory
-from edge.bundle.weights import VARIANTS, find_variant, recipe_linears
 from edge.errors import ConfigError
 from edge_lab.planner.devices import MODULES
 from edge_lab.planner.models import BUILT_IN
@@ -27,6 +26,7 @@ from edge_lab.planner.speed import (
     prefill_s,
     work_of,
 )
+from edge_lab.recipe import VARIANTS, find_variant, recipe_linears
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "planner.md"
 AGX = MODULES["agx-orin-64"].mode(None)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_NAME
 from edge.bundle.manifest import read_manifest
-from edge.bundle.schemes import Recipe
 from edge.errors import CheckpointError, ConfigError
+from edge_lab.recipe import Recipe
 from export.forecast import estimated_bytes
 from export.graph import embedding_table
 from export.graph.embedding_table import EmbeddingType, embedding_tensors, quantize_table_rows
