@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.edge_lab.planner.fit import (
     predicted,
     predicted_memory,
 )
+from tests.edge_lab.planner.unseen import UNSEEN, errors, medians, table
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "planner-published.md"
 
@@ -59,6 +61,20 @@ def test_every_figure_and_its_error_is_documented():
     assert not missing, "docs/planner-published.md lacks:\n" + "\n".join(missing)
     for what, why in NOT_PREDICTED:
         assert f"| {what} | {why} |" in text
+
+
+def test_figures_that_nobody_had_seen_are_documented_with_their_errors():
+    text = DOCUMENT.read_text("utf-8")
+    missing = [row for row in [*table(), *medians()] if row not in text]
+    assert not missing, "docs/planner-published.md lacks:\n" + "\n".join(missing)
+    known = {(f.source, f.device, f.model, f.value) for f in SPEED_FIGURES}
+    assert not known & {(f.source, f.device, f.model, f.value) for _, f in UNSEEN}
+
+
+def test_one_unseen_request_on_the_fitted_module_is_predicted_within_a_fifth_in_the_median():
+    assert len(UNSEEN) == 40
+    assert statistics.median(errors("agx-orin-64", 1)) == pytest.approx(0.18, abs=0.01)
+    assert statistics.median(map(abs, errors())) == pytest.approx(0.53, abs=0.01)
 
 
 def test_the_factors_are_those_of_the_fit():
