@@ -105,6 +105,33 @@ def test_the_twin_is_the_model_of_the_planned_integers(
     assert error(bundle[-1].hidden, exact[-1].hidden) < error(nearest[-1].hidden, exact[-1].hidden)
 
 
+def test_what_goes_to_the_residual_stream_makes_up_for_the_stream(
+    tiny_checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+):
+    """``o`` and ``down`` are to lead from the rounded model's stream to the float model's."""
+    ids = Golden.load("qwen2").ids[None, :64]
+    asked: list[Array] = []
+
+    def recorded(weights: Array, wanted: Array, moments: Array, factors: Array) -> Array:
+        asked.append(wanted.copy())
+        return made_up(weights, wanted, moments, factors)
+
+    monkeypatch.setattr("export.quantize.calibrated.made_up", recorded)
+    with open_checkpoint(str(tiny_checkpoints("qwen2"))) as checkpoint:
+        plans = plan_blocks(gptq(checkpoint, ids, "gptq"))[:-1]
+        exact = LayerRunner(checkpoint, ids, taps=TAPS_OF_BOTH)
+        bundle = LayerRunner(dequantized(checkpoint, plans), ids, taps=TAPS_OF_BOTH)
+        before = [runner.embed() for runner in (exact, bundle)]
+        for index in range(checkpoint.spec.num_layers):
+            float_seen = exact.run(index, before[0] if index else None)
+            seen = bundle.run(index, before[1] if index else None)
+            streams = (float_seen.inputs[RESIDUAL], float_seen.hidden.reshape(64, -1))
+            ours = (before[1].reshape(64, -1), seen.inputs[RESIDUAL])
+            for name, place, stream, own in zip(("o", "down"), (1, 3), streams, ours, strict=True):
+                close(asked[4 * index + place], cross_moment(seen.inputs[name], stream - own))
+            before = [float_seen.hidden, seen.hidden]
+
+
 def test_a_linear_that_is_not_int4_is_taken_as_exact(tiny_checkpoints: Checkpoints):
     ids = Golden.load("qwen2").ids[None, :64]
     with open_checkpoint(str(tiny_checkpoints("qwen2"))) as checkpoint:
