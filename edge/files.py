@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -101,6 +102,24 @@ def read_guarded_file(path: Path, max_bytes: int, owners: Collection[int] = ()) 
                 str(path),
             )
     return data
+
+
+def is_jetson(root: Path = Path("/")) -> bool:
+    """Whether CPU and GPU share one memory here."""
+    return exists(root / "dev/nvmap")
+
+
+def drop_cached(descriptor: int, root: Path = Path("/")) -> None:
+    """On a Jetson, drop the cached pages of an open file that this process has not mapped.
+
+    TensorRT tries no kernel that needs more than is free at once, and since Jetson Linux 36.4.7 the
+    driver is reported to allocate no more either (llama.cpp, pull request 23732), while files that
+    were just hashed fill that. Elsewhere the page cache is wanted.
+    """
+    if is_jetson(root):
+        with contextlib.suppress(OSError):  # a file system without writing has no sync
+            os.fdatasync(descriptor)  # pages that are not written yet would stay
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_chunks(descriptor: int) -> Iterator[bytes]:

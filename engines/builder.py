@@ -43,7 +43,7 @@ from .compat import Compiler, TensorRT
 from .config import BuildConfig
 from .graph import graph_files, graph_of, write_graph
 from .ladder import Climbed, climb, describe, make_rungs, scales_to_try
-from .memory import check_memory
+from .memory import check_memory, make_memory_free
 from .own_kernels import OwnGraph, use_own_kernels
 from .profiles import Profile
 from .progress import STEP
@@ -425,6 +425,8 @@ def compile_bundle(
             for name, reason in found.left.items():
                 log("info", f"own kernels leave {name} to TensorRT: {reason}")
             compiler = Compiler(target.rt, log)
+            read = {config.bundle, found.path.parent}  # by whoever hashed, checked and wrote them
+            make_memory_free(read, manifest, config.workspace_bytes)
             with uncounted(progress, "parse"):
                 network = compiler.parse(found.data, found.path, build.kv_read, build.attention)
             audit = audit_network(
@@ -436,6 +438,8 @@ def compile_bundle(
                 found.attentions,
                 found.top_k,
             )
+            # A parser that maps the weights keeps them; TensorRT 10.3 has copied them.
+            make_memory_free(read, manifest, config.workspace_bytes)
             progress(STEP, 0, 1)  # TensorRT may work for a while before it names a phase
             plan, written = compiler.build(
                 build.profiles,
@@ -525,6 +529,7 @@ def _climb_with_trtexec(
     """Build with the scales as stored, else in FP32; ``trtexec`` decides all else itself."""
     with uncounted(progress, "hash"):
         verify_files(asked.config.bundle, asked.manifest, graph_files(asked.manifest))
+    make_memory_free([asked.config.bundle], asked.manifest, asked.config.workspace_bytes)
     log: list[str] = []
 
     def keep(line: str) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 from edge.bundle.manifest import Manifest
 from edge.bundle.sizes import plan_build_memory
+from edge.device.memory import make_free
 from edge.errors import ResourceError
+from edge.files import drop_cached, is_file, is_jetson, list_directory, open_file
 
 
 def check_memory(manifest: Manifest, workspace_bytes: int, available_bytes: int | None) -> None:
@@ -30,3 +35,22 @@ def check_memory(manifest: Manifest, workspace_bytes: int, available_bytes: int 
         "available; stop other programs (a desktop takes 1 to 2 GB), give a smaller --workspace, "
         "export with --quant int4, or try anyway with --force, which needs swap"
     )
+
+
+def make_memory_free(directories: Iterable[Path], manifest: Manifest, workspace_bytes: int) -> None:
+    """On a Jetson, have as much memory free at once as a build is estimated to take.
+
+    TensorRT skips a tactic that needs more than that, and files that were just read fill it.
+
+    Args:
+        directories: whose files were read.
+        manifest: the bundle's manifest.
+        workspace_bytes: scratch memory of the kernels that are tried.
+    """
+    if not is_jetson():
+        return
+    for path in (path for each in directories for path in list_directory(each) if is_file(path)):
+        with open_file(path) as file:
+            drop_cached(file.fileno())
+    data = manifest.files.get(f"{manifest.graphs.decoder}.data")
+    make_free(plan_build_memory(data.num_bytes if data else 0, workspace_bytes).peak_bytes)

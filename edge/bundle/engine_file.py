@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from edge.errors import BundleError, IntegrityError, install_command
-from edge.files import MALFORMED, read_file
+from edge.files import MALFORMED, drop_cached, read_file
 
 from . import io_spec
 from .engine_records import who_vouches
@@ -340,7 +340,8 @@ def verify_plan(directory: Path, info: EngineInfo) -> Path:
 def open_plan(directory: Path, info: EngineInfo) -> Iterator[mmap.mmap]:
     """Map the plan and hash the map: what is at its path later is not looked at.
 
-    On a Jetson a plan that is read takes its size of the GPU's memory again.
+    On a Jetson a plan that is read takes its size of the GPU's memory again, and so does the page
+    cache, which is given up before the plan is loaded and after.
 
     Raises:
         IntegrityError: it is missing, or has another size or hash than ``engine.json`` says.
@@ -354,6 +355,7 @@ def open_plan(directory: Path, info: EngineInfo) -> Iterator[mmap.mmap]:
             size = os.fstat(descriptor).st_size
             plan = None
             if size == info.plan_bytes:  # nothing empty is mapped, nor what has no end
+                stack.callback(drop_cached, descriptor)  # when it is not mapped any more
                 plan = stack.enter_context(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
         except OSError as error:
             raise IntegrityError(f"{path} cannot be read ({error.strerror}); {again}") from error
@@ -363,6 +365,8 @@ def open_plan(directory: Path, info: EngineInfo) -> Iterator[mmap.mmap]:
                 f"{path} is damaged: {size} bytes with SHA-256 {found[:16]}…, "
                 f"{ENGINE_JSON} says {info.plan_bytes} with {info.plan_sha256[:16]}…; {again}"
             )
+        plan.madvise(mmap.MADV_DONTNEED)  # what this process uses is not dropped
+        drop_cached(descriptor)
         yield plan
 
 

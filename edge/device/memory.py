@@ -5,10 +5,15 @@ On Orin the GPU's memory is the system's memory, so ``MemAvailable`` is what is 
 
 from __future__ import annotations
 
+import logging
+import mmap
 import re
 from pathlib import Path
 
 from .cgroup import read_room_bytes
+
+_log = logging.getLogger(__name__)
+_STEP_BYTES = 128 << 20
 
 
 def read_available_memory_bytes(root: Path = Path("/")) -> int | None:
@@ -28,6 +33,41 @@ def read_swap_bytes(root: Path = Path("/")) -> int:
 def read_mem_available_bytes(root: Path = Path("/")) -> int | None:
     """``MemAvailable`` of the whole system."""
     return read_kib(root / "proc/meminfo", "MemAvailable")
+
+
+def read_free_memory_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that a driver can have at once, page cache not counted.
+
+    That is ``MemFree`` without ``CmaFree``: contiguous pages that are kept for other devices.
+    """
+    meminfo = root / "proc/meminfo"
+    free = read_kib(meminfo, "MemFree")
+    return None if free is None else max(0, free - (read_kib(meminfo, "CmaFree") or 0))
+
+
+def make_free(num_bytes: int, root: Path = Path("/")) -> None:
+    """Have the kernel give up page cache until so many bytes are free; needs no rights.
+
+    Memory is taken, which the kernel finds by dropping page cache, and given back at once. No more
+    is taken than can be had without swapping, so it ends early where that is less.
+
+    Args:
+        num_bytes: what is about to be allocated for the GPU.
+        root: where ``proc`` and ``sys`` are.
+    """
+    taken: list[mmap.mmap] = []
+    try:
+        while (free := read_free_memory_bytes(root)) is not None:
+            available = read_available_memory_bytes(root) or 0
+            if free + len(taken) * _STEP_BYTES >= num_bytes or available < 2 * _STEP_BYTES:
+                break
+            kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+            taken.append(mmap.mmap(-1, _STEP_BYTES, kind))
+    finally:
+        for block in taken:
+            block.close()
+    if taken:
+        _log.info("page cache was given up for %d MB", len(taken) * _STEP_BYTES // 10**6)
 
 
 def read_kib(path: Path, key: str) -> int | None:

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from edge import files
 from edge.bundle.engine_file import (
     EngineInfo,
     check_engine,
@@ -43,6 +44,7 @@ from engines.config import BuildConfig
 from engines.store import EngineStore
 from engines.trtexec import TrtexecResult
 from export.pipeline import ExportConfig, export_checkpoint
+from tests.cached_pages import cached_pages, require_page_cache
 from tests.conftest import FEW_TOKENS, SMOLLM2_LAYERS, Bundles
 from tests.edge.device.jetson_trees import agx_orin_jetpack7
 from tests.tiny_models import Kind
@@ -439,6 +441,29 @@ def test_the_memory_plan_covers_what_was_measured() -> None:
         with pytest.raises(ResourceError, match="--force"):
             memory.check_memory(manifest, 0, peak - 1)
         memory.check_memory(manifest, 0, None)  # the system does not say
+
+
+@pytest.mark.parametrize("jetson", [False, True])
+def test_a_jetson_builds_with_nothing_of_the_bundle_in_the_page_cache(
+    jetson: bool, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_page_cache(bundle.parent)
+    for module in (files, memory):
+        monkeypatch.setattr(module, "is_jetson", lambda *_: jetson)
+    made: list[int] = []
+    monkeypatch.setattr(memory, "make_free", made.append)
+    cached: list[int] = []
+    parse = compat.Compiler.parse
+
+    def look(*args: Any, **options: Any) -> Any:
+        cached.append(cached_pages(bundle / "decoder.onnx.data"))
+        return parse(*args, **options)
+
+    monkeypatch.setattr(compat.Compiler, "parse", look)
+    build_engine(config(bundle), target=target())
+    assert [count == 0 for count in cached] == [jetson]
+    assert len(made) == (2 if jetson else 0)  # before it is parsed, and once more after
+    assert all(size > 10**9 for size in made)
 
 
 def test_without_a_gpu_the_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

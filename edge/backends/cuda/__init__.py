@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.device.memory import read_available_memory_bytes
+from edge.device.memory import make_free, read_mem_available_bytes
 from edge.engine_config import GpuWait
 from edge.errors import DependencyError, DeviceError, DeviceMemoryError, EdgeError
 
 from .bindings import Calls
 from .driver import load_bindings, load_driver
-from .errors import device_error, explain_init_failure, is_fatal, reason_of
+from .errors import cure_for_memory, device_error, explain_init_failure, is_fatal, reason_of
 from .waiting import set_wait
 
 _log = logging.getLogger(__name__)
@@ -309,13 +309,34 @@ class Device:
         """Free and all bytes of device memory.
 
         On an integrated GPU the driver counts the page cache as used, though the kernel gives it
-        up on demand (NVIDIA, CUDA for Tegra): there the free bytes are at least what
-        `read_available_memory_bytes` says.
+        up on demand (NVIDIA, CUDA for Tegra): there the free bytes are ``MemAvailable``.
         """
         free, total = self.call("ask for free memory", self.driver.mem_get_info)
         if self.integrated:
-            free = max(int(free), read_available_memory_bytes() or 0)
+            free = read_mem_available_bytes() or free
         return int(free), int(total)
+
+    def make_room(self, purpose: str, num_bytes: int) -> None:
+        """Refuse early what does not fit: on a Jetson the kernel would kill the process instead.
+
+        What fits but is not free at once on an integrated GPU is made free (`make_free`).
+
+        Raises:
+            DeviceMemoryError: it does not fit.
+        """
+        if num_bytes > self.memory_info()[0]:
+            raise self._no_room(purpose, num_bytes)
+        if self.integrated:
+            make_free(num_bytes)
+
+    def _no_room(self, purpose: str, num_bytes: int) -> DeviceMemoryError:
+        free, total = self.memory_info()
+        cure = "stop other programs, or build the engine with a smaller --kv-capacity or "
+        cure = cure_for_memory(num_bytes, f"{cure}--max-batch")
+        return DeviceMemoryError(
+            f"{purpose} needs {num_bytes / 1e6:,.0f} MB of GPU memory, but {free / 1e6:,.0f} of "
+            f"{total / 1e6:,.0f} MB are free; {cure}"
+        )
 
     def allocate(self, purpose: str, num_bytes: int, function: Any, *args: Any, **kw: Any) -> Any:
         """Call an allocator of the driver.
@@ -329,12 +350,7 @@ class Device:
         except (self.driver.Error, MemoryError) as error:
             if not isinstance(error, (self.driver.MemoryError, MemoryError)):
                 raise self.error(f"allocate {purpose}", error) from error
-            free, total = self.memory_info()
-            raise DeviceMemoryError(
-                f"{purpose} needs {num_bytes / 1e6:,.0f} MB of GPU memory, but {free / 1e6:,.0f} "
-                f"of {total / 1e6:,.0f} MB are free; stop other programs, or build the engine "
-                "with a smaller --kv-capacity or --max-batch"
-            ) from error
+            raise self._no_room(purpose, num_bytes) from error
 
     def call(self, doing: str, function: Any, *args: Any) -> Any:
         """Call the driver.

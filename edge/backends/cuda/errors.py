@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from edge.device.memory import read_free_memory_bytes, read_mem_available_bytes
 from edge.device.nodes import GPU_NODES, RENDER_NODES, may_open
 from edge.errors import DeviceError
+from edge.files import is_jetson
 
 # PyCUDA's exceptions carry no number, only the driver's sentence for it (cuGetErrorString).
 # After these the context is lost: every later call fails in the same way (cuda.h, CUresult).
@@ -85,7 +87,7 @@ def explain_init_failure(text: str, root: Path = Path("/")) -> str:
         root: where ``dev`` with the device nodes is.
     """
     # On a Jetson they belong to the groups video and render; elsewhere CUDA opens no render node.
-    for name in (*GPU_NODES, *(RENDER_NODES if (root / "dev/nvmap").exists() else ())):
+    for name in (*GPU_NODES, *(RENDER_NODES if is_jetson(root) else ())):
         node = root / name[1:]
         if node.exists() and not may_open(node):
             return (
@@ -105,6 +107,29 @@ def device_error(doing: str, error: BaseException) -> DeviceError:
     fatal = is_fatal(reason)
     cure = "start the process anew" if fatal else "try again"
     return DeviceError(f"the GPU could not {doing}: {reason}; {cure}", fatal)
+
+
+def cure_for_memory(num_bytes: int, cure: str, root: Path = Path("/")) -> str:
+    """Say what helps after an allocation failed.
+
+    Args:
+        num_bytes: what was asked for.
+        cure: what helps where there is too little.
+        root: where ``dev`` and ``proc`` are.
+
+    Returns:
+        ``cure``, or, where a Jetson has that much and does not give it, why, and what helps then.
+    """
+    free, available = read_free_memory_bytes(root), read_mem_available_bytes(root)
+    if free is None or available is None or available < num_bytes or not is_jetson(root):
+        return cure
+    return (
+        f"the driver (NvMap) refuses it though {available / 1e6:,.0f} MB are available, "
+        f"{free / 1e6:,.0f} of them free at once; give up the page cache with: sync && echo 1 | "
+        "sudo tee /proc/sys/vm/drop_caches, and start again, or reboot, which joins free memory "
+        "that lies in pieces; Jetson Linux 36.4.7 and later are reported to refuse more "
+        f"(CVE-2025-33177); else {cure}"
+    )
 
 
 def is_fatal(reason: str) -> bool:

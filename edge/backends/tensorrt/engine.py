@@ -13,7 +13,12 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edge.backends.cuda.errors import device_error, is_fatal, is_out_of_memory
+from edge.backends.cuda.errors import (
+    cure_for_memory,
+    device_error,
+    is_fatal,
+    is_out_of_memory,
+)
 from edge.bundle import io_spec
 from edge.bundle.engine_file import (
     EngineInfo,
@@ -165,9 +170,11 @@ class Engine:
             if is_fatal(reason):
                 raise device_error(f"load {path.name}", BackendError(reason))
             if is_out_of_memory(reason):
+                size = chosen.info.plan_bytes
+                cure = "stop other programs, or export with --quant int4"
                 raise DeviceMemoryError(
-                    f"TensorRT has no memory for the {chosen.info.plan_bytes / 1e6:,.0f} MB of "
-                    f"{path.name}: {reason}; stop other programs, or export with --quant int4"
+                    f"TensorRT has no memory for the {size / 1e6:,.0f} MB of {path.name}: "
+                    f"{reason}; {cure_for_memory(size, cure)}"
                 )
             raise BackendError(
                 f"TensorRT cannot load {path}: {reason}; build it again with: {command}"

@@ -35,7 +35,7 @@ from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.sizes import ALIGNMENT, DEFAULT_MAX_LOGITS, ProfileName
 from edge.bundle.verified_files import verify_files
 from edge.engine_config import GpuWait
-from edge.errors import BackendError, ConfigError, DeviceError, DeviceMemoryError
+from edge.errors import BackendError, ConfigError, DeviceError
 
 from .bound_context import BoundContext, StepShape
 from .cuda_graph import DecodeGraphs
@@ -187,11 +187,11 @@ class TensorRTBackend:
             )
 
         # Only the engine itself knows its activations.
-        self._check_free("the engine", plan(0).device_bytes)
+        self._device.make_room("the engine", plan(0).device_bytes)
         self._engine = Engine(chosen, self._manifest)
         self._resources.callback(self._engine.close)
         self.memory = plan(self._engine.activations_bytes)
-        self._check_free("the rest", self.memory.device_bytes - self.memory.weights_bytes)
+        self._device.make_room("the rest", self.memory.device_bytes - self.memory.weights_bytes)
         self._allocate(sizes)
         self._contexts: dict[ProfileName, BoundContext] = {}
         for limits in self._limits:
@@ -248,16 +248,6 @@ class TensorRTBackend:
         )
         self._cache.clear()
         self._stream.synchronize()
-
-    def _check_free(self, what: str, needed: int) -> None:
-        """Refuse early: on a Jetson the kernel would kill the process instead."""
-        free, total = self._device.memory_info()
-        if needed > free:
-            raise DeviceMemoryError(
-                f"{what} needs {needed / 1e6:,.0f} MB of GPU memory, but {free / 1e6:,.0f} of "
-                f"{total / 1e6:,.0f} MB are free; stop other programs, or build an engine with a "
-                "smaller --kv-capacity or --max-batch"
-            )
 
     def _upload_positions(self) -> int:
         positions = np.arange(self.info.kv_capacity, dtype=np.int64)

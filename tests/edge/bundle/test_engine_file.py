@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from edge.bundle.engine_file import read_engine_info
+from edge import files
+from edge.bundle.engine_file import open_plan, read_engine_info
 from edge.errors import BundleError
+from tests.cached_pages import cached_pages, require_page_cache
 from tests.conftest import Bundles
 from tests.fake_tensorrt import write_engine
 
@@ -34,3 +36,21 @@ def test_an_engine_of_a_newer_edge_llm_is_not_called_damaged(
     path.write_text(json.dumps({**known, "options": {"max_batch": 2}, **changes}))
     with pytest.raises(BundleError, match=message):
         read_engine_info(engine)
+
+
+@pytest.mark.parametrize("jetson", [False, True])
+def test_a_plan_that_was_hashed_leaves_no_page_cache_on_a_jetson(
+    jetson: bool, tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when it is about to be loaded, and not when it has been; elsewhere both are wanted."""
+    require_page_cache(tmp_path)
+    monkeypatch.setattr(files, "is_jetson", lambda _: jetson)
+    bundle = shutil.copytree(tiny_bundles("qwen2", "native", "fp16"), tmp_path / "bundle")
+    engine = write_engine(Path(bundle), max_prefill=32)
+    info = read_engine_info(engine)
+    with open_plan(engine, info) as plan:
+        assert (cached_pages(engine / info.plan) == 0) is jetson
+        data = bytes(plan)
+        assert cached_pages(engine / info.plan) > 0
+    assert (cached_pages(engine / info.plan) == 0) is jetson
+    assert data == (engine / info.plan).read_bytes()

@@ -22,7 +22,7 @@ from edge.backends import cuda
 from edge.backends.cuda import bindings as cuda_bindings
 from edge.backends.cuda import waiting
 from edge.backends.cuda.bindings import BindingsDriver, Calls
-from edge.backends.cuda.errors import explain_init_failure
+from edge.backends.cuda.errors import cure_for_memory, explain_init_failure
 from edge.device.nodes import find_gpu_node
 from edge.engine_config import GpuWait
 from edge.errors import DependencyError, DeviceError, DeviceMemoryError
@@ -141,16 +141,50 @@ def test_memory_that_does_not_fit_names_the_numbers_and_the_knobs(gpu: FakeGpu):
             cuda.DeviceMemory(device, 2 << 30, "the KV cache")
 
 
-def test_free_memory_of_a_jetson_counts_what_the_kernel_gives_up(
+def test_free_memory_of_a_jetson_is_what_the_kernel_can_give(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cuda, "read_available_memory_bytes", lambda: 7 << 30)
-    with cuda.Device().active() as _:
+    """However much the driver calls free: more or less than that."""
+    available = iter([7 << 30, 1 << 20])
+    monkeypatch.setattr(cuda, "read_mem_available_bytes", lambda: next(available))
+    with cuda.Device().active():
         assert cuda.Device().memory_info()[0] == gpu.total_bytes
         gpu.integrated = True
-        assert cuda.Device().memory_info()[0] == 7 << 30
-        monkeypatch.setattr(cuda, "read_available_memory_bytes", lambda: None)
+        assert [cuda.Device().memory_info()[0] for _ in range(2)] == [7 << 30, 1 << 20]
+        monkeypatch.setattr(cuda, "read_mem_available_bytes", lambda: None)
         assert cuda.Device().memory_info()[0] == gpu.total_bytes
+
+
+def test_room_is_made_for_what_fits_a_jetson(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
+    made: list[int] = []
+    monkeypatch.setattr(cuda, "make_free", made.append)
+    monkeypatch.setattr(cuda, "read_mem_available_bytes", lambda: 5 << 30)
+    for integrated in (False, True):
+        gpu.integrated = integrated
+        device = cuda.Device()
+        with device.active():
+            with pytest.raises(DeviceMemoryError, match="the engine needs 6,442 MB"):
+                device.make_room("the engine", 6 << 30)
+            device.make_room("the engine", 1 << 30)
+    assert made == [1 << 30]
+
+
+@pytest.mark.parametrize("available_mb", [9_000, 2_000])
+def test_memory_that_is_there_and_is_refused_names_nvmap(available_mb: int, tmp_path: Path):
+    (tmp_path / "proc").mkdir()
+    kb = available_mb * 10**6 // 1024
+    (tmp_path / "proc/meminfo").write_text(f"MemFree: 300000 kB\nMemAvailable: {kb} kB\n")
+    assert cure_for_memory(4 * 10**9, "stop other programs", tmp_path) == "stop other programs"
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvmap").touch()
+    text = cure_for_memory(4 * 10**9, "stop other programs", tmp_path)
+    if available_mb == 2_000:
+        assert text == "stop other programs"
+        return
+    for part in ("NvMap", "9,000 MB are available, 307 of them free", "36.4.7", "CVE-2025-33177"):
+        assert part in text
+    assert "sync && echo 1 | sudo tee /proc/sys/vm/drop_caches" in text
+    assert text.endswith("else stop other programs")
 
 
 # How threads wait
