@@ -92,9 +92,8 @@ def join_planes(
 
     def allocate(name: str, shape: tuple[int, ...], dtype: type = np.uint8) -> NDArray[Any]:
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        if in_files and dtype is np.uint8:
-            memory = map_file(size)
-        else:
+        memory = map_file(size) if in_files and dtype is np.uint8 else None
+        if memory is None:
             # Small pages, unlike numpy's: the kernel makes room for huge ones, in more time than
             # they save.
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

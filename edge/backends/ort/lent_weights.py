@@ -3,13 +3,14 @@
 Values that a session is given (`SessionOptions.add_external_initializers`) it copies, and both stay
 until all are packed. A file it maps, tensor by tensor, and each map ends with the packing of it.
 The files have names only while the session looks for them: then the kernel frees a weight with
-its last map, and nothing is left in memory if the process is killed. Names have to be real ones:
-ONNX Runtime takes no link that leads elsewhere, such as those in ``/proc/self/fd``.
+its last map. What a process that is killed meanwhile leaves, the next one removes. Names have to
+be real ones: ONNX Runtime takes no link that leads elsewhere, such as those in ``/proc/self/fd``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import shutil
@@ -24,6 +25,7 @@ import numpy as np
 from edge.bundle.onnx_file import OnnxFile
 
 _FOLDER = "/dev/shm"
+_PREFIX = "edge-llm-weights-"
 _POLL_S = 0.02
 _MOST_COPIED_BYTES = 1 << 26  # of norms and biases
 
@@ -41,19 +43,22 @@ class _Map(mmap.mmap):
     file: int  # a descriptor, which ends with the map
 
 
-def map_file(num_bytes: int) -> mmap.mmap:
-    """Memory that is a file without a name; `lend` gives it one.
+def map_file(num_bytes: int) -> mmap.mmap | None:
+    """Make memory that is a file without a name, which `lend` gives it.
 
-    Raises:
-        OSError: there is no room, which no page that is written to could say.
+    Returns:
+        None if there is no room for it (any more), which a page that is written to could not say.
     """
-    file = _open_file()
+    try:
+        file = _open_file()
+    except OSError:
+        return None
     try:
         os.posix_fallocate(file, 0, num_bytes)
         memory = _Map(file, num_bytes)
-    except BaseException:
+    except OSError:
         os.close(file)
-        raise
+        return None
     memory.file = file
     weakref.finalize(memory, os.close, file)
     return memory
@@ -64,52 +69,93 @@ def lend(graph: OnnxFile, bundle: Path) -> Iterator[Path]:
     """Where a session on a graph, which is serialized already, finds its weights as it opens.
 
     Args:
-        graph: nothing is in its memory then, unless none of it is of `map_file`.
+        graph: nothing is in its memory then, unless none of it is of `map_file` or the folder has
+            become full.
         bundle: where the other weights are.
     """
+    with contextlib.ExitStack() as stack:
+        yield _fill_folder(graph, bundle, stack) or bundle
+
+
+def _fill_folder(graph: OnnxFile, bundle: Path, stack: contextlib.ExitStack) -> Path | None:
+    """Give all weights names in a folder until the stack ends; None where that cannot be."""
     tensors = graph.external_tensors()
     others = {name: tensor for name, tensor in tensors.items() if name not in graph.in_memory}
     too_much = sum(tensor.num_bytes for tensor in others.values()) > _MOST_COPIED_BYTES
     found = {name: _file_of(value) for name, value in graph.in_memory.items()}
     files = {name: file for name, file in found.items() if file is not None}
     if not files or too_much or any("/" in tensor.file for tensor in tensors.values()):
-        yield bundle
-        return
+        return None
     names = list(graph.in_memory)
-    with tempfile.TemporaryDirectory(dir=_FOLDER) as directory:
-        folder = Path(directory)
-        for tensor in others.values():
-            (folder / tensor.file).touch(0o600)
-            with (
-                (bundle / tensor.file).open("rb") as source,
-                (folder / tensor.file).open("rb+") as to,
-            ):
-                source.seek(tensor.offset)
-                to.seek(tensor.offset)
-                to.write(source.read(tensor.num_bytes))
-        for name in names:
-            if name in files:  # Given a descriptor, `link` follows the link to the file.
-                os.link(f"/proc/self/fd/{files[name]}", folder / name, src_dir_fd=files[name])
-            else:
-                graph.in_memory[name].tofile(folder / name)
-        graph.in_memory.clear()
-        opened = threading.Event()
+    try:
+        with contextlib.ExitStack() as made:
+            folder = made.enter_context(_make_folder())
+            for tensor in others.values():
+                (folder / tensor.file).touch(0o600)
+                with (
+                    (bundle / tensor.file).open("rb") as source,
+                    (folder / tensor.file).open("rb+") as to,
+                ):
+                    source.seek(tensor.offset)
+                    to.seek(tensor.offset)
+                    to.write(source.read(tensor.num_bytes))
+            for name, value in graph.in_memory.items():
+                if name in files:  # Given a descriptor, `link` follows the link to the file.
+                    os.link(f"/proc/self/fd/{files[name]}", folder / name, src_dir_fd=files[name])
+                else:
+                    value.tofile(folder / name)
+            stack.enter_context(made.pop_all())
+    except OSError:  # another process has taken the room since `has_room`, or there is no /proc
+        return None
+    graph.in_memory.clear()
+    stack.enter_context(_unlinking(folder, names))
+    return folder
 
-        def unlink_mapped() -> None:
-            while not opened.wait(_POLL_S):
-                maps = Path("/proc/self/maps").read_text()
-                if all(f"{folder}/{name}\n" in maps for name in names):
-                    for name in names:
-                        (folder / name).unlink()
-                    return
 
-        watcher = threading.Thread(target=unlink_mapped)
-        watcher.start()
-        try:
-            yield folder
-        finally:
-            opened.set()
-            watcher.join()
+@contextlib.contextmanager
+def _unlinking(folder: Path, names: list[str]) -> Iterator[None]:
+    """Take the names away once a session has mapped all of them."""
+    opened = threading.Event()
+
+    def unlink_mapped() -> None:
+        while not opened.wait(_POLL_S):
+            maps = Path("/proc/self/maps").read_text(errors="replace")
+            if all(f"{folder}/{name}\n" in maps for name in names):
+                for name in names:
+                    (folder / name).unlink()
+                return
+
+    watcher = threading.Thread(target=unlink_mapped)
+    watcher.start()
+    try:
+        yield
+    finally:
+        opened.set()
+        watcher.join()
+
+
+@contextlib.contextmanager
+def _make_folder() -> Iterator[Path]:
+    """A folder that is locked as long as its process lives; those of killed ones are removed."""
+    for path in Path(_FOLDER).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), _locked(path, fcntl.LOCK_NB) as left:
+            names = [entry.name for entry in os.scandir(left)]
+            for name in names:
+                os.unlink(name, dir_fd=left)  # at that path may be something else by now
+            if names:  # an empty one may be about to be locked
+                path.rmdir()
+    with tempfile.TemporaryDirectory(dir=_FOLDER, prefix=_PREFIX) as made, _locked(made):
+        yield Path(made).resolve()
+
+
+@contextlib.contextmanager
+def _locked(directory: str | Path, how: int = 0) -> Iterator[int]:
+    folder = os.open(directory, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | how)
+        yield folder
+    finally:
+        os.close(folder)
 
 
 def _file_of(value: object) -> int | None:

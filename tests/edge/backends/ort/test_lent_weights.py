@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,22 +30,21 @@ if not has_room(1 << 24):
     pytest.skip("no files in memory here", allow_module_level=True)
 
 
+PREFIX = f"edge-llm-test-{os.getpid()}-"  # all processes of the machine share the folder
+
+
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    """In the folder that all processes share: other tests may run beside these."""
-    mine = "edge-llm-test-"
+def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(module, "_PREFIX", PREFIX)
     yield
-    assert not [path for path in Path("/dev/shm").iterdir() if path.name.startswith(mine)]
+    left = names_in_memory()
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert not left
 
 
-@pytest.fixture(autouse=True)
-def named(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = tempfile.TemporaryDirectory
-
-    def directory(**options: Any) -> Any:
-        return real(prefix="edge-llm-test-", **options)
-
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", directory)
+def names_in_memory() -> list[Path]:
+    return list(Path("/dev/shm").glob(f"{PREFIX}*"))
 
 
 def lent_graph(bundle: Path, names: tuple[str, ...] = ("a", "b"), lent: bool = True) -> OnnxFile:
@@ -54,6 +56,7 @@ def lent_graph(bundle: Path, names: tuple[str, ...] = ("a", "b"), lent: bool = T
     values: dict[str, Any] = {"scale": np.full(4, 3, np.float32)}
     for number, name in enumerate(names):
         memory = map_file(16) if lent else bytearray(16)
+        assert memory is not None
         values[name] = np.frombuffer(memory, np.float32).reshape(2, 2).reshape(4)
         values[name][:] = number
     (bundle / "data").write_bytes(b"skip" + np.full(4, 7, np.float32).tobytes())
@@ -118,7 +121,7 @@ def test_a_failed_session_leaves_nothing(tmp_path: Path):
 def test_else_the_bundle_is_where_weights_are(
     why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    names = ("a", "../b") if why == "a path" else ("a", "b")
+    names = ("a", f"../{PREFIX}b") if why == "a path" else ("a", "b")
     graph = lent_graph(tmp_path, names, lent=why != "no files")
     if why == "much to copy":
         monkeypatch.setattr(module, "_MOST_COPIED_BYTES", 15)
@@ -140,8 +143,60 @@ def test_no_room(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_file_that_does_not_fit_is_said_at_once():
-    with pytest.raises(OSError, match=r"space|large"):
-        map_file(1 << 60)
+    assert map_file(1 << 60) is None
+
+
+@pytest.mark.parametrize("why", ["full", "no /proc"])
+def test_values_are_handed_over_where_names_fail(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As when another process takes the room between the look at it and the use of it."""
+    graph = lent_graph(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(why)
+
+    if why == "full":
+        graph.in_memory["scale"] = np.ma.array(graph.in_memory["scale"])
+        monkeypatch.setattr(np.ma.MaskedArray, "tofile", fail)
+    else:
+        monkeypatch.setattr(os, "link", fail)
+    with lend(graph, tmp_path) as folder:
+        assert folder == tmp_path
+        assert len(graph.in_memory) == 3
+        assert not names_in_memory()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_uses_is_not(tmp_path: Path):
+    code = f"""
+import sys, threading
+from pathlib import Path
+from edge.backends.ort import lent_weights
+lent_weights._PREFIX = {PREFIX!r}
+from tests.edge.backends.ort.test_lent_weights import lend, lent_graph
+with lend(lent_graph(Path({str(tmp_path)!r})), Path({str(tmp_path)!r})) as folder:
+    print(folder, flush=True)
+    threading.Event().wait()
+"""
+    root = Path(__file__).parents[4]
+    with (
+        subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE) as child,
+        lend(lent_graph(tmp_path), tmp_path) as mine,
+    ):
+        assert child.stdout is not None
+        try:
+            theirs = Path(child.stdout.readline().decode().strip())
+            assert {mine, theirs} == set(names_in_memory())
+            with lend(lent_graph(tmp_path), tmp_path):
+                assert len(names_in_memory()) == 3  # both are in use
+        finally:
+            child.kill()
+            child.wait()
+        assert (theirs / "a").exists()
+        empty = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/dev/shm"))  # somebody has just made it
+        with lend(lent_graph(tmp_path), tmp_path) as other:
+            assert {mine, other, empty} == set(names_in_memory())
+        empty.rmdir()
 
 
 @pytest.mark.parametrize("quant", ["int4", "int8"])
@@ -156,11 +211,9 @@ def test_a_model_in_files_computes_the_same_bits_and_gives_its_weights_back(
         with Runner(bundle, int8_activations=True) as runner:
             maps = Path("/proc/self/maps").read_text()
             found.append([runner.step(random_ids(1, n, seed=n)) for n in (17, 1)])
-        assert ("edge-llm-test-" in maps) == room  # what its kernels read as it is: norms
+        assert (PREFIX in maps) == room  # what its kernels read as it is: norms
         assert ".weight (deleted)" not in maps
-        assert not any(
-            line.endswith(".weight") for line in maps.splitlines() if "edge-llm-test-" in line
-        )
+        assert not any(line.endswith(".weight") for line in maps.splitlines() if PREFIX in line)
     for ours, theirs in zip(*found, strict=True):
         assert_array_equal(ours, theirs)
 
