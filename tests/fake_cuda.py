@@ -39,6 +39,7 @@ TEXTS = {
     708: "cannot set while device is active in this process",
     700: "an illegal memory access was encountered",
     101: "invalid device ordinal",
+    801: "operation not supported",
     803: "system has unsupported display driver / cuda driver combination",
     900: "operation not permitted when stream is capturing",
     901: "operation failed due to a previous error during capture",
@@ -135,6 +136,8 @@ class FakeGpu:
         with_pycuda: whether PyCUDA can be imported.
 
     Attributes:
+        largest_block_bytes: the most that one allocation gets, as where memory lies in pieces; None
+            is all of it.
         calls: names of all calls so far.
         fail_at: number of the call that fails, counted from 0; None fails none.
         fail_code: the CUDA error it fails with.
@@ -164,6 +167,7 @@ class FakeGpu:
         self.compute_capability, self.num_sms = compute_capability, num_sms
         self.blocks: dict[int, NDArray[np.uint8]] = {}
         self.reserved_bytes = 0
+        self.largest_block_bytes: int | None = None
         self.spent_s: dict[str, float] = {}
         self.live: dict[str, int] = {}
         self.streams: weakref.WeakValueDictionary[int, FakeStream] = weakref.WeakValueDictionary()
@@ -263,8 +267,12 @@ class FakeGpu:
     def spend(self, name: str, seconds: float) -> None:
         self.spent_s[name] = self.spent_s.get(name, 0.0) + seconds
 
+    def fits(self, num_bytes: int) -> bool:
+        largest = self.total_bytes if self.largest_block_bytes is None else self.largest_block_bytes
+        return num_bytes <= min(largest, self.total_bytes - self.used_bytes)
+
     def allocate(self, num_bytes: int) -> int:
-        if self.used_bytes + num_bytes > self.total_bytes:
+        if not self.fits(num_bytes):
             raise OutOfMemoryError("cuMemAlloc failed: out of memory", OUT_OF_MEMORY)
         # No better aligned than CUDA promises, which is 256 bytes.
         return self.register(np.full(num_bytes, POISON, np.uint8), 256)

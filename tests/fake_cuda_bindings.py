@@ -46,6 +46,7 @@ class Result(enum.IntEnum):
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
     CUDA_ERROR_PRIMARY_CONTEXT_ACTIVE = 708
     CUDA_ERROR_LAUNCH_FAILED = 719
+    CUDA_ERROR_NOT_SUPPORTED = 801
     CUDA_ERROR_SYSTEM_DRIVER_MISMATCH = 803
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
     CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
@@ -66,6 +67,52 @@ class FunctionAttribute(enum.IntEnum):
 class MemoryType(enum.IntEnum):
     CU_MEMORYTYPE_HOST = 1
     CU_MEMORYTYPE_DEVICE = 2
+
+
+class AllocationType(enum.IntEnum):
+    CU_MEM_ALLOCATION_TYPE_PINNED = 1
+
+
+class LocationType(enum.IntEnum):
+    CU_MEM_LOCATION_TYPE_DEVICE = 1
+
+
+class AccessFlags(enum.IntEnum):
+    CU_MEM_ACCESS_FLAGS_PROT_READWRITE = 3
+
+
+class GranularityFlags(enum.IntEnum):
+    CU_MEM_ALLOC_GRANULARITY_MINIMUM = 0
+
+
+class Location:
+    """``CUmemLocation``."""
+
+    __slots__ = ("id", "type")
+
+    def __init__(self) -> None:
+        self.id, self.type = -1, 0
+
+    def check(self) -> None:
+        assert (self.id, self.type) == (0, LocationType.CU_MEM_LOCATION_TYPE_DEVICE)
+
+
+class AllocationProp:
+    """``CUmemAllocationProp``, the fields in use."""
+
+    __slots__ = ("location", "type")
+
+    def __init__(self) -> None:
+        self.location, self.type = Location(), 0
+
+
+class AccessDesc:
+    """``CUmemAccessDesc``."""
+
+    __slots__ = ("flags", "location")
+
+    def __init__(self) -> None:
+        self.location, self.flags = Location(), 0
 
 
 class Memcpy3DParameters:
@@ -119,8 +166,12 @@ def make_bindings(gpu: FakeGpu) -> Any:
     module.CUresult, module.CUstreamCaptureMode = Result, CaptureMode
     module.CUdevice_attribute, module.CUmemorytype = DeviceAttribute, MemoryType
     module.CUfunction_attribute = FunctionAttribute
+    module.CUmemAllocationType, module.CUmemLocationType = AllocationType, LocationType
+    module.CUmemAccess_flags = AccessFlags
+    module.CUmemAllocationGranularity_flags = GranularityFlags
+    module.CUmemAllocationProp, module.CUmemAccessDesc = AllocationProp, AccessDesc
     module.CUDA_MEMCPY3D, module.CU_MEMHOSTALLOC_DEVICEMAP = Memcpy3DParameters, 2
-    functions = [*_devices(gpu), *_memory(gpu), *_streams(gpu), *_graphs(gpu),
+    functions = [*_devices(gpu), *_memory(gpu), *_ranges(gpu), *_streams(gpu), *_graphs(gpu),
                  *_kernels(gpu), *_events(gpu)]  # fmt: skip
     for function in functions:
         setattr(module, function.__name__, _returns_its_error(gpu, function))
@@ -264,6 +315,111 @@ def _memory(gpu: FakeGpu) -> list[Callable[..., Any]]:
         cuMemAlloc, cuMemFree, cuMemGetInfo, cuMemHostAlloc, cuMemHostGetDevicePointer,
         cuMemFreeHost, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync, cuMemsetD8Async, cuMemcpyDtoDAsync,
         cuMemcpy3DAsync,
+    ]  # fmt: skip
+
+
+UNIT_BYTES = 2 << 20
+"""What pieces of a range are multiples of."""
+
+
+def _ranges(gpu: FakeGpu) -> list[Callable[..., Any]]:
+    """Ranges of addresses, and the memory that is put behind them."""
+    pieces: dict[int, int] = {}  # bytes by handle
+    ranges: dict[int, int] = {}  # bytes by address
+    mapped: dict[int, int] = {}  # bytes by address
+    in_use: set[int] = set()  # handles of what is or was mapped
+
+    def range_of(address: int) -> int:
+        return next(base for base, size in ranges.items() if base <= address < base + size)
+
+    def refuse(name: str, wrong: bool) -> None:
+        gpu.fail(name, 1 if wrong else 0)
+
+    def cuMemGetAllocationGranularity(prop: AllocationProp, option: GranularityFlags) -> int:
+        gpu.call("cuMemGetAllocationGranularity")
+        prop.location.check()
+        assert option is GranularityFlags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        return UNIT_BYTES
+
+    def cuMemAddressReserve(size: int, alignment: int, addr: int, flags: int) -> int:
+        gpu.call("cuMemAddressReserve")
+        refuse("cuMemAddressReserve", size % UNIT_BYTES != 0 or not size)
+        assert (alignment, addr, flags) == (0, 0, 0)
+        address = gpu.register(np.empty(0, np.uint8))
+        del gpu.blocks[address]
+        gpu._next += size
+        ranges[address] = size
+        gpu.born("range of addresses")
+        return address
+
+    def cuMemCreate(size: int, prop: AllocationProp, flags: int) -> int:
+        gpu.call("cuMemCreate")
+        prop.location.check()
+        assert (prop.type, flags) == (AllocationType.CU_MEM_ALLOCATION_TYPE_PINNED, 0)
+        refuse("cuMemCreate", size % UNIT_BYTES != 0 or not size)
+        gpu.fail("cuMemCreate", 0 if gpu.fits(size) else 2)
+        gpu.reserve(size)
+        gpu.born("piece")
+        handle = 0x4000 + len(gpu.calls)
+        pieces[handle] = size
+        return handle
+
+    def cuMemMap(ptr: int, size: int, offset: int, handle: int, flags: int) -> None:
+        gpu.call("cuMemMap")
+        base = range_of(ptr)
+        inside = ptr + size <= base + ranges[base] and (offset, flags) == (0, 0)
+        free = all(ptr + size <= at or ptr >= at + num_bytes for at, num_bytes in mapped.items())
+        refuse("cuMemMap", not (inside and free and pieces[handle] == size))
+        mapped[ptr] = size
+        in_use.add(handle)
+        gpu.born("mapping")
+
+    def cuMemRelease(handle: int) -> None:
+        code = gpu.code("cuMemRelease")
+        size = pieces.pop(handle)
+        if handle not in in_use:
+            gpu.reserve(-size)
+        gpu.dead("piece")
+        gpu.fail("cuMemRelease", code)
+
+    def cuMemSetAccess(ptr: int, size: int, desc: list[AccessDesc], count: int) -> None:
+        gpu.call("cuMemSetAccess")
+        assert count == len(desc) == 1
+        desc[0].location.check()
+        assert desc[0].flags is AccessFlags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        inside = sum(num for at, num in mapped.items() if ptr <= at and at + num <= ptr + size)
+        refuse("cuMemSetAccess", inside != size)
+        gpu.reserve(-size)  # it is counted as a block from now on
+        gpu.blocks[ptr] = np.full(size, 0xFF, np.uint8)
+
+    def cuMemUnmap(ptr: int, size: int) -> None:
+        gpu.call("cuMemUnmap")
+        if any(stream.pending for stream in gpu.streams.values()):
+            raise RuleError("memory is unmapped while work may use it")
+        base = range_of(ptr)
+        if base in gpu.blocks:
+            gpu.reserved_bytes += len(gpu.blocks.pop(base))
+        refuse("cuMemUnmap", mapped.get(ptr) != size)
+        gpu.reserve(-mapped.pop(ptr))
+        gpu.dead("mapping")
+
+    def cuMemAddressFree(ptr: int, size: int) -> None:
+        gpu.call("cuMemAddressFree")
+        refuse(
+            "cuMemAddressFree",
+            ranges.get(ptr) != size or any(ptr <= at < ptr + size for at in mapped),
+        )
+        del ranges[ptr]
+        gpu.dead("range of addresses")
+
+    def cuCtxSynchronize() -> None:
+        gpu.call("cuCtxSynchronize")
+        for stream in list(gpu.streams.values()):
+            stream.synchronize()
+
+    return [
+        cuMemGetAllocationGranularity, cuMemAddressReserve, cuMemCreate, cuMemMap, cuMemRelease,
+        cuMemSetAccess, cuMemUnmap, cuMemAddressFree, cuCtxSynchronize,
     ]  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from edge.errors import DependencyError, DeviceError, DeviceMemoryError, EdgeErr
 from .bindings import Calls
 from .driver import load_bindings, load_driver
 from .errors import cure_for_memory, device_error, explain_init_failure, is_fatal, reason_of
+from .pieces import PIECE_BYTES, Pieces
 from .waiting import set_wait
 
 _log = logging.getLogger(__name__)
@@ -130,16 +131,16 @@ class BoxCopy:
 
 
 class DeviceMemory:
-    """A block of device memory.
+    """A block of device memory, in pieces behind one range of addresses where it must be.
 
     Attributes:
-        address: 256-byte aligned (cuMemAlloc).
+        address: 256-byte aligned (cuMemAlloc) or better.
         num_bytes: its size.
     """
 
     def __init__(self, device: Device, num_bytes: int, purpose: str) -> None:
         self.num_bytes = num_bytes
-        self._block = device.allocate(purpose, num_bytes, device.driver.mem_alloc, num_bytes)
+        self._block = device.allocate(purpose, num_bytes, device.mem_alloc, num_bytes)
         self.address = int(self._block)
 
     def close(self) -> None:
@@ -227,6 +228,7 @@ class Device:
 
     def __init__(self, ordinal: int = 0, wait: GpuWait = "auto") -> None:
         self.driver = driver = load_driver()
+        self._ordinal = ordinal
         try:
             driver.init()
             gpu = driver.Device(ordinal)
@@ -351,6 +353,21 @@ class Device:
             if not isinstance(error, (self.driver.MemoryError, MemoryError)):
                 raise self.error(f"allocate {purpose}", error) from error
             raise self._no_room(purpose, num_bytes) from error
+
+    def mem_alloc(self, num_bytes: int) -> Any:
+        """As ``driver.mem_alloc``; a block that cannot be had is made of `Pieces`."""
+        try:
+            return self.driver.mem_alloc(num_bytes)
+        except self.driver.MemoryError as refused:
+            if num_bytes <= PIECE_BYTES:
+                raise
+            try:
+                block = Pieces(self._graphs, self._ordinal, num_bytes)
+            except (DependencyError, Calls.Error) as error:
+                _log.info("a block of %d bytes cannot be made of pieces: %s", num_bytes, error)
+                raise refused from error
+            _log.info("a block of %d bytes is made of %d pieces", num_bytes, len(block))
+            return block
 
     def call(self, doing: str, function: Any, *args: Any) -> Any:
         """Call the driver.

@@ -166,16 +166,16 @@ class _Stream:
         self.stream = call("cuStreamCreate", 0)
         self.handle = int(self.stream)
         # At the end of the process no context is current, and the driver tidies up by itself.
-        weakref.finalize(self, _release, call, "cuStreamDestroy", self.stream).atexit = False
+        weakref.finalize(self, release, call, "cuStreamDestroy", self.stream).atexit = False
 
     def synchronize(self) -> None:
         self._call("cuStreamSynchronize", self.stream)
 
 
-def _release(call: Calls, name: str, handle: Any) -> None:
+def release(call: Calls, name: str, *args: Any) -> None:
     """Give something back; on a lost device that fails, and, as in PyCUDA, is no error."""
     try:
-        call(name, handle)
+        call(name, *args)
     except Error as error:
         _log.warning("something of the GPU could not be freed: %s", str(error))
 
@@ -191,7 +191,7 @@ class _DeviceBlock:
         return self._address
 
     def free(self) -> None:
-        _release(self._call, "cuMemFree", self._address)
+        release(self._call, "cuMemFree", self._address)
 
 
 class _HostBlock:
@@ -211,7 +211,7 @@ class _HostBlock:
         return int(self._call("cuMemHostGetDevicePointer", self._pointer, 0))
 
     def free(self) -> None:
-        _release(self._call, "cuMemFreeHost", self._pointer)
+        release(self._call, "cuMemFreeHost", self._pointer)
 
 
 def _field(name: str) -> Any:

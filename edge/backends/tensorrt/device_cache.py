@@ -1,14 +1,17 @@
 """The KV cache in device memory: a block for each size of element.
 
-So one strided copy moves a slot of all layers of a block. Its layout: ``[tensors, slots, kv_heads,
-rows, head_dim]``. Tensor ``2 * i`` of the cache holds the keys of layer ``i``, tensor ``2 * i + 1``
-its values; in an 8-bit cache they are INT8 but for the layers that stay in float. A slot of a
-tensor is what an engine with that batch binds.
+So one strided copy moves a slot of all layers of a block. Where no block of that size can be had,
+not of pieces either, each layer has its own, and a copy of its own. The layout of a block:
+``[tensors, slots, kv_heads, rows, head_dim]``. Tensor ``2 * i`` of the cache holds the keys of
+layer ``i``, tensor ``2 * i + 1`` its values; in an 8-bit cache they are INT8 but for the layers
+that stay in float. A slot of a tensor is what an engine with that batch binds.
 """
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,12 @@ from edge.backends.step import Floats
 from edge.bundle.kv_scales import Scales, dequantize_rows, quantize_rows
 from edge.bundle.manifest import FloatType, Manifest, ModelSpec
 from edge.bundle.sizes import cache_element_bytes, check_slots
+from edge.errors import DeviceMemoryError
 
 from .device_memory import CachePlanes, StepSizes, cache_planes, new_rows_bytes, new_rows_stride
 from .step_buffers import round_to_bf16
+
+_log = logging.getLogger(__name__)
 
 
 class DeviceCache:
@@ -55,15 +61,39 @@ class DeviceCache:
         model = manifest.model
         self._shape = (2 * model.num_layers, model.num_kv_heads, model.head_dim)
         check_slots(model, rows, cache_element_bytes(manifest))
-        self._blocks = [
-            _Block(device, stream, resources, planes, model, num_slots, rows)
-            for planes in cache_planes(manifest)
-        ]
+
+        def allocate(planes: list[CachePlanes]) -> list[_Block]:
+            with ExitStack() as taken:
+                blocks = [
+                    _Block(device, stream, taken, each, model, num_slots, rows) for each in planes
+                ]
+                resources.push(taken.pop_all())
+            return blocks
+
+        whole = cache_planes(manifest)
+        try:
+            self._blocks = allocate(whole)
+        except DeviceMemoryError as error:
+            try:
+                self._blocks = allocate(split_by_layer(whole))
+            except DeviceMemoryError:
+                raise error from None
+            _log.warning(
+                "the KV cache has a block for each layer, since none of its whole size could be "
+                "had: rows are copied %d times where once was enough (%s)",
+                len(self._blocks) // len(whole),
+                error,
+            )
         self._of_tensor = {
             number: (block, index)
             for block in self._blocks
             for index, number in enumerate(block.planes.numbers)
         }
+
+    @property
+    def planes(self) -> list[CachePlanes]:
+        """The tensors of each block."""
+        return [block.planes for block in self._blocks]
 
     @property
     def num_bytes(self) -> int:
@@ -133,6 +163,15 @@ class DeviceCache:
         """
         for block, source in zip(self._blocks, new.boxes(place, batch, seq), strict=True):
             block.append(source, seq, slot, start)
+
+
+def split_by_layer(blocks: list[CachePlanes]) -> list[CachePlanes]:
+    """Give each layer's keys and values a block of their own."""
+    return [
+        CachePlanes(tuple(numbers), block.element_bytes, block.is_int8)
+        for block in blocks
+        for _, numbers in groupby(block.numbers, lambda number: number // 2)
+    ]
 
 
 class _Block:
@@ -210,12 +249,17 @@ class NewRows:
     """Where an engine of dialect ``portable`` leaves the step's keys and values."""
 
     def __init__(
-        self, device: cuda.Device, resources: ExitStack, manifest: Manifest, sizes: StepSizes
+        self,
+        device: cuda.Device,
+        resources: ExitStack,
+        model: ModelSpec,
+        sizes: StepSizes,
+        blocks: list[CachePlanes],
     ) -> None:
-        self._model = model = manifest.model
+        self._model = model
         self._parts: list[tuple[CachePlanes, int]] = []
         self._of_tensor: dict[int, tuple[int, int, int]] = {}
-        for planes in cache_planes(manifest):
+        for planes in blocks:
             num_bytes = new_rows_bytes(sizes, model, planes.how_many, planes.element_bytes)
             block = cuda.DeviceMemory(device, num_bytes, "the step's keys and values")
             resources.callback(block.close)
@@ -229,7 +273,7 @@ class NewRows:
         return base + index * new_rows_stride(batch, seq, self._model, element_bytes)
 
     def boxes(self, place: int, batch: int, seq: int) -> list[cuda.Box]:
-        """The rows of one sequence, of all tensors, by the size of their elements."""
+        """The rows of one sequence, for each block of the cache."""
         boxes = []
         for planes, base in self._parts:
             pitch = seq * self._model.head_dim * planes.element_bytes

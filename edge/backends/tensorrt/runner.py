@@ -221,7 +221,7 @@ class TensorRTBackend:
         resources.callback(self._activations.close)
         self._new_rows = None
         if not self._dialect.in_place:
-            self._new_rows = NewRows(device, resources, self._manifest, sizes[0])
+            self._new_rows = NewRows(device, resources, model, sizes[0], self._cache.planes)
         cursor = self._dialect.cursor
         buffers = [
             StepBuffers(device, resources, size, model, dtype, cursor, info.best_logits)

@@ -23,6 +23,7 @@ from edge.backends.cuda import bindings as cuda_bindings
 from edge.backends.cuda import waiting
 from edge.backends.cuda.bindings import BindingsDriver, Calls
 from edge.backends.cuda.errors import cure_for_memory, explain_init_failure
+from edge.backends.cuda.pieces import Pieces
 from edge.device.nodes import find_gpu_node
 from edge.engine_config import GpuWait
 from edge.errors import DependencyError, DeviceError, DeviceMemoryError
@@ -384,11 +385,21 @@ def test_the_stand_in_has_the_calls_of_cuda_bindings(real_bindings: Any):
         "CUdevice_attribute": fake_bindings.DeviceAttribute,
         "CUmemorytype": fake_bindings.MemoryType,
         "CUfunction_attribute": fake_bindings.FunctionAttribute,
+        "CUmemAllocationType": fake_bindings.AllocationType,
+        "CUmemLocationType": fake_bindings.LocationType,
+        "CUmemAccess_flags": fake_bindings.AccessFlags,
+        "CUmemAllocationGranularity_flags": fake_bindings.GranularityFlags,
     }
     for name, ours in enums.items():
         for member in ours:
             assert getattr(real_bindings, name).__members__[member.name] == member.value
     assert set(fake.CUDA_MEMCPY3D.__slots__) <= set(dir(real_bindings.CUDA_MEMCPY3D()))
+    for name in ("CUmemAllocationProp", "CUmemAccessDesc"):
+        ours, theirs = getattr(fake, name)(), getattr(real_bindings, name)()
+        assert set(ours.__slots__) <= set(dir(theirs))
+        assert set(ours.location.__slots__) <= set(dir(theirs.location))
+        theirs.location.id = 3  # a part of the struct, no copy of it
+        assert theirs.location.id == 3
     for flag, name in {0: "AUTO", 1: "SPIN", 2: "YIELD", 4: "BLOCKING_SYNC", 7: "MASK"}.items():
         assert real_bindings.CUctx_flags.__members__[f"CU_CTX_SCHED_{name}"] == flag
     assert real_bindings.CU_MEMHOSTALLOC_DEVICEMAP == fake.CU_MEMHOSTALLOC_DEVICEMAP
@@ -427,6 +438,7 @@ def test_cuda_bindings_take_every_argument_of_ours(real_bindings: Any):
         lambda: driver.memcpy_dtoh_async(array, 0x1000, stream),
         lambda: driver.memset_d8_async(0x1000, 0, 16, stream),
         lambda: copy(stream),
+        lambda: Pieces(calls, 0, 100 << 20),
         *(
             functools.partial(calls, name, *args)
             for name, args in {
@@ -461,6 +473,14 @@ def test_cuda_bindings_take_every_argument_of_ours(real_bindings: Any):
                 "cuEventDestroy": (real_bindings.CUevent(0x10),),
                 "cuMemcpyDtoDAsync": (0x1000, 0x2000, 16, 0x10),
                 "cuDevicePrimaryCtxGetState": (0,),
+                "cuMemAddressReserve": (4 << 20, 0, 0, 0),
+                "cuMemCreate": (2 << 20, real_bindings.CUmemAllocationProp(), 0),
+                "cuMemMap": (0x200000, 2 << 20, 0, 0x10, 0),
+                "cuMemRelease": (0x10,),
+                "cuMemSetAccess": (0x200000, 2 << 20, [real_bindings.CUmemAccessDesc()], 1),
+                "cuMemUnmap": (0x200000, 2 << 20),
+                "cuMemAddressFree": (0x200000, 4 << 20),
+                "cuCtxSynchronize": (),
                 "cuDevicePrimaryCtxSetFlags": (0, 4),
             }.items()
         ),

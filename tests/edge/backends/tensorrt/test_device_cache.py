@@ -11,8 +11,11 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from edge.backends import cuda
+from edge.backends.cuda import pieces
 from edge.backends.tensorrt.device_cache import DeviceCache
-from tests.edge.backends.tensorrt.gpu_runner import both_drivers
+from tests import fake_cuda_bindings
+from tests.edge.backends.runner import history
+from tests.edge.backends.tensorrt.gpu_runner import EngineBundles, GpuRunner, both_drivers
 from tests.fake_cuda import FakeGpu
 from tests.manifests import make_manifest
 
@@ -44,3 +47,38 @@ def test_rows_have_the_bits_of_the_engines_type(dtype: Any, stored: Any, gpu: Fa
                 bits = memory.view(np.uint16).reshape(heads, ROWS, dim)
                 assert_array_equal(bits[:, :5], each.view(np.uint16))
                 assert not bits[:, 5:].any()
+
+
+@both_drivers
+@pytest.mark.parametrize("kv_cache", ["float", "int8"])
+@pytest.mark.parametrize("kind", ["pieces", "layers"])
+def test_a_cache_without_a_block_of_its_size_is_the_same_in_every_row(
+    kind: str,
+    kv_cache: str,
+    gpu: FakeGpu,
+    engine_bundles: EngineBundles,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """In pieces, and where the driver makes none, in a block for each layer."""
+    bundle = engine_bundles("qwen2", "portable", kv_cache)
+    options = {"num_slots": 64}  # nothing else is as large
+    with GpuRunner(bundle, gpu, **options) as runner:
+        expected = history(runner)
+        whole = [block.num_bytes for block in runner.engine._cache._blocks]
+    for module in (pieces, cuda):
+        monkeypatch.setattr(module, "PIECE_BYTES", 2 * 4096)
+    monkeypatch.setattr(fake_cuda_bindings, "UNIT_BYTES", 4096)
+    gpu.largest_block_bytes = min(whole) - 1
+    if kind == "layers":
+        gpu.missing.add("cuMemMap")
+    with GpuRunner(bundle, gpu, **options) as runner:
+        found, blocks = history(runner), runner.engine._cache.planes
+        assert runner.engine._cache.num_bytes == sum(whole)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_array_equal(ours, theirs)
+    layers = runner.manifest.model.num_layers
+    assert len(blocks) == (layers if kind == "layers" else len(whole))
+    said = f"rows are copied {layers // len(whole)} times where once was enough"
+    assert (said in caplog.text) is (kind == "layers")
+    assert ("cuMemUnmap" in gpu.calls) is (kind == "pieces")
