@@ -97,7 +97,7 @@ def read_snapshot(root: Path = Path("/")) -> Snapshot:
     """
     gpu = _find_gpu(root)
     load = _number(gpu / "device" / "load") if gpu else None
-    rails = _read_rails(root)
+    rails = read_power_watts(root)
     alerts = _read_alerts(root)
     return Snapshot(
         module=read_module(root),
@@ -166,7 +166,7 @@ def read_power_modes(root: Path = Path("/")) -> dict[int, str]:
 
 def read_module_power_watts(root: Path = Path("/")) -> float | None:
     """Power of the whole module now; None where no sensor says."""
-    return _module_power(_read_rails(root))
+    return _module_power(read_power_watts(root))
 
 
 class EnergyMeter:
@@ -306,7 +306,8 @@ def _hwmon(root: Path, name: str) -> Iterator[Path]:
             yield path
 
 
-def _read_rails(root: Path) -> dict[str, float]:
+def read_power_watts(root: Path = Path("/")) -> dict[str, float]:
+    """Power now, by rail; empty where no sensor says."""
     rails: dict[str, float] = {}
     for path in _hwmon(root, "ina3221"):
         for channel in (1, 2, 3):  # the others are sums of shunt voltages

@@ -41,6 +41,7 @@ from edge_lab.measure.evaluate import check_gate, load_gate
 from edge_lab.place import check_free_space
 from edge_lab.progress import Progress, prefixed, silent, uncounted
 from edge_lab.recipe import Clip
+from edge_lab.safetensors_writer import write_safetensors
 from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS
 
@@ -50,7 +51,6 @@ from .config import ExportConfig as ExportConfig
 from .decoder_files import DecoderFiles, WrittenDecoder, calibrates
 from .forecast import Forecast, estimated_bytes, forecast, forecast_of_preview, measures
 from .graph.embedding_table import embedding_tensors
-from .graph.safetensors_writer import write_safetensors
 from .head_files import write_head
 from .quantize.calibrated import Method
 from .quantize.from_source import is_quantized, source_schemes

@@ -25,8 +25,8 @@ import numpy as np
 
 from edge import LLM, SamplingParams, __version__
 from edge.runtime.generation import GenerationStats
+from edge_lab.prove.checkpoint import CONFIG, write_checkpoint
 from scripts.command import say
-from scripts.random_checkpoint import CONFIG, write_checkpoint
 
 CONTEXT = 4000
 NEW_TOKENS = 128

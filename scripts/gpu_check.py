@@ -9,27 +9,26 @@ matrix, precision by step, has passed; what was skipped has not.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from edge.cli import to_json
+from edge_lab.prove.steps import (
+    ENGINE_CELLS,
+    Run,
+    cell,
+    check_engine,
+    has_gpu,
+    last_json,
+    logged_run,
+    read_tensorrt,
+    skip_rest,
+)
 
-
-class Done(NamedTuple):
-    """A step's exit code, standard output, and the last lines of its standard error."""
-
-    code: int
-    output: str
-    error: str = ""
-
-
-Run = Callable[[str, Sequence[str]], Done]
 PRECISIONS: dict[str, tuple[str, ...]] = {
     # Fast to export, since what is checked here is the engine and not the quality.
     "fp16": (),
@@ -37,11 +36,10 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     "int8": (),
     "int8-w8a8": ("--calibration-tokens", "512"),
 }
-CELLS = ("export", "build", "verify", "bench", "layers")
+CELLS = ("export", *ENGINE_CELLS)
 OTHER_BACKENDS = ("ort-cuda", "ort-cpu")
 GPU_WAITS = ("spin", "yield", "block")
 _NATIVE_SINCE = (10, 15)  # TensorRT with the operators of dialect native
-_ERROR_LINES = 30
 _NOT_OF_THIS_DIALECT = "dialect native"  # in the reason of a skipped test
 
 
@@ -53,7 +51,7 @@ def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    report = make_report(options.output, options.bundle, run or logged_run(options.output))
+    report = make_report(options.output, options.bundle, run or _logged(options.output))
     (options.output / "report.json").write_text(to_json(report, indent=1) + "\n")
     text = render(report)
     (options.output / "report.txt").write_text(text)
@@ -95,14 +93,6 @@ def make_report(output: Path, bundle: Path | None, run: Run) -> dict[str, Any]:
     return report
 
 
-def read_tensorrt(run: Run) -> str | None:
-    """Version of the TensorRT that this Python imports; None without one."""
-    code = "import tensorrt; print(tensorrt.__version__)"
-    done = run("tensorrt", [sys.executable, "-c", code])
-    lines = done.output.split()
-    return lines[-1] if done.code == 0 and lines else None
-
-
 def choose_target(tensorrt: str | None) -> str:
     """The target of ``edge-llm export`` for a TensorRT; the oldest where it is not known."""
     parts = (tensorrt or "0.0").split(".")
@@ -137,19 +127,8 @@ def check_row(
             run(f"{name}-export", ["edge-llm", "export", *export, "-o", f"{bundle}"])
         )
         if row["export"]["verdict"] != "passed":
-            return skip_rest(row, "the export failed")
-    build = run(f"{name}-build", ["edge-llm", "build", str(bundle), "--json"])
-    row["build"] = cell(build, json_needed=True)
-    if row["build"]["verdict"] != "passed":
-        return skip_rest(row, "the build failed", export is None)
-    engine = Path(row["build"]["result"]["engine"])
-    row["build"]["scratch_bytes"] = read_scratch(engine / "build.log")
-    on_engine = [str(bundle), "--backend", "tensorrt", "--json"]
-    row["verify"] = cell(
-        run(f"{name}-verify", ["edge-llm", "verify", *on_engine]), json_needed=True
-    )
-    row["bench"] = cell(run(f"{name}-bench", ["edge-llm", "bench", *on_engine]), json_needed=True)
-    row["layers"] = check_layers(name, engine, on_engine, run)
+            return skip_rest(row, "the export failed", CELLS)
+    row.update(check_engine(name, bundle, run))
     return row
 
 
@@ -179,73 +158,6 @@ def has_engine(matrix: dict[str, dict[str, dict[str, Any]]]) -> bool:
     """Whether the bundle that is measured beyond the matrix was built."""
     row = matrix.get("int4") or next(iter(matrix.values()))
     return bool(row["build"]["verdict"] == "passed")
-
-
-def skip_rest(
-    row: dict[str, dict[str, Any]], reason: str, exported: bool = False
-) -> dict[str, dict[str, Any]]:
-    """Mark the cells that a failed one leaves out."""
-    for name in CELLS:
-        if name not in row and not (exported and name == "export"):
-            row[name] = {"verdict": "skipped", "reason": reason}
-    return row
-
-
-def check_layers(name: str, engine: Path, on_engine: list[str], run: Run) -> dict[str, Any]:
-    """Which layers the engine has, and how long each takes."""
-    inspect = ["edge-llm", "inspect", str(engine), "--layers", "--json", "--no-verify"]
-    table = cell(run(f"{name}-inspect", inspect), json_needed=True)
-    if table["verdict"] != "passed":
-        return table
-    compiled = table["result"].get("compiled")
-    if not compiled:
-        reason = table["result"].get("compiled_unknown") or "the engine has no table of layers"
-        return {**table, "verdict": "failed", "reason": reason}
-    short = ["--layers", "--repeats", "1", "--output-tokens", "17"]
-    found = cell(run(f"{name}-layers", ["edge-llm", "bench", *on_engine, *short]), json_needed=True)
-    if found["verdict"] == "passed":
-        times = found["result"].get("layers") or {}
-        found["result"] = {
-            "compiled": compiled,
-            "attention": table["result"].get("attention"),
-            "times": times,
-        }
-        unpacking = sum(profile["unpacking"] for profile in compiled)
-        if unpacking:
-            found["verdict"] = "failed"
-            found["reason"] = f"{unpacking} layers unpack weights each time that they run"
-        elif not (times.get("decode") or {}).get("layers"):
-            found["verdict"], found["reason"] = "failed", "the profiler timed no layer of decode"
-    return found
-
-
-def cell(done: Done, json_needed: bool = False) -> dict[str, Any]:
-    """The verdict of one command, its reason and its JSON."""
-    found: dict[str, Any] = {"verdict": "passed", "code": done.code, "reason": ""}
-    result = last_json(done.output)
-    if done.code != 0:
-        lines = [line for line in done.error.splitlines() if line.strip()]
-        errors = [line for line in lines if "error: " in line]
-        found["verdict"] = "failed"
-        found["reason"] = (errors or lines or [f"exit code {done.code}"])[-1].strip()
-        found["stderr"] = lines
-    elif json_needed and result is None:
-        found["verdict"], found["reason"] = "failed", "it printed no JSON"
-    if result is not None:
-        found["result"] = result
-    return found
-
-
-def read_scratch(log: Path) -> list[int]:
-    """Scratch memory of each profile, in bytes, from what the builder logged; empty if unknown."""
-    try:
-        lines = log.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    words = [
-        line.split("Max Scratch Memory: ")[1].split() for line in lines if "Max Scratch" in line
-    ]
-    return [int(found[0]) for found in words if found and found[0].isdigit()]
 
 
 def run_tests(output: Path, run: Run) -> dict[str, Any]:
@@ -296,12 +208,6 @@ def find_problems(report: dict[str, Any]) -> list[str]:
     return problems
 
 
-def has_gpu(doctor: dict[str, Any] | None) -> bool:
-    """Whether doctor made a context on a GPU."""
-    checks = (doctor or {}).get("checks", ())
-    return any(check["name"] == "GPU" and check["status"] in ("ok", "warn") for check in checks)
-
-
 def read_junit(path: Path) -> dict[str, Any]:
     """Counts, names of what failed, and of what was skipped by reason, from pytest's XML."""
     found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": {}}
@@ -319,17 +225,6 @@ def read_junit(path: Path) -> dict[str, Any]:
         else:
             found["passed"] += 1
     return found
-
-
-def last_json(output: str) -> Any:
-    """The JSON of the last line that is an object; None if none is."""
-    for line in reversed(output.splitlines()):
-        if line.startswith("{"):
-            try:
-                return json.loads(line)
-            except ValueError:
-                continue
-    return None
 
 
 def render(report: dict[str, Any]) -> str:
@@ -417,22 +312,8 @@ def figures(result: dict[str, Any]) -> str:
     return ", ".join(found) or "no figures, see report.json"
 
 
-def logged_run(output: Path) -> Run:
-    """Runs a command; its output goes to ``<step>.log``."""
-
-    def run(step: str, command: Sequence[str]) -> Done:
-        print(f"gpu-check: {step}", file=sys.stderr)
-        path = output / f"{step}.log"
-        with path.open("w") as log:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, check=False
-            )
-        errors = path.read_text(errors="replace").splitlines()[-_ERROR_LINES:]
-        with path.open("a") as log:
-            log.write(done.stdout)
-        return Done(done.returncode, done.stdout, "\n".join(errors))
-
-    return run
+def _logged(output: Path) -> Run:
+    return logged_run(output, lambda step: print(f"gpu-check: {step}", file=sys.stderr))
 
 
 if __name__ == "__main__":

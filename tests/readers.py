@@ -45,7 +45,6 @@ from edge_fleet.registry.credentials import find_credentials
 from edge_fleet.rollout.journal import Place
 from edge_fleet.rollout.orders import ANSWER_NAME, ORDER_NAME, read_answer
 from edge_fleet.rollout.switch import StagedFolder, read_order
-from edge_fleet.signing import SecretKey, encode_signature, read_secret_key
 from edge_lab.cli.verify import read_prompts
 from edge_lab.engine_layers import layers_path, read_layers
 from edge_lab.key_file import read_key_file
@@ -57,6 +56,7 @@ from edge_lab.measure.watch import read_baseline, read_golden
 from edge_lab.measure.watch_server import read_state, read_stats_file
 from edge_lab.planner.calibration import BENCH_SCHEMA, read_runs
 from edge_lab.planner.models import read_config
+from edge_lab.signing import SecretKey, encode_signature, read_secret_key
 from edge_serve.config_file import load_settings
 from edge_serve.settings import ServerSettings
 from edge_serve.stored.record import head_of

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 from edge.cli import cli
 from edge.device.nodes import find_gpu_node
 from edge_lab.planner.calibration import read_runs
+from edge_lab.prove.steps import Done
 from scripts import gpu_check
 
 ROOT = Path(__file__).parent.parent
@@ -154,14 +154,14 @@ class Steps:
         }
         self.commands: dict[str, list[str]] = {}
 
-    def __call__(self, step: str, command: Sequence[str]) -> gpu_check.Done:
+    def __call__(self, step: str, command: Sequence[str]) -> Done:
         self.commands[step] = list(command)
         if step == "tests" and self.junit:
             (target,) = [a for a in command if a.startswith("--junitxml=")]
             Path(target.removeprefix("--junitxml=")).write_text(self.junit)
         key = step.replace("-", "_")
         general = key.rsplit("_", 1)[-1]
-        return gpu_check.Done(*self.answers.get(key, self.answers.get(general, (0, ""))))
+        return Done(*self.answers.get(key, self.answers.get(general, (0, ""))))
 
 
 def check(output: Path, steps: Steps, *arguments: str) -> tuple[int, Any]:
@@ -418,10 +418,3 @@ def test_failures_are_named(tmp_path: Path):
     assert (tests["passed"], tests["failed"], tests["skipped"]) == (1, 2, 1)
     assert tests["failures"] == ["tests.gpu.test_a::two", "tests.gpu.test_a::three"]
     assert tests["skips"] == {"no PyCUDA": ["tests.gpu.test_b::four"]}
-
-
-def test_steps_leave_their_whole_output(tmp_path: Path):
-    code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"
-    done = gpu_check.logged_run(tmp_path)("step", [sys.executable, "-c", code])
-    assert done == (3, "out\n", "err")
-    assert (tmp_path / "step.log").read_text() == "err\nout\n"

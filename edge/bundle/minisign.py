@@ -1,7 +1,7 @@
 """Checks signatures in minisign's format: Ed25519 over a file's BLAKE2b-512.
 
 The format is that of https://jedisct1.github.io/minisign/, so Debian's ``minisign`` signs what is
-checked here. The arithmetic is that of `cryptography` and `hashlib`. `edge_fleet.signing` signs.
+checked here. The arithmetic is that of `cryptography` and `hashlib`. `edge_lab.signing` signs.
 """
 
 from __future__ import annotations

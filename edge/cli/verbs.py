@@ -41,6 +41,7 @@ GROUPS = {
     },
     "Get help": {
         "doctor": "Say what is wrong with this machine, and the cure",
+        "prove": "Prove in 15 minutes what this device does",
         "trtexec-explain": "Translate an old trtexec line",
         "man": "Print the manual page",
     },

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from edge.bundle.engine_file import find_engines
 from edge.bundle.library import find_bundle, roots
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest, read_manifest_bytes
 from edge.bundle.minisign import (
-    MAX_BYTES,
     key_name,
     parse_signature,
 )
@@ -32,19 +30,15 @@ from edge.bundle.verified_files import verify_files
 from edge.cli import echo_json
 from edge.cli.options import FILE, bundle_argument, json_option
 from edge.errors import EXIT_GATE_MISSED, ConfigError
-from edge.files import is_directory, read_text_file
+from edge.files import is_directory
 from edge_fleet.registry.names import REGISTRY_VARIABLE, team_registry
 from edge_fleet.registry.reference import Reference, parse_reference
-from edge_fleet.signing import (
-    make_key,
-    read_secret_key,
-    sign_bundle,
-    sign_engine,
-    write_key_pair,
-)
+from edge_fleet.signing import sign_bundle, sign_engine
 from edge_fleet.uncovered import find_uncovered
+from edge_lab.cli.options import ask_password
 from edge_lab.cli.progress import show_progress
 from edge_lab.progress import Progress, uncounted
+from edge_lab.signing import make_key, read_secret_key, write_key_pair
 
 from .registry_options import (
     ReferenceType,
@@ -209,7 +203,7 @@ def sign(
         raise ConfigError("--engine signs an engine, which is no release; leave one of the two out")
     manifest = read_manifest(bundle)
     signed = bundle if engine is None else _find_engine(bundle, engine)
-    key = read_secret_key(key_file, lambda: _password(password_file))
+    key = read_secret_key(key_file, lambda: ask_password(password_file))
     if comment is None:
         comment = f"timestamp:{int(time.time())} bundle:{manifest.name}"
         comment += f" engine:{engine}" if engine else ""
@@ -249,7 +243,7 @@ def keygen(name: Path, no_password: bool, password_file: Path | None) -> None:
     if no_password and password_file is not None:
         raise ConfigError("--no-password and --password-file exclude each other")
     secret, public = (name.with_name(f"{name.name}.{end}") for end in ("key", "pub"))
-    password = "" if no_password else _password(password_file, confirm=True)
+    password = "" if no_password else ask_password(password_file, confirm=True)
     if not no_password and not password:
         raise ConfigError("the password is empty; --no-password leaves the key unencrypted")
     key = make_key()
@@ -417,23 +411,3 @@ def _release(number: int | None, expires: datetime | None, name: str | None) -> 
         raise ConfigError(
             f"--name {name} is no name of a repository; write it in lower case, e.g. acme/r1-7b"
         ) from error
-
-
-def _password(file: Path | None, confirm: bool = False) -> str:
-    if file is None:
-        try:
-            text: str = click.prompt(
-                "password of the secret key", hide_input=True, confirmation_prompt=confirm, err=True
-            )
-        except click.Abort as error:
-            if sys.stdin.isatty() or not isinstance(error.__context__, EOFError):
-                raise
-            raise ConfigError(
-                "there is no terminal on which to ask for the password of the secret key; give it "
-                "by --password-file"
-            ) from None
-        return text
-    try:
-        return read_text_file(file, MAX_BYTES).removesuffix("\n")
-    except OSError as error:
-        raise ConfigError(f"cannot read the password of {file}: {error}") from error

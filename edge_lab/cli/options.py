@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from edge.bundle.minisign import MAX_BYTES
 from edge.cli.sections import option
 from edge.errors import ConfigError
+from edge.files import read_text_file
 
 
 class Finite(click.FloatRange):
@@ -59,3 +62,28 @@ def check_writable(path: Path | None, option: str) -> None:
             f"{option} {path} cannot be written: {directory} is no directory that this user may "
             "write to; name another, or make it first"
         )
+
+
+def ask_password(file: Path | None, confirm: bool = False) -> str:
+    """Read the password of a secret key from a file, or ask for it.
+
+    Raises:
+        ConfigError: the file cannot be read, or there is no terminal on which to ask.
+    """
+    if file is None:
+        try:
+            text: str = click.prompt(
+                "password of the secret key", hide_input=True, confirmation_prompt=confirm, err=True
+            )
+        except click.Abort as error:
+            if sys.stdin.isatty() or not isinstance(error.__context__, EOFError):
+                raise
+            raise ConfigError(
+                "there is no terminal on which to ask for the password of the secret key; give it "
+                "by --password-file"
+            ) from None
+        return text
+    try:
+        return read_text_file(file, MAX_BYTES).removesuffix("\n")
+    except OSError as error:
+        raise ConfigError(f"cannot read the password of {file}: {error}") from error

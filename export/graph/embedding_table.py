@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from edge.bundle import io_spec
 from edge.bundle.linears import TOKEN_TABLE
+from edge_lab.safetensors_writer import TensorSource
 
 from .float_range import check_range
-from .safetensors_writer import TensorSource
 
 EmbeddingType = Literal["fp16", "int8"]
 _CHUNK_ROWS = 8192

@@ -41,7 +41,8 @@ from edge.bundle.engine_file import (  # noqa: E402
 )
 from edge.device.gpu import find_gpu  # noqa: E402
 from edge.errors import EdgeError  # noqa: E402
-from edge_fleet.signing import encode_signature, make_key, sign_bundle  # noqa: E402
+from edge_fleet.signing import sign_bundle  # noqa: E402
+from edge_lab.signing import encode_signature, make_key  # noqa: E402
 from tests.fake_cuda import FakeGpu  # noqa: E402
 from tests.fake_tensorrt import install, write_engine  # noqa: E402
 

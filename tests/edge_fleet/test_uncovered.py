@@ -10,8 +10,9 @@ import pytest
 from edge.bundle import engine_records
 from edge.bundle.engine_records import RECORDS_VARIABLE, built_here
 from edge.errors import ConfigError
-from edge_fleet.signing import make_key, sign_bundle, sign_engine
+from edge_fleet.signing import sign_bundle, sign_engine
 from edge_fleet.uncovered import Uncovered, find_uncovered
+from edge_lab.signing import make_key
 from tests.conftest import Bundles
 from tests.fake_tensorrt import write_engine
 

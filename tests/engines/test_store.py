@@ -16,7 +16,8 @@ from edge.bundle.engine_records import ENGINE_SIGNATURE, RECORDS_VARIABLE, Unvou
 from edge.bundle.manifest import read_manifest
 from edge.device.gpu import Gpu
 from edge.errors import ConfigError
-from edge_fleet.signing import SecretKey, make_key, sign_bundle, sign_engine
+from edge_fleet.signing import sign_bundle, sign_engine
+from edge_lab.signing import SecretKey, make_key
 from engines import builder, compat
 from engines.build_plan import plan_build
 from engines.builder import BuildResult, Target, build_engine

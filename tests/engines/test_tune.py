@@ -21,11 +21,12 @@ from edge.bundle.manifest import read_manifest
 from edge.bundle.trust import KEYS_VARIABLE
 from edge.device.gpu import Gpu
 from edge.errors import BuildError, ConfigError, ResourceError
-from edge_fleet.signing import make_key, sign_bundle
+from edge_fleet.signing import sign_bundle
 from edge_lab.cli.inspect import inspect
 from edge_lab.measure import bench
 from edge_lab.measure.bench import Samples
 from edge_lab.measure.verify import compare_backends, default_thresholds
+from edge_lab.signing import make_key
 from engines import builder, tune
 from engines.audit import Audit
 from engines.build_plan import BuildPlan, plan_build

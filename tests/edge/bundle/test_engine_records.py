@@ -31,8 +31,9 @@ from edge.bundle.engine_records import (
 )
 from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError, IntegrityError
-from edge_fleet.signing import SecretKey, make_key, sign_engine
+from edge_fleet.signing import sign_engine
 from edge_lab.engine_record import record_engine
+from edge_lab.signing import SecretKey, make_key
 from tests.conftest import RUNNABLE, Bundles
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import emptied, install, write_engine

@@ -16,8 +16,9 @@ from edge.bundle.trust import KEYS_VARIABLE, open_manifest
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, IntegrityError
 from edge.runtime.draft_model import read_draft
-from edge_fleet.signing import SecretKey, make_key, sign_bundle
+from edge_fleet.signing import sign_bundle
 from edge_lab.place import update_manifest
+from edge_lab.signing import SecretKey, make_key
 from tests.packages import PACKAGES
 
 

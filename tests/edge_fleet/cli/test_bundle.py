@@ -17,7 +17,7 @@ from edge.bundle import trust
 from edge.bundle.engine_records import RECORDS_VARIABLE, built_here
 from edge.cli import cli
 from edge.errors import BundleError, ConfigError, IntegrityError
-from edge_fleet.cli.bundle import _password
+from edge_lab.cli.options import ask_password
 from tests.conftest import Bundles
 from tests.edge_fleet.registry.live import LiveRegistry, write_bundle
 from tests.fake_tensorrt import write_engine
@@ -222,8 +222,8 @@ def test_verify_names_what_nobody_vouches_for(
 def test_passwords_are_asked_for_or_read_and_never_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("edge_fleet.signing._OPS_LIMIT", 1 << 16)
-    monkeypatch.setattr("edge_fleet.signing._MEMORY_LIMIT", 1 << 22)
+    monkeypatch.setattr("edge_lab.signing._OPS_LIMIT", 1 << 16)
+    monkeypatch.setattr("edge_lab.signing._MEMORY_LIMIT", 1 << 22)
     mine = write_bundle(tmp_path / "tiny", FILES)
     done = run("keygen", tmp_path / "a", text="secret words\nsecret words\n")
     assert "secret words" not in done.output
@@ -236,10 +236,10 @@ def test_passwords_are_asked_for_or_read_and_never_arguments(
         asked = Mock(side_effect=[KeyboardInterrupt, EOFError])
         patch.setattr("click.termui.hidden_prompt_func", asked)
         with pytest.raises(click.Abort):
-            _password(None)
+            ask_password(None)
         patch.setattr("sys.stdin", Mock(**{"isatty.return_value": False}))
         with pytest.raises(ConfigError, match="no terminal on which to ask"):
-            _password(None)
+            ask_password(None)
     with pytest.raises(ConfigError, match="exclude each other"):
         run("keygen", tmp_path / "b", "--no-password", "--password-file", tmp_path / "password")
     with pytest.raises(ConfigError, match="is no reference to a registry"):

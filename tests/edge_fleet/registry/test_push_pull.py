@@ -34,7 +34,8 @@ from edge_fleet.registry.client import MANIFEST_TYPE, NUM_CONNECTIONS, Registry,
 from edge_fleet.registry.pull import Pulled, look, origin_digest, pull
 from edge_fleet.registry.push import push
 from edge_fleet.registry.reference import Reference, parse_reference
-from edge_fleet.signing import SecretKey, make_key, sign_bundle
+from edge_fleet.signing import sign_bundle
+from edge_lab.signing import SecretKey, make_key
 
 from .live import FILES, SMALL, LiveRegistry, write_bundle
 

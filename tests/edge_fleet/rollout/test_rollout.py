@@ -49,10 +49,11 @@ from edge_fleet.rollout import steps
 from edge_fleet.rollout.journal import MAX_TRIALS, Place
 from edge_fleet.rollout.service import Sight, _fault, _late
 from edge_fleet.rollout.steps import Outcome, recover, roll_out
-from edge_fleet.signing import make_key, sign_bundle
+from edge_fleet.signing import sign_bundle
 from edge_lab.doctor.machine import Library, Machine
 from edge_lab.measure.watch import GoldenItem
 from edge_lab.measure.watch_server import ServerAnswerer
+from edge_lab.signing import make_key
 from edge_lab.telemetry import Snapshot
 from tests.conftest import Bundles
 from tests.edge_fleet.registry.live import LiveRegistry

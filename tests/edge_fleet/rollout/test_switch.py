@@ -28,7 +28,8 @@ from edge_fleet.rollout import journal as journals
 from edge_fleet.rollout import switch
 from edge_fleet.rollout.journal import Place
 from edge_fleet.rollout.orders import Order, read_answer
-from edge_fleet.signing import make_key, sign_bundle
+from edge_fleet.signing import sign_bundle
+from edge_lab.signing import make_key
 from tests.conftest import Bundles
 from tests.fake_tensorrt import write_engine
 

@@ -12,8 +12,9 @@ from click.testing import CliRunner
 from edge.bundle import engine_records
 from edge.bundle.engine_records import RECORDS_VARIABLE, built_here
 from edge.bundle.trust import KEYS_VARIABLE
-from edge_fleet.signing import make_key, sign_engine
+from edge_fleet.signing import sign_engine
 from edge_lab.cli.inspect import inspect
+from edge_lab.signing import make_key
 from tests.conftest import Bundles
 from tests.fake_tensorrt import write_engine
 

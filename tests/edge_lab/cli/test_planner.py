@@ -13,7 +13,7 @@ from edge.bundle.manifest import read_manifest
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 from edge_lab.cli.plan import plan
 from edge_lab.cli.recommend import parse_size, recommend
-from scripts.random_checkpoint import CONFIG
+from edge_lab.prove.checkpoint import CONFIG
 from tests.conftest import Bundles
 
 

@@ -15,7 +15,6 @@ from edge.bundle.engine_file import EngineInfo
 from edge.bundle.engine_records import RECORDS_VARIABLE
 from edge.bundle.manifest import FileInfo, LinearInfo, Quantization, read_manifest
 from edge.bundle.trust import KEYS_VARIABLE
-from edge_fleet.signing import make_key
 from edge_lab.doctor import exit_code, run_checks
 from edge_lab.doctor.check import Facts
 from edge_lab.doctor.machine import Library
@@ -23,6 +22,7 @@ from edge_lab.doctor.software import check_memory
 from edge_lab.engine_record import record_engine
 from edge_lab.planner.models import BUILT_IN
 from edge_lab.recipe import Recipe, recipe_linears
+from edge_lab.signing import make_key
 from tests.conftest import Bundles
 from tests.edge.device import jetson_trees as trees
 from tests.edge_lab.doctor.fake_machine import CPU, MISSING, FakeMachine, cuda, find, statuses

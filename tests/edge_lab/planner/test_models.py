@@ -15,7 +15,7 @@ from edge.bundle.manifest import ModelSpec, RopeSpec
 from edge.errors import CheckpointError, ConfigError
 from edge_lab.model_config import parse_config
 from edge_lab.planner.models import BUILT_IN, find_model, read_config
-from scripts.random_checkpoint import CONFIG
+from edge_lab.prove.checkpoint import CONFIG
 from tests.conftest import Bundles, Checkpoints
 from tests.tiny_models import Kind
 

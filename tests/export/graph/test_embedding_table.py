@@ -18,10 +18,10 @@ from edge.bundle.io_spec import EMBEDDINGS_NAME
 from edge.bundle.manifest import read_manifest
 from edge.errors import CheckpointError, ConfigError
 from edge_lab.recipe import Recipe
+from edge_lab.safetensors_writer import write_safetensors
 from export.forecast import estimated_bytes
 from export.graph import embedding_table
 from export.graph.embedding_table import EmbeddingType, embedding_tensors, quantize_table_rows
-from export.graph.safetensors_writer import write_safetensors
 from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize.recipe import read_recipe
 from tests.manifests import make_model

@@ -1,9 +1,8 @@
 """A checkpoint of a real model's exact shape with random weights: for speed and memory, not text.
 
-usage: random_checkpoint.py DIRECTORY [--shape 1.5b] [--layers N]
-
-Writes the dimensions of DeepSeek-R1-Distill-Qwen-1.5B in bf16 (3.5 GB), of the 7B (15 GB), or of
-Distill-Llama-8B (16 GB): config.json, model.safetensors, and a tokenizer.json of made-up tokens.
+``python -m edge_lab.prove.checkpoint DIRECTORY [--shape 1.5b] [--layers N]`` writes the dimensions
+of DeepSeek-R1-Distill-Qwen-1.5B in bf16 (3.5 GB), of the 7B (15 GB) or of Distill-Llama-8B (16 GB):
+config.json, model.safetensors, and a tokenizer.json of made-up tokens.
 """
 
 from __future__ import annotations
@@ -14,13 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.linears import expected_tensors
 from edge_lab.model_config import parse_config
-from export.graph.safetensors_writer import TensorSource, write_safetensors
+from edge_lab.safetensors_writer import TensorSource, write_safetensors
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -50,6 +48,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "vocab_size": 152064,
     },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 512,
+        "bos_token_id": 400,
+        "eos_token_id": 400,
+    },
     "8b": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -62,7 +69,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,  # the real 128,256 is less than the made-up tokenizer has
     },
 }
-"""What differs from `CONFIG`, by the name of a shape."""
+"""What differs from `CONFIG`, by the name of a shape; tiny is no real one, and takes a second."""
 _CONTROL = (
     "<｜end▁of▁sentence｜>",
     "<｜User｜>",
@@ -77,6 +84,7 @@ _TEMPLATE = (
     "{% else %}<｜Assistant｜>{{ m.content }}<｜end▁of▁sentence｜>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
 )
+_ONE = np.uint16(0x3F80)
 _POOL = 1 << 24
 _CHUNK = 1 << 22
 
@@ -91,13 +99,13 @@ def write_checkpoint(directory: Path, layers: int | None, shape: str = "1.5b") -
     spec = parse_config(config, "config.json")
     random = np.random.default_rng(1234)
     # One pool of numbers, read from a random place each time: 1.8e9 draws would take minutes.
-    pool = (random.standard_normal(_POOL, dtype=np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+    pool = _bfloat16(random.standard_normal(_POOL, dtype=np.float32) * np.float32(0.02))
 
     def chunks(name: str, count: int) -> Iterator[NDArray[Any]]:
         for at in range(0, count, _CHUNK):
             size = min(_CHUNK, count - at)
             if "norm" in name:
-                yield np.ones(size, dtype=ml_dtypes.bfloat16)
+                yield np.full(size, _ONE)
             else:
                 start = int(random.integers(0, _POOL - size + 1))
                 yield pool[start : start + size]
@@ -107,18 +115,23 @@ def write_checkpoint(directory: Path, layers: int | None, shape: str = "1.5b") -
         for name, shape in expected_tensors(spec).items()
     }
     write_safetensors(directory / "model.safetensors", sources)
-    _write_tokenizer(directory)
+    _write_tokenizer(directory, config["bos_token_id"])
 
 
-def _write_tokenizer(directory: Path) -> None:
+def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Cut floats to the upper half of their bits, which is bf16; NumPy has no such type."""
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _write_tokenizer(directory: Path, first_control: int) -> None:
     printable = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))]
     letters = printable + [chr(256 + i) for i in range(256 - len(printable))]
     vocab = {letter: i for i, letter in enumerate(letters)}
-    for i in range(len(vocab), 151643):
+    for i in range(len(vocab), first_control):
         vocab[f"Ġw{i:x}"] = i
     added = [
         {
-            "id": 151643 + i,
+            "id": first_control + i,
             "content": text,
             "single_word": False,
             "lstrip": False,
@@ -164,14 +177,19 @@ def _write_tokenizer(directory: Path) -> None:
         )
     )
     (directory / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": 151643, "temperature": 0.6, "top_p": 0.95})
+        json.dumps({"eos_token_id": first_control, "temperature": 0.6, "top_p": 0.95})
     )
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
+    """Write one, as the top of this module says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--shape", choices=list(SHAPES), default="1.5b")
     parser.add_argument("--layers", type=int, help="default: all")
-    arguments = parser.parse_args()
-    write_checkpoint(arguments.directory, arguments.layers, arguments.shape)
+    given = parser.parse_args(arguments)
+    write_checkpoint(given.directory, given.layers, given.shape)
+
+
+if __name__ == "__main__":
+    main()
