@@ -20,6 +20,7 @@ from edge.bundle.engine_file import (
     Plugins,
     ProfileInfo,
     ShapeInfo,
+    SkippedTactics,
     open_plan,
     read_engine_info,
     versions_agree,
@@ -50,6 +51,7 @@ from .progress import STEP
 from .rules.bundle import refuse_illegal
 from .rules.table import version_of
 from .scratch import scratch_by_profile
+from .skipped import CURE, skipped_tactics
 from .store import KERNELS_SCRATCH, TIMING_CACHE, TRTEXEC_SCRATCH, EngineStore, engine_key
 from .trtexec import CrashError, find_trtexec, full_version, run_trtexec, trtexec_command
 
@@ -171,7 +173,8 @@ def build_engine(
             return BuildResult(store.directory, found, built=False)
         if not config.force:
             workspace = config.workspace_bytes if target.gpu else 0
-            check_memory(build.manifest, workspace, read_available_memory_bytes())
+            release = _release(target)
+            check_memory(build.manifest, workspace, read_available_memory_bytes(), release)
         if via == "trtexec":
             compiled, climbed = _climb_with_trtexec(build, target, store, on_line, progress)
         else:
@@ -186,6 +189,12 @@ def build_engine(
         if compiled.timings is not None:
             store.write_timings(compiled.timings, config.timing_cache)
         info = store.commit(compiled.plan, make_recorder(climbed, target, via, key, compiled))
+        if info.skipped_tactics is not None:
+            _log.warning(
+                "%s; the engine may be slower than it could be: %s, then build with --again",
+                info.skipped_tactics,
+                CURE,
+            )
         exported = compiled.exported_layers
         del compiled  # the plan would be in memory twice
         if via == "trtexec":
@@ -194,6 +203,11 @@ def build_engine(
             layers, unknown = read_compiled_layers(target, store.directory, info)
         info = store.add_layers(info, layers, unknown)
         return BuildResult(store.directory, info, built=True)
+
+
+def _release(target: Target) -> tuple[int, int] | None:
+    """Of TensorRT, as estimates of memory take it: None is TensorRT for RTX."""
+    return target.rt.release if target.rt.flavour == "tensorrt" else None
 
 
 def _refuse_faults(build: BuildPlan, target: Target, audit: Audit) -> None:
@@ -303,6 +317,7 @@ def make_recorder(
             python_kernels=compiled.python_kernels,
             own_attentions=compiled.own_attentions,
             own_top_k=compiled.own_top_k,
+            skipped_tactics=compiled.skipped_tactics,
             compiled_unknown="the build was ended before it read them",
         )
 
@@ -326,6 +341,7 @@ class Compiled:
         own_top_k: whether own kernels find the best logits.
         plugins: with own kernels, which kind of plugin they are.
         python_kernels: the kernels, where that is not compiled into the plan.
+        skipped_tactics: kernels that TensorRT did not try for lack of memory.
     """
 
     plan: Any
@@ -343,6 +359,7 @@ class Compiled:
     own_top_k: bool = False
     plugins: Plugins | None = None
     python_kernels: tuple[bytes, ...] = ()
+    skipped_tactics: SkippedTactics | None = None
 
 
 def compile_ladder(
@@ -426,7 +443,8 @@ def compile_bundle(
                 log("info", f"own kernels leave {name} to TensorRT: {reason}")
             compiler = Compiler(target.rt, log)
             read = {config.bundle, found.path.parent}  # by whoever hashed, checked and wrote them
-            make_memory_free(read, manifest, config.workspace_bytes)
+            release = _release(target)
+            make_memory_free(read, manifest, config.workspace_bytes, release)
             with uncounted(progress, "parse"):
                 network = compiler.parse(found.data, found.path, build.kv_read, build.attention)
             audit = audit_network(
@@ -439,7 +457,7 @@ def compile_bundle(
                 found.top_k,
             )
             # A parser that maps the weights keeps them; TensorRT 10.3 has copied them.
-            make_memory_free(read, manifest, config.workspace_bytes)
+            make_memory_free(read, manifest, config.workspace_bytes, release)
             progress(STEP, 0, 1)  # TensorRT may work for a while before it names a phase
             plan, written = compiler.build(
                 build.profiles,
@@ -449,6 +467,10 @@ def compile_bundle(
                 compute_capability=target.compute_capability,
                 progress=progress,
             )
+    except BuildError as error:
+        if (skipped := skipped_tactics(lines)) is None:
+            raise
+        raise BuildError(f"{error}; {skipped}: {CURE}", error.cause) from error
     finally:
         keep_log("\n".join(lines) + "\n")
     kernels_bytes *= len(found.linears) + 2 * (len(found.attentions) + found.top_k)
@@ -468,6 +490,7 @@ def compile_bundle(
         python_kernels=compat.pack_own_kernels(found.plugins) if plugins == "python" else (),
         own_attentions=found.attentions,
         own_top_k=found.top_k,
+        skipped_tactics=skipped_tactics(lines),
     )
 
 
@@ -529,7 +552,8 @@ def _climb_with_trtexec(
     """Build with the scales as stored, else in FP32; ``trtexec`` decides all else itself."""
     with uncounted(progress, "hash"):
         verify_files(asked.config.bundle, asked.manifest, graph_files(asked.manifest))
-    make_memory_free([asked.config.bundle], asked.manifest, asked.config.workspace_bytes)
+    config = asked.config
+    make_memory_free([config.bundle], asked.manifest, config.workspace_bytes, _release(target))
     log: list[str] = []
 
     def keep(line: str) -> None:
@@ -596,15 +620,22 @@ def _compile_with_trtexec(
         for warning in _refuse_illegal(build, target, graph.read_bytes()):
             keep(warning)
         keep(" ".join(argv))
+        said: list[str] = []
+
+        def hear(line: str) -> None:
+            said.append(line)
+            keep(line)
+
         with uncounted(progress, "trtexec"):
             try:
-                result = run_trtexec(argv, keep)
+                result = run_trtexec(argv, hear)
             except CrashError as error:
                 if timings is None:
                     raise
                 keep(f"{error}\nonce more, without the timing cache")
                 cache.unlink(missing_ok=True)
-                result = run_trtexec(argv, keep)
+                said.clear()
+                result = run_trtexec(argv, hear)
         data = plan.read_bytes()
         exported = layers.read_text("utf-8", "replace") if layers.is_file() else None
         timings = cache.read_bytes() if cache.is_file() else None
@@ -617,6 +648,7 @@ def _compile_with_trtexec(
         result.build_s if result.build_s is not None else result.seconds,
         result.peak_host_bytes,
         exported_layers=exported,
+        skipped_tactics=skipped_tactics(said),
     )
 
 

@@ -6,13 +6,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from edge.bundle.manifest import Manifest
-from edge.bundle.sizes import plan_build_memory
+from edge.bundle.sizes import BuildMemory, plan_build_memory
 from edge.device.memory import make_free
 from edge.errors import ResourceError
 from edge.files import drop_cached, is_file, is_jetson, list_directory, open_file
 
 
-def check_memory(manifest: Manifest, workspace_bytes: int, available_bytes: int | None) -> None:
+def check_memory(
+    manifest: Manifest,
+    workspace_bytes: int,
+    available_bytes: int | None,
+    release: tuple[int, int] | None = None,
+) -> None:
     """Refuse a build that would be killed.
 
     Args:
@@ -20,12 +25,12 @@ def check_memory(manifest: Manifest, workspace_bytes: int, available_bytes: int 
         workspace_bytes: scratch memory of the kernels that are tried; 0 where nothing runs.
         available_bytes: memory that can be had without swapping, on a Jetson the GPU's too; None
             where the system does not say, and then nothing is refused.
+        release: of TensorRT, None is TensorRT for RTX.
 
     Raises:
         ResourceError: the estimated peak exceeds what is available.
     """
-    data = manifest.files.get(f"{manifest.graphs.decoder}.data")
-    needed = plan_build_memory(data.num_bytes if data else 0, workspace_bytes)
+    needed = _plan(manifest, workspace_bytes, release)
     if available_bytes is None or needed.peak_bytes <= available_bytes:
         return
     raise ResourceError(
@@ -37,7 +42,12 @@ def check_memory(manifest: Manifest, workspace_bytes: int, available_bytes: int 
     )
 
 
-def make_memory_free(directories: Iterable[Path], manifest: Manifest, workspace_bytes: int) -> None:
+def make_memory_free(
+    directories: Iterable[Path],
+    manifest: Manifest,
+    workspace_bytes: int,
+    release: tuple[int, int] | None,
+) -> None:
     """On a Jetson, have as much memory free at once as a build is estimated to take.
 
     TensorRT skips a tactic that needs more than that, and files that were just read fill it.
@@ -46,11 +56,16 @@ def make_memory_free(directories: Iterable[Path], manifest: Manifest, workspace_
         directories: whose files were read.
         manifest: the bundle's manifest.
         workspace_bytes: scratch memory of the kernels that are tried.
+        release: of TensorRT, None is TensorRT for RTX.
     """
     if not is_jetson():
         return
     for path in (path for each in directories for path in list_directory(each) if is_file(path)):
         with open_file(path) as file:
             drop_cached(file.fileno())
+    make_free(_plan(manifest, workspace_bytes, release).peak_bytes)
+
+
+def _plan(manifest: Manifest, workspace_bytes: int, release: tuple[int, int] | None) -> BuildMemory:
     data = manifest.files.get(f"{manifest.graphs.decoder}.data")
-    make_free(plan_build_memory(data.num_bytes if data else 0, workspace_bytes).peak_bytes)
+    return plan_build_memory(data.num_bytes if data else 0, workspace_bytes, release)

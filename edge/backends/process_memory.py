@@ -173,6 +173,7 @@ def plan_process_memory(
     cache = cache_bytes(model, deployment)
     activations = step_bytes(model, deployment)
     io, pinned = io_bytes(model, deployment)
+    release = io_spec.DIALECTS[deployment.dialect].min_tensorrt
     plan = ProcessMemory(
         weights=cpu_parts(parts, linears) if on_cpu else parts,
         cache=cache,
@@ -185,7 +186,7 @@ def plan_process_memory(
         python=_PYTHON_BYTES,
         tokenizer=_TOKENIZER_BYTES + _TOKENIZER_BYTES_PER_TOKEN * model.vocab_size,
         load_peak=0,
-        build_peak=0 if on_cpu else plan_build_memory(stored).peak_bytes,
+        build_peak=0 if on_cpu else plan_build_memory(stored, release=release).peak_bytes,
     )
     # TensorRT reads the plan from a mapped file into the device's memory: nothing is held twice.
     idle = plan.process_bytes - cache - activations

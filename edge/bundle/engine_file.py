@@ -152,6 +152,26 @@ class TunedRung(_Struct, frozen=True):
         return _label(self)
 
 
+class SkippedTactics(_Struct, frozen=True):
+    """Kernels that TensorRT did not try, since the GPU's memory that was free did not suffice.
+
+    Attributes:
+        count: how many.
+        largest_bytes: of one's request, at most.
+        available_bytes: at such a request, at least; None if TensorRT did not say.
+    """
+
+    count: Annotated[int, msgspec.Meta(ge=1)]
+    largest_bytes: Count
+    available_bytes: Count | None
+
+    def __str__(self) -> str:
+        had = self.available_bytes
+        free = "" if had is None else f", {had / 1e6:,.0f} MB were free"
+        largest = f"{self.largest_bytes / 1e6:,.0f} MB"
+        return f"tactics skipped for lack of memory: {self.count:,} ({largest} asked for{free})"
+
+
 def _label(rung: RefusedRung | TunedRung) -> str:
     wide = ", FP32 scales" if rung.scales == "fp32" else ""
     own = ", own kernels" if rung.kernels == "own" else ""
@@ -198,6 +218,8 @@ class EngineInfo(_Struct, frozen=True):
         plugins: how own kernels are in the engine: ``compiled`` into the plan, or ``python``, whose
             launches `edge.backends.tensorrt.plugins` makes; None without own kernels, and of
             engines from before there were both, which have the first kind.
+        skipped_tactics: kernels that were not tried for lack of memory; None if there were none,
+            and of older engines.
         python_kernels: with ``python``, the kernels (`edge.backends.tensorrt.plugin_kernels.pack`).
     """
 
@@ -242,6 +264,7 @@ class EngineInfo(_Struct, frozen=True):
     own_attentions: tuple[Line, ...] = ()
     own_top_k: bool = False
     num_sms: Count | None = None
+    skipped_tactics: SkippedTactics | None = None
 
     @property
     def buckets_read(self) -> tuple[int, ...]:

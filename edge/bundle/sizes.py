@@ -32,8 +32,13 @@ Jetson is also the host's."""
 # Peak resident memory of compiling with TensorRT for RTX 1.7 on a CPU, measured: SmolLM2 INT4
 # (87 MB of weights) 0.94 GB, the 1.5B shape INT4 (921 MB) 3.34 GB. That is 0.69 GB and 2.9 times
 # the weights; a little is added to both. NVIDIA tells users of its own builder 3 to 4 times.
-_BUILD_FIXED_BYTES = 800 << 20
-_BUILD_WEIGHT_FACTOR = 3.2
+_RTX_BUILD = (800 << 20, 3.2)
+# Predicted, of TensorRT itself on a Jetson: its library of kernels takes 1,227 MiB of the host and
+# 1,235 of the GPU before any layer (OE4T/meta-tegra#2120, 10.13), which are one memory there; and
+# before 10.13 external weights are copied once more (its CHANGELOG: "Decreased memory usage when
+# importing models with external weights").
+_BUILD = (2_500_000_000, 3.2)
+_BUILD_BEFORE_10_13 = (2_500_000_000, 4.2)
 
 
 class StepLimits(NamedTuple):
@@ -139,13 +144,19 @@ class BuildMemory:
 
 
 def plan_build_memory(
-    weights_bytes: int, workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    weights_bytes: int,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    release: tuple[int, int] | None = None,
 ) -> BuildMemory:
     """Estimate a build.
 
     Args:
         weights_bytes: bytes of the graph's weights as they are stored.
         workspace_bytes: scratch memory of the kernels that are tried; 0 where nothing runs.
+        release: of TensorRT; None is TensorRT for RTX.
     """
-    builder = _BUILD_FIXED_BYTES + int((_BUILD_WEIGHT_FACTOR - 1) * weights_bytes)
+    fixed, factor = _RTX_BUILD
+    if release is not None:
+        fixed, factor = _BUILD if release >= (10, 13) else _BUILD_BEFORE_10_13
+    builder = fixed + int((factor - 1) * weights_bytes)
     return BuildMemory(weights_bytes, builder, workspace_bytes)

@@ -176,6 +176,7 @@ def _print(
             f"sm {info.compute_capability}, {info.device or 'compiled without one'}{on}{jetson}",
         ),
         ("took", f"{info.build_s:.0f} s{peak}"),
+        *((("not tried", str(info.skipped_tactics)),) if info.skipped_tactics else ()),
         ("batch", f"up to {info.max_batch}"),
         ("prefill", f"up to {info.max_prefill} tokens per step"),
         ("KV cache", f"{info.kv_capacity} rows, read as {info.kv_read}"),

@@ -27,6 +27,7 @@ from edge.bundle.engine_file import (
     verify_plan,
 )
 from edge.bundle.manifest import read_manifest
+from edge.bundle.sizes import plan_build_memory
 from edge.errors import (
     BuildError,
     BundleError,
@@ -429,6 +430,14 @@ def test_a_build_that_will_not_fit_is_refused_before_it_starts(
     assert "--force" in str(refused.value)
     assert find_engines(bundle) == []
     assert build_engine(config(bundle, force=True), target=target()).built
+
+
+def test_tensorrt_itself_takes_more_and_most_before_it_mapped_weights() -> None:
+    """Predicted: no device has shown it. A 1.5B in INT4 and an 8B in floats, in GB."""
+    releases = (None, (10, 16), (10, 13), (10, 12), (10, 3))
+    for weights, expected in ((0.99e9, (5.1, 6.7, 6.7, 7.7, 7.7)), (16e9, (53, 55, 55, 71, 71))):
+        found = [plan_build_memory(int(weights), release=each).peak_bytes for each in releases]
+        assert [size / 1e9 for size in found] == pytest.approx(expected, rel=0.01)
 
 
 def test_the_memory_plan_covers_what_was_measured() -> None:
