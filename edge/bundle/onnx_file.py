@@ -238,10 +238,16 @@ class OnnxFile:
         """The graph's constants, each an encoded TensorProto (see `edge.bundle.onnx_values`)."""
         return self._graph.all_bytes(5)
 
-    def serialize(self) -> bytes:
-        """The edited model, with nodes and initializers that nothing uses left out."""
+    def serialize(self, first: str = "") -> bytes:
+        """The edited model, with nodes and initializers that nothing uses left out.
+
+        Args:
+            first: of a tensor. Nodes that read it come before all others, also before those whose
+                outputs they read: ONNX has no such order, and ONNX Runtime takes any.
+        """
         self.prune()
-        self._graph.replace(1, (node.encode() for node in self.nodes))
+        nodes = sorted(self.nodes, key=lambda node: first not in node.inputs)
+        self._graph.replace(1, (node.encode() for node in nodes))
         self._model.replace(7, [self._graph.serialize()])
         return self._model.serialize()
 

@@ -136,7 +136,9 @@ def open_session(
         BackendError: ONNX Runtime refuses the graph.
     """
     ort = import_onnxruntime(manifest, "the CPU backend needs onnxruntime", "cpu")
-    model = graph.serialize()
+    # Weights are packed in the order of the file, whatever runs first. The largest is packed while
+    # the others do not take memory twice.
+    model = graph.serialize(first="lm_head.weight")
     with lend(graph, bundle) as folder:
         options = session_options(ort, folder, manifest)
         hand_over(graph, ort, options)

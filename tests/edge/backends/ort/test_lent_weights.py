@@ -218,6 +218,25 @@ def test_a_model_in_files_computes_the_same_bits_and_gives_its_weights_back(
         assert_array_equal(ours, theirs)
 
 
+def test_the_largest_weight_is_packed_before_the_others_take_memory(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    require_kernels("native")
+    ort = pytest.importorskip("onnxruntime")
+    models, real = [], ort.InferenceSession
+
+    def session(model: bytes, *options: Any, **more: Any) -> Any:
+        models.append(model)
+        return real(model, *options, **more)
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    with Runner(tiny_bundles("qwen2", "native", "int4")) as runner:
+        runner.step(random_ids(1, 3))
+    products = [node for node in OnnxFile(models[0]).nodes if node.op_type == "MatMulNBits"]
+    assert products[0].inputs[1] == "lm_head.weight"
+    assert len(products) > 1
+
+
 def test_deterministic_products_are_cut_from_files_too(tiny_bundles: Bundles):
     require_kernels("native")
     bundle = tiny_bundles("qwen2", "native", "int4")
