@@ -245,6 +245,7 @@ def _print(result: Plan) -> None:
     from rich.console import Console
 
     from edge.bundle.weights import PARTS
+    from edge_lab.planner.plan import largest_block
 
     console = Console(markup=False, highlight=False)
     device, deployment = result.device, result.deployment
@@ -271,6 +272,10 @@ def _print(result: Plan) -> None:
     console.print(memory)
     if device.usable_bytes is not None:
         console.print(f"{device.name} leaves about {_mb(device.usable_bytes)} MB to programs.")
+    if deployment.backend == "tensorrt":
+        blocks = [largest_block(planned.memory) for planned in result.options]
+        what, size = max(blocks, key=lambda block: block[1])
+        console.print(f"The largest block that lies in one piece: {what}, {_mb(size)} MB.")
     console.print("")
     if device.mode is None:
         console.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from edge.backends.process_memory import LEAST_CAPACITY, Deployment, plan_process_memory
@@ -19,6 +20,7 @@ from edge.bundle.manifest import Manifest, read_manifest
 from edge.bundle.trust import trusted_keys_file
 from edge.bundle.verified_files import verify_files
 from edge.bundle.weights import manifest_linears
+from edge.device.memory import read_free_memory_bytes, read_kib
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, install_command
 
 from .check import (
@@ -34,6 +36,9 @@ from .check import (
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _OVERHEAD_BYTES = 400 << 20  # CUDA context, libraries and activations; estimated
+# Reported of Jetson Linux 36 from this release on, and of small modules (llama.cpp pull request
+# 23732): the driver refuses a large block, though page cache could be given up for it.
+_REFUSES_BLOCKS, _NOT_REPORTED, _SMALL_BYTES = (36, 4, 7), (37,), 16 << 30
 
 
 def check_confinement(facts: Facts) -> Check:
@@ -167,6 +172,10 @@ def check_memory(facts: Facts, manifest: Manifest | None) -> Check:
     if free is None:
         return Check(name, "warn", "unknown", "/proc/meminfo cannot be read", "mount /proc")
     detail = f"{free / 1e9:.1f} GB free" + ("" if unified else " on the GPU")
+    at_once = read_free_memory_bytes(facts.machine.root) if facts.jetson else None
+    if at_once is not None:
+        detail += f", {at_once / 1e9:.1f} of them without giving up page cache"
+        detail += _contiguous(facts)
     if manifest is None:
         return Check(name, "ok", detail)
     # The weights, one slot of the cache, and what the libraries take. Without an engine the cache
@@ -196,9 +205,21 @@ def check_memory(facts: Facts, manifest: Manifest | None) -> Check:
         weights, cache = plan.weights_bytes, plan.cache
         libraries = plan.process_bytes - weights - cache
     needed = weights + cache + libraries
+    linears = manifest.quantization.linears.items()
+    lm_head = max((each.num_bytes for name, each in linears if "lm_head" in name), default=0)
+    block = max(cache, lm_head)
     detail += f", the bundle needs about {needed / 1e9:.1f} GB for one sequence"
-    if free >= needed:
+    if free >= needed and (at_once is None or at_once >= block or not _refuses_blocks(facts)):
         return Check(name, "ok", detail)
+    if free >= needed:
+        return Check(
+            name,
+            "warn",
+            detail,
+            f"the largest block, of {block / 1e6:,.0f} MB, is more than what is free at once, and "
+            f"Jetson Linux {facts.snapshot.l4t} is reported to refuse such blocks (NvMap)",
+            "sync && echo 1 | sudo tee /proc/sys/vm/drop_caches, if the bundle does not open",
+        )
     return Check(
         name,
         "fail",
@@ -208,6 +229,21 @@ def check_memory(facts: Facts, manifest: Manifest | None) -> Check:
         f"end other programs (a desktop takes 1 to 2 GB), {smaller}or export with fewer bits",
         NO_MEMORY,
     )
+
+
+def _contiguous(facts: Facts) -> str:
+    """What is kept for blocks that must lie in one piece (CMA), which few drivers need."""
+    meminfo = facts.machine.root / "proc/meminfo"
+    total, free = (read_kib(meminfo, key) for key in ("CmaTotal", "CmaFree"))
+    if total is None or free is None:
+        return ""
+    return f", CMA {free / 1e6:,.0f} of {total / 1e6:,.0f} MB free"
+
+
+def _refuses_blocks(facts: Facts) -> bool:
+    numbers = tuple(map(int, re.findall(r"\d+", facts.snapshot.l4t or "")[:3]))
+    is_small = (facts.snapshot.memory_total_bytes or 0) < _SMALL_BYTES
+    return is_small and _REFUSES_BLOCKS <= numbers < _NOT_REPORTED
 
 
 def check_engines(bundle: Path, manifest: Manifest, facts: Facts) -> Check:

@@ -88,6 +88,20 @@ class Option:
     least_acceptance: float | None = None
 
 
+def largest_block(memory: ProcessMemory) -> tuple[str, int]:
+    """What of an engine is the largest that lies in one piece, at most, and its bytes.
+
+    A Jetson may refuse it where all together would fit (`edge.backends.cuda.pieces`). TensorRT says
+    nothing of how it allocates weights, and the largest of them is the lm_head.
+    """
+    blocks = {
+        "the KV cache": memory.cache,
+        "the activations": memory.activations,
+        "the lm_head": memory.weights["lm_head"],
+    }
+    return max(blocks.items(), key=lambda each: each[1])
+
+
 @dataclass(frozen=True)
 class Plan:
     """A model on a device.
@@ -137,6 +151,9 @@ class Plan:
                 {
                     "quant": option.name,
                     "memory": option.memory.as_dict(),
+                    "largest_block": dict(
+                        zip(("what", "bytes"), largest_block(option.memory), strict=True)
+                    ),
                     "work": asdict(option.work),
                     "fits": option.fits,
                     "basis": option.basis,

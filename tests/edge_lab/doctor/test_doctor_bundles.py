@@ -77,6 +77,43 @@ def ask(machine: FakeMachine, gigabytes: int) -> Facts:
     return Facts(machine, machine.snapshot(), machine.nodes(), machine.cuda(), False)
 
 
+@pytest.mark.parametrize(
+    ("l4t", "total_gb", "free_mb", "status"),
+    [
+        ("36.4.7", 8, 100, "warn"),
+        ("36.5.0", 8, 100, "warn"),
+        ("36.4.7", 8, 600, "ok"),  # it is free at once
+        ("36.4.4", 8, 100, "ok"),
+        ("39.2.0", 8, 100, "ok"),
+        ("36.4.7", 64, 100, "ok"),
+        (None, 8, 100, "ok"),
+    ],
+)
+def test_a_block_that_is_reported_to_be_refused_is_a_warning(
+    l4t: str | None, total_gb: int, free_mb: int, status: str, orin: FakeMachine
+):
+    (orin.root / "proc/meminfo").write_text(
+        f"MemTotal: {total_gb << 20} kB\nMemFree: {(free_mb + 200) * 1000000 // 1024} kB\n"
+        "MemAvailable: 7000000 kB\nCmaTotal: 262144 kB\nCmaFree: 195313 kB\n"
+    )
+    model = BUILT_IN["deepseek-r1:1.5b"].spec
+    head = LinearInfo(recipe_linears(model, Recipe("int8"))[-1].scheme, (151936, 1536), 233_373_696)
+    manifest = make_manifest(
+        model=model,
+        quantization=Quantization(name="int8", method="rtn", clip="mse", linears={"lm_head": head}),
+        files={"decoder.onnx.data": FileInfo(10**9, "0" * 64)},
+    )
+    snapshot = msgspec.structs.replace(orin.snapshot(), l4t=l4t, memory_room_bytes=7 * 10**9)
+    facts = Facts(orin, snapshot, orin.nodes(), orin.cuda(), False)
+    found = check_memory(facts, manifest)
+    assert found.status == status
+    at_once = f"{free_mb / 1e3:.1f} of them without giving up page cache"
+    assert f"GB free, {at_once}, CMA 200 of 268 MB free" in found.detail
+    if status == "warn":
+        assert "the largest block, of 233 MB" in found.cause
+        assert "drop_caches" in found.cure
+
+
 def test_an_engine_needs_its_own_capacity(orin: FakeMachine, bundle: Path):
     long = 10**6  # of 256 bytes each
     orin.memory = 500 << 20

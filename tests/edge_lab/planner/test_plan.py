@@ -272,3 +272,15 @@ def test_what_is_no_json_is_refused(tmp_path: Path):
         read_runs(tmp_path / "b.json")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_runs(tmp_path / "none.json")
+
+
+def test_the_largest_block_is_that_of_the_cache_or_of_one_weight():
+    model = find_model("deepseek-r1:7b")
+    found = {}
+    for capacity in (1024, 32768):
+        deployment = Deployment("tensorrt", kv_capacity=capacity)
+        plan = make_plan(model, find_device(None), deployment, FITTED, quants=["int8"])
+        (option,) = plan.as_dict()["options"]
+        found[capacity] = option["largest_block"]["what"], option["largest_block"]["bytes"]
+    assert found[1024] == ("the lm_head", 152064 * 3584)
+    assert found[32768] == ("the KV cache", 32768 * 2 * 28 * 4 * 128 * 2)
