@@ -6,7 +6,7 @@ alone, or with the profiling verbosity ``DETAILED`` an object per layer. What is
 ===================  ===========================================================================
 ``Name``             layers of the second and later profiles end with ``[profile 1]``, ...
 ``LayerType``        ``gemm``, ``kgen`` (a kernel that the compiler wrote), ``Reformat``, ...
-``Inputs``           of each tensor ``Format/Datatype`` (TensorRT 10) or ``Datatype`` (from 11 on)
+``Inputs``           of each tensor ``Name``, and ``Format/Datatype`` (TensorRT 10) or ``Datatype``
 ``Outputs``          the same
 ``Weights``          ``Type`` of weights that belong to the layer; not every kind of layer has it
 ``TacticName``       the kernel
@@ -49,6 +49,7 @@ _FUSED_ATTENTION = re.compile(r"mha", re.IGNORECASE)  # _gemm_mha_v2, _gemv_mha_
 _WEIGHT_NODE = re.compile(r"(?P<linear>.+)\.(?:high_)?dequantized/DequantizeLinear")
 _OWN_PRODUCT = "/w4_linear"  # of engines.own_kernels: a plugin, whose INT4 weights are words
 _OWN_ATTENTION = re.compile(r"\.attention/attention_(?:parts|join)\Z")  # of engines.own_attention
+_CACHE = re.compile(r"(?:past_key_values|present)\.\d")  # see `edge.bundle.io_spec`
 _ATTENTION_NODE = re.compile(r"\.attended/Attention\Z|/Softmax\Z")
 
 
@@ -66,6 +67,7 @@ class CompiledLayer(_Struct, frozen=True):
         reads, writes: element types of its inputs and weights, and of its outputs.
         tactic: name of the kernel; empty if TensorRT names none.
         nodes: the ONNX nodes that went into it.
+        touches_cache: whether rows of the KV cache go in or come out under the graph's names.
     """
 
     name: str
@@ -75,6 +77,7 @@ class CompiledLayer(_Struct, frozen=True):
     writes: tuple[str, ...]
     tactic: str
     nodes: tuple[str, ...]
+    touches_cache: bool = False
 
     @property
     def dtype(self) -> str:
@@ -236,6 +239,7 @@ def _parse_layer(layer: dict[str, Any]) -> CompiledLayer:
     profile = PROFILE_MARK.search(name)
     weights = layer.get("Weights")
     types = [_dtype(tensor) for tensor in layer.get("Inputs", ())]
+    tensors = [*layer.get("Inputs", ()), *layer.get("Outputs", ())]
     if isinstance(weights, dict):
         types.append(_dtype({"Datatype": weights.get("Type", "")}))
     return CompiledLayer(
@@ -246,6 +250,7 @@ def _parse_layer(layer: dict[str, Any]) -> CompiledLayer:
         tuple(filter(None, (_dtype(tensor) for tensor in layer.get("Outputs", ())))),
         str(layer.get("TacticName", "")),
         tuple(_NODE.findall(layer.get("Metadata", ""))),
+        any(_CACHE.match(str(tensor.get("Name", ""))) for tensor in tensors),
     )
 
 
@@ -268,6 +273,7 @@ def _summarize(profile: str, layers: list[CompiledLayer]) -> ProfileLayers:
         sum(layer.unpacks for layer in layers),
         dict(sorted(products.items())),
         _attention(layers),
+        sum(layer.reformats and layer.touches_cache for layer in layers),
     )
 
 

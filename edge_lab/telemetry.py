@@ -121,6 +121,17 @@ def read_snapshot(root: Path = Path("/")) -> Snapshot:
     )
 
 
+def moving_clocks(snapshot: Snapshot) -> str | None:
+    """Say that the GPU's clocks follow the load; None where they stand still, or are not known."""
+    low, high = snapshot.gpu_clock_min_hz, snapshot.gpu_clock_max_hz
+    if low is None or high is None or low >= high:
+        return None
+    return (
+        f"the GPU's clocks follow the load ({low / 1e6:.0f} to {high / 1e6:.0f} MHz), so TensorRT "
+        "may take a slow kernel for a fast one while it builds; first: sudo jetson_clocks"
+    )
+
+
 def read_module(root: Path = Path("/")) -> str | None:
     """The device tree's name of the board."""
     return _text(root / "proc/device-tree/model")

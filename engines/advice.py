@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from edge.bundle.manifest import Manifest
+
+_BUILD_MINUTES, _MINUTES_PER_GB, _COMPARE_MINUTES = 1.0, 1.5, 1.0
+
 
 def parser_cause(problems: list[Any]) -> str:
     """The check that failed first: operator, error code, and the line of the parser's source."""
@@ -18,6 +22,25 @@ def parser_cause(problems: list[Any]) -> str:
 def builder_cause(error: str) -> str:
     """A message of the builder without names, numbers and lists of nodes."""
     return re.sub(r"\{.*\}|\[.*?\]|'[^']*'|\"[^\"]*\"|\d+", "", error).strip()
+
+
+def what_auto_takes(manifest: Manifest) -> str:
+    """What ``--kernels auto`` is about to do, and how long.
+
+    The minutes are a prediction, no measurement: a builder's own start, the tactics of a model, and
+    what goes up with the weights, which are written, read and laid out anew.
+
+    Args:
+        manifest: of the bundle.
+    """
+    file = manifest.files.get(f"{manifest.graphs.decoder}.data")
+    weights_bytes = file.num_bytes if file else 0
+    minutes = 2 * (_BUILD_MINUTES + _MINUTES_PER_GB * weights_bytes / 1e9 + _COMPARE_MINUTES)
+    return (
+        "building two engines, with TensorRT's kernels and with edge-llm's own; both are compared "
+        f"with the CPU's answers and timed, and the faster is kept: some {minutes:.0f} minutes "
+        "(predicted); --kernels own, or tensorrt, builds one"
+    )
 
 
 def build_advice(error: str, workspace_bytes: int) -> str:

@@ -72,7 +72,7 @@ class BuildPlan:
             "workspace": config.workspace_bytes,
             "opt_level": config.opt_level,
             **({"best_logits": shapes.best_logits} if shapes.best_logits else {}),
-            **({"kernels": config.kernels} if config.kernels != "tensorrt" else {}),
+            "kernels": config.kernels,  # on a Jetson the default is another one
         }
 
 

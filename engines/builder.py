@@ -128,7 +128,8 @@ def build_engine(
         target: with what and for which GPU; None is what this machine has.
         via: TensorRT's Python API, or NVIDIA's ``trtexec``, whose network cannot be audited.
         compile_variant: compiles one of the variants that the options leave open; by default the
-            first that builds (`compile_ladder`). ``config.tune`` needs `tune.compile_fastest`.
+            first that builds (`compile_ladder`). Where ``config.measures``, it has to be
+            `tune.compile_fastest`.
         progress: called in each step: hashing, parsing and compiling, or ``trtexec``.
         on_line: given each line of ``trtexec``.
         waiting: called if another build holds the bundle's lock.
@@ -142,9 +143,10 @@ def build_engine(
         BuildError: TensorRT refused the graph, failed, or made something else of it.
     """
     if compile_variant is None:
-        if config.tune:
+        if config.measures:
             raise ConfigError(
-                "a build with tune needs compile_variant=engines.tune.compile_fastest"
+                "a build with tune, or with kernels auto, needs "
+                "compile_variant=engines.tune.compile_fastest"
             )
         compile_variant = compile_ladder
     build = plan_build(config, open_manifest(config.bundle))
@@ -275,6 +277,8 @@ def make_recorder(
     """Make the ``engine.json`` of a build once its file's name, size and SHA-256 are known."""
     build = climbed.build
     shapes, files = build.shapes, build.manifest.files
+    board = telemetry.read_snapshot()
+    low, high = board.gpu_clock_min_hz, board.gpu_clock_max_hz
 
     def record(name: str, num_bytes: int, sha256: str) -> EngineInfo:
         return EngineInfo(
@@ -290,8 +294,10 @@ def make_recorder(
             compute_capability=target.compute_capability,
             device=target.gpu.name if target.gpu else None,
             num_sms=target.gpu.num_sms if target.gpu else None,
-            jetpack=telemetry.read_jetpack(),
-            l4t=telemetry.read_l4t(),
+            jetpack=board.jetpack,
+            l4t=board.l4t,
+            power_mode=board.power_mode,
+            gpu_clocks_hz=None if low is None or high is None else (low, high),
             sources={file: files[file].sha256 for file in graph_files(build.manifest)},
             max_batch=shapes.max_batch,
             max_prefill=shapes.max_prefill,
@@ -424,7 +430,7 @@ def compile_bundle(
     kernels_bytes, plugins = 0, None
     if build.kernels == "own":
         support.check_own_kernels(target.rt.flavour, target.rt.version, target.compute_capability)
-        kernels_bytes = compat.register_own_kernels(target.rt)
+        kernels_bytes = compat.register_own_kernels(target.rt, target.compute_capability)
         plugins = compat.plugins_of(target.rt)
     with uncounted(progress, "hash"):
         verify_files(config.bundle, manifest, graph_files(manifest))
@@ -487,7 +493,9 @@ def compile_bundle(
         own_linears=found.linears,
         left_linears=found.left,
         plugins=plugins,
-        python_kernels=compat.pack_own_kernels(found.plugins) if plugins == "python" else (),
+        python_kernels=compat.pack_own_kernels(target.rt, found.plugins)
+        if plugins == "python"
+        else (),
         own_attentions=found.attentions,
         own_top_k=found.top_k,
         skipped_tactics=skipped_tactics(lines),

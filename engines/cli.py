@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from edge.bundle.manifest import read_manifest
 from edge.bundle.sizes import DEFAULT_WORKSPACE_BYTES
 from edge.cli import echo_json
 from edge.cli.options import bundle_argument
@@ -17,13 +18,26 @@ from edge.cli.sections import SectionCommand, option
 from edge.errors import EXIT_GATE_MISSED, ConfigError
 from edge_lab.cli.options import check_writable, given_flag
 from edge_lab.cli.progress import show_progress
+from edge_lab.telemetry import read_target
 
-from .config import ATTENTIONS, KV_READS, TENSORRT_ATTENTIONS, AttentionChoice, BuildConfig
+from .config import (
+    ATTENTIONS,
+    KV_READS,
+    TENSORRT_ATTENTIONS,
+    AttentionChoice,
+    BuildConfig,
+    KernelChoice,
+)
 from .trtexec_options import TRT_VERSIONS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from edge.bundle.engine_file import EngineInfo
+
+    from .build_plan import BuildPlan
+    from .builder import Compiled, Target
+    from .ladder import Climbed
     from .rules.check import Verdict
     from .step_bytes import StepCost
 
@@ -152,15 +166,13 @@ def _attention_option(choices: tuple[AttentionChoice, ...], last: str) -> Callab
         default="auto",
         show_default=True,
         help="TensorRT's attention as one kernel or not at all, in several kernels where it has no "
-        f"such one, {last}",
+        f"such one (auto), {last}",
     )
 
 
 @click.command(cls=SectionCommand)
 @_shape_options
-@_attention_option(
-    ATTENTIONS, "edge-llm's own (with --kernels own), or the first that builds, own ones first."
-)
+@_attention_option(ATTENTIONS, "or edge-llm's own (with --kernels own, whose auto tries it first).")
 @option(
     "Expert",
     "--timing-cache",
@@ -180,10 +192,9 @@ def _attention_option(choices: tuple[AttentionChoice, ...], last: str) -> Callab
     "Kernels",
     "--kernels",
     type=click.Choice(["auto", "own", "tensorrt"]),
-    default="tensorrt",
-    show_default=True,
     help="Whose kernels compute products with weights of few bits, and attention: edge-llm's own, "
-    "as plugins in the engine, or TensorRT's; auto, with --tune, is the faster of both.",
+    "as plugins in the engine, or TensorRT's; auto builds one engine with each, compares and times "
+    "both here, and keeps the faster. Default: auto on a Jetson, else tensorrt.",
 )
 @option(
     "Kernels",
@@ -202,9 +213,19 @@ def _attention_option(choices: tuple[AttentionChoice, ...], last: str) -> Callab
     type=click.Choice(list(TRT_VERSIONS)),
     help="TensorRT version of --print-trtexec; default: that of the trtexec here.",
 )
-def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **options: Any) -> None:
+def build(
+    as_json: bool,
+    via: Any,
+    print_trtexec: bool,
+    trt: str | None,
+    kernels: KernelChoice | None,
+    **options: Any,
+) -> None:
     """Build the TensorRT engine of BUNDLE for the GPU of this machine."""
-    config = BuildConfig(**options)
+    if kernels is None:
+        by_trtexec = print_trtexec or via == "trtexec"
+        kernels = "tensorrt" if by_trtexec else _default_kernels(options["bundle"])
+    config = BuildConfig(kernels=kernels, **options)
     if print_trtexec:
         if config.again:
             raise ConfigError("--again has no effect with --print-trtexec, which builds nothing")
@@ -215,19 +236,20 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
             "--trt goes with --print-trtexec: a build takes the TensorRT that is here"
         )
     check_writable(config.timing_cache, "--timing-cache")
+    from edge_lab.cli.inspect_engine import describe_trial
+    from edge_lab.engine_verdict import slow_parts
+    from edge_lab.telemetry import moving_clocks, read_snapshot
+
     from .builder import build_engine
     from .ladder import describe
 
-    compile_variant = None
-    if config.tune:
-        from .tune import compile_fastest
-
-        compile_variant = compile_fastest
+    if (moving := moving_clocks(read_snapshot())) is not None:
+        click.echo(f"warning: {moving}", err=True)
     with show_progress() as progress:
         result = build_engine(
             config,
             via=via,
-            compile_variant=compile_variant,
+            compile_variant=_compile_measured if config.measures else None,
             on_line=lambda line: click.echo(line, err=True),
             progress=progress,
             waiting=lambda: click.echo(
@@ -255,11 +277,13 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
                 "own_top_k": info.own_top_k,
                 "refused": msgspec.to_builtins(info.refused),
                 "tuned": msgspec.to_builtins(info.tuned),
+                "slow": list(slow_parts(info)),
             }
         )
         return
     if not result.built:
         click.echo(f"{result.directory} is up to date")
+        _print_slowness(info)
         return
     peak = f", peak memory {info.peak_memory_bytes / 1e9:.1f} GB" if info.peak_memory_bytes else ""
     click.echo(f"{result.directory}: {info.plan_bytes / 1e6:,.0f} MB in {info.build_s:.0f} s{peak}")
@@ -272,10 +296,35 @@ def build(as_json: bool, via: Any, print_trtexec: bool, trt: str | None, **optio
     for refused in info.refused:
         click.echo(f"refused: {describe(refused)}: {refused.reason}")
     for tried in info.tuned:
-        result_of_it = tried.problem or f"{(tried.decode_s or 0) * 1e3:.2f} ms per decode step"
-        click.echo(f"tried: {describe(tried)}: {result_of_it}")
+        click.echo(f"tried: {describe(tried)}: {describe_trial(tried)}")
     if info.refused or info.tuned:
         click.echo(f"taken: {describe(info)}")
+    _print_slowness(info)
+
+
+def _compile_measured(asked: BuildPlan, target: Target, **options: Any) -> tuple[Compiled, Climbed]:
+    """Say how long it takes, now that there is something to build."""
+    from .advice import what_auto_takes
+    from .tune import compile_fastest
+
+    if not asked.config.tune:
+        click.echo(what_auto_takes(asked.manifest), err=True)
+    return compile_fastest(asked, target, **options)
+
+
+def _default_kernels(bundle: Path) -> KernelChoice:
+    """On a Jetson the faster ones, where there are decode steps to time."""
+    on_jetson = read_target() is not None
+    return "auto" if on_jetson and read_manifest(bundle).model.task == "generate" else "tensorrt"
+
+
+def _print_slowness(info: EngineInfo) -> None:
+    from edge_lab.engine_verdict import describe_slowness
+
+    if info.compiled_unknown is not None:
+        click.echo(f"nobody knows whether it is slow: {info.compiled_unknown}")
+    elif (slow := describe_slowness(info)) is not None:
+        click.echo(f"SLOW: {slow}")
 
 
 def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
@@ -302,7 +351,7 @@ def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
 
 @click.command(cls=SectionCommand)
 @_shape_options
-@_attention_option(TENSORRT_ATTENTIONS, "or the first of the two that builds.")
+@_attention_option(TENSORRT_ATTENTIONS, "or auto: the latter.")
 @option(
     "Device",
     "--trt",

@@ -33,9 +33,10 @@ from edge_lab.engine_layers import told_profiles
 from edge_lab.progress import Progress
 
 from .advice import build_advice, builder_cause, parser_advice, parser_cause
+from .config import TIMINGS
 from .kernels import plugin, plugin_v3
 from .kernels.own_plugins import element_types
-from .kernels.package import load_ptx
+from .kernels.package import Cubin, load_cubins, load_ptx
 from .network import AttentionView, LayerView, NetworkView, TensorView
 from .profiles import Profile
 from .progress import PhaseTree
@@ -125,23 +126,27 @@ def plugins_of(rt: TensorRT) -> Plugins:
     return "compiled" if rt.release >= _COMPILED_PLUGINS_SINCE else "python"
 
 
-def pack_own_kernels(used: Iterable[tuple[str, int]]) -> tuple[bytes, ...]:
+def pack_own_kernels(rt: TensorRT, used: Iterable[tuple[str, int]]) -> tuple[bytes, ...]:
     """Own kernels as ``engine.json`` has them.
 
     Args:
+        rt: after `register_own_kernels`.
         used: plugins, see `own_kernels.OwnGraph`.
-
-    Raises:
-        IntegrityError: the kernels' files are missing or damaged.
     """
-    return plugin_v3.pack_kernels(used, load_ptx())
+    return plugin_v3.registered_kernels(rt.module, used)
 
 
-def register_own_kernels(rt: TensorRT) -> int:
+def register_own_kernels(rt: TensorRT, compute_capability: str, kind: Plugins | None = None) -> int:
     """Make own kernels known to TensorRT as plugins.
+
+    Plugins of Python are given machine code of the GPU, where there is some: then no start waits
+    for the driver's compiler. Those that TensorRT compiles into engines are PTX, the one form that
+    it takes (``tensorrt.plugin.aot_impl``: "Presently, only PTX is supported").
 
     Args:
         rt: that `check_own_kernels` takes.
+        compute_capability: of the GPU, e.g. ``8.7``.
+        kind: of plugin; None is that of `plugins_of`.
 
     Returns:
         The most bytes that each use of a kernel may add to a plan.
@@ -151,8 +156,8 @@ def register_own_kernels(rt: TensorRT) -> int:
         IntegrityError: the kernels' files are missing or damaged.
     """
     kernels = load_ptx()
-    if plugins_of(rt) == "python":
-        plugin_v3.register(rt.module, kernels)
+    if (kind or plugins_of(rt)) == "python":
+        plugin_v3.register(rt.module, _machine_code(compute_capability) or kernels, kernels)
         return 0  # a number
     name = f"{_MODULES[rt.flavour]}.plugin"
     try:
@@ -164,6 +169,13 @@ def register_own_kernels(rt: TensorRT) -> int:
         ) from error
     plugin.register(module, kernels, element_types(rt.module))
     return max(len(kernel.text) for kernel in kernels.values())
+
+
+def _machine_code(compute_capability: str) -> dict[str, Cubin] | None:
+    try:
+        return load_cubins(compute_capability)
+    except DependencyError:
+        return None  # none was compiled for it
 
 
 def has_lengths(rt: TensorRT) -> bool:
@@ -258,6 +270,8 @@ class Compiler:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
             config.builder_optimization_level = opt_level
             config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+            if self.rt.keeps_timings:
+                config.avg_timing_iterations = TIMINGS
             if compute_capability is not None and self.rt.flavour == "tensorrt-rtx":
                 config.num_compute_capabilities = 1
                 config.set_compute_capability(self._target(compute_capability), 0)

@@ -20,6 +20,9 @@ ATTENTIONS: tuple[AttentionChoice, ...] = (*TENSORRT_ATTENTIONS, "own")
 KernelChoice = Literal["auto", "own", "tensorrt"]
 KERNELS: tuple[Kernels, ...] = ("tensorrt", "own")
 """In the order in which they are tried: a fault of ours on the GPU spoils no earlier engine."""
+TIMINGS = 8
+"""Of each tactic, as ``trtexec`` has it: TensorRT's own default is one, which picks by lot where
+clocks follow the load."""
 
 _MIN_WORKSPACE_BYTES = 1 << 20
 _MAX_BATCH = 64
@@ -44,12 +47,13 @@ class BuildConfig:
             TensorRT builds.
         attention: ``fused``, one kernel or no engine; ``decomposed``, several kernels where
             TensorRT has no such kernel; ``own``, with own kernels, edge-llm's (docs/kernels.md);
-            ``auto``, the first that builds, own ones before TensorRT's.
+            ``auto``, with own kernels the first of ``own`` and ``decomposed`` that builds, else
+            ``decomposed``.
         kernels: ``own`` has the products of few bits, and what ``attention`` says, computed by
             edge-llm's own kernels (docs/kernels.md), ``tensorrt`` by TensorRT's; ``auto`` builds
-            both and keeps the faster one, which only ``tune`` can tell.
+            one engine with each, and keeps the faster that answers right on the GPU that is here.
         tune: build every variant that ``kv_read``, ``attention`` and ``kernels`` leave open, and
-            keep the fastest on the GPU that is here.
+            keep the fastest in the same way.
         workspace_bytes: scratch memory that a kernel may ask for.
         opt_level: 0 (fast build) to 5 (slow build, perhaps a faster engine).
         timing_cache: file with the timings of earlier builds; None is the one beside the engine.
@@ -75,6 +79,11 @@ class BuildConfig:
     force: bool = False
     again: bool = False
 
+    @property
+    def measures(self) -> bool:
+        """Whether engines are built and timed to choose from."""
+        return self.tune or self.kernels == "auto"
+
     def __post_init__(self) -> None:
         if not 1 <= self.max_batch <= _MAX_BATCH:
             raise ConfigError(f"--max-batch {self.max_batch} is out of range: 1 to {_MAX_BATCH}")
@@ -94,11 +103,6 @@ class BuildConfig:
             raise ConfigError("--attention own is for engines with own kernels; add --kernels own")
         if self.kernels not in ("auto", *KERNELS):
             raise ConfigError(f"--kernels {self.kernels} is none of auto, own, tensorrt")
-        if self.kernels == "auto" and not self.tune:
-            raise ConfigError(
-                "--kernels auto keeps the faster kernels, which only a build with --tune measures; "
-                "add --tune, or choose own or tensorrt"
-            )
         if not 0 <= self.best_logits <= io_spec.MOST_BEST_LOGITS:
             raise ConfigError(
                 f"--best-logits {self.best_logits} is out of range: 0 to "
@@ -173,6 +177,7 @@ def resolve(config: BuildConfig, manifest: Manifest) -> BuildShapes:
         for option, given, purpose in (
             (f"--best-logits {config.best_logits}", config.best_logits, "is for drawing tokens"),
             ("--tune", config.tune, "times decode steps"),
+            ("--kernels auto", config.kernels == "auto", "times decode steps"),
         ):
             if given:
                 raise ConfigError(

@@ -1,13 +1,13 @@
 """What a build tries, one after the other, where the user leaves a choice to it.
 
-Attention in one kernel is tried first, since in decode it is the faster one where TensorRT has such
-a kernel; where it has none the builder fails, and attention is left to be decomposed. With
-``--kv-read auto`` each way to read the cache is tried before attention is decomposed. Where inputs
-are rounded to INT8 with scales of 16 bits, all of this is tried again with these scales in FP32,
-since some TensorRT may take no others (NVIDIA/TensorRT#4832). With ``--kernels auto``, which goes
-with ``--tune`` alone, all of this is built with TensorRT's kernels and with our own; with own ones,
-attention in them is tried before TensorRT's. What the user names is not varied: it is built, or it
-fails with TensorRT's reason.
+TensorRT's attention may be decomposed at once: it is where no fused kernel supports it and nowhere
+else (NvInfer.h of 10.16, ``IAttention::setDecomposable``), so there is nothing to try before, and
+a prefill that can be fused is, beside a decode that cannot. With ``--kv-read auto`` there are ways
+to read the cache. Where inputs are rounded to INT8 with scales of 16 bits, all of this is tried
+again with these scales in FP32, since some TensorRT may take no others (NVIDIA/TensorRT#4832). With
+``--kernels auto`` all of this is tried with TensorRT's kernels and with our own, in which attention
+in own kernels comes before TensorRT's; `tune` says what is built of it. What the user names
+is not varied: it is built, or it fails with TensorRT's reason.
 """
 
 from __future__ import annotations
@@ -58,9 +58,6 @@ def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
     reads: list[KvRead] = [asked.kv_read]
     if config.kv_read == "auto":
         reads = [read for read in KV_READS if read != "lengths" or _has_lengths(asked, rt)]
-    # Dialect portable has no attention layer that could be decomposed.
-    fixed = config.attention != "auto" or manifest.dialect != "native"
-    attentions: list[AttentionChoice] = [config.attention] if fixed else ["fused", "decomposed"]
     own_too: list[AttentionChoice] = ["own"] if config.attention == "auto" else []
     kernels: tuple[Kernels, ...] = KERNELS if config.kernels == "auto" else (asked.kernels,)
     rungs = [
@@ -72,7 +69,7 @@ def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
         )
         for kernel in kernels
         for scales in scales_to_try(asked)
-        for attention in (*(own_too if kernel == "own" else ()), *attentions)
+        for attention in (*(own_too if kernel == "own" else ()), config.attention)
         for read in reads
     ]
     for rung in rungs:

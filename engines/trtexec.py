@@ -5,9 +5,6 @@ Order matters in one place: each ``--profile=N`` is followed directly by its ``-
 exact names win. So one entry serves the caches of all layers
 (``matchStringWithOneWildcard`` and ``getOptimizationProfiles`` in ``samples/common`` of
 github.com/NVIDIA/TensorRT, the same in 10.3, 10.16 and 11.1).
-
-``trtexec`` times each kernel 8 times by default, the Python API once; ``--avgTiming=1`` makes them
-equal.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ from edge.bundle.verified_files import verify_files
 from edge.errors import BackendError, ConfigError, DependencyError, EdgeError, ResourceError
 
 from .build_plan import BuildPlan, plan_build
-from .config import BuildConfig
+from .config import TIMINGS, BuildConfig
 from .graph import write_graph
 from .profiles import Shape
 from .rules.table import Release
@@ -109,7 +106,7 @@ def trtexec_command(
     line += [
         f"--memPoolSize=workspace:{_pool_size(config.workspace_bytes)}",
         f"--builderOptimizationLevel={config.opt_level}",
-        "--avgTiming=1",
+        f"--avgTiming={TIMINGS}",
         "--profilingVerbosity=detailed",
         f"--timingCacheFile={timing_cache}",
     ]

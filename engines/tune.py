@@ -1,6 +1,7 @@
-"""``edge-llm build --tune``: build every variant, time each here, keep the fastest right one.
+"""``edge-llm build --tune`` and ``--kernels auto``: build, time here, keep the fastest right one.
 
-A variant is a rung of `ladder`. Each is put into a directory of its own that no reader of engines
+A variant is a rung of `ladder`: all of them with ``--tune``, else of each kind of kernels the first
+that is built and answers right. Each is put into a directory of its own that no reader of engines
 sees, held against the graph on the CPU, and timed in decode through the runner that will run it.
 """
 
@@ -15,7 +16,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +40,22 @@ _log = logging.getLogger(__name__)
 
 _PROMPT_TOKENS, _OUTPUT_TOKENS, _REPEATS = 256, 33, 3
 _VERIFY_TOKENS, _VERIFY_STEPS = (1, 24, 64), 8
+_ANSWER_STEPS = 256
+"""Decode steps that one prefill is weighed with: answers of a model that reasons are long."""
+
+
+class Measured(NamedTuple):
+    """What a variant does on the device.
+
+    Attributes:
+        decode_s: seconds of a decode step of all slots, the median; None where it is not timed.
+        problem: what is wrong with its answers; None if nothing is.
+        prefill_s: seconds of a prompt of 256 tokens, or of what the cache has room for, the median.
+    """
+
+    decode_s: float | None
+    problem: str | None
+    prefill_s: float | None = None
 
 
 @dataclass
@@ -49,9 +66,11 @@ class _Candidate:
     found: TunedRung
 
     @property
-    def decode_s(self) -> float:
-        """Seconds of a decode step; infinite if it is of no use."""
-        return math.inf if self.found.decode_s is None else self.found.decode_s
+    def answer_s(self) -> float:
+        """Seconds of a prompt and its answer; infinite if it is of no use."""
+        if self.found.decode_s is None:
+            return math.inf
+        return (self.found.prefill_s or 0.0) + _ANSWER_STEPS * self.found.decode_s
 
 
 def compile_fastest(
@@ -62,7 +81,7 @@ def compile_fastest(
     progress: Progress = silent,
     keep_log: Callable[[str], None] = lambda _text: None,
 ) -> tuple[Compiled, Climbed]:
-    """Compile every variant of what was asked for, and return the fastest that answers right.
+    """Compile variants of what was asked for, and return the fastest that answers right.
 
     Args:
         asked: from `plan_build`.
@@ -84,6 +103,10 @@ def compile_fastest(
     logs: list[str] = []
     try:
         for number, rung in enumerate(make_rungs(asked, target.rt)):
+            if not asked.config.tune and any(
+                each.kernels == rung.kernels and each.problem is None for each in tuned
+            ):
+                continue
 
             def keep(text: str, rung: BuildPlan = rung) -> None:
                 logs.append(f"== {describe(rung)}\n{text}")
@@ -109,7 +132,7 @@ def compile_fastest(
             compiled = replace(compiled, plan=b"")
             tried = _try(rung, compiled, store.directory, problem, progress)
             tuned.append(tried.found)
-            if tried.decode_s < (math.inf if best is None else best.decode_s):
+            if tried.answer_s < (math.inf if best is None else best.answer_s):
                 best = tried
             _sweep(root, best)
         return _choose(asked, best, tuple(tuned), tuple(refused), timings)
@@ -139,25 +162,27 @@ def _try(
     rung: BuildPlan, compiled: Compiled, directory: Path, problem: str | None, progress: Progress
 ) -> _Candidate:
     """Compare and time a variant that has no problem yet."""
-    decode_s = None
+    measured = Measured(None, problem)
     if problem is None:
         try:
-            decode_s, problem = measure(rung, directory, progress)
+            measured = Measured(*measure(rung, directory, progress))
         except (BackendError, ResourceError) as error:
-            problem = str(error)
-    found = TunedRung(rung.kv_read, rung.attention, decode_s, problem, rung.scales, rung.kernels)
-    _log.info("%s: %s", describe(found), problem or f"{decode_s} s")
+            measured = Measured(None, str(error))
+    found = TunedRung(
+        rung.kv_read,
+        rung.attention,
+        measured.decode_s,
+        measured.problem,
+        rung.scales,
+        rung.kernels,
+        measured.prefill_s,
+    )
+    _log.info("%s: %s", describe(found), measured)
     return _Candidate(rung, compiled, directory, found)
 
 
-def measure(
-    rung: BuildPlan, directory: Path, progress: Progress = silent
-) -> tuple[float | None, str | None]:
-    """Compare an engine with the graph on the CPU, and time it.
-
-    Returns:
-        Seconds of a decode step of all slots (median), and what is wrong with its answers or None;
-        an engine that answers wrong is not timed.
+def measure(rung: BuildPlan, directory: Path, progress: Progress = silent) -> Measured:
+    """Compare an engine with the graph on the CPU, and time it unless it answers wrong.
 
     Raises:
         BackendError, DeviceMemoryError: the engine does not load or run.
@@ -196,11 +221,12 @@ def measure(
                 progress=progress,
             )
         if not report.passed:
-            return None, "; ".join(report.misses)
+            return Measured(None, "; ".join(report.misses))
         tokens = min(_PROMPT_TOKENS, engine.capacity - _OUTPUT_TOKENS)
         config = BenchConfig(max(tokens, 1), _OUTPUT_TOKENS, _REPEATS, batch=batch)
         samples = run_bench(engine, table, manifest, config, progress=progress)
-        return median(step for steps in samples.itl_s for step in steps), None
+        decode_s = median(step for steps in samples.itl_s for step in steps)
+        return Measured(decode_s, None, median(samples.prefill_s))
 
 
 def _choose(
@@ -213,7 +239,10 @@ def _choose(
     if best is None:
         reasons = [f"{describe(each)}: {each.reason}" for each in refused]
         reasons += [f"{describe(each)}: {each.problem}" for each in tuned]
-        raise BuildError(f"no variant was built and answered right. {'; '.join(reasons)}")
+        raise BuildError(
+            f"no variant was built and answered right. {'; '.join(reasons)}. With --kernels "
+            "tensorrt and without --tune an engine is built and not compared: edge-llm verify does"
+        )
     plan = best.directory / read_engine_info(best.directory).plan
     compiled = replace(best.compiled, plan=_map(plan), timings=timings)
     return compiled, Climbed(best.rung, refused, asked.rebuild_options(), tuned)

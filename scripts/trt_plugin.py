@@ -19,7 +19,7 @@ import tensorrt_bindings as trt
 from edge.backends.tensorrt.launch_rules import NAMESPACE, PluginRule
 from engines.kernels import plugin
 from engines.kernels.launch import Launch as WantedLaunch
-from engines.kernels.own_plugins import element_types
+from engines.kernels.own_plugins import element_types, fitting_tactics
 from engines.kernels.package import Ptx
 from engines.kernels.variants import BY_NAME
 
@@ -149,7 +149,8 @@ def describe(sizes: Sequence[Size], dtype: Any) -> Any:
     found = trt.DynamicPluginTensorDesc()
     found.desc.dims = [size.value if size.is_constant() else -1 for size in sizes]
     found.desc.type, found.desc.format = dtype, trt.TensorFormat.LINEAR
-    found.min = found.opt = found.max = [size.value for size in sizes]
+    found.min = [size.value if size.is_constant() else 1 for size in sizes]
+    found.opt = found.max = [size.value for size in sizes]
     return found
 
 
@@ -160,6 +161,12 @@ def problems_of_shapes(case: Case, outputs: Iterable[Sequence[Size]]) -> Iterato
         yield f"the outputs' shapes are {given}"
     if not all(output[-1].is_constant() for output in outputs):
         yield "the last size of an output is not known when the engine is built"
+
+
+def fitting(case: Case) -> list[int]:
+    """Tactics of a profile whose usual and largest step is that of a case."""
+    shapes = [case.tensors[name][0] for name in case.rule.inputs]
+    return list(fitting_tactics(case.rule, shapes, shapes))
 
 
 def compare_launch(
@@ -202,8 +209,8 @@ def problems_of(case: Case, ptx: dict[str, Ptx]) -> Iterator[str]:
         yield f"the formats are {taken}"
         return
     made.configure_plugin(ports[: len(reads)], ports[len(reads) :])
-    if sorted(made.get_valid_tactics()) != list(range(1, len(case.launches) + 1)):
-        yield f"the tactics are {made.get_valid_tactics()}"
+    if sorted(made.get_valid_tactics()) != fitting(case):
+        yield f"the tactics are {made.get_valid_tactics()}, not {fitting(case)}"
     descriptions = [port.desc for port in ports]
     for number, wanted in enumerate(case.launches, 1):
         made.set_tactic(number)

@@ -25,7 +25,15 @@ from engines.kernels import plugin_v3
 from engines.kernels.own_plugins import TACTICS, element_types
 from engines.kernels.package import Ptx, load_ptx
 
-from .trt_plugin import Registry, Sizes, describe, problems_of_shapes, sizes_of, types_of
+from .trt_plugin import (
+    Registry,
+    Sizes,
+    describe,
+    fitting,
+    problems_of_shapes,
+    sizes_of,
+    types_of,
+)
 from .trt_plugin_cases import Case, make_cases
 
 _STREAM, _READ, _WRITTEN = 0x5000, range(0x1000, 0x5000, 0x800), range(0x6000, 0x8000, 0x800)
@@ -107,9 +115,11 @@ def problems_of_build(case: Case, made: Any) -> Iterator[str]:
                 if made.supports_format_combination(place, ports, len(reads)) != wanted:
                     yield f"port {place} of {dtype} and {form} is not judged right"
     ports = list(map(describe, [*inputs, *outputs], kinds))
-    made.configure_plugin(ports[: len(reads)], ports[len(reads) :])
     if made.get_valid_tactics() != list(range(1, len(case.launches) + 1)):
-        yield f"the tactics are {made.get_valid_tactics()}"
+        yield f"before a profile the tactics are {made.get_valid_tactics()}"
+    made.configure_plugin(ports[: len(reads)], ports[len(reads) :])
+    if made.get_valid_tactics() != fitting(case) or owned(made.clone()).tactics != made.tactics:
+        yield f"the tactics are {made.get_valid_tactics()}, not {fitting(case)}"
 
 
 def problems_of_run(case: Case, fields: Any, ptx: dict[str, Ptx], cuda: Driver) -> Iterator[str]:
@@ -176,7 +186,7 @@ def main() -> int:
     dims_exprs, trt.DimsExprs = trt.DimsExprs, list  # its sizes are made by the library alone
     ptx = load_ptx()
     for _ in range(2):
-        plugin_v3.register(trt, ptx)
+        plugin_v3.register(trt, ptx, ptx)
     problems: list[str] = []
     for creator, rule in zip(registry.creators, TACTICS, strict=True):
         if [field.name for field in creator.field_names] != [rule.attribute]:

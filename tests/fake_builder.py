@@ -234,27 +234,30 @@ def _ask_plugins(
     if not any(node.domain for node in network.graph.nodes):
         return [], []
     for profile in profiles:
-        for batch, seq in profile.shapes["position_ids"]:
-            made: dict[str, TensorDesc] = {}
-            for node in network.graph.nodes:
-                if not node.domain:
-                    continue
-                own[node.name.removesuffix(f"/{node.op_type}")] = None
-                inputs = [
-                    made.get(name) or _described(network, node, name, batch, seq)
-                    for name in node.inputs
-                ]
-                python = network.plugins.get(node.name)
-                if python is None:
-                    outputs = PLUGINS.ask(f"{node.domain}::{node.op_type}", inputs)
-                else:
-                    if node.name not in serialized:
-                        shapes = [_symbols(network, node, name, made) for name in node.inputs]
-                        serialized[node.name] = fake_plugin_v3.serialize(python, shapes)
-                    sizes, kinds = zip(*((each.shape, each.dtype) for each in inputs), strict=True)
-                    asked = fake_plugin_v3.ask(python, sizes, kinds)
-                    outputs = tuple(TensorDesc(each.dims, each.type) for each in asked)
-                made.update(zip(node.outputs, outputs, strict=True))
+        found = profile.shapes.get("position_ids") or next(iter(profile.shapes.values()))
+        steps = [(shape[0], shape[1]) for shape in found]
+        made: list[dict[str, TensorDesc]] = [{} for _ in steps]
+        for node in network.graph.nodes:
+            if not node.domain:
+                continue
+            own[node.name.removesuffix(f"/{node.op_type}")] = None
+            inputs = [
+                [known.get(name) or _described(network, node, name, *step) for name in node.inputs]
+                for known, step in zip(made, steps, strict=True)
+            ]
+            python = network.plugins.get(node.name)
+            if python is None:
+                outputs = PLUGINS.ask(f"{node.domain}::{node.op_type}", inputs)
+            else:
+                if node.name not in serialized:
+                    shapes = [_symbols(network, node, name, made[0]) for name in node.inputs]
+                    serialized[node.name] = fake_plugin_v3.serialize(python, shapes)
+                sizes = [[each.shape_expr for each in step] for step in inputs]
+                kinds = [each.dtype for each in inputs[0]]
+                asked = fake_plugin_v3.ask(python, sizes, kinds)
+                outputs = [tuple(TensorDesc(e.dims, e.type) for e in step) for step in asked]
+            for known, step_outputs in zip(made, outputs, strict=True):
+                known.update(zip(node.outputs, step_outputs, strict=True))
     return list(own), list(serialized.values())
 
 
@@ -264,9 +267,9 @@ def _symbols(
     """The shape of a plugin's input in steps of any size, see `fake_plugin_v3.serialize`."""
     if name in made:
         moving = ("room",) if node.op_type == "attention_join" else ("batch", "seq")
-        return (*moving, *made[name].shape[len(moving) :])
+        return (*moving, *made[name].shape_expr[len(moving) :])
     symbols: Any = _described(network, node, name, *("batch", "seq"))  # type: ignore[arg-type]
-    shape: tuple[int | str, ...] = symbols.shape
+    shape: tuple[int | str, ...] = symbols.shape_expr
     return shape
 
 

@@ -25,6 +25,7 @@ def inspector_json(
     fused: bool = True,
     unpacked: tuple[str, ...] = (),
     own: tuple[str, ...] = (),
+    copies_cache: bool = False,
     profiles: Sequence[int] = (0, 1),
 ) -> str:
     """JSON of an engine with the profiles prefill, decode and perhaps others.
@@ -35,6 +36,7 @@ def inspector_json(
         detailed: False is an engine whose layers have names only.
         fused: attention in one kernel.
         unpacked: linear layers whose weights a kernel of its own writes as floats.
+        copies_cache: one layer's cache is reformatted before it is read.
         own: linear layers and attentions that plugins compute, and the search for best logits.
         profiles: those that are told of.
     """
@@ -43,6 +45,12 @@ def inspector_json(
         for profile in profiles
         for layer in _layers(manifest, profile, fused, unpacked, own)
     ]
+    if copies_cache:
+        floats = _TYPES[manifest.dtype]
+        for profile in profiles:
+            copy = _layer("Reformatting CopyNode 1", "Reformat", [floats], [floats], "0x3e8", [])
+            copy["Inputs"][0]["Name"] = "past_key_values.0.key"
+            layers.append(_finish(copy, profile, release))
     names = ["inputs_embeds", "logits"]
     found: dict[str, Any] = {"Layers": layers if detailed else [each["Name"] for each in layers]}
     if release < (11, 0):

@@ -7,23 +7,43 @@ no more of them than a build needs, and lets a plugin be built and run by `fake_
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 _NAMES = {"HALF": "FP16", "FLOAT": "FP32", "INT32": "INT32"}
 
 
+class Shape(tuple[int, ...]):
+    """Sizes of which some move in a profile: these are -1."""
+
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+    @property
+    def is_dynamic(self) -> bool:
+        return -1 in self
+
+    @classmethod
+    def of(cls, sizes: Sequence[tuple[int, ...]]) -> Shape:
+        """Of the least, usual and largest sizes; what does not move has those only."""
+        made = cls(size[0] if len(set(size)) == 1 else -1 for size in zip(*sizes, strict=True))
+        if made.is_dynamic:
+            _, made.opt, made.max = sizes
+        return made
+
+
 class TensorDesc:
     """A tensor; its sizes are known. Its type is a ``DataType``."""
 
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
-        self.shape_expr = self.shape = shape
+        self.shape_expr = shape
+        self.shape = Shape.of([shape])
         self.dtype = dtype
 
     @property
     def ndim(self) -> int:
-        return len(self.shape)
+        return len(self.shape_expr)
 
 
 @dataclass(frozen=True)
@@ -61,9 +81,14 @@ class Registered:
 
 @dataclass
 class Plugins:
-    """All plugins of a process, by ``namespace::name``, and the module that they come through."""
+    """All plugins of a process, by ``namespace::name``, and the module that they come through.
+
+    Attributes:
+        tactics: what was timed, by plugin and the shape of its first input.
+    """
 
     known: dict[str, Registered] = field(default_factory=dict)
+    tactics: dict[tuple[str, Shape], tuple[int, ...]] = field(default_factory=dict)
 
     def module(self) -> Any:
         """``tensorrt.plugin``, for ``sys.modules``."""
@@ -97,21 +122,36 @@ class Plugins:
 
         return decorator
 
-    def ask(self, plugin_id: str, inputs: list[TensorDesc]) -> tuple[TensorDesc, ...]:
-        """Ask for the launches of all tactics for tensors of these shapes; returns the outputs."""
+    def ask(
+        self, plugin_id: str, inputs: Sequence[list[TensorDesc]]
+    ) -> list[tuple[TensorDesc, ...]]:
+        """Ask for the launches of all tactics of a profile.
+
+        Args:
+            plugin_id: namespace and name.
+            inputs: tensors of the least, the usual and the largest step.
+
+        Returns:
+            The outputs of these steps.
+        """
         found = self.known[plugin_id]
         assert found.describe is not None
         assert found.tune is not None
         assert found.implement is not None
-        described = found.describe(*inputs)
-        outputs = described if isinstance(described, tuple) else (described,)
-        (combination,) = found.tune(*inputs, outputs)
-        types = ", ".join(_NAMES[each.dtype.name] for each in (*inputs, *outputs))
+        described = [found.describe(*each) for each in inputs]
+        outputs = [each if isinstance(each, tuple) else (each,) for each in described]
+        asked = [TensorDesc(each.shape_expr, each.dtype) for each in inputs[1]]
+        for place, each in enumerate(asked):
+            each.shape = Shape.of([step[place].shape_expr for step in inputs])
+        (combination,) = found.tune(*asked, outputs[1])
+        types = ", ".join(_NAMES[each.dtype.name] for each in (*asked, *outputs[1]))
         assert combination.io_types == types
         for tactic in combination.tactics:
-            entry, text, launch, _ = found.implement(*inputs, outputs, tactic)
-            assert f".entry {entry}" in text, "the PTX has no such function"
-            assert min(launch.grid_x, launch.grid_y, launch.grid_z, launch.block_x) >= 1
+            for reads, writes in zip(inputs, outputs, strict=True):
+                entry, text, launch, _ = found.implement(*reads, writes, tactic)
+                assert f".entry {entry}" in text, "the PTX has no such function"
+                assert min(launch.grid_x, launch.grid_y, launch.grid_z, launch.block_x) >= 1
+        self.tactics[plugin_id, asked[0].shape] = tuple(combination.tactics)
         return outputs
 
 

@@ -127,6 +127,9 @@ class DynamicDesc:
     """``DynamicPluginTensorDesc``."""
 
     desc: Desc
+    min: Shape
+    opt: Shape
+    max: Shape
 
 
 @dataclass
@@ -152,6 +155,9 @@ class Registry:
         return True
 
 
+TIMED: dict[tuple[str, Shape, Shape], tuple[int, ...]] = {}
+"""Tactics by plugin, and by the usual and the largest shape of its first input; a test empties it.
+"""
 REGISTRY = Registry()
 NAMES: dict[str, Any] = {
     each.__name__: each
@@ -195,13 +201,16 @@ def create(node_type: str, version: str, namespace: str, attributes: dict[str, A
         return creator.create_plugin("node", PluginFieldCollection(fields), TensorRTPhase.BUILD)
 
 
-def ask(plugin: Any, shapes: Sequence[Shape], types: Sequence[Any]) -> list[Desc]:
-    """Ask and time a plugin, as a builder does for one profile; returns the outputs.
+def ask(plugin: Any, steps: Sequence[Sequence[Shape]], types: Sequence[Any]) -> list[list[Desc]]:
+    """Ask and time a plugin, as a builder does for one profile.
 
     Args:
         plugin: of the network.
-        shapes: of the inputs.
+        steps: shapes of the inputs in the least, the usual and the largest step.
         types: of the inputs.
+
+    Returns:
+        The outputs of these steps.
     """
     made = plugin.clone()
     assert made._plugin
@@ -211,13 +220,13 @@ def ask(plugin: Any, shapes: Sequence[Shape], types: Sequence[Any]) -> list[Desc
     assert made.timing_cache_id
     with printed("get_output_data_types"):
         output_types = made.get_output_data_types(list(types))
-        sizes = [[Size(size) for size in shape] for shape in shapes]
-        outputs = made.get_output_shapes(sizes, [], Sizes())
-    assert len(outputs) == len(output_types) == made.num_outputs
-    ports = [DynamicDesc(Desc(*each)) for each in zip(shapes, types, strict=True)]
-    num_inputs = len(ports)
-    for sizes, kind in zip(outputs, output_types, strict=True):
-        ports.append(DynamicDesc(Desc(tuple(size.value for size in sizes), kind)))
+    shapes = [[*step, *_output_shapes(made, step)] for step in steps]
+    assert len(shapes[0]) - len(types) == len(output_types) == made.num_outputs
+    ports = [
+        DynamicDesc(Desc(each[1], kind), *each)
+        for each, kind in zip(zip(*shapes, strict=True), [*types, *output_types], strict=True)
+    ]
+    num_inputs = len(types)
     for place, port in enumerate(ports):
         assert made.supports_format_combination(place, ports, num_inputs)
         port.desc.format = TensorFormat.HWC
@@ -228,6 +237,7 @@ def ask(plugin: Any, shapes: Sequence[Shape], types: Sequence[Any]) -> list[Desc
     tactics = made.get_valid_tactics()
     assert len(set(tactics)) == len(tactics)
     assert min(tactics) > 0
+    TIMED[plugin.plugin_name, steps[1][0], steps[2][0]] = tuple(tactics)
     driver = sys.modules["cuda.bindings.driver"]
     _, stream = driver.cuStreamCreate(0)
     descs = [port.desc for port in ports]
@@ -248,7 +258,17 @@ def ask(plugin: Any, shapes: Sequence[Shape], types: Sequence[Any]) -> list[Desc
     finally:
         driver.cuStreamSynchronize(stream)
         driver.cuStreamDestroy(stream)
-    return writes
+    return [
+        [Desc(shape, kind) for shape, kind in zip(step[num_inputs:], output_types, strict=True)]
+        for step in shapes
+    ]
+
+
+def _output_shapes(plugin: Any, inputs: Sequence[Shape]) -> list[Shape]:
+    with printed("get_output_shapes"):
+        sizes = [[Size(size) for size in shape] for shape in inputs]
+        outputs = plugin.get_output_shapes(sizes, [], Sizes())
+    return [tuple(size.value for size in output) for output in outputs]
 
 
 def run(

@@ -137,6 +137,7 @@ class TunedRung(_Struct, frozen=True):
         problem: why it is of no use; None if it answers right.
         scales: ``stored``, or ``fp32`` where those of INT8 inputs were widened.
         kernels: ``own`` if edge-llm's own compute the products of few bits.
+        prefill_s: seconds of a prompt of 256 tokens, the median; as ``decode_s``.
     """
 
     kv_read: KvRead
@@ -145,6 +146,7 @@ class TunedRung(_Struct, frozen=True):
     problem: str | None
     scales: Scales = "stored"
     kernels: Kernels = "tensorrt"
+    prefill_s: float | None = None
 
     @property
     def label(self) -> str:
@@ -200,7 +202,7 @@ class EngineInfo(_Struct, frozen=True):
             else ``fused`` if TensorRT had to make one kernel of each, ``decomposed`` if it was free
             to; None in dialect ``portable``, and not known of older engines.
         refused: variants that TensorRT refused before this one.
-        tuned: variants that ``--tune`` built and tried; this engine is the fastest that is right.
+        tuned: variants that were built and tried; this engine is the fastest that is right.
         compiled: summary of what TensorRT made of it, per profile; all layers are in the file
             beside the plan (`engine_layers.read_layers`).
         compiled_unknown: why ``compiled`` is empty; None if it is not.
@@ -220,6 +222,8 @@ class EngineInfo(_Struct, frozen=True):
             engines from before there were both, which have the first kind.
         skipped_tactics: kernels that were not tried for lack of memory; None if there were none,
             and of older engines.
+        power_mode, gpu_clocks_hz: the Jetson's at the build, and between what the GPU's clock was
+            free to move while kernels were timed.
         python_kernels: with ``python``, the kernels (`edge.backends.tensorrt.plugin_kernels.pack`).
     """
 
@@ -265,6 +269,8 @@ class EngineInfo(_Struct, frozen=True):
     own_top_k: bool = False
     num_sms: Count | None = None
     skipped_tactics: SkippedTactics | None = None
+    power_mode: Line | None = None
+    gpu_clocks_hz: tuple[int, int] | None = None
 
     @property
     def buckets_read(self) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ class ProfileLayers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         products: matrix products by the type that they read.
         attention: ``fused`` (in one kernel), ``decomposed``, ``own`` (in plugins), ``mixed``, or
             ``unknown`` if no layer names attention's nodes.
+        cache_copies: of the reformats those of the KV cache.
     """
 
     profile: str
@@ -33,6 +34,7 @@ class ProfileLayers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unpacking: int
     products: dict[str, int]
     attention: AttentionKind
+    cache_copies: int = 0
 
 
 def plain_name(name: str) -> str:

@@ -152,7 +152,8 @@ def pull(
                 hint += f", or --quant source, which takes {PUBLISHED[source]}" if quick else ""
             notes = [f"sooner, but it loses more: {hint}"] if quick else []
             if build or (build is None and machine is not None):
-                notes.append("the engine is built afterwards; nobody has timed that on an Orin yet")
+                engines = "the engine is built" if fast or machine is None else "engines are built"
+                notes.append(f"{engines} afterwards; nobody has timed that on an Orin yet")
             if trusted_keys_file(None) is not None:
                 notes.append(
                     "this machine trusts keys: nothing here builds or runs the bundle until it is "
@@ -171,8 +172,17 @@ def pull(
 
         build = Machine().tensorrt().error is None
     if build:
-        _run(ctx, "build", str(bundle))
+        # The default of a Jetson builds two engines, and --fast is for who has no time.
+        own = ("--kernels", "own") if fast and _takes_own_kernels(bundle) else ()
+        _run(ctx, "build", str(bundle), *own)
     click.echo(f"Try it: edge-llm run {bundle.name} 'Why is the sky blue?'")
+
+
+def _takes_own_kernels(bundle: Path) -> bool:
+    """Whether a Jetson builds this bundle with own kernels: FP16, and some weights of few bits."""
+    manifest = read_manifest(bundle)
+    kinds = {linear.scheme.kind for linear in manifest.quantization.linears.values()}
+    return manifest.dtype == "fp16" and bool(kinds & {"int4", "int8"}) and read_target() is not None
 
 
 def _make_room(directory: Path) -> None:

@@ -22,6 +22,7 @@ from edge.bundle.profile_layers import ProfileLayers
 from edge.bundle.trust import trusted_keys_file
 from edge.cli import echo_json
 from edge_lab.engine_layers import LayerTable, engine_dtype, read_layers
+from edge_lab.engine_verdict import slow_parts
 
 _BITS = {"int4": 4, "int8": 8, "fp16": 16, "bf16": 16}
 
@@ -56,6 +57,7 @@ def inspect_engine(directory: Path, as_json: bool, layers: bool, verify: bool) -
         summary = {
             **msgspec.to_builtins(info),
             "weights_as_exported": as_exported,
+            "slow": list(slow_parts(info)),
             "verified": verify,
             "vouched_for_by": vouched,
         }
@@ -105,10 +107,20 @@ def describe_profile(found: ProfileLayers) -> str:
     return text
 
 
-def _tried(tried: TunedRung) -> str:
+def describe_trial(tried: TunedRung) -> str:
+    """What came out where a variant was tried."""
     if tried.decode_s is None:
         return tried.problem or "not timed"
-    return f"{tried.decode_s * 1e3:.2f} ms per decode step"
+    text = f"{tried.decode_s * 1e3:.2f} ms per decode step"
+    return text if tried.prefill_s is None else f"{text}, {tried.prefill_s * 1e3:.0f} ms of prefill"
+
+
+def _clocks(info: EngineInfo) -> list[tuple[str, str]]:
+    if info.gpu_clocks_hz is None:
+        return []
+    low, high = (f"{clock / 1e6:.0f}" for clock in info.gpu_clocks_hz)
+    clocks = f"{low} to {high} MHz, by load" if low != high else f"{high} MHz"
+    return [("GPU clock", f"{clocks}, power mode {info.power_mode or 'unknown'}")]
 
 
 def _own_kernels(info: EngineInfo) -> list[tuple[str, str]]:
@@ -127,7 +139,10 @@ def _own_kernels(info: EngineInfo) -> list[tuple[str, str]]:
 def _compiled_facts(directory: Path, info: EngineInfo) -> list[tuple[str, str]]:
     if not info.compiled:
         return [("compiled layers", why_unknown(directory, info))]
-    return [(f"compiled {each.profile}", describe_profile(each)) for each in info.compiled]
+    return [
+        *((f"compiled {each.profile}", describe_profile(each)) for each in info.compiled),
+        *(("SLOW", part) for part in slow_parts(info)),
+    ]
 
 
 def _print_layers(table: LayerTable | None, unknown: str) -> None:
@@ -177,6 +192,7 @@ def _print(
         ),
         ("took", f"{info.build_s:.0f} s{peak}"),
         *((("not tried", str(info.skipped_tactics)),) if info.skipped_tactics else ()),
+        *_clocks(info),
         ("batch", f"up to {info.max_batch}"),
         ("prefill", f"up to {info.max_prefill} tokens per step"),
         ("KV cache", f"{info.kv_capacity} rows, read as {info.kv_read}"),
@@ -184,7 +200,7 @@ def _print(
         *([("scales of INT8 inputs", "widened to FP32")] if info.scales == "fp32" else []),
         *_own_kernels(info),
         *((f"refused {each.label}", each.reason) for each in info.refused),
-        *((f"tried {each.label}", _tried(each)) for each in info.tuned),
+        *((f"tried {each.label}", describe_trial(each)) for each in info.tuned),
         ("KV buckets", ", ".join(map(str, info.kv_buckets))),
         ("plan", f"{info.plan}, {info.plan_bytes:,} bytes"),
         ("plan hash", "matches" if verified else "not verified"),

@@ -80,16 +80,16 @@ def run_checks(
     cuda = wait_for_gpu(machine, wait_gpu_s or 0.0)
     facts = Facts(machine, machine.snapshot(), machine.nodes(), cuda, wait_gpu_s is not None)
     checks = [check(facts) for check in _MACHINE]
-    if schemes:
-        checks += check_schemes(facts)
+    of_bundle: list[Check] = []
     manifest: Manifest | None = None
     if bundle is not None:
         found, manifest = check_bundle(bundle, facts)
-        checks.append(found)
-        if manifest is not None:
-            checks.append(check_engines(bundle, manifest, facts))
-    checks.append(check_memory(facts, manifest))
-    return checks
+        of_bundle.append(found)
+    if schemes:
+        checks += check_schemes(facts, manifest)
+    if bundle is not None and manifest is not None:
+        of_bundle.append(check_engines(bundle, manifest, facts))
+    return [*checks, *of_bundle, check_memory(facts, manifest)]
 
 
 def wait_for_gpu(machine: Machine, seconds: float) -> CudaProbe:

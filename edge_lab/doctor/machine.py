@@ -25,12 +25,13 @@ from edge.errors import ResourceError
 from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
 from edge_lab.telemetry import Snapshot, read_power_modes, read_snapshot
 
-from .scheme_probe import Verdict
+from .scheme_probe import WIDE, Verdict
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours
 # Packages of PyPI and of NVIDIA's index for Jetson that all are ``onnxruntime`` when imported.
 _ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 _NOT_LOADED = re.compile(r"Failed to load library \S+ with error: ")  # of ONNX Runtime
+_PLUGIN_PROBE = "engines.plugin_probe"  # by its name: it stands on this package
 _TIMEOUT_S = 120.0  # the first use of CUDA on a Jetson may take half a minute
 
 
@@ -163,13 +164,27 @@ class Machine:
         ]
         return list(dict.fromkeys(found))  # a directory may be on the path under two names
 
-    def schemes(self) -> tuple[list[Verdict], str | None]:
+    def schemes(self, widths: tuple[int, int] = WIDE) -> tuple[list[Verdict], str | None]:
         """Build an engine of one layer per scheme, in a child process.
+
+        Args:
+            widths: see `scheme_probe.probe_schemes`.
 
         Returns:
             The verdicts, and why there are no more if the process failed on the way.
         """
-        return _run_scheme_probe()
+        return _run_verdicts("edge_lab.doctor.probe", "schemes", *map(str, widths))
+
+    def own_plugins(self, widths: tuple[int, int] = WIDE) -> tuple[list[Verdict], str | None]:
+        """Build an engine of one plugin per kind of own plugins, in a child process.
+
+        Args:
+            widths: of the layer.
+
+        Returns:
+            As `schemes`.
+        """
+        return _run_verdicts(_PLUGIN_PROBE, *map(str, widths))
 
     def onnxruntime(self, provider: str) -> Library:
         """Import ONNX Runtime and run a tiny graph, in a child process."""
@@ -204,17 +219,19 @@ def _run_probe(*arguments: str) -> tuple[dict[str, Any], str | None]:
     return found, None
 
 
-def _run_scheme_probe() -> tuple[list[Verdict], str | None]:
-    output, _, failure = _spawn_probe("schemes")
+def _run_verdicts(module: str, *arguments: str) -> tuple[list[Verdict], str | None]:
+    output, _, failure = _spawn_probe(*arguments, module=module)
     lines = output.splitlines(keepends=True)
     # A process that was ended leaves whole lines, and perhaps a part of one.
     whole = [line for line in lines if line.startswith("{") and line.endswith("\n")]
     return [msgspec.json.decode(line, type=Verdict) for line in whole], failure
 
 
-def _spawn_probe(*arguments: str) -> tuple[str, list[str], str | None]:
+def _spawn_probe(
+    *arguments: str, module: str = "edge_lab.doctor.probe"
+) -> tuple[str, list[str], str | None]:
     """What a probe printed, the lines of its standard error, and why it failed or None."""
-    command = [sys.executable, "-m", "edge_lab.doctor.probe", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     # Where the package is, also if it is not installed.
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     try:

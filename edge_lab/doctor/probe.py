@@ -165,7 +165,8 @@ def main(arguments: list[str]) -> None:
     try:
         if arguments[0] == "schemes":
             # Line by line: a crash then tells which scheme it was.
-            for verdict in probe_schemes(*arguments[1:]):
+            widths = int(arguments[1]), int(arguments[2])
+            for verdict in probe_schemes(*arguments[3:], widths=widths):
                 os.write(output, msgspec.json.encode(verdict) + b"\n")
             return
         line = json.dumps(probes[arguments[0]](*arguments[1:]))  # type: ignore[operator]

@@ -1,7 +1,8 @@
 """Which precisions and operators a TensorRT takes: engines of one layer each, built right here.
 
-Each graph is the exporter's own pattern in small, so a verdict here is one about a bundle: what
-fails in a probe of a second would fail in a build of minutes. Nothing is read or written.
+Each graph is the exporter's own pattern, so a verdict here is one about a bundle: what fails in a
+probe of seconds would fail in a build of minutes. INT4 has the groups that are exported, and a
+bundle's own widths, since which kernel takes it goes by both. Nothing is read or written.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from edge.bundle.onnx_file import (
     small_model,
     tensor_info,
 )
+from edge.bundle.schemes import GROUP_SIZES, INT4_GROUP_SIZE
 from edge.errors import BundleError
 from edge_lab.engine_layers import parse_inspector
 
-_WIDTH, _OUT, _GROUP = 256, 64, 128
+_WIDTH, _OUT = 256, 64
+WIDE = (1536, 8960)
+"""Input and output of the 1.5B's widest layers, where no bundle is named."""
 _HEADS, _KV_HEADS, _HEAD_DIM, _ROWS = 12, 2, 128, 512  # attention of the 1.5B
 _WORKSPACE_BYTES = 256 << 20
 _FP16_SMALL = 0x2000  # 2^-7
@@ -55,12 +59,15 @@ class Scheme(NamedTuple):
         make: the ONNX file.
         needed_by: what cannot be built without it.
         instead: what to do where it is refused.
+        group: of INT4, weights that share a scale; ``make`` then takes it, and the widths, else
+            nothing.
     """
 
     title: str
-    make: Callable[[], bytes]
+    make: Callable[..., bytes]
     needed_by: str
     instead: str
+    group: int = 0
 
 
 def _weight(name: str, dtype: str, shape: Sequence[int], data: bytes) -> Message:
@@ -75,14 +82,16 @@ def _halves(name: str, count: int, shape: Sequence[int], bits: int = _FP16_SMALL
     return _weight(name, "fp16", shape, struct.pack("<H", bits) * count)
 
 
-def _matmul_model(nodes: list[Node], weights: list[Message], opset: int = 21) -> bytes:
+def _matmul_model(
+    nodes: list[Node], weights: list[Message], widths: tuple[int, int] = (_WIDTH, _OUT)
+) -> bytes:
     fp16 = ELEMENT_NUMBERS["fp16"]
     return small_model(
         nodes,
-        [tensor_info("x", fp16, ("batch", 1, _WIDTH))],
-        [tensor_info("y", fp16, ("batch", 1, _OUT))],
+        [tensor_info("x", fp16, ("batch", 1, widths[0]))],
+        [tensor_info("y", fp16, ("batch", 1, widths[1]))],
         weights=weights,
-        opset=opset,
+        opset=21,
     )
 
 
@@ -91,32 +100,33 @@ def _float() -> bytes:
     return _matmul_model([Node("MatMul", ["x", "w"], ["y"], "y/MatMul")], [weight])
 
 
-def _int4(name: str) -> tuple[Node, list[Message]]:
-    """INT4 in groups of 128 along the input, and its scales; every weight is 1."""
-    groups = _WIDTH // _GROUP
+def _int4(name: str, group: int, widths: tuple[int, int]) -> tuple[Node, list[Message]]:
+    """INT4 in groups along the input, and its scales; every weight is 1."""
+    depth, columns = widths
+    groups = depth // group
     node = Node(
         "DequantizeLinear",
         [f"{name}.weight", f"{name}.scale"],
         [f"{name}.dequantized"],
         f"{name}.dequantized/DequantizeLinear",
-        attributes=[attribute("axis", 0), attribute("block_size", _GROUP)],
+        attributes=[attribute("axis", 0), attribute("block_size", group)],
     )
     return node, [
-        _weight(f"{name}.weight", "int4", (_WIDTH, _OUT), b"\x11" * (_WIDTH * _OUT // 2)),
-        _halves(f"{name}.scale", groups * _OUT, (groups, _OUT)),
+        _weight(f"{name}.weight", "int4", widths, b"\x11" * (depth * columns // 2)),
+        _halves(f"{name}.scale", groups * columns, (groups, columns)),
     ]
 
 
-def _int4_blocked() -> bytes:
-    dequantize, weights = _int4("w")
+def _int4_blocked(group: int, widths: tuple[int, int]) -> bytes:
+    dequantize, weights = _int4("w", group, widths)
     product = Node("MatMul", ["x", "w.dequantized"], ["y"], "y/MatMul")
-    return _matmul_model([dequantize, product], weights)
+    return _matmul_model([dequantize, product], weights, widths)
 
 
-def _int4_planes() -> bytes:
+def _int4_planes(group: int, widths: tuple[int, int]) -> bytes:
     nodes, weights = [], []
     for plane in ("high", "low"):
-        dequantize, stored = _int4(plane)
+        dequantize, stored = _int4(plane, group, widths)
         product = Node(
             "MatMul",
             ["x", f"{plane}.dequantized"],
@@ -126,7 +136,7 @@ def _int4_planes() -> bytes:
         nodes += [dequantize, product]
         weights += stored
     nodes.append(Node("Add", ["high.product", "low.product"], ["y"], "y/Add"))
-    return _matmul_model(nodes, weights)
+    return _matmul_model(nodes, weights, widths)
 
 
 def _w8a8(scales: Literal["fp16", "fp32"]) -> bytes:
@@ -268,12 +278,26 @@ def _kv_update() -> bytes:
 _PORTABLE = "export with --dialect portable"
 SCHEMES: dict[str, Scheme] = {
     "fp16": Scheme("FP16 product", _float, "every bundle", "update TensorRT"),
-    "int4": Scheme(
-        "INT4 weights in groups of 128", _int4_blocked, "--quant int4", "export with --quant fp16"
-    ),
-    "int4-planes": Scheme(
-        "INT8 weights as two INT4 planes", _int4_planes, "--quant int8", "export with --quant int4"
-    ),
+    **{
+        f"int4-g{group}": Scheme(
+            f"INT4 weights in groups of {group}",
+            _int4_blocked,
+            "--quant int4" if group == INT4_GROUP_SIZE else f"--quant int4 --group-size {group}",
+            "export with another --group-size, or --quant fp16",
+            group,
+        )
+        for group in GROUP_SIZES[::-1]
+    },
+    **{
+        f"int4-planes-g{group}": Scheme(
+            f"INT8 weights as two INT4 planes in groups of {group}",
+            _int4_planes,
+            "--quant int8" if group == GROUP_SIZES[0] else f"--quant int8 --group-size {group}",
+            "export with another --group-size, or --quant fp16",
+            group,
+        )
+        for group in GROUP_SIZES
+    },
     "w8a8": Scheme(
         "INT8 weights and activations",
         lambda: _w8a8("fp16"),
@@ -298,7 +322,10 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def probe_schemes(
-    module: str = "tensorrt", compute_capability: str | None = None
+    module: str = "tensorrt",
+    compute_capability: str | None = None,
+    *,
+    widths: tuple[int, int] = WIDE,
 ) -> Iterator[Verdict]:
     """Build each of `SCHEMES`.
 
@@ -306,11 +333,15 @@ def probe_schemes(
         module: name of the TensorRT to import.
         compute_capability: of the GPU to compile for, e.g. ``8.6``, where the machine may have
             none (TensorRT for RTX only); None is the GPU here.
+        widths: inputs and outputs of layers in INT4; inputs are rounded up to whole groups.
     """
+    most = max(GROUP_SIZES)
+    whole = -(-widths[0] // most) * most, widths[1]
     trt = importlib.import_module(module)
     for name, scheme in SCHEMES.items():
         started = time.perf_counter()
-        built, detail = _try(trt, scheme.make(), compute_capability)
+        graph = scheme.make(scheme.group, whole) if scheme.group else scheme.make()
+        built, detail = _try(trt, graph, compute_capability)
         yield Verdict(name, built, detail, round(time.perf_counter() - started, 3))
 
 

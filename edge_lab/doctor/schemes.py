@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 from edge.bundle.io_spec import DIALECTS
-from edge_lab.doctor.scheme_probe import SCHEMES, Verdict
+from edge.bundle.manifest import Manifest
+from edge_lab.doctor.scheme_probe import SCHEMES, WIDE, Verdict
 
 from .check import UNAVAILABLE, Check, Facts, version_numbers
 
 _NATIVE_ONLY = ("attention", "kv-update")
 
 
-def check_schemes(facts: Facts) -> list[Check]:
+def check_schemes(facts: Facts, manifest: Manifest | None = None) -> list[Check]:
     """Which schemes does TensorRT build on this GPU? One check each, or one that says why not."""
-    name = "schemes"
+    name, widths = "schemes", _widest(manifest)
     if not facts.cuda.works:
         return [Check(name, "skip", "no GPU that works, so nothing was built")]
     if facts.tensorrt.version is None or facts.tensorrt.error is not None:
         return [Check(name, "skip", "no TensorRT that works, so nothing was built")]
-    verdicts, failure = facts.machine.schemes()
+    verdicts, failure = facts.machine.schemes(widths)
     checks = [_judge(verdict, facts.tensorrt.version) for verdict in verdicts]
     if failure is not None:
         tried = {verdict.scheme for verdict in verdicts}
@@ -32,6 +35,34 @@ def check_schemes(facts: Facts) -> list[Check]:
                 SCHEMES[missing[0]].instead if missing else "run edge-llm doctor again",
             )
         )
+    return [*checks, *_check_own_plugins(facts, widths)]
+
+
+def _widest(manifest: Manifest | None) -> tuple[int, int]:
+    """Inputs and outputs of a bundle's largest layer but the lm_head."""
+    if manifest is None:
+        return WIDE
+    layers = manifest.quantization.linears.items()
+    shapes = [linear.shape for name, linear in layers if name != "lm_head"]
+    depth, columns = max(shapes, key=math.prod)
+    return depth, columns
+
+
+def _check_own_plugins(facts: Facts, widths: tuple[int, int]) -> list[Check]:
+    verdicts, failure = facts.machine.own_plugins(widths)
+    title = "a product with INT4 weights by edge-llm's own kernel"
+    instead = "build with --kernels tensorrt"
+    checks = [
+        Check(f"own kernels {each.scheme}", "ok", f"{title}: {each.detail} in {each.seconds:.1f} s")
+        if each.built
+        else Check(
+            f"own kernels {each.scheme}", "warn", f"{title}: not built", each.detail, instead
+        )
+        for each in verdicts
+    ]
+    if failure is not None:
+        cause = f"the process that built it ended: {failure}"
+        checks.append(Check("own kernels", "warn", f"{title}: not built", cause, instead))
     return checks
 
 

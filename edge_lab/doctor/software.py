@@ -22,6 +22,7 @@ from edge.bundle.verified_files import verify_files
 from edge.bundle.weights import manifest_linears
 from edge.device.memory import read_free_memory_bytes, read_kib
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, install_command
+from edge_lab.engine_verdict import how_to_mend, slow_parts
 
 from .check import (
     DAMAGED,
@@ -318,4 +319,8 @@ def check_engines(bundle: Path, manifest: Manifest, facts: Facts) -> Check:
         )
     facts.engine = max(fitting.values(), key=lambda info: engine_rank(info, 1))
     detail = f"{', '.join(fitting)} fits ({len(problems)} others do not)"
-    return usable("ok", f"{detail}; {apart}" if others else detail)
+    detail = f"{detail}; {apart}" if others else detail
+    slow = slow_parts(facts.engine)
+    if slow and not unvouched:
+        return Check(name, "warn", detail, "; ".join(slow), how_to_mend(facts.engine))
+    return usable("ok", detail)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from edge.bundle.manifest import Manifest, fingerprint
 from edge.errors import ResourceError
 from edge.runtime.scheduler.request import SchedulerStats
+from edge_lab.engine_verdict import describe_slowness
 from edge_lab.manifest_text import describe_kv_cache
 from edge_lab.measure.drift import WATCH_USER
 from edge_serve.http.errors import APIError, draining, invalid, stalled
@@ -29,6 +30,7 @@ from .bundle_text import BundleText, read_bundle_text
 from .route import AUTO, Facts, Rule, Split
 
 if TYPE_CHECKING:
+    from edge.bundle.engine_file import EngineInfo as BuiltEngine
     from edge.runtime.llm import LLM
     from edge.text.tokenizer import Tokenizer
 
@@ -130,7 +132,9 @@ class ServedModel:
             "slots": str(backend.num_slots),
             "fingerprint": self.fingerprint,
         }
-        return EngineInfo(labels, self.llm.warning)
+        info: BuiltEngine | None = getattr(backend, "info", None)  # TensorRT's
+        warnings = (self.llm.warning, describe_slowness(info) if info is not None else None)
+        return EngineInfo(labels, ". ".join(filter(None, warnings)) or None)
 
     @property
     def is_used(self) -> bool:

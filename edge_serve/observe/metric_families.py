@@ -200,8 +200,8 @@ class EngineInfo(NamedTuple):
 
     Attributes:
         labels: of ``edgellm_engine_info``: backend, quantization and the like.
-        warning: why the CPU computes on a machine with a GPU, where nobody named it as backend;
-            else None.
+        warning: why the CPU computes on a machine with a GPU, where nobody named it as backend,
+            why sequences take turns, and what makes the engine slow; None if there is nothing.
     """
 
     labels: dict[str, str]

@@ -44,6 +44,16 @@ def join_tactics(width: int) -> tuple[Tactic, ...]:
     return tuple(Tactic(BY_NAME[join_name(rows, width)], rows, width) for rows in JOIN_ROWS)
 
 
+def part_place(rows: int) -> int:
+    """Place in `part_tactics` of the one that fits so many heads of tokens of a group."""
+    return 0 if rows <= ATTENTION_ROWS[0] else 1
+
+
+def join_place(rows: int) -> int:
+    """Place in `join_tactics` of the one that fits so many heads of tokens of all sequences."""
+    return 0 if number_of_parts(rows) > 1 else 1
+
+
 def _check_width(width: int) -> None:
     if width not in HEAD_WIDTHS:
         raise ConfigError(f"attention takes heads of {HEAD_WIDTHS} values, not {width}")
@@ -83,11 +93,10 @@ def attention(
             f"{batch}, {groups}, {heads}, {tokens} and {capacity}"
         )
     rows, pairs = heads * tokens, batch * groups
-    parts = number_of_parts(rows * pairs)
     if tile is None:
-        tile = 0 if rows <= tiles[0].rows else 1
+        tile = part_place(rows)
     if join is None:
-        join = 0 if parts > 1 else 1
+        join = join_place(rows * pairs)
     half, wide, whole = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.int32)
     buffers: Buffers = {
         "query": ((batch, groups * heads, tokens, width), half),

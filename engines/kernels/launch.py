@@ -91,6 +91,24 @@ def w4_tactics(planes: int) -> tuple[Tactic, ...]:
     )
 
 
+def w4_places(usual: int, largest: int) -> tuple[int, ...]:
+    """Places in `w4_tactics` that are worth timing for so many rows.
+
+    Of few rows it is the product that reads the weights once for all of them. Where one row is
+    usual and more may come, as of logits, which drafts want several of, that is the one for these
+    too: a timing by one row alone would read the weights of the lm_head anew for each.
+
+    Args:
+        usual: rows that an engine is tuned for.
+        largest: rows of its largest step.
+    """
+    few = (1, 2, 4, MAX_ROWS)
+    if usual > MAX_ROWS:
+        return (len(few),)
+    place = next(place for place, rows in enumerate(few) if rows >= min(largest, MAX_ROWS))
+    return (place,) if usual == 1 else (place, len(few))
+
+
 def w4_gemv(
     rows: int, columns: int, depth: int, *, group: int, planes: int = 1, bias: bool = False
 ) -> Job:
@@ -109,9 +127,8 @@ def w4_gemv(
     """
     if not 1 <= rows <= MAX_ROWS:
         raise ConfigError(f"w4_gemv takes 1 to {MAX_ROWS} rows, not {rows}")
-    tactics = w4_tactics(planes)
-    fitting = next(tactic for tactic in tactics if tactic.rows >= rows)
-    return product(fitting, rows, columns, depth, group=group, bias=bias)
+    (place, *_) = w4_places(rows, rows)
+    return product(w4_tactics(planes)[place], rows, columns, depth, group=group, bias=bias)
 
 
 def w4_gemm(

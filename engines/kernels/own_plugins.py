@@ -5,7 +5,8 @@ Another one is a rule in `edge.backends.tensorrt.launch_rules` and a line here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from edge.backends.tensorrt.launch_rules import (
@@ -15,11 +16,12 @@ from edge.backends.tensorrt.launch_rules import (
     TOP_K_MERGE,
     TOP_K_PARTS,
     PluginRule,
+    Shape,
 )
 from edge.bundle.io_spec import ElementType
 
-from .attention import join_tactics, part_tactics
-from .launch import Tactic, w4_tactics
+from .attention import join_place, join_tactics, part_place, part_tactics
+from .launch import Tactic, w4_places, w4_tactics
 from .top_k import top_k_merge_tactics, top_k_parts_tactics
 
 TACTICS: dict[PluginRule, Callable[[int], tuple[Tactic, ...]]] = {
@@ -31,6 +33,28 @@ TACTICS: dict[PluginRule, Callable[[int], tuple[Tactic, ...]]] = {
 }
 """The kernels of each plugin by the value of its attribute, which raise ConfigError if there are
 none for that. TensorRT's number of a tactic is its place plus one."""
+_Shapes = Sequence[Shape]
+_PLACES: dict[PluginRule, Callable[[_Shapes, _Shapes], tuple[int, ...]]] = {
+    PRODUCT: lambda usual, largest: w4_places(math.prod(usual[0][:-1]), math.prod(largest[0][:-1])),
+    PARTS: lambda usual, _: (part_place(usual[0][1] // usual[1][1] * usual[0][2]),),
+    JOIN: lambda usual, _: (join_place(math.prod(usual[3][:3])),),
+    TOP_K_PARTS: lambda *_: (0,),
+    TOP_K_MERGE: lambda *_: (0,),
+}
+
+
+def fitting_tactics(rule: PluginRule, usual: _Shapes, largest: _Shapes) -> tuple[int, ...]:
+    """Numbers of the one or two tactics that are worth timing in an optimization profile.
+
+    Each is right for any shapes. Where a launch takes as long as a kernel, or clocks move, a
+    timing of all of them picks at random: that of 128 rows for one, or that of one row for 512.
+
+    Args:
+        rule: of the plugin.
+        usual: shapes of its inputs that the profile is tuned for.
+        largest: the largest of the profile.
+    """
+    return tuple(place + 1 for place in _PLACES[rule](usual, largest))
 
 
 def element_types(trt: Any) -> dict[ElementType, Any]:

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from inspect import Parameter, Signature
 from types import GenericAlias
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from edge.backends.tensorrt.launch_rules import NAMESPACE, Arithmetic, PluginRule
 from edge.bundle.io_spec import ElementType
 
 from .launch import Tactic
-from .own_plugins import TACTICS
+from .own_plugins import TACTICS, fitting_tactics
 from .package import Ptx
 
 VERSION = "1"
@@ -53,11 +54,17 @@ def _register(
         )
         return found if len(found) > 1 else found[0]
 
+    # Of each plugin of a network, whatever profile it was asked about: NVIDIA's class keeps the
+    # last answer for all (`_plugin_class.py`), and nothing says in which order it is asked.
+    fitting: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
+
     def tune(*arguments: Any) -> Any:
         *inputs, _ = arguments
         kinds = ", ".join((*rule.inputs.values(), *rule.outputs.values())).upper()
-        numbers = [place + 1 for place, _ in enumerate(tactics_of(inputs))]
-        return [trtp.AutoTuneCombination(kinds, "LINEAR", numbers)]
+        usual, largest = ([_sizes(each.shape, of) for each in inputs] for of in ("opt", "max"))
+        numbers = fitting.setdefault(inputs[0], set())
+        numbers.update(fitting_tactics(rule, usual, largest))
+        return [trtp.AutoTuneCombination(kinds, "LINEAR", sorted(numbers))]
 
     def implement(*arguments: Any) -> Any:
         *inputs, _, tactic = arguments
@@ -87,6 +94,10 @@ def _register(
 
 def _shape(tensor: Any) -> tuple[Any, ...]:
     return tuple(tensor.shape_expr[axis] for axis in range(tensor.ndim))
+
+
+def _sizes(shape: Any, of: str) -> tuple[int, ...]:
+    return tuple(getattr(shape, of) if shape.is_dynamic else shape)
 
 
 def _sign(function: Any, arguments: Mapping[str, Any], result: Any) -> None:

@@ -10,26 +10,34 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from edge.backends.tensorrt import plugins
 from edge.backends.tensorrt.launch_rules import Arithmetic, PluginRule
 from edge.backends.tensorrt.plugin_kernels import OwnKernels, PluginKernel, pack, unpack
 from edge.backends.tensorrt.plugins import plugin_class, told
+from edge.errors import DeviceError
 
-from .own_plugins import TACTICS, element_types
-from .package import Ptx
+from .own_plugins import TACTICS, element_types, fitting_tactics
+from .package import Cubin, Ptx
 
+_log = logging.getLogger(__name__)
+
+Kernels = Mapping[str, Ptx] | Mapping[str, Cubin]
+_packs: WeakKeyDictionary[OwnKernels, Callable[[str, int], bytes]] = WeakKeyDictionary()
 _TACTICS = {rule.name: tactics for rule, tactics in TACTICS.items()}
 
 
-def register(trt: Any, ptx: Mapping[str, Ptx]) -> None:
+def register(trt: Any, kernels: Kernels, ptx: Mapping[str, Ptx]) -> None:
     """Make the plugins known to TensorRT, for builds too.
 
     Args:
         trt: the module ``tensorrt``.
-        ptx: kernels by variant, from `package.load_ptx`.
+        kernels: by variant, from `package.load_cubins` where there are some for the GPU.
+        ptx: what is taken where the driver loads none of these, from `package.load_ptx`.
 
     Raises:
         DependencyError: this TensorRT takes no such plugin, or cuda-bindings is missing.
@@ -38,7 +46,13 @@ def register(trt: Any, ptx: Mapping[str, Ptx]) -> None:
 
     @functools.cache
     def pack_of(name: str, value: int) -> bytes:
-        packed = _pack(name, value, ptx)
+        packed = _pack(name, value, kernels)
+        if own_kernels.in_context:
+            try:
+                own_kernels.load(packed)
+            except DeviceError as error:
+                _log.warning("%s is compiled by the driver at each start instead: %s", name, error)
+                packed = _pack(name, value, ptx)
         own_kernels.add(packed)
         return packed
 
@@ -46,30 +60,43 @@ def register(trt: Any, ptx: Mapping[str, Ptx]) -> None:
         return _build_class(trt, rule)(pack_of(rule.name, value), own_kernels)
 
     own_kernels.for_build = make
+    _packs[own_kernels] = pack_of
 
 
-def pack_kernels(used: Iterable[tuple[str, int]], ptx: Mapping[str, Ptx]) -> tuple[bytes, ...]:
+def registered_kernels(trt: Any, used: Iterable[tuple[str, int]]) -> tuple[bytes, ...]:
+    """The kernels of plugins as they were built with.
+
+    Args:
+        trt: the module ``tensorrt``, after `register`.
+        used: plugins, each by its name and the value of its attribute.
+    """
+    pack_of = _packs[plugins.register(trt)]
+    return tuple(pack_of(name, value) for name, value in sorted(used))
+
+
+def pack_kernels(used: Iterable[tuple[str, int]], kernels: Kernels) -> tuple[bytes, ...]:
     """The kernels of plugins; a tactic's number is the place plus one.
 
     Args:
         used: plugins, each by its name and the value of its attribute.
-        ptx: kernels by variant, from `package.load_ptx`.
+        kernels: by variant.
     """
-    return tuple(_pack(name, value, ptx) for name, value in sorted(used))
+    return tuple(_pack(name, value, kernels) for name, value in sorted(used))
 
 
-def _pack(name: str, value: int, ptx: Mapping[str, Ptx]) -> bytes:
+def _pack(name: str, value: int, kernels: Kernels) -> bytes:
     found = []
     for tactic in _TACTICS[name](value):
-        kernel = ptx[tactic.variant.name]
+        kernel = kernels[tactic.variant.name]
         found.append(
             PluginKernel(
-                kernel.text,
+                kernel.text if isinstance(kernel, Ptx) else "",
                 kernel.entry,
                 kernel.threads,
                 kernel.shared_bytes,
                 tactic.rows,
                 tactic.columns,
+                kernel.image if isinstance(kernel, Cubin) else b"",
             )
         )
     return pack(found)
@@ -110,8 +137,15 @@ def _build_class(trt: Any, rule: PluginRule) -> Any:
             super().__init__(packed, own_kernels)
             trt.IPluginV3OneBuild.__init__(self)
             self.num_outputs = len(rule.outputs)
+            self.tactics = tuple(place + 1 for place, _ in enumerate(unpack(packed)))
             # Without it TensorRT would time each layer anew, those of the same shapes too.
             self.timing_cache_id = hashlib.sha256(packed).hexdigest()
+
+        @told
+        def clone(self) -> Any:
+            copy = super().clone()
+            copy.tactics = self.tactics
+            return copy
 
         @told
         def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
@@ -146,9 +180,13 @@ def _build_class(trt: Any, rule: PluginRule) -> Any:
             # (autowarefoundation/autoware_universe#13158), where the driver loads nothing.
             if self.own_kernels.in_context:
                 self.load()
+            usual, largest = (
+                [tuple(getattr(each, of)) for each in inputs] for of in ("opt", "max")
+            )
+            self.tactics = fitting_tactics(rule, usual, largest)
 
         @told
         def get_valid_tactics(self) -> list[int]:
-            return [place + 1 for place, _ in enumerate(unpack(self.packed))]
+            return list(self.tactics)
 
     return BuildPlugin

@@ -15,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 
 from edge.backends import choose
 from edge.bundle.manifest import MANIFEST_NAME, encode_manifest, read_manifest
+from edge.bundle.profile_layers import ProfileLayers
 from edge.bundle.verified_files import sha256_file
 from edge.limited_child import LimitedChild, Limits
 from edge.text import chat_template
@@ -328,12 +330,36 @@ def test_an_engine_for_fewer_than_the_slots_is_said_but_is_no_gpu_that_idles(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(ScriptedBackend, "name", "tensorrt")
-    monkeypatch.setattr(ScriptedBackend, "info", SimpleNamespace(max_batch=1), raising=False)
+    monkeypatch.setattr(ScriptedBackend, "info", info_of(compiled=()), raising=False)
     with running(tiny_bundles("qwen2")) as live:
         (warning,) = live.ask("/ready").json["warnings"]
         metrics = live.ask("/metrics").body.decode()
     assert "the engine computes 1 per step, so they take turns" in warning
+    assert "slower" not in warning
     assert 'gpu_unused="false"' in metrics
+
+
+def info_of(**fields: Any) -> Any:
+    """What is read of an engine's ``engine.json``."""
+    known = {"max_batch": 1, "flavour": "tensorrt", "kernels": "tensorrt", "builder": "api"}
+    return SimpleNamespace(**{**known, "tuned": (), "refused": (), **fields})
+
+
+def test_a_slow_engine_is_said_wherever_one_looks(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    slow = ProfileLayers("decode", 9, 1, 1, 28, {"fp16": 9}, "decomposed")
+    monkeypatch.setattr(ScriptedBackend, "name", "tensorrt")
+    info = info_of(max_batch=64, compiled=(slow,))
+    monkeypatch.setattr(ScriptedBackend, "info", info, raising=False)
+    with running(tiny_bundles("qwen2")) as live:
+        ready = live.ask("/ready").json
+        row = live.ask("/stats").json["models"]["tiny"]  # which the page shows
+    assert ready["status"] == "ready"
+    assert ready["warnings"] == [row["warning"]]
+    assert "28 layers unpack their weights" in row["warning"]
+    assert "attention is several kernels" in row["warning"]
+    assert "edge-llm build BUNDLE --kernels auto" in row["warning"]
 
 
 def test_heat_makes_the_server_not_ready(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch):

@@ -33,15 +33,10 @@ def asked(bundle: Path, **options: Any) -> BuildPlan:
 @pytest.mark.parametrize(
     ("dialect", "version", "options", "expected"),
     [
-        ("native", "10.16", {}, ["slice fused", "slice decomposed"]),
+        ("native", "10.16", {}, ["slice decomposed"]),
         ("native", "10.16", {"attention": "fused"}, ["slice fused"]),
-        ("native", "10.16", {"kv_read": "full"}, ["full fused", "full decomposed"]),
-        (
-            "native",
-            "10.16",
-            {"kv_read": "auto"},
-            ["slice fused", "full fused", "slice decomposed", "full decomposed"],
-        ),
+        ("native", "10.16", {"kv_read": "full"}, ["full decomposed"]),
+        ("native", "10.16", {"kv_read": "auto"}, ["slice decomposed", "full decomposed"]),
         (
             "native",
             "11.4",
@@ -82,28 +77,28 @@ def test_the_first_that_is_built_is_taken(tiny_bundles: Bundles) -> None:
     rungs = make_rungs(plan, TensorRT(None, "tensorrt", "10.16"))
 
     def attempt(rung: BuildPlan) -> str:
-        if rung.attention == "fused":
+        if rung.kv_read == "slice":
             raise BuildError(f"{REASON} {rung.kv_read}")
         return f"{rung.kv_read} {rung.attention}"
 
     built, climbed = climb(plan, rungs, attempt)
-    assert built == "slice decomposed"
-    assert climbed.build is rungs[2]
-    assert [each.reason for each in climbed.refused] == [f"{REASON} slice", f"{REASON} full"]
+    assert built == "full decomposed"
+    assert climbed.build is rungs[1]
+    assert [each.reason for each in climbed.refused] == [f"{REASON} slice"]
     assert climbed.options["kv_read"] == "auto"  # what a rebuild repeats is the question
 
 
 def test_nothing_built_tells_every_reason_once(tiny_bundles: Bundles) -> None:
-    plan = asked(tiny_bundles("qwen2", "native"))
+    plan = asked(tiny_bundles("qwen2", "native"), kv_read="auto")
     rungs = make_rungs(plan, TensorRT(None, "tensorrt", "10.16"))
 
     def differing(rung: BuildPlan) -> str:
-        raise BuildError(f"reason of {rung.attention}")
+        raise BuildError(f"reason of {rung.kv_read}")
 
     def alike(rung: BuildPlan) -> str:
         raise BuildError("the graph is of no use")
 
-    with pytest.raises(BuildError, match=r"none of 2 variants.*reason of fused.*of decomposed"):
+    with pytest.raises(BuildError, match=r"none of 2 variants.*reason of slice.*of full"):
         climb(plan, rungs, differing)
     with pytest.raises(BuildError, match=r"\Athe graph is of no use\Z"):
         climb(plan, rungs, alike)
@@ -111,15 +106,21 @@ def test_nothing_built_tells_every_reason_once(tiny_bundles: Bundles) -> None:
 
 @pytest.fixture
 def refusing(monkeypatch: pytest.MonkeyPatch) -> Target:
-    """TensorRT for RTX with one fault more: it has no attention in one kernel."""
+    """TensorRT for RTX with two faults more: no attention in one kernel, no slice of a cache."""
     pytest.importorskip("tensorrt_rtx")
-    original = Compiler.build
+    parse, build = Compiler.parse, Compiler.build
+
+    def refuse_slice(self: Compiler, graph: bytes, path: Path, kv_read: str, *args: Any) -> Any:
+        if kv_read == "slice":
+            raise BuildError(REASON)
+        return parse(self, graph, path, kv_read, *args)  # type: ignore[arg-type]
 
     def refuse(self: Compiler, *args: Any, **kwargs: Any) -> Any:
         if not all(each.decomposable for each in self._attentions().values()):
             raise BuildError(REASON)
-        return original(self, *args, **kwargs)
+        return build(self, *args, **kwargs)
 
+    monkeypatch.setattr(Compiler, "parse", refuse_slice)
     monkeypatch.setattr(Compiler, "build", refuse)
     target = Target(compat.load("tensorrt-rtx"), None, "8.6")
     monkeypatch.setattr(builder, "find_target", lambda **_options: target)
@@ -133,30 +134,35 @@ def run(command: Any, *arguments: str) -> Any:
 def test_the_record_says_what_was_refused_and_what_was_taken(
     bundle: Path, refusing: Target
 ) -> None:
-    result = json.loads(run(build, str(bundle), "--max-prefill", "32", "--json").stdout)
-    assert result["attention"] == "decomposed"
+    arguments = [str(bundle), "--max-prefill", "32", "--kv-read", "auto", "--json"]
+    result = json.loads(run(build, *arguments).stdout)
+    assert (result["attention"], result["kv_read"]) == ("decomposed", "full")
     (refused,) = result["refused"]
     assert refused == {
         "kv_read": "slice",
-        "attention": "fused",
+        "attention": "decomposed",
         "reason": REASON,
         "scales": "stored",
         "kernels": "tensorrt",
     }
     directory = Path(result["engine"])
     info = read_engine_info(directory)
-    assert (info.attention, info.kv_read) == ("decomposed", "slice")
+    assert (info.attention, info.kv_read) == ("decomposed", "full")
     assert [each.reason for each in info.refused] == [REASON]
     log = (directory / "build.log").read_text()
-    assert log.index("== attention fused, cache read as slice") < log.index("== attention decom")
+    assert log.index("decomposed, cache read as slice") < log.index(
+        "decomposed, cache read as full"
+    )
     assert REASON in " ".join(run(inspect, str(directory)).stdout.split())
-    assert "--attention auto" in rebuild_command(directory, info)
-    assert not build_engine(BuildConfig(bundle, max_prefill=32), target=refusing).built
+    assert "--kv-read auto --attention auto" in rebuild_command(directory, info)
+    assert not build_engine(
+        BuildConfig(bundle, max_prefill=32, kv_read="auto"), target=refusing
+    ).built
 
 
 def test_an_explicit_choice_fails_with_the_reason(bundle: Path, refusing: Target) -> None:
     with pytest.raises(BuildError, match=r"\Ano fused kernel"):
-        run(build, str(bundle), "--max-prefill", "32", "--attention", "fused")
+        run(build, str(bundle), "--max-prefill", "32", "--attention", "fused", "--kv-read", "full")
     assert not list((bundle / "engines").glob("*/engine.json"))
 
 
@@ -164,7 +170,7 @@ def test_a_choice_that_builds_at_once_has_refused_nothing(bundle: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     target = Target(compat.load("tensorrt-rtx"), None, "8.6")
     info = build_engine(BuildConfig(bundle, max_prefill=32, kv_read="auto"), target=target).info
-    assert (info.kv_read, info.attention, info.refused) == ("slice", "fused", ())
+    assert (info.kv_read, info.attention, info.refused) == ("slice", "decomposed", ())
     assert info.options["kv_read"] == "auto"
 
 

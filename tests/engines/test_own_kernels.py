@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,15 +19,17 @@ from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle.engine_file import find_engines, read_engine_info, rebuild_command
 from edge.bundle.manifest import read_manifest
 from edge.errors import BuildError, ConfigError, DependencyError, IntegrityError
+from edge_lab import telemetry
 from edge_lab.cli.inspect import inspect
-from engines import builder, compat, support, tune
+from edge_lab.telemetry import Snapshot
+from engines import builder, cli, compat, support, tune
 from engines.audit import audit_network
 from engines.build_plan import BuildPlan, plan_build
 from engines.builder import Target, build_engine, compile_bundle
 from engines.config import BuildConfig
 from engines.kernels.package import Ptx
 from engines.ladder import describe, make_rungs
-from tests.conftest import Bundles
+from tests.conftest import Bundles, PoolingBundles
 from tests.engines.own_builds import (
     export,
     gpu,
@@ -37,6 +40,8 @@ from tests.engines.own_builds import (
     target_of,
 )
 from tests.fake_cuda import FakeGpu
+from tests.fake_network import Planted
+from tests.fake_tensorrt import make_module
 from tests.tiny_models import write_checkpoint
 
 __all__ = ["gpu", "target"]  # fixtures
@@ -64,7 +69,7 @@ def test_an_engine_with_own_kernels_stands_beside_the_other(bundle: Path, target
     assert layers["plugin_v3"] == 9
     assert "dequantize" not in layers
     assert rebuild_command(own, infos[1]).endswith("--kernels own")
-    assert "--kernels" not in rebuild_command(plain, infos[0])
+    assert rebuild_command(plain, infos[0]).endswith("--kernels tensorrt")
     assert not list((bundle / "engines").glob(".kernels-*"))
     shown = CliRunner().invoke(inspect, [str(own)], catch_exceptions=False).stdout
     assert "own kernels" in shown
@@ -78,12 +83,36 @@ def test_an_engine_with_own_kernels_stands_beside_the_other(bundle: Path, target
 
 
 @needs_a_runner
+def test_a_build_says_at_once_what_is_slow(
+    bundle: Path, target: Target, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "SLOW" not in run(bundle).stdout
+    unpacked = ("layers.0.down", "layers.1.down")
+    module = make_module(gpu, planted=Planted(no_fused="no such kernel", unpacks=unpacked))
+    slow = dataclasses.replace(target, rt=dataclasses.replace(target.rt, module=module))
+    monkeypatch.setattr(builder, "find_target", lambda **_: slow)
+    text = run(bundle, "--again").stdout
+    assert "SLOW: the engine is slower than it could be: 2 layers unpack their weights" in text
+    assert "attention is several kernels" in text
+    again = run(bundle)
+    assert again.stdout.splitlines()[-1] == text.splitlines()[-1]  # also if it was there already
+    directory, info = only_engine(bundle)
+    assert [each.unpacking for each in info.compiled] == [2, 2]
+    asked = json.loads(run(bundle, "--json").stdout)
+    shown = CliRunner().invoke(inspect, [str(directory), "--json"], catch_exceptions=False)
+    assert asked["slow"] == json.loads(shown.stdout)["slow"]
+    assert len(asked["slow"]) == 2
+    shown = CliRunner().invoke(inspect, [str(directory)], catch_exceptions=False)
+    assert shown.stdout.count("SLOW") == 2
+
+
+@needs_a_runner
 def test_it_answers_as_the_graph_on_the_cpu(bundle: Path, target: Target) -> None:
     build_engine(BuildConfig(bundle, max_prefill=32, kernels="own"), target=target)
     config = BuildConfig(bundle, max_prefill=32, kernels="own")
     rung = plan_build(config, read_manifest(bundle))
     directory, info = only_engine(bundle)
-    seconds, problem = tune.measure(rung, directory)
+    seconds, problem, _ = tune.measure(rung, directory)
     assert problem is None
     assert (seconds or 0) > 0
     engine = TensorRTBackend(bundle, read_manifest(bundle))
@@ -100,7 +129,7 @@ def test_tuning_builds_both_and_keeps_the_faster(
     measure = tune.measure
 
     def planted(rung: BuildPlan, directory: Path, progress: Any) -> Any:
-        _, problem = measure(rung, directory, progress)
+        _, problem, _ = measure(rung, directory, progress)
         assert problem is None
         if rung.kernels in wrong:
             return None, "least cosine 0.31"
@@ -112,17 +141,17 @@ def test_tuning_builds_both_and_keeps_the_faster(
     directory, info = only_engine(bundle)
     assert directory.name.endswith("-auto-kernels")
     assert [(each.kernels, each.attention) for each in info.tuned] == [
-        ("tensorrt", "fused"),
         ("tensorrt", "decomposed"),
-        ("own", "fused"),
         ("own", "decomposed"),
     ]
     assert rebuild_command(directory, info).endswith("--kernels auto")
-    assert info.tuned[2].label == "slice, fused, own kernels"
+    assert info.tuned[1].label == "slice, decomposed, own kernels"
     shutil.rmtree(directory)
     wrong.add("own")
     text = run(bundle, "--kernels", "auto", "--tune").stdout
-    assert "tried: attention fused, cache read as slice, own kernels: least cosine 0.31" in text
+    assert (
+        "tried: attention decomposed, cache read as slice, own kernels: least cosine 0.31" in text
+    )
     assert only_engine(bundle)[1].kernels == "tensorrt"
 
 
@@ -164,7 +193,7 @@ def test_asked_for_by_name_they_are_not_left_out(
 def test_without_the_plugin_the_parser_refuses(
     bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compat, "register_own_kernels", lambda _: 0)
+    monkeypatch.setattr(compat, "register_own_kernels", lambda *_: 0)
     with pytest.raises(BuildError, match="Plugin not found"):
         build_engine(BuildConfig(bundle, max_prefill=32, kernels="own"), target=target)
     assert not list((bundle / "engines").glob(".kernels-*"))
@@ -226,7 +255,7 @@ def test_an_engine_with_own_attention(
     rung = plan_build(
         BuildConfig(bundle, max_prefill=32, kernels="own", attention="own"), read_manifest(bundle)
     )
-    seconds, problem = tune.measure(rung, directory)
+    seconds, problem, _ = tune.measure(rung, directory)
     assert problem is None
     assert (seconds or 0) > 0
 
@@ -235,14 +264,14 @@ def test_an_engine_with_own_attention(
 def test_tuning_measures_own_kernels_with_and_without_attention(
     wide: Callable[[str], Path], target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = {"own": 0.002, "fused": 0.003, "decomposed": 0.004}
+    seconds = {"own": 0.002, "decomposed": 0.004}
     monkeypatch.setattr(tune, "measure", lambda rung, *_: (seconds[rung.attention], None))
     bundle = wide("native")
     run(bundle, "--kernels", "auto", "--tune")
     info = only_engine(bundle)[1]
     assert [(each.kernels, each.attention) for each in info.tuned] == [
-        *(("tensorrt", each) for each in ("fused", "decomposed")),
-        *(("own", each) for each in ("own", "fused", "decomposed")),
+        ("tensorrt", "decomposed"),
+        *(("own", each) for each in ("own", "decomposed")),
     ]
     assert (info.kernels, info.attention) == ("own", "own")
 
@@ -360,9 +389,105 @@ def test_the_audit_holds_for_plugins(
 # Options and refusals
 
 
-def test_auto_goes_with_tune_alone(bundle: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--kernels auto keeps the faster kernels.*--tune"):
-        BuildConfig(bundle, kernels="auto")
+@needs_a_runner
+def test_auto_builds_one_engine_with_each_kind_of_kernels(
+    wide: Callable[[str], Path], target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And weighs a prefill with the decode steps of an answer."""
+    seconds = {"tensorrt": (0.0040, 0.1), "own": (0.0039, 0.2)}
+    monkeypatch.setattr(
+        tune, "measure", lambda rung, *_: (seconds[rung.kernels][0], None, seconds[rung.kernels][1])
+    )
+    bundle = wide("native")
+    done = run(bundle, "--kernels", "auto")
+    assert re.search(r"building two engines, .* some 4 minutes \(predicted\)", done.stderr)
+    assert "3.90 ms per decode step, 200 ms of prefill" in done.stdout
+    directory, info = only_engine(bundle)
+    # 0.2 + 256 * 0.0039 is more than 0.1 + 256 * 0.0040.
+    assert (info.kernels, info.attention) == ("tensorrt", "decomposed")
+    assert [(each.kernels, each.attention, each.prefill_s) for each in info.tuned] == [
+        ("tensorrt", "decomposed", 0.1),
+        ("own", "own", 0.2),
+    ]
+    assert rebuild_command(directory, info).endswith("--kernels auto")
+    shown = CliRunner().invoke(inspect, [str(directory)], catch_exceptions=False).stdout
+    assert "3.90 ms per decode step, 200 ms of prefill" in " ".join(shown.split())
+    seconds["own"] = (0.0030, 0.2)
+    run(bundle, "--kernels", "auto", "--again")
+    assert only_engine(bundle)[1].kernels == "own"
+
+
+@needs_a_runner
+def test_where_own_attention_answers_wrong_auto_tries_own_products_alone(
+    wide: Callable[[str], Path], target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(rung: BuildPlan, *_: Any) -> Any:
+        wrong = rung.attention == "own"
+        return (None, "least cosine 0.31") if wrong else (0.001 + len(rung.kernels), None)
+
+    monkeypatch.setattr(tune, "measure", measure)
+    bundle = wide("native")
+    run(bundle, "--kernels", "auto")
+    info = only_engine(bundle)[1]
+    assert [(each.kernels, each.attention) for each in info.tuned] == [
+        ("tensorrt", "decomposed"),
+        ("own", "own"),
+        ("own", "decomposed"),
+    ]
+    assert (info.kernels, info.attention) == ("own", "decomposed")
+
+
+@needs_a_runner
+@pytest.mark.parametrize("on_jetson", [True, False])
+def test_a_jetson_builds_with_both_unless_one_is_named(
+    bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch, on_jetson: bool
+) -> None:
+    monkeypatch.setattr(cli, "read_target", lambda: "jetpack7" if on_jetson else None)
+    monkeypatch.setattr(
+        tune, "measure", lambda rung, *_: (0.001 if rung.kernels == "own" else 0.002, None)
+    )
+    done = run(bundle)
+    info = only_engine(bundle)[1]
+    assert info.options["kernels"] == ("auto" if on_jetson else "tensorrt")
+    assert info.kernels == ("own" if on_jetson else "tensorrt")
+    assert ("two engines" in done.stderr) is on_jetson
+    shutil.rmtree(bundle / "engines")
+    named = run(bundle, "--kernels", "tensorrt")
+    assert "two engines" not in named.stderr
+    assert only_engine(bundle)[1].tuned == ()
+
+
+def test_what_times_nothing_is_no_default_of_a_jetson(
+    pooling_bundles: PoolingBundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "read_target", lambda: "jetpack7")
+    embedding = pooling_bundles("embed", "portable", "int4")
+    assert cli._default_kernels(embedding) == "tensorrt"
+    with pytest.raises(ConfigError, match=r"--kernels auto times decode steps.*leave the option"):
+        plan_build(BuildConfig(embedding, max_prefill=32, kernels="auto"), read_manifest(embedding))
+
+
+@needs_a_runner
+def test_clocks_that_move_are_told_before_a_build_and_recorded(
+    bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = Snapshot(
+        power_mode="MODE_30W", gpu_clock_min_hz=306_000_000, gpu_clock_max_hz=612_000_000
+    )
+    monkeypatch.setattr(telemetry, "read_snapshot", lambda: board)
+    assert "follow the load (306 to 612 MHz)" in run(bundle).stderr
+    directory, info = only_engine(bundle)
+    assert (info.gpu_clocks_hz, info.power_mode) == ((306_000_000, 612_000_000), "MODE_30W")
+    shown = CliRunner().invoke(inspect, [str(directory)], catch_exceptions=False).stdout
+    assert "306 to 612 MHz, by load, power mode MODE_30W" in " ".join(shown.split())
+    fixed = msgspec.structs.replace(board, gpu_clock_min_hz=612_000_000)
+    monkeypatch.setattr(telemetry, "read_snapshot", lambda: fixed)
+    assert "follow the load" not in run(bundle, "--again").stderr
+
+
+def test_kernels_that_there_are_not(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="compile_fastest"):
+        build_engine(BuildConfig(bundle, kernels="auto"))
     with pytest.raises(ConfigError, match="none of auto, own, tensorrt"):
         BuildConfig(bundle, kernels="mine")  # type: ignore[arg-type]
     assert BuildConfig(bundle).kernels == "tensorrt"

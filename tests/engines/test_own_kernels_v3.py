@@ -43,8 +43,9 @@ from engines.build_plan import plan_build
 from engines.builder import Target, build_engine
 from engines.config import BuildConfig
 from engines.kernels import plugin_v3
-from engines.kernels.package import load_ptx
+from engines.kernels.package import load_cubins, load_ptx
 from engines.own_kernels import use_own_kernels
+from tests import fake_plugin_v3
 from tests.conftest import Bundles
 from tests.fake_cuda import FakeGpu
 from tests.fake_plugin_v3 import REGISTRY
@@ -63,6 +64,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     device.push()  # TensorRT takes the primary context
     with emptied(device):
         yield device
+        device.live.pop("module", None)  # own kernels stay until the process ends
         device.pop()
 
 
@@ -140,14 +142,14 @@ def test_an_engine_of_jetpack_6_runs_with_own_kernels(bundle: Path, target: Targ
     directory, info = only_engine(bundle)
     assert (info.kernels, info.plugins, len(info.own_linears)) == ("own", "python", 9)
     used = [(PRODUCT.name, 1), (PRODUCT.name, 2)]
-    assert info.python_kernels == plugin_v3.pack_kernels(used, load_ptx())
+    assert info.python_kernels == plugin_v3.pack_kernels(used, load_cubins("8.7"))
     assert rebuild_command(directory, info).endswith("--kernels own")
     shown = CliRunner().invoke(inspect, [str(directory)], catch_exceptions=False).stdout
     assert "9 linear layers, launched by Python" in shown
     shown = CliRunner().invoke(inspect, [str(directory), "--json"], catch_exceptions=False).stdout
     assert (json.loads(shown)["plugins"], "python_kernels" in shown) == ("python", False)
     rung = plan_build(BuildConfig(bundle, max_prefill=32, kernels="own"), read_manifest(bundle))
-    seconds, problem = tune.measure(rung, directory)
+    seconds, problem, _ = tune.measure(rung, directory)
     assert problem is None
     assert (seconds or 0) > 0
     again = json.loads(run(bundle, "--kernels", "own", "--json").stdout)
@@ -199,7 +201,7 @@ def test_int8_in_two_planes(tiny_bundles: Bundles, tmp_path: Path, target: Targe
     bundle = Path(shutil.copytree(tiny_bundles("llama", "portable", "int8"), tmp_path / "bundle"))
     result = build_engine(BuildConfig(bundle, max_prefill=32, kernels="own"), target=target)
     used = [(PRODUCT.name, 2)]
-    assert result.info.python_kernels == plugin_v3.pack_kernels(used, load_ptx())
+    assert result.info.python_kernels == plugin_v3.pack_kernels(used, load_cubins("8.7"))
     engine = open_engine(bundle)
     decode(engine, 0)
     engine.close()
@@ -212,7 +214,7 @@ def test_tuning_takes_own_kernels_too(
     measure = tune.measure
 
     def planted(rung: Any, directory: Path, progress: Any) -> Any:
-        _, problem = measure(rung, directory, progress)
+        _, problem, _ = measure(rung, directory, progress)
         assert problem is None
         return seconds[rung.kernels], None
 
@@ -253,14 +255,14 @@ def test_an_engine_of_jetpack_6_runs_with_own_attention(wide: Path, target: Targ
     assert kinds.count("plugin_v3") == 9 + 2 + 2
     assert "softmax" not in kinds
     used = [(PRODUCT.name, 1), (PRODUCT.name, 2), (PARTS.name, 64), (JOIN.name, 64)]
-    assert info.python_kernels == plugin_v3.pack_kernels(used, load_ptx())
+    assert info.python_kernels == plugin_v3.pack_kernels(used, load_cubins("8.7"))
     assert len(info.python_kernels) == 4
     assert (directory / "engine.json").stat().st_size < 300_000
     shown = CliRunner().invoke(inspect, [str(directory)], catch_exceptions=False).stdout
     assert "9 linear layers, 2 attentions, launched by Python" in shown
     # Any order of tactics, prompts, drafts and decode: the same as the graph on the CPU.
     config = BuildConfig(wide, max_prefill=32, kernels="own", attention="own")
-    seconds, problem = tune.measure(plan_build(config, read_manifest(wide)), directory)
+    seconds, problem, _ = tune.measure(plan_build(config, read_manifest(wide)), directory)
     assert problem is None
     assert (seconds or 0) > 0
 
@@ -317,7 +319,7 @@ def test_an_engine_of_jetpack_6_finds_the_best_logits(
     directory, info = only_engine(bundle)
     assert (info.own_top_k, info.plugins, info.left_linears) == (True, "python", {})
     used = [(PRODUCT.name, 1), (PRODUCT.name, 2), (TOP_K_PARTS.name, 16), (TOP_K_MERGE.name, 16)]
-    assert info.python_kernels == plugin_v3.pack_kernels(used, load_ptx())
+    assert info.python_kernels == plugin_v3.pack_kernels(used, load_cubins("8.7"))
     shown = CliRunner().invoke(inspect, [str(directory)], catch_exceptions=False).stdout
     assert "9 linear layers, best logits, launched by Python" in " ".join(shown.split())
     engine = open_engine(bundle, use_cuda_graphs=False)
@@ -450,6 +452,52 @@ def test_a_graph_whose_plugin_cannot_be_made(
     monkeypatch.setattr(plugin_v3, "_build_class", fail)
     with pytest.raises(BuildError, match="a plugin with own kernels failed: ZeroDivisionError"):
         build_engine(BuildConfig(bundle, max_prefill=32, kernels="own"), target=target)
+
+
+def test_ptx_is_taken_where_the_driver_loads_no_machine_code(
+    bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that is older than the assembler may not."""
+    driver = sys.modules["cuda.bindings.driver"]
+    load = driver.cuModuleLoadData
+    monkeypatch.setattr(
+        driver,
+        "cuModuleLoadData",
+        lambda image: (209, None) if image.startswith(b"\x7fELF") else load(image),
+    )
+    run(bundle, "--kernels", "own")
+    info = only_engine(bundle)[1]
+    used = [(PRODUCT.name, 1), (PRODUCT.name, 2)]
+    assert info.python_kernels == plugin_v3.pack_kernels(used, load_ptx())
+    assert "w4_linear is compiled by the driver at each start instead" in caplog.text
+    open_engine(bundle).close()
+
+
+def test_a_profile_is_timed_with_the_tactics_for_its_rows(
+    bundle: Path, wide: Path, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: dict[Any, tuple[int, ...]] = {}
+    monkeypatch.setattr(fake_plugin_v3, "TIMED", timed)
+    run(bundle, "--kernels", "own", "--max-batch", "4", "--kv-capacity", "64")
+    depth = read_manifest(bundle).model.hidden_size
+    products = {
+        (usual[:2], largest[:2]): tactics
+        for (name, usual, largest), tactics in timed.items()
+        if name == PRODUCT.name and usual[-1] == depth
+    }
+    assert products == {
+        ((1, 32), (1, 32)): (5,),  # prefill: 128 rows at a time
+        ((4, 1), (4, 1)): (3, 5),  # decode: 4 rows, or 128
+        ((4, 8), (4, 8)): (5,),  # ends of prompts
+    }
+    timed.clear()
+    run(wide, "--kernels", "own")
+    heads = {
+        (name, usual[2] if name == PARTS.name else None): tactics
+        for (name, usual, _), tactics in timed.items()
+        if name == PARTS.name
+    }
+    assert heads == {(PARTS.name, 32): (2,), (PARTS.name, 1): (1,)}
 
 
 @pytest.mark.parametrize("step", ["parse", "build"])

@@ -33,11 +33,11 @@ from edge.errors import BackendError
 from engines.kernels import launch, plugin, plugin_v3, reference
 from engines.kernels.attention import attention, join_tactics, part_tactics
 from engines.kernels.layout import pack_weights
-from engines.kernels.own_plugins import element_types
+from engines.kernels.own_plugins import element_types, fitting_tactics
 from engines.kernels.package import load_ptx
 from engines.kernels.top_k import top_k, top_k_merge_tactics, top_k_parts_tactics
 from tests.fake_cuda import FakeGpu
-from tests.fake_plugin import Plugins, TensorDesc
+from tests.fake_plugin import Plugins, Shape, TensorDesc
 from tests.fake_plugin_v3 import REGISTRY, Desc
 from tests.fake_tensorrt import make_module
 
@@ -109,7 +109,7 @@ def make_plugin(rule: PluginRule, value: int) -> tuple[Any, Recorder]:
         patch.setattr(REGISTRY, "creators", weakref.WeakValueDictionary())
         patch.setattr(plugins, "_registered", {})
         module = make_module(FakeGpu(), JETPACK6)
-        plugin_v3.register(module, load_ptx())
+        plugin_v3.register(module, load_ptx(), load_ptx())
         own_kernels = plugins.register(module)
         creator = REGISTRY.creators[rule.name, "v3", "edge_llm"]
     fields = own_kernels.for_build(rule, value).get_fields_to_serialize()
@@ -253,6 +253,71 @@ def test_launches_of_the_search_are_those_of_the_compiled_plugins(
             strict=True,
         ):
             assert tuple(found) == (*leading, *wanted[1:])
+
+
+@pytest.mark.parametrize(
+    ("usual", "largest", "expected"),
+    [
+        (1, 1, (1,)),  # a decode step of one sequence
+        (2, 2, (2, 5)),
+        (3, 4, (3, 5)),
+        (8, 8, (4, 5)),
+        (9, 9, (5,)),
+        (512, 512, (5,)),  # a chunk of a prompt
+        (1, 64, (4,)),  # logits: one row of a prompt, several of a draft
+        (4, 64, (4, 5)),
+    ],
+)
+def test_few_rows_read_the_weights_once_and_many_on_tensor_cores(
+    usual: int, largest: int, expected: tuple[int, ...]
+) -> None:
+    def shapes(rows: int) -> list[tuple[int, ...]]:
+        return [(1, rows, 64), (2, 1, 8, 4), (2, 8), (1,)]
+
+    assert fitting_tactics(PRODUCT, shapes(usual), shapes(largest)) == expected
+    assert fitting_tactics(PRODUCT, shapes(usual), shapes(largest)) == tuple(
+        place + 1 for place in launch.w4_places(usual, largest)
+    )
+
+
+@given(
+    batch=strategies.integers(1, 16),
+    groups=strategies.integers(1, 16),
+    heads=strategies.integers(1, 8),
+    tokens=strategies.integers(1, 1024),
+)
+def test_attention_is_timed_with_what_is_launched_for_its_shapes(
+    batch: int, groups: int, heads: int, tokens: int
+) -> None:
+    job = attention(batch, groups, heads, tokens, 64, 128)
+    for rule, launched, tactics in zip(
+        (PARTS, JOIN), job.launches, (part_tactics(64), join_tactics(64)), strict=True
+    ):
+        shapes = [job.buffers[name][0] for name in rule.inputs]
+        (number,) = fitting_tactics(rule, shapes, shapes)
+        assert tactics[number - 1].variant is launched.variant
+
+
+def test_a_compiled_plugin_offers_what_any_of_its_profiles_wants() -> None:
+    """NVIDIA's class keeps the answer to the last question for all profiles."""
+
+    def ask(known: Plugins, desc: list[TensorDesc], rows: int) -> list[int]:
+        for each, shape in zip(desc, ((1, rows, 64), (2, 1, 8, 4), (2, 8), (1,)), strict=True):
+            each.shape = Shape.of([shape])
+        tune = known.known["edge_llm::w4_linear"].tune
+        assert tune is not None
+        ((combination),) = tune(*desc, ())
+        return list(combination.tactics)
+
+    def desc() -> list[TensorDesc]:
+        return [TensorDesc((1,), None) for _ in range(4)]
+
+    one, other = desc(), desc()
+    known = compiled_plugins()
+    assert ask(known, one, 1) == [1]
+    assert ask(known, one, 512) == [1, 5]
+    assert ask(known, other, 512) == [5]
+    assert ask(known, one, 1) == [1, 5]
 
 
 class Interpreted:

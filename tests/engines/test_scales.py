@@ -156,11 +156,11 @@ def test_the_rungs_of_a_build(
         rungs = make_rungs(plan, TensorRT(None, "tensorrt", "10.16"))
         return [f"{rung.scales} {rung.attention}" for rung in rungs]
 
-    stored = ["stored fused", "stored decomposed"]
+    stored = ["stored decomposed"]
     assert names(tiny_bundles("qwen2", "native", "int4")) == stored
     assert names(tiny_bundles("qwen2", "native", "int8-w8a8")) == [
         *stored,
-        *("fp32 fused", "fp32 decomposed"),
+        "fp32 decomposed",
     ]
     wide = export(tiny_checkpoints("qwen2"), tmp_path / "wide", target="jetpack7")
     assert names(wide) == stored

@@ -56,7 +56,7 @@ logits_indices:4x1,past_key_values.*:4x2x256x16
 logits_indices:4x16,past_key_values.*:4x2x256x16
 --memPoolSize=workspace:1024M
 --builderOptimizationLevel=3
---avgTiming=1
+--avgTiming=8
 --profilingVerbosity=detailed
 --timingCacheFile=t.cache
 --decomposableAttentions=*

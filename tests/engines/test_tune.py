@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import weakref
@@ -68,12 +69,13 @@ class Variants:
         rt = TensorRT(make_module(gpu), "tensorrt", "10.16.2.10")
         self.target = Target(rt, Gpu("Orin", "8.7"), "8.7")
         monkeypatch.setattr(builder, "find_target", lambda **_options: self.target)
+        monkeypatch.setattr(tune, "make_rungs", self.rungs)
         monkeypatch.setattr(tune, "compile_bundle", self.compile)
         measure = tune.measure
 
         def planted(rung: BuildPlan, directory: Path, progress: Any) -> Any:
             self.count_plans()
-            seconds, problem = measure(rung, directory, progress)  # it runs, whatever it says
+            seconds, problem, _ = measure(rung, directory, progress)  # it runs, whatever it says
             assert (seconds or 0) > 0
             assert problem is None
             name = self.name(rung)
@@ -82,6 +84,17 @@ class Variants:
             return self.seconds[name], None
 
         monkeypatch.setattr(tune, "measure", planted)
+
+    def rungs(self, asked: BuildPlan, _rt: TensorRT) -> list[BuildPlan]:
+        """More of them than a build of this version leaves open (`test_ladder`)."""
+        config = asked.config
+        reads: list[Any] = ["slice", "full"] if config.kv_read == "auto" else [asked.kv_read]
+        attentions: list[Any] = ["fused", "decomposed"]
+        return [
+            plan_build(dataclasses.replace(config, kv_read=read, attention=each), asked.manifest)
+            for each in attentions
+            for read in reads
+        ]
 
     def name(self, rung: BuildPlan) -> str:
         return f"{rung.kv_read} {rung.attention}"
@@ -128,7 +141,8 @@ def test_the_fastest_that_is_right_is_kept(bundle: Path, variants: Variants) -> 
     ]
     assert [each.reason for each in info.refused] == ["no such kernel"]
     assert rebuild_command(directory, info).endswith(
-        "--kv-read auto --attention auto --tune --workspace 1073741824 --opt-level 3"
+        "--kv-read auto --attention auto --tune --workspace 1073741824 --opt-level 3 "
+        "--kernels tensorrt"
     )
     assert not list((bundle / "engines").glob(".tune-*"))
     assert (directory / "build.log").read_text().count("== attention") == 4
@@ -235,7 +249,7 @@ def test_an_engine_is_compared_and_timed(bundle: Path, gpu: FakeGpu, tiny_bundle
         return plan_build(BuildConfig(path, max_prefill=32), read_manifest(path))
 
     directory = write_engine(bundle, max_prefill=32)
-    seconds, problem = tune.measure(plan_of(bundle), directory)
+    seconds, problem, _ = tune.measure(plan_of(bundle), directory)
     assert problem is None
     assert seconds is not None
     assert 0 < seconds < 10
@@ -246,7 +260,7 @@ def test_an_engine_is_compared_and_timed(bundle: Path, gpu: FakeGpu, tiny_bundle
             info, plan=name, plan_bytes=num_bytes, plan_sha256=sha256
         ),
     )
-    seconds, problem = tune.measure(plan_of(bundle), directory)
+    seconds, problem, _ = tune.measure(plan_of(bundle), directory)
     assert seconds is None
     assert problem is not None
     assert "cosine" in problem
@@ -256,7 +270,7 @@ def test_an_engine_of_a_small_cache_is_compared_and_timed_too(bundle: Path, gpu:
     """The prompts leave room for the tokens after them."""
     config = BuildConfig(bundle, max_prefill=32, kv_capacity=64)
     directory = write_engine(bundle, max_prefill=32, kv_capacity=64)
-    seconds, problem = tune.measure(plan_build(config, read_manifest(bundle)), directory)
+    seconds, problem, _ = tune.measure(plan_build(config, read_manifest(bundle)), directory)
     assert problem is None
     assert seconds is not None
 
@@ -267,12 +281,13 @@ def test_one_lucky_step_decides_nothing(
     def run_bench(*args: Any, **options: Any) -> Samples:
         samples = bench.run_bench(*args, **options)
         samples.itl_s[:] = [[0.03, 0.001, 0.04], [0.03, 0.9, 0.02]]
+        samples.prefill_s[:] = [0.2, 0.01, 0.5]
         return samples
 
     monkeypatch.setattr(tune, "run_bench", run_bench)
     directory = write_engine(bundle, max_prefill=32)
     asked = plan_build(BuildConfig(bundle, max_prefill=32), read_manifest(bundle))
-    assert tune.measure(asked, directory) == (0.03, None)
+    assert tune.measure(asked, directory) == (0.03, None, 0.2)
 
 
 def test_an_engine_is_held_to_what_verify_asks_for(

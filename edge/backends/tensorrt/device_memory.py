@@ -95,13 +95,13 @@ def plan_engine_memory(
     model = manifest.model
     slots = info.max_batch if num_slots is None else num_slots
     sizes = step_sizes(info, max_logits)
-    pinned = sum(
+    rows = sum(logits_bytes(size, io_spec.output_width(model)) for size in sizes)
+    pinned = rows + sum(
         input_layout(size, model.hidden_size).num_bytes
-        + logits_bytes(size, io_spec.output_width(model))
         + best_layout(size, info.best_logits).num_bytes
         for size in sizes
     )
-    io = 0 if integrated else pinned
+    io = pinned if not integrated else rows if info.best_logits else 0
     io += _align(info.kv_capacity * INDEX_BYTES)
     if not io_spec.DIALECTS[manifest.dialect].in_place:
         io += sum(

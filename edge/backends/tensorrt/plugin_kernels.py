@@ -37,11 +37,12 @@ class PluginKernel:
     Its parameters are those of `launch_rules.PluginRule`.
 
     Attributes:
-        text: PTX.
+        text: PTX; empty with ``cubin``.
         entry: name of the function in it.
         threads: of a program.
         shared_bytes: dynamic shared memory of a program.
         rows, columns: of the output, that a program computes.
+        cubin: machine code of the GPU that the engine is for.
     """
 
     text: str
@@ -50,6 +51,7 @@ class PluginKernel:
     shared_bytes: int
     rows: int
     columns: int
+    cubin: bytes = b""
 
 
 def pack(kernels: Sequence[PluginKernel]) -> bytes:
@@ -143,7 +145,7 @@ class OwnKernels:
             for each in unpack(packed):
                 kernel = self._loaded.get((context, each))
                 if kernel is None:
-                    image = each.text.encode("ascii") + b"\0"
+                    image = each.cubin or each.text.encode("ascii") + b"\0"
                     kernel = Kernel(
                         self._context,
                         image,

@@ -22,6 +22,7 @@ This relies on what TensorRT 10.3 says of itself:
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -40,6 +41,9 @@ VERSION = "v3"
 KERNELS_FIELD = "kernels"
 """Field of a plugin in a plan, an INT32: `number_of` its kernels. In a graph it is the rule's
 attribute instead."""
+_SWITCH_S = 0.0005
+"""For which another thread may keep the interpreter from a step that calls it for every plugin:
+Python's own 5 ms are as long as a decode step."""
 T = TypeVar("T")
 
 
@@ -203,6 +207,7 @@ def register_kernels(trt: Any, info: EngineInfo) -> None:
         BundleError: the kernels are damaged.
     """
     if info.plugins == "python":
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_S))
         own_kernels = register(trt)
         for packed in info.python_kernels:
             own_kernels.add(packed)

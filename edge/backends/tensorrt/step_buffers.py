@@ -57,16 +57,19 @@ class StepBuffers:
         layout = input_layout(sizes, model.hidden_size)
         out_bytes = logits_bytes(sizes, self._out_width)
         self._mapped = device.integrated
+        # The search for the best reads the rows on the GPU, which caches no memory of the host.
+        self._rows_mapped = self._mapped and not best_logits
         best = best_layout(sizes, best_logits)
         blocks = []
         wanted = [(layout.num_bytes, "step inputs"), (out_bytes, "logits")]
         if best_logits:
             wanted.append((best.num_bytes, "best logits"))
         for num_bytes, purpose in wanted:
-            pinned = cuda.PinnedMemory(device, num_bytes, purpose, mapped=self._mapped)
+            mapped = self._rows_mapped if purpose == "logits" else self._mapped
+            pinned = cuda.PinnedMemory(device, num_bytes, purpose, mapped=mapped)
             resources.callback(pinned.close)
             address = pinned.address
-            if not self._mapped:
+            if not mapped:
                 memory = cuda.DeviceMemory(device, num_bytes, purpose)
                 resources.callback(memory.close)
                 address = memory.address
@@ -170,8 +173,8 @@ class StepBuffers:
             self._best.download(stream, num_rows)
 
     def fetch(self, stream: cuda.Stream, first: int, num_rows: int) -> None:
-        """Put the copy of whole rows of logits on a stream; none where memory is shared."""
-        if not self._mapped:
+        """Put the copy of whole rows of logits on a stream; none where their memory is shared."""
+        if not self._rows_mapped:
             start, end = (row * self._out_width for row in (first, first + num_rows))
             stream.download(self._logits[start:end], self._output_address + 2 * start)
 

@@ -131,6 +131,22 @@ def test_pull_knows_the_catalogue(edge_llm: EdgeLlm, shelf: Path, monkeypatch: p
     assert "'8b' could be deepseek-r1:8b (" in error_line(edge_llm("pull", "8b"), 64)
 
 
+def test_on_a_jetson_fast_builds_with_own_kernels_only(
+    edge_llm: EdgeLlm, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Who has the time gets the faster of two engines, by the default of build."""
+    checkpoint = tmp_path / "Tiny-Model"
+    write_checkpoint(checkpoint, "qwen2")
+    made = edge_llm("pull", checkpoint, "--fast")
+    assert made.code == 0, made.err
+    own = f"$ edge-llm build {shelf / 'tiny-model-int4'} --kernels own\n"
+    plain = own.replace(" --kernels own", "")
+    assert plain in edge_llm("pull", checkpoint, "--fast", "--build").err
+    monkeypatch.setattr("edge_fleet.cli.pull.read_target", lambda: "jetpack7")
+    assert own in edge_llm("pull", checkpoint, "--fast", "--build").err
+    assert plain in edge_llm("pull", checkpoint, "--build").err
+
+
 @pytest.mark.parametrize(("release", "target"), [("36.4.3", "jetpack6"), ("38.2", "jetpack7")])
 def test_pull_on_a_jetson_exports_for_its_jetpack(
     edge_llm: EdgeLlm,

@@ -10,7 +10,7 @@ import msgspec
 
 from edge_lab.doctor import Check
 from edge_lab.doctor.machine import CudaProbe, Library, Machine, Node
-from edge_lab.doctor.scheme_probe import SCHEMES, Verdict
+from edge_lab.doctor.scheme_probe import SCHEMES, WIDE, Verdict
 from edge_lab.telemetry import Snapshot
 from tests.edge.device import jetson_trees as trees
 
@@ -49,6 +49,8 @@ class FakeMachine(Machine):
         self.packages = [("onnxruntime", "1.32.0", "/venv")]
         self.scheme_answers = [Verdict(name, True, "built", 0.25) for name in SCHEMES]
         self.scheme_failure: str | None = None
+        self.plugin_answers = [Verdict("python", True, "built as w4_linear", 0.5)]
+        self.plugin_failure: str | None = None
         self.onnxruntime_answers = {CPU: Library(version="1.32.0", providers=(CPU,))}
         self.group_answer = frozenset({"orin", "video", "render"})
         self.container = False
@@ -100,9 +102,12 @@ class FakeMachine(Machine):
     def onnxruntime_packages(self) -> list[tuple[str, str, str]]:
         return self.packages
 
-    def schemes(self) -> tuple[list[Verdict], str | None]:
-        self.asked.append("schemes")
+    def schemes(self, widths: tuple[int, int] = WIDE) -> tuple[list[Verdict], str | None]:
+        self.asked += ["schemes"] if widths == WIDE else [f"schemes of {widths[0]} x {widths[1]}"]
         return self.scheme_answers, self.scheme_failure
+
+    def own_plugins(self, widths: tuple[int, int] = WIDE) -> tuple[list[Verdict], str | None]:
+        return self.plugin_answers, self.plugin_failure
 
     def onnxruntime(self, provider: str) -> Library:
         self.asked.append(provider)

@@ -14,7 +14,7 @@ from edge.errors import install_command
 from edge_lab.cli.doctor import doctor
 from edge_lab.doctor import exit_code, run_checks, summary, wait_for_gpu
 from edge_lab.doctor.machine import CudaProbe, Library, Machine
-from edge_lab.doctor.scheme_probe import SCHEMES
+from edge_lab.doctor.scheme_probe import SCHEMES, Verdict
 from tests.conftest import Bundles
 from tests.edge.device import jetson_trees as trees
 from tests.edge_lab.doctor.fake_machine import (
@@ -100,6 +100,21 @@ def refuse(machine: FakeMachine, *names: str, reason: str = "no matching rules f
     ]
 
 
+def test_both_kinds_of_own_kernels_have_a_verdict(orin: FakeMachine):
+    orin.plugin_answers = [
+        Verdict("compiled", False, "PTX was not taken", 1.0),
+        Verdict("python", True, "built as w4_linear", 0.5),
+    ]
+    checks = run_checks(orin)
+    refused, built = (find(checks, f"own kernels {kind}") for kind in ("compiled", "python"))
+    assert (refused.status, refused.cause) == ("warn", "PTX was not taken")
+    assert "--kernels tensorrt" in refused.cure
+    assert (built.status, "built as w4_linear in 0.5 s" in built.detail) == ("ok", True)
+    assert exit_code(checks) == 0
+    orin.plugin_answers, orin.plugin_failure = [], "it crashed with SIGSEGV"
+    assert "SIGSEGV" in find(run_checks(orin), "own kernels").cause
+
+
 def test_every_scheme_has_a_verdict(orin: FakeMachine):
     checks = run_checks(orin)
     for name, scheme in SCHEMES.items():
@@ -138,14 +153,14 @@ def test_operators_that_came_later_are_no_fault_of_jetpack_6(orin: FakeMachine):
 
 
 def test_a_scheme_that_crashes_the_builder_is_named(orin: FakeMachine):
-    orin.scheme_answers = orin.scheme_answers[:2]
+    orin.scheme_answers = orin.scheme_answers[:6]
     orin.scheme_failure = "it crashed with SIGSEGV"
     checks = run_checks(orin)
-    found = find(checks, "scheme int4-planes")
+    found = find(checks, "scheme int4-planes-g32")
     assert found.status == "warn"
     assert "crashed with SIGSEGV" in found.cause
     assert "nor were w8a8, w8a8-fp32, w8a8-token, attention, kv-update" in found.detail
-    assert find(checks, "scheme int4").status == "ok"
+    assert find(checks, "scheme int4-g32").status == "ok"
 
 
 @pytest.mark.parametrize(

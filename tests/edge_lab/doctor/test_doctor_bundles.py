@@ -230,6 +230,29 @@ def test_engines_against_this_machine(orin: FakeMachine, laptop: FakeMachine, bu
     assert (found.status, found.exit_code) == ("skip", 0)
 
 
+def test_what_a_bundle_needs_is_built_at_its_own_widths(orin: FakeMachine, bundle: Path):
+    run_checks(orin, bundle)
+    shapes = [
+        linear.shape
+        for name, linear in read_manifest(bundle).quantization.linears.items()
+        if name != "lm_head"
+    ]
+    depth, columns = max(shapes, key=lambda shape: shape[0] * shape[1])
+    assert f"schemes of {depth} x {columns}" in orin.asked
+
+
+def test_an_engine_that_is_slow_is_told_with_what_to_do(orin: FakeMachine, bundle: Path):
+    decode = {"profile": "decode", "layers": 9, "fused": 1, "reformats": 3, "unpacking": 28}
+    slow = {**decode, "products": {}, "attention": "decomposed", "cache_copies": 2}
+    add_engine(bundle, "right", compiled=[slow])
+    checks = run_checks(orin, bundle)
+    found = find(checks, "engines")
+    assert (found.status, found.exit_code, exit_code(checks)) == ("warn", 0, 0)
+    assert "28 layers unpack their weights" in found.cause
+    assert "2 layers copy the KV cache" in found.cause
+    assert "--kernels auto" in found.cure
+
+
 def test_an_engine_of_tensorrt_for_rtx_is_none_of_another_tensorrt(orin: FakeMachine, bundle: Path):
     """Its own library loads it, beside TensorRT too."""
     rtx = {"flavour": "tensorrt-rtx", "tensorrt_version": "1.6.1.50"}

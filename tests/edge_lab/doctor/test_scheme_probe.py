@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from onnx import TensorProto
 
-from edge.bundle.onnx_file import Node
+from edge.bundle.onnx_file import Node, OnnxFile
 from edge_lab.doctor import machine, scheme_probe
 from edge_lab.doctor.machine import Machine
 from edge_lab.doctor.scheme_probe import SCHEMES, Verdict, probe_schemes
@@ -24,7 +25,7 @@ from tests.parity import FP16_KERNELS
 
 def test_tensorrt_for_rtx_builds_every_scheme() -> None:
     pytest.importorskip("tensorrt_rtx")
-    verdicts = list(probe_schemes("tensorrt_rtx", "8.6"))
+    verdicts = list(probe_schemes("tensorrt_rtx", "8.6", widths=(500, 640)))
     assert [verdict.scheme for verdict in verdicts] == list(SCHEMES)
     for verdict in verdicts:
         assert verdict.built, verdict
@@ -54,6 +55,32 @@ def test_each_tensorrt_takes_what_the_table_of_rules_says(
     assert {name for name, each in verdicts.items() if not each.built} == set(refused)
     for name, words in refused.items():
         assert words in verdicts[name].detail
+
+
+def test_int4_is_tried_in_every_group_at_the_widths_that_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Inputs are rounded up to whole groups: the 1.5B has such widths, SmolLM2 has not."""
+    seen: dict[str, tuple[Any, ...]] = {}
+
+    def look(_trt: Any, graph: bytes, _sm: Any) -> tuple[bool, str]:
+        file = OnnxFile(graph)
+        names = [TensorProto.FromString(data) for data in file.initializers]
+        shapes = {each.name: tuple(each.dims) for each in names}
+        kinds = [name for name in SCHEMES if name not in seen]
+        seen[kinds[0]] = tuple(
+            (shapes[name], shapes[name.replace(".weight", ".scale")])
+            for name in shapes
+            if name.endswith(".weight")
+        )
+        return True, "built"
+
+    monkeypatch.setattr(scheme_probe, "_try", look)
+    assert len(list(probe_schemes("math", widths=(576, 1536)))) == len(SCHEMES)
+    for group in (32, 64, 128):
+        one = (640, 1536), (640 // group, 1536)
+        assert seen[f"int4-g{group}"] == (one,)
+        assert seen[f"int4-planes-g{group}"] == (one, one)
 
 
 def test_attention_without_a_kernel_of_its_own_is_told_by_the_probe(
@@ -96,9 +123,9 @@ def test_the_graphs_mean_what_they_say(name: str) -> None:
         require_kernels("native")
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    session = ort.InferenceSession(
-        SCHEMES[name].make(), options, providers=["CPUExecutionProvider"]
-    )
+    scheme = SCHEMES[name]
+    graph = scheme.make(scheme.group, (384, 72)) if scheme.group else scheme.make()
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     random = np.random.default_rng(0)
     kv = 7
     feeds: dict[str, Any] = {}
@@ -121,7 +148,7 @@ def test_the_graphs_mean_what_they_say(name: str) -> None:
         blind["k"][:, :, 5:], blind["v"][:, :, 5:] = 9, 9  # masked rows do not count
         assert np.array_equal(session.run(None, blind)[0], found)
     else:
-        planes = 2 if name == "int4-planes" else 1
+        planes = 2 if name.startswith("int4-planes") else 1
         inputs = feeds["x"].astype(np.float32)
         if name == "w8a8-token":
             inputs = rotate_blocks(inputs[0], 64)[None]
@@ -168,8 +195,12 @@ def test_what_the_engine_runs_is_in_the_verdict(tiny_bundles: Any) -> None:
 def test_the_child_answers_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     spawn = machine._spawn_probe
-    monkeypatch.setattr(machine, "_spawn_probe", lambda name: spawn(name, "tensorrt_rtx", "8.6"))
-    verdicts, failure = Machine().schemes()
+    monkeypatch.setattr(
+        machine,
+        "_spawn_probe",
+        lambda *asked, module: spawn(*asked, "tensorrt_rtx", "8.6", module=module),
+    )
+    verdicts, failure = Machine().schemes((100, 64))
     assert failure is None
     assert [verdict.scheme for verdict in verdicts] == list(SCHEMES)
 
@@ -179,7 +210,7 @@ def test_a_child_that_ends_on_the_way_leaves_what_it_had(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         machine,
         "_spawn_probe",
-        lambda _name: (f"{line}\n{line[:9]}", [], "it crashed with SIGSEGV"),
+        lambda *_, **__: (f"{line}\n{line[:9]}", [], "it crashed with SIGSEGV"),
     )
     verdicts, failure = Machine().schemes()
     assert [verdict.scheme for verdict in verdicts] == ["fp16"]
@@ -188,7 +219,11 @@ def test_a_child_that_ends_on_the_way_leaves_what_it_had(monkeypatch: pytest.Mon
 
 def test_a_missing_module_is_the_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     spawn = machine._spawn_probe
-    monkeypatch.setattr(machine, "_spawn_probe", lambda name: spawn(name, "tensorrt_of_nobody"))
+    monkeypatch.setattr(
+        machine,
+        "_spawn_probe",
+        lambda *asked, module: spawn(*asked, "tensorrt_of_nobody", module=module),
+    )
     verdicts, failure = Machine().schemes()
     assert verdicts == []
     assert failure == "ModuleNotFoundError: No module named 'tensorrt_of_nobody'"
