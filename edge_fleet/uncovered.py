@@ -65,6 +65,6 @@ def _strangers(bundle: Path, engines: set[str]) -> Iterator[str]:
             yield f"{ENGINES_DIR}/{path.name}"
     for name in engines:
         for path in list_directory(root / name):
-            ours = path.name in _ENGINE_FILES or path.name.endswith(".plan")
+            ours = path.name in _ENGINE_FILES or path.name.endswith((".plan", ".weights"))
             if not ours and not is_layers_file(path.name):
                 yield f"{ENGINES_DIR}/{name}/{path.name}"

@@ -8,12 +8,12 @@ place, weights that were unpacked.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from edge.backends.tensorrt.launch_rules import BLOCK
 from edge.bundle import io_spec
-from edge.bundle.engine_file import KvRead, LayerCount, WeightBytes
+from edge.bundle.engine_file import KvRead, LayerCount, OutsideTensor, WeightBytes
 from edge.bundle.manifest import Manifest
 from edge_lab.engine_layers import engine_dtype
 
@@ -59,6 +59,7 @@ def audit_network(
     own_linears: Sequence[str] = (),
     own_attentions: Sequence[str] = (),
     own_top_k: bool = False,
+    outside: Mapping[str, OutsideTensor] = {},
 ) -> Audit:
     """Compare a network with the manifest and the contract of `edge.bundle.io_spec`.
 
@@ -70,11 +71,12 @@ def audit_network(
         own_linears: linear layers that are to be plugins (`engines.own_kernels`).
         own_attentions: attentions that are to be (`engines.own_attention`).
         own_top_k: whether the search for the best logits is to be (`engines.own_top_k`).
+        outside: inputs that are weights (`engines.outside`).
     """
     stored = _stored_weights(network)
-    own = _plugin_weights(network)
+    own = _plugin_weights(network, outside)
     problems = [
-        *_check_interface(network, manifest, shapes, kv_read),
+        *_check_interface(network, manifest, shapes, kv_read, outside),
         *_check_attentions(network, manifest, kv_read, len(own_attentions)),
         *_check_own_attentions(network, manifest, own_attentions),
         *_check_own_top_k(network, own_top_k),
@@ -105,7 +107,11 @@ def audit_network(
 
 
 def check_plan_bytes(
-    plan_bytes: int, manifest: Manifest, num_profiles: int, kernels_bytes: int = 0
+    plan_bytes: int,
+    manifest: Manifest,
+    num_profiles: int,
+    kernels_bytes: int = 0,
+    own_linears: Collection[str] = (),
 ) -> list[str]:
     """Check that a plan has about the bytes of its packed weights; unpacked they take 2 to 4 times.
 
@@ -118,12 +124,14 @@ def check_plan_bytes(
         manifest: the bundle's.
         num_profiles: optimization profiles of the engine.
         kernels_bytes: that own kernels may add for each profile.
+        own_linears: linear layers whose weights are not in the plan (`engines.outside`).
 
     Returns:
         The problems, one sentence each.
     """
-    expected = _weights_bytes(manifest)
-    linears = manifest.quantization.linears.values()
+    all_linears = manifest.quantization.linears
+    expected = _weights_bytes(manifest) - sum(all_linears[name].num_bytes for name in own_linears)
+    linears = [each for name, each in all_linears.items() if name not in own_linears]
     again = sum(each.num_bytes for each in linears if each.scheme.kind in ("float", "w8a8"))
     again += (num_profiles - 2) * sum(each.num_bytes for each in linears)
     kernels = _PLAN_FIXED_BYTES + _PLAN_LAYER_BYTES * manifest.model.num_layers + kernels_bytes
@@ -144,13 +152,18 @@ def _weights_bytes(manifest: Manifest) -> int:
 
 
 def _check_interface(
-    network: NetworkView, manifest: Manifest, shapes: BuildShapes, kv_read: KvRead
+    network: NetworkView,
+    manifest: Manifest,
+    shapes: BuildShapes,
+    kv_read: KvRead,
+    outside: Mapping[str, OutsideTensor],
 ) -> list[str]:
     dimensions = (manifest.model, manifest.dialect, manifest.dtype, shapes.capacity)
     spec = (*dimensions, manifest.int8_layers)
     problems = []
+    weights = [io_spec.TensorSpec(name, each.shape, each.dtype) for name, each in outside.items()]
     for kind, found, expected in (
-        ("input", network.inputs, io_spec.decoder_inputs(*spec)),
+        ("input", network.inputs, [*io_spec.decoder_inputs(*spec), *weights]),
         ("output", network.outputs, io_spec.decoder_outputs(*spec, best_logits=shapes.best_logits)),
     ):
         by_name = {tensor.name: tensor for tensor in found}
@@ -331,16 +344,18 @@ def _linear_of(output: str) -> str:
     return "lm_head" if name == io_spec.LOGITS else name
 
 
-def _plugin_weights(network: NetworkView) -> dict[str, TensorView]:
-    """The packed constants of the plugins that reach an output, by their linear layer's name."""
+def _plugin_weights(
+    network: NetworkView, outside: Mapping[str, OutsideTensor]
+) -> dict[str, TensorView]:
+    """The packed weights of the plugins that reach an output, by their linear layer's name."""
     found = {}
     for layer in network.layers:
         if layer.kind != "plugin_v3" or not layer.outputs:
             continue
         if layer.outputs[0].name not in network.live or layer.outputs[0].name == KEYS:
             continue
-        weight = _constant_behind(network, layer.inputs[1])
-        if weight is not None:
+        weight = layer.inputs[1]
+        if weight is not None and weight.name in outside:
             # Its output is that of the last node that it replaced: a product or a sum.
             name = layer.outputs[0].name.removesuffix(f"{_HIGH_PRODUCT}.added")
             found[_linear_of(name)] = weight

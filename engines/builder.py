@@ -6,8 +6,7 @@ import datetime
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,6 @@ from edge.bundle.engine_file import (
     read_engine_info,
     versions_agree,
 )
-from edge.bundle.manifest import ENGINES_DIR
 from edge.bundle.trust import open_manifest, trusted_keys_file
 from edge.bundle.verified_files import verify_files
 from edge.device.gpu import Gpu, find_gpu
@@ -45,6 +43,7 @@ from .config import BuildConfig
 from .graph import graph_files, graph_of, write_graph
 from .ladder import Climbed, climb, describe, make_rungs, scales_to_try
 from .memory import check_memory, make_memory_free
+from .outside import PRODUCER, Outside
 from .own_kernels import OwnGraph, use_own_kernels
 from .profiles import Profile
 from .progress import STEP
@@ -52,7 +51,7 @@ from .rules.bundle import refuse_illegal
 from .rules.table import version_of
 from .scratch import scratch_by_profile
 from .skipped import CURE, skipped_tactics
-from .store import KERNELS_SCRATCH, TIMING_CACHE, TRTEXEC_SCRATCH, EngineStore, engine_key
+from .store import TIMING_CACHE, TRTEXEC_SCRATCH, EngineStore, engine_key
 from .trtexec import CrashError, find_trtexec, full_version, run_trtexec, trtexec_command
 
 _log = logging.getLogger(__name__)
@@ -175,8 +174,8 @@ def build_engine(
             return BuildResult(store.directory, found, built=False)
         if not config.force:
             workspace = config.workspace_bytes if target.gpu else 0
-            release = _release(target)
-            check_memory(build.manifest, workspace, read_available_memory_bytes(), release)
+            available, release = read_available_memory_bytes(), _release(target)
+            check_memory(build.manifest, workspace, available, release, build.kernels)
         if via == "trtexec":
             compiled, climbed = _climb_with_trtexec(build, target, store, on_line, progress)
         else:
@@ -190,7 +189,8 @@ def build_engine(
         _refuse_faults(build, target, compiled.audit)
         if compiled.timings is not None:
             store.write_timings(compiled.timings, config.timing_cache)
-        info = store.commit(compiled.plan, make_recorder(climbed, target, via, key, compiled))
+        recorder = make_recorder(climbed, target, via, key, compiled)
+        info = store.commit(compiled.plan, recorder, compiled.outside)
         if info.skipped_tactics is not None:
             _log.warning(
                 "%s; the engine may be slower than it could be: %s, then build with --again",
@@ -283,7 +283,7 @@ def make_recorder(
     def record(name: str, num_bytes: int, sha256: str) -> EngineInfo:
         return EngineInfo(
             schema_version=ENGINE_SCHEMA_VERSION,
-            producer=f"edge-llm {__version__}",
+            producer=PRODUCER,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             key=key,
             plan=name,
@@ -348,6 +348,7 @@ class Compiled:
         plugins: with own kernels, which kind of plugin they are.
         python_kernels: the kernels, where that is not compiled into the plan.
         skipped_tactics: kernels that TensorRT did not try for lack of memory.
+        outside: weights that go into a file beside the plan; none of them is read yet.
     """
 
     plan: Any
@@ -366,6 +367,7 @@ class Compiled:
     plugins: Plugins | None = None
     python_kernels: tuple[bytes, ...] = ()
     skipped_tactics: SkippedTactics | None = None
+    outside: Outside | None = None
 
 
 def compile_ladder(
@@ -444,35 +446,37 @@ def compile_bundle(
     reset_rss_peak()
     started = time.perf_counter()
     try:
-        with parsed_graph(build, graph, plugins) as found:
-            for name, reason in found.left.items():
-                log("info", f"own kernels leave {name} to TensorRT: {reason}")
-            compiler = Compiler(target.rt, log)
-            read = {config.bundle, found.path.parent}  # by whoever hashed, checked and wrote them
-            release = _release(target)
-            make_memory_free(read, manifest, config.workspace_bytes, release)
-            with uncounted(progress, "parse"):
-                network = compiler.parse(found.data, found.path, build.kv_read, build.attention)
-            audit = audit_network(
-                network,
-                manifest,
-                build.shapes,
-                build.kv_read,
-                found.linears,
-                found.attentions,
-                found.top_k,
-            )
-            # A parser that maps the weights keeps them; TensorRT 10.3 has copied them.
-            make_memory_free(read, manifest, config.workspace_bytes, release)
-            progress(STEP, 0, 1)  # TensorRT may work for a while before it names a phase
-            plan, written = compiler.build(
-                build.profiles,
-                workspace_bytes=config.workspace_bytes,
-                opt_level=config.opt_level,
-                timings=timings,
-                compute_capability=target.compute_capability,
-                progress=progress,
-            )
+        found = parsed_graph(build, graph, plugins)
+        outside = found.outside.tensors if found.outside else {}
+        for name, reason in found.left.items():
+            log("info", f"own kernels leave {name} to TensorRT: {reason}")
+        compiler = Compiler(target.rt, log)
+        release = _release(target)
+        read, workspace = [config.bundle], config.workspace_bytes
+        make_memory_free(read, manifest, workspace, release, build.kernels)
+        with uncounted(progress, "parse"):
+            network = compiler.parse(found.data, found.path, build.kv_read, build.attention)
+        audit = audit_network(
+            network,
+            manifest,
+            build.shapes,
+            build.kv_read,
+            found.linears,
+            found.attentions,
+            found.top_k,
+            outside,
+        )
+        # A parser that maps the weights keeps them; TensorRT 10.3 has copied them.
+        make_memory_free(read, manifest, workspace, release, build.kernels)
+        progress(STEP, 0, 1)  # TensorRT may work for a while before it names a phase
+        plan, written = compiler.build(
+            build.profiles,
+            workspace_bytes=config.workspace_bytes,
+            opt_level=config.opt_level,
+            timings=timings,
+            compute_capability=target.compute_capability,
+            progress=progress,
+        )
     except BuildError as error:
         if (skipped := skipped_tactics(lines)) is None:
             raise
@@ -480,7 +484,7 @@ def compile_bundle(
     finally:
         keep_log("\n".join(lines) + "\n")
     kernels_bytes *= len(found.linears) + 2 * (len(found.attentions) + found.top_k)
-    size_problems = _check_size(plan.nbytes, build, target, kernels_bytes)
+    size_problems = _check_size(plan.nbytes, build, target, kernels_bytes, found.linears)
     return Compiled(
         plan,
         plan.nbytes,
@@ -499,14 +503,20 @@ def compile_bundle(
         own_attentions=found.attentions,
         own_top_k=found.top_k,
         skipped_tactics=skipped_tactics(lines),
+        outside=found.outside,
     )
 
 
 def _check_size(
-    plan_bytes: int, build: BuildPlan, target: Target, kernels_bytes: int = 0
+    plan_bytes: int,
+    build: BuildPlan,
+    target: Target,
+    kernels_bytes: int = 0,
+    own_linears: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Faults of a plan's size. The bounds are TensorRT for RTX's; for another they are warnings."""
-    found = check_plan_bytes(plan_bytes, build.manifest, len(build.profiles), kernels_bytes)
+    num_profiles = len(build.profiles)
+    found = check_plan_bytes(plan_bytes, build.manifest, num_profiles, kernels_bytes, own_linears)
     if target.rt.flavour == "tensorrt-rtx":
         return tuple(found)
     for problem in found:
@@ -520,22 +530,13 @@ def _check_size(
     return ()
 
 
-@contextmanager
-def parsed_graph(
-    build: BuildPlan, graph: bytes, plugins: Plugins | None = None
-) -> Iterator[OwnGraph]:
-    """What is parsed, with the own kernels that were asked for; their weights are there then."""
+def parsed_graph(build: BuildPlan, graph: bytes, plugins: Plugins | None = None) -> OwnGraph:
+    """What is parsed, with the own kernels that were asked for."""
     bundle, manifest = build.config.bundle.resolve(), build.manifest
     if build.kernels == "tensorrt":
-        yield OwnGraph(graph, bundle / manifest.graphs.decoder, (), {})
-        return
-    engines = bundle / ENGINES_DIR
-    engines.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=KERNELS_SCRATCH, dir=engines) as scratch:
-        attention = build.attention == "own"
-        yield use_own_kernels(
-            graph, manifest, bundle, Path(scratch), plugins or "compiled", attention=attention
-        )
+        return OwnGraph(graph, bundle / manifest.graphs.decoder, (), {})
+    attention = build.attention == "own"
+    return use_own_kernels(graph, manifest, bundle, plugins or "compiled", attention=attention)
 
 
 def _refuse_illegal(build: BuildPlan, target: Target, graph: bytes) -> list[str]:

@@ -8,6 +8,7 @@ from edge.bundle.engine_file import Attention, KvRead, LayerCount, RefusedRung, 
 from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.trust import open_manifest
 from edge.device.memory import read_available_memory_bytes
+from edge.errors import BuildError
 from edge_lab.progress import Progress, silent, uncounted
 
 from . import support
@@ -16,11 +17,30 @@ from .builder import compile_ladder, find_target
 from .config import BuildConfig
 from .graph import graph_of
 from .memory import check_memory
+from .outside import constants_inside
+from .own_kernels import LARGE_BYTES, use_own_kernels
 from .rules.facts import GraphFacts
 from .scratch import DecodeScratch, compare_decode_scratch
 from .step_bytes import StepCost, step_costs, work_of_graph
 
 COMPUTE_CAPABILITIES = {80: "8.0", 86: "8.6", 89: "8.9", 120: "12.0"}
+
+
+@dataclass(frozen=True)
+class OwnBytes:
+    """Where the weights of an engine with own kernels are.
+
+    Attributes:
+        outside_bytes: beside the plan, in a file that the engine's inputs come from.
+        inside_bytes: of all constants that TensorRT still has.
+        large: those of at least `own_kernels.LARGE_BYTES` by name, the largest first.
+        left: layers that own kernels do not compute, each with the reason.
+    """
+
+    outside_bytes: int
+    inside_bytes: int
+    large: dict[str, int]
+    left: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,8 @@ class CheckReport:
         decode_scratch: of one sequence, beside what it is with float weights; None without packed
             weights.
         steps: what a step of each profile reads, and how fast each module can be at best.
+        own: what TensorRT would have of the weights with own kernels, which it is not asked about;
+            None if they compute nothing here.
     """
 
     bundle: str
@@ -54,6 +76,7 @@ class CheckReport:
     scratch_bytes: dict[str, int]
     decode_scratch: DecodeScratch | None
     steps: tuple[StepCost, ...]
+    own: OwnBytes | None
     build_s: float
     peak_memory_bytes: int | None
 
@@ -105,8 +128,32 @@ def check_bundle(
         compiled.scratch_bytes,
         scratch,
         _step_costs(climbed.build),
+        own_bytes(climbed.build),
         round(compiled.build_s, 3),
         compiled.peak_memory_bytes,
+    )
+
+
+def own_bytes(build: BuildPlan) -> OwnBytes | None:
+    """Rewrite a graph for own kernels and count what stays in it; nothing is compiled.
+
+    Args:
+        build: of what.
+
+    Returns:
+        None if own kernels compute nothing in it.
+    """
+    bundle, manifest = build.config.bundle, build.manifest
+    try:
+        found = use_own_kernels(graph_of(build), manifest, bundle)
+    except BuildError:
+        return None
+    inside = constants_inside(found.data)
+    return OwnBytes(
+        found.outside.num_bytes if found.outside else 0,
+        sum(inside.values()),
+        {name: size for name, size in inside.items() if size >= LARGE_BYTES},
+        found.left,
     )
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from .build_plan import BuildPlan
     from .builder import Compiled, Target
+    from .check import OwnBytes
     from .ladder import Climbed
     from .rules.check import Verdict
     from .step_bytes import StepCost
@@ -263,6 +264,7 @@ def build(
                 "engine": str(result.directory),
                 "built": result.built,
                 "plan_bytes": info.plan_bytes,
+                "outside_bytes": info.weights_bytes - info.plan_bytes,
                 "build_s": info.build_s,
                 "peak_memory_bytes": info.peak_memory_bytes,
                 "tensorrt": f"{info.flavour} {info.tensorrt_version}",
@@ -286,7 +288,9 @@ def build(
         _print_slowness(info)
         return
     peak = f", peak memory {info.peak_memory_bytes / 1e9:.1f} GB" if info.peak_memory_bytes else ""
-    click.echo(f"{result.directory}: {info.plan_bytes / 1e6:,.0f} MB in {info.build_s:.0f} s{peak}")
+    beside = f" and {info.outside.num_bytes / 1e6:,.0f} MB of weights" if info.outside else ""
+    size = f"{info.plan_bytes / 1e6:,.0f} MB{beside}"
+    click.echo(f"{result.directory}: {size} in {info.build_s:.0f} s{peak}")
     if info.kernels == "own":
         attentions = f", {len(info.own_attentions)} attentions" if info.own_attentions else ""
         top_k = ", best logits" if info.own_top_k else ""
@@ -516,6 +520,19 @@ def _compared(scratch: Any) -> list[tuple[str, str]]:
     return [("scratch of decode, one sequence", text)]
 
 
+def _own_bytes(own: OwnBytes | None) -> list[tuple[str, str]]:
+    if own is None:
+        return [("with own kernels", "no layer is one that they compute")]
+    return [
+        (
+            "with own kernels",
+            f"{own.inside_bytes:,} bytes of constants in the plan, {own.outside_bytes:,} beside it",
+        ),
+        *((f"in the plan: {name}", f"{size:,} bytes") for name, size in own.large.items()),
+        *((f"left to TensorRT: {name}", reason) for name, reason in own.left.items()),
+    ]
+
+
 def _print_report(report: Any) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -530,6 +547,7 @@ def _print_report(report: Any) -> None:
         *((f"refused {each.label}", each.reason) for each in report.refused),
         *((f"scratch of {name}", f"{size:,} bytes") for name, size in report.scratch_bytes.items()),
         *_compared(report.decode_scratch),
+        *_own_bytes(report.own),
     ):
         facts.add_row(name, value)
     console.print(facts, "")

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from edge.bundle.engine_file import Kernels
 from edge.bundle.manifest import Manifest
 from edge.bundle.sizes import BuildMemory, plan_build_memory
 from edge.device.memory import make_free
 from edge.errors import ResourceError
 from edge.files import drop_cached, is_file, is_jetson, list_directory, open_file
+from edge_lab.engine_layers import engine_dtype
+
+from .kernels.launch import GROUPS
 
 
 def check_memory(
@@ -17,6 +21,7 @@ def check_memory(
     workspace_bytes: int,
     available_bytes: int | None,
     release: tuple[int, int] | None = None,
+    kernels: Kernels = "tensorrt",
 ) -> None:
     """Refuse a build that would be killed.
 
@@ -26,11 +31,12 @@ def check_memory(
         available_bytes: memory that can be had without swapping, on a Jetson the GPU's too; None
             where the system does not say, and then nothing is refused.
         release: of TensorRT, None is TensorRT for RTX.
+        kernels: ``own`` if the weights that own kernels read are not TensorRT's to hold.
 
     Raises:
         ResourceError: the estimated peak exceeds what is available.
     """
-    needed = _plan(manifest, workspace_bytes, release)
+    needed = _plan(manifest, workspace_bytes, release, kernels)
     if available_bytes is None or needed.peak_bytes <= available_bytes:
         return
     raise ResourceError(
@@ -47,6 +53,7 @@ def make_memory_free(
     manifest: Manifest,
     workspace_bytes: int,
     release: tuple[int, int] | None,
+    kernels: Kernels = "tensorrt",
 ) -> None:
     """On a Jetson, have as much memory free at once as a build is estimated to take.
 
@@ -57,15 +64,27 @@ def make_memory_free(
         manifest: the bundle's manifest.
         workspace_bytes: scratch memory of the kernels that are tried.
         release: of TensorRT, None is TensorRT for RTX.
+        kernels: see `check_memory`.
     """
     if not is_jetson():
         return
     for path in (path for each in directories for path in list_directory(each) if is_file(path)):
         with open_file(path) as file:
             drop_cached(file.fileno())
-    make_free(_plan(manifest, workspace_bytes, release).peak_bytes)
+    make_free(_plan(manifest, workspace_bytes, release, kernels).peak_bytes)
 
 
-def _plan(manifest: Manifest, workspace_bytes: int, release: tuple[int, int] | None) -> BuildMemory:
+def _plan(
+    manifest: Manifest, workspace_bytes: int, release: tuple[int, int] | None, kernels: Kernels
+) -> BuildMemory:
+    """With own kernels TensorRT does not get the weights that only they read."""
     data = manifest.files.get(f"{manifest.graphs.decoder}.data")
-    return plan_build_memory(data.num_bytes if data else 0, workspace_bytes, release)
+    weights = data.num_bytes if data else 0
+    if kernels == "own" and manifest.dtype == "fp16":
+        weights -= sum(
+            linear.num_bytes
+            for linear in manifest.quantization.linears.values()
+            if engine_dtype(linear.scheme, manifest.dtype) == "int4"
+            and linear.scheme.group_size in GROUPS
+        )
+    return plan_build_memory(weights, workspace_bytes, release)

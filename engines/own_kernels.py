@@ -2,23 +2,18 @@
 
 What the plugin `w4_linear` computes is a product with INT4 weights, or INT8 in two planes, and
 the bias behind it. In the graph that is up to six nodes (`export.graph.decoder`); they and the
-weights as ONNX has them leave it. The weights in the kernels' order, as many bytes, go into a file
-beside it, some rows at a time: they are in memory neither twice nor as a whole.
+weights as ONNX has them leave it. The weights become inputs of the engine, in the kernels' order
+(`outside`), and with them all else that only these plugins read, and the tables of positions.
 
 Attention is replaced by `own_attention`, the search for the best logits by `own_top_k`.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge.backends.tensorrt.launch_rules import (
     BLOCK,
@@ -35,17 +30,18 @@ from edge.bundle.manifest import LinearInfo, Manifest
 from edge.bundle.onnx_file import Node, OnnxFile
 from edge.bundle.onnx_values import Constant, Constants, node_attributes
 from edge.bundle.schemes import HIGH_PLANE
-from edge.errors import BuildError, BundleError, ResourceError
+from edge.errors import BuildError
 
 from .kernels.launch import GROUPS
-from .kernels.layout import pack_weights
+from .outside import Outside, lay_out, make_inputs
 from .own_attention import use_own_attention
 from .own_top_k import TOP_K, use_own_top_k
 from .plugin_nodes import MisfitError, makers_and_readers, plugin_node, strange
 
 _NO_BIAS = "own_kernels.no_bias"
-_ALIGNMENT = 4096
-_CHUNK = 1 << 22  # weights that are re-ordered at once; each takes some ten bytes meanwhile
+LARGE_BYTES = 64 << 10
+"""From which on a table is worth an input of its own."""
+_Sources = dict[str, tuple[Constant, ...]]  # see `Outside`
 
 
 @dataclass(frozen=True)
@@ -54,13 +50,14 @@ class OwnGraph:
 
     Attributes:
         data: the ONNX file.
-        path: where a parser is to think it is: its weights are beside that.
+        path: where a parser is to think it is: the weights that stay in it are beside that.
         linears: linear layers that own kernels compute, in the graph's order.
         left: the others, which TensorRT computes, each with the reason; attentions too, where own
             ones were asked for, and `own_top_k.TOP_K`, where there are best logits.
         attentions: those that own kernels compute (`own_attention.attention_name`).
         plugins: those of the nodes, each by its name and the value of its rule's attribute.
         top_k: whether own kernels find the best logits.
+        outside: what became inputs of the graph; None if nothing did.
     """
 
     data: bytes
@@ -70,6 +67,7 @@ class OwnGraph:
     attentions: tuple[str, ...] = ()
     plugins: frozenset[tuple[str, int]] = frozenset()
     top_k: bool = False
+    outside: Outside | None = None
 
 
 @dataclass(frozen=True)
@@ -97,24 +95,21 @@ def use_own_kernels(
     graph: bytes,
     manifest: Manifest,
     bundle: Path,
-    directory: Path,
     plugins: Plugins = "compiled",
     *,
     attention: bool = False,
 ) -> OwnGraph:
-    """Replace what the kernels compute, and write the weights in their order.
+    """Replace what the kernels compute, and make inputs of the weights that only they read.
 
     Args:
         graph: of `engines.graph.graph_of`.
         manifest: the bundle's.
         bundle: where the graph's weights are; the caller has hashed them.
-        directory: an empty one, for the weights in the kernels' order and a link to the others.
         plugins: which kind the engine has, see `edge.bundle.engine_file.EngineInfo`.
         attention: whether attentions are replaced too.
 
     Raises:
         BuildError: the kernels compute nothing in this graph, or no attention that they should.
-        ResourceError: the disk is full.
         BundleError: not a valid graph, or its weights cannot be read.
     """
     onnx = OnnxFile(graph)
@@ -144,12 +139,13 @@ def use_own_kernels(
     keep, why_not = use_own_top_k(onnx, manifest, plugins) if has_best else (0, "")
     if why_not:
         left[TOP_K] = why_not
-    weights = f"{manifest.graphs.decoder}.data"
-    packed = directory / f"{manifest.graphs.decoder}.own"
-    _replace_products(onnx, products, bundle / weights, packed, plugins)
+    packed = _replace_products(onnx, products, plugins)
+    sources = _find_outside(onnx, Constants(onnx), packed)
+    outside = lay_out(bundle, sources) if sources else None
+    if outside is not None:
+        make_inputs(onnx, outside)
     onnx.use_domain(NAMESPACE, 1)
-    (directory / weights).symlink_to(os.path.relpath((bundle / weights).resolve(), directory))
-    path = directory.resolve() / manifest.graphs.decoder
+    path = bundle.resolve() / manifest.graphs.decoder
     linears = tuple(each.name for each in products)
     used = {(PRODUCT.name, len(each.planes)) for each in products}
     if attentions:
@@ -157,42 +153,63 @@ def use_own_kernels(
     if keep:
         used |= {(rule.name, keep) for rule in (TOP_K_PARTS, TOP_K_MERGE)}
     return OwnGraph(
-        onnx.serialize(), path, linears, left, attentions, frozenset(used), top_k=keep > 0
+        onnx.serialize(),
+        path,
+        linears,
+        left,
+        attentions,
+        frozenset(used),
+        top_k=keep > 0,
+        outside=outside,
     )
 
 
-def _replace_products(
-    onnx: OnnxFile, products: list[_Product], weights: Path, packed: Path, plugins: Plugins
-) -> None:
-    """Put plugins where products are, and their weights, in the kernels' order, into a file."""
-    size = sum(plane.num_bytes + _ALIGNMENT for product in products for plane in product.planes)
-    free = shutil.disk_usage(packed.parent).free
-    if free < size:
-        raise ResourceError(
-            f"the weights in the order of own kernels need {size:,} bytes in {packed.parent} while "
-            f"the engine is built, {free:,} are free"
-        )
+def _replace_products(onnx: OnnxFile, products: list[_Product], plugins: Plugins) -> _Sources:
+    """Put plugins where products are; returns what their weights are made of."""
     replaced: dict[int, Node] = {}
-    with weights.open("rb") as source, packed.open("wb") as target:
-        onnx.put_in_file(_NO_BIAS, "fp16", [1], (packed.name, 0, target.write(bytes(2))))
-        for product in products:
-            name = f"{product.name}.own_weights"
-            shape, place = _write_packed(product.planes, source, target)
-            onnx.put_in_file(name, "int32", shape, (packed.name, *place))
-            replaced[id(product.nodes[-1])] = plugin_node(
-                PRODUCT,
-                [product.x, name, product.scales, product.bias or _NO_BIAS],
-                product.nodes[-1].outputs,
-                product.name,
-                plugins,
-                len(product.planes),
-            )
+    packed: _Sources = {_NO_BIAS: (Constant(_NO_BIAS, "fp16", (1,), bytes(2)),)}
+    for product in products:
+        name = f"{product.name}.own_weights"
+        packed[name] = product.planes
+        replaced[id(product.nodes[-1])] = plugin_node(
+            PRODUCT,
+            [product.x, name, product.scales, product.bias or _NO_BIAS],
+            product.nodes[-1].outputs,
+            product.name,
+            plugins,
+            len(product.planes),
+        )
     gone = {id(node) for product in products for node in product.nodes}
     onnx.nodes = [
         replaced.get(id(node), node)
         for node in onnx.nodes
         if id(node) not in gone or id(node) in replaced
     ]
+    return packed
+
+
+def _find_outside(onnx: OnnxFile, constants: Constants, packed: _Sources) -> _Sources:
+    """What only own products read, of any size, and large tables of which rows are taken."""
+    onnx.prune()
+    _, readers = makers_and_readers(onnx)
+    found: _Sources = {}
+    for name, nodes in readers.items():
+        constant = constants.get(name)
+        sources: tuple[Constant, ...]
+        if constant is not None and name in constants.initializers:
+            sources = (constant,)
+        elif name in packed:
+            sources = packed[name]
+        else:
+            continue
+        only_rows = all(
+            (node.op_type, node.inputs.index(name), node.inputs.count(name)) == ("Gather", 0, 1)
+            for node in nodes
+        )
+        large = sources[0].num_bytes >= LARGE_BYTES
+        if all(node.op_type == PRODUCT.name for node in nodes) or (large and only_rows):
+            found[name] = sources
+    return found
 
 
 class _Finder:
@@ -304,51 +321,3 @@ def _input(node: Node, place: int) -> str:
 
 def _listed(groups: tuple[int, ...]) -> str:
     return "groups of " + ", ".join(map(str, groups))
-
-
-def _write_packed(
-    planes: tuple[Constant, ...], source: BinaryIO, target: BinaryIO
-) -> tuple[list[int], tuple[int, int]]:
-    """Append weights; returns the shape, and where they are: first byte and number of bytes.
-
-    Raises:
-        BundleError: the source is too short.
-        ResourceError: the disk is full.
-    """
-    depth, columns = planes[0].shape
-    try:
-        target.write(bytes(-target.tell() % _ALIGNMENT))
-        start = target.tell()
-        for begin, end in _row_ranges(depth, columns):
-            rows = [_read_rows(plane, source, begin, end) for plane in planes]
-            target.write(pack_weights(rows).data)
-        end_of_all = target.tell()
-    except OSError as error:
-        raise ResourceError(
-            f"the weights in the order of own kernels cannot be written ({error.strerror}); make "
-            "room on the disk"
-        ) from error
-    return [depth // BLOCK, len(planes), columns, 4], (start, end_of_all - start)
-
-
-def _row_ranges(depth: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows, each a multiple of a block."""
-    step = max(_CHUNK // columns // BLOCK, 1) * BLOCK
-    for begin in range(0, depth, step):
-        yield begin, min(begin + step, depth)
-
-
-def _read_rows(plane: Constant, source: BinaryIO, begin: int, end: int) -> NDArray[np.int8]:
-    """Rows of INT4 as ONNX packs them: row by row, the first of two elements in the low nibble."""
-    columns = plane.shape[1]
-    num_bytes = (end - begin) * columns // 2  # rows come in blocks, so no byte is of two of them
-    source.seek(plane.offset + begin * columns // 2)
-    data = source.read(num_bytes)
-    if len(data) != num_bytes:
-        raise BundleError(
-            f"the weights of {plane.name} end too early; copy or export the bundle again"
-        )
-    pairs = np.frombuffer(data, np.uint8)
-    nibbles = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(end - begin, columns)
-    rows: NDArray[np.int8] = (nibbles.astype(np.int8) ^ np.int8(8)) - np.int8(8)
-    return rows

@@ -38,11 +38,13 @@ from edge_lab.engine_layers import LayerTable, is_layers_file, layers_path
 from edge_lab.engine_record import forget_engine, record_engine
 from edge_lab.target import write_durably
 
+from .outside import SUFFIX, Outside, place
+
 _log = logging.getLogger(__name__)
 
 BUILD_LOG = "build.log"
 TIMING_CACHE = "timing.cache"
-TUNE_SCRATCH, TRTEXEC_SCRATCH, KERNELS_SCRATCH = ".tune-", ".trtexec-", ".kernels-"
+TUNE_SCRATCH, TRTEXEC_SCRATCH = ".tune-", ".trtexec-"
 """How the names of a build's directories for a while begin, beside those of the engines."""
 _LOCK = ".lock"
 
@@ -99,6 +101,7 @@ class EngineStore:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             _sweep_scratch(root)
             yield
+            _sweep_scratch(root)
         finally:
             os.close(descriptor)
 
@@ -150,30 +153,41 @@ class EngineStore:
         """Keep what TensorRT said; if that fails, it is a warning."""
         _keep(self.directory / BUILD_LOG, text.encode())
 
-    def commit(self, plan: Any, describe: Callable[[str, int, str], EngineInfo]) -> EngineInfo:
+    def commit(
+        self,
+        plan: Any,
+        describe: Callable[[str, int, str], EngineInfo],
+        outside: Outside | None = None,
+    ) -> EngineInfo:
         """Put a plan in place.
 
         Args:
             plan: its bytes, any buffer.
             describe: makes the record from the plan's file name, size and SHA-256.
+            outside: weights that go beside it.
 
         Raises:
+            BundleError: the graph's weights end too early.
             ResourceError: the disk is full; the old engine stays.
         """
         view = memoryview(plan).cast("B")
         sha256 = hashlib.sha256(view).hexdigest()
         name = f"engine-{sha256[:12]}.plan"
         info = describe(name, view.nbytes, sha256)
+        size = view.nbytes + (outside.num_bytes if outside else 0)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.sweep()
+            if outside is not None:
+                weights = place(outside, self.directory, info.sources)
+                info = msgspec.structs.replace(info, outside=weights)
             _replace(self.directory / name, view)
             self._write_info(info)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ResourceError(
                     f"the disk filled up while {self.directory} was written; free "
-                    f"{view.nbytes / 1e6:,.0f} MB and build again (the old engine is as it was)"
+                    f"{size / 1e6:,.0f} MB and build again (the old engine is as it was)"
                 ) from error
             raise
         self.sweep()
@@ -226,18 +240,20 @@ class EngineStore:
     def sweep(self) -> None:
         """Remove plans that ``engine.json`` does not name, and what a killed build left."""
         try:
-            kept = read_engine_info(self.directory).plan
+            info = read_engine_info(self.directory)
         except BundleError:
-            kept = None
-        keep = {kept, layers_path(Path(kept)).name} if kept else set()
+            keep = set()
+        else:
+            keep = {info.plan, layers_path(Path(info.plan)).name}
+            keep |= {info.outside.file} if info.outside else set()
         for path in self.directory.iterdir():
-            ours = path.name.endswith((".plan", ".tmp")) or is_layers_file(path.name)
+            ours = path.name.endswith((".plan", SUFFIX, ".tmp")) or is_layers_file(path.name)
             if ours and path.name not in keep:
                 path.unlink()
 
 
 def _sweep_scratch(root: Path) -> None:
-    for prefix in (TUNE_SCRATCH, TRTEXEC_SCRATCH, KERNELS_SCRATCH):
+    for prefix in (TUNE_SCRATCH, TRTEXEC_SCRATCH, ".kernels-"):  # the last is of older edge-llm
         for leftover in root.glob(f"{prefix}*"):
             try:
                 shutil.rmtree(leftover)

@@ -135,9 +135,13 @@ def compile_fastest(
             if tried.answer_s < (math.inf if best is None else best.answer_s):
                 best = tried
             _sweep(root, best)
-        return _choose(asked, best, tuple(tuned), tuple(refused), timings)
-    finally:
+        chosen = _choose(asked, best, tuple(tuned), tuple(refused), timings)
+    except BaseException:
         _sweep(root)
+        raise
+    # Weights outside the plan are linked from there; a plan would need its room twice.
+    _sweep(root, best if chosen[0].outside is not None else None)
+    return chosen
 
 
 def _sweep(root: Path, keep: _Candidate | None = None) -> None:
@@ -152,7 +156,7 @@ def _put(rung: BuildPlan, compiled: Compiled, target: Target, store: EngineStore
         return "; ".join(compiled.audit.problems[:3])
     describe_engine = make_recorder(Climbed(rung, (), {}), target, "api", TUNE_SCRATCH, compiled)
     try:
-        store.commit(compiled.plan, describe_engine)
+        store.commit(compiled.plan, describe_engine, compiled.outside)
     except ResourceError as error:
         return str(error)
     return None

@@ -202,8 +202,6 @@ class Builder:
             text = f"Max Scratch Memory: {scratch[-1]} bytes"
             self._logger.log(Severity.INFO, text)
         directory = network.directory
-        if directory is not None and own:  # the weights are a link into the bundle
-            directory = (directory / "decoder.onnx.data").resolve().parent
         has_bundle = directory is not None and (directory / MANIFEST_NAME).is_file()
         head = {
             "version": pretended.version,

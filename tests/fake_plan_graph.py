@@ -6,12 +6,13 @@ import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from edge.backends.tensorrt.launch_rules import BLOCK
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, Node, OnnxFile, attribute
-from edge.bundle.onnx_values import Constant, Constants, read_constant
-from engines.kernels.layout import unpack_weights
+from edge.bundle.onnx_values import Constant, read_constant
 from tests.fake_network import Attention11, CausalMaskKind, DataType, Network
 
 
@@ -41,7 +42,7 @@ def make_model(network: Network) -> bytes:
 
 
 def _without_plugin(network: Network, node: Node) -> list[Node]:
-    """What a plugin computes, in operators: one product in FP32."""
+    """What a plugin computes, in operators."""
     if not node.domain:
         return [node]
     if node.op_type in ("attention_parts", "top_k_parts"):
@@ -50,28 +51,62 @@ def _without_plugin(network: Network, node: Node) -> list[Node]:
         return _attended(network, node)
     if node.op_type == "top_k_merge":
         return _best(network, node)
-    assert network.graph is not None
-    constants = Constants(network.graph, network.directory)
-    (x, packed, scale_name, bias_name), name = node.inputs, node.name
-    words = constants.values(packed)
-    scales, bias = constants.values(scale_name), constants.values(bias_name)
-    assert words is not None
-    assert scales is not None
-    assert bias is not None
-    planes = unpack_weights(words.reshape(network.shapes[packed]).astype(np.int32))
-    depth, columns = planes[0].shape
-    groups = network.shapes[scale_name][0]
-    wide = np.repeat(scales.reshape(groups, columns).astype(np.float32), depth // groups, axis=0)
-    whole = sum(plane.astype(np.float32) * 16**place for place, plane in enumerate(planes)) * wide
-    for part, values in (("weights", whole), ("bias", bias.astype(np.float32))):
-        network.graph.add_floats(f"{name}.{part}", values.shape, values)
-    steps: tuple[tuple[str, list[str], str, list[bytes]], ...] = (
-        ("Cast", [x], f"{name}.x", [attribute("to", ELEMENT_NUMBERS["fp32"])]),
-        ("MatMul", [f"{name}.x", f"{name}.weights"], f"{name}.product", []),
-        ("Add", [f"{name}.product", f"{name}.bias"], f"{name}.sum", []),
-        ("Cast", [f"{name}.sum"], node.outputs[0], [attribute("to", ELEMENT_NUMBERS["fp16"])]),
+    return _product(network, node)
+
+
+def _product(network: Network, product: Node) -> list[Node]:
+    """A product, whose weights may be inputs: what `unpack_weights` does, in operators."""
+    made = product.name
+    x, packed, scales, bias = product.inputs
+    blocks, planes, columns, _ = network.shapes[packed]
+    groups, depth = network.shapes[scales][0], blocks * BLOCK
+    numbers: tuple[tuple[str, str, Any], ...] = (
+        ("places", "uint32", np.arange(0, 32, 4, dtype=np.uint32)),
+        ("mask", "uint32", np.array([15], np.uint32)),
+        ("eight", "fp32", np.array([8], np.float32)),
+        ("planes", "fp32", np.array([1, 16][:planes], np.float32).reshape(planes, 1, 1)),
+        ("one", "int64", np.array([1])),
+        ("four", "int64", np.array([4])),
+        ("zero", "int64", np.array([0])),
+        ("whole", "int64", np.array([planes, depth, columns])),
+        ("grouped", "int64", np.array([groups, depth // groups, columns])),
+        ("flat", "int64", np.array([depth, columns])),
     )
-    return [Node(op, inputs, [out], out, attributes=more) for op, inputs, out, more in steps]
+    for name, dtype, values in numbers:
+        network._constant(f"{made}.{name}", dtype, values.shape, values.tobytes())
+    wide, half, unsigned = (
+        [attribute("to", ELEMENT_NUMBERS[dtype])] for dtype in ("fp32", "fp16", "uint32")
+    )
+    steps: list[tuple[str, list[str], str, list[bytes]]] = [
+        ("Cast", [packed], ".words", unsigned),
+        ("Unsqueeze", [".words", ".four"], ".columns", []),
+        ("BitShift", [".columns", ".places"], ".shifted", [attribute("direction", "RIGHT")]),
+        ("BitwiseAnd", [".shifted", ".mask"], ".nibbles", []),
+        ("Cast", [".nibbles"], ".numbers", wide),
+        ("Sub", [".numbers", ".eight"], ".signed", []),
+        ("Transpose", [".signed"], ".rows", [attribute("perm", [1, 0, 4, 3, 2])]),
+        ("Reshape", [".rows", ".whole"], ".each", []),
+        ("Mul", [".each", ".planes"], ".parts", []),
+        ("ReduceSum", [".parts", ".zero"], ".integers", [attribute("keepdims", 0)]),
+        ("Reshape", [".integers", ".grouped"], ".groups", []),
+        ("Cast", [scales], ".scales", wide),
+        ("Unsqueeze", [".scales", ".one"], ".factors", []),
+        ("Mul", [".groups", ".factors"], ".scaled", []),
+        ("Reshape", [".scaled", ".flat"], ".weights", []),
+        ("Cast", [x], ".x", wide),
+        ("MatMul", [".x", ".weights"], ".product", []),
+        ("Cast", [bias], ".bias", wide),
+        ("Add", [".product", ".bias"], ".sum", []),
+        ("Cast", [".sum"], product.outputs[0], half),
+    ]
+
+    def full(name: str) -> str:
+        return f"{made}{name}" if name.startswith(".") else name
+
+    return [
+        Node(op, [full(each) for each in inputs], [full(out)], full(out), attributes=more)
+        for op, inputs, out, more in steps
+    ]
 
 
 def _attended(network: Network, join: Node) -> list[Node]:

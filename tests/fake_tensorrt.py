@@ -121,16 +121,16 @@ def fake_plan(
         planted=planted,
     )
     compiler = Compiler(TensorRT(module, flavour, version), lambda _severity, _text: None)
-    with parsed_graph(build, change(graph_of(build))) as found:
-        compiler.parse(found.data, found.path, build.kv_read)
-        plan, _ = compiler.build(
-            build.profiles,
-            workspace_bytes=build.config.workspace_bytes,
-            opt_level=0,
-            timings=None,
-            compute_capability=None,
-            progress=silent,
-        )
+    found = parsed_graph(build, change(graph_of(build)))
+    compiler.parse(found.data, found.path, build.kv_read)
+    plan, _ = compiler.build(
+        build.profiles,
+        workspace_bytes=build.config.workspace_bytes,
+        opt_level=0,
+        timings=None,
+        compute_capability=None,
+        progress=silent,
+    )
     return bytes(memoryview(plan))
 
 
@@ -275,6 +275,10 @@ class FakeEngine:
 
     def get_tensor_dtype(self, name: str) -> DataType:
         return DTYPES[{**self._inputs, **self._outputs}[name].dtype]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        shape = {**self._inputs, **self._outputs}[name].shape
+        return tuple(size if isinstance(size, int) else -1 for size in shape)
 
     def get_tensor_location(self, name: str) -> TensorLocation:
         return TensorLocation.HOST if name in self._hosts else TensorLocation.DEVICE
@@ -434,7 +438,11 @@ class FakeContext:
         for name in [*engine._inputs, *engine._outputs]:
             if not self._addresses.get(name):
                 return self._refuse(f"enqueueV3: the address of {name} is not set")
-        missing = [name for name in engine._inputs if name not in self._shapes]
+        missing = [
+            name
+            for name in engine._inputs
+            if name not in self._shapes and -1 in engine.get_tensor_shape(name)
+        ]
         if missing:
             return self._refuse(f"enqueueV3: the shape of {missing[0]} is not set")
         capturing = gpu.streams[stream_handle].capturing is not None
@@ -464,8 +472,9 @@ class FakeContext:
         """The symbols of `io_spec` by value; inputs must agree."""
         found: dict[str, int] = {}
         for name, spec in self._engine._inputs.items():
-            for symbol, size in zip(spec.shape, self._shapes[name], strict=True):
-                if isinstance(symbol, str) and found.setdefault(symbol, size) != size:
+            shape = self._shapes.get(name, spec.shape)
+            for symbol, size in zip(spec.shape, shape, strict=True):
+                if isinstance(symbol, str) and found.setdefault(symbol, int(size)) != size:
                     raise RuleError(f"{name} has {size} of {symbol}, others {found[symbol]}")
         return found
 

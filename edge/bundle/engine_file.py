@@ -9,9 +9,12 @@ one step.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import mmap
 import os
 import shlex
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,7 +29,7 @@ from . import io_spec
 from .engine_records import who_vouches
 from .manifest import ENGINES_DIR, Count, Line, Manifest, Rows, Sha256
 from .profile_layers import ProfileLayers
-from .sizes import ProfileName, StepLimits
+from .sizes import ALIGNMENT, ProfileName, StepLimits
 
 ENGINE_JSON = "engine.json"
 _MAX_BYTES = 1 << 24
@@ -180,6 +183,33 @@ def _label(rung: RefusedRung | TunedRung) -> str:
     return f"{rung.kv_read}, {rung.attention}{wide}{own}"
 
 
+class OutsideTensor(_Struct, frozen=True):
+    """A weight that an engine takes as an input: what it is, and its first byte in the file."""
+
+    dtype: io_spec.ElementType
+    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=8)]
+    offset: Count
+
+    @property
+    def end(self) -> int:
+        """The byte after its last one."""
+        return self.offset + math.prod(self.shape) * io_spec.ELEMENT_BYTES[self.dtype]
+
+
+class OutsideWeights(_Struct, frozen=True):
+    """Weights that are not in the plan but in a file beside it, as they lie in device memory.
+
+    Attributes:
+        file: its name.
+        tensors: inputs of the engine by name.
+    """
+
+    file: Line
+    num_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
+    sha256: Sha256
+    tensors: dict[Line, OutsideTensor]
+
+
 class EngineInfo(_Struct, frozen=True):
     """The content of ``engine.json``.
 
@@ -225,6 +255,8 @@ class EngineInfo(_Struct, frozen=True):
         power_mode, gpu_clocks_hz: the Jetson's at the build, and between what the GPU's clock was
             free to move while kernels were timed.
         python_kernels: with ``python``, the kernels (`edge.backends.tensorrt.plugin_kernels.pack`).
+        outside: weights that only own kernels read; None if all are in the plan, as in older
+            engines and in those without own kernels.
     """
 
     schema_version: int
@@ -271,6 +303,12 @@ class EngineInfo(_Struct, frozen=True):
     skipped_tactics: SkippedTactics | None = None
     power_mode: Line | None = None
     gpu_clocks_hz: tuple[int, int] | None = None
+    outside: OutsideWeights | None = None
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes that are loaded: the plan's, and those of the weights outside it."""
+        return self.plan_bytes + (self.outside.num_bytes if self.outside else 0)
 
     @property
     def buckets_read(self) -> tuple[int, ...]:
@@ -347,22 +385,75 @@ def decode_engine_info(directory: Path, data: bytes) -> EngineInfo:
                 f"{path} is of a newer edge-llm ({error}); install that one, or {again}"
             ) from error
         raise BundleError(f"{path} is damaged ({error}); {again}") from error
-    if Path(info.plan).name != info.plan or info.plan.startswith("."):
-        raise BundleError(f"{path} names a plan outside its directory; build the engine again")
+    outside = info.outside
+    for name in (info.plan, *([outside.file] if outside else [])):
+        if Path(name).name != name or name.startswith("."):
+            raise BundleError(f"{path} names a file outside its directory; build the engine again")
+    for name, tensor in outside.tensors.items() if outside else ():
+        if tensor.offset % ALIGNMENT or tensor.end > outside.num_bytes:  # type: ignore[union-attr]
+            raise BundleError(f"{path} is damaged (where is {name}?); {again}")
     return info
 
 
 def verify_plan(directory: Path, info: EngineInfo) -> Path:
-    """Hash the plan before anything deserializes it.
+    """Hash the plan, and the weights outside it, before anything loads them.
 
     Returns:
         The plan's path.
 
     Raises:
-        IntegrityError: it is missing, or has another size or hash than ``engine.json`` says.
+        IntegrityError: one is missing, or has another size or hash than ``engine.json`` says.
     """
     with open_plan(directory, info):
+        if info.outside:
+            buffer = memoryview(bytearray(1 << 21))
+            deque(read_outside(directory, info, info.outside, buffer), maxlen=0)
         return directory / info.plan
+
+
+def read_outside(
+    directory: Path, info: EngineInfo, outside: OutsideWeights, buffer: Any
+) -> Iterator[tuple[int, Any]]:
+    """Read the weights outside a plan piece by piece, and hash what is handed out.
+
+    On a Jetson what was read leaves the page cache, which would fill the GPU's memory.
+
+    Args:
+        directory: of the engine.
+        info: its ``engine.json``.
+        outside: of ``info``.
+        buffer: bytes, an array of them or a view. Pieces lie in its halves in turn, so each stays
+            as it is until the next but one is asked for.
+
+    Yields:
+        The place of a piece in the file, and the piece.
+
+    Raises:
+        IntegrityError: the file cannot be read or, once all of it is, is not what ``engine.json``
+            says.
+    """
+    path, digest, size = directory / outside.file, hashlib.sha256(), 0
+    again = f"build it again with: {rebuild_command(directory, info, again=True)}"
+    middle = len(buffer) // 2
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            for half in itertools.cycle((buffer[:middle], buffer[middle:])):
+                piece = half[: file.readinto(half[: outside.num_bytes - size])]
+                if not len(piece):
+                    break
+                yield size, piece
+                digest.update(piece)
+                drop_cached(descriptor)
+                size += len(piece)
+            size = os.fstat(descriptor).st_size
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read ({error.strerror}); {again}") from error
+    if (size, digest.hexdigest()) != (outside.num_bytes, outside.sha256):
+        raise IntegrityError(
+            f"{path} is damaged: {size} bytes with SHA-256 {digest.hexdigest()[:16]}…, "
+            f"{ENGINE_JSON} says {outside.num_bytes} with {outside.sha256[:16]}…; {again}"
+        )
 
 
 @contextmanager

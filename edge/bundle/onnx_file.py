@@ -295,6 +295,14 @@ class OnnxFile:
             )
         self._graph.add(12, info)
 
+    def add_inputs(self, infos: Iterable[Message]) -> None:
+        """Make tensors inputs of the graph; constants of their names go. See `tensor_info`."""
+        new = {info.text(1): info for info in infos}
+        tensors = self._graph.all_bytes(5)
+        self._graph.replace(5, [data for data in tensors if Message.parse(data).text(8) not in new])
+        for info in new.values():
+            self._graph.add(11, info)
+
     def remove_values(self, names: Iterable[str]) -> None:
         """Take inputs and outputs of these names, where there are such, out of the graph."""
         unwanted = set(names)

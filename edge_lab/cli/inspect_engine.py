@@ -136,6 +136,13 @@ def _own_kernels(info: EngineInfo) -> list[tuple[str, str]]:
     ]
 
 
+def _beside(info: EngineInfo) -> list[tuple[str, str]]:
+    if info.outside is None:
+        return []
+    size, count = info.outside.num_bytes, len(info.outside.tensors)
+    return [("weights beside it", f"{info.outside.file}, {size:,} bytes, {count} tensors")]
+
+
 def _compiled_facts(directory: Path, info: EngineInfo) -> list[tuple[str, str]]:
     if not info.compiled:
         return [("compiled layers", why_unknown(directory, info))]
@@ -203,6 +210,7 @@ def _print(
         *((f"tried {each.label}", describe_trial(each)) for each in info.tuned),
         ("KV buckets", ", ".join(map(str, info.kv_buckets))),
         ("plan", f"{info.plan}, {info.plan_bytes:,} bytes"),
+        *_beside(info),
         ("plan hash", "matches" if verified else "not verified"),
         ("vouched for by", vouched),
         ("weights as exported", verdict),
@@ -216,7 +224,7 @@ def _print(
     parts.add_column("bytes", justify="right")
     for weight in info.weights:
         parts.add_row(f"{weight.dtype} weights", str(weight.count), f"{weight.num_bytes:,}")
-    parts.add_row("scales, norms, tables, kernels", "", f"{info.plan_bytes - stored:,}")
+    parts.add_row("scales, norms, tables, kernels", "", f"{info.weights_bytes - stored:,}")
     console.print(parts)
     if layers:
         table = Table(title="Layers of the parsed network", title_justify="left", box=None)

@@ -34,7 +34,7 @@ class PlannedEngine:
     Attributes:
         name: of its directory.
         plan: the plan's file name.
-        plan_bytes: of that file.
+        plan_bytes: of that file, and of the weights beside it.
         max_batch: sequences per step.
         max_prefill: tokens per prefill step.
         kv_capacity: tokens per slot.
@@ -112,7 +112,7 @@ def find_engine(bundle: Path, manifest: Manifest, asked: Asked) -> PlannedEngine
     return PlannedEngine(
         directory.name,
         info.plan,
-        info.plan_bytes,
+        info.weights_bytes,
         info.max_batch,
         info.max_prefill,
         info.kv_capacity,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from numpy.testing import assert_array_equal
+from numpy.typing import NDArray
 
 from edge.bundle.engine_file import EngineInfo, find_engines, read_engine_info
 from edge.bundle.manifest import read_manifest
@@ -35,10 +38,24 @@ needs_a_runner = pytest.mark.skipif(
 )
 
 
-def rewrite(bundle: Path, directory: Path, data: bytes | None = None) -> OwnGraph:
-    directory.mkdir()
+def rewrite(bundle: Path, data: bytes | None = None) -> OwnGraph:
     graph = data or (bundle / "decoder.onnx").read_bytes()
-    return use_own_kernels(graph, read_manifest(bundle), bundle, directory)
+    return use_own_kernels(graph, read_manifest(bundle), bundle)
+
+
+def weights_of(own: OwnGraph) -> dict[str, NDArray[Any]]:
+    """What goes into the file, by the names of the inputs."""
+    if own.outside is None:
+        return {}
+    file = io.BytesIO()
+    sha256 = own.outside.write(file)
+    data = file.getvalue()
+    assert (len(data), hashlib.sha256(data).hexdigest()) == (own.outside.num_bytes, sha256)
+    kinds = {"int32": np.int32, "fp16": np.float16}
+    return {
+        name: np.frombuffer(data[each.offset : each.end], kinds[each.dtype]).reshape(each.shape)
+        for name, each in own.outside.tensors.items()
+    }
 
 
 def export(source: Path, output: Path, **options: Any) -> Path:
@@ -56,7 +73,7 @@ def put(node: Node, **attributes: Any) -> None:
 
 
 def check_graph(bundle: Path, own: OwnGraph) -> None:
-    """Nothing is left over of what was replaced, and the weights are as many bytes."""
+    """Nothing is left over of what was replaced, and what the plugins read is outside."""
     before = OnnxFile((bundle / "decoder.onnx").read_bytes())
     after = OnnxFile(own.data)
     plugins = [node for node in after.nodes if node.domain == "edge_llm"]
@@ -67,26 +84,20 @@ def check_graph(bundle: Path, own: OwnGraph) -> None:
         assert not {f"{name}.dequantized", f"{name}.high_dequantized"} & made
     constants = Constants(after, own.path.parent)
     assert constants.initializers <= read
+    outside = weights_of(own)
+    assert outside.keys() <= {info.name for info in after.inputs} - constants.initializers
     old = Constants(before, bundle)
-    packed = own.path.parent / "decoder.onnx.own"
-    used = stored_bytes = 0
     for node in plugins:
-        weights = constants.get(node.inputs[1])
-        assert weights is not None
-        assert weights.location == packed.name
-        assert weights.offset % 4096 == 0
-        words = constants.values(weights.name)
-        assert words is not None
+        assert set(node.inputs[1:]) <= outside.keys()
         name = node.name.removesuffix("/w4_linear")
-        for place, plane in enumerate(unpack_weights(words.reshape(weights.shape))):
+        for place, plane in enumerate(unpack_weights(outside[node.inputs[1]])):
             part = "high_" if place else ""
-            stored = _stored(before, old, f"{name}.{part}dequantized", bundle)
-            assert_array_equal(plane, stored)
-            stored_bytes = stored.size // 2
-            used += stored_bytes
-        assert weights.num_bytes == weights.shape[1] * stored_bytes
-    assert used <= packed.stat().st_size <= used + (len(plugins) + 1) * 4096
-    assert (own.path.parent / "decoder.onnx.data").resolve() == bundle / "decoder.onnx.data"
+            assert_array_equal(plane, _stored(before, old, f"{name}.{part}dequantized", bundle))
+        for other in {*node.inputs[2:]} - {"own_kernels.no_bias"}:
+            values = old.values(other)
+            assert values is not None
+            assert_array_equal(outside[other].ravel(), values)
+    assert own.path == bundle.resolve() / "decoder.onnx"
     assert after.opsets["edge_llm"] == 1
 
 

@@ -26,7 +26,7 @@ from engines.graph import graph_of
 from engines.own_attention import use_own_attention
 from engines.own_kernels import OwnGraph, use_own_kernels
 from export.pipeline import ExportConfig, export_checkpoint
-from tests.engines.own_builds import put
+from tests.engines.own_builds import put, weights_of
 from tests.own_kernel_graphs import compute_all
 from tests.tiny_models import write_checkpoint
 
@@ -61,12 +61,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make
 
 
-def rewrite(
-    bundle: Path, directory: Path, data: bytes | None = None, plugins: Any = "compiled"
-) -> OwnGraph:
-    directory.mkdir()
+def rewrite(bundle: Path, data: bytes | None = None, plugins: Any = "compiled") -> OwnGraph:
     graph = data or (bundle / "decoder.onnx").read_bytes()
-    return use_own_kernels(graph, read_manifest(bundle), bundle, directory, plugins, attention=True)
+    return use_own_kernels(graph, read_manifest(bundle), bundle, plugins, attention=True)
 
 
 def feed_of(bundle: Path, starts: list[int], tokens: int, rows: int = CAPACITY) -> dict[str, Any]:
@@ -100,7 +97,7 @@ def check_same(
     """The answers and the new rows of the cache are those of the graph as exported."""
     graph = data or (bundle / "decoder.onnx").read_bytes()
     before = compute_all(graph, bundle, feed)
-    after = compute_all(own.data, own.path.parent, feed)
+    after = compute_all(own.data, own.path.parent, {**feed, **weights_of(own)})
     assert list(after) == list(before)
     for name, values in after.items():
         assert values.dtype == before[name].dtype
@@ -121,7 +118,7 @@ def test_the_answers_are_those_of_the_graph_as_exported(
     wide: Bundle, tmp_path: Path, dialect: str, starts: list[int], tokens: int
 ) -> None:
     bundle = wide(dialect)
-    own = rewrite(bundle, tmp_path / "own")
+    own = rewrite(bundle)
     assert own.attentions == ("layers.0.attention", "layers.1.attention")
     assert plugins_of(own) == [
         f"{name}/attention_{part}" for name in own.attentions for part in ("parts", "join")
@@ -136,7 +133,7 @@ def test_a_prompt_and_then_tokens_over_its_own_cache(
 ) -> None:
     """What the plugins wrote is what they read: no random rows here."""
     bundle = wide(dialect)
-    own = rewrite(bundle, tmp_path / "own")
+    own = rewrite(bundle)
     native = dialect == "native"
     feed = feed_of(bundle, [0, 0], 6)
     for name in feed:
@@ -165,7 +162,7 @@ def test_a_prompt_and_then_tokens_over_its_own_cache(
 def test_the_mask_leaves_the_graph_and_the_cache_is_read_as_it_is(
     wide: Bundle, tmp_path: Path, dialect: str
 ) -> None:
-    own = rewrite(wide(dialect), tmp_path / "own")
+    own = rewrite(wide(dialect))
     graph = OnnxFile(own.data)
     read = {name for node in graph.nodes for name in node.inputs}
     assert io_spec.KV_POSITIONS not in read
@@ -183,7 +180,7 @@ def test_the_mask_leaves_the_graph_and_the_cache_is_read_as_it_is(
 def test_a_slot_that_idles_disturbs_nobody(wide: Bundle, tmp_path: Path) -> None:
     """It has position 0 and writes the last row (`StepBuffers.fill`)."""
     bundle = wide("native")
-    own = rewrite(bundle, tmp_path / "own")
+    own = rewrite(bundle)
     feed = feed_of(bundle, [9, 9], 1)
     alone = compute_all(own.data, own.path.parent, feed)[io_spec.LOGITS]
     feed[io_spec.POSITION_IDS][1] = 0
@@ -203,7 +200,7 @@ def test_the_graph_of_an_engine_with_other_options(
         bundle, max_prefill=16, kv_capacity=CAPACITY, kv_read=kv_read, kernels="own"
     )
     data = graph_of(plan_build(config, read_manifest(bundle)))
-    own = rewrite(bundle, tmp_path / "own", data)
+    own = rewrite(bundle, data)
     assert len(own.linears) == 9
     assert len(own.attentions) == 2
     assert own.left == {}
@@ -215,7 +212,7 @@ def test_the_nodes_of_the_kind_that_python_launches_say_how_wide_heads_are(
 ) -> None:
     bundle = wide("portable")
     kinds: tuple[Any, ...] = ("compiled", "python")
-    owns = [rewrite(bundle, tmp_path / kind, plugins=kind) for kind in kinds]
+    owns = [rewrite(bundle, plugins=kind) for kind in kinds]
     assert owns[0].plugins == owns[1].plugins == {("attention_parts", 64), ("attention_join", 64)}
     nodes = [[node for node in OnnxFile(own.data).nodes if node.domain] for own in owns]
     assert len(nodes[0]) == 4
@@ -240,7 +237,7 @@ def test_nvidias_own_parser_wants_the_plugins_and_nothing_else(
 ) -> None:
     """TensorRT for RTX has no plugins, but the parser of all: it reads the rest of the graph."""
     pytest.importorskip("tensorrt_rtx")
-    own = rewrite(wide(dialect), tmp_path / "own", plugins=plugins)
+    own = rewrite(wide(dialect), plugins=plugins)
     lines: list[str] = []
     compiler = Compiler(compat.load("tensorrt-rtx"), lambda _level, text: lines.append(text))
     with pytest.raises(BuildError, match=r"attention_parts: .*Plugin not found.*\(3 more such"):
@@ -252,9 +249,8 @@ def test_nvidias_own_parser_wants_the_plugins_and_nothing_else(
 
 def test_attention_is_left_alone_where_nobody_asks(wide: Bundle, tmp_path: Path) -> None:
     bundle = wide("native", "int4")
-    (tmp_path / "own").mkdir()
     data = (bundle / "decoder.onnx").read_bytes()
-    own = use_own_kernels(data, read_manifest(bundle), bundle, tmp_path / "own")
+    own = use_own_kernels(data, read_manifest(bundle), bundle)
     assert own.attentions == ()
     assert "Attention" in {node.op_type for node in OnnxFile(own.data).nodes}
 
@@ -280,7 +276,7 @@ def test_what_the_kernels_do_not_serve_is_named(
     else:
         assert found == ()
         with pytest.raises(BuildError, match=f"no attention of .*{reason}.*leave --attention own"):
-            rewrite(bundle, tmp_path / "own")
+            rewrite(bundle)
     assert set(left.values()) == {reason}
 
 

@@ -29,6 +29,7 @@ from engines.builder import Target, build_engine, compile_bundle
 from engines.config import BuildConfig
 from engines.kernels.package import Ptx
 from engines.ladder import describe, make_rungs
+from engines.outside import Outside
 from tests.conftest import Bundles, PoolingBundles
 from tests.engines.own_builds import (
     export,
@@ -135,9 +136,19 @@ def test_tuning_builds_both_and_keeps_the_faster(
             return None, "least cosine 0.31"
         return seconds[rung.kernels], None
 
+    written: list[int] = []
+    write = Outside.write
+
+    def count(weights: Outside, target: Any) -> str:
+        written.append(weights.num_bytes)
+        return write(weights, target)
+
+    monkeypatch.setattr(Outside, "write", count)
     monkeypatch.setattr(tune, "measure", planted)
     result = json.loads(run(bundle, "--kernels", "auto", "--tune", "--json").stdout)
     assert result["kernels"] == "own"
+    assert written == [result["outside_bytes"]]  # two variants and the engine share them
+    assert not list((bundle / "engines").glob(".tune-*"))
     directory, info = only_engine(bundle)
     assert directory.name.endswith("-auto-kernels")
     assert [(each.kernels, each.attention) for each in info.tuned] == [
@@ -308,12 +319,13 @@ def test_the_audit_holds_for_attention_in_plugins(
 
     monkeypatch.setattr(builder, "audit_network", spy)
     assert compile_bundle(plan_build(config, manifest), target).audit.problems == ()
-    ((network, _, shapes, kv_read, linears, attentions, _),) = seen
+    ((network, _, shapes, kv_read, linears, attentions, _, outside),) = seen
 
     def problems(changed: dict[str, Any], names: tuple[str, ...] = attentions) -> list[str]:
         layers = tuple(changed.get(each.name, each) for each in network.layers)
         kept = dataclasses.replace(network, layers=tuple(each for each in layers if each))
-        return list(audit_network(kept, manifest, shapes, kv_read, linears, names).problems)
+        audit = audit_network(kept, manifest, shapes, kv_read, linears, names, outside=outside)
+        return list(audit.problems)
 
     found = problems({}, attentions[:1])
     assert "layers.1.attention: a plugin that nobody asked for" in found
@@ -349,13 +361,12 @@ def test_the_audit_holds_for_plugins(
         return audit_network(*arguments)
 
     monkeypatch.setattr(builder, "audit_network", spy)
-    monkeypatch.setattr(builder, "ENGINES_DIR", "../own-engines")  # the bundle is shared
     compiled = compile_bundle(build, target)
     assert compiled.audit.problems == ()
-    ((network, _, shapes, kv_read, own, attentions, _),) = seen
+    ((network, _, shapes, kv_read, own, attentions, _, outside),) = seen
     assert attentions == ()
     assert own == tuple(manifest.quantization.linears)
-    problems = audit_network(network, manifest, shapes, kv_read, ()).problems
+    problems = audit_network(network, manifest, shapes, kv_read, (), outside=outside).problems
     assert f"{own[0]}: a plugin that nobody asked for" in problems
     assert f"{own[0]}: no matrix product with stored weights" in problems
     first, *more = (layer for layer in network.layers if layer.kind == "plugin_v3")
@@ -364,26 +375,29 @@ def test_the_audit_holds_for_plugins(
     )
     assert (
         f"{own[0]}: no plugin with stored weights"
-        in audit_network(without, manifest, shapes, kv_read, own).problems
+        in audit_network(without, manifest, shapes, kv_read, own, outside=outside).problems
     )
     weights = first.inputs[1]
     assert weights is not None
     other = dataclasses.replace(weights, shape=(1, *weights.shape[1:]))
     spoiled = [
-        dataclasses.replace(each, outputs=(other,)) if weights in each.outputs else each
-        for each in network.layers
-    ]
-    spoiled = [
         dataclasses.replace(each, inputs=(each.inputs[0], other, *each.inputs[2:]))
         if each is first
         else each
-        for each in spoiled
+        for each in network.layers
     ]
     (problem,) = audit_network(
-        dataclasses.replace(network, layers=tuple(spoiled)), manifest, shapes, kv_read, own
+        dataclasses.replace(network, layers=tuple(spoiled)),
+        manifest,
+        shapes,
+        kv_read,
+        own,
+        outside=outside,
     ).problems
     assert problem.startswith(f"{own[0]}: the plugin's weights are int32 [1, ")
     assert len(more) == len(own) - 1
+    problems = audit_network(network, manifest, shapes, kv_read, own).problems
+    assert f"there is a further input, {weights.name}" in problems
 
 
 # Options and refusals

@@ -162,7 +162,7 @@ def test_a_graph_that_is_another_is_left_alone(
 def test_nothing_is_said_of_it_where_nobody_asks(tiny_bundles: Bundles, tmp_path: Path) -> None:
     bundle = tiny_bundles("qwen2", "portable", "int4")
     data = (bundle / "decoder.onnx").read_bytes()
-    own = use_own_kernels(data, read_manifest(bundle), bundle, tmp_path)
+    own = use_own_kernels(data, read_manifest(bundle), bundle)
     assert (own.top_k, own.left) == (False, {})
 
 

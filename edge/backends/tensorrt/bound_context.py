@@ -79,7 +79,7 @@ class BoundContext:
                 self._context.set_device_memory(activations.address, activations.num_bytes)
             else:
                 self._context.device_memory = activations.address
-        fixed = {**buffers.addresses, io_spec.KV_POSITIONS: kv_positions}
+        fixed = {**buffers.addresses, io_spec.KV_POSITIONS: kv_positions, **engine.weights}
         for name, address in fixed.items():
             if name in engine.tensors:
                 self._call("set_tensor_address", name, address)

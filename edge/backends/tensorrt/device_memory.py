@@ -45,7 +45,7 @@ class EngineMemory:
     """Bytes by part; see `plan_engine_memory`.
 
     Attributes:
-        weights_bytes: of the plan, which is nearly all weights.
+        weights_bytes: of the plan, which is nearly all weights, and of those outside it.
         cache_bytes: keys and values of all slots.
         activations_bytes: shared by all execution contexts.
         activations_estimated: True until TensorRT itself was asked.
@@ -110,7 +110,7 @@ def plan_engine_memory(
         )
     estimated = activations_bytes is None
     return EngineMemory(
-        weights_bytes=info.plan_bytes,
+        weights_bytes=info.weights_bytes,
         cache_bytes=slots
         * info.kv_capacity
         * io_spec.kv_bytes_per_token(model, manifest.dtype, manifest.int8_layers),

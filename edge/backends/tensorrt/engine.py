@@ -142,6 +142,8 @@ class Engine:
 
     Attributes:
         activations_bytes: what one execution context needs while it runs.
+        weights: addresses of the inputs that are weights (`EngineInfo.outside`); who opens it puts
+            them there.
         listener: hears what calls of TensorRT say; `last_error` has it.
 
     Raises:
@@ -180,6 +182,7 @@ class Engine:
                 f"TensorRT cannot load {path}: {reason}; build it again with: {command}"
             )
         self._check(chosen, manifest)
+        self.weights: dict[str, int] = {}
         self.activations_bytes = int(self._engine.device_memory_size_v2)
 
     def _start(self) -> Any:
@@ -200,6 +203,8 @@ class Engine:
         inputs = io_spec.decoder_inputs(*spec)
         outputs = io_spec.decoder_outputs(*spec, best_logits=chosen.info.best_logits)
         names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+        outside = chosen.info.outside.tensors if chosen.info.outside else {}
+        inputs += [io_spec.TensorSpec(name, t.shape, t.dtype) for name, t in outside.items()]
         wanted = {tensor.name for tensor in [*inputs, *outputs]}
         # With lengths instead of a mask nothing reads the positions of the cache, and own attention
         # goes by those of the tokens.
@@ -216,6 +221,9 @@ class Engine:
                 problems.append(f"{tensor.name} is {dtype}, not {tensor.dtype}")
             if engine.get_tensor_location(tensor.name) != trt.TensorLocation.DEVICE:
                 problems.append(f"{tensor.name} is wanted on the host")
+            shape = tuple(engine.get_tensor_shape(tensor.name))
+            if tensor.name in outside and shape != tensor.shape:
+                problems.append(f"{tensor.name} is {list(shape)}, not {list(tensor.shape)}")
         if engine.num_optimization_profiles != len(chosen.info.profiles):
             problems.append(f"{engine.num_optimization_profiles} profiles")
         problems += self._check_aliases(manifest, names)

@@ -48,6 +48,7 @@ from .device_memory import (
 )
 from .engine import ChosenEngine, Engine, choose_engine
 from .layer_times import LayerTimes
+from .outside_weights import load_weights
 from .step_buffers import StepBuffers
 
 _log = logging.getLogger(__name__)
@@ -191,8 +192,9 @@ class TensorRTBackend:
         self._engine = Engine(chosen, self._manifest)
         self._resources.callback(self._engine.close)
         self.memory = plan(self._engine.activations_bytes)
-        self._device.make_room("the rest", self.memory.device_bytes - self.memory.weights_bytes)
+        self._device.make_room("the rest", self.memory.device_bytes - info.plan_bytes)
         self._allocate(sizes)
+        self._engine.weights = load_weights(chosen, self._device, self._stream, self._resources)
         self._contexts: dict[ProfileName, BoundContext] = {}
         for limits in self._limits:
             context = self._make_context(limits.profile)
