@@ -176,6 +176,19 @@ def test_python_launches_a_decode_step_when_it_is_captured_only(built: Path, gpu
     engine.close()
 
 
+def test_no_other_thread_keeps_the_interpreter_from_the_launches(
+    built: Path,
+) -> None:
+    """For 5 ms at most, as Python has it, which is as long as a decode step of the 1.5B."""
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(0.005)
+        open_engine(built).close()
+        assert sys.getswitchinterval() == pytest.approx(0.0005)
+    finally:
+        sys.setswitchinterval(before)
+
+
 def test_a_later_build_reads_the_layers_too(
     built: Path, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
