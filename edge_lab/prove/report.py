@@ -20,6 +20,7 @@ from edge.files import MALFORMED, read_file
 
 SCHEMA = 1
 _MAX_BYTES = 64 << 20
+_PROBLEM_CHARS = 300
 _NOT_A_REPORT = "it is no report of edge-llm prove"
 
 
@@ -112,7 +113,7 @@ def _figures(engine: dict[str, Any]) -> tuple[str, ...]:
     bench = engine["bench"].get("result") or {}
     ceiling = bench.get("roofline") or {}
     growth = ((engine.get("soak") or {}).get("result") or {}).get("growth") or {}
-    skipped = (engine.get("build") or {}).get("skipped_tactics")
+    skipped = (engine.get("layers") or {}).get("skipped_tactics")
     return (
         _number(bench.get("decode_tps")),
         f"{ceiling['reached']:.0%}" if ceiling.get("reached") else "-",
@@ -132,9 +133,9 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else "-"
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, most: int = 60) -> str:
     """A stranger's text in a cell: one line, short, and no column of its own."""
-    text = "-" if value is None else str(value)[:60]
+    text = "-" if value is None else str(value)[:most]
     return "".join(c if c.isprintable() and c not in "|<>`[]" else " " for c in text)
 
 
@@ -148,5 +149,7 @@ def markdown(reports: Sequence[dict[str, Any]]) -> str:
             "",
             f"{digest}, {_text(content['started'])}, edge-llm {_text(content['edge_llm'])}:",
         ]
-        lines += [f"- {_text(problem)}" for problem in content["problems"]] or ["- nothing missed"]
+        lines += [f"- {_text(problem, _PROBLEM_CHARS)}" for problem in content["problems"]] or [
+            "- nothing missed"
+        ]
     return "\n".join(lines) + "\n"

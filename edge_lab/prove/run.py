@@ -57,7 +57,7 @@ ENGINES: dict[str, tuple[str, ...]] = {
 }
 """Options of ``edge-llm build`` for each engine; the last one is measured in every power mode."""
 CPU = "cpu"
-_CPU_PROMPTS, _CPU_TOKENS = 200, 32
+_CPU_PROMPTS, _CPU_TOKENS, _CPU_SECONDS = 120, 32, 400
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class Plan:
 
 
 _ENGINE_STEPS = (
-    ("build", 2.0, 1800.0),
-    ("verify", 1.0, 1800.0),
+    ("build", 1.9, 1800.0),
+    ("verify", 0.8, 1800.0),
     ("bench", 0.3, 600.0),
     ("inspect", 0.1, 120.0),
     ("layers", 0.2, 600.0),
@@ -348,7 +348,8 @@ def _check_on_gpu(name: str, bundle: Path, run: Run) -> dict[str, dict[str, Any]
 def _check_on_cpu(bundle: Path, run: Run) -> dict[str, dict[str, Any]]:
     on_cpu = [bundle.name, "--backend", "ort-cpu", "--json"]
     short = ["--prompt-tokens", "128", "--output-tokens", "32", "--repeats", "3"]
-    small = ("--prompts", str(_CPU_PROMPTS), "--most-tokens", str(_CPU_TOKENS))
+    small = ["--prompts", str(_CPU_PROMPTS), "--most-tokens", str(_CPU_TOKENS)]
+    small += ["--seconds", str(_CPU_SECONDS)]
     return {
         "verify": cell(run(f"{CPU}-verify", ["edge-llm", "verify", *on_cpu]), json_needed=True),
         "bench": cell(run(f"{CPU}-bench", ["edge-llm", "bench", *on_cpu, *short]), True),

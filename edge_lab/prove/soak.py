@@ -6,9 +6,10 @@ after the other, and reads after each what is left: the free bytes of ``cuMemGet
 memory grows.
 
 What grows is the slope of the bytes in use over the prompts, by Theil and Sen: the median of the
-slopes of all pairs, which neither a few outliers nor a single step bends. The first prompts, which
-fill caches, do not count. On a Jetson GPU and CPU share the memory, and the driver counts the page
-cache as used, so there the kernel's figure decides. Both see other programs, too.
+slopes of all pairs, which a few outliers do not bend. It is taken of both halves of the prompts,
+and the lesser one counts: a leak goes on, while a program that begins makes one step. The first
+prompts, which fill caches, are left out. On a Jetson GPU and CPU share the memory, and the driver
+counts the page cache as used, so there the kernel's figure decides. Both see other programs, too.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from edge_lab.telemetry import EnergyMeter, read_power_watts, read_snapshot
 PROMPTS, ANSWER_TOKENS = 500, 16
 LEAST_PROMPTS = 100
 """With fewer there is no verdict."""
-_WARM = 0.1
+_WARM = 0.2
 _METER_S = 0.2
 _MOST_TOKENS = 1024
 _KEPT = 50
@@ -66,7 +67,7 @@ class Growth:
 
     Attributes:
         source: whose bytes: ``device_free``, ``available`` or ``rss``.
-        bytes_per_prompt: Theil and Sen's slope; above 0 where memory is lost.
+        bytes_per_prompt: the lesser slope of both halves; above 0 where memory is lost.
         prompts: that counted.
         grows: more than `MAX_GROWTH_BYTES` per prompt; None if too few counted.
     """
@@ -89,7 +90,8 @@ def judge(memory: Memory, *, integrated: bool) -> Growth:
         source, sign = ("available" if integrated else "device_free"), -1
     used = [None if value is None else sign * value for value in getattr(memory, source)]
     counted = [value for value in used[int(len(used) * _WARM) :] if value is not None]
-    slope = theil_sen(counted)
+    half = len(counted) // 2
+    slope = min(theil_sen(counted[:half]), theil_sen(counted[half:]))
     enough = len(used) >= LEAST_PROMPTS and len(counted) > 1
     return Growth(source, slope, len(counted), slope > MAX_GROWTH_BYTES if enough else None)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,9 +19,6 @@ NOT_BEGUN = 75
 """Exit code of a step that did not begin because the time was over (``EX_TEMPFAIL``)."""
 TIMED_OUT = 124
 _ERROR_LINES = 30
-# Words of TensorRT, which then writes "Skipping tactic ... due to insufficient memory": "Tactic
-# Device request: 1000MB Available: 302MB. Device memory is insufficient to use tactic."
-_SKIPPED = re.compile(r"memory is insufficient to use tactic", re.IGNORECASE)
 
 
 class Done(NamedTuple):
@@ -147,7 +143,7 @@ def check_engine(
     if row["build"]["verdict"] != "passed":
         return skip_rest(row, "the build failed", ENGINE_CELLS)
     engine = row["build"]["result"]["engine"]
-    row["build"] |= read_build_log(directory / engine / "build.log")
+    row["build"]["scratch_bytes"] = read_scratch(directory / engine / "build.log")
     on_engine = [str(bundle), "--backend", "tensorrt", "--json"]
     verify = run(f"{name}-verify", ["edge-llm", "verify", *on_engine])
     row["verify"] = cell(verify, json_needed=True)
@@ -156,24 +152,16 @@ def check_engine(
     return row
 
 
-def read_build_log(path: Path) -> dict[str, Any]:
-    """Read what the builder logged of memory; nothing where there is no log.
-
-    Returns:
-        ``scratch_bytes`` of each profile, and ``skipped_tactics``: kernels that it did not try for
-        want of free memory, which on a Jetson the page cache takes.
-    """
+def read_scratch(log: Path) -> list[int]:
+    """Read the scratch memory of each profile, in bytes, from what the builder logged."""
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = log.read_text(errors="replace").splitlines()
     except OSError:
-        return {"scratch_bytes": [], "skipped_tactics": None}
+        return []
     words = [
         line.split("Max Scratch Memory: ")[1].split() for line in lines if "Max Scratch" in line
     ]
-    return {
-        "scratch_bytes": [int(found[0]) for found in words if found and found[0].isdigit()],
-        "skipped_tactics": sum(bool(_SKIPPED.search(line)) for line in lines),
-    }
+    return [int(found[0]) for found in words if found and found[0].isdigit()]
 
 
 def skip_rest(
@@ -192,11 +180,13 @@ def check_layers(name: str, engine: str, on_engine: list[str], run: Run) -> dict
     if table["verdict"] != "passed":
         return table
     compiled = table["result"].get("compiled")
+    table["skipped_tactics"] = (table["result"].get("skipped_tactics") or {"count": 0})["count"]
     if not compiled:
         reason = table["result"].get("compiled_unknown") or "the engine has no table of layers"
         return {**table, "verdict": "failed", "reason": reason}
     short = ["--layers", "--repeats", "1", "--output-tokens", "17"]
     found = cell(run(f"{name}-layers", ["edge-llm", "bench", *on_engine, *short]), json_needed=True)
+    found["skipped_tactics"] = table["skipped_tactics"]
     if found["verdict"] == "passed":
         times = found["result"].get("layers") or {}
         found["result"] = {

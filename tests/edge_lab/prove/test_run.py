@@ -30,7 +30,7 @@ class Steps:
         self.commands: dict[str, list[str]] = {}
         self.answers: dict[str, tuple[Any, ...]] = {
             "doctor": (0, json.dumps(DOCTOR)),
-            "tensorrt": (0, "10.3.0\n"),
+            "tensorrt": (0, "10.16.2.10\n"),
             "export": (0, json.dumps({"bundle": "bundle"})),
             "build": (0, json.dumps({"engine": "bundle/engines/x"})),
             "verify": (0, json.dumps({"passed": True})),
@@ -65,7 +65,7 @@ def test_a_device_on_which_all_is_well(tmp_path: Path):
     assert content["problems"] == []
     assert set(steps.commands) == {step.name for step in Plan(tmp_path, gpu=True).steps}
     assert [row[4] for row in table([content])] == list(ENGINES)
-    assert {row[2] for row in table([content])} == {"10.3.0"}
+    assert {row[2] for row in table([content])} == {"10.16.2.10"}
     assert not (tmp_path / "proof/work").exists()  # gigabytes, which nobody needs any more
 
 
@@ -73,7 +73,7 @@ def test_each_engine_is_built_measured_and_soaked_before_the_next(tmp_path: Path
     """The engine that was built last is the one that runs."""
     steps = Steps()
     go(tmp_path / "proof", steps)
-    order = [step for step in steps.commands if "-" in step]
+    order = [step for step in steps.commands if step not in ("doctor", "checkpoint", "export")][1:]
     parts = ("build", "verify", "bench", "inspect", "layers", "soak")
     assert order == [f"{name}-{part}" for name in ENGINES for part in parts]
     for name, options in ENGINES.items():
@@ -98,24 +98,11 @@ def test_every_command_is_one_that_edge_llm_takes(tmp_path: Path):
 
 
 def test_kernels_that_were_not_tried_for_want_of_memory_are_counted(tmp_path: Path):
-    class Builds(Steps):
-        def __call__(self, step: str, command: Sequence[str]) -> Done:
-            if step.endswith("-build"):
-                engine = tmp_path / "proof/work/bundle/engines/x"
-                engine.mkdir(parents=True, exist_ok=True)
-                (engine / "build.log").write_text(
-                    "warning: Tactic Device request: 1000MB Available: 302MB. Device memory is "
-                    "insufficient to use tactic.\n"
-                    "warning: Skipping tactic 3 due to insufficient memory on requested size of "
-                    "1000 detected for tactic 0x0000000000000004.\n"
-                    "info: Max Scratch Memory: 8259584 bytes\n"
-                )
-            return super().__call__(step, command)
-
-    content = go(tmp_path / "proof", Builds())
-    build = content["engines"]["own"]["build"]
-    assert (build["skipped_tactics"], build["scratch_bytes"]) == (1, [8259584])
-    assert table([content])[0][-2] == "1"
+    skipped = {"count": 3, "largest_bytes": 10**9, "available_bytes": 302 << 20}
+    steps = Steps(own_inspect=(0, json.dumps({**INSPECT, "skipped_tactics": skipped})))
+    content = go(tmp_path / "proof", steps)
+    rows = {row[4]: row[-2] for row in table([content])}
+    assert rows == {"tensorrt": "0", "own": "3"}
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path):
@@ -294,6 +281,6 @@ def test_a_real_run_on_the_cpu(tmp_path: Path):
         "soak": "passed",
     }, cpu
     assert cpu["bench"]["result"]["decode_tps"] > 0
-    assert cpu["soak"]["result"]["prompts"] == 200
+    assert cpu["soak"]["result"]["prompts"] == 120
     assert content["doctor"]["result"]["checks"]
     assert sorted(path.name for path in (tmp_path / "proof").iterdir()) == [REPORT]

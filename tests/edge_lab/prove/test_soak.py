@@ -51,7 +51,9 @@ def test_a_module_that_leaks_per_prompt_is_found(integrated: bool):
     [
         lambda i: 0,
         lambda i: min(i, 40) * 30e6,  # caches that fill
-        lambda i: 3e9 * (i > 300),  # another program began
+        *(
+            lambda i, at=at: 3e9 * (i > at) for at in (101, 200, 299, 300, 301, 498)
+        ),  # a program began
         lambda i: noise(2, 500)[i],
         lambda i: -50e3 * i,  # memory that others give back
     ],
