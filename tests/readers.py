@@ -30,7 +30,6 @@ from edge.bundle.minisign import (
 from edge.bundle.onnx_file import Message, OnnxFile, tensor_info
 from edge.bundle.rope import inverse_frequencies
 from edge.bundle.trust import read_signature_bytes
-from edge.cli.conversation import read_conversation
 from edge.errors import ConfigError, EdgeError
 from edge.files import read_file
 from edge.runtime.prefix_store import Layout, PrefixStore, bundle_key
@@ -45,6 +44,7 @@ from edge_fleet.registry.credentials import find_credentials
 from edge_fleet.rollout.journal import Place
 from edge_fleet.rollout.orders import ANSWER_NAME, ORDER_NAME, read_answer
 from edge_fleet.rollout.switch import StagedFolder, read_order
+from edge_lab.cli.conversation import read_conversation
 from edge_lab.cli.verify import read_prompts
 from edge_lab.engine_layers import layers_path, read_layers
 from edge_lab.key_file import read_key_file

@@ -22,13 +22,13 @@ from typing import Any
 import pytest
 
 from edge.backends.ort.cpu import OrtBackend
-from edge.cli.chat import Conversation, _line_history
-from edge.cli.conversation import read_conversation, write_conversation
 from edge.errors import RequestError
 from edge.runtime.generation import GenerationStats
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.stream import GenerationChunk
+from edge_lab.cli.chat import Conversation, _line_history
+from edge_lab.cli.conversation import read_conversation, write_conversation
 from tests.command_line import Result
 from tests.conftest import Bundles
 from tests.edge.cli.screen import Screen

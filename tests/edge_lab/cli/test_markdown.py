@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.markdown import Markdown
 
-from edge.cli import markdown
-from edge.cli.markdown import MarkdownPrinter
 from edge.cli.screen import StreamPrinter
 from edge.runtime.stream import GenerationChunk
+from edge_lab.cli import markdown
+from edge_lab.cli.markdown import MarkdownPrinter
 from tests.edge.cli.screen import Screen
 
 ANSWER = """# Primes

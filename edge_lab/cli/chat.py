@@ -14,13 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge.bundle.tasks import check_task
-from edge.errors import EdgeError, RequestError
-from edge.runtime.sampling_params import KNOBS, SamplingParams
-from edge.user_paths import expand_user, user_directory
-
-from .conversation import read_conversation, write_conversation
-from .markdown import answer_printer
-from .options import (
+from edge.cli.options import (
     ONE_ANSWER,
     BundlePath,
     engine_options,
@@ -29,8 +23,14 @@ from .options import (
     take_only_bundle,
     take_sampling,
 )
-from .screen import StreamPrinter, dim, format_stats, open_shown
-from .sections import SectionCommand, option
+from edge.cli.screen import StreamPrinter, dim, format_stats, open_shown
+from edge.cli.sections import SectionCommand, option
+from edge.errors import EdgeError, RequestError
+from edge.runtime.sampling_params import KNOBS, SamplingParams
+from edge.user_paths import expand_user, user_directory
+
+from .conversation import read_conversation, write_conversation
+from .markdown import answer_printer
 
 if TYPE_CHECKING:
     from edge.runtime.llm import LLM

@@ -12,7 +12,7 @@ import time
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from .screen import StreamPrinter, is_dumb
+from edge.cli.screen import StreamPrinter, is_dumb
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
