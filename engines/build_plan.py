@@ -73,6 +73,7 @@ class BuildPlan:
             "opt_level": config.opt_level,
             **({"best_logits": shapes.best_logits} if shapes.best_logits else {}),
             "kernels": config.kernels,  # on a Jetson the default is another one
+            **({"plugins": config.plugins} if config.plugins != "auto" else {}),
         }
 
 

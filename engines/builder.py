@@ -432,8 +432,8 @@ def compile_bundle(
     kernels_bytes, plugins = 0, None
     if build.kernels == "own":
         support.check_own_kernels(target.rt.flavour, target.rt.version, target.compute_capability)
-        kernels_bytes = compat.register_own_kernels(target.rt, target.compute_capability)
-        plugins = compat.plugins_of(target.rt)
+        plugins = compat.plugins_of(target.rt, config.plugins)
+        kernels_bytes = compat.register_own_kernels(target.rt, target.compute_capability, plugins)
     with uncounted(progress, "hash"):
         verify_files(config.bundle, manifest, graph_files(manifest))
     graph = graph_of(build)
@@ -676,6 +676,8 @@ def engine_name(build: BuildPlan, target: Target) -> str:
         parts.append(build.config.attention)
     if build.config.kernels != "tensorrt":
         parts.append(f"{build.config.kernels}-kernels")
+    if build.config.plugins != "auto":
+        parts.append(f"{build.config.plugins}-plugins")
     if build.shapes.best_logits:
         parts.append(f"best{build.shapes.best_logits}")
     return "-".join(parts)

@@ -23,6 +23,7 @@ from edge_lab.telemetry import read_target
 from .config import (
     ATTENTIONS,
     KV_READS,
+    PLUGINS,
     TENSORRT_ATTENTIONS,
     AttentionChoice,
     BuildConfig,
@@ -196,6 +197,15 @@ def _attention_option(choices: tuple[AttentionChoice, ...], last: str) -> Callab
     help="Whose kernels compute products with weights of few bits, and attention: edge-llm's own, "
     "as plugins in the engine, or TensorRT's; auto builds one engine with each, compares and times "
     "both here, and keeps the faster. Default: auto on a Jetson, else tensorrt.",
+)
+@option(
+    "Kernels",
+    "--plugins",
+    type=click.Choice(PLUGINS),
+    default="auto",
+    show_default=True,
+    help="How own kernels are in the engine: compiled into it ahead of time (aot, from TensorRT "
+    "10.13 on), or launched by Python; auto is the first that TensorRT takes.",
 )
 @option(
     "Kernels",

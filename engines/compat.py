@@ -33,7 +33,7 @@ from edge_lab.engine_layers import told_profiles
 from edge_lab.progress import Progress
 
 from .advice import build_advice, builder_cause, parser_advice, parser_cause
-from .config import TIMINGS
+from .config import TIMINGS, PluginChoice
 from .kernels import plugin, plugin_v3
 from .kernels.own_plugins import element_types
 from .kernels.package import Cubin, load_cubins, load_ptx
@@ -121,9 +121,22 @@ def load(flavour: Flavour | None = None) -> TensorRT:
     )
 
 
-def plugins_of(rt: TensorRT) -> Plugins:
-    """Which kind of plugin own kernels are."""
-    return "compiled" if rt.release >= _COMPILED_PLUGINS_SINCE else "python"
+def plugins_of(rt: TensorRT, choice: PluginChoice = "auto") -> Plugins:
+    """Which kind of plugin own kernels are.
+
+    Raises:
+        DependencyError: this TensorRT compiles no plugins into its engines.
+    """
+    if choice == "python":
+        return "python"
+    if rt.release >= _COMPILED_PLUGINS_SINCE:
+        return "compiled"
+    if choice == "aot":
+        raise DependencyError(
+            f"--plugins aot needs TensorRT >= 10.13, found {rt.version}; leave it out: before, "
+            "Python launches own kernels"
+        )
+    return "python"
 
 
 def pack_own_kernels(rt: TensorRT, used: Iterable[tuple[str, int]]) -> tuple[bytes, ...]:

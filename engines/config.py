@@ -18,6 +18,8 @@ AttentionChoice = Literal["auto", "fused", "decomposed", "own"]
 TENSORRT_ATTENTIONS: tuple[AttentionChoice, ...] = ("auto", "fused", "decomposed")
 ATTENTIONS: tuple[AttentionChoice, ...] = (*TENSORRT_ATTENTIONS, "own")
 KernelChoice = Literal["auto", "own", "tensorrt"]
+PluginChoice = Literal["auto", "aot", "python"]
+PLUGINS: tuple[PluginChoice, ...] = ("auto", "aot", "python")
 KERNELS: tuple[Kernels, ...] = ("tensorrt", "own")
 """In the order in which they are tried: a fault of ours on the GPU spoils no earlier engine."""
 TIMINGS = 8
@@ -52,6 +54,8 @@ class BuildConfig:
         kernels: ``own`` has the products of few bits, and what ``attention`` says, computed by
             edge-llm's own kernels (docs/kernels.md), ``tensorrt`` by TensorRT's; ``auto`` builds
             one engine with each, and keeps the faster that answers right on the GPU that is here.
+        plugins: how own kernels are in the engine: ``aot`` compiled into it, which TensorRT takes
+            from 10.13 on, ``python`` launched by Python, or ``auto``, the first of these.
         tune: build every variant that ``kv_read``, ``attention`` and ``kernels`` leave open, and
             keep the fastest in the same way.
         workspace_bytes: scratch memory that a kernel may ask for.
@@ -71,6 +75,7 @@ class BuildConfig:
     kv_read: KvReadChoice = "slice"
     attention: AttentionChoice = "auto"
     kernels: KernelChoice = "tensorrt"
+    plugins: PluginChoice = "auto"
     tune: bool = False
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
     opt_level: int = 3
@@ -103,6 +108,12 @@ class BuildConfig:
             raise ConfigError("--attention own is for engines with own kernels; add --kernels own")
         if self.kernels not in ("auto", *KERNELS):
             raise ConfigError(f"--kernels {self.kernels} is none of auto, own, tensorrt")
+        if self.plugins not in PLUGINS:
+            raise ConfigError(f"--plugins {self.plugins} is none of {', '.join(PLUGINS)}")
+        if self.plugins != "auto" and self.kernels == "tensorrt":
+            raise ConfigError(
+                f"--plugins {self.plugins} is for engines with own kernels; add --kernels own"
+            )
         if not 0 <= self.best_logits <= io_spec.MOST_BEST_LOGITS:
             raise ConfigError(
                 f"--best-logits {self.best_logits} is out of range: 0 to "

@@ -63,7 +63,14 @@ def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
     rungs = [
         replace(
             plan_build(
-                replace(config, kv_read=read, attention=attention, kernels=kernel), manifest
+                replace(
+                    config,
+                    kv_read=read,
+                    attention=attention,
+                    kernels=kernel,
+                    plugins=config.plugins if kernel == "own" else "auto",
+                ),
+                manifest,
             ),
             scales=scales,
         )

@@ -257,6 +257,7 @@ def _check_version(config: BuildConfig, manifest: Manifest, version: Release) ->
         )
     for option, given in (
         (f"--kernels {config.kernels}", config.kernels != "tensorrt"),
+        (f"--plugins {config.plugins}", config.plugins != "auto"),
         ("--tune", config.tune),
         ("--kv-read auto", config.kv_read == "auto"),
         (f"--attention {config.attention}", config.attention != "auto"),

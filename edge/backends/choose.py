@@ -159,6 +159,7 @@ def _open_tensorrt(bundle: Path, manifest: Manifest, config: EngineConfig) -> Ba
         manifest,
         num_slots=config.num_slots,
         kv_capacity=config.kv_capacity,
+        max_draft_tokens=config.max_draft_tokens,
         gpu_wait=config.gpu_wait,
         trusted_keys=config.trusted_keys,
     )

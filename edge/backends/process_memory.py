@@ -18,6 +18,7 @@ from edge.bundle.sizes import (
     ENGINE_FLOAT_BYTES,
     INDEX_BYTES,
     activation_bytes,
+    cache_slots,
     plan_build_memory,
     profile_limits,
 )
@@ -235,7 +236,10 @@ def plan_process_pair(target: ProcessMemory, draft: ProcessMemory | None) -> Pro
 
 def cache_bytes(model: ModelSpec, deployment: Deployment) -> int:
     """Keys and values of every slot at full capacity."""
-    return deployment.batch * deployment.kv_capacity * deployment.cache_token_bytes(model)
+    slots = deployment.batch
+    if deployment.backend == "tensorrt":
+        slots = cache_slots(slots)
+    return slots * deployment.kv_capacity * deployment.cache_token_bytes(model)
 
 
 def step_bytes(model: ModelSpec, deployment: Deployment) -> int:

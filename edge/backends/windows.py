@@ -10,13 +10,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .step import Step, positions_from
 
 UNBOUNDED = sys.maxsize
+_WASTE = 0.1  # of a step's time that its padding may take
+# Reading the weights takes an Orin as long as multiplying by 40 to 80 tokens (docs/planner.md).
+_READ_TOKENS = 40
+_TILE = 128  # rows that a product computes at once: padding begins no further one
 
 
 class Window(NamedTuple):
@@ -112,6 +117,59 @@ def canonical_windows(num_slots: int, max_batch: int) -> list[tuple[int, int]]:
     return windows
 
 
+def prompt_lengths(longest: int, most: int) -> list[int]:
+    """Few lengths that steps of a prompt are padded to, so that an engine has few shapes.
+
+    Padding takes at most a tenth of a step's time, or more where that makes too many lengths.
+
+    Args:
+        longest: tokens of a step at most.
+        most: lengths, 1 or more.
+
+    Returns:
+        Lengths from 2 on, ascending; the last one is ``longest``. A lone token is a decode step.
+    """
+    lengths = list(range(2, longest + 1))
+    factor = 0
+    while len(lengths) > most or not factor:
+        factor += 1
+        tile, lengths, least = _TILE * factor, [], 2
+        while least <= longest:
+            length = least + int(factor * _WASTE * (least + _READ_TOKENS))
+            lengths.append(min(length, -(-least // tile) * tile, longest))
+            least = lengths[-1] + 1
+    return lengths
+
+
+def spread(values: Sequence[int]) -> list[int]:
+    """The last value first, then what halves the gaps: those at the front stand for all."""
+    order, gaps = list(values[-1:]), [(0, len(values) - 1)]
+    for low, high in gaps:  # it grows
+        if low < high:
+            middle = (low + high) // 2
+            order.append(values[middle])
+            gaps += [(low, middle), (middle + 1, high)]
+    return order
+
+
+def padded_step(step: Step, seq: int, num_logits: int) -> Step:
+    """The same step with more tokens per sequence, and more logits of each.
+
+    The last token is run again behind itself, at the positions that follow: it is as finite as the
+    step, no other token sees it, and its rows are nobody's.
+    """
+    if (seq, num_logits) == (step.seq, step.num_logits):
+        return step
+    positions = positions_from(step.starts, seq)
+    return Step(
+        step.slots,
+        _repeat_last(step.embeds, seq),
+        positions,
+        max(step.kv_len, max(step.starts) + seq),
+        _repeat_last(step.logits_indices, num_logits),
+    )
+
+
 def placed_in(window: Window, first: int, batch: int) -> Window:
     """The same sequences in a wider window, which begins at ``first``."""
     shift = window.first - first
@@ -154,6 +212,12 @@ def window_step(window: Window, step: Step) -> Step:
     rows = np.array(at)  # an idle slot runs the tokens of some other one
     positions = positions_from(starts, step.seq)
     return Step(slots, step.embeds[rows], positions, step.kv_len, step.logits_indices[rows])
+
+
+def _repeat_last(values: NDArray[Any], count: int) -> NDArray[Any]:
+    """Repeat the last one of axis 1 until there are ``count``."""
+    more = np.repeat(values[:, -1:], count - values.shape[1], axis=1)
+    return np.concatenate([values, more], axis=1)
 
 
 def _window(slots: Sequence[int], rows: list[int]) -> Window:

@@ -77,6 +77,11 @@ def profile_limits(max_batch: int, max_prefill: int) -> tuple[StepLimits, ...]:
     return prefill, decode, StepLimits("batch", max_batch, share, min(share, DEFAULT_MAX_LOGITS))
 
 
+def cache_slots(num_slots: int) -> int:
+    """Slots that an engine's cache has: several share one more, in which prompts are read."""
+    return num_slots + (num_slots > 1)
+
+
 def cache_element_bytes(manifest: Manifest) -> int:
     """Bytes of the smallest element of an engine's cache."""
     return ELEMENT_BYTES["int8" if manifest.int8_layers else manifest.dtype]

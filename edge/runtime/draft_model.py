@@ -328,6 +328,7 @@ def open_drafter(
         num_threads=config.num_threads,
         prefill_chunk=config.prefill_chunk,
         num_slots=target.num_slots,
+        speculative=CLOSE - 1,  # the first step of a draft takes as many tokens as a check of these
     )
     backend = open_backend(bundle, manifest, options)
     try:

@@ -91,8 +91,13 @@ def test_every_option_counts_but_for_where_and_how_it_is_built() -> None:
         "best_logits": 64,
         "kernels": "own",
     }
-    assert {field.name for field in dataclasses.fields(BuildConfig)} == {*apart, *counting}
+    assert {field.name for field in dataclasses.fields(BuildConfig)} == {
+        *apart,
+        *counting,
+        "plugins",
+    }
     for name, value in apart.items():
         assert options(**{name: value}) == options()
     for name, value in counting.items():
         assert options(**{name: value}) != options(), name
+    assert options(kernels="own", plugins="python") != options(kernels="own")

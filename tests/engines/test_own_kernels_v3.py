@@ -35,7 +35,14 @@ from edge.bundle.engine_file import EngineInfo, read_engine_info, rebuild_comman
 from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.onnx_values import node_attributes
-from edge.errors import BackendError, BuildError, BundleError, DependencyError, DeviceError
+from edge.errors import (
+    BackendError,
+    BuildError,
+    BundleError,
+    ConfigError,
+    DependencyError,
+    DeviceError,
+)
 from edge_lab.cli.inspect import inspect
 from edge_lab.engine_record import record_engine
 from engines import builder, tune
@@ -56,9 +63,9 @@ from .own_builds import JETPACK6, check_graph, export, only_engine, rewrite, run
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     device = FakeGpu()
-    install(monkeypatch, device, version=JETPACK6)
+    install(monkeypatch, device, version=getattr(request, "param", JETPACK6))
     monkeypatch.setattr(REGISTRY, "creators", weakref.WeakValueDictionary())
     monkeypatch.setattr(plugins, "_registered", {})
     device.push()  # TensorRT takes the primary context
@@ -71,7 +78,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
 @pytest.fixture
 def target(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Target:
     module = sys.modules["tensorrt"]
-    found = target_of(gpu, JETPACK6)
+    found = target_of(gpu, module.__version__)
     found = dataclasses.replace(found, rt=dataclasses.replace(found.rt, module=module))
     monkeypatch.setattr(builder, "find_target", lambda **_options: found)
     return found
@@ -429,8 +436,10 @@ def test_a_launch_that_fails_while_it_is_captured_leaves_a_way(built: Path, gpu:
     open_engine(built).close()
     gpu.calls.clear()
     open_engine(built).close()
-    captured = len(gpu.calls) - gpu.calls[::-1].index("cuStreamBeginCapture")
-    gpu.fail_at, gpu.fail_code = gpu.calls.index("cuLaunchKernel", captured), 1
+    _trial, first, *_ = (
+        place for place, name in enumerate(gpu.calls) if name == "cuStreamBeginCapture"
+    )
+    gpu.fail_at, gpu.fail_code = gpu.calls.index("cuLaunchKernel", first), 1
     gpu.calls.clear()
     engine = open_engine(built)
     assert "could not launch a kernel" in (engine.graphs_disabled or "")
@@ -570,3 +579,38 @@ def test_an_engine_json_keeps_the_kernels(built: Path) -> None:
     again = msgspec.json.decode(msgspec.json.encode(info), type=EngineInfo)
     assert again.python_kernels == info.python_kernels
     assert (directory / "engine.json").stat().st_size < 200_000
+
+
+# Which kind
+
+
+@pytest.mark.parametrize("gpu", ["10.16.2.10"], indirect=True)
+def test_from_10_13_on_python_launches_them_if_it_is_asked_to(
+    bundle: Path, target: Target, gpu: FakeGpu
+) -> None:
+    """And in steps of all kinds it launches none: they are graphs, prompts too."""
+    run(bundle, "--kernels", "own", "--plugins", "python", "--max-batch", "2")
+    directory, info = only_engine(bundle)
+    assert directory.name.endswith("own-kernels-python-plugins")
+    assert (info.plugins, bool(info.python_kernels)) == ("python", True)
+    assert rebuild_command(directory, info).endswith("--kernels own --plugins python")
+    engine = open_engine(bundle, max_draft_tokens=3)
+    gpu.calls.clear()
+    hidden, random = engine._manifest.model.hidden_size, np.random.default_rng(0)
+    for tokens, slots, num in ((1, 2, 1), (7, 1, 1), (32, 1, 1), (3, 2, 3), (30, 1, 30)):
+        embeds = random.normal(size=(slots, tokens, hidden)).astype(np.float16)
+        wanted = np.tile(np.arange(tokens - num, tokens), (slots, 1))
+        engine.forward(step_after(list(range(slots)), [0] * slots, embeds, wanted))
+    assert "cuGraphLaunch" in gpu.calls
+    assert "cuLaunchKernel" not in gpu.calls
+    engine.close()
+
+
+def test_a_kind_that_there_is_not_is_refused(bundle: Path, target: Target) -> None:
+    config = BuildConfig(bundle, max_prefill=32, kernels="own", plugins="aot")
+    with pytest.raises(DependencyError, match=r"--plugins aot needs TensorRT >= 10.13, found 10.3"):
+        build_engine(config, target=target)
+    with pytest.raises(ConfigError, match="add --kernels own"):
+        BuildConfig(bundle, plugins="python")
+    with pytest.raises(ConfigError, match="--plugins c is none of auto, aot, python"):
+        BuildConfig(bundle, kernels="own", plugins="c")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""CUDA graphs of decode steps: the launches of a whole step become one.
+"""CUDA graphs of steps: the launches of a whole step become one.
 
 TensorRT's rules (developer guide, "CUDA Graphs"): after a change of shapes, one ordinary run comes
 before the capture; and a graph is valid only while the context that it was captured from stays as
@@ -7,10 +7,11 @@ which makes a context cheap. That several contexts share a profile is allowed si
 (PreviewFeature.PROFILE_SHARING_0806 is always on).
 
 All graphs are captured at load, within bounds on time and memory: between two tokens no context is
-built. So there are graphs of a few windows only, and steps run in the narrowest that has room.
+built, and no context changes its shape. So there are graphs of a few windows and lengths only, and
+steps run in the least that has room.
 
 Whether there can be graphs is tried once, at load: cuda-bindings may be missing, or the driver's
-library may lack one of its calls. Without graphs decode goes on, one launch after the other.
+library may lack one of its calls. Without graphs steps go on, one launch after the other.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from edge.backends import cuda
-from edge.backends.windows import Window, placed_in
 from edge.bundle.sizes import CAPTURE_BYTES
 from edge.errors import BackendError, DependencyError, DeviceError, DeviceMemoryError
 
@@ -30,7 +30,7 @@ from .bound_context import BoundContext, StepShape
 
 _log = logging.getLogger(__name__)
 
-CAPTURE_S = 10.0
+CAPTURE_S = 15.0
 """What capturing may take of a load's time before it stops."""
 _PROBE_BYTES = 256
 
@@ -41,12 +41,12 @@ class _Entry:
     graph: cuda.GraphExec
 
 
-class DecodeGraphs:
+class StepGraphs:
     """Graphs by `StepShape`.
 
     Args:
         device, stream: where; the device's context is current.
-        make_context: a fresh context of the decode profile.
+        make_context: a fresh context for steps of a shape.
         max_graphs: graphs that are captured at most; 0 turns them off.
 
     Attributes:
@@ -60,13 +60,13 @@ class DecodeGraphs:
         self,
         device: cuda.Device,
         stream: cuda.Stream,
-        make_context: Callable[[], BoundContext],
+        make_context: Callable[[StepShape], BoundContext],
         max_graphs: int,
     ) -> None:
         self._device, self._stream = device, stream
         self._make_context, self._max_graphs = make_context, max_graphs
         self._entries: dict[StepShape, _Entry] = {}
-        self._covers: dict[tuple[int, int, int], tuple[int, int]] = {}  # found once, not per token
+        self._covers: dict[StepShape, StepShape | None] = {}  # found once, not per token
         self.disabled: str | None = None if max_graphs else "switched off"
         if max_graphs:
             self._probe()
@@ -100,13 +100,16 @@ class DecodeGraphs:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, shape: StepShape) -> bool:
+        return shape in self._entries
+
     def capture(
         self, shapes: Iterable[StepShape], put: Callable[[BoundContext, StepShape], None]
     ) -> None:
         """Capture steps, the most useful first, until a bound is reached.
 
         Args:
-            shapes: of decode steps.
+            shapes: of steps.
             put: puts a step's copies and its run on the stream; what it reads later must lie in
                 fixed buffers, and what it writes now is lost.
 
@@ -125,7 +128,7 @@ class DecodeGraphs:
             if bound or not self._capture(shape, put):
                 break
         _log.info(
-            "%d CUDA graphs of decode steps in %.1f s%s",
+            "%d CUDA graphs of steps in %.1f s%s",
             len(self),
             time.perf_counter() - started,
             bound and f", and no more: {bound}",
@@ -135,7 +138,7 @@ class DecodeGraphs:
         """Capture one; returns whether to go on."""
         context: BoundContext | None = None
         try:
-            context = self._make_context()
+            context = self._make_context(shape)
             context.bind(shape)
             put(context, shape)
             self._stream.synchronize()
@@ -160,26 +163,29 @@ class DecodeGraphs:
         else:
             _log.warning("%d CUDA graphs were captured, then: %s", len(self), reason)
 
-    def cover(self, window: Window, kv: int) -> Window:
-        """The narrowest window with a graph that has room for this one; itself where none has.
+    def cover(self, wanted: StepShape) -> StepShape | None:
+        """The captured step with the fewest tokens that has room for this one, or None."""
+        if wanted not in self._covers:
+            end = wanted.first + wanted.batch
+            self._covers[wanted] = min(
+                (
+                    shape
+                    for shape in self._entries
+                    if shape.first <= wanted.first
+                    and shape.first + shape.batch >= end
+                    and shape.seq >= wanted.seq
+                    and shape.num_logits >= wanted.num_logits
+                    and shape.kv >= wanted.kv
+                ),
+                key=lambda shape: (shape.seq, shape.kv, shape.batch, shape.num_logits, shape.first),
+                default=None,
+            )
+        return self._covers[wanted]
 
-        Args:
-            window: of a decode step.
-            kv: rows of the cache that attention reads.
-        """
-        asked = (window.first, window.batch, kv)
-        if asked not in self._covers:
-            end = window.first + window.batch
-            wider = [
-                (shape.batch, shape.first)
-                for shape in self._entries
-                if shape.kv == kv
-                and shape.first <= window.first
-                and shape.first + shape.batch >= end
-            ]
-            self._covers[asked] = min(wider, default=(window.batch, window.first))
-        batch, first = self._covers[asked]
-        return window if batch == window.batch else placed_in(window, first, batch)
+    def longest(self, slots: Sequence[int], takes: Callable[[StepShape], bool]) -> StepShape | None:
+        """The captured step of one of these slots alone, of most tokens, that ``takes`` takes."""
+        found = [each for each in self._entries if each.batch == 1 and each.first in slots]
+        return max(filter(takes, found), key=lambda each: (each.seq, -each.kv), default=None)
 
     def launch(self, shape: StepShape) -> bool:
         """Put a step on the stream as a graph.
@@ -203,7 +209,7 @@ class DecodeGraphs:
     def _disable(self, reason: str) -> None:
         """Go on without graphs."""
         self.switch_off(reason)
-        _log.warning("decode goes on without CUDA graphs: %s", reason)
+        _log.warning("steps go on without CUDA graphs: %s", reason)
 
     def _close_entry(self, entry: _Entry) -> None:
         entry.context.close()

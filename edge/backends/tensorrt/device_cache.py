@@ -140,29 +140,32 @@ class DeviceCache:
             return round_to_bf16(chosen)
         return np.ascontiguousarray(chosen, dtype=np.float16).view(np.uint16)
 
-    def clear(self) -> None:
-        """Put zeros into every row of every slot."""
+    def clear(self, slot: int | None = None) -> None:
+        """Put zeros into every row of a slot, or of every slot."""
         for block in self._blocks:
-            block.clear()
+            block.clear(slot)
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first rows of one slot to another."""
+    def copy(self, source: int, target: int, end: int, first: int = 0) -> None:
+        """Copy rows ``first`` to ``end`` of one slot to the same rows of another."""
         for block in self._blocks:
-            block.copy(source, target, length)
+            block.copy(source, target, end, first)
 
-    def append(self, new: NewRows, place: int, batch: int, seq: int, slot: int, start: int) -> None:
+    def append(
+        self, new: NewRows, place: int, batch: int, seq: int, slot: int, start: int, rows: int
+    ) -> None:
         """Copy a step's new rows of one sequence into its slot, all layers at once.
 
         Args:
             new: where the engine left them.
             place: of the sequence in the batch.
-            batch: of the step.
-            seq: tokens per sequence of the step.
+            batch: sequences that the engine ran.
+            seq: tokens of each, padding among them.
             slot: of the sequence.
             start: the first row that is written.
+            rows: how many are; what padding left behind them stays there.
         """
         for block, source in zip(self._blocks, new.boxes(place, batch, seq), strict=True):
-            block.append(source, seq, slot, start)
+            block.append(source, rows, slot, start)
 
 
 def split_by_layer(blocks: list[CachePlanes]) -> list[CachePlanes]:
@@ -200,9 +203,13 @@ class _Block:
         self._copy = cuda.BoxCopy(device)
         self.clear()
 
-    def clear(self) -> None:
+    def clear(self, slot: int | None = None) -> None:
         # Rows that were never written are masked, but 0 times NaN would still be NaN.
-        self._stream.clear(self._address, self.num_bytes)
+        if slot is None:
+            self._stream.clear(self._address, self.num_bytes)
+            return
+        for index in range(self.planes.how_many):
+            self._stream.clear(self.address(index, slot), self._slot_bytes)
 
     def address(self, index: int, slot: int) -> int:
         return self._address + (index * self._slots + slot) * self._slot_bytes
@@ -220,12 +227,12 @@ class _Block:
             self._run(self._box(slot), self._host_box(bits), bits.shape[2])
             self._stream.synchronize()
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        if length:
-            self._run(self._box(target), self._box(source), length)
+    def copy(self, source: int, target: int, end: int, first: int) -> None:
+        if end > first:
+            self._run(self._box(target, first), self._box(source, first), end - first)
 
-    def append(self, source: cuda.Box, seq: int, slot: int, start: int) -> None:
-        self._run(self._box(slot, start), source, seq)
+    def append(self, source: cuda.Box, rows: int, slot: int, start: int) -> None:
+        self._run(self._box(slot, start), source, rows)
 
     def _run(self, target: cuda.Box, source: cuda.Box, rows: int) -> None:
         self._copy.run(

@@ -19,6 +19,7 @@ from edge.bundle.sizes import (
     ENGINE_FLOAT_BYTES,
     INDEX_BYTES,
     activation_bytes,
+    cache_slots,
 )
 
 
@@ -93,7 +94,7 @@ def plan_engine_memory(
         activations_bytes: as TensorRT says; None estimates them.
     """
     model = manifest.model
-    slots = info.max_batch if num_slots is None else num_slots
+    slots = cache_slots(info.max_batch if num_slots is None else num_slots)
     sizes = step_sizes(info, max_logits)
     rows = sum(logits_bytes(size, io_spec.output_width(model)) for size in sizes)
     pinned = rows + sum(

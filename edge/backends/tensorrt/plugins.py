@@ -1,11 +1,11 @@
-"""Own kernels in an engine of TensorRT before 10.13: plugins whose kernels Python launches.
+"""Own kernels in an engine as plugins whose kernels Python launches.
 
 From 10.13 on TensorRT puts own kernels into an engine by itself (`engines.kernels.plugin`). Before,
-a plugin (``IPluginV3``) launches its kernel. The kernels come out of ``engine.json``
-(`plugin_kernels`), how they are launched is in `launch_rules`, and here is what TensorRT calls to
-run them; `engines.kernels.plugin_v3` adds what it asks while it builds. Decode steps are replayed
-as CUDA graphs, so their launches pass through Python when they are captured and never again; those
-of a prefill do, each time.
+and where a build is asked to (``--plugins python``), a plugin (``IPluginV3``) launches its kernel.
+The kernels come out of ``engine.json`` (`plugin_kernels`), how they are launched is in
+`launch_rules`, and here is what TensorRT calls to run them; `engines.kernels.plugin_v3` adds what
+it asks while it builds. Steps are replayed as CUDA graphs, so their launches pass through Python
+when they are captured and never again.
 
 This relies on what TensorRT 10.3 says of itself:
 

@@ -5,10 +5,14 @@ activations, and each step runs on one stream: copy in, engine, copy out, one wa
 
 The batch of an engine is a contiguous part of the cache, so a decode step on slots 0 and 2 spans
 slot 1 too. What such an idle slot writes must be harmless: in dialect ``native`` it writes the last
-row of the cache, which is kept free for that (``capacity`` is one less than the engine's where
-several slots can run together). In ``portable`` the runtime appends the rows itself and leaves
-idle slots out. Steps of several tokens span no idle slots in ``native``: they run one contiguous
-part after the other.
+rows of the cache, which are kept free for that (``capacity`` is less than the engine's where
+several slots can run together: by one, or by the longest step that checks drafts). In ``portable``
+the runtime appends the rows itself and leaves idle slots out.
+
+Steps have few shapes, so that each has a CUDA graph, and TensorRT sees none change: tokens are
+padded to the next length that was captured, as far as the cache goes, and shorter steps follow
+there. A context holds addresses, so prompts are read in a slot of their own, ``home``, and their
+rows copied: else there would be as many graphs of each length as slots.
 """
 
 from __future__ import annotations
@@ -19,26 +23,35 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import BestLogits, Rows, cuda
 from edge.backends.step import Floats, Step, step_after
-from edge.backends.windows import UNBOUNDED, Batching, Window, canonical_windows
+from edge.backends.windows import (
+    UNBOUNDED,
+    Batching,
+    Window,
+    canonical_windows,
+    padded_step,
+    placed_in,
+    prompt_lengths,
+    spread,
+)
 from edge.bundle import io_spec
 from edge.bundle.engine_file import rebuild_command
 from edge.bundle.kv_scales import Scales, read_scales
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import OnnxFile
-from edge.bundle.sizes import ALIGNMENT, DEFAULT_MAX_LOGITS, ProfileName
+from edge.bundle.sizes import ALIGNMENT, DEFAULT_MAX_LOGITS, ProfileName, cache_slots
 from edge.bundle.verified_files import verify_files
 from edge.engine_config import GpuWait
 from edge.errors import BackendError, ConfigError, DeviceError
 
 from .bound_context import BoundContext, StepShape
-from .cuda_graph import DecodeGraphs
+from .cuda_graph import StepGraphs
 from .device_cache import DeviceCache, NewRows
 from .device_memory import (
     EngineMemory,
@@ -53,6 +66,25 @@ from .step_buffers import StepBuffers
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+_PROMPT_GRAPHS = 64  # at most: lengths times buckets of the cache
+
+
+class _Run(NamedTuple):
+    """One run of a step, or of some tokens of one of its sequences.
+
+    Attributes:
+        window: what of ``step`` runs where.
+        step: all of the caller's sequences, or some tokens of one.
+        shape: what the engine runs, padding among it.
+        row: whose tokens those are; None for a window of all.
+        start: the first of them.
+    """
+
+    window: Window
+    step: Step
+    shape: StepShape
+    row: int | None = None
+    start: int = 0
 
 
 class TensorRTBackend:
@@ -65,8 +97,10 @@ class TensorRTBackend:
         num_slots: sequences that the cache holds; None is the engine's batch. More slots than that
             are run in several batches.
         kv_capacity: refuse engines of another KV capacity; None takes any.
-        use_cuda_graphs: replay decode steps as CUDA graphs.
-        max_graphs: graphs that are captured at load, one per window and bucket of the cache.
+        use_cuda_graphs: replay steps as CUDA graphs.
+        max_graphs: graphs that are captured at load, one per window or length and bucket of the
+            cache.
+        max_draft_tokens: guesses for each sequence that steps check; 0 captures no such steps.
         max_logits: rows of logits that one run returns at most; more are fetched in several runs.
         device: number of the GPU.
         gpu_wait: see `edge.engine_config.EngineConfig`.
@@ -97,7 +131,8 @@ class TensorRTBackend:
         num_slots: int | None = None,
         kv_capacity: int | None = None,
         use_cuda_graphs: bool = True,
-        max_graphs: int = 128,
+        max_graphs: int = 256,
+        max_draft_tokens: int = 0,
         max_logits: int = DEFAULT_MAX_LOGITS,
         device: int = 0,
         gpu_wait: GpuWait = "auto",
@@ -137,28 +172,31 @@ class TensorRTBackend:
         self.kv_scales = _read_scales(bundle, manifest)
         try:
             with self._device.active():
-                self._load(chosen, num_slots, max_logits)
-                self._graphs = DecodeGraphs(
+                self._load(chosen, num_slots, max_logits, max_draft_tokens)
+                self._graphs = StepGraphs(
                     self._device,
                     self._stream,
-                    lambda: self._make_context("decode"),
+                    lambda shape: self._make_context(self._profile_of(shape)),
                     max_graphs if use_cuda_graphs else 0,
                 )
                 self._resources.callback(self._graphs.close)
-                self._capture_decode()
+                self._capture()
         except BaseException:
             self.close()
             raise
 
-    def _load(self, chosen: ChosenEngine, num_slots: int | None, max_logits: int) -> None:
+    def _load(
+        self, chosen: ChosenEngine, num_slots: int | None, max_logits: int, max_draft_tokens: int
+    ) -> None:
         """Deserialize the engine and allocate everything that it will ever need."""
         info = self.info = chosen.info
         self.num_slots = num_slots or info.max_batch
         self.max_step_tokens = info.max_prefill
         self._dialect = io_spec.DIALECTS[self._manifest.dialect]
-        # The last row is where idle slots write; a batch of one has no idle slots.
-        spare = self._dialect.in_place and min(info.max_batch, self.num_slots) > 1
-        self.capacity = info.kv_capacity - int(spare)
+        self._home = cache_slots(self.num_slots) - 1
+        self._home_of, self._home_rows = -1, 0  # whose rows are there, and how many
+        self._spoilt = False  # whether rows at home may be NaN
+        self._behind: dict[int, int] = {}  # the row after those that padding left in a slot
         sizes = step_sizes(info, max_logits)
         # Decode first: it is the best for what it covers.
         self._limits = sorted(
@@ -166,13 +204,20 @@ class TensorRTBackend:
         )
         most = max(limits.num_logits for limits in self._limits)
         self._max_num_logits = min(sizes[0].logits, most)  # of one sequence
-        shared = (limits.seq for limits in self._limits if limits.batch > 1)
+        shared = max((each.seq for each in self._limits if each.batch > 1), default=1)
+        # The last rows are where idle slots write; a batch of one has no idle slots.
+        together = min(info.max_batch, self.num_slots) > 1
+        longest = min(shared if together else self.max_step_tokens, self._max_num_logits)
+        lengths = [2**n for n in range(1, max_draft_tokens.bit_length() + 1)]
+        self._drafts = [seq for seq in lengths if seq <= longest]
+        self._spare = max(self._drafts, default=1) if self._dialect.in_place and together else 0
+        self.capacity = info.kv_capacity - self._spare
         self._batching = Batching(
             decode_gap=UNBOUNDED,
             # Several tokens of an idle slot would not all land in its spare row.
             chunk_gap=0 if self._dialect.in_place else UNBOUNDED,
             max_batch=info.max_batch,
-            max_shared_seq=max(shared, default=1),
+            max_shared_seq=shared,
             max_tokens=sizes[0].tokens,
             max_logits=sizes[0].logits,
         )
@@ -214,7 +259,7 @@ class TensorRTBackend:
             resources,
             self._manifest,
             self.kv_scales,
-            self.num_slots,
+            cache_slots(self.num_slots),
             info.kv_capacity,
         )
         # TensorRT wants an address even for an engine without scratch memory.
@@ -237,19 +282,36 @@ class TensorRTBackend:
         self._runs = 0
         self._decode_logits = np.empty((info.max_batch, 1, self._out_width), dtype=np.float32)
 
-    def _capture_decode(self) -> None:
-        """Capture the decode steps of all windows that steps are rounded up to."""
-        self._decode_buffers.clear(idle_cursor=self._idle_cursor)
+    def _capture(self) -> None:
+        """Capture all steps that others are rounded up to, and leave the cache as it was."""
+        self._decode_buffers.clear(idle_cursor=self._idle_cursor(1))
+        self._prefill_buffers.clear(idle_cursor=0)
         self._graphs.capture(
             (
-                StepShape(first, batch, 1, 1, kv)
-                for first, batch in canonical_windows(self.num_slots, self.info.max_batch)
-                for kv in self._buckets
+                StepShape(first, batch, seq, num, kv)
+                for first, batch, seq, num in self._shapes()
+                for kv in reversed(self._buckets)  # the largest will do for all
             ),
-            self._put_decode,
+            lambda context, shape: self._put(context, shape, self._buffers_of(shape)),
         )
         self._cache.clear()
         self._stream.synchronize()
+
+    def _shapes(self) -> Iterator[tuple[int, int, int, int]]:
+        """First slot, sequences, tokens and logits of the steps to capture, most useful first."""
+        windows = canonical_windows(self.num_slots, self.info.max_batch)
+        lengths = prompt_lengths(self.max_step_tokens, max(_PROMPT_GRAPHS // len(self._buckets), 1))
+        prompts = [(self._home, 1, length, 1) for length in spread(lengths)]
+        yield from prompts[:1]
+        yield from ((first, batch, 1, 1) for first, batch in windows if batch == 1)
+        yield from prompts[1:]
+        yield from ((first, batch, 1, 1) for first, batch in windows if batch > 1)
+        scored = min(self.max_step_tokens, self._max_num_logits)
+        if scored > 1:
+            yield self._home, 1, scored, scored
+        for seq in self._drafts:
+            most = min(self._batching.max_tokens, self._batching.max_logits) // seq
+            yield from ((first, batch, seq, seq) for first, batch in windows if batch <= most)
 
     def _upload_positions(self) -> int:
         positions = np.arange(self.info.kv_capacity, dtype=np.int64)
@@ -258,6 +320,13 @@ class TensorRTBackend:
         self._stream.upload(memory.address, positions)
         self._stream.synchronize()
         return memory.address
+
+    def _profile_of(self, shape: StepShape) -> ProfileName:
+        sizes = shape.batch, shape.seq, shape.num_logits
+        return next(limits.profile for limits in self._limits if limits.covers(*sizes))
+
+    def _buffers_of(self, shape: StepShape) -> StepBuffers:
+        return self._decode_buffers if shape.seq == shape.num_logits == 1 else self._prefill_buffers
 
     def _make_context(self, profile: ProfileName) -> BoundContext:
         buffers = self._decode_buffers if profile == "decode" else self._prefill_buffers
@@ -327,15 +396,16 @@ class TensorRTBackend:
     def _forward_best(self, step: Step) -> Rows:
         self._check_usable()
         step.check(self)
-        windows = self._plan(step)
+        runs = self._plan(step)
         with self._working():
-            if len(windows) > 1 or step.num_logits > self._max_num_logits:
+            if len(runs) > 1 or runs[0].step is not step:
                 return self._forward(step)  # a further run would overwrite the rows of the first
-            buffers = self._run(windows[0], step)
-        num, number = step.num_logits, self._runs
+            buffers = self._run(runs[0])
+        num, number = runs[0].shape.num_logits, self._runs
         found: list[list[BestLogits]] = [[] for _ in range(step.batch)]
-        for row, place in zip(windows[0].rows, windows[0].places, strict=True):
-            for at in range(place * num, (place + 1) * num):
+        window = runs[0].window
+        for row, place in zip(window.rows, window.places, strict=True):
+            for at in range(place * num, place * num + step.num_logits):
                 fetch = partial(self._fetch, buffers, at, number)
                 found[row].append(
                     BestLogits(*buffers.best(at), self._out_width, self._manifest.dtype, fetch)
@@ -360,88 +430,169 @@ class TensorRTBackend:
             logits = self._decode_logits[:batch]
         else:
             logits = np.empty((batch, num, width), dtype=np.float32)
-        if num > self._max_num_logits:
-            for row in range(batch):
-                logits[row] = self._run_in_pieces(step, row)
-            return logits
-        for window in self._plan(step):
-            self._run_whole(window, step, logits)
+        for run in self._plan(step):
+            self._run_whole(run, step, logits)
         return logits
 
-    def _plan(self, step: Step) -> list[Window]:
-        """The windows of a step; those of decode where they have a graph."""
-        windows = self._batching.plan(step)
-        if not step.seq == step.num_logits == 1:
-            return windows
-        return [self._graphs.cover(window, self._rows_read(window, step)) for window in windows]
+    def _plan(self, step: Step) -> list[_Run]:
+        """The runs of a step: of all its sequences in windows, or of each by itself."""
+        if step.seq == 1 or step.batch > 1:
+            runs = [self._window_run(window, step) for window in self._batching.plan(step)]
+            # Where shapes change, compiled plugins leak (NVIDIA/TensorRT#4849), others run Python.
+            fixed = self.info.plugins is not None or step.num_logits > 1
+            one_by_one = len(self._graphs) > 0 and step.seq > 1 and fixed
+            if step.num_logits <= self._max_num_logits and (
+                not one_by_one or all(run.shape in self._graphs for run in runs)
+            ):
+                return runs
+        return [run for row in range(step.batch) for run in self._sequence_runs(step, row)]
 
-    def _rows_read(self, window: Window, step: Step) -> int:
+    def _window_run(self, window: Window, step: Step) -> _Run:
         starts = [step.starts[row] for row in window.rows]
+        shape = StepShape(
+            window.first, window.batch, step.seq, step.num_logits, self._rows_read(starts, step)
+        )
+        cover = self._graphs.cover(shape)
+        if cover is not None and max(starts) + cover.seq <= self.info.kv_capacity:
+            shape, window = cover, placed_in(window, cover.first, cover.batch)
+        return _Run(window, step, shape)
+
+    def _rows_read(self, starts: Sequence[int], step: Step) -> int:
         return self._bucket(self._dialect.rows_read(starts, step.kv_len))
 
-    def _run_in_pieces(self, step: Step, row: int) -> NDArray[np.float32]:
-        """Fetch more logits of one sequence than fit: cut its tokens after the last that do.
+    def _sequence_runs(self, step: Step, row: int) -> Iterator[_Run]:
+        """Run one sequence's tokens, in pieces where no run takes them all.
 
         What comes first lies in the cache when the next piece attends to it.
         """
         slot, past, embeds = step.slots[row], step.starts[row], step.embeds[row : row + 1]
-        places, inverse = np.unique(step.logits_indices[row], return_inverse=True)
-        found = np.empty((len(places), self._out_width), dtype=np.float32)
-        window, start = Window(slot, 1, (0,), (0,)), 0
-        for group in range(0, len(places), self._max_num_logits):
-            some = places[group : group + self._max_num_logits]
-            last = group + len(some) == len(places)
-            end = step.seq if last else int(some[-1]) + 1
-            piece = step_after([slot], [past + start], embeds[:, start:end], some[None] - start)
-            self._run_whole(window, piece, found[None, group : group + len(some)])
-            start = end
-        result: NDArray[np.float32] = found[inverse]
-        return result
+        wanted, start = np.unique(step.logits_indices[row]), 0
+        if step.batch == 1 and len(wanted) == step.num_logits and (np.diff(wanted) > 0).all():
+            shape, tokens = self._fit(slot, past, step.seq, wanted)
+            if tokens == step.seq:
+                yield _Run(self._window_of(slot, shape), step, shape)
+                return
+        while start < step.seq:
+            shape, tokens = self._fit(slot, past + start, step.seq - start, wanted - start)
+            inside = wanted[(wanted >= start) & (wanted < start + tokens)] - start
+            indices = inside[None] if len(inside) else np.array([[tokens - 1]])
+            part = embeds[:, start : start + tokens]
+            piece = step_after([slot], [past + start], part, indices)
+            yield _Run(self._window_of(slot, shape), piece, shape, row, start)
+            start += tokens
 
-    def _run_whole(self, window: Window, step: Step, logits: NDArray[np.float32]) -> None:
-        """Run one window and put its logits into the caller's rows."""
-        buffers, num = self._run(window, step), step.num_logits
+    def _window_of(self, slot: int, shape: StepShape) -> Window:
+        """Where a sequence runs by itself."""
+        if shape.first == self._home:
+            slot = self._home
+        return placed_in(Window(slot, 1, (0,), (0,)), shape.first, shape.batch)
+
+    def _fit(
+        self, slot: int, start: int, tokens: int, wanted: NDArray[np.int64]
+    ) -> tuple[StepShape, int]:
+        """What runs the next tokens of a sequence, and how many of them.
+
+        Args:
+            slot: of the sequence.
+            start: its rows so far.
+            tokens: that are left.
+            wanted: ascending, which of them get logits; those below 0 have run.
+        """
+        wanted = wanted[wanted >= 0]
+        room = self.info.kv_capacity - start
+
+        def rows(count: int) -> int:
+            return self._bucket(self._dialect.rows_read([start], start + count))
+
+        def takes(shape: StepShape) -> bool:
+            fits = shape.seq <= min(tokens, room) and shape.kv >= rows(shape.seq)
+            return fits and int(np.searchsorted(wanted, shape.seq)) <= shape.num_logits
+
+        num = max(len(wanted), 1)
+        covers = [
+            self._graphs.cover(StepShape(first, 1, tokens, num, rows(tokens)))
+            for first in (slot, self._home)
+        ]
+        padded = [cover for cover in covers if cover is not None and cover.seq <= room]
+        if padded:
+            return min(padded, key=lambda shape: (shape.seq, shape.kv)), tokens
+        shape = self._graphs.longest((slot, self._home), takes)
+        if shape is not None:
+            return shape, shape.seq
+        if num > self._max_num_logits:
+            num, tokens = self._max_num_logits, int(wanted[self._max_num_logits - 1]) + 1
+        return StepShape(slot, 1, tokens, num, rows(tokens)), tokens
+
+    def _run_whole(self, run: _Run, step: Step, logits: NDArray[np.float32]) -> None:
+        """Run and put the logits into the caller's rows."""
+        buffers, window, num = self._run(run), run.window, run.shape.num_logits
         if self.info.best_logits:
             buffers.fetch(self._stream, 0, window.batch * num)
             self._stream.synchronize()
-        if window.whole and window.batch == len(logits):
+        if run.row is not None:
+            wanted = step.logits_indices[run.row] - run.start
+            into = np.nonzero((wanted >= 0) & (wanted < run.step.seq))[0]
+            for at in into:
+                place = int(np.searchsorted(run.step.logits_indices[0], wanted[at]))
+                buffers.read_logits(place, logits[run.row, at])
+        elif window.whole and window.batch == len(logits) and num == step.num_logits:
             buffers.read_logits(0, logits.reshape(-1, logits.shape[-1]))
-            return
-        for row, place in zip(window.rows, window.places, strict=True):
-            buffers.read_logits(place * num, logits[row])
+        else:
+            for row, place in zip(window.rows, window.places, strict=True):
+                buffers.read_logits(place * num, logits[row])
 
-    def _run(self, window: Window, step: Step) -> StepBuffers:
-        """Run one window; what it puts out is in the buffers that are returned."""
-        seq, num = step.seq, step.num_logits
-        decode = seq == num == 1
-        buffers = self._decode_buffers if decode else self._prefill_buffers
-        buffers.fill(window, step, idle_cursor=self._idle_cursor)
-        kv = self._rows_read(window, step)
-        shape = StepShape(window.first, window.batch, seq, num, kv)
-        if not (decode and self._graphs.launch(shape)):
-            profile = next(
-                limits.profile for limits in self._limits if limits.covers(window.batch, seq, num)
-            )
-            context = self._contexts[profile]
+    def _run(self, run: _Run) -> StepBuffers:
+        """Run; what the engine puts out is in the buffers that are returned."""
+        window, step, shape = run.window, run.step, run.shape
+        buffers = self._buffers_of(shape)
+        padded = padded_step(step, shape.seq, shape.num_logits)
+        buffers.fill(window, padded, idle_cursor=self._idle_cursor(shape.seq))
+        at_home = shape.first == self._home >= self.num_slots
+        if at_home:
+            self._bring_home(step.slots[0], step.starts[0])
+        if not self._graphs.launch(shape):
+            context = self._contexts[self._profile_of(shape)]
             context.bind(shape)
             self._put(context, shape, buffers)
-        if self._new_rows is not None:
-            for row, place in zip(window.rows, window.places, strict=True):
-                slot, start = window.first + place, step.starts[row]
-                self._cache.append(self._new_rows, place, window.batch, seq, slot, start)
+        for row, place in zip(window.rows, window.places, strict=True):
+            self._keep_rows(shape, place, step.slots[row], step.starts[row], step.seq)
+        if at_home:
+            self._home_rows = step.starts[0] + step.seq
         if self.meanwhile is not None:
             self.meanwhile()
         self._stream.synchronize()
         self._runs += 1
         return buffers
 
-    @property
-    def _idle_cursor(self) -> int:
-        """The row that an idle slot writes: its last, which is no answer's where slots can idle."""
-        return self.info.kv_capacity - 1 if self._dialect.in_place else 0
+    def _bring_home(self, slot: int, start: int) -> None:
+        """Copy the first rows of a slot to where prompts are read, unless they are there."""
+        if self._spoilt:
+            self._cache.clear(self._home)
+            self._spoilt, self._home_of = False, -1
+        there = self._home_rows if self._home_of == slot else 0
+        self._home_of, self._home_rows = slot, min(there, start)
+        self._cache.copy(slot, self._home, start, there)
 
-    def _put_decode(self, context: BoundContext, shape: StepShape) -> None:
-        self._put(context, shape, self._decode_buffers)
+    def _keep_rows(self, shape: StepShape, place: int, slot: int, start: int, rows: int) -> None:
+        """Put the rows of one sequence that a run has made into its slot, none of its padding."""
+        at_home = shape.first == self._home >= self.num_slots
+        if self._new_rows is not None:
+            for target in {slot, self._home} if at_home else {slot}:
+                self._cache.append(
+                    self._new_rows, place, shape.batch, shape.seq, target, start, rows
+                )
+        elif at_home:
+            self._cache.copy(self._home, slot, start + rows, start)
+        elif shape.seq > rows:
+            self._behind[slot] = start + shape.seq
+        else:
+            self._behind.pop(slot, None)
+        if slot == self._home_of and not at_home:
+            self._home_rows = min(self._home_rows, start)
+
+    def _idle_cursor(self, seq: int) -> int:
+        """The first row that an idle slot writes: no answer has those where slots can idle."""
+        return self.info.kv_capacity - seq if self._dialect.in_place else 0
 
     def _put(self, context: BoundContext, shape: StepShape, buffers: StepBuffers) -> None:
         """Put a step on the stream; a CUDA graph records this and nothing else."""
@@ -469,11 +620,18 @@ class TensorRTBackend:
         expected = (2 * model.num_layers, model.num_kv_heads, length, model.head_dim)
         if rows.shape != expected:
             raise BackendError(f"rows of shape {rows.shape} do not fit a cache of {expected}")
+        # Of a sequence that failed, what padding left behind its rows is as bad as they are.
+        behind = self._behind.pop(slot, 0) - length
+        if behind > 0:
+            more = np.zeros((*rows.shape[:2], behind, rows.shape[3]), dtype=rows.dtype)
+            rows = np.concatenate([rows, more], axis=2)
+        self._spoilt = self._spoilt or slot == self._home_of
         self._with_slots((slot,), length, lambda: self._cache.write(slot, rows))
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """See `edge.backends.Backend.copy_slot`."""
         if source != target:
+            self._home_of = -1 if self._home_of == target else self._home_of
             self._with_slots(
                 (source, target), length, lambda: self._cache.copy(source, target, length)
             )
@@ -526,6 +684,7 @@ class TensorRTBackend:
 
     def _recover(self, error: BaseException) -> None:
         """After a failed step: wait for what still runs, and find out whether the GPU is alive."""
+        self._spoilt = True
         lost: BaseException | None = None
         if isinstance(error, DeviceError) and error.fatal:
             lost = error

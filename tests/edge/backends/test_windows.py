@@ -5,20 +5,29 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
+from edge.backends.process_memory import Deployment, plan_process_memory
 from edge.backends.step import Step, step_after
 from edge.backends.windows import (
     UNBOUNDED,
     Batching,
     Window,
     canonical_windows,
+    padded_step,
     placed_in,
     plan_windows,
+    prompt_lengths,
+    spread,
     window_step,
 )
+from edge_lab.planner.devices import MODULES
+from edge_lab.planner.models import BUILT_IN
+from edge_lab.planner.speed import FITTED, prefill_s, work_of
+from edge_lab.recipe import find_variant, recipe_linears
 
 SLOTS = st.lists(st.integers(0, 20), unique=True, min_size=1).flatmap(st.permutations)
 
@@ -125,3 +134,44 @@ def test_few_windows_cover_any_other(num_slots: int, max_batch: int, data: st.Da
     wider = placed_in(window, 0, num_slots)
     assert (wider.first, wider.batch, wider.rows) == (0, num_slots, (1, 0))
     assert [wider.first + place for place in wider.places] == [first, first + batch - 1]
+
+
+@pytest.mark.parametrize("name", ["deepseek-r1:1.5b", "deepseek-r1:7b", "deepseek-r1:8b"])
+@pytest.mark.parametrize("quant", ["int4", "int8", "fp16"])
+def test_padding_a_prompt_takes_no_more_than_a_tenth_of_its_time(name: str, quant: str):
+    """By the planner's formula, on an AGX Orin at full power, of every prompt to 2,048 tokens."""
+    longest, lengths = 512, prompt_lengths(512, 64)
+    model, mode = BUILT_IN[name].spec, MODULES["agx-orin-64"].modes[0]
+    linears = recipe_linears(model, find_variant(quant))
+    memory = plan_process_memory(model, linears, 4096, Deployment())
+    work = work_of(model, linears, memory.weights, Deployment())
+    for tokens in range(1, 2049):
+        whole, rest = divmod(tokens, longest)
+        if rest > 1:  # one token is a decode step
+            rest = next(length for length in lengths if length >= rest)
+        padded = whole * longest + rest
+        assert -(-padded // longest) == -(-tokens // longest)
+        took = prefill_s(work, mode, FITTED, padded, longest)
+        assert took <= 1.1 * prefill_s(work, mode, FITTED, tokens, longest)
+
+
+@given(st.integers(1, 3000), st.integers(1, 80))
+def test_lengths_are_few_and_the_longest_is_one(longest: int, most: int):
+    lengths = prompt_lengths(longest, most)
+    assert len(lengths) <= most
+    assert lengths == sorted(set(lengths))
+    assert lengths[-1:] == [longest] * (longest > 1)
+    order = spread(lengths)
+    assert sorted(order) == lengths
+    assert order[:1] == lengths[-1:]
+
+
+def test_a_padded_step_runs_its_last_token_again():
+    step = make_step([3, 1], [5, 9], 3)
+    padded = padded_step(step, 5, 2)
+    assert (padded.batch, padded.seq, padded.num_logits, padded.kv_len) == (2, 5, 2, 14)
+    assert padded.positions.tolist() == [[5, 6, 7, 8, 9], [9, 10, 11, 12, 13]]
+    assert_array_equal(padded.embeds[:, :3], step.embeds)
+    assert_array_equal(padded.embeds[:, 3:], step.embeds[:, [2, 2]])
+    assert padded.logits_indices.tolist() == [[2, 2], [2, 2]]
+    assert padded_step(step, 3, 1) is step

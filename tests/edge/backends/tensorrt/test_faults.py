@@ -42,6 +42,8 @@ def test_every_call_of_loading_may_fail(
         "CUDA_MEMCPY3D", "set_device_memory", "cuMemFree", "cuMemFreeHost", "cuStreamDestroy",
         "cuDevicePrimaryCtxGetState",
     }  # fmt: skip
+    if code == OUT_OF_MEMORY:
+        quiet.add("cuMemAlloc")  # the cache is then made of pieces
     num_graphs: list[int] = []
     num_blocks: list[int] = []  # of the cache, which is one here unless it cannot be had
 
@@ -95,7 +97,7 @@ def test_every_call_of_a_step_may_fail(
         expected = request(reference)
         places = places_to_fail(gpu.calls[before:])
     outcomes = set()
-    assert len(places) > 30
+    assert len(places) > 20
     for number in places:
         found: list[Any] = []
         with GpuRunner(bundle, gpu) as runner:

@@ -74,7 +74,7 @@ def test_it_computes_what_the_cpu_computes(
         expected = io_spec.kv_bytes_per_token(
             ours.manifest.model, "fp16", ours.manifest.int8_layers
         )
-        assert ours.backend.cache_bytes == expected * CAPACITY * 4
+        assert ours.backend.cache_bytes == expected * CAPACITY * 5  # prompts have their own slot
         assert ours.engine._cache.num_bytes == ours.backend.cache_bytes
 
 

@@ -56,7 +56,7 @@ def test_the_stand_in_refuses(mistake: str, gpu: FakeGpu, engine_bundles: Engine
         with backend._device.active():
             shape = StepShape(1, 1, 1, 1, 16)
             backend._contexts["decode"].bind(shape)
-            backend._put_decode(backend._contexts["decode"], shape)
+            backend._put(backend._contexts["decode"], shape, backend._decode_buffers)
             backend._stream.synchronize()
         context = backend._contexts["decode"]._context
         device, stream, positions = backend._device, backend._stream, backend._kv_positions
