@@ -247,17 +247,16 @@ def test_the_audit_holds_for_it(
         return audit_network(*arguments)
 
     monkeypatch.setattr(builder, "audit_network", spy)
-    monkeypatch.setattr(builder, "ENGINES_DIR", "../own-engines")  # the bundle is shared
     assert compile_bundle(plan_build(config, manifest), target).audit.problems == ()
     (arguments,) = seen
-    assert arguments[-1]
-    network = arguments[0]
+    network, *between, own_top_k, outside = arguments
+    assert own_top_k
     layers = {each.name: each for each in network.layers}
 
     def problems(changed: dict[str, Any], wanted: bool = True) -> list[str]:
         kept = [changed.get(each.name, each) for each in network.layers]
         whole = dataclasses.replace(network, layers=tuple(each for each in kept if each))
-        changed_ones = [whole, *arguments[1:-1], wanted]
+        changed_ones = [whole, *between, wanted, outside]
         return list(audit_network(*changed_ones).problems)
 
     assert problems({}, wanted=False) == ["top_k: a plugin that nobody asked for"] * 2
