@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge.bundle.engine_file import decode_engine_info, read_engine_bytes, verify_plan
+from edge.bundle.engine_file import decode_engine_info, read_engine_bytes
 from edge.bundle.engine_records import ENGINE_SIGNATURE
 from edge.bundle.manifest import (
     MANIFEST_NAME,
@@ -19,6 +19,7 @@ from edge.bundle.minisign import Signature
 from edge.bundle.release import RELEASE, Release
 from edge.bundle.trust import SIGNATURE_NAME
 from edge.errors import ConfigError
+from edge_lab.engine_record import verify_plan
 from edge_lab.place import update_manifest
 from edge_lab.signing import SecretKey, write_signature
 from edge_lab.target import locked, resolve_target

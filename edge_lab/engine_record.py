@@ -1,4 +1,4 @@
-"""Writes the records by which a machine knows the engines that it built; `edge` reads them.
+"""Writes records of the engines that this machine built, which `edge` reads, and hashes engines.
 
 A record is what ``sha256sum`` writes, so ``sha256sum -c /var/lib/edge-llm/engine-records/*`` tells
 which engines are as they were built. To take one away is to vouch for its engine no longer.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
+from edge.bundle.engine_file import EngineInfo, open_plan, read_outside
 from edge.bundle.engine_records import RECORDS_VARIABLE, record_directories
 from edge.bundle.update import replace_durably
 from edge.errors import ConfigError
@@ -64,3 +66,19 @@ def _write(name: str, line: bytes) -> None:
             f"no record of an engine can be kept in {directory}: {error.strerror}; "
             f"{RECORDS_VARIABLE} names another directory, such as one on a volume of the container"
         ) from error
+
+
+def verify_plan(directory: Path, info: EngineInfo) -> Path:
+    """Hash the plan, and the weights outside it, before anything loads them.
+
+    Returns:
+        The plan's path.
+
+    Raises:
+        IntegrityError: one is missing, or has another size or hash than ``engine.json`` says.
+    """
+    with open_plan(directory, info):
+        if info.outside:
+            buffer = memoryview(bytearray(1 << 21))
+            deque(read_outside(directory, info, info.outside, buffer), maxlen=0)
+        return directory / info.plan

@@ -44,6 +44,7 @@ _INPUT_RAILS = ("VIN", "VDD_IN", "POM_5V_IN")
 # by the 5 V rail and must not be counted twice.
 _AGX_ORIN_RAILS = ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")
 _GPU_NAMES = re.compile(r"(?:\.(?:gpu|ga10b|gv11b|gp10b|gpu0)|^gpu-gpc-\d+)$")
+_ARM_CORE = ("CPU implementer", "CPU part", "CPU variant", "CPU revision")
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -130,6 +131,20 @@ def moving_clocks(snapshot: Snapshot) -> str | None:
         f"the GPU's clocks follow the load ({low / 1e6:.0f} to {high / 1e6:.0f} MHz), so TensorRT "
         "may take a slow kernel for a fast one while it builds; first: sudo jetson_clocks"
     )
+
+
+def read_cpu_name(path: Path = Path("/proc/cpuinfo")) -> str:
+    """Name the CPU's model, as ``/proc/cpuinfo`` does; on Arm by the numbers of its cores."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return "unknown CPU"
+    fields = [(key.strip(), value.strip()) for key, _, value in (x.partition(":") for x in lines)]
+    for key, value in fields:
+        if key == "model name" and value:
+            return value
+    parts = sorted({f"{key} {value}" for key, value in fields if key in _ARM_CORE})
+    return ", ".join(parts) or "unknown CPU"
 
 
 def read_module(root: Path = Path("/")) -> str | None:

@@ -26,7 +26,6 @@ from edge.bundle.engine_file import (
     EngineInfo,
     read_engine_bytes,
     read_engine_info,
-    verify_plan,
 )
 from edge.bundle.engine_records import ENGINE_SIGNATURE, built_here, why_unrecorded
 from edge.bundle.manifest import ENGINES_DIR
@@ -35,7 +34,7 @@ from edge.bundle.update import fsync
 from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, ConfigError, ResourceError
 from edge_lab.engine_layers import LayerTable, is_layers_file, layers_path
-from edge_lab.engine_record import forget_engine, record_engine
+from edge_lab.engine_record import forget_engine, record_engine, verify_plan
 from edge_lab.target import write_durably
 
 from .outside import SUFFIX, Outside, place

@@ -14,7 +14,6 @@ import math
 import mmap
 import os
 import shlex
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -393,22 +392,6 @@ def decode_engine_info(directory: Path, data: bytes) -> EngineInfo:
         if tensor.offset % ALIGNMENT or tensor.end > outside.num_bytes:  # type: ignore[union-attr]
             raise BundleError(f"{path} is damaged (where is {name}?); {again}")
     return info
-
-
-def verify_plan(directory: Path, info: EngineInfo) -> Path:
-    """Hash the plan, and the weights outside it, before anything loads them.
-
-    Returns:
-        The plan's path.
-
-    Raises:
-        IntegrityError: one is missing, or has another size or hash than ``engine.json`` says.
-    """
-    with open_plan(directory, info):
-        if info.outside:
-            buffer = memoryview(bytearray(1 << 21))
-            deque(read_outside(directory, info, info.outside, buffer), maxlen=0)
-        return directory / info.plan
 
 
 def read_outside(

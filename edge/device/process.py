@@ -10,7 +10,6 @@ from .cgroup import read_cpu_quota
 from .memory import read_kib
 
 _STATUS = Path("/proc/self/status")
-_ARM_CORE = ("CPU implementer", "CPU part", "CPU variant", "CPU revision")
 
 
 def read_cpu_flags() -> frozenset[str]:
@@ -21,20 +20,6 @@ def read_cpu_flags() -> frozenset[str]:
         return frozenset()
     flags = next((line for line in lines if line.startswith("flags")), "")
     return frozenset(flags.partition(":")[2].split())
-
-
-def read_cpu_name(path: Path = Path("/proc/cpuinfo")) -> str:
-    """Name the CPU's model, as ``/proc/cpuinfo`` does; on Arm by the numbers of its cores."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return "unknown CPU"
-    fields = [(key.strip(), value.strip()) for key, _, value in (x.partition(":") for x in lines)]
-    for key, value in fields:
-        if key == "model name" and value:
-            return value
-    parts = sorted({f"{key} {value}" for key, value in fields if key in _ARM_CORE})
-    return ", ".join(parts) or "unknown CPU"
 
 
 def count_usable_cpus() -> int:

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 import edge
 from edge.bundle.library import BUNDLES_VARIABLE, bundle_directories, roots
 from edge.bundle.manifest import Manifest, read_manifest
-from edge.device.process import read_cpu_name
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError
 from edge.runtime.llm import LLM
@@ -28,6 +27,7 @@ from edge.runtime.sampling_params import SamplingParams
 from edge_lab.measure.compare import CacheSums, WindowResult, run_window
 from edge_lab.measure.evaluator import OpenModels, TaskJob, TextJob
 from edge_lab.measure.tasks import Item, ItemResult, Scoring, answer_item, check_item
+from edge_lab.telemetry import read_cpu_name
 
 
 class Kind(msgspec.Struct, frozen=True):

@@ -13,7 +13,6 @@ from edge.bundle.engine_file import (
     engine_rank,
     find_engines,
     read_engine_info,
-    verify_plan,
 )
 from edge.bundle.engine_records import UnvouchedError
 from edge.bundle.manifest import Manifest, read_manifest
@@ -22,6 +21,7 @@ from edge.bundle.verified_files import verify_files
 from edge.bundle.weights import manifest_linears
 from edge.device.memory import read_free_memory_bytes, read_kib
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, install_command
+from edge_lab.engine_record import verify_plan
 from edge_lab.engine_verdict import how_to_mend, slow_parts
 
 from .check import (

@@ -25,12 +25,11 @@ import msgspec
 from edge._version import __version__
 from edge.cli import to_json
 from edge.device.nodes import find_gpu_node
-from edge.device.process import read_cpu_name
 from edge.errors import EXIT_GATE_MISSED, DependencyError
 from edge.files import MALFORMED
 from edge_lab.place import check_free_space
 from edge_lab.target import locked, write_durably
-from edge_lab.telemetry import read_snapshot
+from edge_lab.telemetry import read_cpu_name, read_snapshot
 
 from . import power
 from .report import SCHEMA, seal

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_lab import telemetry
-from edge_lab.telemetry import EnergyMeter, Snapshot, read_snapshot
+from edge_lab.telemetry import EnergyMeter, Snapshot, read_cpu_name, read_snapshot
 from tests.edge.device import jetson_trees as trees
 
 
@@ -275,3 +275,22 @@ def test_the_thread_ends_with_the_span_even_after_an_error():
 def test_the_interval_must_be_positive():
     with pytest.raises(ValueError, match="positive"):
         EnergyMeter(interval_s=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nflags\t: fma\n", "Some CPU @ 2 GHz"),
+        (
+            "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n\n"
+            "processor\t: 1\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n",
+            "CPU implementer 0x41, CPU part 0xd42",
+        ),
+        ("", "unknown CPU"),
+        (None, "unknown CPU"),
+    ],
+)
+def test_the_cpu_is_named(tmp_path: Path, text: str | None, name: str):
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert read_cpu_name(tmp_path / "cpuinfo") == name

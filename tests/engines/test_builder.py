@@ -24,7 +24,6 @@ from edge.bundle.engine_file import (
     find_engines,
     read_engine_info,
     rebuild_command,
-    verify_plan,
 )
 from edge.bundle.manifest import read_manifest
 from edge.bundle.sizes import plan_build_memory
@@ -37,6 +36,7 @@ from edge.errors import (
     ResourceError,
 )
 from edge_lab import telemetry
+from edge_lab.engine_record import verify_plan
 from engines import builder, compat, memory
 from engines.audit import audit_network
 from engines.builder import Target, build_engine

@@ -26,7 +26,6 @@ from edge.bundle.engine_file import (
     decode_engine_info,
     find_engines,
     read_engine_info,
-    verify_plan,
 )
 from edge.bundle.linears import linear_layers, norm_layers
 from edge.bundle.manifest import (
@@ -41,6 +40,7 @@ from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.onnx_values import Constant, Constants
 from edge.errors import BackendError, BundleError, IntegrityError, ResourceError
 from edge_lab.cli.inspect import inspect
+from edge_lab.engine_record import verify_plan
 from edge_lab.planner.models import BUILT_IN
 from edge_lab.progress import silent
 from engines import compat, outside, own_kernels

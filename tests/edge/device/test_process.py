@@ -14,7 +14,6 @@ from edge.device import gpu, process
 from edge.device.gpu import Gpu, find_gpu
 from edge.device.process import (
     choose_num_threads,
-    read_cpu_name,
     read_rss_bytes,
     read_rss_peak_bytes,
     reset_rss_peak,
@@ -107,22 +106,3 @@ def test_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(gpu, "load_driver", missing)
     assert find_gpu() is None
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nflags\t: fma\n", "Some CPU @ 2 GHz"),
-        (
-            "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n\n"
-            "processor\t: 1\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n",
-            "CPU implementer 0x41, CPU part 0xd42",
-        ),
-        ("", "unknown CPU"),
-        (None, "unknown CPU"),
-    ],
-)
-def test_the_cpu_is_named(tmp_path: Path, text: str | None, name: str):
-    if text is not None:
-        (tmp_path / "cpuinfo").write_text(text)
-    assert read_cpu_name(tmp_path / "cpuinfo") == name
