@@ -52,9 +52,11 @@ DISK_BYTES = 5_000_000_000
 LAYERS, SHAPE = 4, "1.5b"
 ENGINES: dict[str, tuple[str, ...]] = {
     "tensorrt": ("--kernels", "tensorrt"),
+    "own-python": ("--kernels", "own", "--plugins", "python"),
     "own": ("--kernels", "own"),
 }
 """Options of ``edge-llm build`` for each engine; the last one is measured in every power mode."""
+_AHEAD_OF_TIME = (10, 13)  # since then TensorRT takes plugins compiled into the engine, too
 CPU = "cpu"
 _CPU_PROMPTS, _CPU_TOKENS, _CPU_SECONDS = 120, 32, 400
 
@@ -127,6 +129,13 @@ def has_tensorrt() -> bool:
     from importlib.util import find_spec
 
     return find_spec("tensorrt") is not None
+
+
+def engines_of(tensorrt: str | None) -> tuple[str, ...]:
+    """Name the engines to prove: before 10.13 own kernels are Python's plugins, and one engine."""
+    parts = (tensorrt or "").split(".")[:2]
+    both = [int(part) for part in parts if part.isdigit()] >= [*_AHEAD_OF_TIME]
+    return tuple(name for name in ENGINES if both or name != "own-python")
 
 
 def make_plan(output: Path, *, minutes: float, power_modes: bool) -> Plan:
@@ -309,7 +318,7 @@ def _content(plan: Plan, run: Run, bundle: Path) -> dict[str, Any]:
         "doctor": doctor,
         "measured": [*ENGINES][-1] if plan.gpu else CPU,
     }
-    names = tuple(ENGINES) if content["gpu"] else (CPU,)
+    names = engines_of(content["tensorrt"]) if content["gpu"] else (CPU,)
     content["checkpoint"], content["export"] = _make_bundle(plan, run, bundle)
     if content["export"]["verdict"] != "passed":
         reason = "there is no bundle"

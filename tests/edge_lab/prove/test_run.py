@@ -69,6 +69,19 @@ def test_a_device_on_which_all_is_well(tmp_path: Path):
     assert not (tmp_path / "proof/work").exists()  # gigabytes, which nobody needs any more
 
 
+@pytest.mark.parametrize(
+    ("version", "both"),
+    [("10.3.0", False), ("10.9.0.34", False), ("10.13.3", True), ("11.4", True), (None, False)],
+)
+def test_both_kinds_of_own_plugins_are_proven_where_tensorrt_has_both(
+    tmp_path: Path, version: str | None, both: bool
+):
+    answer = (1, "") if version is None else (0, f"{version}\n")
+    content = go(tmp_path / "proof", Steps(tensorrt=answer))
+    assert list(content["engines"]) == [name for name in ENGINES if both or "python" not in name]
+    assert list(content["engines"])[-1] == content["measured"]  # runs in the power modes
+
+
 def test_each_engine_is_built_measured_and_soaked_before_the_next(tmp_path: Path):
     """The engine that was built last is the one that runs."""
     steps = Steps()
@@ -102,7 +115,7 @@ def test_kernels_that_were_not_tried_for_want_of_memory_are_counted(tmp_path: Pa
     steps = Steps(own_inspect=(0, json.dumps({**INSPECT, "skipped_tactics": skipped})))
     content = go(tmp_path / "proof", steps)
     rows = {row[4]: row[-2] for row in table([content])}
-    assert rows == {"tensorrt": "0", "own": "3"}
+    assert rows == {"tensorrt": "0", "own-python": "0", "own": "3"}
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path):
