@@ -246,7 +246,8 @@ class OnnxFile:
                 outputs they read: ONNX has no such order, and ONNX Runtime takes any.
         """
         self.prune()
-        nodes = sorted(self.nodes, key=lambda node: first not in node.inputs)
+        # An input that is left out has the empty name.
+        nodes = sorted(self.nodes, key=lambda node: not first or first not in node.inputs)
         self._graph.replace(1, (node.encode() for node in nodes))
         self._model.replace(7, [self._graph.serialize()])
         return self._model.serialize()
