@@ -25,12 +25,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = {
-    "edge": 16_958,
-    "edge_lab": 9_735,
-    "edge_serve": 11_160,
-    "edge_fleet": 6_594,
-    "engines": 6_640,
-    "export": 8_632,
+    "edge": 16_956,
+    "edge_lab": 11_800,
+    "edge_serve": 11_164,
+    "edge_fleet": 6_439,
+    "engines": 7_196,
+    "export": 8_686,
 }
 """Code lines of each package, without what an allowance covers."""
 
@@ -51,7 +51,7 @@ class Loaded:
     lines: int
 
 
-LOADED = {"tensorrt": Loaded(modules=86, lines=11_268), "ort-cpu": Loaded(modules=81, lines=10_631)}
+LOADED = {"tensorrt": Loaded(modules=88, lines=11_693), "ort-cpu": Loaded(modules=80, lines=10_539)}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ ALLOWANCES = {
     "pictures": Allowance(1500),
     "adapters": Allowance(700),
     "stop and vote": Allowance(700),
-    "engine weights and graphs": Allowance(600),
     "EAGLE-3 on the engine": Allowance(400),
 }
 
