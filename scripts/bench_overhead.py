@@ -170,8 +170,9 @@ def idle_modules() -> dict[str, Any]:
     graphs: Any = types.ModuleType("cuda.bindings.driver")
     graphs.CUresult = types.SimpleNamespace(CUDA_SUCCESS=0)
     graphs.CUstreamCaptureMode = types.SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
-    for name in ("cuStreamBeginCapture", "cuGraphDestroy", "cuGraphExecDestroy", "cuGraphLaunch"):
-        setattr(graphs, name, lambda *_args: (0,))
+    for name in ("Destroy", "ExecDestroy", "Upload", "Launch"):
+        setattr(graphs, f"cuGraph{name}", lambda *_args: (0,))
+    graphs.cuStreamBeginCapture = lambda *_args: (0,)
     graphs.cuDeviceGet = graphs.cuDevicePrimaryCtxSetFlags = lambda *_args: (0, 0)
     graphs.cuDevicePrimaryCtxGetState = lambda *_args: (0, 1, 1)
     graphs.cuStreamEndCapture = graphs.cuGraphInstantiate = lambda *_args: (0, 1)

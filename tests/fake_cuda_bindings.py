@@ -460,10 +460,19 @@ def _graphs(gpu: FakeGpu) -> list[Callable[..., Any]]:
         assert works is not None
         return works
 
+    uploaded: set[int] = set()
+
     def cuGraphInstantiate(hGraph: list[Work], flags: int) -> list[Work]:
         gpu.call("cuGraphInstantiate")
         gpu.born("graph")
-        return list(hGraph)
+        handle = list(hGraph)
+        uploaded.discard(id(handle))
+        return handle
+
+    def cuGraphUpload(hGraphExec: list[Work], hStream: int) -> None:
+        gpu.call("cuGraphUpload")
+        assert gpu.streams[hStream].capturing is None
+        uploaded.add(id(hGraphExec))
 
     def cuGraphDestroy(hGraph: list[Work]) -> None:
         gpu.dead("captured graph")
@@ -475,13 +484,16 @@ def _graphs(gpu: FakeGpu) -> list[Callable[..., Any]]:
 
     def cuGraphLaunch(hGraphExec: list[Work], hStream: int) -> None:
         gpu.call("cuGraphLaunch")
+        if id(hGraphExec) not in uploaded:  # as CUDA does, and the step waits for it
+            gpu.calls.append("upload at the first launch")
+            uploaded.add(id(hGraphExec))
         for work in hGraphExec:
             work.valid()
             gpu.put(hStream, work)
 
     return [
         cuStreamBeginCapture, cuStreamEndCapture, cuGraphInstantiate, cuGraphDestroy,
-        cuGraphExecDestroy, cuGraphLaunch,
+        cuGraphExecDestroy, cuGraphUpload, cuGraphLaunch,
     ]  # fmt: skip
 
 

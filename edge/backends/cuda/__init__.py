@@ -393,7 +393,7 @@ class Device:
         self.graph_call(doing, name, stream.handle, self._graphs.capture_mode)
 
     def end_capture(self, stream: Stream) -> GraphExec:
-        """End the recording and make it runnable.
+        """End the recording, make it runnable and upload it, so that no launch has to.
 
         Raises:
             DeviceError: what was recorded cannot be a graph; the stream is usable again.
@@ -408,6 +408,7 @@ class Device:
         ready = GraphExec(self, handle)
         try:
             self._destroy_captured(graph)
+            self.graph_call("upload a CUDA graph", "cuGraphUpload", handle, stream.handle)
         except DeviceError:
             with contextlib.suppress(DeviceError):
                 ready.close()

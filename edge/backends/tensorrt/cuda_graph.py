@@ -76,11 +76,9 @@ class StepGraphs:
         memory = cuda.DeviceMemory(self._device, _PROBE_BYTES, "a trial of CUDA graphs")
         try:
             graph = self._record(lambda: self._stream.clear(memory.address, _PROBE_BYTES))
-            try:
+            with contextlib.closing(graph):
                 graph.launch(self._stream)
                 self._stream.synchronize()
-            finally:
-                graph.close()
         except (BackendError, DependencyError) as error:
             if isinstance(error, DeviceError) and error.fatal:
                 raise

@@ -450,6 +450,7 @@ def test_cuda_bindings_take_every_argument_of_ours(real_bindings: Any):
                 "cuStreamEndCapture": (0x10,),
                 "cuGraphInstantiate": (real_bindings.CUgraph(0x10), 0),
                 "cuGraphDestroy": (real_bindings.CUgraph(0x10),),
+                "cuGraphUpload": (real_bindings.CUgraphExec(0x10), 0x10),
                 "cuGraphLaunch": (real_bindings.CUgraphExec(0x10), 0x10),
                 "cuGraphExecDestroy": (real_bindings.CUgraphExec(0x10),),
                 "cuCtxGetCurrent": (),

@@ -148,8 +148,12 @@ def test_capturing_is_bounded(
 @both_drivers
 @pytest.mark.parametrize("captured", [0, 1])
 @pytest.mark.parametrize(
-    "call", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate", "execute_async_v3"]
-)
+    "call",
+    [
+        "cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphUpload",
+        "execute_async_v3",
+    ],
+)  # fmt: skip
 def test_without_a_capture_decode_goes_on(
     call: str,
     captured: int,
@@ -201,8 +205,8 @@ def test_without_memory_for_the_context_of_a_graph_decode_goes_on(
 @pytest.mark.parametrize(
     "missing",
     [
-        "the package", "libcuda", "cuStreamBeginCapture", "cuGraphInstantiate", "cuGraphLaunch",
-        "cuGraphExecDestroy",
+        "the package", "libcuda", "cuStreamBeginCapture", "cuGraphInstantiate", "cuGraphUpload",
+        "cuGraphLaunch", "cuGraphExecDestroy",
     ],
 )  # fmt: skip
 def test_what_graphs_need_is_tried_at_load(
