@@ -172,8 +172,11 @@ def test_whatever_call_fails_nothing_stays_behind(gpu: FakeGpu, capsys: pytest.C
         gpu.fail_at = None
         name = gpu.calls[at] if at < len(gpu.calls) else ""
         # What cuda-bindings' objects free on their own is logged, and is no error.
-        # How threads wait is no reason not to run.
-        harmless = ("cuStreamDestroy", "cuMemFree", "cuMemFreeHost", "cuDevicePrimaryCtxGetState")
+        # How threads wait is no reason not to run. A large block that is refused is made of pieces.
+        harmless: tuple[str, ...] = ("cuStreamDestroy", "cuMemFree", "cuMemFreeHost")
+        harmless += ("cuDevicePrimaryCtxGetState",)
+        if "cuMemCreate" in gpu.calls:
+            harmless = (*harmless, "cuMemAlloc")
         assert code == 1 or name in ("", *harmless), name
         assert not gpu.alive, name
         capsys.readouterr()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import multiprocessing
 import shutil
@@ -133,7 +132,8 @@ def test_the_record_tells_what_was_built(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jetson = agx_orin_jetpack7(tmp_path / "jetson")  # its release is known by a package only
-    monkeypatch.setattr(telemetry, "read_l4t", functools.partial(telemetry.read_l4t, jetson))
+    release = telemetry.read_l4t(jetson)
+    monkeypatch.setattr(telemetry, "read_l4t", lambda *_root: release)
     events: list[tuple[Any, ...]] = []
     result = build_engine(
         config(bundle, max_batch=2, kv_buckets=(64, 128)),

@@ -192,6 +192,7 @@ def test_every_room_that_opens_a_bundle_comes_through_the_one_door():
         "edge_serve/models/loader.py",
         "edge_serve/models/switch.py",
         "edge_serve/run.py",
+        "engines/cli.py",
         "engines/rules/bundle.py",
         "engines/trtexec_explain.py",
         "export/pipeline.py",

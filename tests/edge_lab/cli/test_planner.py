@@ -52,7 +52,8 @@ def test_a_bundle_is_planned_exactly(tiny_bundles: Bundles):
     assert found["kv_capacity"] == manifest.kv_capacity
     model = manifest.model
     per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 2
-    assert option["memory"]["cache_bytes"] == 2 * manifest.kv_capacity * per_token
+    slots = 2 + 1  # and the one in which an engine reads prompts
+    assert option["memory"]["cache_bytes"] == slots * manifest.kv_capacity * per_token
 
 
 def test_the_table_names_what_the_numbers_stand_on(tmp_path: Path):
