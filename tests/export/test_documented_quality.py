@@ -32,7 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "`int8 --no-rotate`": {"quant": "int8", "rotate": False},
     "`int4`, `rtn`": {"quant": "int4", "method": "rtn"},
     # The default: no method is given. It loses more with fewer tokens, so it has a row of its own.
-    "`int4`, `awq+gptq`, 4,096 tokens of calibration": {
+    "`int4`, `awq+gptq`, 4,096 tokens of calibration, of today": {
         "quant": "int4",
         "calibration_tokens": CALIBRATION_TOKENS,
     },
