@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from edge.backends.cuda import Stream
 from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, DeviceError
@@ -121,6 +122,28 @@ def test_every_call_of_a_step_may_fail(
         assert gpu.depth == 0
         assert not gpu.alive, number
     assert outcomes == ({"failed", "worked"} if code == OUT_OF_MEMORY else {"lost", "worked"})
+
+
+def test_what_a_failed_step_left_running_is_waited_for(
+    gpu: FakeGpu, engine_bundles: EngineBundles, monkeypatch: pytest.MonkeyPatch
+):
+    """Else it writes into the buffers of the next step, and a GPU that died is not seen."""
+    with GpuRunner(engine_bundles("qwen2", "native"), gpu) as runner:
+        runner.step(random_ids(1, 9), [0])
+        before, waits = len(gpu.calls), []
+        synchronize = Stream.synchronize
+
+        def noted(self: Stream) -> None:
+            waits.append(len(gpu.calls))
+            synchronize(self)
+
+        monkeypatch.setattr(Stream, "synchronize", noted)
+        gpu.fail_at, gpu.fail_code = before + 1, OUT_OF_MEMORY
+        error = attempt(lambda: runner.step(random_ids(1, 1), [0]))
+        gpu.fail_at = None
+        assert error is not None
+        assert waits[-1] > before + 1
+        error = None  # its traceback holds the stream
 
 
 @pytest.mark.parametrize("kept", [0, 3, 7])  # of eight addresses
