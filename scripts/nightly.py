@@ -162,6 +162,7 @@ STEPS = (
         "experiments",
         "EDGE_LLM_PARITY=1 scripts/test tests/experiments",
         (
+            "edge/backends/windows.py",
             "scripts/distill*",
             "scripts/eagle3_module.py",
             "scripts/finetune*",
