@@ -28,7 +28,6 @@ from edge.errors import BundleError, ConfigError, ContextLengthError, EdgeError,
 from edge.files import decode_text
 from edge.text.begun_answer import BegunAnswer, take_begun_answer
 from edge.text.chat_template import ChatTemplate, encode_chat
-from edge.text.fill_in_middle import fill_in_middle
 from edge.text.reasoning import (
     THINK_END,
     ReasoningSplitter,
@@ -38,8 +37,6 @@ from edge.text.reasoning import (
 from edge.text.streamed_text import Detokenizer
 from edge.text.tokenizer import Tokenizer
 
-from .embedding import EmbeddingReader, Judge, run
-from .generation import score
 from .sampling import SampledToken
 from .sampling_params import SamplingParams
 from .scheduler import Constraint, Drafter, Overflow, PrefixSource, PutAway, Request, Scheduler
@@ -300,6 +297,8 @@ class LLM:
                     if least > max_tokens:
                         raise ContextLengthError(least, max_tokens, at_least=True)
                 if suffix is not None:
+                    from edge.text.fill_in_middle import fill_in_middle
+
                     fill = fill_in_middle(self.tokenizer)
                     return fill.encode(self.tokenizer, prompt, suffix, on_piece)
                 add_bos = self.manifest.tokens.add_bos
@@ -421,6 +420,8 @@ class LLM:
         resolved = self._resolve(params)
         end_ids = self._end_ids(resolved)
         if suffix is not None and not resolved.ignore_eos:
+            from edge.text.fill_in_middle import fill_in_middle
+
             end_ids |= fill_in_middle(self.tokenizer).ends
         may_reason = is_chat and self.reasons
         reasons = may_reason and thinking is not False
@@ -567,7 +568,7 @@ class LLM:
         return (token.id for chunk in _read(generation) for token in chunk.tokens)
 
     def score(self, ids: Sequence[int]) -> NDArray[np.float64]:
-        """Compute the log-probability of every token but the first; see `generation.score`.
+        """Compute the log-probability of every token but the first; see `scoring.score`.
 
         The call waits until no answer is being computed.
 
@@ -579,6 +580,8 @@ class LLM:
             ContextLengthError: more tokens than the cache holds.
             BackendError: the engine failed, or its logits are not finite.
         """
+        from .scoring import score
+
         check_task(self.manifest, "generate")
         tokens = _token_ids(ids)
         return self.call(
@@ -613,6 +616,8 @@ class LLM:
             OverloadError: the scheduler drains.
             BackendError: the engine failed, or its output is not finite.
         """
+        from .embedding import EmbeddingReader, run
+
         reader = EmbeddingReader(self.manifest, self.tokenizer)
         reader.check_dimensions(dimensions)
         if prompt is not None and prompt_name is not None:
@@ -644,6 +649,8 @@ class LLM:
             OverloadError: the scheduler drains.
             BackendError: the engine failed, or its output is not finite.
         """
+        from .embedding import Judge, run
+
         judge = Judge(self.manifest, self.tokenizer)
         if isinstance(documents, str) or len(documents) == 0:
             raise RequestError("documents: give a list of at least one text")

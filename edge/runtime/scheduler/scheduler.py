@@ -31,7 +31,6 @@ from edge.errors import (
 )
 
 from .core import EngineCore
-from .pooling import PoolingCore
 from .request import (
     Drafter,
     Overflow,
@@ -81,7 +80,11 @@ class Scheduler:
         prefix_store: PrefixSource | None = None,
         pools: bool = False,
     ) -> None:
-        core = PoolingCore if pools else EngineCore
+        core: type[EngineCore] = EngineCore
+        if pools:
+            from .pooling import PoolingCore
+
+            core = PoolingCore
         self._core = core(
             backend,
             embeddings,

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, ContextLengthError, RequestError
-from edge.runtime.generation import GenerationStats, score
+from edge.runtime.generation import GenerationStats
+from edge.runtime.scoring import score
 from tests.edge.runtime.conftest import VOCAB
 from tests.fakes import ScriptedBackend, random_logits
 

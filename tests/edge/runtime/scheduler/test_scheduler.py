@@ -28,8 +28,8 @@ from edge.errors import (
     ResourceError,
 )
 from edge.runtime import stream as stream_module
-from edge.runtime.generation import score
 from edge.runtime.scheduler import Request, Scheduler
+from edge.runtime.scoring import score
 from edge.runtime.stream import Generation, GenerationChunk, OutputStream
 from edge.runtime.stream import submit as submit_all
 from tests.edge.runtime.conftest import VOCAB
