@@ -15,6 +15,8 @@ from edge.files import read_chunks
 
 from .manifest import MANIFEST_NAME, FileInfo, Manifest
 
+_NICENESS = 5  # beside a busy machine's work this thread still ends while the engine is opened
+
 
 class VerifiedFiles:
     """Files of a bundle, opened once, hashed side by side, and read by the same descriptors.
@@ -36,7 +38,10 @@ class VerifiedFiles:
         self._manifest = manifest
         self._files: dict[str, tuple[int, os.stat_result]] = {}
         self._hashes: dict[str, Future[FileInfo]] = {}
-        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+        # The engine, which is opened meanwhile, goes first: of two cores one is its own, and
+        # on Linux a thread has a niceness of its own (nice(2)).
+        threads = max(len(os.sched_getaffinity(0)) - 1, 1)
+        self._pool = ThreadPoolExecutor(threads, initializer=os.nice, initargs=(_NICENESS,))
         self._closed = False
         try:
             self._placed_ns = self._stat(bundle).st_mtime_ns

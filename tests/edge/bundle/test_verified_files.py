@@ -157,6 +157,20 @@ def test_hashes_of_numbers_are_waited_for_later(bundle: Path) -> None:
         VerifiedFiles(bundle, read_manifest(bundle), later=["tokenizer.json"])
 
 
+def test_hashes_let_the_engine_go_first(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+
+    def read_chunks(descriptor: int) -> Iterator[bytes]:
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        yield os.read(descriptor, 1 << 20)
+
+    monkeypatch.setattr(module, "read_chunks", read_chunks)
+    verify_files(bundle, read_manifest(bundle))
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    assert found
+    assert all(each > ours or each == 19 for each in found)
+
+
 def test_whoever_gives_up_waits_for_no_hash(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, ended = threading.Event(), threading.Event()
 
