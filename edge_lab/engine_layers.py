@@ -53,11 +53,11 @@ _CACHE = re.compile(r"(?:past_key_values|present)\.\d")  # see `edge.bundle.io_s
 _ATTENTION_NODE = re.compile(r"\.attended/Attention\Z|/Softmax\Z")
 
 
-class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _LayerStruct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every struct here."""
 
 
-class CompiledLayer(_Struct, frozen=True):
+class CompiledLayer(_LayerStruct, frozen=True):
     """One layer of an engine: what the GPU runs, mostly one kernel.
 
     Attributes:
@@ -121,7 +121,7 @@ class CompiledLayer(_Struct, frozen=True):
         return weights and packed and not self.multiplies
 
 
-class LayerTable(_Struct, frozen=True):
+class LayerTable(_LayerStruct, frozen=True):
     """All layers of an engine, as they are kept beside its plan.
 
     Attributes:

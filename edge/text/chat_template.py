@@ -20,7 +20,7 @@ from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
 from .known_templates import is_known_template
 from .messages import normalize_messages, parse_arguments, plain_copy, refuse
 from .reasoning import cut_reasoning, prompt_opens_reasoning
-from .template_engine import Answer, Task, TemplateEngine, TemplateFailure
+from .template_engine import Task, TaskResult, TemplateEngine, TemplateFailure
 
 if TYPE_CHECKING:
     from edge.bundle.manifest import Tokens
@@ -304,7 +304,7 @@ class ChatTemplate:
 
     def _ask(
         self, context: dict[str, Any] | None = None, trials: list[dict[str, Any]] | None = None
-    ) -> Answer:
+    ) -> TaskResult:
         """Let the child compile and try the template, or render it.
 
         Raises:
@@ -322,7 +322,7 @@ class ChatTemplate:
             raise TemplateFailure("limit", f"it takes more than {TEMPLATE_LIMITS}") from None
         except ChildError as error:
             raise TemplateFailure("failed", f"its process failed ({error})") from error
-        answer = msgspec.json.decode(data, type=Answer)
+        answer = msgspec.json.decode(data, type=TaskResult)
         if answer.kind is not None:
             raise TemplateFailure(answer.kind, answer.why)
         return answer

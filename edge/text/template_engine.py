@@ -120,7 +120,7 @@ class Task(msgspec.Struct, omit_defaults=True):
     trials: list[dict[str, Any]] = []
 
 
-class Answer(msgspec.Struct, omit_defaults=True):
+class TaskResult(msgspec.Struct, omit_defaults=True):
     """What came of a `Task`: text or variables, or a failure's ``kind`` and ``why``."""
 
     text: str | None = None
@@ -139,18 +139,18 @@ def prepare() -> None:
 
 
 def work(data: bytes) -> bytes:
-    """Do an encoded `Task`; returns an encoded `Answer`."""
+    """Do an encoded `Task`; returns an encoded `TaskResult`."""
     task = msgspec.json.decode(data, type=Task)
     try:
         engine = _engine(task.source)
         if task.context is not None:
-            answer = Answer(text=engine.render(task.context))
+            answer = TaskResult(text=engine.render(task.context))
         else:
             for context in task.trials:
                 _try(engine, context)
-            answer = Answer(variables=sorted(engine.variables))
+            answer = TaskResult(variables=sorted(engine.variables))
     except TemplateFailure as failure:
-        answer = Answer(kind=failure.kind, why=failure.why)
+        answer = TaskResult(kind=failure.kind, why=failure.why)
     return msgspec.json.encode(answer)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edge.bundle.manifest import Dialect
     from edge_lab.planner.engine import Asked, PlannedEngine
     from edge_lab.planner.models import PlannedModel
-    from edge_lab.planner.plan import Device, Plan
+    from edge_lab.planner.plan import ModelPlan, PlanDevice
     from edge_lab.planner.speed import Efficiency, StepKind
 
 DEFAULT_MAX_PREFILL = 512
@@ -184,7 +184,7 @@ def plan(
 
 def take_device(
     device: str | None, power_mode: str | None, calibrate: Path | None
-) -> tuple[Device, Efficiency]:
+) -> tuple[PlanDevice, Efficiency]:
     """Find the device of the options; the memory of ``cpu`` is what this machine has left now.
 
     Raises:
@@ -205,7 +205,7 @@ def take_device(
 
 
 def _find_engine(
-    planned: PlannedModel, target: Device, asked: Asked, no_engine: bool
+    planned: PlannedModel, target: PlanDevice, asked: Asked, no_engine: bool
 ) -> PlannedEngine | str | None:
     """The bundle's engine, or why there is none to go by; None where none could be."""
     from edge_lab.planner.engine import find_engine
@@ -241,7 +241,7 @@ def int8_dialect(backend: str, kv_cache: str | None) -> Dialect:
     return "portable" if backend == "tensorrt" and kv_cache == "int8" else "native"
 
 
-def _print(result: Plan) -> None:
+def _print(result: ModelPlan) -> None:
     from rich.console import Console
 
     from edge.bundle.weights import PARTS
@@ -333,7 +333,7 @@ def _print(result: Plan) -> None:
     )
 
 
-def _print_export(result: Plan) -> None:
+def _print_export(result: ModelPlan) -> None:
     """Print the lines that make the planned model: in INT4, where that was planned, and fits."""
     options = [option for option in result.options if option.recipe is not None]
     if not options or result.model.source is None:
@@ -356,7 +356,7 @@ def making(name: str, target: str) -> str:
     return f"To make {name} for {where}:"
 
 
-def _engine_basis(result: Plan) -> str | None:
+def _engine_basis(result: ModelPlan) -> str | None:
     """What is known of the bundle's engine, or why nothing is; None where there is no bundle."""
     engine = result.engine
     if engine is None:
@@ -386,7 +386,7 @@ def _engine_basis(result: Plan) -> str | None:
     return f"From the engine {engine.name} ({engine.plan}): {'; '.join(parts)}."
 
 
-def _draft_table(result: Plan) -> FigureTable:
+def _draft_table(result: ModelPlan) -> FigureTable:
     """Speed with the draft model, by quantization and context."""
     assert result.draft is not None
     acceptances = sorted({speed.acceptance for speed in result.options[0].drafts})

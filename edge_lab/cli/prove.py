@@ -17,7 +17,7 @@ from edge.errors import ConfigError
 from .options import Finite, ask_password, given_flag
 
 if TYPE_CHECKING:
-    from edge_lab.prove.run import Plan
+    from edge_lab.prove.run import ProofPlan
     from edge_lab.signing import SecretKey
 
 
@@ -132,7 +132,7 @@ def _print_table(reports: tuple[Path, ...], as_json: bool) -> None:
         click.echo(markdown(contents), nl=False)
 
 
-def _print_plan(plan: Plan, as_json: bool) -> None:
+def _print_plan(plan: ProofPlan, as_json: bool) -> None:
     from edge_lab.prove.run import DISK_BYTES
 
     found: dict[str, Any] = {

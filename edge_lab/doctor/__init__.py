@@ -21,7 +21,7 @@ from pathlib import Path
 from edge.bundle.manifest import Manifest
 from edge_lab.doctor.machine import CudaProbe, Machine
 
-from .check import Check, Facts
+from .check import Check, MachineFacts
 from .cuda_calls import check_cuda_calls, check_onnxruntime_packages
 from .device import (
     check_device_nodes,
@@ -78,7 +78,7 @@ def run_checks(
     """
     machine = machine or Machine()
     cuda = wait_for_gpu(machine, wait_gpu_s or 0.0)
-    facts = Facts(machine, machine.snapshot(), machine.nodes(), cuda, wait_gpu_s is not None)
+    facts = MachineFacts(machine, machine.snapshot(), machine.nodes(), cuda, wait_gpu_s is not None)
     checks = [check(facts) for check in _MACHINE]
     of_bundle: list[Check] = []
     manifest: Manifest | None = None

@@ -35,7 +35,7 @@ class Check:
 
 
 @dataclass
-class Facts:
+class MachineFacts:
     """What the machine answered so far, and the bundle's engine that would run here."""
 
     machine: Machine

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from edge_lab.doctor.machine import Library
 
-from .check import UNAVAILABLE, Check, Facts, version_numbers
+from .check import UNAVAILABLE, Check, MachineFacts, version_numbers
 
 
-def check_cuda_calls(facts: Facts) -> Check:
+def check_cuda_calls(facts: MachineFacts) -> Check:
     """Which of PyCUDA and cuda-bindings calls CUDA, and are there CUDA graphs?"""
     name = "CUDA in Python"
     if not facts.cuda.works:
@@ -56,7 +56,7 @@ def check_cuda_calls(facts: Facts) -> Check:
     )
 
 
-def check_onnxruntime_packages(facts: Facts) -> Check:
+def check_onnxruntime_packages(facts: MachineFacts) -> Check:
     """Is there one ONNX Runtime only? Each of its packages is ``onnxruntime`` when imported."""
     name, found = "ONNX Runtime packages", facts.machine.onnxruntime_packages()
     detail = ", ".join(f"{package} {version}" for package, version, _ in found) or "none"
@@ -78,11 +78,11 @@ def check_onnxruntime_packages(facts: Facts) -> Check:
     )
 
 
-def _driver_major(facts: Facts) -> int:
+def _driver_major(facts: MachineFacts) -> int:
     return (facts.cuda.driver_version or 0) // 1000
 
 
-def _install_bindings(facts: Facts) -> str:
+def _install_bindings(facts: MachineFacts) -> str:
     major = max(_driver_major(facts), 12)
     floor = "12.9.1" if major == 12 else str(major)
     return f"pip install 'cuda-bindings>={floor},<{major + 1}'"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from edge.device.nodes import RENDER_NODES
 from edge_lab.telemetry import Snapshot
 
-from .check import NO_MEMORY, NO_PERMISSION, UNAVAILABLE, Check, Facts, version_numbers
+from .check import NO_MEMORY, NO_PERMISSION, UNAVAILABLE, Check, MachineFacts, version_numbers
 
 _OLDEST_L4T = 36  # JetPack 6; older ones have TensorRT 8
 _OLDEST_DRIVER = 12000  # CUDA 12, which TensorRT 10 and onnxruntime-gpu are built with
@@ -52,7 +52,7 @@ _INIT_CODES: dict[int, tuple[str, str]] = {
 }
 
 
-def check_system(facts: Facts) -> Check:
+def check_system(facts: MachineFacts) -> Check:
     """Board and Jetson Linux."""
     name, snapshot = "system", facts.snapshot
     if not facts.jetson:
@@ -81,7 +81,7 @@ def check_system(facts: Facts) -> Check:
     return Check(name, "ok", detail)
 
 
-def check_device_nodes(facts: Facts) -> Check:
+def check_device_nodes(facts: MachineFacts) -> Check:
     """May this process open what the driver opens?"""
     name, nodes = "device nodes", facts.nodes
     if not facts.gpu_expected:
@@ -123,7 +123,7 @@ def check_device_nodes(facts: Facts) -> Check:
     )
 
 
-def _missing_nodes(facts: Facts) -> list[str]:
+def _missing_nodes(facts: MachineFacts) -> list[str]:
     nodes = facts.nodes
     if not facts.jetson:
         return [path for path in ("/dev/nvidiactl", "/dev/nvidia0") if path not in nodes]
@@ -133,7 +133,7 @@ def _missing_nodes(facts: Facts) -> list[str]:
     return missing
 
 
-def check_driver(facts: Facts) -> Check:
+def check_driver(facts: MachineFacts) -> Check:
     """Does ``libcuda.so.1`` load, and is it new enough?"""
     name, cuda = "driver", facts.cuda
     if not facts.gpu_expected:
@@ -172,7 +172,7 @@ def check_driver(facts: Facts) -> Check:
     return Check(name, "ok", f"for CUDA {version}")
 
 
-def check_init(facts: Facts) -> Check:
+def check_init(facts: MachineFacts) -> Check:
     """Does the driver start?"""
     name, code = "cuInit", facts.cuda.init_code
     if not facts.gpu_expected:
@@ -187,7 +187,7 @@ def check_init(facts: Facts) -> Check:
     return Check(name, "fail", f"error {code}", cause, cure, UNAVAILABLE)
 
 
-def check_gpu(facts: Facts) -> Check:
+def check_gpu(facts: MachineFacts) -> Check:
     """Can a context be made on a GPU?"""
     name, cuda = "GPU", facts.cuda
     if cuda.init_code != 0:
@@ -222,7 +222,7 @@ def check_gpu(facts: Facts) -> Check:
     return Check(name, "ok", detail)
 
 
-def check_power(facts: Facts) -> Check:
+def check_power(facts: MachineFacts) -> Check:
     """Power mode, clocks, heat and power supply."""
     name, snapshot = "power and clocks", facts.snapshot
     if not facts.jetson:

@@ -8,12 +8,12 @@ from edge.bundle.io_spec import DIALECTS
 from edge.bundle.manifest import Manifest
 from edge_lab.doctor.scheme_probe import SCHEMES, WIDE, Verdict
 
-from .check import UNAVAILABLE, Check, Facts, version_numbers
+from .check import UNAVAILABLE, Check, MachineFacts, version_numbers
 
 _NATIVE_ONLY = ("attention", "kv-update")
 
 
-def check_schemes(facts: Facts, manifest: Manifest | None = None) -> list[Check]:
+def check_schemes(facts: MachineFacts, manifest: Manifest | None = None) -> list[Check]:
     """Which schemes does TensorRT build on this GPU? One check each, or one that says why not."""
     name, widths = "schemes", _widest(manifest)
     if not facts.cuda.works:
@@ -48,7 +48,7 @@ def _widest(manifest: Manifest | None) -> tuple[int, int]:
     return depth, columns
 
 
-def _check_own_plugins(facts: Facts, widths: tuple[int, int]) -> list[Check]:
+def _check_own_plugins(facts: MachineFacts, widths: tuple[int, int]) -> list[Check]:
     verdicts, failure = facts.machine.own_plugins(widths)
     title = "a product with INT4 weights by edge-llm's own kernel"
     instead = "build with --kernels tensorrt"

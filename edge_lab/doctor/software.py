@@ -30,7 +30,7 @@ from .check import (
     UNAVAILABLE,
     WRONG_ENGINE,
     Check,
-    Facts,
+    MachineFacts,
     Status,
     version_numbers,
 )
@@ -42,7 +42,7 @@ _OVERHEAD_BYTES = 400 << 20  # CUDA context, libraries and activations; estimate
 _REFUSES_BLOCKS, _NOT_REPORTED, _SMALL_BYTES = (36, 4, 7), (37,), 16 << 30
 
 
-def check_confinement(facts: Facts) -> Check:
+def check_confinement(facts: MachineFacts) -> Check:
     """Is what strangers wrote read by a process that can open nothing?"""
     why = facts.machine.unconfined()
     if why is None:
@@ -51,7 +51,7 @@ def check_confinement(facts: Facts) -> Check:
     return Check("confinement", "warn", "limits on time and memory only", why, cure)
 
 
-def check_tensorrt(facts: Facts) -> Check:
+def check_tensorrt(facts: MachineFacts) -> Check:
     """Does TensorRT build and load an engine?"""
     name = "TensorRT"
     if not facts.cuda.works:
@@ -94,7 +94,7 @@ def check_tensorrt(facts: Facts) -> Check:
     return Check(name, "ok", f"{found.version}, built and loaded a tiny engine")
 
 
-def check_onnxruntime(facts: Facts) -> Check:
+def check_onnxruntime(facts: MachineFacts) -> Check:
     """Does ONNX Runtime run a graph, on the GPU if there is one?"""
     name = "ONNX Runtime"
     found = facts.machine.onnxruntime(_CUDA if facts.cuda.works else _CPU)
@@ -138,7 +138,7 @@ def check_onnxruntime(facts: Facts) -> Check:
     return Check(name, "ok", detail)
 
 
-def check_bundle(bundle: Path, facts: Facts) -> tuple[Check, Manifest | None]:
+def check_bundle(bundle: Path, facts: MachineFacts) -> tuple[Check, Manifest | None]:
     """Are the files of a bundle whole? The manifest is None if it cannot be read."""
     name = "bundle"
     try:
@@ -164,7 +164,7 @@ def check_bundle(bundle: Path, facts: Facts) -> tuple[Check, Manifest | None]:
     return Check(name, "ok", detail), manifest
 
 
-def check_memory(facts: Facts, manifest: Manifest | None) -> Check:
+def check_memory(facts: MachineFacts, manifest: Manifest | None) -> Check:
     """Is there enough for the bundle?"""
     name, free = "memory", facts.snapshot.memory_room_bytes
     unified = facts.cuda.integrated or not facts.cuda.works
@@ -232,7 +232,7 @@ def check_memory(facts: Facts, manifest: Manifest | None) -> Check:
     )
 
 
-def _contiguous(facts: Facts) -> str:
+def _contiguous(facts: MachineFacts) -> str:
     """What is kept for blocks that must lie in one piece (CMA), which few drivers need."""
     meminfo = facts.machine.root / "proc/meminfo"
     total, free = (read_kib(meminfo, key) for key in ("CmaTotal", "CmaFree"))
@@ -241,13 +241,13 @@ def _contiguous(facts: Facts) -> str:
     return f", CMA {free / 1e6:,.0f} of {total / 1e6:,.0f} MB free"
 
 
-def _refuses_blocks(facts: Facts) -> bool:
+def _refuses_blocks(facts: MachineFacts) -> bool:
     numbers = tuple(map(int, re.findall(r"\d+", facts.snapshot.l4t or "")[:3]))
     is_small = (facts.snapshot.memory_total_bytes or 0) < _SMALL_BYTES
     return is_small and _REFUSES_BLOCKS <= numbers < _NOT_REPORTED
 
 
-def check_engines(bundle: Path, manifest: Manifest, facts: Facts) -> Check:
+def check_engines(bundle: Path, manifest: Manifest, facts: MachineFacts) -> Check:
     """Is there an engine for this TensorRT and this GPU?"""
     name, directories = "engines", find_engines(bundle)
     if not directories:

@@ -27,7 +27,7 @@ from edge_lab.manifest_text import describe_kv_cache
 from edge_lab.planner.calibration import BENCH_SCHEMA
 from edge_lab.planner.devices import identify
 from edge_lab.planner.engine import engine_work
-from edge_lab.planner.plan import CPU, Device, find_device
+from edge_lab.planner.plan import CPU, PlanDevice, find_device
 from edge_lab.planner.speed import FITTED, EngineWork, Work, ceiling, decode_s, work_of
 from edge_lab.telemetry import Snapshot
 
@@ -211,7 +211,7 @@ def measure_bandwidth(num_threads: int | None = None, repeats: int = 5) -> float
 
 def find_bench_device(
     backend_name: str, snapshot: Snapshot, num_threads: int | None
-) -> tuple[Device | None, str | None]:
+) -> tuple[PlanDevice | None, str | None]:
     """Find the device whose roofline applies, and a remark about it.
 
     A CPU backend runs on the CPU, also on a Jetson; its bandwidth is measured. A GPU that is not an
@@ -269,7 +269,7 @@ def _engine_work(manifest: Manifest, backend: Backend) -> EngineWork | None:
 
 
 def roofline(
-    work: Work, device: Device | None, config: BenchConfig, decode_tps: float
+    work: Work, device: PlanDevice | None, config: BenchConfig, decode_tps: float
 ) -> dict[str, Any] | None:
     """Compute the ceiling at the mean context of the decode, and the share of it reached."""
     if device is None or device.mode is None:
@@ -303,7 +303,7 @@ def report(
     backend: Backend,
     config: BenchConfig,
     samples: Samples,
-    device: Device | None,
+    device: PlanDevice | None,
     snapshot: Snapshot,
 ) -> dict[str, Any]:
     """Make the JSON of a run; `edge_lab.planner.calibration.BenchFile` reads a part of it again."""

@@ -67,7 +67,7 @@ class GoldenItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     answer: str | None = None
 
 
-class Answer(msgspec.Struct, frozen=True):
+class ModelAnswer(msgspec.Struct, frozen=True):
     """What a model wrote.
 
     Attributes:
@@ -159,7 +159,7 @@ class Check(msgspec.Struct, frozen=True):
 class Answerer(Protocol):
     """Something that answers a prompt greedily: a bundle, or a server."""
 
-    def answer(self, prompt: str, max_tokens: int) -> Answer:
+    def answer(self, prompt: str, max_tokens: int) -> ModelAnswer:
         """Return the whole answer to one message of a user."""
         ...
 
@@ -176,11 +176,11 @@ class BundleAnswerer:
         self._llm = llm
         self._thinking = thinking
 
-    def answer(self, prompt: str, max_tokens: int) -> Answer:
+    def answer(self, prompt: str, max_tokens: int) -> ModelAnswer:
         """Answer through the bundle's chat template, where it has one."""
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
         result = ask_question(self._llm, prompt, params, thinking=self._thinking)
-        return Answer(
+        return ModelAnswer(
             result.text, result.reasoning, result.stats.completion_tokens, result.finish_reason
         )
 

@@ -24,7 +24,7 @@ from edge_lab.progress import Progress, silent
 
 from .drift import WATCH_USER, Counts, check_counts, decode_counts
 from .evaluate import EvalText
-from .watch import Answer, cut_text
+from .watch import ModelAnswer, cut_text
 
 TIMEOUT_S = 600.0
 _MAX_BYTES = 16 << 20
@@ -89,7 +89,7 @@ class ServerAnswerer:
         self._timeout_s = timeout_s
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
 
-    def answer(self, prompt: str, max_tokens: int) -> Answer:
+    def answer(self, prompt: str, max_tokens: int) -> ModelAnswer:
         """Answer one message of a user, greedily.
 
         Raises:
@@ -108,7 +108,7 @@ class ServerAnswerer:
             (choice,) = found["choices"]
             message = choice["message"]
             tokens = int(found["usage"]["completion_tokens"])
-            return Answer(
+            return ModelAnswer(
                 message["content"] or "",
                 message.get("reasoning_content") or "",
                 tokens,

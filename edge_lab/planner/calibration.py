@@ -11,7 +11,7 @@ from edge.errors import ConfigError
 from edge.files import MALFORMED, read_file
 
 from .devices import find_module
-from .plan import CPU, Device, find_device
+from .plan import CPU, PlanDevice, find_device
 from .speed import FITTED, Efficiency, Measured, Work, calibrate
 
 BENCH_SCHEMA = 1
@@ -118,13 +118,13 @@ def _bench(data: bytes | msgspec.Raw, where: str) -> BenchFile:
     return found
 
 
-def calibrated(path: Path, device: str | None, power_mode: str | None) -> tuple[Device, Efficiency]:
+def calibrated(path: Path, device: str | None, mode: str | None) -> tuple[PlanDevice, Efficiency]:
     """Read a device, and the share of its figures that benchmarks reached there.
 
     Args:
         path: JSON of ``edge-llm bench``, or ``report.json`` of ``scripts/gpu-check``.
         device: what the user asked for; None is the benchmark's. Needed where that is not known.
-        power_mode: what the user asked for; None is the benchmark's. Needed where that is not
+        mode: the power mode that was asked for; None is the benchmark's. Needed where that is not
             known.
 
     Raises:
@@ -155,7 +155,7 @@ def calibrated(path: Path, device: str | None, power_mode: str | None) -> tuple[
     target = (
         find_device(CPU, cpu_bytes_per_s=place.bytes_per_s)
         if name == CPU
-        else _module(path, name, place.mode, power_mode)
+        else _module(path, name, place.mode, mode)
     )
     if target.mode is None:
         raise ConfigError(f"--calibrate {path}: it has no bandwidth; run edge-llm bench again")
@@ -163,7 +163,7 @@ def calibrated(path: Path, device: str | None, power_mode: str | None) -> tuple[
     return target, calibrate(target.mode, FITTED, runs, f"measured: {path.name}")
 
 
-def _module(path: Path, name: str, mode: str | None, asked: str | None) -> Device:
+def _module(path: Path, name: str, mode: str | None, asked: str | None) -> PlanDevice:
     """Find the module in the mode that it was measured in; where none is known, in ``asked``."""
     if mode is None and asked is None:
         raise ConfigError(

@@ -12,10 +12,10 @@ from edge_lab.telemetry import read_module, read_target
 
 from .devices import identify
 from .models import PlannedModel
-from .plan import CPU, Device, Option
+from .plan import CPU, Option, PlanDevice
 
 
-def targets_of(device: Device) -> tuple[str, ...]:
+def targets_of(device: PlanDevice) -> tuple[str, ...]:
     """The values of ``--target`` that a device may be: of an Orin either JetPack.
 
     Of the very module that this machine is, only its own.
@@ -33,7 +33,7 @@ def bundle_path(model: PlannedModel, option: Option) -> Path:
 
 
 def export_commands(
-    model: PlannedModel, option: Option, device: Device, deployment: Deployment
+    model: PlannedModel, option: Option, device: PlanDevice, deployment: Deployment
 ) -> dict[str, str]:
     """The export of a planned model, by its ``--target``.
 

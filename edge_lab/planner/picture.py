@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from edge_lab import plot
 
-from .plan import Plan
+from .plan import ModelPlan
 from .speed import predict
 
 
-def draw_plan(plan: Plan) -> str:
+def draw_plan(plan: ModelPlan) -> str:
     """Draw an SVG of a plan; without speeds (a CPU of unknown bandwidth) it has the memory alone.
 
     A speed is a bar between two contexts: the time of a token grows linearly from one to the other,
@@ -35,7 +35,7 @@ def draw_plan(plan: Plan) -> str:
     )
 
 
-def _speed(plan: Plan) -> dict[str, object]:
+def _speed(plan: ModelPlan) -> dict[str, object]:
     mode, batch, capacity = plan.device.mode, plan.deployment.batch, plan.deployment.kv_capacity
     assert mode is not None
     rows = []
@@ -53,7 +53,7 @@ def _speed(plan: Plan) -> dict[str, object]:
     )
 
 
-def _memory(plan: Plan) -> dict[str, object]:
+def _memory(plan: ModelPlan) -> dict[str, object]:
     sizes = [(option.name, option.memory.process_bytes / 1e9) for option in plan.options]
     rows = [plot.Row(name, 0, size, f"{size:.2f}") for name, size in sizes]
     cache = plan.options[0].memory.cache / 1e9  # no quantization changes it

@@ -46,7 +46,7 @@ _CPU_NOMINAL_OPS = 100e12
 
 
 @dataclass(frozen=True)
-class Device:
+class PlanDevice:
     """Where a plan runs.
 
     Attributes:
@@ -103,7 +103,7 @@ def largest_block(memory: ProcessMemory) -> tuple[str, int]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ModelPlan:
     """A model on a device.
 
     Attributes:
@@ -114,7 +114,7 @@ class Plan:
     """
 
     model: PlannedModel
-    device: Device
+    device: PlanDevice
     deployment: Deployment
     efficiency: Efficiency
     options: tuple[Option, ...]
@@ -168,7 +168,7 @@ class Plan:
 
 def find_device(
     name: str | None, power_mode: str | None = None, cpu_bytes_per_s: float | None = None
-) -> Device:
+) -> PlanDevice:
     """Find a module of the table, or this kind of CPU.
 
     Args:
@@ -184,10 +184,10 @@ def find_device(
         if power_mode is not None:
             raise ConfigError(f"--power-mode {power_mode} is for Orin modules, not for {CPU}")
         if cpu_bytes_per_s is None:
-            return Device(CPU, None, None)
-        return Device(CPU, cpu_mode(cpu_bytes_per_s), None)
+            return PlanDevice(CPU, None, None)
+        return PlanDevice(CPU, cpu_mode(cpu_bytes_per_s), None)
     module = find_module(name)
-    return Device(module.name, module.mode(power_mode), usable_bytes(module.memory_bytes))
+    return PlanDevice(module.name, module.mode(power_mode), usable_bytes(module.memory_bytes))
 
 
 def cpu_mode(bytes_per_s: float) -> PowerMode:
@@ -199,7 +199,7 @@ def cpu_mode(bytes_per_s: float) -> PowerMode:
 
 def make_plan(
     model: PlannedModel,
-    device: Device,
+    device: PlanDevice,
     deployment: Deployment,
     efficiency: Efficiency,
     *,
@@ -207,7 +207,7 @@ def make_plan(
     contexts: Sequence[int] = (),
     draft: PlannedModel | None = None,
     engine: PlannedEngine | str | None = None,
-) -> Plan:
+) -> ModelPlan:
     """Compute memory and speed of a model.
 
     Args:
@@ -264,7 +264,7 @@ def make_plan(
             option = _with_drafts(option, drafter.work, device.mode, efficiency, deployment.batch)
         options.append(option)
     built, unknown = (None, engine) if isinstance(engine, str) else (engine, None)
-    return Plan(model, device, deployment, efficiency, tuple(options), drafter, built, unknown)
+    return ModelPlan(model, device, deployment, efficiency, tuple(options), drafter, built, unknown)
 
 
 def _with_drafts(
@@ -282,7 +282,7 @@ def _with_drafts(
 
 
 def _basis(
-    device: Device, linears: Sequence[Linear], batch: int, efficiency: Efficiency
+    device: PlanDevice, linears: Sequence[Linear], batch: int, efficiency: Efficiency
 ) -> dict[Kind, Basis]:
     kinds: tuple[Kind, ...] = ("decode", "prefill")
     if efficiency != FITTED:

@@ -22,7 +22,7 @@ from edge.errors import ConfigError
 
 from .commands import bundle_path, export_commands
 from .models import BUILT_IN, PlannedModel, find_built_in
-from .plan import Device, Option, Plan, make_plan
+from .plan import ModelPlan, Option, PlanDevice, make_plan
 from .speed import Efficiency, prefill_s
 
 Benchmark = Literal["aime-2024", "math-500", "gpqa-diamond", "livecodebench"]
@@ -142,7 +142,7 @@ class Recommendation:
 
 def recommend(
     wish: Wish,
-    device: Device,
+    device: PlanDevice,
     deployment: Deployment,
     efficiency: Efficiency,
     models: Sequence[str] = tuple(BUILT_IN),
@@ -203,7 +203,7 @@ def score(model: str, quant: str, benchmark: Benchmark) -> float | None:
     return published * (large if parameters >= _LARGE_PARAMETERS else small)
 
 
-def _candidate(wish: Wish, plan: Plan, option: Option) -> Candidate:
+def _candidate(wish: Wish, plan: ModelPlan, option: Option) -> Candidate:
     mode = plan.device.mode
     assert mode is not None
     memory = option.memory
@@ -279,7 +279,7 @@ def _claims(there: Sequence[Candidate]) -> str:
 
 
 def _commands(
-    taken: Candidate, device: Device, deployment: Deployment
+    taken: Candidate, device: PlanDevice, deployment: Deployment
 ) -> dict[str, tuple[str, ...]]:
     exports = export_commands(taken.model, taken.option, device, deployment)
     if deployment.backend != "tensorrt":
@@ -289,7 +289,7 @@ def _commands(
     return {target: (export, shlex.join(build)) for target, export in exports.items()}
 
 
-def _remark(taken: Candidate, device: Device) -> str | None:
+def _remark(taken: Candidate, device: PlanDevice) -> str | None:
     peak, usable = taken.option.memory.build_peak, device.usable_bytes
     if usable is None or peak <= usable:
         return None

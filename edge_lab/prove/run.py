@@ -48,7 +48,7 @@ from .steps import (
 
 REPORT, PAGE = "report.json", "report.md"
 DISK_BYTES = 5_000_000_000
-"""Of the checkpoint, the bundle and its engines: what `Plan.layers` layers of the 1.5B take."""
+"""Disk for the checkpoint, the bundle and its engines, of `ProofPlan.layers` layers of the 1.5B."""
 LAYERS, SHAPE = 4, "1.5b"
 ENGINES: dict[str, tuple[str, ...]] = {
     "tensorrt": ("--kernels", "tensorrt"),
@@ -62,7 +62,7 @@ _CPU_PROMPTS, _CPU_TOKENS, _CPU_SECONDS = 120, 32, 400
 
 
 @dataclass(frozen=True)
-class Step:
+class ProofStep:
     """A step, and what it is expected to take.
 
     Attributes:
@@ -77,7 +77,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProofPlan:
     """What is run.
 
     Attributes:
@@ -96,21 +96,25 @@ class Plan:
     layers: int = LAYERS
 
     @property
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[ProofStep]:
         """Every step in order, but for the power modes'."""
         engines = ENGINES if self.gpu else (CPU,)
         return [
-            Step("doctor", 0.5, 600),
-            *([Step("tensorrt", 0.1, 120)] if self.gpu else []),
-            Step("checkpoint", 0.3, 600),
-            Step("export", 1.5, 1800),
+            ProofStep("doctor", 0.5, 600),
+            *([ProofStep("tensorrt", 0.1, 120)] if self.gpu else []),
+            ProofStep("checkpoint", 0.3, 600),
+            ProofStep("export", 1.5, 1800),
             *(
-                Step(f"{name}-{part}", minutes, limit_s)
+                ProofStep(f"{name}-{part}", minutes, limit_s)
                 for name in engines
                 for part, minutes, limit_s in _ENGINE_STEPS
                 if self.gpu or part in ("verify", "bench", "soak")
             ),
         ]
+
+    def limit_s(self, step: str) -> float:
+        """Return after how many seconds a step is ended, one of the power modes' too."""
+        return {each.name: each.limit_s for each in self.steps}.get(step, _OTHER_LIMIT_S)
 
 
 _ENGINE_STEPS = (
@@ -138,7 +142,7 @@ def engines_of(tensorrt: str | None) -> tuple[str, ...]:
     return tuple(name for name in ENGINES if both or name != "own-python")
 
 
-def make_plan(output: Path, *, minutes: float, power_modes: bool) -> Plan:
+def make_plan(output: Path, *, minutes: float, power_modes: bool) -> ProofPlan:
     """Plan for this machine.
 
     Raises:
@@ -150,10 +154,10 @@ def make_plan(output: Path, *, minutes: float, power_modes: bool) -> Plan:
             "--power-modes measures an engine in each mode, and there is no NVIDIA GPU with "
             "TensorRT here; leave it out"
         )
-    return Plan(output, gpu, minutes, power_modes)
+    return ProofPlan(output, gpu, minutes, power_modes)
 
 
-def prove(plan: Plan, say: Callable[[str], None], run: Run | None = None) -> dict[str, Any]:
+def prove(plan: ProofPlan, say: Callable[[str], None], run: Run | None = None) -> dict[str, Any]:
     """Run what is missing, write the report, and return its content.
 
     Args:
@@ -171,7 +175,8 @@ def prove(plan: Plan, say: Callable[[str], None], run: Run | None = None) -> dic
         work, note = plan.output / "work", plan.output / "power-mode-before"
         power.restore(note, before, say)
         _begin(plan, work, say)
-        resumed = _Resumed(plan, work, say, run)
+        run = run or logged_run(work, say, directory=work, limit_s=plan.limit_s)
+        resumed = _Resumed(plan, work, run)
         content = _content(plan, resumed, work / "bundle")
         guard = power.mode_restored(note, before, say) if modes else nullcontext()
         with guard:
@@ -196,7 +201,7 @@ def exit_code(content: dict[str, Any]) -> int:
     return 0 if content["passed"] else EXIT_GATE_MISSED
 
 
-def _begin(plan: Plan, work: Path, say: Callable[[str], None]) -> None:
+def _begin(plan: ProofPlan, work: Path, say: Callable[[str], None]) -> None:
     """Keep the answers of an earlier run, or throw them away if they are of another machine."""
     mark = work / "of.json"
     is_of = {**_versions(), "plan": [plan.gpu, plan.shape, plan.layers], **_present()}
@@ -244,12 +249,8 @@ class _Resumed:
         left: steps that did not begin or failed.
     """
 
-    def __init__(self, plan: Plan, work: Path, say: Callable[[str], None], run: Run | None) -> None:
-        limits = {step.name: step.limit_s for step in plan.steps}
-        self._answers, self._say = work / "steps", say
-        self._run = run or logged_run(
-            work, say, directory=work, limit_s=lambda step: limits.get(step, _OTHER_LIMIT_S)
-        )
+    def __init__(self, plan: ProofPlan, work: Path, run: Run) -> None:
+        self._answers, self._run = work / "steps", run
         self._until = time.monotonic() + plan.minutes * 60
         self._names: list[str] = []
         self.left: list[str] = []
@@ -304,7 +305,7 @@ def _read_answer(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _content(plan: Plan, run: Run, bundle: Path) -> dict[str, Any]:
+def _content(plan: ProofPlan, run: Run, bundle: Path) -> dict[str, Any]:
     doctor = cell(run("doctor", ["edge-llm", "doctor", "--json"]), json_needed=True)
     content: dict[str, Any] = {
         "schema": SCHEMA,
@@ -332,7 +333,7 @@ def _content(plan: Plan, run: Run, bundle: Path) -> dict[str, Any]:
     return content
 
 
-def _make_bundle(plan: Plan, run: Run, bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _make_bundle(plan: ProofPlan, run: Run, bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write random weights, and export them as a newcomer would."""
     skipped = {"verdict": "skipped", "reason": "there is no checkpoint"}
     checkpoint = bundle.with_name("checkpoint")

@@ -38,7 +38,7 @@ _CLOSE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Answer:
+class HttpAnswer:
     """What came back.
 
     Attributes:
@@ -96,7 +96,7 @@ class Asker(Protocol):
     name: str
     concurrency: int
 
-    async def ready(self) -> Answer | None:
+    async def ready(self) -> HttpAnswer | None:
         """Get ready; returns the answer that says that it is not yet, or None.
 
         Raises:
@@ -105,7 +105,7 @@ class Asker(Protocol):
         """
         ...
 
-    async def ask(self, url: str, body: bytes) -> Answer:
+    async def ask(self, url: str, body: bytes) -> HttpAnswer:
         """Answer a request.
 
         Raises:
@@ -171,7 +171,7 @@ class HttpAsker:
         self._busy: set[http.client.HTTPConnection] = set()
         self._is_closed = False
 
-    async def ready(self) -> Answer | None:
+    async def ready(self) -> HttpAnswer | None:
         """See `Asker`."""
         answer = await asyncio.to_thread(self._exchange, "GET", "/v1/models", None, CONNECT_S)
         if answer.status in (429, 500, 502, 503, 504):
@@ -198,14 +198,14 @@ class HttpAsker:
         except (NoAnswerError, *MALFORMED, KeyError, TypeError, AttributeError):
             return DEFAULT_CONCURRENCY  # another server
 
-    async def ask(self, url: str, body: bytes) -> Answer:
+    async def ask(self, url: str, body: bytes) -> HttpAnswer:
         """See `Asker`."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
             self._executor, self._exchange, "POST", url, body, self._timeout_s
         )
 
-    def _exchange(self, method: str, path: str, body: bytes | None, timeout_s: float) -> Answer:
+    def _exchange(self, method: str, path: str, body: bytes | None, timeout_s: float) -> HttpAnswer:
         try:
             connection = self._kept() or self._connect()
             return self._on(connection, method, path, body, timeout_s)
@@ -247,7 +247,7 @@ class HttpAsker:
         path: str,
         body: bytes | None,
         timeout_s: float,
-    ) -> Answer:
+    ) -> HttpAnswer:
         with self._lock:
             if self._is_closed:
                 connection.close()
@@ -276,7 +276,7 @@ class HttpAsker:
         else:
             with self._lock:
                 self._idle.append(connection)
-        return Answer(response.status, headers, data)
+        return HttpAnswer(response.status, headers, data)
 
     async def close(self) -> None:
         """See `Asker`."""
@@ -303,7 +303,7 @@ def _keep_alive(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def refused_key(name: str, answer: Answer) -> ConfigError:
+def refused_key(name: str, answer: HttpAnswer) -> ConfigError:
     """Make the error for a server that does not take the key."""
     return ConfigError(
         f"{name} answered {answer.status}: it does not take the key; give --api-key-file"
@@ -330,7 +330,7 @@ class LocalAsker:
         self._app: App
         self._beating: asyncio.Task[None] | None = None
 
-    async def ready(self) -> Answer | None:
+    async def ready(self) -> HttpAnswer | None:
         """See `Asker`."""
         try:
             from edge_serve.app import create_app
@@ -361,7 +361,7 @@ class LocalAsker:
             self._registry.beat()
             await asyncio.sleep(_BEAT_S)
 
-    async def ask(self, url: str, body: bytes) -> Answer:
+    async def ask(self, url: str, body: bytes) -> HttpAnswer:
         """See `Asker`."""
         answer = await self._exchange(url, body)
         if answer.status >= 500:
@@ -373,7 +373,7 @@ class LocalAsker:
                 )
         return answer
 
-    async def _exchange(self, url: str, body: bytes) -> Answer:
+    async def _exchange(self, url: str, body: bytes) -> HttpAnswer:
         status, headers, parts = 500, {}, []
         requests = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -414,7 +414,7 @@ class LocalAsker:
             "server": None,
         }
         await self._app(scope, receive, send)
-        return Answer(status, headers, b"".join(parts))
+        return HttpAnswer(status, headers, b"".join(parts))
 
     async def close(self) -> None:
         """See `Asker`."""

@@ -150,7 +150,7 @@ class _Failure(Struct, omit_defaults=True):
     line: int | None = None
 
 
-class _Answer(Struct):
+class _AnswerLine(Struct):
     id: str
     custom_id: str | None
     response: _Response | None = None
@@ -188,7 +188,7 @@ def _write(
     custom_id: str | None, line: int, response: _Response | None = None, error: Any = None
 ) -> bytes:
     digest = hashlib.blake2b(f"{line} {custom_id}".encode("utf-8", "surrogatepass"), digest_size=12)
-    answer = _Answer(f"batch_req_{digest.hexdigest()}", custom_id, response, error)
+    answer = _AnswerLine(f"batch_req_{digest.hexdigest()}", custom_id, response, error)
     return json_line(answer)
 
 

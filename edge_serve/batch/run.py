@@ -20,7 +20,7 @@ from edge_serve.http.priority import BACKGROUND
 from edge_serve.settings import ServerSettings
 
 from . import TIMEOUT_S, WAIT_S
-from .askers import Answer, Asker, HttpAsker, LocalAsker, NoAnswerError, refused_key
+from .askers import Asker, HttpAnswer, HttpAsker, LocalAsker, NoAnswerError, refused_key
 from .files import Journal, Requests
 from .rows import Row, RowError, answer_line, bad_line, failure_line, is_json
 
@@ -241,7 +241,7 @@ class _Batch:
         """Ask a row until there is an answer that stands; returns its line, and where it goes."""
         tries = attempts = 0
         while True:
-            answer: Answer | None = None
+            answer: HttpAnswer | None = None
             sent_s = self._under_way[row.line] = time.monotonic()
             try:
                 answer = await self._asker.ask(row.url, row.body)
@@ -266,7 +266,7 @@ class _Batch:
             await self._wait(what, answer, tries)
             tries += 1
 
-    def _stands(self, answer: Answer) -> bool:
+    def _stands(self, answer: HttpAnswer) -> bool:
         """Whether an answer is the row's own, and not one of a server that cannot now.
 
         Raises:
@@ -276,14 +276,14 @@ class _Batch:
             raise refused_key(self._asker.name, answer)
         return answer.status not in (*_BUSY, *_FAULTS) or not answer.may_retry
 
-    def _line_of(self, row: Row, answer: Answer) -> tuple[Journal, bytes]:
+    def _line_of(self, row: Row, answer: HttpAnswer) -> tuple[Journal, bytes]:
         if answer.status == 200 and not is_json(answer.body):
             return self._failures, failure_line(row, "invalid_answer", "the answer is no JSON")
         journal = self._answers if answer.status == 200 else self._failures
         request_id = answer.headers.get("x-request-id", "")
         return journal, answer_line(row, answer.status, request_id, answer.body)
 
-    async def _wait(self, what: str, answer: Answer | None, tries: int) -> None:
+    async def _wait(self, what: str, answer: HttpAnswer | None, tries: int) -> None:
         """Wait before another try.
 
         Raises:

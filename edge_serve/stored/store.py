@@ -52,7 +52,7 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _StoredRecord:
     client: str
     created_at: int
     has_ended: bool
@@ -60,7 +60,7 @@ class _Entry:
     rows_bytes: int
 
     @classmethod
-    def of(cls, record: Record, num_bytes: int) -> _Entry:
+    def of(cls, record: Record, num_bytes: int) -> _StoredRecord:
         rows = None if record.unfinished is None else record.unfinished.rows
         rows_bytes = 0 if rows is None else rows.num_bytes
         ended = record.unfinished is None
@@ -92,7 +92,7 @@ class ResponseStore:
         self._bounds = bounds or Bounds()
         self._clock = clock
         self._lock = threading.Lock()
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, _StoredRecord] = {}
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._descriptor = _open_locked(directory)
@@ -111,7 +111,7 @@ class ResponseStore:
                 record = read_record(path)
                 if not _ID.match(record.id) or path != self._path(record.id):
                     raise UnusableError("it has the name of another")
-                self._entries[record.id] = _Entry.of(record, path.stat().st_size)
+                self._entries[record.id] = _StoredRecord.of(record, path.stat().st_size)
             except (OSError, UnusableError) as error:
                 _log.warning("%s is no stored response and is left alone: %s", path, error)
 
@@ -211,7 +211,7 @@ class ResponseStore:
                 "responses_dir"
             ) from error
         num_bytes = len(head) + (0 if rows is None else rows.nbytes)
-        self._entries[record.id] = _Entry.of(record, num_bytes)
+        self._entries[record.id] = _StoredRecord.of(record, num_bytes)
 
     def _make_room(self, id_: str, num_bytes: int) -> None:
         """Remove what has ended until one more fits.

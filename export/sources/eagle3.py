@@ -93,7 +93,7 @@ class Eagle3Head(Transformed):
     def __init__(self, model: Checkpoint, directory: Path) -> None:
         super().__init__(model)
         self._directory = directory
-        config = _Config.read(directory, model.spec)
+        config = _HeadConfig.read(directory, model.spec)
         self.name = directory.resolve().name
         self.spec, self.layers = config.spec, config.layers
         self.norm_before_residual = config.norm_before_residual
@@ -205,7 +205,7 @@ class Eagle3Head(Transformed):
 
 
 @dataclass(frozen=True)
-class _Config:
+class _HeadConfig:
     """What ``config.json`` of a head says."""
 
     spec: ModelSpec
@@ -213,7 +213,7 @@ class _Config:
     norm_before_residual: bool
 
     @staticmethod
-    def read(directory: Path, model: ModelSpec) -> _Config:
+    def read(directory: Path, model: ModelSpec) -> _HeadConfig:
         path = directory / "config.json"
         config = read_json(path)
         names = config.get("architectures")
@@ -256,7 +256,7 @@ class _Config:
             )
         if type(before) is not bool:
             raise CheckpointError(f"{path}: {_BEFORE} must be true or false")
-        return _Config(
+        return _HeadConfig(
             msgspec.structs.replace(spec, vocab_size=size),
             _layers(config, model.num_layers, path),
             before,

@@ -62,7 +62,7 @@ class _Data(msgspec.Struct, rename="pascal"):
     latest_committer: _Commit | None = None
 
 
-class _Answer(msgspec.Struct, rename="pascal"):
+class _Listing(msgspec.Struct, rename="pascal"):
     success: bool = False
     message: str = ""
     data: _Data | None = None
@@ -169,7 +169,7 @@ class _Hub:
             except (OSError, http.client.HTTPException) as error:
                 raise self._unreachable(error) from error
         try:
-            found = msgspec.json.decode(body, type=_Answer)
+            found = msgspec.json.decode(body, type=_Listing)
         except MALFORMED as error:
             raise CheckpointError(
                 f"{self._repo_id}: {self._base}/files is no listing of ModelScope ({error}); check "

@@ -21,7 +21,7 @@ class _Task(msgspec.Struct):
     text: str
 
 
-class _Answer(msgspec.Struct):
+class _Match(msgspec.Struct):
     """The groups of a match, the whole one first; None if there is none."""
 
     groups: list[str | None] | None = None
@@ -49,7 +49,7 @@ def match(pattern: str, text: str) -> list[str | None] | None:
         ) from None
     except ChildError as error:
         raise CheckpointError(f"the pattern {pattern!r:.200} cannot be matched: {error}") from error
-    answer = msgspec.json.decode(data, type=_Answer)
+    answer = msgspec.json.decode(data, type=_Match)
     if answer.error:
         raise CheckpointError(f"{pattern!r:.200} is no pattern: {answer.error}")
     return answer.groups
@@ -61,6 +61,6 @@ def work(data: bytes) -> bytes:
     try:
         found = re.match(task.pattern, task.text)
     except (re.error, OverflowError, RecursionError) as error:
-        return msgspec.json.encode(_Answer(error=str(error) or type(error).__name__))
+        return msgspec.json.encode(_Match(error=str(error) or type(error).__name__))
     groups = None if found is None else [found[0], *found.groups()]
-    return msgspec.json.encode(_Answer(groups))
+    return msgspec.json.encode(_Match(groups))

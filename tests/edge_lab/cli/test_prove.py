@@ -75,7 +75,7 @@ def test_a_dry_run_runs_nothing_and_says_what_it_takes(
     assert not output.exists()
     lines = done.out.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == [
-        step.name for step in prove_run.Plan(output, gpu=True).steps
+        step.name for step in prove_run.ProofPlan(output, gpu=True).steps
     ]
     found = json.loads(edge_llm("prove", "--dry-run", "-o", output, "--json").out)
     assert found["minutes"] == pytest.approx(sum(step["minutes"] for step in found["steps"]))

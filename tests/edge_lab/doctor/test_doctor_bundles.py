@@ -16,7 +16,7 @@ from edge.bundle.engine_records import RECORDS_VARIABLE
 from edge.bundle.manifest import FileInfo, LinearInfo, Quantization, read_manifest
 from edge.bundle.trust import KEYS_VARIABLE
 from edge_lab.doctor import exit_code, run_checks
-from edge_lab.doctor.check import Facts
+from edge_lab.doctor.check import MachineFacts
 from edge_lab.doctor.machine import Library
 from edge_lab.doctor.software import check_memory
 from edge_lab.engine_record import record_engine
@@ -72,9 +72,9 @@ def test_the_cpu_needs_more_than_a_gpu(laptop: FakeMachine, orin: FakeMachine):
     }
 
 
-def ask(machine: FakeMachine, gigabytes: int) -> Facts:
+def ask(machine: FakeMachine, gigabytes: int) -> MachineFacts:
     machine.memory = gigabytes * 10**9
-    return Facts(machine, machine.snapshot(), machine.nodes(), machine.cuda(), False)
+    return MachineFacts(machine, machine.snapshot(), machine.nodes(), machine.cuda(), False)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_block_that_is_reported_to_be_refused_is_a_warning(
         files={"decoder.onnx.data": FileInfo(10**9, "0" * 64)},
     )
     snapshot = msgspec.structs.replace(orin.snapshot(), l4t=l4t, memory_room_bytes=7 * 10**9)
-    facts = Facts(orin, snapshot, orin.nodes(), orin.cuda(), False)
+    facts = MachineFacts(orin, snapshot, orin.nodes(), orin.cuda(), False)
     found = check_memory(facts, manifest)
     assert found.status == status
     at_once = f"{free_mb / 1e3:.1f} of them without giving up page cache"

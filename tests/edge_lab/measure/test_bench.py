@@ -35,7 +35,7 @@ from edge_lab.measure.bench_report import (
     work_of_bundle,
 )
 from edge_lab.planner.calibration import calibrated
-from edge_lab.planner.plan import CPU, Device, find_device
+from edge_lab.planner.plan import CPU, PlanDevice, find_device
 from edge_lab.telemetry import EnergyMeter, Snapshot
 from scripts.best_logits import best_of
 from tests.conftest import Bundles
@@ -383,7 +383,7 @@ def bench_on(
     ],
 )
 def test_a_benchmark_counts_in_the_mode_that_it_ran_in(
-    tiny: Any, tmp_path: Path, board: str, gib: int, mode: str, found: Device | None
+    tiny: Any, tmp_path: Path, board: str, gib: int, mode: str, found: PlanDevice | None
 ):
     saved = bench_on(tiny, tmp_path / "b.json", board, gib, mode)
     written = json.loads(saved.read_text())["device"]

@@ -24,10 +24,10 @@ from edge_lab.key_file import hashed_line
 from edge_lab.measure.defaults import GOLDEN_SET
 from edge_lab.measure.drift import GRIDS, WATCH_USER, Counts
 from edge_lab.measure.watch import (
-    Answer,
     Baseline,
     GoldenItem,
     ItemResult,
+    ModelAnswer,
     compare_runs,
     is_loop,
     is_match,
@@ -143,8 +143,8 @@ def test_a_loop_counts_only_where_the_answer_never_ended():
         def __init__(self, reason: str) -> None:
             self.reason = reason
 
-        def answer(self, prompt: str, max_tokens: int) -> Answer:
-            return Answer("again " * 80, "", max_tokens, self.reason)
+        def answer(self, prompt: str, max_tokens: int) -> ModelAnswer:
+            return ModelAnswer("again " * 80, "", max_tokens, self.reason)
 
     items = [GoldenItem("a", "x"), GoldenItem("b", "y", answer="again")]
     assert run_golden(Looping("length"), items, 7) == (
@@ -348,7 +348,7 @@ def stub() -> Iterator[Stub]:
 
 def test_a_server_is_asked_greedily(stub: Stub):
     answerer = ServerAnswerer(stub.url, api_key=KEY, model="r1")
-    assert answerer.answer("Where?", 9) == Answer("Paris", "", 3, "stop")
+    assert answerer.answer("Where?", 9) == ModelAnswer("Paris", "", 3, "stop")
     assert stub.bodies == [
         {
             "messages": [{"role": "user", "content": "Where?"}],

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from edge.backends.process_memory import Deployment, plan_process_pair
 from edge_lab.planner.drafting import MOST_GUESSES, draft_speed, least_acceptance
 from edge_lab.planner.models import BUILT_IN
-from edge_lab.planner.plan import Plan, find_device, make_plan
+from edge_lab.planner.plan import ModelPlan, find_device, make_plan
 from edge_lab.planner.speed import FITTED, decode_s, verify_s
 
 
 def make(
     draft: str | None = "deepseek-r1:1.5b", batch: int = 1, device: str = "agx-orin-64"
-) -> Plan:
+) -> ModelPlan:
     return make_plan(
         BUILT_IN["deepseek-r1:7b"],
         find_device(device),

@@ -15,7 +15,7 @@ from edge.errors import ConfigError
 from edge_lab.planner.calibration import calibrated, read_runs
 from edge_lab.planner.models import BUILT_IN, PlannedModel, decoder_spec, find_model
 from edge_lab.planner.picture import draw_plan
-from edge_lab.planner.plan import CPU, Plan, find_device, make_plan
+from edge_lab.planner.plan import CPU, ModelPlan, find_device, make_plan
 from edge_lab.planner.speed import FITTED
 from edge_lab.recipe import VARIANTS
 from tests.conftest import Bundles
@@ -42,7 +42,7 @@ BENCH: dict[str, Any] = {
 }
 
 
-def make(name: str = "deepseek-r1:1.5b", device: str = "agx-orin-64", **options: Any) -> Plan:
+def make(name: str = "deepseek-r1:1.5b", device: str = "agx-orin-64", **options: Any) -> ModelPlan:
     deployment = Deployment("ort-cpu" if device == CPU else "tensorrt")
     return make_plan(BUILT_IN[name], find_device(device), deployment, FITTED, **options)
 

@@ -15,7 +15,7 @@ from edge.cli import cli
 from edge_lab.prove import power
 from edge_lab.prove import run as prove_run
 from edge_lab.prove.report import read_report, table
-from edge_lab.prove.run import ENGINES, REPORT, Plan, exit_code, prove
+from edge_lab.prove.run import ENGINES, REPORT, ProofPlan, exit_code, prove
 from edge_lab.prove.steps import Done
 from tests.test_gpu_check import BENCH, DOCTOR, INSPECT, NO_GPU, TIMES
 
@@ -52,7 +52,7 @@ class Steps:
 
 def go(output: Path, steps: Steps, *, gpu: bool = True, **options: Any) -> dict[str, Any]:
     said: list[str] = []
-    plan = Plan(output, gpu, shape="tiny", layers=2, **options)
+    plan = ProofPlan(output, gpu, shape="tiny", layers=2, **options)
     content = prove(plan, said.append, steps)
     assert read_report(output / REPORT) == content
     return content
@@ -63,7 +63,7 @@ def test_a_device_on_which_all_is_well(tmp_path: Path):
     content = go(tmp_path / "proof", steps)
     assert exit_code(content) == 0
     assert content["problems"] == []
-    assert set(steps.commands) == {step.name for step in Plan(tmp_path, gpu=True).steps}
+    assert set(steps.commands) == {step.name for step in ProofPlan(tmp_path, gpu=True).steps}
     assert [row[4] for row in table([content])] == list(ENGINES)
     assert {row[2] for row in table([content])} == {"10.16.2.10"}
     assert not (tmp_path / "proof/work").exists()  # gigabytes, which nobody needs any more
@@ -132,7 +132,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path):
     assert content["passed"]
     assert not set(first.commands) & set(second.commands)
     assert set(first.commands) | set(second.commands) == {
-        step.name for step in Plan(tmp_path, gpu=True).steps
+        step.name for step in ProofPlan(tmp_path, gpu=True).steps
     }
 
 
@@ -155,7 +155,7 @@ def test_what_another_machine_has_left_is_thrown_away(
     monkeypatch.setattr(prove_run, "_present", lambda: {"power_mode": "MODE_15W"})
     again = Steps()
     said: list[str] = []
-    plan = Plan(tmp_path / "proof", gpu=True, shape="tiny", layers=2)
+    plan = ProofPlan(tmp_path / "proof", gpu=True, shape="tiny", layers=2)
     content = prove(plan, said.append, again)
     assert content["passed"]
     assert "doctor" in again.commands
@@ -238,7 +238,7 @@ def test_the_report_does_not_say_where_its_sender_keeps_files(
 def test_steps_have_the_state_of_the_machine_after_them(tmp_path: Path):
     content = go(tmp_path / "proof", Steps())
     assert [step["step"] for step in content["steps"]] == [
-        step.name for step in Plan(tmp_path, gpu=True).steps
+        step.name for step in ProofPlan(tmp_path, gpu=True).steps
     ]
     for step in content["steps"]:
         assert step["code"] == 0
@@ -284,7 +284,7 @@ def test_power_modes_are_measured_and_the_first_one_restored(
 @pytest.mark.slow
 def test_a_real_run_on_the_cpu(tmp_path: Path):
     """Every step in its own process, as on a machine of a newcomer."""
-    plan = Plan(tmp_path / "proof", gpu=False, shape="tiny", layers=2)
+    plan = ProofPlan(tmp_path / "proof", gpu=False, shape="tiny", layers=2)
     content = prove(plan, print)
     assert exit_code(content) == 69
     cpu = content["engines"]["cpu"]
