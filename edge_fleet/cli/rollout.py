@@ -12,10 +12,11 @@ from edge.cli.options import FILE, engine_options, json_option, take_engine
 from edge.cli.sections import SectionCommand, option
 from edge.errors import ConfigError
 from edge_fleet.registry.reference import Reference
-from edge_fleet.rollout import MAX_WATCH_S, SWITCH_TIMEOUT_S, WATCH_S
+from edge_fleet.rollout import MAX_WATCH_S, PERPLEXITY_RATIO, SWITCH_TIMEOUT_S, WATCH_S
 from edge_lab.cli.golden_options import GOLDEN_ENGINE, golden_option, max_tokens_option
 from edge_lab.cli.options import Finite, build_option, given_flag
 from edge_lab.cli.progress import show_progress
+from edge_lab.measure.defaults import EVAL_TEXT
 
 from .registry_options import (
     allow_older_option,
@@ -61,11 +62,29 @@ _staging = option(
 @option(
     "Task",
     "--gate",
-    type=click.Choice(["golden", "none"]),
+    type=click.Choice(["golden", "perplexity", "none"]),
     default="golden",
     show_default=True,
-    help="Ask a golden set of the old bundle and the new one, before the switch where memory holds "
-    "both; none leaves that out.",
+    help="Hold the new bundle to the old one and to the first that was accepted, before the switch "
+    "where memory holds both: by the perplexity of a text, then by a golden set; perplexity leaves "
+    "the set out, none both.",
+)
+@option(
+    "Task",
+    "--text",
+    "text",
+    type=FILE,
+    default=EVAL_TEXT,
+    help="UTF-8 text for the perplexity; its beginning is read. Default: the built-in one.",
+)
+@option(
+    "Limits",
+    "--perplexity-ratio",
+    type=Finite(1, 1000),
+    default=PERPLEXITY_RATIO,
+    show_default=True,
+    help="Perplexity over the old bundle's above which the new one is rejected; what the manifest "
+    "says that its quantization lost is allowed besides.",
 )
 @golden_option
 @max_tokens_option
@@ -101,6 +120,8 @@ def rollout(
     api_key_file: Path | None,
     reload_command: str | None,
     gate: str,
+    text: Path,
+    perplexity_ratio: float,
     golden: Path,
     max_tokens: int,
     watch_s: float,
@@ -115,7 +136,7 @@ def rollout(
 ) -> None:
     """Bring this device to the bundle that REFERENCE means now.
 
-    Pulls, checks the signature, builds, asks a golden set, moves the link, watches the service,
+    Pulls, checks the signature, builds, judges, moves the link, watches the service,
     and keeps the new bundle or goes back to the old one. Run it as often as you like: it does
     nothing where nothing is new, and goes on where it was ended.
 
@@ -124,6 +145,7 @@ def rollout(
     forged or damaged, expired, or an older release than the device had. Any other: a step failed,
     and the old one serves.
     """
+    from edge_fleet.rollout.judge import Gate
     from edge_fleet.rollout.service import Service
     from edge_fleet.rollout.steps import Plan, roll_out
     from edge_lab.measure.drift import ROLLOUT_USER
@@ -142,14 +164,15 @@ def rollout(
         key = None if api_key_file is None else read_api_key(api_key_file)
         answerer = ServerAnswerer(server, api_key=key, model=model, user=ROLLOUT_USER)
         service = Service(answerer, model)
+    asks = gate == "golden"
+    judged = Gate(text, perplexity_ratio, golden if asks else None, max_tokens)
     plan = Plan(
         reference,
         link,
         service,
         reload_command,
         watch_s,
-        golden if gate == "golden" else None,
-        max_tokens,
+        None if gate == "none" else judged,
         build,
         take_engine(options, num_slots=1, trusted_keys=trusted_keys),
         plain_http,

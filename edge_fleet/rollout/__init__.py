@@ -6,3 +6,5 @@ WATCH_S = 600
 """Seconds for which a new bundle is watched."""
 MAX_WATCH_S = 86_400
 """Largest number that either may be."""
+PERPLEXITY_RATIO = 1.08
+"""Perplexity of a new bundle over that of the old one, from which on it is worse."""

@@ -48,9 +48,11 @@ class Journal(msgspec.Struct, forbid_unknown_fields=True):
         old: name of the directory that the link leads to without it; None if there was no link.
         trials: how often it has been on trial without an end.
         rejected: digests that were found wanting, and why, the latest last.
-        judged: what the bundle that stays answered to the golden set, a
-            `edge_lab.measure.watch.Baseline`; the guard reads this without what asks models.
-        judged_new: what the new one answered.
+        judged: what was measured of the bundle that stays, a `edge_fleet.rollout.judge.Measure`;
+            the guard reads this without what asks models.
+        judged_new: what was measured of the new one.
+        first: what was measured of the first bundle that was accepted; every later one is held
+            to it, too.
         release: number of the release that was kept last, which no lower one may follow; 0 where
             it had none.
     """
@@ -63,6 +65,7 @@ class Journal(msgspec.Struct, forbid_unknown_fields=True):
     rejected: dict[str, str] = {}
     judged: dict[str, Any] | None = None
     judged_new: dict[str, Any] | None = None
+    first: dict[str, Any] | None = None
     release: int = 0
 
     @property

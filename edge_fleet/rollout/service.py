@@ -65,7 +65,7 @@ class Service:
 
     def __init__(self, server: ServerAnswerer, model: str | None) -> None:
         self.answerer: Answerer = server
-        self._server = server
+        self.server = server
         self._model = model
         self._was_open = False
 
@@ -78,7 +78,7 @@ class Service:
             LoadingError: it opens its bundles.
             BackendError: it does not answer.
         """
-        stats = self._server.stats()
+        stats = self.server.stats()
         try:
             models: dict[str, Any] = stats["models"]
             name = self._model
@@ -91,7 +91,7 @@ class Service:
                         "--model which one is rolled out"
                     )
                 (name,) = models
-                self._model = self._server.model = name
+                self._model = self.server.model = name
             model = models.get(name)
             if model is None:
                 raise UnknownModelError(

@@ -11,7 +11,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -33,20 +32,13 @@ from edge_fleet.registry.pull import Offer, look, origin_digest, pull
 from edge_fleet.registry.reference import Reference
 from edge_fleet.registry.release import check_release, release_at
 from edge_fleet.uncovered import find_uncovered
-from edge_lab.measure.defaults import GOLDEN_SET, MAX_TOKENS
-from edge_lab.measure.watch import (
-    Baseline,
-    BundleAnswerer,
-    GoldenItem,
-    compare_runs,
-    read_golden,
-    run_golden,
-)
-from edge_lab.progress import Progress, prefixed, silent
+from edge_lab.measure.watch import GoldenItem, read_golden
+from edge_lab.progress import Progress, silent
 
 from . import SWITCH_TIMEOUT_S, WATCH_S
 from .guard import guarded
 from .journal import Journal, Place, Step, take_back
+from .judge import Candidate, Gate, Judge, Measure, WorseError
 from .service import LoadingError, Service, Sight, UnknownModelError
 
 _RELOAD_AGAIN_S = 30.0
@@ -63,8 +55,7 @@ class Plan:
         service: the service that runs; None if none does.
         reload: command that makes it look at the link.
         watch_s: seconds for which the new bundle is watched.
-        golden: file of the golden set; None leaves that gate out.
-        max_tokens: most tokens of an answer to it.
+        gate: by which the new bundle is judged; None leaves that out.
         build: build the engine; None where TensorRT runs.
         engine: options with which a bundle is opened to be judged; its trusted keys count for all.
         plain_http: see `Registry`.
@@ -79,8 +70,7 @@ class Plan:
     service: Service | None = None
     reload: str | None = None
     watch_s: float = WATCH_S
-    golden: Path | None = GOLDEN_SET
-    max_tokens: int = MAX_TOKENS
+    gate: Gate | None = field(default_factory=Gate)
     build: bool | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     plain_http: bool | None = None
@@ -137,10 +127,6 @@ def recover(link: Path, reload: str | None, staging: Path | None = None) -> bool
     place = Place(link, staging)
     with place.locked():
         return take_back(place, place.read(), reload)
-
-
-class _WorseError(Exception):
-    """The new bundle's answers are worse; says by how much."""
 
 
 class _Run:
@@ -307,57 +293,39 @@ class _Run:
         self._note("built")
 
     def _judge_before(self, manifest: Manifest) -> None:
-        """Ask the golden set, where memory holds a second bundle; else the trial does."""
+        """Measure both bundles, where memory holds a second one; else the trial does."""
         journal, plan = self.journal, self.plan
-        if plan.golden is None:
+        if plan.gate is None or journal.old is None:
             return
-        items, sha256 = read_golden(plan.golden)
-        if journal.old is None:
-            return
-        if not self._asked(journal.judged, journal.old, sha256):
-            journal.judged = msgspec.to_builtins(self._ask_old(items, sha256, journal.old))
-            self.place.write(journal)
-        if self._asked(journal.judged_new, journal.new, sha256):
-            return
-        bundle = self.place.new_path(journal.new)
-        if not self._fits(manifest):
-            self.notes.append("memory holds one bundle only: the golden set was asked on trial")
-            return
-        run = self._ask_bundle(bundle, items, sha256)
+        judge = Judge(plan.gate, self.progress)
+        before = Candidate(self.place.path(journal.old), plan.engine, plan.service)
+        after = Candidate(self.place.new_path(journal.new), plan.engine, None)
+        old, new = judge.read(journal.judged, before), judge.known(journal.judged_new, journal.new)
+        fits = self._fits(manifest)
         try:
-            self._compare(run)
-        except _WorseError as error:
+            if fits:
+                new = new or judge.read(None, after)
+                judge.compare_text(new, *self._accepted(judge, old))
+            old = judge.ask(old, before)
+            journal.judged = msgspec.to_builtins(old)
+            accepted = self._accepted(judge, old)
+            journal.first = msgspec.to_builtins(accepted[-1])
+            self.place.write(journal)
+            judge.check_set(old)
+            if new is None or not fits:
+                self.notes.append("memory holds one bundle only: it was judged on trial")
+                return
+            new = judge.ask(new, after)
+            judge.compare(new, *accepted)
+        except WorseError as error:
             raise self._reject(str(error)) from error
-        journal.judged_new = msgspec.to_builtins(run)
+        journal.judged_new = msgspec.to_builtins(new)
         self._note("judged")
 
-    def _asked(self, run: dict[str, Any] | None, name: str, sha256: str) -> bool:
-        """Whether a run asked this golden set of this bundle."""
-        if run is None:
-            return False
-        found = run.get("bundle"), run.get("golden_sha256"), run.get("max_tokens")
-        return found == (name, sha256, self.plan.max_tokens)
-
-    def _ask_old(self, items: list[GoldenItem], sha256: str, name: str) -> Baseline:
-        plan = self.plan
-        if plan.service is not None:
-            answers = run_golden(
-                plan.service.answerer, items, plan.max_tokens, prefixed(self.progress, "old: ")
-            )
-            return Baseline(name, sha256, plan.max_tokens, answers)
-        return self._ask_bundle(self.place.path(name), items, sha256)
-
-    def _ask_bundle(self, bundle: Path, items: list[GoldenItem], sha256: str) -> Baseline:
-        from edge.runtime.llm import LLM
-
-        with LLM(bundle, self.plan.engine) as llm:
-            answers = run_golden(
-                BundleAnswerer(llm),
-                items,
-                self.plan.max_tokens,
-                prefixed(self.progress, f"{bundle.name}: "),
-            )
-        return Baseline(bundle.name, sha256, self.plan.max_tokens, answers)
+    def _accepted(self, judge: Judge, old: Measure) -> list[Measure]:
+        """The measures that a new bundle is held to: of the one that serves, and of the first."""
+        first = judge.known(self.journal.first)
+        return [old] if first is None or not judge.asked(first) else [old, first]
 
     def _fits(self, manifest: Manifest) -> bool:
         if self.plan.service is None:
@@ -366,22 +334,6 @@ class _Run:
 
         room = read_snapshot().memory_room_bytes
         return room is None or self._need_bytes(manifest) + _WORKING_BYTES <= room
-
-    def _compare(self, run: Baseline) -> None:
-        """Hold the new bundle's answers to the old one's.
-
-        Raises:
-            _WorseError: they are worse.
-        """
-        if self.journal.judged is None:
-            return
-        old = msgspec.convert(self.journal.judged, Baseline)
-        alarms = [check for check in compare_runs(run, old) if check.alarm]
-        if alarms:
-            said = "; ".join(
-                f"{check.name} {check.value:.4g}, was {check.baseline:.4g}" for check in alarms
-            )
-            raise _WorseError(f"golden set: {said}")
 
     # ------------------------------------------------------------------------------- trial
 
@@ -395,7 +347,7 @@ class _Run:
         plan, place, journal = self.plan, self.place, self.journal
         service = plan.service
         before = None if service is None else service.look()
-        items = [] if plan.golden is None else read_golden(plan.golden)[0]
+        items = read_golden(plan.gate.golden)[0] if plan.gate and plan.gate.golden else []
         paces = []
         if service is not None and plan.watch_s and items:
             paces = service.pace(items) + service.pace(items)
@@ -438,17 +390,18 @@ class _Run:
         if not service.wait_for(name, plan.switch_timeout_s):
             return f"the service did not open it within {plan.switch_timeout_s:g} s; see its log"
         self.progress("switch", 1, 1)
-        if self.journal.judged_new is None and plan.golden is not None:
-            golden, sha256 = read_golden(plan.golden)
-            answers = run_golden(
-                service.answerer, golden, plan.max_tokens, prefixed(self.progress, "trial: ")
-            )
-            run = Baseline(self.journal.new, sha256, plan.max_tokens, answers)
+        if self.journal.judged_new is None and plan.gate is not None:
+            judge = Judge(plan.gate, self.progress)
+            new = Candidate(self.place.path(self.journal.new), plan.engine, service)
+            accepted = self._accepted(judge, msgspec.convert(self.journal.judged, Measure))
             try:
-                self._compare(run)
-            except _WorseError as error:
+                found = judge.read(None, new)
+                judge.compare_text(found, *accepted)
+                found = judge.ask(found, new)
+                judge.compare(found, *accepted)
+            except WorseError as error:
                 return str(error)
-            self.journal.judged_new = msgspec.to_builtins(run)
+            self.journal.judged_new = msgspec.to_builtins(found)
         if not plan.watch_s:
             return None
 
@@ -460,6 +413,8 @@ class _Run:
     def _keep(self) -> None:
         self.place.keep(self.journal.new)
         self.journal.judged = self.journal.judged_new
+        if self.journal.judged is None:  # somebody takes it as it is: all is measured from there on
+            self.journal.first = None
         self.journal.judged_new, self.journal.trials = None, 0
         self.journal.release = self._release
         self.journal.rejected.pop(self.journal.digest, None)  # it was tried again, and is good

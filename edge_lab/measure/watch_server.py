@@ -126,8 +126,8 @@ class ServerAnswerer:
             BackendError: the server cannot be reached, or its answer cannot be read.
         """
         # One token of every window's room is for the answer, which nobody reads.
-        _, capacity = self._tokenize("")
-        return cut_text(path, lambda text: self._tokenize(text)[0], capacity - 1, tokens)
+        _, capacity = self.tokenize("")
+        return cut_text(path, lambda text: self.tokenize(text)[0], capacity - 1, tokens)
 
     def perplexity(self, text: EvalText, progress: Progress = silent) -> float:
         """Compute the perplexity, teacher-forced, from the log-probabilities the server echoes.
@@ -166,8 +166,12 @@ class ServerAnswerer:
             )
         return math.exp(-total / count)
 
-    def _tokenize(self, text: str) -> tuple[list[int], int]:
-        """Token ids of a text, and how many tokens fit into the cache."""
+    def tokenize(self, text: str) -> tuple[list[int], int]:
+        """Turn a text into token ids, and say how many tokens fit into the cache.
+
+        Raises:
+            ConfigError, BackendError: see `answer`.
+        """
         found = self._ask("/tokenize", self._with_model({"prompt": text}))
         try:
             return [int(token) for token in found["tokens"]], int(found["max_model_len"])

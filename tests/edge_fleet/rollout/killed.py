@@ -15,7 +15,12 @@ from typing import Any
 from edge.engine_config import EngineConfig
 from edge_fleet.registry.reference import parse_reference
 from edge_fleet.rollout import journal, service, steps
+from edge_fleet.rollout.judge import Gate
 from edge_lab.measure.watch_server import ServerAnswerer
+
+
+def make_gate(golden: Path) -> Gate:
+    return Gate(text=golden.with_name("text.txt"), golden=golden, max_tokens=12)
 
 
 def make_plan(arguments: list[str], **changes: Any) -> steps.Plan:
@@ -26,8 +31,7 @@ def make_plan(arguments: list[str], **changes: Any) -> steps.Plan:
         "reload": None if staging else reload,
         "staging": Path(staging[0]) if staging else None,
         "watch_s": 0.2,
-        "golden": Path(golden),
-        "max_tokens": 12,
+        "gate": make_gate(Path(golden)),
         "build": False,
         "engine": EngineConfig(backend="ort-cpu", num_slots=1, kv_capacity=128),
         "switch_timeout_s": 60.0,

@@ -47,11 +47,12 @@ from edge_fleet.rollout import journal as journals
 from edge_fleet.rollout import service as services
 from edge_fleet.rollout import steps
 from edge_fleet.rollout.journal import MAX_TRIALS, Place
+from edge_fleet.rollout.judge import LEAST_RIGHT, Candidate
 from edge_fleet.rollout.service import Sight, _fault, _late
 from edge_fleet.rollout.steps import Outcome, recover, roll_out
 from edge_fleet.signing import sign_bundle
 from edge_lab.doctor.machine import Library, Machine
-from edge_lab.measure.watch import GoldenItem
+from edge_lab.measure.watch import _WORDS, GoldenItem
 from edge_lab.measure.watch_server import ServerAnswerer
 from edge_lab.signing import make_key
 from edge_lab.telemetry import Snapshot
@@ -60,7 +61,7 @@ from tests.edge_fleet.registry.live import LiveRegistry
 from tests.fake_tensorrt import write_engine
 from tests.manifests import replace_file
 
-from .killed import make_plan
+from .killed import make_gate, make_plan
 
 pytestmark = pytest.mark.xdist_group("rollout")
 
@@ -91,12 +92,23 @@ class Device:
             stderr=self.log,
         )
         self.golden = folder / "golden.jsonl"
-        rows = [{"id": str(n), "prompt": f"question {n}", "answer": None} for n in range(4)]
-        self.golden.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "text.txt").write_text("The cat sat on the mat, and the rain went on. " * 5)
         self.answerer = ServerAnswerer(f"http://127.0.0.1:{self.port}")
         self.service = services.Service(self.answerer, None)
         self.folder = folder
         self._versions = 0
+
+    def write_golden(self) -> None:
+        """Expect what the model answers, where that has words; these are its right answers."""
+        rows: list[dict[str, Any]] = []
+        for prompt in (f"question {n}" for n in range(200)):
+            lines = [row for row in self.answerer.answer(prompt, 12).text.splitlines() if row]
+            words = _WORDS.findall(lines[-1]) if lines else []
+            if words:
+                rows.append({"id": prompt, "prompt": prompt, "answer": " ".join(words)})
+            if len(rows) == LEAST_RIGHT + 1:
+                break
+        self.golden.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def close(self) -> None:
         self.process.kill()
@@ -191,6 +203,7 @@ def device(tmp_path_factory: pytest.TempPathFactory, tiny_bundles: Bundles) -> I
                 assert found.process.poll() is None, (found.folder / "serve.log").read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
+        found.write_golden()
         yield found
     finally:
         found.close()
@@ -234,7 +247,7 @@ def test_a_bad_bundle_is_stopped_by_the_golden_set_before_anybody_sees_it(device
     before = device.current
     bad = device.offer(bad=True)
     hups = (device.folder / "serve.log").read_text().count("reloaded")
-    with pytest.raises(GateError, match=r"golden set: answer_tokens") as caught:
+    with pytest.raises(GateError, match=r"golden set: .*answer_tokens") as caught:
         roll_out(device.plan(bad))
     assert caught.value.exit_code == 3
     assert device.serves(before)
@@ -246,16 +259,76 @@ def test_a_bad_bundle_is_stopped_by_the_golden_set_before_anybody_sees_it(device
         roll_out(device.plan(bad, retry=True))
 
 
+def test_the_text_is_read_before_anybody_is_asked(device: Device, monkeypatch: pytest.MonkeyPatch):
+    before, reference = device.current, device.offer()
+    real, asked = Candidate.read, []
+
+    def read(who: Candidate, text: str, progress: Any) -> tuple[float, int]:
+        nats, tokens = real(who, text, progress)
+        return (nats, tokens) if who.service is not None else (nats + 0.1 * tokens, tokens)
+
+    monkeypatch.setattr(Candidate, "read", read)
+    monkeypatch.setattr(Candidate, "answer", lambda who, *_: asked.append(who))
+    with pytest.raises(GateError, match=r"perplexity is 1\.1\d* times that of .*, at most 1\.08"):
+        roll_out(device.plan(reference))
+    assert not asked
+    assert device.serves(before)
+
+
+def test_the_first_bundle_that_was_accepted_stays_a_measure_until_somebody_says_otherwise(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+):
+    roll_out(device.plan(device.offer(), gate=None))
+    first = device.current
+    assert not device.journal.first
+    for _ in range(2):
+        roll_out(device.plan(device.offer()))
+        assert device.journal.first is not None
+        assert device.journal.first["bundle"] == first
+    real = Candidate.read
+
+    def read(who: Candidate, text: str, progress: Any) -> tuple[float, int]:
+        """As if each of the bundles before had lost 6 %."""
+        nats, tokens = real(who, text, progress)
+        return nats + 0.12 * tokens, tokens
+
+    journal = device.journal
+    assert journal.judged is not None
+    journal.judged["nats"] += 0.06 * journal.judged["tokens"]
+    with held(place := Place(device.link)):
+        place.write(journal)
+    with monkeypatch.context() as patch:
+        patch.setattr(Candidate, "read", read)
+        with pytest.raises(GateError, match=rf"perplexity is 1\.12\d* times that of {first}"):
+            roll_out(device.plan(device.offer()))
+    roll_out(device.plan(device.offer(), gate=None))
+    assert not device.journal.first
+
+
+def test_a_golden_set_without_right_answers_is_refused_and_nothing_is_rejected(
+    device: Device, tmp_path: Path
+):
+    before, reference = device.current, device.offer()
+    golden, text = tmp_path / "golden.jsonl", tmp_path / "text.txt"
+    golden.write_text(json.dumps({"id": "1", "prompt": "1?", "answer": "never this"}) + "\n")
+    text.write_text("The cat sat on the mat.")
+    with pytest.raises(ConfigError, match=r"cannot reject anything: .* has 0 right answers of 1"):
+        roll_out(device.plan(reference, gate=make_gate(golden)))
+    assert device.serves(before)
+    perplexity_alone = replace(make_gate(golden), golden=None)
+    assert roll_out(device.plan(reference, gate=perplexity_alone)).changed
+
+
 def test_where_memory_holds_one_bundle_the_trial_asks_and_goes_back(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ):
     before = device.current
     monkeypatch.setattr(steps._Run, "_fits", lambda *_: False)
-    with pytest.raises(GateError, match="golden set: answer_tokens"):
+    with pytest.raises(GateError, match=r"golden set: .*answer_tokens"):
         roll_out(device.plan(device.offer(bad=True)))
     assert device.serves(before)
     done = roll_out(device.plan(device.offer()))
-    assert any("asked on trial" in note for note in done.notes)
+    assert any("judged on trial" in note for note in done.notes)
     assert device.serves(done.bundle.name)
 
 
@@ -528,7 +601,7 @@ class Releases:
                 "link": self.place.link,
                 "service": None,
                 "reload": None,
-                "golden": None,
+                "gate": None,
                 "engine": self.engine,
                 **changes,
             },
@@ -609,11 +682,11 @@ def test_with_a_staging_directory_the_journal_of_who_moves_the_link_counts(
 
 
 def test_a_release_that_was_rejected_does_not_count(device: Device, releases: Releases):
-    golden = device.golden
-    good = releases.offer(20, golden=golden)
+    gate = make_gate(device.golden)
+    good = releases.offer(20, gate=gate)
     assert roll_out(good).changed
     with pytest.raises(GateError):
-        roll_out(releases.offer(21, bad=True, golden=golden))
+        roll_out(releases.offer(21, bad=True, gate=gate))
     assert releases.place.read().release == 20
     assert not roll_out(good).changed  # its vendor takes 21 back by moving the tag
 
@@ -734,7 +807,7 @@ def test_who_may_not_move_the_link_has_root_do_it(device: Device):
     """The same roll-out with a staging directory: a good bundle, a bad one, and `kill -9`."""
     before, have = device.current, device.bundles()
     with device.staged() as staging:
-        with pytest.raises(GateError, match=r"golden set: answer_tokens"):
+        with pytest.raises(GateError, match=r"golden set: .*answer_tokens"):
             roll_out(device.plan(device.offer(bad=True), staging=staging, reload=None))
         assert device.current == before
         assert device.bundles() == have
@@ -862,7 +935,7 @@ def test_a_trial_begins_again_only_once_the_service_has_gone_back(
     service = SlowService(link)
     old = service.serves
     monkeypatch.setattr(journals, "reload_service", service.reload)
-    plan = device.plan(device.offer(), link=link, service=service, golden=None)
+    plan = device.plan(device.offer(), link=link, service=service, gate=None)
     kept = roll_out(plan)
     new = service.serves
     place = Place(link)

@@ -1,0 +1,267 @@
+"""Judges a new bundle by what it computes: how well it predicts a text, then what it answers.
+
+The text comes first, since it takes seconds and no damage of the weights leaves it as it was. A new
+bundle is held to the one that serves and to the first that was accepted: each roll-out may lose
+a little, but not a little of what the one before has lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge.bundle.manifest import Manifest, read_manifest
+from edge.engine_config import EngineConfig
+from edge.errors import ConfigError, NonFiniteError
+from edge_lab.measure.defaults import EVAL_TEXT, GOLDEN_SET, MAX_TOKENS, WINDOW
+from edge_lab.measure.evaluate import EvalText, cut_windows, read_text
+from edge_lab.measure.watch import (
+    Baseline,
+    BundleAnswerer,
+    GoldenItem,
+    ItemResult,
+    compare_runs,
+    perplexity,
+    read_golden,
+    run_golden,
+)
+from edge_lab.progress import Progress, prefixed
+
+from . import PERPLEXITY_RATIO
+from .service import Service
+
+LEAST_RIGHT = 6
+"""Right answers of the old bundle; McNemar's test finds no fewer flips unlikely (p = 0.031)."""
+_TEXT_CHARS = 8000  # characters and not tokens, so that bundles of two tokenizers read the same
+_MAX_OWN_LOSS = 1.25
+
+
+@dataclass(frozen=True)
+class Gate:
+    """By which measure a bundle is judged.
+
+    Attributes:
+        text: UTF-8 text whose beginning is predicted.
+        perplexity_ratio: to the old bundle's and the first one's, from which on it is worse.
+        golden: file of the golden set; None leaves it out.
+        max_tokens: most tokens of an answer to it.
+    """
+
+    text: Path = EVAL_TEXT
+    perplexity_ratio: float = PERPLEXITY_RATIO
+    golden: Path | None = GOLDEN_SET
+    max_tokens: int = MAX_TOKENS
+
+
+class Measure(msgspec.Struct, frozen=True):
+    """What was measured of a bundle.
+
+    Attributes:
+        bundle: name of its directory.
+        text_sha256: hash of the text's beginning.
+        nats: negative log-probability of all of it; infinite where a logit is not finite.
+        tokens: tokens that were predicted, of the bundle's own.
+        own_loss: perplexity over that of its float model, as its export has measured and written
+            it into the manifest; 1 where nothing is written.
+        golden: what it answered; None if it was not asked.
+    """
+
+    bundle: str
+    text_sha256: str
+    nats: float
+    tokens: int
+    own_loss: float
+    golden: Baseline | None = None
+
+
+class WorseError(Exception):
+    """The new bundle is worse; says by how much."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A bundle that can be asked: by the service that serves it, else in this process."""
+
+    bundle: Path
+    engine: EngineConfig
+    service: Service | None
+
+    def read(self, text: str, progress: Progress) -> tuple[float, int]:
+        """Predict a text; returns nats and tokens."""
+        if self.service is not None:
+            server = self.service.server
+            capacity = server.tokenize("")[1] - 1  # an answer has one token, which nobody reads
+            return _read(
+                text,
+                lambda part: server.tokenize(part)[0],
+                capacity,
+                lambda windows: server.perplexity(windows, progress),
+            )
+        from edge.runtime.llm import LLM
+
+        with LLM(self.bundle, self.engine) as llm:
+            return _read(
+                text,
+                llm.encode,
+                llm.kv_capacity,
+                lambda windows: perplexity(llm, windows, progress),
+            )
+
+    def answer(
+        self, items: list[GoldenItem], max_tokens: int, progress: Progress
+    ) -> tuple[ItemResult, ...]:
+        """Answer a golden set."""
+        if self.service is not None:
+            return run_golden(self.service.answerer, items, max_tokens, progress)
+        from edge.runtime.llm import LLM
+
+        with LLM(self.bundle, self.engine) as llm:
+            return run_golden(BundleAnswerer(llm), items, max_tokens, progress)
+
+
+def _read(
+    text: str,
+    encode: Callable[[str], list[int]],
+    capacity: int,
+    score: Callable[[EvalText], float],
+) -> tuple[float, int]:
+    prefix = encode("")
+    ids = encode(text)[len(prefix) :]
+    windows = EvalText(cut_windows(ids, min(WINDOW, capacity), prefix), "", "")
+    try:
+        return math.log(score(windows)) * windows.num_scored, windows.num_scored
+    except (OverflowError, NonFiniteError):
+        return math.inf, windows.num_scored
+
+
+class Judge:
+    """Measures bundles and compares them.
+
+    Args:
+        gate: the measure.
+        progress: is called with what is read and asked.
+
+    Raises:
+        ConfigError: text or golden set cannot be read.
+    """
+
+    def __init__(self, gate: Gate, progress: Progress) -> None:
+        self._gate = gate
+        self._progress = progress
+        self._text = read_text(gate.text)[:_TEXT_CHARS]
+        self._sha256 = hashlib.sha256(self._text.encode()).hexdigest()
+        self._items: list[GoldenItem] = []
+        self._golden_sha256 = ""
+        if gate.golden is not None:
+            self._items, self._golden_sha256 = read_golden(gate.golden)
+
+    def known(self, measure: dict[str, Any] | None, bundle: str | None = None) -> Measure | None:
+        """Read what a journal has; None unless it is of this bundle, or any, and this text."""
+        if measure is None:
+            return None
+        try:
+            found = msgspec.convert(measure, Measure)
+        except msgspec.ValidationError:  # an older edge-llm's
+            return None
+        fits = found.text_sha256 == self._sha256 and bundle in (None, found.bundle)
+        return found if fits else None
+
+    def read(self, measure: dict[str, Any] | None, who: Candidate) -> Measure:
+        """Measure the text, unless that was done.
+
+        Raises:
+            EdgeError: the bundle or its service fails.
+        """
+        found = self.known(measure, who.bundle.name)
+        if found is not None:
+            return found
+        nats, tokens = who.read(self._text, prefixed(self._progress, f"{who.bundle.name}: "))
+        own = _own_loss(read_manifest(who.bundle))
+        return Measure(who.bundle.name, self._sha256, nats, tokens, own)
+
+    def ask(self, measure: Measure, who: Candidate) -> Measure:
+        """Ask the golden set, unless that was done.
+
+        Raises:
+            EdgeError: the bundle or its service fails.
+        """
+        if self._gate.golden is None or self.asked(measure):
+            return measure
+        progress = prefixed(self._progress, f"{who.bundle.name}: ")
+        answers = who.answer(self._items, self._gate.max_tokens, progress)
+        run = Baseline(who.bundle.name, self._golden_sha256, self._gate.max_tokens, answers)
+        return msgspec.structs.replace(measure, golden=run)
+
+    def asked(self, measure: Measure) -> bool:
+        """Whether a measure has all that the gate looks at."""
+        run, gate = measure.golden, self._gate
+        wanted = (self._golden_sha256, gate.max_tokens)
+        return gate.golden is None or (
+            run is not None and (run.golden_sha256, run.max_tokens) == wanted
+        )
+
+    def check_set(self, old: Measure) -> None:
+        """Refuse a golden set that could not tell noise from the old bundle.
+
+        Raises:
+            ConfigError: the old bundle has too few right answers.
+        """
+        if self._gate.golden is None or old.golden is None:
+            return
+        right = sum(item.correct is True for item in old.golden.items)
+        if right < LEAST_RIGHT:
+            raise ConfigError(
+                f"{self._gate.golden} cannot reject anything: {old.bundle}, which serves, has "
+                f"{right} right answers of {len(self._items)}, and with fewer than {LEAST_RIGHT} "
+                "even noise is not told from chance; give --golden a set of which it answers more "
+                "(the built-in one has 62 prompts), or --gate perplexity"
+            )
+
+    def compare_text(self, new: Measure, *before: Measure) -> None:
+        """Hold how well a new bundle predicts the text to those before it.
+
+        Raises:
+            WorseError: it is worse.
+        """
+        for old in before:
+            ratio = _exp((new.nats - old.nats) / old.tokens)
+            # What the export of a smaller precision has lost, its manifest says.
+            own = max(1.0, min(new.own_loss, _MAX_OWN_LOSS) / old.own_loss)
+            if ratio > (bound := self._gate.perplexity_ratio * own):
+                raise WorseError(
+                    f"perplexity is {ratio:.4g} times that of {old.bundle}, at most {bound:.4g}; "
+                    "where that is meant, give --perplexity-ratio"
+                )
+
+    def compare(self, new: Measure, *before: Measure) -> None:
+        """Hold all that was measured of a new bundle to those before it.
+
+        Raises:
+            WorseError: it is worse.
+        """
+        self.compare_text(new, *before)
+        for old in before:
+            if new.golden is None or old.golden is None:
+                continue
+            alarms = [check for check in compare_runs(new.golden, old.golden) if check.alarm]
+            if alarms:
+                said = "; ".join(
+                    f"{check.name} {check.value:.4g}, was {check.baseline:.4g}" for check in alarms
+                )
+                raise WorseError(f"golden set: {said} with {old.bundle}")
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))
+
+
+def _own_loss(manifest: Manifest) -> float:
+    """Read what the export has printed: the perplexity over that of the float model."""
+    found = ((manifest.quality or {}).get("text") or {}).get("perplexity_ratio")
+    return max(1.0, found) if isinstance(found, float) else 1.0

@@ -1,0 +1,242 @@
+"""Plants damages in a bundle, and counts how often the gate of a roll-out rejects them.
+
+The judge is that of ``edge-llm bundle rollout`` with its defaults, and stops where the text has
+rejected already, as it does there. Every damage has a seed, which decides where it is. What is
+rejected by the text alone needs no golden set, so only good bundles are asked one.
+
+A damage counts where another text, which the gate never reads, has 10 % more perplexity at least.
+Good bundles are tried on the text and on random halves of the golden set, as greedy answers are the
+same each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from edge.engine_config import EngineConfig
+from edge_fleet.rollout.judge import Candidate, Gate, Judge, Measure, WorseError
+from edge_lab.measure.defaults import DATA, EVAL_TEXT
+from edge_lab.progress import silent
+from tests.manifests import replace_file
+
+WEIGHTS = "decoder.onnx.data"
+Bytes = NDArray[np.uint8]
+Damage = Callable[[Bytes, np.random.Generator], None]
+_MB = 1 << 20
+
+
+def _spot(data: Bytes, rng: np.random.Generator, share: float) -> slice:
+    count = int(len(data) * share)
+    at = int(rng.integers(0, len(data) - count))
+    return slice(at, at + count)
+
+
+def noise_in_a_third(data: Bytes, rng: np.random.Generator) -> None:
+    """A third of the bytes, anywhere, XORed with noise: ``bad1``."""
+    chosen = rng.random(len(data)) < 1 / 3
+    data[chosen] ^= rng.integers(1, 256, int(chosen.sum()), np.uint8)
+
+
+def noise_in_a_stretch(data: Bytes, rng: np.random.Generator) -> None:
+    """A thirtieth of the file, in one piece, is noise."""
+    spot = _spot(data, rng, 1 / 30)
+    data[spot] = rng.integers(0, 256, spot.stop - spot.start, np.uint8)
+
+
+def a_hole(data: Bytes, rng: np.random.Generator) -> None:
+    """A twentieth of the file, in one piece, is zeros."""
+    data[_spot(data, rng, 1 / 20)] = 0
+
+
+def moved_by_a_byte(data: Bytes, rng: np.random.Generator) -> None:
+    """A twentieth of the file is one byte too late."""
+    spot = _spot(data, rng, 1 / 20)
+    data[spot] = np.roll(data[spot], 1)
+
+
+def two_pieces_exchanged(data: Bytes, rng: np.random.Generator) -> None:
+    """Two pieces of 4 MB each have changed places."""
+    first, second = sorted(int(at) for at in rng.choice(len(data) // (4 * _MB), 2, replace=False))
+    one, other = (slice(at * 4 * _MB, (at + 1) * 4 * _MB) for at in (first, second))
+    data[one], data[other] = data[other].copy(), data[one].copy()
+
+
+def a_piece_twice(data: Bytes, rng: np.random.Generator) -> None:
+    """A piece of 4 MB stands in the place of the next one, too."""
+    at = int(rng.integers(0, len(data) // (4 * _MB) - 1)) * 4 * _MB
+    data[at + 4 * _MB : at + 8 * _MB] = data[at : at + 4 * _MB]
+
+
+def flipped_signs(data: Bytes, rng: np.random.Generator) -> None:
+    """The highest bit of 1 % of the bytes is flipped."""
+    data[rng.random(len(data)) < 0.01] ^= 0x80
+
+
+def lost_low_bits(data: Bytes, rng: np.random.Generator) -> None:
+    """A fifth of the file, in one piece, has lost the low half of each byte."""
+    data[_spot(data, rng, 1 / 5)] &= 0xF0
+
+
+def stuck_line(data: Bytes, rng: np.random.Generator) -> None:
+    """Bit 6 of every 64th byte reads as one."""
+    data[int(rng.integers(0, 64)) :: 64] |= 0x40
+
+
+DAMAGES: dict[str, Damage] = {
+    each.__name__: each
+    for each in (
+        noise_in_a_third,
+        noise_in_a_stretch,
+        a_hole,
+        moved_by_a_byte,
+        two_pieces_exchanged,
+        a_piece_twice,
+        flipped_signs,
+        lost_low_bits,
+        stuck_line,
+    )
+}
+_ENGINE = EngineConfig(backend="ort-cpu", num_slots=1, kv_capacity=1024)
+
+
+class Bench:
+    """Measures bundles, and keeps each figure in a file at once.
+
+    Args:
+        bundle: the good one, by which others are judged.
+        output: JSON of all figures; what it has is not measured again.
+    """
+
+    def __init__(self, bundle: Path, output: Path) -> None:
+        self._bundle = bundle
+        self._output = output
+        self.found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+        self._gate = Judge(Gate(EVAL_TEXT, golden=None), silent)
+        self._other = Judge(Gate(DATA / "prose.txt", golden=None), silent)
+
+    def once(self, name: str, work: Callable[[], Any]) -> Any:
+        """Return the figure of a name, measured if need be."""
+        if name not in self.found:
+            self.found[name] = work()
+            part = self._output.with_suffix(".part")
+            part.write_text(json.dumps(self.found, indent=1) + "\n")
+            part.replace(self._output)
+            print(f"{name}: {json.dumps(self.found[name])}", flush=True)
+        return self.found[name]
+
+    def text(self, bundle: Path) -> dict[str, Any]:
+        """Nats and tokens of both texts."""
+        who = Candidate(bundle, _ENGINE, None)
+        found = [judge.read(None, who) for judge in (self._gate, self._other)]
+        names = ("gate", "other")
+        return {n: [min(m.nats, 1e9), m.tokens] for n, m in zip(names, found, strict=True)}
+
+    def damaged(self, name: str, seed: int) -> dict[str, Any]:
+        """Judge the bundle with a damage."""
+        old = self.once("good", lambda: self.text(self._bundle))
+        with tempfile.TemporaryDirectory(dir=self._bundle.parent) as folder:
+            bad = Path(folder) / "bundle"
+            shutil.copytree(self._bundle, bad, copy_function=os.link)
+            data = np.fromfile(bad / WEIGHTS, np.uint8)
+            DAMAGES[name](data, np.random.default_rng(seed))
+            (bad / WEIGHTS).unlink()
+            (bad / WEIGHTS).touch()
+            manifest = (bad / "manifest.json").read_bytes()
+            (bad / "manifest.json").unlink()
+            (bad / "manifest.json").write_bytes(manifest)
+            replace_file(bad, WEIGHTS, data.tobytes())
+            new = self.text(bad)
+        ratio = {
+            key: math.exp(min((new[key][0] - old[key][0]) / old[key][1], 700.0)) for key in new
+        }
+        return {"rejected": self._rejects(new["gate"], old["gate"]), "ratio": ratio}
+
+    def _rejects(self, new: list[float], old: list[float]) -> bool:
+        measures = [Measure(n, "", v[0], int(v[1]), 1.0) for n, v in (("new", new), ("old", old))]
+        try:
+            self._gate.compare_text(*measures)
+        except WorseError:
+            return True
+        return False
+
+
+def summary(found: dict[str, Any], tries: int) -> list[str]:
+    """One line for each damage: of how many that count it was rejected, and the least ratio."""
+    lines = []
+    for name in DAMAGES:
+        runs = [found[key] for seed in range(tries) if (key := f"{name} {seed}") in found]
+        count = [run for run in runs if run["ratio"]["other"] >= 1.1]
+        if runs:
+            least = min((run["ratio"]["gate"] for run in count), default=math.nan)
+            caught = sum(run["rejected"] for run in count)
+            lines.append(
+                f"{name}: rejected {caught} of {len(count)} that "
+                f"raise the perplexity of another text by 10 %, the least {least:.3f} times; "
+                f"{len(runs) - len(count)} raise it less"
+            )
+    return lines
+
+
+def good(bench: Bench, old: Path, new: Path, tries: int) -> int:
+    """Judge a good bundle on the text and random halves of the golden set; how often it passes."""
+    judge = Judge(Gate(), silent)
+
+    def ask(bundle: Path) -> Measure:
+        def work() -> Any:
+            who = Candidate(bundle, _ENGINE, None)
+            return msgspec.to_builtins(judge.ask(judge.read(None, who), who))
+
+        return msgspec.convert(bench.once(f"asked {bundle.name}", work), Measure)
+
+    def half(measure: Measure, seed: int) -> Measure:
+        run = measure.golden
+        assert run is not None
+        chosen = sorted(random.Random(seed).sample(range(len(run.items)), len(run.items) // 2))
+        items = tuple(run.items[at] for at in chosen)
+        return replace(measure, golden=replace(run, items=items))
+
+    before, after, passed = ask(old), ask(new), 0
+    for seed in range(tries):
+        try:
+            judge.compare(half(after, seed), half(before, seed))
+            passed += 1
+        except WorseError as error:
+            print(f"{new.name}, half {seed}: {error}")
+    return passed
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--tries", type=int, default=20)
+    parser.add_argument("--good", type=Path, nargs="*", default=[])
+    parser.add_argument("-o", "--output", type=Path, default=Path("planted.json"))
+    options = parser.parse_args()
+    bench = Bench(options.bundle, options.output)
+    for seed in range(options.tries):  # of each the first seed first, so that a part says something
+        for name in DAMAGES:
+            bench.once(f"{name} {seed}", partial(bench.damaged, name, seed))
+    print("\n".join(summary(bench.found, options.tries)))
+    for each in (options.bundle, *options.good):
+        passed = good(bench, options.bundle, each, options.tries)
+        print(f"{each.name}: passes in {passed} of {options.tries}")
+
+
+if __name__ == "__main__":
+    main()
