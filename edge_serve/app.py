@@ -198,10 +198,13 @@ class _Endpoints:
     async def _read(self, request: Request, kind: type[_Body]) -> tuple[_Body, Lane]:
         """Read the body of a request; returns it, and the lane in which to encode its texts."""
         body = await read_body(request.scope, request.receive, self._settings)
-        limit, lane = self._settings.max_nesting, self._lanes.lane(len(body))
+        lane = self._lanes.lane(len(body))
+        ignores = self._settings.unknown_fields == "ignore"
+        on_unknown = self._metrics.observe_ignored_fields if ignores else None
+        read = partial(decode, body, kind, self._settings.max_nesting, on_unknown)
         if len(body) < LARGE_BYTES:
-            return decode(body, kind, limit), lane
-        return await lane.run(lambda _: decode(body, kind, limit), request.receive), lane
+            return read(), lane
+        return await lane.run(lambda _: read(), request.receive), lane
 
     # ------------------------------------------------------------------------------- text
 

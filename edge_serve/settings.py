@@ -68,6 +68,8 @@ class ServerSettings(EngineConfig):
             have a quarter of them, and the first 16 KiB of each body are free.
         max_header_bytes: longest head of a request, all its headers together.
         max_nesting: levels of arrays and objects in a body at most.
+        unknown_fields: what a field of a request that nobody knows comes to: refuse it, or ignore
+            and count it, for a gateway in front that adds its own.
         max_messages: messages of a chat at most.
         max_choices: answers of one request at most: n times the number of prompts.
         max_connections: connections that are open at once, or fewer where the limit of open files
@@ -123,6 +125,7 @@ class ServerSettings(EngineConfig):
     max_inflight_body_bytes: _Positive = 64 * 2**20
     max_header_bytes: _Positive = 16 * 2**10
     max_nesting: _Positive = 64
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"
     max_messages: _Positive = 4096
     max_choices: _Positive = 16
     max_connections: _Positive = 1024
@@ -158,6 +161,7 @@ class ServerSettings(EngineConfig):
         "Log": ("log_format", "log_level"),
         "Expert": (
             "auto", "split", "memory_budget_mb", "responses_dir", "vllm_metrics", "drift_baseline",
+            "unknown_fields",
         ),
     }  # fmt: skip
     """Where the help of a verb shows each option; what is in no section is a key only."""

@@ -45,6 +45,8 @@ from .ollama.protocol import (
 )
 from .protocol import (
     IGNORED,
+    NEUTRAL,
+    RERANK_NEUTRAL,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -55,6 +57,7 @@ from .protocol import (
 )
 from .responses.answers import DeletedResponse, ResponseObject
 from .responses.protocol import IGNORED as RESPONSES_IGNORED
+from .responses.protocol import NEUTRAL as RESPONSES_NEUTRAL
 from .responses.protocol import REFUSED as RESPONSES_REFUSED
 from .responses.protocol import Item, ResponsesRequest
 
@@ -165,6 +168,12 @@ _OLLAMA_HOLDERS: dict[str, tuple[str, ...]] = {
     "messages[].tool_calls[]": ("OllamaCall",),
     "messages[].tool_calls[].function": ("OllamaCalledFunction",),
 }
+_NEUTRAL = {
+    "ChatRequest": NEUTRAL,
+    "CompletionRequest": NEUTRAL,
+    "RerankRequest": RERANK_NEUTRAL,
+    "ResponsesRequest": RESPONSES_NEUTRAL,
+}
 _ERRORS: dict[str, type] = {
     "/v1/messages": MessagesErrorResponse,
     "/v1/messages/count_tokens": MessagesErrorResponse,
@@ -188,6 +197,10 @@ def openapi() -> dict[str, Any]:
     _describe(components, MESSAGES_IGNORED, _MESSAGES_HOLDERS)
     _describe(components, RESPONSES_IGNORED, _RESPONSES_HOLDERS)
     _describe(components, OLLAMA_IGNORED, _OLLAMA_HOLDERS)
+    for holder, neutral in _NEUTRAL.items():
+        for name in neutral.keys() & components[holder]["properties"].keys():
+            field = components[holder]["properties"][name]
+            field["description"] = f"Only the value that asks for nothing: {neutral[name]}."
     for name, why in RESPONSES_REFUSED.items():
         components["ResponsesRequest"]["properties"][name] = {
             "type": "null",

@@ -2,13 +2,14 @@
 
 Unknown fields, wrong types and values out of range are errors that name the field. ``IGNORED`` has
 the few fields that are accepted without effect, since they ask for nothing that a device could do
-differently. Ranges of sampling parameters come from `edge.runtime.sampling_params.KNOBS`.
+differently, and ``NEUTRAL`` those of which only the value that asks for nothing is taken. Ranges of
+sampling parameters come from `edge.runtime.sampling_params.KNOBS`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -35,6 +36,21 @@ IGNORED = {
     "messages[].name": "most templates have no place for it; one that reads message.name gets it",
 }
 """Fields that are accepted without effect, by path, and why."""
+
+NEUTRAL = {
+    "no_stop_trim": "stop strings never come back",
+    "skip_special_tokens": "control tokens are never text",
+    "return_hidden_states": "hidden states are not returned",
+    "separate_reasoning": "reasoning has a field of its own; include_reasoning leaves it out",
+    "stream_reasoning": "reasoning is streamed as it comes",
+}
+"""Fields that gateways write into every request, which take the value that asks for nothing."""
+
+RERANK_NEUTRAL = {
+    "rid": "the id of a request is the header x-request-id",
+    "top_k": "top_n bounds the documents that come back",
+}
+"""Likewise, into every request to rerank."""
 
 MAX_TEXTS = 2048
 """Texts of one request that embeds or reranks; OpenAI's limit."""
@@ -153,6 +169,9 @@ class Sampling(Struct, forbid_unknown_fields=True, kw_only=True):
     stop: _Stops | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] | None = None
     ignore_eos: bool | None = None
+    no_stop_trim: Literal[False] | None = None
+    skip_special_tokens: Literal[True] | None = None
+    return_hidden_states: Literal[False] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_progress: bool | None = None
@@ -182,6 +201,8 @@ class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
     thinking_token_budget: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
+    separate_reasoning: Literal[True] | None = None
+    stream_reasoning: Literal[True] | None = None
     chat_template_kwargs: TemplateOptions | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
@@ -252,6 +273,8 @@ class RerankRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     return_documents: bool | None = None
     instruction: str | None = None
     user: Annotated[str, Meta(max_length=512)] | None = None
+    rid: None = None
+    top_k: None = None
 
 
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
@@ -288,8 +311,20 @@ def nesting(body: bytes) -> int:
     return deepest
 
 
-def decode(body: bytes, kind: type[Request], max_nesting: int) -> Request:
+def decode(
+    body: bytes,
+    kind: type[Request],
+    max_nesting: int,
+    on_unknown: Callable[[int], None] | None = None,
+) -> Request:
     """Read a request.
+
+    Args:
+        body: JSON.
+        kind: the type of the request.
+        max_nesting: levels of arrays and objects at most.
+        on_unknown: is told how many fields of the request are unknown, which are then left out;
+            None refuses them.
 
     Raises:
         APIError: 400; it names the field at fault, if there is one.
@@ -304,6 +339,11 @@ def decode(body: bytes, kind: type[Request], max_nesting: int) -> Request:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
+        known: tuple[str, ...] = getattr(kind, "__struct_encode_fields__", ())
+        value = msgspec.json.decode(body) if on_unknown else None
+        if on_unknown and isinstance(value, dict) and (unknown := value.keys() - {*known}):
+            on_unknown(len(unknown))
+            return convert({name: value[name] for name in value.keys() & {*known}}, kind, "")
         raise _wrong_field(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise invalid(

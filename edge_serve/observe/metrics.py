@@ -168,6 +168,7 @@ class Metrics:
         self._ignored_clients = counter(
             "ignored_client_headers", "Headers x-edge-client that no trusted proxy sent."
         )
+        self._ignored_fields = counter("ignored_fields", "Unknown fields of requests, ignored.")
         self._routes = counter("route_decisions", "Choices of the model 'auto'.", "rule", "model")
         self._loads = counter("model_loads", "Models loaded for a request.", "model", "outcome")
         self._unloads = counter("model_unloads", "Models unloaded, by reason.", "model", "reason")
@@ -298,6 +299,10 @@ class Metrics:
             reason: a code of the server, e.g. ``queue_full``; never what a client sent.
         """
         self._rejections.labels(self._label("reason", reason)).inc()
+
+    def observe_ignored_fields(self, count: int) -> None:
+        """Count fields of a request that were passed over, see ``unknown_fields``."""
+        self._ignored_fields.inc(count)
 
     def observe_ignored_client(self) -> None:
         """Count a header ``x-edge-client`` that did not come from a trusted proxy."""

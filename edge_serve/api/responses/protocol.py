@@ -29,6 +29,14 @@ IGNORED = {
 }
 """Fields that are accepted without effect, by path, and why."""
 
+NEUTRAL = {
+    "top_k": "OpenAI's API has no such field; -1 is off",
+    "min_p": "OpenAI's API has no such field; 0 is off",
+    "repetition_penalty": "OpenAI's API has no such field; 1 is off",
+    "priority": "all requests have the same one",
+}
+"""Fields that gateways write into every request, which take the value that asks for nothing."""
+
 REFUSED = {
     "conversation": "no conversations are kept here; send the whole one as input",
     "prompt": "no prompts are stored here; send instructions and input",
@@ -200,6 +208,10 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     truncation: Literal["disabled"] | None = None
     background: bool | None = None
     top_logprobs: Literal[0] | None = None
+    top_k: Literal[-1] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=0)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=1, le=1)] | None = None
+    priority: Literal[0] | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     previous_response_id: Annotated[str, Meta(max_length=64)] | None = None
     conversation: Any = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from edge.runtime.sampling_params import KNOBS
 from edge.text.chat_template import ChatTemplate
 from edge_serve.api.protocol import (
     IGNORED,
+    NEUTRAL,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -95,6 +97,9 @@ SAMPLING: dict[str, Pair] = {
         ("ignore_eos", True, False),
         ("stream", True, False),
         ("cache_salt", "a", "b"),
+        ("no_stop_trim", False, True),
+        ("skip_special_tokens", True, False),
+        ("return_hidden_states", False, True),
         ("user", "a", "b"),
         ("metadata", {"a": "b"}, {"c": "d"}),
         ("store", True, False),
@@ -172,6 +177,8 @@ PAIRS: dict[str, dict[str, Pair]] = {
             {**ANSWER, "messages": asks(THINKING), "include_reasoning": True},
             {**ANSWER, "messages": asks(THINKING), "include_reasoning": False},
         ),
+        "separate_reasoning": ({"separate_reasoning": True}, {"separate_reasoning": False}),
+        "stream_reasoning": ({"stream_reasoning": True}, {"stream_reasoning": False}),
         "chat_template_kwargs": (
             {"chat_template_kwargs": {"enable_thinking": True}},
             {"chat_template_kwargs": {"enable_thinking": False}},
@@ -238,7 +245,7 @@ def test_every_field_of_every_struct_is_tried_below():
         assert set(fields_of(kind, seen)) == PAIRS[path].keys() - free
     assert set().union(*PAIRS.values()) >= IGNORED.keys()
     page = (Path(__file__).parents[3] / "docs" / "server.md").read_text("utf-8")
-    assert not [name for name in IGNORED if f"`{name}`" not in page]
+    assert not [name for name in (*IGNORED, *NEUTRAL) if f"`{name}`" not in page]
 
 
 def test_every_sampling_knob_is_a_field_of_its_type():
@@ -272,6 +279,59 @@ def test_a_field_makes_a_difference_or_the_list_says_why_not(
     check_field(
         service, path, KINDS[path], (first, second), monkeypatch, is_ignored=field in IGNORED
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "added"),
+    [
+        # As vllm-router 0.1.17 and sglang-router 0.3.2 write a request that names none of these.
+        (
+            CHAT,
+            '{"stream":false,"logprobs":false,"no_stop_trim":false,"ignore_eos":false,'
+            '"continue_final_message":false,"skip_special_tokens":true,"separate_reasoning":true,'
+            '"stream_reasoning":true,"return_hidden_states":false,"include_reasoning":true}',
+        ),
+        (
+            TEXT,
+            '{"stream":false,"echo":false,"no_stop_trim":false,"ignore_eos":false,'
+            '"skip_special_tokens":true,"return_hidden_states":false}',
+        ),
+        (
+            "/v1/responses",
+            '{"store":true,"stream":null,"temperature":1.0,"top_p":1.0,"priority":0,"top_k":-1,'
+            '"min_p":0.0,"repetition_penalty":1.0}',
+        ),
+    ],
+    ids=["chat", "text", "responses"],
+)
+def test_what_routers_add_changes_nothing(service: Live, path: str, added: str):
+    responses = {"input": WHAT, "max_output_tokens": 4, "temperature": 1.0, "top_p": 1.0}
+    base = {"model": "tiny", **responses} if path == "/v1/responses" else BASES[path]
+    answers = [service.ask(path, body) for body in (base, {**base, **json.loads(added)})]
+    assert [answer.status for answer in answers] == [200, 200], answers[1].body
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("no_stop_trim", True), ("skip_special_tokens", False), ("stream_x", 1)]
+)
+def test_another_value_of_what_routers_add_is_refused_by_name(
+    service: Live, field: str, value: Any
+):
+    answer = service.ask(CHAT, {**BASES[CHAT], field: value})
+    assert answer.status == 400
+    assert json.loads(answer.body)["error"]["param"] == field
+
+
+def test_unknown_fields_are_ignored_and_counted_where_the_operator_says_so(tool_bundle: Path):
+    with running(tool_bundle, unknown_fields="ignore") as live:
+        given = {**BASES[CHAT], "added_by_a_gateway": [1], "and_this": None}
+        assert live.ask(CHAT, given).status == 200
+        metrics = live.ask("/metrics").body.decode()
+        assert "edgellm_ignored_fields_total 2.0" in metrics
+        # What is known is held to its type all the same.
+        wrong = live.ask(CHAT, {**given, "temperature": "warm"})
+        assert wrong.status == 400
+        assert json.loads(wrong.body)["error"]["param"] == "temperature"
 
 
 def test_a_template_that_reads_names_gets_them():
