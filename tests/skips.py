@@ -77,8 +77,8 @@ ALLOWED: dict[str, tuple[str, bool]] = {
         "it is in an environment of its own; scripts/openvino_weights --check has it",
         True,
     ),
-    r"a live fleet needs Ray; .*": (
-        "Ray is large; EDGE_LLM_FLEET=1 installs it",
+    r"needs vllm-router; .*": (
+        "its libraries are large; EDGE_LLM_FLEET=1 installs them",
         os.environ.get("EDGE_LLM_FLEET", "0") != "1",
     ),
     r"no network namespace can be made here: .*": ("a container without rights gives none", True),

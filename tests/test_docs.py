@@ -133,18 +133,6 @@ def test_an_update_builds_before_the_link_moves():
     assert update.index("edge-llm build") < update.index("mv -fT")
 
 
-def test_the_printed_rollout_of_a_fleet_parses_and_has_a_key():
-    """The installer of the service always makes keys."""
-    [text] = [block for block in blocks(ROOT / "docs/fleet.md", "toml") if "rollout = [" in block]
-    words = ast.literal_eval(text.partition("rollout = ")[2])  # a list of strings, as in Python
-    assert words[:3] == ["edge-llm", "bundle", "rollout"]
-    bundle = verbs()["bundle"]
-    assert isinstance(bundle, click.Group)
-    order = ["registry.example.com/r1@sha256:" + "0" * 64, "--gate", "golden", "--watch-s", "600"]
-    context = bundle.commands["rollout"].make_context("rollout", [*words[3:], *order])
-    assert context.params["api_key_file"] is not None
-
-
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_every_flag_exists(path: Path):
     named = {flag for span in spans(path) if span.startswith("--") for flag in _FLAG.findall(span)}

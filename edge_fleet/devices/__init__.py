@@ -1,5 +1,5 @@
 """Many devices behind one endpoint.
 
-Each device keeps its own ``edge-llm serve``. `head` chooses a device for every request, and
-`device` hands it to the device's own service.
+Each device keeps its own ``edge-llm serve``. HAProxy, whose file is written here, or vllm-router
+chooses a device for every request.
 """

@@ -1,4 +1,4 @@
-"""Reads ``fleet.toml``: the head's addresses, who may join and call, and the devices by name."""
+"""Reads ``fleet.toml``: where the endpoint listens, who may call, and the devices by name."""
 
 from __future__ import annotations
 
@@ -18,81 +18,90 @@ from edge_lab.key_file import read_key_file
 from edge_serve.config_file import read_toml
 from edge_serve.settings import is_loopback
 
-DEFAULT_RAY_PORT = 6379
-MIN_TOKEN_CHARS = 32
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-_Seconds = Annotated[float, Meta(gt=0, le=3600)]
-Difference = Literal["version", "bundle", "size"]
+MAX_DEVICES = 1000
+DEFAULT_STATE_DIR = "/run/edge-llm-fleet"
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9a-fA-F:]{2,45}")
+_HEADER = re.compile(r"[A-Za-z0-9!#$&'*+.^_|~-]{1,64}")
+_FILE = re.compile(r"/[A-Za-z0-9/._+-]{1,200}")
+_KEY = re.compile(r"[!#$&(-Z^-~]+")  # nothing in it means anything to HAProxy
+_MAX_STATE_DIR_CHARS = 50  # a device's socket has to fit into a kernel's address
+_Port = Annotated[int, Meta(ge=1, le=65535)]
+_Seconds = Annotated[int, Meta(ge=1, le=86400)]
 
 
 class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A device of the fleet.
 
     Attributes:
-        url: its own ``edge-llm serve``, as the device itself reaches it: on loopback.
-        key_file: file on the device with one API key of that service, where it wants keys; the
-            fleet's own looks at the device use it.
-        rollout: command on the device, word by word, to which ``edge-llm fleet rollout`` appends
-            what to roll out; None after `read_config` where no command is named.
+        url: its ``edge-llm serve``, as the endpoint reaches it: ``http://HOST:PORT``.
+        key_file: file on the endpoint with one API key of that service, where it wants keys; best
+            a key that no other device has.
+        probe_port: the service's ``probe_port``. With it, a device that answers nothing for 4 s is
+            cut off, and what it has not begun to answer is asked elsewhere; without it, such a
+            device only gets nothing new.
+        key: what ``key_file`` holds, after `read_config`.
     """
 
-    url: str = "http://127.0.0.1:8000"
+    url: str
     key_file: str | None = None
-    rollout: tuple[str, ...] | None = None
+    probe_port: _Port | None = None
+    key: str | None = None
+
+    @property
+    def address(self) -> str:
+        """``HOST:PORT`` of `url`, as HAProxy writes it."""
+        return urlsplit(self.url).netloc
+
+    @property
+    def probe_address(self) -> tuple[str, int]:
+        """Where its health is asked."""
+        url = urlsplit(self.url)
+        return url.hostname or "", self.probe_port or url.port or 0
 
 
 class FleetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What ``fleet.toml`` holds; every key that is not one of these is refused.
 
     Attributes:
-        address: HOST:PORT at which Ray's head listens and devices join; an IP address of the head.
-        token_file: file with Ray's token, the same on every machine, readable by its owner alone.
-            It is needed on loopback, too: told to listen on 127.0.0.1, Ray takes the machine's own
-            address instead.
-        host: address at which the head serves ``/v1``.
-        port: TCP port of ``/v1``.
-        api_key_file: file of API keys of the head's clients, as `edge-llm serve` reads it.
-        allow_open: serve ``/v1`` beyond loopback without keys.
-        max_body_bytes: longest body of a request.
+        host: address at which the endpoint serves.
+        port: TCP port of the endpoint.
+        certificate: PEM file with key and chain; the endpoint speaks TLS with it.
+        api_key_file: file of API keys of the endpoint's clients, as `edge-llm serve` reads it.
+        allow_open: serve beyond loopback without keys.
         devices: the devices by name.
-        allow: differences between devices that are served all the same: edge-llm's version, the
-            hash of a bundle, and a size below ``min_slots`` or ``min_context``.
-        min_slots: slots that a device must have.
-        min_context: tokens of context that each model of a device must have.
-        beat_s: seconds between two looks at a device.
-        silent_s: seconds without a sign of life after which a device gets no more requests, and
-            those whose answer has not begun go to another one.
-        dead_s: seconds without a sign of life after which begun streams end with an error.
-        drain_timeout_s: seconds that running requests may go on after `edge-llm fleet down`.
-        rollout: that of devices which name none of their own.
+        session_header: header that names a session, whose requests stay on one device.
+        slots: requests that one device gets at once; more wait at the endpoint.
+        max_queue: requests that wait at most; one more is refused with 429.
+        queue_s: seconds that one may wait before it is refused with 503.
+        answer_s: seconds that an answer, or a silence in a stream, may last; longer than the
+            devices' own ``request_timeout_s``.
+        retries: how often a request is asked elsewhere before the first byte of its answer.
+        router_port: port of loopback for vllm-router (``edge-llm fleet router``), which then
+            chooses the device of chats and completions; None leaves that to HAProxy.
+        router_policy: the rule by which vllm-router chooses.
+        metrics_port: port of loopback for HAProxy's own Prometheus metrics; None opens none.
+        state_dir: directory for HAProxy's file and sockets, closed to other users.
+        drain_timeout_s: seconds that running requests may go on after ``edge-llm fleet down``.
     """
 
-    address: str = f"127.0.0.1:{DEFAULT_RAY_PORT}"
-    token_file: str
     host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=1, le=65535)] = 8000
+    port: _Port = 8080
+    certificate: str | None = None
     api_key_file: str | None = None
     allow_open: bool = False
-    max_body_bytes: Annotated[int, Meta(ge=1, le=2**30)] = 4 * 2**20
     devices: dict[str, Device]
-    allow: list[Difference] = []
-    min_slots: Annotated[int, Meta(ge=1)] = 1
-    min_context: Annotated[int, Meta(ge=1)] = 1
-    beat_s: _Seconds = 0.5
-    silent_s: _Seconds = 3.0
-    dead_s: _Seconds = 15.0
-    drain_timeout_s: Annotated[float, Meta(ge=0, le=3600)] = 30.0
-    rollout: tuple[str, ...] | None = None
-
-    @property
-    def ray_host(self) -> str:
-        """The host of `address`."""
-        return self.address.rpartition(":")[0].strip("[]")
-
-    @property
-    def ray_port(self) -> int:
-        """The port of `address`."""
-        return int(self.address.rpartition(":")[2])
+    session_header: str = "x-session-id"
+    slots: Annotated[int, Meta(ge=1, le=1024)] = 4
+    max_queue: Annotated[int, Meta(ge=1, le=65536)] = 64
+    queue_s: _Seconds = 30
+    answer_s: _Seconds = 660
+    retries: Annotated[int, Meta(ge=0, le=10)] = 2
+    router_port: _Port | None = None
+    router_policy: Literal["cache_aware", "consistent_hash"] = "cache_aware"
+    metrics_port: _Port | None = None
+    state_dir: str = DEFAULT_STATE_DIR
+    drain_timeout_s: _Seconds = 30
 
 
 class _Place(NamedTuple):
@@ -121,10 +130,9 @@ class _Place(NamedTuple):
 
 
 def read_config(path: Path) -> FleetConfig:
-    """Read and check a fleet's file.
+    """Read and check a fleet's file, and the key of each device.
 
-    Paths of the head (``token_file``, ``api_key_file``) are relative to the file; a device's
-    ``key_file`` is a path on the device and must be absolute.
+    Paths are relative to the file.
 
     Raises:
         ConfigError: the file cannot be read, or a key is unknown, missing or wrong; the message
@@ -134,51 +142,25 @@ def read_config(path: Path) -> FleetConfig:
     raw = read_toml(path)
     place = _Place(path, path.read_text("utf-8").splitlines())
     devices = raw.pop("devices", None)
-    if not isinstance(devices, Mapping) or not devices:
+    if not isinstance(devices, Mapping) or not 0 < len(devices) <= MAX_DEVICES:
         raise place.error(
-            "devices", "no devices; write a table [devices.NAME] for each one, empty if need be"
+            "devices", f"write a table [devices.NAME] for each device, 1 to {MAX_DEVICES}"
         )
-    checked = {}
+    checked: dict[str, Device] = {}
     for name, table in devices.items():
-        if not _NAME.fullmatch(name):
-            raise place.error(
-                name,
-                f"the device name {name!r} is not 1 to 63 lower-case letters, digits and hyphens",
-            )
-        checked[name] = _device(name, table, place)
+        checked[name] = device = _device(name, table, place)
+        for other in checked:
+            if other != name and checked[other].address == device.address:
+                raise place.error(
+                    "url", f"devices.{name} is the device {other} again; name each once", name
+                )
     _check_keys(raw, FleetConfig, place)
-    if "token_file" not in raw:
-        raise place.error(
-            "token_file",
-            "no token_file; whoever reaches a port of Ray runs code here, so make a token, (umask "
-            "077; openssl rand -hex 32 > fleet.token), and name its file",
-        )
+    for key in ("certificate", "api_key_file", "state_dir"):
+        if isinstance(raw.get(key), str):
+            raw[key] = _under(path.parent, raw[key])
     config: FleetConfig = _convert(raw | {"devices": checked}, FleetConfig, place)
     _check(config, place)
-    base = path.parent
-    return msgspec.structs.replace(
-        config,
-        devices={
-            name: msgspec.structs.replace(device, rollout=device.rollout or config.rollout)
-            for name, device in config.devices.items()
-        },
-        token_file=_under(base, config.token_file),
-        api_key_file=config.api_key_file and _under(base, config.api_key_file),
-    )
-
-
-def check_token(config: FleetConfig) -> None:
-    """Make sure that there is a token for Ray.
-
-    Raises:
-        ConfigError: there is no such file, others can read it, or it holds no token.
-    """
-    (entry, *more) = read_key_file(Path(config.token_file))
-    if more or entry.key is None or len(entry.key) < MIN_TOKEN_CHARS:
-        raise ConfigError(
-            f"{config.token_file} does not hold one token of at least {MIN_TOKEN_CHARS} "
-            "characters; make one: (umask 077; openssl rand -hex 32 > FILE)"
-        )
+    return config
 
 
 def _under(base: Path, given: str) -> str:
@@ -186,39 +168,48 @@ def _under(base: Path, given: str) -> str:
 
 
 def _device(name: str, table: Any, place: _Place) -> Device:
+    if not _NAME.fullmatch(name):
+        raise place.error(
+            name, f"the device name {name!r} is not 1 to 32 lower-case letters, digits and hyphens"
+        )
     if not isinstance(table, dict):
         raise place.error(name, f"devices.{name} is {table!r}: write a table [devices.{name}]")
     _check_keys(table, Device, place, name)
+    if "key" in table:
+        raise place.error("key", f"devices.{name}: put the key into a file, its key_file", name)
+    if "url" not in table:
+        raise place.error(
+            name, f"devices.{name} has no url; write where its edge-llm serve is, http://HOST:PORT"
+        )
     device: Device = _convert(table, Device, place, name)
-    where = f"devices.{name}."
-    url = urlsplit(device.url)
-    if url.scheme != "http" or url.path not in ("", "/") or not is_loopback(url.hostname or ""):
+    if not _is_url(device.url):
         raise place.error(
-            "url",
-            f"{where}url is {device.url!r}: use http://127.0.0.1:PORT, as the device itself "
-            "reaches its service",
-            name,
+            "url", f"devices.{name}.url is {device.url!r}: use http://HOST:PORT", name
         )
-    if device.key_file is not None and not Path(device.key_file).is_absolute():
-        raise place.error(
-            "key_file",
-            f"{where}key_file is {device.key_file!r}: use an absolute path on the device",
-            name,
-        )
-    _check_command(device.rollout, place, name)
-    return msgspec.structs.replace(device, url=device.url.rstrip("/"))
+    if device.key_file is None:
+        return device
+    file = _under(place.path.parent, device.key_file)
+    return msgspec.structs.replace(device, key_file=file, key=_read_key(Path(file)))
 
 
-def _check_command(
-    command: tuple[str, ...] | None, place: _Place, table: str | None = None
-) -> None:
-    if command is not None and not (command and command[0]):
-        raise place.error(
-            "rollout",
-            "rollout names no command; write its words, "
-            '["edge-llm", "bundle", "rollout", "--link", ...]',
-            table,
+def _is_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        port = url.port
+    except ValueError:
+        return False
+    plain = text.rstrip("/") == f"http://{url.netloc}" and "@" not in url.netloc
+    return plain and bool(port) and _HOST.fullmatch(url.hostname or "") is not None
+
+
+def _read_key(path: Path) -> str:
+    (entry, *more) = read_key_file(path)
+    if more or entry.key is None or not _KEY.fullmatch(entry.key):
+        raise ConfigError(
+            f"{path} does not hold one API key of its device, in full; make one with edge-llm key "
+            "NAME: the key goes here as NAME:KEY, its hash into the device's own file"
         )
+    return entry.key
 
 
 def _check_keys(raw: Mapping[str, Any], kind: Any, place: _Place, table: str | None = None) -> None:
@@ -240,21 +231,33 @@ def _convert(raw: Any, kind: Any, place: _Place, table: str | None = None) -> An
 
 
 def _check(config: FleetConfig, place: _Place) -> None:
-    host, _, port = config.address.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
-        raise place.error(
-            "address", f"address is {config.address!r}: use HOST:PORT, e.g. 127.0.0.1:6379"
-        )
+    if not _HOST.fullmatch(config.host.strip("[]")):
+        raise place.error("host", f"host {config.host!r} is no address to listen on, e.g. 0.0.0.0")
     if config.api_key_file is None and not config.allow_open and not is_loopback(config.host):
         raise place.error(
             "host",
             f"host {config.host} can be reached from other machines, and no API key is set; give "
             "api_key_file, listen on 127.0.0.1, or say allow_open = true",
         )
-    _check_command(config.rollout, place)
-    if not config.beat_s < config.silent_s <= config.dead_s:
+    if not _HEADER.fullmatch(config.session_header):
+        raise place.error("session_header", f"{config.session_header!r} is no name of a header")
+    for key in ("certificate", "state_dir"):
+        value = getattr(config, key)
+        if value is not None and not _FILE.fullmatch(value):
+            raise place.error(
+                key, f"the path {value!r} has a character that HAProxy would read its own way"
+            )
+    if len(config.state_dir) > _MAX_STATE_DIR_CHARS:
         raise place.error(
-            "silent_s",
-            f"beat_s {config.beat_s:g}, silent_s {config.silent_s:g} and dead_s {config.dead_s:g} "
-            "must grow in this order",
+            "state_dir",
+            f"the path {config.state_dir} is longer than {_MAX_STATE_DIR_CHARS} characters, so no "
+            "socket fits under it; name a shorter one",
+        )
+    ports = [config.port, config.router_port, config.metrics_port]
+    used = [port for port in ports if port is not None]
+    if config.router_port is not None:
+        used.append(config.router_port + 1)
+    if len(set(used)) < len(used):
+        raise place.error(
+            "router_port", "port, router_port, the one after it, and metrics_port must differ"
         )

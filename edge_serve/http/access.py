@@ -26,7 +26,8 @@ class Client:
     Attributes:
         name: the name of its key; ``anonymous`` without keys.
         salt: keeps cached prefixes of different keys apart; empty without keys.
-        origin: what shares count as one client: the name of its key, else what `Origins` finds.
+        origin: what shares count as one client: whom a trusted proxy names, else the name of its
+            key, else its address.
     """
 
     name: str = "anonymous"
@@ -109,7 +110,7 @@ def is_in(address: str, networks: Sequence[Network]) -> bool:
 
 
 class Origins:
-    """Tells clients without a key apart: by address, behind a trusted proxy by what it says.
+    """Tells clients apart: by address, behind a trusted proxy by what it says.
 
     Args:
         trusted: addresses whose header ``x-edge-client`` counts.

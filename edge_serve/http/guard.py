@@ -103,8 +103,7 @@ class Guard:
         connection = scope.get("state", {}).get("connection")
         body = _Body(receive, headers, connection)
         key: str | None = None
-        started = time.perf_counter()
-        status = 0
+        started, status = time.perf_counter(), 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -244,10 +243,13 @@ class Guard:
                     "invalid_api_key",
                     "no valid API key; send it as Authorization: Bearer KEY or as x-api-key: KEY",
                 )
+        address = scope.get("client")
+        if client is not None and origin != self._origins.find(address[0] if address else "", None):
+            # The key is a trusted proxy's, for all its clients: each has its own turn and prefixes.
+            client = Client(client.name, f"{client.salt}/{origin}", origin)
         client = client or Client(origin=origin)
         scope["client_identity"] = client
         scope["client_name"] = client.name
-        address = scope.get("client")
         scope["is_admin"] = is_admin(
             client,
             address[0] if address else None,
@@ -340,8 +342,7 @@ def _request_id(headers: _Headers) -> str:
 
 def _check_body_headers(scope: Scope, limit: int) -> None:
     headers = _Headers(scope["headers"])
-    encoding = headers.get(b"content-encoding") or b"identity"
-    if encoding.strip().lower() != b"identity":
+    if (headers.get(b"content-encoding") or b"identity").strip().lower() != b"identity":
         raise APIError(415, "unsupported_encoding", "send the body without Content-Encoding")
     kind = (headers.get(b"content-type") or b"").split(b";")[0].strip().lower()
     # This also keeps web pages out: for this type browsers ask first, and CORS is off.

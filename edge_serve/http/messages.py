@@ -46,7 +46,6 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
         self.group = address_group(self.client[0]) if self.client else ""
         self.app_state = {"connection": self}  # the guard finds it in the request's scope
         # A client may send ahead while it is being answered; asyncio would take 256 KiB of it.
-        # uvloop, on which Ray runs a fleet's head, takes 64 KiB in any case.
         with contextlib.suppress(AttributeError):
             transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         self.open_connections.add(self)

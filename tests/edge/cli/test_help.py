@@ -25,7 +25,7 @@ from edge.settings_fields import Section, field_sections
 
 ENTRIES = {entry.name: entry for entry in entry_points(group=COMMAND_GROUP)}
 HEAVY = {
-    "numpy", "rich", "starlette", "onnxruntime", "uvicorn", "h11", "ray", "aiohttp", "tensorrt",
+    "numpy", "rich", "starlette", "onnxruntime", "uvicorn", "h11", "tensorrt",
     "tokenizers", "onnx", "safetensors", "huggingface_hub", "prometheus_client", "cryptography",
 }  # fmt: skip
 # Runs the command with each list of arguments, and prints what was loaded after all of them.

@@ -7,78 +7,80 @@ from pathlib import Path
 import pytest
 
 from edge.errors import ConfigError
-from edge_fleet.devices.config import Device, FleetConfig, check_token, read_config
+from edge_fleet.devices.config import Device, FleetConfig, read_config
+from edge_fleet.devices.haproxy_file import configuration
 from tests.conftest import write_secret
 
 GOOD = """\
-address = "10.0.0.1:7000"
-token_file = "fleet.token"
 host = "0.0.0.0"
 port = 9000
 api_key_file = "keys"
-allow = ["version"]
-min_slots = 2
-beat_s = 0.25
-rollout = ["edge-llm", "bundle", "rollout", "--link", "/r1"]
+session_header = "x-chat"
+router_port = 30000
+metrics_port = 9100
+state_dir = "/run/fleet"
 
 [devices.orin-1]
-url = "http://127.0.0.1:8001"
-key_file = "/etc/edge-llm/fleet.key"
-rollout = ["sudo", "-n", "/usr/local/sbin/roll-out"]
+url = "http://10.0.0.9:8001"
+key_file = "orin-1.key"
+probe_port = 9001
 
 [devices.orin-2]
+url = "http://[::1]:8000"
 """
+KEY = "key-of-orin-1-0123456789"
 
 
 def written(tmp_path: Path, text: str) -> Path:
+    write_secret(tmp_path / "orin-1.key", f"endpoint:{KEY}\n")
     path = tmp_path / "fleet.toml"
     path.write_text(text)
     return path
 
 
 def test_every_key_is_read(tmp_path: Path):
-    command = ("edge-llm", "bundle", "rollout", "--link", "/r1")
-    assert read_config(written(tmp_path, GOOD)) == FleetConfig(
-        address="10.0.0.1:7000",
-        token_file=str(tmp_path / "fleet.token"),
+    config = read_config(written(tmp_path, GOOD))
+    assert config == FleetConfig(
         host="0.0.0.0",
         port=9000,
         api_key_file=str(tmp_path / "keys"),
-        allow=["version"],
-        min_slots=2,
-        beat_s=0.25,
-        rollout=command,
+        session_header="x-chat",
+        router_port=30000,
+        metrics_port=9100,
+        state_dir="/run/fleet",
         devices={
-            "orin-1": Device(
-                "http://127.0.0.1:8001",
-                "/etc/edge-llm/fleet.key",
-                ("sudo", "-n", "/usr/local/sbin/roll-out"),
-            ),
-            "orin-2": Device(rollout=command),
+            "orin-1": Device("http://10.0.0.9:8001", str(tmp_path / "orin-1.key"), 9001, KEY),
+            "orin-2": Device("http://[::1]:8000"),
         },
     )
+    assert config.devices["orin-1"].probe_address == ("10.0.0.9", 9001)
+    assert config.devices["orin-2"].address == "[::1]:8000"
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("port = 9000", "prot = 9000", "line 4: unknown key 'prot'; the nearest known one is"),
-        ("port = 9000", "port = 0", "line 4: port is 0: Expected `int` >= 1"),
-        ("port = 9000", 'port = "x"', "line 4: port is 'x': Expected `int`, got `str`"),
-        ('token_file = "fleet.token"\n', "", "no token_file; whoever reaches a port of Ray"),
-        ("10.0.0.1:7000", "10.0.0.1", "line 1: address is '10.0.0.1': use HOST:PORT"),
-        ("10.0.0.1:7000", "head:70000", "line 1: address is 'head:70000': use HOST:PORT"),
-        ('"version"', '"colour"', r"line 6: allow is \['colour'\]: Invalid enum value 'colour'"),
-        ('api_key_file = "keys"\n', "", "line 3: host 0.0.0.0 can be reached from other machines"),
-        ("beat_s = 0.25", "beat_s = 3.5", "beat_s 3.5, silent_s 3 and dead_s 15 must grow"),
-        ("devices.orin-1", "devices.Orin_1", "line 11: the device name 'Orin_1' is not 1 to 63"),
-        ("127.0.0.1:8001", "10.0.0.9:8001", "line 12: devices.orin-1.url is 'http://10.0.0.9:8001'"),
-        ("http://127", "https://127", "line 12: devices.orin-1.url is 'https://127"),
-        ("/etc/edge-llm/fleet.key", "key", "line 13: devices.orin-1.key_file is 'key': use an abs"),
-        ('["sudo", "-n", "/usr/local/sbin/roll-out"]', "[]", "line 14: rollout names no command"),
-        ('"edge-llm", "bundle"', '"", "bundle"', "line 9: rollout names no command"),
-        ('["sudo", "-n", "/usr/local/sbin/roll-out"]', '"sh -c x"', "line 14: devices.orin-1.ro"),
-        ("key_file =", "keyfile =", "line 13: unknown key 'keyfile'; the nearest known one is"),
+        ("port = 9000", "prot = 9000", "line 2: unknown key 'prot'; the nearest known one is"),
+        ("port = 9000", "port = 0", "line 2: port is 0: Expected `int` >= 1"),
+        ("port = 9000", 'port = "x"', "line 2: port is 'x': Expected `int`, got `str`"),
+        ("port = 9000", "port = 30001", "line 5: port, router_port, the one after it"),
+        ('"0.0.0.0"', '"0.0.0.0:1 ssl"', "line 1: host '0.0.0.0:1 ssl' is no address"),
+        ('api_key_file = "keys"\n', "", "line 1: host 0.0.0.0 can be reached from other machines"),
+        ('"x-chat"', '"a)b"', "line 4: 'a\\)b' is no name of a header"),
+        ('"/run/fleet"', '"/run/f leet"', "line 7: the path '/run/f leet' has a character"),
+        ('"/run/fleet"', f'"/{"x" * 60}"', "line 7: the path /x+ is longer than 50 characters"),
+        ("port = 9000", 'certificate = "/a\\nb"', "line 2: the path '/a\\\\nb' has a character"),
+        ("devices.orin-1", "devices.Orin_1", "line 9: the device name 'Orin_1' is not 1 to 32"),
+        ("http://10", "https://10", "line 10: devices.orin-1.url is 'https://10"),
+        ("10.0.0.9:8001", "10.0.0.9", "line 10: devices.orin-1.url is 'http://10.0.0.9'"),
+        ("10.0.0.9:8001", "a b:1", "line 10: devices.orin-1.url is 'http://a b:1'"),
+        ("10.0.0.9:8001", "a\\n:1", "line 10: devices.orin-1.url is"),
+        ("10.0.0.9:8001", "a:1/v1", "line 10: devices.orin-1.url is 'http://a:1/v1'"),
+        ("10.0.0.9:8001", "me@a:1", "line 10: devices.orin-1.url is 'http://me@a:1'"),
+        ("10.0.0.9:8001", "[::1]:8000", "line 15: devices.orin-2 is the device orin-1 again"),
+        ('url = "http://10.0.0.9:8001"\n', "", "line 9: devices.orin-1 has no url"),
+        ("key_file =", "keyfile =", "line 11: unknown key 'keyfile'; the nearest known one is"),
+        ('key_file = "orin-1.key"', 'key = "x"', "line 11: devices.orin-1: put the key into a"),
     ],
 )  # fmt: skip
 def test_a_wrong_key_is_named_with_its_line(tmp_path: Path, old: str, new: str, message: str):
@@ -89,8 +91,8 @@ def test_a_wrong_key_is_named_with_its_line(tmp_path: Path, old: str, new: str, 
 
 @pytest.mark.parametrize("devices", ["", "devices = 3", "[devices]"])
 def test_a_fleet_has_devices(tmp_path: Path, devices: str):
-    with pytest.raises(ConfigError, match=r"no devices; write a table \[devices.NAME\]"):
-        read_config(written(tmp_path, f'token_file = "t"\n{devices}\n'))
+    with pytest.raises(ConfigError, match=r"write a table \[devices.NAME\] for each device"):
+        read_config(written(tmp_path, f"port = 9000\n{devices}\n"))
 
 
 def test_a_fleet_without_keys_is_for_loopback_or_said_to_be_open(tmp_path: Path):
@@ -99,15 +101,25 @@ def test_a_fleet_without_keys_is_for_loopback_or_said_to_be_open(tmp_path: Path)
     assert read_config(written(tmp_path, "allow_open = true\n" + bare)).allow_open
 
 
-def test_the_token_is_its_owners_alone_and_long(tmp_path: Path):
-    config = read_config(written(tmp_path, GOOD))
-    with pytest.raises(ConfigError, match="cannot read"):
-        check_token(config)
-    token = write_secret(tmp_path / "fleet.token", "0123456789abcdef")
-    with pytest.raises(ConfigError, match="one token of at least 32 characters"):
-        check_token(config)
-    write_secret(token, "0123456789abcdef" * 4 + "\n")
-    check_token(config)
-    token.chmod(0o640)
-    with pytest.raises(ConfigError, match="other users can use"):
-        check_token(config)
+@pytest.mark.parametrize(
+    "held",
+    [
+        "endpoint:sha256:" + "0" * 64,
+        f"endpoint:{KEY}\nother:{KEY}x",
+        f"endpoint:{KEY}\"'",
+        f"endpoint:{KEY} {KEY}",
+        f"endpoint:{KEY}%[src]",
+    ],
+)
+def test_a_devices_key_is_one_key_in_full_that_haproxy_reads_as_it_is(tmp_path: Path, held: str):
+    file = written(tmp_path, GOOD)
+    write_secret(tmp_path / "orin-1.key", held + "\n")
+    with pytest.raises(ConfigError, match="does not hold one API key of its device"):
+        read_config(file)
+
+
+def test_all_slots_of_many_devices_can_be_connected():
+    devices = {f"n{i}": Device(f"http://10.0.0.{i}:8000") for i in range(200)}
+    text = configuration(FleetConfig(devices=devices), "secret", "fleet.toml")
+    (limit,) = [line.split()[1] for line in text.splitlines() if line.startswith("    maxconn ")]
+    assert int(limit) > 2 * (2 * 200 * 4 + 64)  # both parts, and their connections to devices
