@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypedDict
 
 from msgspec import Meta
 
-from .bundle.library import find_setting
 from .errors import ConfigError
 from .settings_fields import FINDER, Section, check_fields, unknown_name
 
@@ -37,7 +36,11 @@ _Count = Annotated[int, Meta(ge=0)]
 
 
 def _find_draft(text: str, base: Path) -> Path:
-    return EAGLE3 if text == str(EAGLE3) else find_setting(text, base)
+    if text == str(EAGLE3):
+        return EAGLE3
+    from .bundle.library import find_setting
+
+    return find_setting(text, base)
 
 
 class EngineOptions(TypedDict, total=False):

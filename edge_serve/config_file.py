@@ -18,15 +18,8 @@ from typing import Any
 
 from edge.errors import ConfigError, DependencyError, install_command
 from edge.files import MALFORMED
-from edge.settings_fields import (
-    Given,
-    Resolved,
-    Settings,
-    field_types,
-    given_flags,
-    resolve,
-    unknown_name,
-)
+from edge.layered_settings import Given, Resolved, Settings, given_flags, resolve
+from edge.settings_fields import field_types, unknown_name
 
 ENV_PREFIX = "EDGE_LLM_SERVE_"
 DEFAULT_FILE = Path("/etc/edge-llm/config.toml")

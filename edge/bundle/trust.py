@@ -12,19 +12,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge.errors import BundleError, IntegrityError
 from edge.files import read_file
 
 from .manifest import MANIFEST_NAME, Manifest, decode_manifest, read_manifest_bytes
-from .minisign import (
-    MAX_BYTES,
-    PublicKey,
-    Signature,
-    check_signature,
-    parse_signature,
-    read_public_keys,
-)
+
+if TYPE_CHECKING:
+    from .minisign import PublicKey, Signature
 
 SIGNATURE_NAME = f"{MANIFEST_NAME}.minisig"
 KEYS_VARIABLE = "EDGE_LLM_TRUSTED_KEYS"
@@ -84,6 +80,8 @@ def check_manifest(
     Raises:
         BundleError, IntegrityError, ConfigError, DependencyError: see `open_manifest`.
     """
+    from .minisign import check_signature, parse_signature, read_public_keys
+
     keys = read_public_keys(trusted_keys)
     if signature is None:
         raise BundleError(
@@ -118,6 +116,8 @@ def read_signature_bytes(bundle: Path) -> bytes | None:
     Raises:
         BundleError: it is there and cannot be read.
     """
+    from .minisign import MAX_BYTES
+
     path = bundle / SIGNATURE_NAME
     try:
         return read_file(path, MAX_BYTES)

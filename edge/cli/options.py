@@ -16,8 +16,9 @@ from edge.bundle.library import checkpoint_bundle, find_bundle, is_checkpoint, o
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import RequestError
 from edge.files import exists
+from edge.layered_settings import read_flags
 from edge.runtime.sampling_params import KNOBS, SamplingParams
-from edge.settings_fields import field_sections, read_flags
+from edge.settings_fields import field_sections
 
 from .sections import option
 from .settings_options import complete_bundle, option_texts, settings_options

@@ -17,15 +17,14 @@ from numpy.typing import NDArray
 
 from edge.backends import Backend
 from edge.backends.choose import open_backend, serial_slots, tries_gpu, unused_gpu
-from edge.bundle import manifest as manifests
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from edge.bundle.library import find_setting
+from edge.bundle.manifest import MANIFEST_NAME, Manifest
 from edge.bundle.tasks import check_task
 from edge.bundle.trust import open_manifest
 from edge.bundle.verified_files import VerifiedFiles
 from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import BundleError, ConfigError, ContextLengthError, EdgeError, RequestError
-from edge.files import decode_text
+from edge.files import decode_text, is_file
 from edge.text.begun_answer import BegunAnswer, take_begun_answer
 from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.reasoning import (
@@ -36,6 +35,7 @@ from edge.text.reasoning import (
 )
 from edge.text.streamed_text import Detokenizer
 from edge.text.tokenizer import Tokenizer
+from edge.user_paths import expand_user
 
 from .sampling import SampledToken
 from .sampling_params import SamplingParams
@@ -150,7 +150,7 @@ class LLM:
         config: EngineConfig | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
-        self.bundle = find_setting(str(bundle), Path())
+        self.bundle = _find(bundle)
         given: object = config
         if not isinstance(given, EngineConfig | None):
             raise ConfigError(
@@ -159,7 +159,7 @@ class LLM:
             )
         config = (config or EngineConfig()).with_options(**options)
         if config.draft is not None and not config.drafts_with_head:
-            config = config.with_options(draft=find_setting(str(config.draft), Path()))
+            config = config.with_options(draft=_find(config.draft))
         self.config = config
         if config.prefix_dir is not None and not config.prefix_dir.is_dir():
             raise ConfigError(
@@ -736,7 +736,7 @@ class LLM:
             self.tokenizer, vocab_size, opened=opened, budget=budget, answer=answer
         )
 
-    def _read_draft(self, files: VerifiedFiles) -> manifests.Manifest | None:
+    def _read_draft(self, files: VerifiedFiles) -> Manifest | None:
         draft = self.config.draft
         if draft is None:
             return None
@@ -812,7 +812,17 @@ class LLM:
         return ChatTemplate(source, self.manifest.tokens)
 
 
-def _check_pooling(config: EngineConfig, manifest: manifests.Manifest) -> None:
+def _find(bundle: str | Path) -> Path:
+    """Find a bundle by its directory, or by its name; see `edge.bundle.library.find_setting`."""
+    path = expand_user(str(bundle))
+    if is_file(path / MANIFEST_NAME):
+        return path
+    from edge.bundle.library import find_setting
+
+    return find_setting(str(bundle), Path())
+
+
+def _check_pooling(config: EngineConfig, manifest: Manifest) -> None:
     """Refuse options that need an answer to be generated."""
     for option, given in (
         ("draft", config.draft is not None),

@@ -12,15 +12,12 @@ from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from edge.errors import BundleError, ContextLengthError, DependencyError, RequestError
-from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
 
 from .known_templates import is_known_template
 from .messages import normalize_messages, parse_arguments, plain_copy, refuse
 from .reasoning import cut_reasoning, prompt_opens_reasoning
-from .template_engine import Task, TaskResult, TemplateEngine, TemplateFailure
+from .template_engine import Task, TemplateEngine, TemplateFailure
 
 if TYPE_CHECKING:
     from edge.bundle.manifest import Tokens
@@ -28,50 +25,8 @@ if TYPE_CHECKING:
     from .begun_answer import BegunAnswer
     from .tokenizer import Tokenizer
 
-TEMPLATE_LIMITS = Limits(cpu_s=2.0, memory_bytes=512 << 20)
-"""What one rendering of an unknown template may cost; a body of 4 MB takes 0.1 s and 80 MB."""
 _MAX_SOURCE_CHARS = 1 << 18  # those of tool-calling models have some 15,000
 _REPAIR = "repair the source's template and export the bundle again"
-_child = LimitedChild("edge.text.template_engine:work", TEMPLATE_LIMITS)
-# What a template is tried with: turns of every role, and a call.
-_TRIAL_CALL = {
-    "id": "call00001",
-    "type": "function",
-    "function": {"name": "add", "arguments": {"a": 1}},
-}
-_TRIAL_TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "add",
-            "description": "Adds.",
-            "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
-        },
-    }
-]
-_TRIAL_MESSAGES: list[list[dict[str, Any]]] = [
-    [{"role": "user", "content": "Hello"}],
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "<think>\nso\n</think>\n\nHi"},
-        {"role": "user", "content": "1+1?"},
-    ],
-    [
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": None, "tool_calls": [_TRIAL_CALL]},
-        {"role": "tool", "content": "2", "name": "add", "tool_call_id": "call00001"},
-    ],
-]
-_TRIAL_SYSTEMS: list[dict[str, Any]] = [
-    {"role": "system", "content": "Prefer violet."},
-    {"role": "system", "content": "Prefer granite."},
-    {"role": "user", "content": "Hello"},
-    {"role": "assistant", "content": "Hi"},
-    {"role": "system", "content": "Prefer walnut."},
-    {"role": "user", "content": "1+1?"},
-]
-_TRIAL_KEY = "basalt"  # of a call's arguments; no template has it
 # Names that a caller may not set: this module's variables and functions, and those of minijinja.
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
@@ -87,8 +42,8 @@ class ChatTemplate:
     not escape HTML, loop controls and ``{% generation %}``. The template sees plain JSON data only.
 
     A template of `known_templates` is compiled and rendered here. Any other is in a child with
-    `TEMPLATE_LIMITS`, one for all templates of the process, since a few lines can ask for all
-    memory or for ever; first it is tried with some short conversations.
+    limits (`template_child`), since a few lines can ask for all memory or for ever; first it is
+    tried with some short conversations.
 
     Attributes:
         source: the Jinja text.
@@ -130,7 +85,7 @@ class ChatTemplate:
                 self._engine = TemplateEngine(source)
                 self.variables = self._engine.variables
             else:
-                self.variables = frozenset(self._ask(trials=self._trials()).variables)
+                self.variables = self._try_in_child()
         except TemplateFailure as failure:
             if failure.kind == "syntax":
                 raise BundleError(
@@ -195,41 +150,21 @@ class ChatTemplate:
 
     @cached_property
     def _writes_each_system(self) -> bool:
-        """Whether the template writes every system message, also a later one."""
-        text = self._try(_TRIAL_SYSTEMS) or ""
-        return all(m["content"] in text for m in _TRIAL_SYSTEMS if m["role"] == "system")
+        from .template_trials import writes_each_system
+
+        return writes_each_system(self._try)
 
     @cached_property
     def _wants_objects(self) -> bool:
-        """Whether the arguments of a call must be an object, and not its JSON as text.
+        from .template_trials import wants_objects
 
-        Of a text, Qwen2.5's template makes a JSON string, and Qwen3-Coder's, which writes key by
-        key, fails. R1's and Qwen3's write it as it is.
-        """
-        of_object, of_text = (
-            self._try_call(None, arguments) or self._try_call("", arguments) or ""
-            for arguments in ({_TRIAL_KEY: 1}, f'{{"{_TRIAL_KEY}": 1}}')
-        )
-        as_json, as_repr = f'"{_TRIAL_KEY}":', f"'{_TRIAL_KEY}':"
-        is_printed = as_json in of_object or as_repr in of_object
-        return _TRIAL_KEY in of_object and not (is_printed and as_json in of_text)
+        return wants_objects(self._try)
 
     @cached_property
     def _wants_content(self) -> bool:
-        """Whether the template fails with calls beside no content, and not beside an empty one.
+        from .template_trials import wants_content
 
-        The first template of Qwen3 does; R1's writes calls only where there is none.
-        """
-        arguments = {"a": 1} if self._wants_objects else '{"a": 1}'
-        works = self._try_call("", arguments) is not None
-        return works and self._try_call(None, arguments) is None
-
-    def _try_call(self, content: str | None, arguments: dict[str, Any] | str) -> str | None:
-        """Render a conversation with a call; None where the template fails."""
-        question, answer, result = _TRIAL_MESSAGES[-1]
-        call = {**_TRIAL_CALL, "function": {"name": "add", "arguments": arguments}}
-        called = {**answer, "content": content, "tool_calls": [call]}
-        return self._try([question, called, result], _TRIAL_TOOLS)
+        return wants_content(self._try, objects=self._wants_objects)
 
     def _try(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
@@ -277,7 +212,9 @@ class ChatTemplate:
     def _text(self, context: dict[str, Any]) -> str:
         if self._engine is not None:
             return self._engine.render(context)
-        return self._ask(context).text or ""
+        from .template_child import ask
+
+        return ask(Task(self.source, context)).text or ""
 
     def _context(
         self,
@@ -294,38 +231,22 @@ class ChatTemplate:
             "eos_token": self.tokens.eos_text,
         }
 
-    def _trials(self) -> list[dict[str, Any]]:
-        return [
-            self._context(messages, prompt, tools)
-            for messages in _TRIAL_MESSAGES
-            for prompt in (True, False)
-            for tools in (None, _TRIAL_TOOLS)
-        ]
-
-    def _ask(
-        self, context: dict[str, Any] | None = None, trials: list[dict[str, Any]] | None = None
-    ) -> TaskResult:
-        """Let the child compile and try the template, or render it.
+    def _try_in_child(self) -> frozenset[str]:
+        """Compile the template, render some short conversations, and return its variables.
 
         Raises:
             TemplateFailure: see `TemplateEngine`; also if it passes a limit, which is ``limit``.
         """
-        try:
-            task = msgspec.json.encode(Task(self.source, context, trials or []))
-        except UnicodeEncodeError as error:  # JSON escapes can hold half a character
-            raise TemplateFailure(
-                "failed", "the template or a token has a lone surrogate"
-            ) from error
-        try:
-            data = _child.ask(task)
-        except LimitError:
-            raise TemplateFailure("limit", f"it takes more than {TEMPLATE_LIMITS}") from None
-        except ChildError as error:
-            raise TemplateFailure("failed", f"its process failed ({error})") from error
-        answer = msgspec.json.decode(data, type=TaskResult)
-        if answer.kind is not None:
-            raise TemplateFailure(answer.kind, answer.why)
-        return answer
+        from .template_child import ask
+        from .template_trials import CONVERSATIONS, TOOLS
+
+        trials = [
+            self._context(messages, prompt, tools)
+            for messages in CONVERSATIONS
+            for prompt in (True, False)
+            for tools in (None, TOOLS)
+        ]
+        return frozenset(ask(Task(self.source, trials=trials)).variables)
 
 
 def encode_chat(

@@ -12,7 +12,7 @@ from edge.cli.sections import SectionCommand, option
 from edge.cli.settings_options import complete_bundle, settings_options
 from edge.engine_config import EngineConfig
 from edge.errors import EXIT_GATE_MISSED, ConfigError
-from edge.settings_fields import read_flags
+from edge.layered_settings import read_flags
 from edge_lab.cli.options import Finite, given_flag
 from edge_lab.cli.progress import show_progress
 from edge_serve.batch import TIMEOUT_S, WAIT_S

@@ -23,7 +23,7 @@ from edge.bundle.weights import manifest_linears
 from edge.device.nodes import find_gpu_node
 from edge.errors import ResourceError
 from edge.runtime.structured_output import CHECK_MEMORY_BYTES
-from edge.text.chat_template import TEMPLATE_LIMITS
+from edge.text.template_child import TEMPLATE_LIMITS
 from edge_serve.settings import ServerSettings
 
 _log = logging.getLogger("edge_serve")

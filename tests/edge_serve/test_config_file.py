@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from edge.cli.settings_options import attribute_texts, settings_options
 from edge.errors import ConfigError, DependencyError
-from edge.settings_fields import Resolved, Section
+from edge.layered_settings import Resolved
+from edge.settings_fields import Section
 from edge_serve.config_file import ENV_PREFIX, load_settings
 
 

@@ -25,7 +25,7 @@ from edge.bundle.manifest import MANIFEST_NAME, encode_manifest, read_manifest
 from edge.bundle.profile_layers import ProfileLayers
 from edge.bundle.verified_files import sha256_file
 from edge.limited_child import LimitedChild, Limits
-from edge.text import chat_template
+from edge.text import template_child
 from tests.conftest import Bundles
 from tests.edge_serve.scripted import Live, running
 from tests.fakes import ScriptedBackend
@@ -409,14 +409,14 @@ def test_a_template_that_never_ends_holds_up_nobody_else(
     (bundle / MANIFEST_NAME).write_bytes(
         encode_manifest(msgspec.structs.replace(manifest, files=files))
     )
-    limits = Limits(cpu_s=0.5, memory_bytes=chat_template.TEMPLATE_LIMITS.memory_bytes)
+    limits = Limits(cpu_s=0.5, memory_bytes=template_child.TEMPLATE_LIMITS.memory_bytes)
     with (
         LimitedChild("edge.text.template_engine:work", limits) as child,
         monkeypatch.context() as patch,
         running(bundle) as live,
         ThreadPoolExecutor(1) as pool,
     ):
-        patch.setattr(chat_template, "_child", child)
+        patch.setattr(template_child, "_child", child)
         trapped = pool.submit(live.chat, "go")
         waits = []
         while not trapped.done():

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from edge.bundle.manifest import Tokens
 from edge.errors import BundleError, RequestError
 from edge.limited_child import LimitedChild, Limits
-from edge.text import chat_template, known_templates
-from edge.text.chat_template import TEMPLATE_LIMITS, ChatTemplate, encode_chat
+from edge.text import known_templates, template_child
+from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.messages import normalize_messages
 from edge.text.reasoning import prompt_opens_reasoning, template_reasons
 from edge.text.template_engine import TemplateEngine
@@ -290,9 +290,9 @@ UNBOUNDED = [
 @pytest.fixture
 def hasty(monkeypatch):
     """A child of its own, with less time, as each of these tests uses it up."""
-    limits = Limits(cpu_s=0.5, memory_bytes=TEMPLATE_LIMITS.memory_bytes)
+    limits = Limits(cpu_s=0.5, memory_bytes=template_child.TEMPLATE_LIMITS.memory_bytes)
     with LimitedChild("edge.text.template_engine:work", limits) as child:
-        monkeypatch.setattr(chat_template, "_child", child)
+        monkeypatch.setattr(template_child, "_child", child)
         yield
 
 
@@ -354,7 +354,7 @@ def test_known_templates_run_in_this_process(monkeypatch):
     def refuse(task: bytes) -> bytes:
         raise AssertionError("a known template was given to the child")
 
-    monkeypatch.setattr(chat_template._child, "ask", refuse)
+    monkeypatch.setattr(template_child._child, "ask", refuse)
     known = ChatTemplate(CHAT_TEMPLATE + "\n", TOKENS)
     assert known.is_known
     assert known.variables == unknown.variables
