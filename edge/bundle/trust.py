@@ -57,10 +57,25 @@ def open_manifest(bundle: Path, trusted_keys: Path | None = None) -> Manifest:
         DependencyError: there is a policy, and cryptography is not installed.
     """
     data = read_manifest_bytes(bundle)
+    check_trusted(data, bundle, trusted_keys)
+    return decode_manifest(data, str(bundle / MANIFEST_NAME))
+
+
+def check_trusted(data: bytes, bundle: Path, trusted_keys: Path | None) -> None:
+    """Hold the bytes of a manifest that is to be opened to the machine's policy.
+
+    Args:
+        data: what is parsed after this.
+        bundle: directory that they were read from.
+        trusted_keys: see `trusted_keys_file`.
+
+    Raises:
+        BundleError, IntegrityError, ConfigError, DependencyError: see `open_manifest`.
+    """
     file = trusted_keys_file(trusted_keys)
     if file is not None:
-        check_manifest(data, read_signature_bytes(bundle), file, str(bundle))
-    return decode_manifest(data, str(bundle / MANIFEST_NAME))
+        signature = read_signature_bytes(bundle)
+        check_manifest(data, signature, file, str(bundle))
 
 
 def check_manifest(

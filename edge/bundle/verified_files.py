@@ -121,12 +121,8 @@ class VerifiedFiles:
 
     def _open(self, name: str) -> None:
         path = self._bundle / name
-        expected = self._manifest.files.get(name)
-        if expected is None:
-            raise IntegrityError(
-                f"{path} is not listed in {MANIFEST_NAME}, so nothing vouches for it; "
-                "export the bundle again"
-            )
+        check_listed(self._bundle, self._manifest, name)
+        expected = self._manifest.files[name]
         try:
             # A pipe would be waited for.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -172,6 +168,19 @@ class VerifiedFiles:
     def _cannot_read(path: Path, error: OSError) -> IntegrityError:
         return IntegrityError(
             f"{path} cannot be read ({error.strerror}); copy or export the bundle again"
+        )
+
+
+def check_listed(bundle: Path, manifest: Manifest, name: str) -> None:
+    """Refuse a file that is to be read, and that the manifest does not list.
+
+    Raises:
+        IntegrityError: nothing vouches for it.
+    """
+    if name not in manifest.files:
+        raise IntegrityError(
+            f"{bundle / name} is not listed in {MANIFEST_NAME}, so nothing vouches for it; "
+            "export the bundle again"
         )
 
 

@@ -13,6 +13,7 @@ as the two distributions overlap there, and what the target draws stays its own 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +21,18 @@ from numpy.typing import NDArray
 
 from edge.backends import Backend, Floats
 from edge.backends.choose import open_backend
-from edge.backends.step import prefill, step_after, zero_rows
+from edge.backends.step import TokenTable, prefill, step_after, zero_rows
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import Manifest
 from edge.bundle.trust import open_manifest
 from edge.bundle.verified_files import verify_files
-from edge.engine_config import EngineConfig
+from edge.engine_config import BackendName, EngineConfig
 from edge.errors import ConfigError
 from edge.text.tokenizer_difference import tokenizer_difference
 
 from .guesses import Guesses
 from .kv_cache import common_prefix
+from .open_bundle import files_to_check
 from .overflow import SlidingWindow
 from .sampling import is_sound
 from .scheduler import DraftContext, DraftWorth
@@ -265,26 +267,84 @@ class ModelDrafter:
         self._ids[own] = self._ids[best][: shared[best]]
 
 
-def read_draft(bundle: Path, target: Path, trusted_keys: Path | None) -> Manifest:
+@dataclass(frozen=True)
+class DraftBundle:
+    """A bundle that is to draft, read and checked.
+
+    Attributes:
+        path: its directory.
+        manifest: its manifest.
+        target_vocab: length of the target's rows of logits.
+    """
+
+    path: Path
+    manifest: Manifest
+    target_vocab: int
+
+    def open(self, target: Backend, embeddings: TokenTable, config: EngineConfig) -> ModelDrafter:
+        """Open it on the same kind of engine as the target, with the same slots.
+
+        Its activations may be rounded whatever ``config`` says: that decides how often it is
+        right, and nothing else. A slot has the target's capacity, or what the model's positions
+        allow; where that is less, longer texts go on without drafts.
+
+        Args:
+            target: the engine that answers.
+            embeddings: the target's token table; a model reads its own.
+            config: options with which the target was opened.
+
+        Raises:
+            ConfigError, BundleError, DependencyError, BackendError: see `open_backend`; a TensorRT
+                engine of the draft has too few slots.
+        """
+        manifest, tensorrt = self.manifest, target.name == "tensorrt"
+        onnxruntime: BackendName = "ort-cuda" if target.name == "ort-cuda" else "ort-cpu"
+        options = EngineConfig(
+            backend="tensorrt" if tensorrt else onnxruntime,
+            # An engine has the capacity that it was built with.
+            kv_capacity=None if tensorrt else min(target.capacity, manifest.rope_positions),
+            num_threads=config.num_threads,
+            prefill_chunk=config.prefill_chunk,
+            num_slots=target.num_slots,
+            # The first step of a draft takes as many tokens as a check of these.
+            speculative=CLOSE - 1,
+        )
+        backend = open_backend(self.path, manifest, options)
+        try:
+            own = EmbeddingTable(self.path / EMBEDDINGS_NAME)
+        except BaseException:
+            backend.close()
+            raise
+        return ModelDrafter(
+            backend,
+            own,
+            draft_vocab=manifest.model.vocab_size,
+            target_vocab=self.target_vocab,
+            stand_in=manifest.tokens.eos[0],
+            cut_rows=SlidingWindow(manifest.model).cut,
+        )
+
+
+def read_draft(bundle: Path, target: Path, target_vocab: int, keys: Path | None) -> DraftBundle:
     """Read the manifest of a bundle that is to draft, and check its files and tokenizer.
 
     Args:
         bundle: the bundle that drafts.
         target: the bundle that answers, whose files have been checked.
-        trusted_keys: see `EngineConfig`.
+        target_vocab: length of its rows of logits.
+        keys: ``trusted_keys`` of `EngineConfig`.
 
     Raises:
         ConfigError: the tokenizers differ.
         BundleError, IntegrityError: the bundle is missing, damaged or incomplete.
     """
-    manifest = open_manifest(bundle, trusted_keys)
+    manifest = open_manifest(bundle, keys)
     if manifest.model.task != "generate":
         raise ConfigError(
             f"the draft {bundle} is a bundle to {manifest.model.task} and guesses no tokens; take "
             "a smaller model of the same family"
         )
-    names = dict.fromkeys([*manifest.files, "tokenizer.json", EMBEDDINGS_NAME, manifest.graphs.cpu])
-    verify_files(bundle, manifest, names)
+    verify_files(bundle, manifest, files_to_check(manifest))
     difference = tokenizer_difference(target / "tokenizer.json", bundle / "tokenizer.json")
     if difference is not None:
         raise ConfigError(
@@ -292,55 +352,4 @@ def read_draft(bundle: Path, target: Path, trusted_keys: Path | None) -> Manifes
             "have the same, so take a smaller model of the same family, with the same "
             "--vocab-keep if one was given"
         )
-    return manifest
-
-
-def open_drafter(
-    bundle: Path,
-    manifest: Manifest,
-    *,
-    target: Backend,
-    target_vocab: int,
-    config: EngineConfig,
-) -> ModelDrafter:
-    """Open a bundle on the same kind of engine as the target, with the same slots.
-
-    Its activations may be rounded whatever ``config`` says: that decides how often it is right, and
-    nothing else. A slot has the target's capacity, or what the model's positions allow; where that
-    is less, longer texts go on without drafts.
-
-    Args:
-        bundle: directory of the bundle.
-        manifest: what `read_draft` returned.
-        target: the engine that answers.
-        target_vocab: length of its rows of logits.
-        config: options with which the target was opened.
-
-    Raises:
-        ConfigError, BundleError, DependencyError, BackendError: see `open_backend`; a TensorRT
-            engine of the draft has too few slots.
-    """
-    tensorrt = target.name == "tensorrt"
-    options = EngineConfig(
-        backend="tensorrt" if tensorrt else "ort-cuda" if target.name == "ort-cuda" else "ort-cpu",
-        # An engine has the capacity that it was built with.
-        kv_capacity=None if tensorrt else min(target.capacity, manifest.rope_positions),
-        num_threads=config.num_threads,
-        prefill_chunk=config.prefill_chunk,
-        num_slots=target.num_slots,
-        speculative=CLOSE - 1,  # the first step of a draft takes as many tokens as a check of these
-    )
-    backend = open_backend(bundle, manifest, options)
-    try:
-        embeddings = EmbeddingTable(bundle / EMBEDDINGS_NAME)
-    except BaseException:
-        backend.close()
-        raise
-    return ModelDrafter(
-        backend,
-        embeddings,
-        draft_vocab=manifest.model.vocab_size,
-        target_vocab=target_vocab,
-        stand_in=manifest.tokens.eos[0],
-        cut_rows=SlidingWindow(manifest.model).cut,
-    )
+    return DraftBundle(bundle, manifest, target_vocab)

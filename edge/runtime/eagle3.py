@@ -322,21 +322,46 @@ class Head:
     """A bundle's head, read and checked.
 
     Attributes:
+        bundle: directory of the bundle.
         manifest: of the head, see `manifest.head_manifest`.
         target_vocab: length of the target's rows of logits.
         vocabulary: see `Eagle3Drafter`.
     """
 
+    bundle: Path
     manifest: HeadManifest
     target_vocab: int
     vocabulary: NDArray[np.int64] | None
+
+    def open(self, target: Backend, embeddings: TokenTable, config: EngineConfig) -> Eagle3Drafter:
+        """Open it on the same kind of engine as the target, with the same slots.
+
+        Args:
+            target: the engine that answers, opened with hidden states.
+            embeddings: the target's token table.
+            config: options with which the target was opened.
+
+        Raises:
+            ConfigError, BundleError, DependencyError, BackendError: see `open_backend`.
+        """
+        options = EngineConfig(
+            backend="ort-cuda" if target.name == "ort-cuda" else "ort-cpu",
+            kv_capacity=target.capacity,
+            num_threads=config.num_threads,
+            prefill_chunk=config.prefill_chunk,
+            num_slots=target.num_slots,
+        )
+        backend = open_backend(self.bundle, self.manifest, options)
+        return Eagle3Drafter(
+            backend, embeddings, target_vocab=self.target_vocab, vocabulary=self.vocabulary
+        )
 
 
 def read_head(bundle: Path, manifest: Manifest, files: VerifiedFiles) -> Head:
     """Read what is to be known of a bundle's head.
 
     Args:
-        bundle: directory of the bundle, for messages.
+        bundle: directory of the bundle.
         manifest: of the bundle.
         files: its files, the head's among them.
 
@@ -354,7 +379,7 @@ def read_head(bundle: Path, manifest: Manifest, files: VerifiedFiles) -> Head:
     if head.vocabulary is not None:
         where = str(bundle / head.vocabulary)
         vocabulary = read_ids(files.read(head.vocabulary), head.model.vocab_size, total, where)
-    return Head(own, total, vocabulary)
+    return Head(bundle, own, total, vocabulary)
 
 
 def read_ids(data: bytes, count: int, total: int, where: str) -> NDArray[np.int64]:
@@ -375,31 +400,3 @@ def read_ids(data: bytes, count: int, total: int, where: str) -> NDArray[np.int6
             "the bundle again"
         )
     return ids
-
-
-def open_head(
-    bundle: Path, head: Head, embeddings: TokenTable, *, target: Backend, config: EngineConfig
-) -> Eagle3Drafter:
-    """Open the head of a bundle on the same kind of engine as the target, with the same slots.
-
-    Args:
-        bundle: directory of the bundle.
-        head: what `read_head` returned.
-        embeddings: the target's token table.
-        target: the engine that answers, opened with hidden states.
-        config: options with which the target was opened.
-
-    Raises:
-        ConfigError, BundleError, DependencyError, BackendError: see `open_backend`.
-    """
-    options = EngineConfig(
-        backend="ort-cuda" if target.name == "ort-cuda" else "ort-cpu",
-        kv_capacity=target.capacity,
-        num_threads=config.num_threads,
-        prefill_chunk=config.prefill_chunk,
-        num_slots=target.num_slots,
-    )
-    backend = open_backend(bundle, head.manifest, options)
-    return Eagle3Drafter(
-        backend, embeddings, target_vocab=head.target_vocab, vocabulary=head.vocabulary
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import cached_property
 from numbers import Integral
@@ -18,25 +19,22 @@ from numpy.typing import NDArray
 from edge.backends import Backend
 from edge.backends.choose import open_backend, serial_slots, tries_gpu, unused_gpu
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from edge.bundle.manifest import MANIFEST_NAME, Manifest
+from edge.bundle.manifest import MANIFEST_NAME, Manifest, decode_manifest, read_manifest_bytes
 from edge.bundle.tasks import check_task
-from edge.bundle.trust import open_manifest
-from edge.bundle.verified_files import VerifiedFiles
+from edge.bundle.trust import check_trusted
+from edge.bundle.verified_files import VerifiedFiles, check_listed
 from edge.engine_config import EngineConfig, EngineOptions
-from edge.errors import BundleError, ConfigError, ContextLengthError, EdgeError, RequestError
-from edge.files import decode_text, is_file
+from edge.errors import ConfigError, ContextLengthError, EdgeError, RequestError
 from edge.text.begun_answer import BegunAnswer, take_begun_answer
-from edge.text.chat_template import ChatTemplate, encode_chat
+from edge.text.chat_template import encode_chat
 from edge.text.reasoning import (
     THINK_END,
     ReasoningSplitter,
     prompt_opens_reasoning,
-    template_reasons,
 )
 from edge.text.streamed_text import Detokenizer
-from edge.text.tokenizer import Tokenizer
-from edge.user_paths import expand_user
 
+from .open_bundle import find_bundle, open_bundle
 from .sampling import SampledToken
 from .sampling_params import SamplingParams
 from .scheduler import Constraint, Drafter, Overflow, PrefixSource, PutAway, Request, Scheduler
@@ -52,8 +50,8 @@ from .stream import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .draft_model import ModelDrafter
-    from .eagle3 import Eagle3Drafter, Head
+    from .draft_model import DraftBundle
+    from .eagle3 import Head
     from .structured_output import GrammarCompiler, OutputFormat
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -150,85 +148,61 @@ class LLM:
         config: EngineConfig | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
-        self.bundle = _find(bundle)
-        given: object = config
-        if not isinstance(given, EngineConfig | None):
-            raise ConfigError(
-                f"config must be an EngineConfig, not {type(given).__name__}; options go by name, "
-                "as in LLM(bundle, kv_capacity=4096)"
-            )
-        config = (config or EngineConfig()).with_options(**options)
-        if config.draft is not None and not config.drafts_with_head:
-            config = config.with_options(draft=_find(config.draft))
-        self.config = config
-        if config.prefix_dir is not None and not config.prefix_dir.is_dir():
-            raise ConfigError(
-                f"prefix_dir {config.prefix_dir} is no directory; edge-llm cache build makes it"
-            )
-        self.manifest = open_manifest(self.bundle, config.trusted_keys)
+        self.bundle = find_bundle(bundle)
+        self.config = config = _settled(config, options)
+        data = read_manifest_bytes(self.bundle)
+        check_trusted(data, self.bundle, config.trusted_keys)  # before anything parses it
+        self.manifest = decode_manifest(data, str(self.bundle / MANIFEST_NAME))
         self.pools = self.manifest.model.task != "generate"
         if self.pools:
             _check_pooling(config, self.manifest)
-        # Every file that is listed, and every file that is read: an unlisted one is refused.
-        graphs = self.manifest.graphs
-        read = ["tokenizer.json", EMBEDDINGS_NAME, graphs.cpu]
         if config.backend != "ort-cpu":
-            read.append(graphs.decoder)
-        names = dict.fromkeys([*self.manifest.files, *read])
-        # Nothing parses numbers: they are hashed while the CPU's engine reads them.
-        numbers = [name for name in names if name == EMBEDDINGS_NAME or name.endswith(".data")]
-        with VerifiedFiles(self.bundle, self.manifest, names, later=numbers) as files:
-            self._open(files, config)
+            check_listed(self.bundle, self.manifest, self.manifest.graphs.decoder)
+        with open_bundle(self.bundle, self.manifest) as opened:
+            self.tokenizer, self.template = opened.tokenizer, opened.template
+            self.reasons = opened.reasons
+            self._open(opened.files, config)
 
     def _open(self, files: VerifiedFiles, config: EngineConfig) -> None:
-        self.tokenizer = Tokenizer(
-            files.read("tokenizer.json"),
-            self.manifest.tokens,
-            str(self.bundle / "tokenizer.json"),
-        )
-        self.template = self._read_template(files)
-        self.reasons = self.template is not None and template_reasons(
-            self.template.source, self.tokenizer.control_tokens
-        )
-        self._head: Head | None = None
-        self.draft_manifest = self._read_draft(files)
+        draft = self._read_draft(files, config)
+        self.draft_manifest = None if draft is None else draft.manifest
         if tries_gpu(self.bundle, config):
             files.finish()
-        try:
-            self.backend: Backend = open_backend(
-                self.bundle, self.manifest, config, self.draft_manifest
-            )
-        except EdgeError:
-            files.finish()  # damage explains it
-            raise
-        try:
+        with ExitStack() as engines:
+            try:
+                self.backend: Backend = open_backend(
+                    self.bundle, self.manifest, config, self.draft_manifest
+                )
+            except EdgeError:
+                files.finish()  # damage explains it
+                raise
+            engines.callback(self.backend.close)
             # Graph and weights are opened by their paths, once more.
             files.check_unchanged()
             self.embeddings = EmbeddingTable(
                 self.bundle / EMBEDDINGS_NAME, files.descriptor(EMBEDDINGS_NAME)
             )
-        except BaseException:
-            self.backend.close()
-            raise
-        self.warning = unused_gpu(self.backend.name, config)
-        if (serial := serial_slots(self.backend, config)) is not None:
-            _log.warning("%s", serial)
-            self.warning = serial
-        self._draft_model: ModelDrafter | Eagle3Drafter | None = None
-        try:
+            engines.callback(self.embeddings.close)
+            self._draft_model = (
+                None if draft is None else draft.open(self.backend, self.embeddings, config)
+            )
+            if self._draft_model is not None:
+                engines.callback(self._draft_model.close)
             self.scheduler = Scheduler(
                 self.backend,
                 self.embeddings,
                 self.manifest.model.vocab_size,
                 config,
-                overflow=self._sliding_window() if config.overflow == "slide" else None,
-                drafter=self._drafter(),
+                overflow=self._overflow(config.overflow),
+                drafter=self._draft_model or _ngrams(config.speculative),
                 prefix_store=self._stored_prefixes(config.prefix_dir),
                 pools=self.pools,
             )
-        except BaseException:
-            self._close_engines()
-            raise
+            self._engines = engines.pop_all()
+        self.warning = unused_gpu(self.backend.name, config)
+        if (serial := serial_slots(self.backend, config)) is not None:
+            _log.warning("%s", serial)
+            self.warning = serial
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
@@ -668,7 +642,7 @@ class LLM:
     def close(self) -> None:
         """Cancel what runs, free the engine and close the files; calling it twice is harmless."""
         self.scheduler.close()
-        self._close_engines()
+        self._engines.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -680,12 +654,6 @@ class LLM:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _close_engines(self) -> None:
-        if self._draft_model is not None:
-            self._draft_model.close()
-        self.backend.close()
-        self.embeddings.close()
 
     def _stream(
         self, prompt: Prompt, params: Params, options: AnswerOptions
@@ -736,46 +704,21 @@ class LLM:
             self.tokenizer, vocab_size, opened=opened, budget=budget, answer=answer
         )
 
-    def _read_draft(self, files: VerifiedFiles) -> Manifest | None:
-        draft = self.config.draft
-        if draft is None:
+    def _read_draft(self, files: VerifiedFiles, config: EngineConfig) -> DraftBundle | Head | None:
+        if config.draft is None:
             return None
-        if not self.config.drafts_with_head:
-            from .draft_model import read_draft
+        if config.drafts_with_head:
+            from .eagle3 import read_head
 
-            return read_draft(draft, self.bundle, self.config.trusted_keys)
-        from .eagle3 import read_head
+            return read_head(self.bundle, self.manifest, files)
+        from .draft_model import read_draft
 
-        self._head = read_head(self.bundle, self.manifest, files)
-        return self._head.manifest
+        vocab_size = self.manifest.model.vocab_size
+        return read_draft(config.draft, self.bundle, vocab_size, config.trusted_keys)
 
-    def _drafter(self) -> Drafter | None:
-        config = self.config
-        if self._head is not None:
-            from .eagle3 import open_head
-
-            self._draft_model = open_head(
-                self.bundle, self._head, self.embeddings, target=self.backend, config=config
-            )
-            return self._draft_model
-        if config.draft is not None and self.draft_manifest is not None:
-            from .draft_model import open_drafter
-
-            self._draft_model = open_drafter(
-                config.draft,
-                self.draft_manifest,
-                target=self.backend,
-                target_vocab=self.manifest.model.vocab_size,
-                config=config,
-            )
-            return self._draft_model
-        if not config.speculative:
+    def _overflow(self, kind: Literal["stop", "slide"]) -> Overflow | None:
+        if kind == "stop":
             return None
-        from .drafts import NgramDrafter
-
-        return NgramDrafter()
-
-    def _sliding_window(self) -> Overflow:
         from .overflow import SlidingWindow
 
         return SlidingWindow(self.manifest.model)
@@ -801,25 +744,31 @@ class LLM:
         eos = () if params.ignore_eos else self.manifest.tokens.eos
         return frozenset((*params.stop_token_ids, *eos))
 
-    def _read_template(self, files: VerifiedFiles) -> ChatTemplate | None:
-        name = "chat_template.jinja"
-        if name not in self.manifest.files:
-            return None
-        try:
-            source = decode_text(files.read(name))
-        except UnicodeDecodeError as error:
-            raise BundleError(f"{self.bundle / name} is not UTF-8; export again") from error
-        return ChatTemplate(source, self.manifest.tokens)
+
+def _settled(config: EngineConfig | None, options: EngineOptions) -> EngineConfig:
+    """Make one configuration of both, whose draft is a directory."""
+    given: object = config
+    if not isinstance(given, EngineConfig | None):
+        raise ConfigError(
+            f"config must be an EngineConfig, not {type(given).__name__}; options go by name, "
+            "as in LLM(bundle, kv_capacity=4096)"
+        )
+    config = (config or EngineConfig()).with_options(**options)
+    if config.draft is not None and not config.drafts_with_head:
+        config = config.with_options(draft=find_bundle(config.draft))
+    if config.prefix_dir is not None and not config.prefix_dir.is_dir():
+        raise ConfigError(
+            f"prefix_dir {config.prefix_dir} is no directory; edge-llm cache build makes it"
+        )
+    return config
 
 
-def _find(bundle: str | Path) -> Path:
-    """Find a bundle by its directory, or by its name; see `edge.bundle.library.find_setting`."""
-    path = expand_user(str(bundle))
-    if is_file(path / MANIFEST_NAME):
-        return path
-    from edge.bundle.library import find_setting
+def _ngrams(speculative: int | None) -> Drafter | None:
+    if not speculative:
+        return None
+    from .drafts import NgramDrafter
 
-    return find_setting(str(bundle), Path())
+    return NgramDrafter()
 
 
 def _check_pooling(config: EngineConfig, manifest: Manifest) -> None:

@@ -7,7 +7,8 @@ text, whoever sent them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from edge.bundle.manifest import Tokens
 
     from .begun_answer import BegunAnswer
+    from .template_trials import Tried
     from .tokenizer import Tokenizer
 
 _MAX_SOURCE_CHARS = 1 << 18  # those of tool-calling models have some 15,000
@@ -87,14 +89,10 @@ class ChatTemplate:
             else:
                 self.variables = self._try_in_child()
         except TemplateFailure as failure:
+            what, place = "the chat template cannot be used", ", with a conversation of a few words"
             if failure.kind == "syntax":
-                raise BundleError(
-                    f"the chat template does not compile: {failure.why}; {_REPAIR}"
-                ) from failure
-            raise BundleError(
-                f"the chat template cannot be used: {failure.why}, with a conversation of a few "
-                f"words; {_REPAIR}"
-            ) from failure
+                what, place = "the chat template does not compile", ""
+            raise BundleError(f"{what}: {failure.why}{place}; {_REPAIR}") from failure
 
     def render(
         self,
@@ -137,34 +135,22 @@ class ChatTemplate:
             if "tool_calls" in message and "tool_calls" not in self.source:
                 refuse(index, "tool_calls", "this model's chat template has no place for them")
             for call in message.get("tool_calls", []):
-                if self._wants_objects:
+                if self._tried.wants_objects:
                     parse_arguments(index, call.get("function"))
-            if message["content"] is None and self._wants_content:
+            if message["content"] is None and self._tried.wants_content:
                 message["content"] = ""
         systems = [message for message in plain_messages if message["role"] == "system"]
-        if systems in ([], plain_messages[:1]) or self._writes_each_system:
+        if systems in ([], plain_messages[:1]) or self._tried.writes_each_system:
             return plain_messages
         text = "\n\n".join(message["content"] for message in systems if message["content"])
         others = [message for message in plain_messages if message["role"] != "system"]
         return [{**systems[0], "content": text}, *others]
 
     @cached_property
-    def _writes_each_system(self) -> bool:
-        from .template_trials import writes_each_system
+    def _tried(self) -> Tried:
+        from .template_trials import Tried
 
-        return writes_each_system(self._try)
-
-    @cached_property
-    def _wants_objects(self) -> bool:
-        from .template_trials import wants_objects
-
-        return wants_objects(self._try)
-
-    @cached_property
-    def _wants_content(self) -> bool:
-        from .template_trials import wants_content
-
-        return wants_content(self._try, objects=self._wants_objects)
+        return Tried(self._try)
 
     def _try(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
@@ -196,18 +182,13 @@ class ChatTemplate:
         try:
             return self._text(context)
         except TemplateFailure as failure:
+            what, why = "the chat template cannot render these messages", failure.why
             if failure.kind == "refused":
-                raise RequestError(
-                    f"the chat template refuses these messages: {failure.why}"
-                ) from failure
-            if failure.kind in ("fuel", "limit"):
-                raise RequestError(
-                    f"the chat template cannot render these messages: {failure.why}; shorten the "
-                    f"messages ({len(messages)} now), or repair the template if it loops"
-                ) from failure
-            raise RequestError(
-                f"the chat template cannot render these messages: {failure.why}"
-            ) from failure
+                what = "the chat template refuses these messages"
+            elif failure.kind in ("fuel", "limit"):
+                why += f"; shorten the messages ({len(messages)} now), or repair the template if it"
+                why += " loops"
+            raise RequestError(f"{what}: {why}") from failure
 
     def _text(self, context: dict[str, Any]) -> str:
         if self._engine is not None:
@@ -332,7 +313,7 @@ class _Shield:
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, data: Any) -> None:
         self._tokenizer = tokenizer
-        used = set(template.source).union(*_strings(data))
+        used = {*template.source, *json.dumps(data, ensure_ascii=False)}
         spare = (char for char in map(chr, range(0x10FFFF, 0xDFFF, -1)) if char not in used)
         firsts = sorted({text[0] for text in tokenizer.control_tokens})
         try:
@@ -362,15 +343,3 @@ class _Shield:
     def uncover(self, text: str) -> str:
         """Swap the characters back."""
         return text.translate(self._uncover)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _strings(item)

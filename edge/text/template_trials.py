@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 Messages = list[dict[str, Any]]
@@ -10,21 +11,10 @@ Try = Callable[[Messages, list[dict[str, Any]] | None], str | None]
 """Renders messages and tools with the opening of an answer; None where the template fails."""
 
 # Turns of every role, and a call.
-_CALL = {
-    "id": "call00001",
-    "type": "function",
-    "function": {"name": "add", "arguments": {"a": 1}},
-}
-TOOLS: list[dict[str, Any]] = [
-    {
-        "type": "function",
-        "function": {
-            "name": "add",
-            "description": "Adds.",
-            "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
-        },
-    }
-]
+_CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+_PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
+_ADD = {"name": "add", "description": "Adds.", "parameters": _PARAMETERS}
+TOOLS: list[dict[str, Any]] = [{"type": "function", "function": _ADD}]
 CONVERSATIONS: list[Messages] = [
     [{"role": "user", "content": "Hello"}],
     [
@@ -50,42 +40,50 @@ _SYSTEMS: Messages = [
 _KEY = "basalt"  # of a call's arguments; no template has it
 
 
-def writes_each_system(render: Try) -> bool:
-    """Whether a template writes every system message, also a later one."""
-    text = render(_SYSTEMS, None) or ""
-    return all(m["content"] in text for m in _SYSTEMS if m["role"] == "system")
-
-
-def wants_objects(render: Try) -> bool:
-    """Whether the arguments of a call must be an object, and not its JSON as text.
-
-    Of a text, Qwen2.5's template makes a JSON string, and Qwen3-Coder's, which writes key by
-    key, fails. R1's and Qwen3's write it as it is.
-    """
-    of_object, of_text = (
-        _try_call(render, None, arguments) or _try_call(render, "", arguments) or ""
-        for arguments in ({_KEY: 1}, f'{{"{_KEY}": 1}}')
-    )
-    as_json, as_repr = f'"{_KEY}":', f"'{_KEY}':"
-    is_printed = as_json in of_object or as_repr in of_object
-    return _KEY in of_object and not (is_printed and as_json in of_text)
-
-
-def wants_content(render: Try, *, objects: bool) -> bool:
-    """Whether a template fails with calls beside no content, and not beside an empty one.
-
-    The first template of Qwen3 does; R1's writes calls only where there is none.
+class Tried:
+    """What is found out about a template by trying it, once it matters.
 
     Args:
         render: tries the template.
-        objects: what `wants_objects` said.
     """
-    arguments = {"a": 1} if objects else '{"a": 1}'
-    works = _try_call(render, "", arguments) is not None
-    return works and _try_call(render, None, arguments) is None
 
+    def __init__(self, render: Try) -> None:
+        self._render = render
 
-def _try_call(render: Try, content: str | None, arguments: dict[str, Any] | str) -> str | None:
-    question, answer, result = CONVERSATIONS[-1]
-    call = {**_CALL, "function": {"name": "add", "arguments": arguments}}
-    return render([question, {**answer, "content": content, "tool_calls": [call]}, result], TOOLS)
+    @cached_property
+    def writes_each_system(self) -> bool:
+        """Whether it writes every system message, also a later one."""
+        text = self._render(_SYSTEMS, None) or ""
+        return all(m["content"] in text for m in _SYSTEMS if m["role"] == "system")
+
+    @cached_property
+    def wants_objects(self) -> bool:
+        """Whether the arguments of a call must be an object, and not its JSON as text.
+
+        Of a text, Qwen2.5's template makes a JSON string, and Qwen3-Coder's, which writes key by
+        key, fails. R1's and Qwen3's write it as it is.
+        """
+        of_object, of_text = (
+            self._call(None, arguments) or self._call("", arguments) or ""
+            for arguments in ({_KEY: 1}, f'{{"{_KEY}": 1}}')
+        )
+        as_json, as_repr = f'"{_KEY}":', f"'{_KEY}':"
+        is_printed = as_json in of_object or as_repr in of_object
+        return _KEY in of_object and not (is_printed and as_json in of_text)
+
+    @cached_property
+    def wants_content(self) -> bool:
+        """Whether it fails with calls beside no content, and not beside an empty one.
+
+        The first template of Qwen3 does; R1's writes calls only where there is none.
+        """
+        arguments = {"a": 1} if self.wants_objects else '{"a": 1}'
+        works = self._call("", arguments) is not None
+        return works and self._call(None, arguments) is None
+
+    def _call(self, content: str | None, arguments: dict[str, Any] | str) -> str | None:
+        """Render a conversation with a call; None where the template fails."""
+        question, answer, result = CONVERSATIONS[-1]
+        call = {**_CALL, "function": {"name": "add", "arguments": arguments}}
+        called = {**answer, "content": content, "tool_calls": [call]}
+        return self._render([question, called, result], TOOLS)

@@ -18,6 +18,7 @@ from edge.backends.ort import session as ort_session
 from edge.bundle.manifest import encode_manifest, read_manifest
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, IntegrityError, RequestError, ResourceError
+from edge.runtime import open_bundle
 from tests.conftest import Bundles
 from tests.fakes import num_open_files
 
@@ -98,7 +99,7 @@ def test_a_damaged_file_is_named_before_anything_is_parsed(
     monkeypatch.setattr(edge.runtime.llm, "EmbeddingTable", None)
     if name not in NUMBERS:
         for parser in ("Tokenizer", "ChatTemplate"):
-            monkeypatch.setattr(edge.runtime.llm, parser, None)
+            monkeypatch.setattr(open_bundle, parser, None)
         monkeypatch.setattr(ort_session, "OnnxFile", None)
     path = copy / name
     data = bytearray(path.read_bytes())
