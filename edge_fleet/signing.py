@@ -15,19 +15,16 @@ from edge.bundle.manifest import (
     read_manifest,
     read_manifest_bytes,
 )
-from edge.bundle.minisign import Signature
 from edge.bundle.release import RELEASE, Release
 from edge.bundle.trust import SIGNATURE_NAME
 from edge.errors import ConfigError
 from edge_lab.engine_record import verify_plan
 from edge_lab.place import update_manifest
-from edge_lab.signing import SecretKey, write_signature
+from edge_lab.signing import Signer, write_signature
 from edge_lab.target import locked, resolve_target
 
 
-def sign_bundle(
-    bundle: Path, key: SecretKey, comment: str, release: Release | None = None
-) -> Signature:
+def sign_bundle(bundle: Path, key: Signer, comment: str, release: Release | None = None) -> None:
     """Sign a bundle's manifest; a signature that was there is replaced.
 
     Args:
@@ -40,7 +37,7 @@ def sign_bundle(
         BundleError, IntegrityError: the manifest is missing, damaged or of another version.
         ConfigError: an export is writing the bundle, the comment is no line, or the signature
             cannot be written.
-        DependencyError: cryptography is not installed.
+        DependencyError: minisign is not installed.
     """
     target = resolve_target(bundle)
     written = None
@@ -54,10 +51,10 @@ def sign_bundle(
         data = read_manifest_bytes(target)
         if written not in (None, decode_manifest(data, str(target / MANIFEST_NAME))):
             raise ConfigError(f"{target} was changed while it was signed; sign it again")
-        return write_signature(target / SIGNATURE_NAME, key.sign(data, comment))
+        write_signature(target / SIGNATURE_NAME, key.sign(data, comment))
 
 
-def sign_engine(directory: Path, key: SecretKey, comment: str) -> Signature:
+def sign_engine(directory: Path, key: Signer, comment: str) -> None:
     """Sign an engine, so that machines that trust the key run it without having built it.
 
     What is signed is its ``engine.json``, which has the hash of the plan; the plan is held to it
@@ -71,8 +68,8 @@ def sign_engine(directory: Path, key: SecretKey, comment: str) -> Signature:
     Raises:
         BundleError, IntegrityError: the engine is missing or damaged.
         ConfigError: the comment is no line, or the signature cannot be written.
-        DependencyError: cryptography is not installed.
+        DependencyError: minisign is not installed.
     """
     data = read_engine_bytes(directory)
     verify_plan(directory, decode_engine_info(directory, data))
-    return write_signature(directory / ENGINE_SIGNATURE, key.sign(data, comment))
+    write_signature(directory / ENGINE_SIGNATURE, key.sign(data, comment))

@@ -56,7 +56,6 @@ from edge_lab.measure.watch import read_baseline, read_golden
 from edge_lab.measure.watch_server import read_state, read_stats_file
 from edge_lab.planner.calibration import BENCH_SCHEMA, read_runs
 from edge_lab.planner.models import read_config
-from edge_lab.signing import SecretKey, encode_signature, read_secret_key
 from edge_serve.config_file import load_settings
 from edge_serve.settings import ServerSettings
 from edge_serve.stored.record import head_of
@@ -71,6 +70,7 @@ from export.sources.lora_config import read_lora_config
 from export.sources.safetensors_file import SafetensorsFile
 from export.sources.vocabulary import read_keep_list
 from tests.edge_serve.stored.records import make_record
+from tests.keys import encode_public_key, encode_signature
 from tests.manifests import make_manifest
 from tests.tiny_models import CHAT_TEMPLATE
 
@@ -386,10 +386,8 @@ def _keys(path: Path) -> None:
     read_key_file(path)
 
 
-_PUBLIC_KEY = PublicKey(b"12345678", bytes(range(32)), "a").encode().encode()
+_PUBLIC_KEY = encode_public_key(PublicKey(b"12345678", bytes(range(32)), "a")).encode()
 _SIGNATURE = encode_signature(Signature(b"12345678", True, bytes(64), "a", bytes(64)))
-_ZERO_SEED = bytes.fromhex("3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29")
-_SECRET_KEY = SecretKey(b"12345678", bytes(32), _ZERO_SEED).encode().encode()
 _LAYER = artifacts.Layer(
     artifacts.MANIFEST_LAYER, f"sha256:{'0' * 64}", 2, {artifacts.TITLE: MANIFEST_NAME}
 )
@@ -525,7 +523,6 @@ READERS = {
     "bench": Reader("bench.json", json.dumps(_BENCH).encode(), read_runs),
     "trusted_keys": Reader("trusted-keys", b"names: acme/*\n" + _PUBLIC_KEY, read_public_keys),
     "signature": Reader("manifest.json.minisig", _SIGNATURE, _signature),
-    "secret_key": Reader("a.key", _SECRET_KEY, lambda path: read_secret_key(path, lambda: "")),
     "artifact": Reader(
         "origin.json",
         encode_artifact(_ARTIFACT),

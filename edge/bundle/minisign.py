@@ -1,7 +1,7 @@
 """Checks signatures in minisign's format: Ed25519 over a file's BLAKE2b-512.
 
 The format is that of https://jedisct1.github.io/minisign/, so Debian's ``minisign`` signs what is
-checked here. The arithmetic is that of `cryptography` and `hashlib`. `edge_lab.signing` signs.
+checked here; `edge_lab.signing` runs it. The arithmetic is that of `cryptography` and `hashlib`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from edge.errors import ConfigError, DependencyError, IntegrityError, install_command
 from edge.files import read_guarded_file
 
 MAX_BYTES = 1 << 16
 """Longest file of keys, and longest signature."""
-COMMENT = "untrusted comment: "
-TRUSTED = "trusted comment: "
+_COMMENT = "untrusted comment: "
+_TRUSTED = "trusted comment: "
 MAX_COMMENT = 1024  # minisign reads no longer one
 _PUBLIC = struct.Struct("<2s8s32s")
-SIGNATURE = struct.Struct("<2s8s64s")
-PLAIN, PREHASHED = b"Ed", b"ED"
+_SIGNATURE = struct.Struct("<2s8s64s")
+_PLAIN, _PREHASHED = b"Ed", b"ED"
 _NAMES = "names:"
 _PATTERN = re.compile(r"[a-z0-9*?][a-z0-9*?._-]*(/[a-z0-9*?][a-z0-9*?._-]*)*")
 _FIELD = 2**255 - 19
@@ -60,15 +59,6 @@ class PublicKey:
     def name(self) -> str:
         """The id as minisign prints it."""
         return key_name(self.id)
-
-    def encode(self) -> str:
-        """Write the key as minisign does: a comment and a line of base64."""
-        return f"{COMMENT}{self.comment}\n{self.line}\n"
-
-    @property
-    def line(self) -> str:
-        """The line of base64."""
-        return encode(_PUBLIC.pack(PLAIN, self.id, self.key))
 
     def covers(self, name: str) -> bool:
         """Whether the key vouches for a name; ``*`` and ``?`` of a pattern match no slash."""
@@ -126,20 +116,20 @@ def parse_signature(data: bytes, where: str) -> Signature:
     try:
         lines = data.decode("utf-8").rstrip("\n").split("\n")
         first, line, trusted, last = (line.removesuffix("\r") for line in lines)
-        if not first.startswith(COMMENT) or not trusted.startswith(TRUSTED):
+        if not first.startswith(_COMMENT) or not trusted.startswith(_TRUSTED):
             raise ValueError("the comments are missing")
-        algorithm, key_id, signature = SIGNATURE.unpack(decode(line))
-        if algorithm not in (PLAIN, PREHASHED):
+        algorithm, key_id, signature = _SIGNATURE.unpack(_decode(line))
+        if algorithm not in (_PLAIN, _PREHASHED):
             raise ValueError(f"the algorithm {algorithm!r} is unknown")
-        own = decode(last)
+        own = _decode(last)
         if len(own) != 64:
             raise ValueError("the comment's signature has not 64 bytes")
     except (ValueError, struct.error) as error:
         raise IntegrityError(
             f"{where} is no signature of minisign ({error}); sign again with: edge-llm bundle sign"
         ) from error
-    comment = trusted.removeprefix(TRUSTED)
-    return Signature(key_id, algorithm == PREHASHED, signature, comment, own)
+    comment = trusted.removeprefix(_TRUSTED)
+    return Signature(key_id, algorithm == _PREHASHED, signature, comment, own)
 
 
 def parse_public_keys(text: str, where: str) -> list[PublicKey]:
@@ -156,8 +146,8 @@ def parse_public_keys(text: str, where: str) -> list[PublicKey]:
     comment, names = "", None
     for number, raw in enumerate(text.splitlines(), 1):
         line, place = raw.strip(), f"line {number} of {where}"
-        if line.startswith(COMMENT.strip()):
-            comment = line.removeprefix(COMMENT.strip()).strip()[:MAX_COMMENT]
+        if line.startswith(_COMMENT.strip()):
+            comment = line.removeprefix(_COMMENT.strip()).strip()[:MAX_COMMENT]
             continue
         if not line or line.startswith("#"):
             continue
@@ -170,8 +160,8 @@ def parse_public_keys(text: str, where: str) -> list[PublicKey]:
             names = tuple(line.split()[1:])
             continue
         try:
-            algorithm, key_id, key = _PUBLIC.unpack(decode(line))
-            if algorithm != PLAIN:
+            algorithm, key_id, key = _PUBLIC.unpack(_decode(line))
+            if algorithm != _PLAIN:
                 raise ValueError(f"the algorithm {algorithm!r} is unknown")
         except (ValueError, struct.error) as error:
             raise ConfigError(
@@ -214,12 +204,17 @@ def key_name(key_id: bytes) -> str:
 
 
 def _check(data: bytes, signature: Signature, key: PublicKey) -> None:
-    curve = ed25519()
-    from cryptography.exceptions import InvalidSignature
-
     try:
-        public = curve.Ed25519PublicKey.from_public_bytes(key.key)
-        public.verify(signature.signature, digest_of(data) if signature.prehashed else data)
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    except ImportError as error:
+        raise DependencyError(
+            f"signatures need cryptography; run: {install_command('registry')}"
+        ) from error
+    try:
+        public = Ed25519PublicKey.from_public_bytes(key.key)
+        signed = hashlib.blake2b(data).digest() if signature.prehashed else data
+        public.verify(signature.signature, signed)
         public.verify(signature.comment_signature, signature.signature + signature.comment.encode())
     except (InvalidSignature, ValueError) as error:
         raise IntegrityError(
@@ -227,40 +222,7 @@ def _check(data: bytes, signature: Signature, key: PublicKey) -> None:
         ) from error
 
 
-def ed25519() -> Any:
-    """Load the module of the curve.
-
-    Raises:
-        DependencyError: cryptography is not installed.
-    """
-    try:
-        from cryptography.hazmat.primitives.asymmetric import ed25519
-    except ImportError as error:
-        raise missing_library() from error
-    return ed25519
-
-
-def missing_library() -> DependencyError:
-    """Make the error for a missing cryptography."""
-    return DependencyError(f"signatures need cryptography; run: {install_command('registry')}")
-
-
-def digest_of(data: bytes) -> bytes:
-    """Hash what is signed: BLAKE2b-512."""
-    return hashlib.blake2b(data, digest_size=64).digest()
-
-
-def encode(data: bytes) -> str:
-    """Write a line of base64."""
-    return base64.b64encode(data).decode()
-
-
-def decode(text: str) -> bytes:
-    """Read a line of base64.
-
-    Raises:
-        ValueError: it is none.
-    """
+def _decode(text: str) -> bytes:
     try:
         return base64.b64decode(text.encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError) as error:

@@ -38,7 +38,7 @@ from edge_fleet.uncovered import find_uncovered
 from edge_lab.cli.options import ask_password
 from edge_lab.cli.progress import show_progress
 from edge_lab.progress import Progress, uncounted
-from edge_lab.signing import make_key, read_secret_key, write_key_pair
+from edge_lab.signing import make_key_pair, open_signer
 
 from .registry_options import (
     ReferenceType,
@@ -158,7 +158,7 @@ def pull(
 
 @bundle.command()
 @bundle_argument
-@click.option("--key", "key_file", type=FILE, required=True, help="Secret key (minisign's too).")
+@click.option("--key", "key_file", type=FILE, required=True, help="Secret key of minisign.")
 @click.option("--engine", metavar="NAME", help="Sign this engine of BUNDLE, and not BUNDLE.")
 @click.option("--comment", help="One line that is signed too. Default: time and name.")
 @click.option(
@@ -203,19 +203,19 @@ def sign(
         raise ConfigError("--engine signs an engine, which is no release; leave one of the two out")
     manifest = read_manifest(bundle)
     signed = bundle if engine is None else _find_engine(bundle, engine)
-    key = read_secret_key(key_file, lambda: ask_password(password_file))
+    key = open_signer(key_file, lambda: ask_password(password_file))
     if comment is None:
         comment = f"timestamp:{int(time.time())} bundle:{manifest.name}"
         comment += f" engine:{engine}" if engine else ""
     with show_progress() as progress, uncounted(progress, "hash"):
         if engine is None:
             verify_files(bundle, manifest)
-            signature = sign_bundle(bundle, key, comment, made)
+            sign_bundle(bundle, key, comment, made)
         else:
-            signature = sign_engine(signed, key, comment)
+            sign_engine(signed, key, comment)
     found = read_release(read_manifest(bundle)) if engine is None else None
     if as_json:
-        told = {"key": key.public_key.name, "comment": signature.comment, "engine": engine}
+        told = {"key": key.public_key.name, "comment": comment, "engine": engine}
         echo_json({"bundle": str(bundle), **told, "release": msgspec.to_builtins(found)})
         return
     what = "" if found is None else f" as release {found}"
@@ -246,9 +246,8 @@ def keygen(name: Path, no_password: bool, password_file: Path | None) -> None:
     password = "" if no_password else ask_password(password_file, confirm=True)
     if not no_password and not password:
         raise ConfigError("the password is empty; --no-password leaves the key unencrypted")
-    key = make_key()
-    write_key_pair(secret, public, key, password)
-    click.echo(f"{key.public_key.name}: {secret} signs, {public} is for devices")
+    key = make_key_pair(secret, public, password)
+    click.echo(f"{key.name}: {secret} signs, {public} is for devices")
 
 
 @bundle.command(short_help="Check every file of a bundle, and its signature.")

@@ -18,7 +18,7 @@ from .options import Finite, ask_password, given_flag
 
 if TYPE_CHECKING:
     from edge_lab.prove.run import ProofPlan
-    from edge_lab.signing import SecretKey
+    from edge_lab.signing import Signer
 
 
 @click.command(cls=SectionCommand)
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     "--key",
     "key_file",
     type=FILE,
-    help="Sign the report with this secret key (minisign's too), into report.json.minisig.",
+    help="Sign the report with this secret key of minisign, into report.json.minisig.",
 )
 @option(
     "Expert",
@@ -95,13 +95,14 @@ def prove(
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the power mode is restored
     from edge_lab.prove.report import markdown
-    from edge_lab.signing import sign_file
+    from edge_lab.signing import write_signature
 
     content = run_plan(plan, lambda line: click.echo(f"prove: {line}", err=True))
     page = markdown([content])
     (output / PAGE).write_text(page, "utf-8")
     if key is not None:
-        sign_file(output / REPORT, key, f"edge-llm prove {content['started']}")
+        signed = key.sign((output / REPORT).read_bytes(), f"edge-llm prove {content['started']}")
+        write_signature(output / f"{REPORT}.minisig", signed)
     if as_json:
         echo_json(content)
     else:
@@ -110,14 +111,14 @@ def prove(
     return exit_code(content)
 
 
-def _read_key(key_file: Path | None, password_file: Path | None) -> SecretKey | None:
-    from edge_lab.signing import read_secret_key
+def _read_key(key_file: Path | None, password_file: Path | None) -> Signer | None:
+    from edge_lab.signing import open_signer
 
     if key_file is None:
         if password_file is not None:
             raise ConfigError("--password-file is the key's; give --key, too")
         return None
-    return read_secret_key(key_file, lambda: ask_password(password_file))
+    return open_signer(key_file, lambda: ask_password(password_file))
 
 
 def _print_table(reports: tuple[Path, ...], as_json: bool) -> None:

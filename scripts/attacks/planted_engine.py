@@ -42,9 +42,9 @@ from edge.bundle.engine_file import (  # noqa: E402
 from edge.device.gpu import find_gpu  # noqa: E402
 from edge.errors import EdgeError  # noqa: E402
 from edge_fleet.signing import sign_bundle  # noqa: E402
-from edge_lab.signing import encode_signature, make_key  # noqa: E402
 from tests.fake_cuda import FakeGpu  # noqa: E402
 from tests.fake_tensorrt import install, write_engine  # noqa: E402
+from tests.keys import make_key  # noqa: E402
 
 RECORDS = "EDGE_LLM_ENGINE_RECORDS"
 SIZES: dict[str, Any] = {"max_prefill": 16}
@@ -98,7 +98,7 @@ def attack(bundle: Path, room: Path) -> bool:
     """Try each way; returns whether nothing of the stranger's was used."""
     ours, theirs = make_key(), make_key()
     keys = room / "trusted-keys"
-    keys.write_text(ours.public_key.encode())
+    keys.write_text(ours.public_text)
     keys.chmod(0o644)
     os.environ[trust.KEYS_VARIABLE] = str(keys)
     os.environ[RECORDS] = str(room / "records")
@@ -122,7 +122,7 @@ def attack(bundle: Path, room: Path) -> bool:
     stranger = bundle / "engines" / "stranger"
     judge("a stranger's engine of 2099 beside it", own_runs=True)
     signature = theirs.sign((stranger / ENGINE_JSON).read_bytes(), "the stranger's")
-    (stranger / f"{ENGINE_JSON}.minisig").write_bytes(encode_signature(signature))
+    (stranger / f"{ENGINE_JSON}.minisig").write_bytes(signature)
     judge("the same, signed by the stranger", own_runs=True)
     shutil.rmtree(stranger)
     give_kernels(own)

@@ -11,25 +11,24 @@ from edge.bundle.engine_records import ENGINE_SIGNATURE
 from edge.bundle.minisign import check_signature, parse_signature
 from edge.errors import BundleError, IntegrityError
 from edge_fleet.signing import sign_engine
-from edge_lab.signing import make_key, write_key_pair
+from edge_lab.signing import make_key_pair, open_signer
 from tests.conftest import Bundles
-from tests.edge_lab.test_signing import run
 from tests.fake_tensorrt import write_engine
+from tests.keys import make_key, minisign, need_minisign
 
 
 def test_minisign_checks_the_signature_of_an_engine(tiny_bundles: Bundles, tmp_path: Path):
-    bundle, key = shutil.copytree(tiny_bundles("qwen2"), tmp_path / "bundle"), make_key()
+    need_minisign()
+    bundle = shutil.copytree(tiny_bundles("qwen2"), tmp_path / "bundle")
+    secret, public = tmp_path / "our.key", tmp_path / "our.pub"
+    key = make_key_pair(secret, public, "")
     engine = write_engine(bundle, max_prefill=32)
-    sign_engine(engine, key, "engine:tiny")
-    checked = run("-V", "-P", key.public_key.line, "-m", engine / "engine.json")
+    sign_engine(engine, open_signer(secret, lambda: ""), "engine:tiny")
+    checked = minisign("-V", "-p", public, "-m", engine / "engine.json")
     assert checked.returncode == 0, checked.stderr
     assert "Trusted comment: engine:tiny" in checked.stdout
-    write_key_pair(tmp_path / "our.key", tmp_path / "our.pub", key, "")
-    (engine / ENGINE_SIGNATURE).unlink()
-    assert run("-S", "-s", tmp_path / "our.key", "-m", engine / "engine.json").returncode == 0
-    keys = [key.public_key]
     made = parse_signature((engine / ENGINE_SIGNATURE).read_bytes(), "it")
-    assert check_signature((engine / "engine.json").read_bytes(), made, keys) == key.public_key
+    assert check_signature((engine / "engine.json").read_bytes(), made, [key]) == key
 
 
 def test_an_engine_that_is_damaged_is_not_signed(tiny_bundles: Bundles, tmp_path: Path):

@@ -12,9 +12,9 @@ from edge.bundle.engine_records import RECORDS_VARIABLE, built_here
 from edge.errors import ConfigError
 from edge_fleet.signing import sign_bundle, sign_engine
 from edge_fleet.uncovered import Uncovered, find_uncovered
-from edge_lab.signing import make_key
 from tests.conftest import Bundles
 from tests.fake_tensorrt import write_engine
+from tests.keys import make_key
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def bundle(tiny_bundles: Bundles, tmp_path: Path) -> Path:
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
     path = tmp_path / "trusted-keys"
-    path.write_text(make_key().public_key.encode())
+    path.write_text(make_key().public_text)
     path.chmod(0o644)
     return path
 
@@ -39,7 +39,7 @@ def keys(tmp_path: Path) -> Path:
 def test_what_export_sign_and_build_leave_is_covered(bundle: Path, keys: Path) -> None:
     assert find_uncovered(bundle, keys) == Uncovered({}, {}, [])
     key = make_key()
-    keys.write_text(key.public_key.encode())
+    keys.write_text(key.public_text)
     sign_bundle(bundle, key, "the vendor's")
     own = write_engine(bundle, name="own", max_prefill=32)
     (own / "build.log").touch()

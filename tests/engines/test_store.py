@@ -17,7 +17,6 @@ from edge.bundle.manifest import read_manifest
 from edge.device.gpu import Gpu
 from edge.errors import ConfigError
 from edge_fleet.signing import sign_bundle, sign_engine
-from edge_lab.signing import SecretKey, make_key
 from engines import builder, compat
 from engines.build_plan import plan_build
 from engines.builder import BuildResult, Target, build_engine
@@ -27,6 +26,7 @@ from engines.store import TIMING_CACHE, EngineStore
 from engines.trtexec import TrtexecResult
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import fake_plan, make_module
+from tests.keys import Key, make_key
 
 
 @pytest.fixture(autouse=True)
@@ -39,15 +39,15 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def key() -> SecretKey:
+def key() -> Key:
     return make_key()
 
 
 @pytest.fixture
-def keys(tmp_path: Path, key: SecretKey, bundle: Path) -> Path:
+def keys(tmp_path: Path, key: Key, bundle: Path) -> Path:
     """Keys that this machine trusts once `trust_keys` says so; one has signed the bundle."""
     path = tmp_path / "trusted-keys"
-    path.write_text(key.public_key.encode())
+    path.write_text(key.public_text)
     path.chmod(0o644)
     sign_bundle(bundle, key, "the vendor's")
     return path
@@ -169,7 +169,7 @@ def test_a_build_that_could_not_be_recorded_is_refused_before_it_takes_an_hour(
 
 
 def test_a_signature_goes_with_the_engine_that_it_was_of(
-    bundle: Path, target: Target, key: SecretKey
+    bundle: Path, target: Target, key: Key
 ) -> None:
     directory = build(bundle, target).directory
     sign_engine(directory, key, "the operator's")

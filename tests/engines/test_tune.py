@@ -27,7 +27,6 @@ from edge_lab.cli.inspect import inspect
 from edge_lab.measure import bench
 from edge_lab.measure.bench import Samples
 from edge_lab.measure.verify import compare_backends, default_thresholds
-from edge_lab.signing import make_key
 from engines import builder, tune
 from engines.audit import Audit
 from engines.build_plan import BuildPlan, plan_build
@@ -39,6 +38,7 @@ from engines.store import EngineStore
 from tests.conftest import RUNNABLE, Bundles, PoolingBundles
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import emptied, fake_plan, install, make_module, write_engine
+from tests.keys import make_key
 
 pytestmark = pytest.mark.skipif(
     RUNNABLE != "native", reason="needs ONNX Runtime >= 1.26 for dialect native"
@@ -330,7 +330,7 @@ def test_variants_are_tried_where_keys_are_trusted(
 ) -> None:
     """They are in no record: what this process has built, it may load."""
     key, keys, records = make_key(), tmp_path / "trusted-keys", tmp_path / "records"
-    keys.write_text(key.public_key.encode())
+    keys.write_text(key.public_text)
     keys.chmod(0o644)
     sign_bundle(bundle, key, "the vendor's")
     monkeypatch.setenv(KEYS_VARIABLE, str(keys))

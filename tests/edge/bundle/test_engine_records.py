@@ -33,10 +33,10 @@ from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError, IntegrityError
 from edge_fleet.signing import sign_engine
 from edge_lab.engine_record import record_engine
-from edge_lab.signing import SecretKey, make_key
 from tests.conftest import RUNNABLE, Bundles
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import emptied, install, write_engine
+from tests.keys import Key, make_key
 
 SIZES: dict[str, Any] = {"max_prefill": 24, "kv_capacity": 128, "kv_buckets": (16, 64, 128)}
 NOT_ROOT = os.geteuid() != 0
@@ -54,14 +54,14 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def key() -> SecretKey:
+def key() -> Key:
     return make_key()
 
 
 @pytest.fixture
-def keys(tmp_path: Path, key: SecretKey) -> Path:
+def keys(tmp_path: Path, key: Key) -> Path:
     path = tmp_path / "trusted-keys"
-    path.write_text(key.public_key.encode())
+    path.write_text(key.public_text)
     path.chmod(0o644)
     return path
 
@@ -146,7 +146,7 @@ def test_an_engine_that_is_alone_and_vouched_for_by_nobody_is_an_error(
 
 
 def test_one_that_is_signed_runs(
-    bundle: Path, theirs: Path, keys: Path, key: SecretKey, gpu: FakeGpu
+    bundle: Path, theirs: Path, keys: Path, key: Key, gpu: FakeGpu
 ) -> None:
     sign_engine(theirs, make_key(), "the stranger's")
     with pytest.raises(UnvouchedError, match="none of the trusted ones"):
@@ -168,7 +168,7 @@ def test_one_that_is_signed_runs(
         read_engine_info(theirs, keys)
 
 
-def test_a_signature_is_of_the_bytes_that_are_used(theirs: Path, keys: Path, key: SecretKey):
+def test_a_signature_is_of_the_bytes_that_are_used(theirs: Path, keys: Path, key: Key):
     sign_engine(theirs, key, "the operator's")
     info = read_engine_info(theirs, keys)
     changed = msgspec.structs.replace(info, created="2100-01-01")

@@ -18,7 +18,7 @@ from edge.errors import BundleError, ConfigError, IntegrityError
 from edge.runtime.draft_model import read_draft
 from edge_fleet.signing import sign_bundle
 from edge_lab.place import update_manifest
-from edge_lab.signing import SecretKey, make_key
+from tests.keys import Key, make_key
 from tests.packages import PACKAGES
 
 
@@ -29,14 +29,14 @@ def no_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def key() -> SecretKey:
+def key() -> Key:
     return make_key()
 
 
 @pytest.fixture
-def keys(tmp_path: Path, key: SecretKey) -> Path:
+def keys(tmp_path: Path, key: Key) -> Path:
     path = tmp_path / "trusted-keys"
-    path.write_text(key.public_key.encode())
+    path.write_text(key.public_text)
     return path
 
 
@@ -45,9 +45,7 @@ def bundle(tiny_bundles: Any, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_bundles("qwen2"), tmp_path / "tiny")
 
 
-def test_unsigned_and_foreign_are_refused_and_signed_is_opened(
-    bundle: Path, keys: Path, key: SecretKey
-):
+def test_unsigned_and_foreign_are_refused_and_signed_is_opened(bundle: Path, keys: Path, key: Key):
     with pytest.raises(BundleError, match=r"is not signed, and .* demands it"):
         edge.LLM(bundle, trusted_keys=keys)
     sign_bundle(bundle, make_key(), "foreign")
@@ -56,20 +54,20 @@ def test_unsigned_and_foreign_are_refused_and_signed_is_opened(
     sign_bundle(bundle, key, "ours")
     with edge.LLM(bundle, trusted_keys=keys, backend="ort-cpu") as llm:
         assert llm.manifest == read_manifest(bundle)
-    keys.write_text(make_key().public_key.encode())  # the key is taken out
+    keys.write_text(make_key().public_text)  # the key is taken out
     with pytest.raises(IntegrityError, match="none of the trusted ones"):
         edge.LLM(bundle, trusted_keys=keys)
 
 
 def test_the_machines_policy_holds_without_an_option(
-    bundle: Path, keys: Path, key: SecretKey, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, keys: Path, key: Key, monkeypatch: pytest.MonkeyPatch
 ):
     open_manifest(bundle)  # none is set
     monkeypatch.setattr(trust, "DEFAULT_KEYS", keys)
     with pytest.raises(BundleError, match="is not signed"):
         open_manifest(bundle)
     foreign = keys.with_name("other")
-    foreign.write_text(make_key().public_key.encode())
+    foreign.write_text(make_key().public_text)
     sign_bundle(bundle, key, "ours")
     open_manifest(bundle)
     monkeypatch.setenv(KEYS_VARIABLE, str(foreign))
@@ -92,7 +90,7 @@ def test_a_policy_that_cannot_be_read_opens_nothing(
 
 @pytest.mark.parametrize("mode", [0o664, 0o646, 0o666])
 def test_a_policy_that_others_can_change_opens_nothing(
-    bundle: Path, keys: Path, key: SecretKey, mode: int
+    bundle: Path, keys: Path, key: Key, mode: int
 ):
     sign_bundle(bundle, key, "ours")
     open_manifest(bundle, keys)
@@ -101,9 +99,7 @@ def test_a_policy_that_others_can_change_opens_nothing(
         open_manifest(bundle, keys)
 
 
-def test_so_does_one_in_a_directory_that_others_can_change(
-    bundle: Path, keys: Path, key: SecretKey
-):
+def test_so_does_one_in_a_directory_that_others_can_change(bundle: Path, keys: Path, key: Key):
     sign_bundle(bundle, key, "ours")
     shared = keys.parent / "shared"
     shared.mkdir()
@@ -118,7 +114,7 @@ def test_so_does_one_in_a_directory_that_others_can_change(
 
 
 def test_so_does_one_of_another_user(
-    bundle: Path, keys: Path, key: SecretKey, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, keys: Path, key: Key, monkeypatch: pytest.MonkeyPatch
 ):
     sign_bundle(bundle, key, "ours")
     if os.geteuid():
@@ -129,9 +125,7 @@ def test_so_does_one_of_another_user(
         open_manifest(bundle, keys)
 
 
-def test_a_manifest_that_changes_after_it_was_signed_is_refused(
-    bundle: Path, keys: Path, key: SecretKey
-):
+def test_a_manifest_that_changes_after_it_was_signed_is_refused(bundle: Path, keys: Path, key: Key):
     sign_bundle(bundle, key, "ours")
     open_manifest(bundle, keys)
     changed = read_manifest(bundle)
@@ -144,7 +138,7 @@ def vars_of(manifest: Any) -> dict[str, Any]:
     return {name: getattr(manifest, name) for name in manifest.__struct_fields__}
 
 
-def test_a_bundle_that_drafts_is_held_to_the_policy_too(bundle: Path, keys: Path, key: SecretKey):
+def test_a_bundle_that_drafts_is_held_to_the_policy_too(bundle: Path, keys: Path, key: Key):
     target = shutil.copytree(bundle, bundle.with_name("target"))
     sign_bundle(target, key, "ours")
     config = EngineConfig(draft=bundle, trusted_keys=keys, backend="ort-cpu")

@@ -21,6 +21,7 @@ from edge_lab.cli.options import ask_password
 from tests.conftest import Bundles
 from tests.edge_fleet.registry.live import LiveRegistry, write_bundle
 from tests.fake_tensorrt import write_engine
+from tests.keys import need_minisign
 
 FILES = {"decoder.onnx": b"graph", "decoder.cpu.onnx": b"twin"}
 
@@ -34,6 +35,8 @@ def no_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def run(*arguments: str | Path, text: str | None = None) -> Result:
+    if arguments[0] == "keygen":
+        need_minisign()
     done = CliRunner().invoke(cli, ["bundle", *map(str, arguments)], input=text)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
@@ -222,15 +225,13 @@ def test_verify_names_what_nobody_vouches_for(
 def test_passwords_are_asked_for_or_read_and_never_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("edge_lab.signing._OPS_LIMIT", 1 << 16)
-    monkeypatch.setattr("edge_lab.signing._MEMORY_LIMIT", 1 << 22)
     mine = write_bundle(tmp_path / "tiny", FILES)
     done = run("keygen", tmp_path / "a", text="secret words\nsecret words\n")
     assert "secret words" not in done.output
     (tmp_path / "password").write_text("secret words\n")
     run("sign", mine, "--key", tmp_path / "a.key", "--password-file", tmp_path / "password")
     run("sign", mine, "--key", tmp_path / "a.key", text="secret words\n")
-    with pytest.raises(ConfigError, match="the password is wrong"):
+    with pytest.raises(ConfigError, match="Wrong password"):
         run("sign", mine, "--key", tmp_path / "a.key", text="guess\n")
     with monkeypatch.context() as patch:
         asked = Mock(side_effect=[KeyboardInterrupt, EOFError])

@@ -20,6 +20,7 @@ from tests.command_line import Result, error_line
 from tests.edge_fleet.registry.live import SMALL, LiveRegistry, write_bundle
 from tests.export.sources.local_server import LocalServer
 from tests.export.sources.test_hub import MAIN, Hub
+from tests.keys import need_minisign
 from tests.quantized_golden import QuantizedGolden, write_base
 from tests.tiny_models import write_checkpoint
 
@@ -305,6 +306,7 @@ def test_what_a_team_pushes_is_what_it_pulls(
     edge_llm: EdgeLlm, shelf: Path, team: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Signed, by its short name, without a look at the hub."""
+    need_minisign()
     mine = export_of(tmp_path / "mine", "deepseek-r1:1.5b", tensorrt=("10.16",))
     assert edge_llm("bundle", "keygen", tmp_path / "release", "--no-password").code == 0
     assert edge_llm("bundle", "sign", mine, "--key", tmp_path / "release.key").code == 0
@@ -342,6 +344,7 @@ def test_what_a_team_pushes_is_what_it_pulls(
 def test_what_is_not_signed_is_neither_taken_nor_exported(
     edge_llm: EdgeLlm, shelf: Path, team: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    need_minisign()
     assert edge_llm("bundle", "push", export_of(tmp_path / "a", "deepseek-r1:7b")).code == 0
     assert edge_llm("bundle", "keygen", tmp_path / "release", "--no-password").code == 0
     monkeypatch.setenv("EDGE_LLM_TRUSTED_KEYS", str(tmp_path / "release.pub"))

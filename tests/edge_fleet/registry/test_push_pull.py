@@ -35,19 +35,19 @@ from edge_fleet.registry.pull import Pulled, look, origin_digest, pull
 from edge_fleet.registry.push import push
 from edge_fleet.registry.reference import Reference, parse_reference
 from edge_fleet.signing import sign_bundle
-from edge_lab.signing import SecretKey, make_key
+from tests.keys import Key, make_key
 
 from .live import FILES, SMALL, LiveRegistry, write_bundle
 
 
 @pytest.fixture
-def key() -> SecretKey:
+def key() -> Key:
     return make_key()
 
 
-def keys_file(folder: Path, *keys: SecretKey) -> Path:
+def keys_file(folder: Path, *keys: Key) -> Path:
     path = folder / "trusted-keys"
-    path.write_text("".join(key.public_key.encode() for key in keys))
+    path.write_text("".join(key.public_text for key in keys))
     return path
 
 
@@ -225,7 +225,7 @@ def test_contents_that_are_not_those_of_the_bundle_are_refused(
 
 
 def test_a_file_that_is_not_the_one_of_the_signed_manifest_is_refused(
-    reference: Reference, registry: Registry, tmp_path: Path, key: SecretKey
+    reference: Reference, registry: Registry, tmp_path: Path, key: Key
 ):
     """The registry's list of pieces is signed by nobody: it may name another file of that size."""
     mine = write_bundle(tmp_path / "b" / "tiny", SMALL | {"decoder.onnx": b"my own graph"})
@@ -250,7 +250,7 @@ def test_a_file_that_is_not_the_one_of_the_signed_manifest_is_refused(
 
 
 def test_unsigned_foreign_and_revoked_are_refused_before_anything_is_fetched(
-    reference: Reference, registry: Registry, tmp_path: Path, key: SecretKey
+    reference: Reference, registry: Registry, tmp_path: Path, key: Key
 ):
     mine = write_bundle(tmp_path / "b" / "tiny", SMALL)
     ours = keys_file(tmp_path, key)
@@ -274,7 +274,7 @@ def test_unsigned_foreign_and_revoked_are_refused_before_anything_is_fetched(
 
 
 def test_a_bundle_that_was_signed_again_is_fetched_as_its_signature(
-    reference: Reference, registry: Registry, tmp_path: Path, key: SecretKey
+    reference: Reference, registry: Registry, tmp_path: Path, key: Key
 ):
     mine = write_bundle(tmp_path / "b" / "tiny", SMALL)
     push(mine, reference, registry)
@@ -474,7 +474,7 @@ def test_a_bundle_that_waited_for_its_swap_is_not_fetched_again(
     reference: Reference,
     registry: Registry,
     tmp_path: Path,
-    key: SecretKey,
+    key: Key,
     monkeypatch: pytest.MonkeyPatch,
 ):
     mine = write_bundle(tmp_path / "b" / "tiny", SMALL)
@@ -528,7 +528,7 @@ def test_a_signature_that_no_disk_takes_leaves_a_bundle_that_can_be_replaced(
     reference: Reference,
     registry: Registry,
     tmp_path: Path,
-    key: SecretKey,
+    key: Key,
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Whether the disk was full or the power was cut."""
@@ -608,7 +608,7 @@ def test_the_wall_clock_decides_nothing(
     reference: Reference,
     registry: Registry,
     tmp_path: Path,
-    key: SecretKey,
+    key: Key,
     monkeypatch: pytest.MonkeyPatch,
 ):
     mine = write_bundle(tmp_path / "b" / "tiny", SMALL)

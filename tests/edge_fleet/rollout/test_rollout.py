@@ -54,11 +54,11 @@ from edge_fleet.signing import sign_bundle
 from edge_lab.doctor.machine import Library, Machine
 from edge_lab.measure.watch import _WORDS, GoldenItem
 from edge_lab.measure.watch_server import ServerAnswerer
-from edge_lab.signing import make_key
 from edge_lab.telemetry import Snapshot
 from tests.conftest import Bundles
 from tests.edge_fleet.registry.live import LiveRegistry
 from tests.fake_tensorrt import write_engine
+from tests.keys import make_key
 from tests.manifests import replace_file
 
 from .killed import make_gate, make_plan
@@ -538,7 +538,7 @@ def test_an_engine_that_nobody_vouches_for_is_built_anew(
 ):
     """Nothing of it counts, and the build is told whom the roll-out trusts."""
     key, keys = make_key(), tmp_path / "trusted"
-    keys.write_text(key.public_key.encode())
+    keys.write_text(key.public_text)
     keys.chmod(0o644)
     engine = EngineConfig(backend="ort-cpu", num_slots=1, kv_capacity=128, trusted_keys=keys)
     write_engine(device.root / device.current, max_batch=8, max_prefill=128)
@@ -568,7 +568,7 @@ def test_an_engine_that_nobody_vouches_for_is_built_anew(
 def test_an_unsigned_bundle_is_not_even_fetched(device: Device, tmp_path: Path):
     before, key = device.current, make_key()
     keys = tmp_path / "trusted"
-    keys.write_text(key.public_key.encode())
+    keys.write_text(key.public_text)
     engine = EngineConfig(backend="ort-cpu", num_slots=1, kv_capacity=128, trusted_keys=keys)
     have = device.bundles()
     with pytest.raises(BundleError, match="is not signed"):
@@ -585,7 +585,7 @@ class Releases:
     def __init__(self, device: Device, folder: Path) -> None:
         self.device, self.key, self.place = device, make_key(), Place(folder / "r1")
         keys = folder / "trusted"
-        keys.write_text(self.key.public_key.encode())
+        keys.write_text(self.key.public_text)
         self.engine = EngineConfig(
             backend="ort-cpu", num_slots=1, kv_capacity=128, trusted_keys=keys
         )

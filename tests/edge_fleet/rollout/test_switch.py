@@ -29,9 +29,9 @@ from edge_fleet.rollout import switch
 from edge_fleet.rollout.journal import Place
 from edge_fleet.rollout.orders import Order, read_answer
 from edge_fleet.signing import sign_bundle
-from edge_lab.signing import make_key
 from tests.conftest import Bundles
 from tests.fake_tensorrt import write_engine
+from tests.keys import make_key
 
 WEIGHTS = "embeddings.safetensors"
 
@@ -122,7 +122,7 @@ def test_root_vouches_for_the_engines_that_it_takes_over(
     built_here.clear()
     monkeypatch.setenv(RECORDS_VARIABLE, str(records))
     key, keys = make_key(), tmp_path / "keys"
-    keys.write_text(key.public_key.encode())
+    keys.write_text(key.public_text)
     keys.chmod(0o644)
     sign_bundle(site.new, key, "the vendor's")
     with pytest.raises(UnvouchedError):
@@ -339,7 +339,7 @@ def test_root_takes_no_older_release_itself(site: Site):
 def test_root_asks_for_the_signature_itself(site: Site, monkeypatch: pytest.MonkeyPatch):
     key, other = make_key(), make_key()
     keys = site.staging.parent / "trusted-keys"
-    keys.write_text(key.public_key.encode())
+    keys.write_text(key.public_text)
     monkeypatch.setattr(trust, "DEFAULT_KEYS", keys)
     code, said = site.order("try", site.name)
     assert code == 65

@@ -14,9 +14,9 @@ from edge.bundle.engine_records import RECORDS_VARIABLE, built_here
 from edge.bundle.trust import KEYS_VARIABLE
 from edge_fleet.signing import sign_engine
 from edge_lab.cli.inspect import inspect
-from edge_lab.signing import make_key
 from tests.conftest import Bundles
 from tests.fake_tensorrt import write_engine
+from tests.keys import make_key
 
 
 def test_it_says_who_vouches_for_the_engine(
@@ -39,7 +39,7 @@ def test_it_says_who_vouches_for_the_engine(
 
     assert shown() == "nobody is asked: no keys are trusted here"
     key, keys = make_key(), tmp_path / "trusted-keys"
-    keys.write_text(key.public_key.encode())
+    keys.write_text(key.public_text)
     keys.chmod(0o644)
     monkeypatch.setenv(KEYS_VARIABLE, str(keys))
     assert shown() == "this machine, which built it"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,11 @@ from edge.bundle.minisign import check_signature, parse_signature
 from edge_lab.prove import run as prove_run
 from edge_lab.prove.report import read_report, seal
 from edge_lab.prove.steps import Done
-from edge_lab.signing import make_key, write_key_pair
+from edge_lab.signing import make_key_pair
 from tests.command_line import Result
 from tests.edge_lab.prove.test_report import CONTENT
 from tests.edge_lab.prove.test_run import Steps
+from tests.keys import minisign, need_minisign
 
 EdgeLlm = Callable[..., Result]
 
@@ -124,20 +123,19 @@ def test_many_devices_make_one_table(edge_llm: EdgeLlm, tmp_path: Path):
 
 
 def test_a_signature_is_one_that_minisign_checks(edge_llm: EdgeLlm, steps: Steps, tmp_path: Path):
-    key = make_key()
-    write_key_pair(tmp_path / "my.key", tmp_path / "my.pub", key, "")
+    need_minisign()
+    key = make_key_pair(tmp_path / "my.key", tmp_path / "my.pub", "")
     assert edge_llm("prove", "-o", tmp_path / "p", "--key", tmp_path / "my.key").code == 0
     report, signature = tmp_path / "p/report.json", tmp_path / "p/report.json.minisig"
     made = parse_signature(signature.read_bytes(), "it")
-    assert check_signature(report.read_bytes(), made, [key.public_key]) == key.public_key
-    if shutil.which("minisign") is not None:
-        command: list[str | Path] = ["minisign", "-V", "-p", tmp_path / "my.pub", "-m", report]
-        assert subprocess.run(command, check=False).returncode == 0
+    assert check_signature(report.read_bytes(), made, [key]) == key
+    assert minisign("-V", "-p", tmp_path / "my.pub", "-m", report).returncode == 0
 
 
 def test_a_key_that_is_none_is_refused_before_the_run(
     edge_llm: EdgeLlm, steps: Steps, tmp_path: Path
 ):
+    need_minisign()
     (tmp_path / "my.key").write_text("nothing")
     done = edge_llm("prove", "-o", tmp_path / "p", "--key", tmp_path / "my.key")
     assert done.code == 64

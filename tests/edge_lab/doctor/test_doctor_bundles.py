@@ -22,10 +22,10 @@ from edge_lab.doctor.software import check_memory
 from edge_lab.engine_record import record_engine
 from edge_lab.planner.models import BUILT_IN
 from edge_lab.recipe import Recipe, recipe_linears
-from edge_lab.signing import make_key
 from tests.conftest import Bundles
 from tests.edge.device import jetson_trees as trees
 from tests.edge_lab.doctor.fake_machine import CPU, MISSING, FakeMachine, cuda, find, statuses
+from tests.keys import make_key
 from tests.manifests import make_manifest
 
 
@@ -294,7 +294,7 @@ def test_engines_that_nobody_vouches_for(
 ):
     """They are passed over, as when the bundle is opened, and the doctor says so."""
     keys, records = bundle.parent / "trusted-keys", bundle.parent / "records"
-    keys.write_text(make_key().public_key.encode())
+    keys.write_text(make_key().public_text)
     keys.chmod(0o644)
     monkeypatch.setenv(KEYS_VARIABLE, str(keys))
     monkeypatch.setenv(RECORDS_VARIABLE, str(records))
