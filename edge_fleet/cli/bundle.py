@@ -47,7 +47,7 @@ from .registry_options import (
     reference_argument,
     trusted_keys_option,
 )
-from .rollout import recover, rollout
+from .rollout import recover, rollback, rollout
 
 if TYPE_CHECKING:
     from edge_fleet.registry.artifact import Contents
@@ -64,6 +64,7 @@ def bundle() -> None:
 
 
 bundle.add_command(rollout)
+bundle.add_command(rollback)
 bundle.add_command(recover)
 
 

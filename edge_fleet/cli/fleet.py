@@ -13,12 +13,21 @@ from edge.errors import DeadlineError
 from edge_fleet.devices import endpoint
 from edge_fleet.devices.config import read_config
 
+from .waves import progress, receive, rollback, rollout
+
 _file = click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 
 
 @click.group()
 def fleet() -> None:
-    """Serve many devices behind one endpoint; FILE is the fleet's TOML file."""
+    """Serve many devices behind one endpoint; FILE is the fleet's TOML file.
+
+    The verbs with --state bring devices to a bundle, wave by wave, and need no endpoint.
+    """
+
+
+for _each in (rollout, rollback, progress, receive):
+    fleet.add_command(_each)
 
 
 @fleet.command(short_help="Write and check HAProxy's configuration.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from edge.cli import echo_json
 from edge.cli.options import FILE, engine_options, json_option, take_engine
@@ -19,11 +21,14 @@ from edge_lab.cli.progress import show_progress
 from edge_lab.measure.defaults import EVAL_TEXT
 
 from .registry_options import (
+    ReferenceType,
     allow_older_option,
     plain_http_option,
-    reference_argument,
     trusted_keys_option,
 )
+
+if TYPE_CHECKING:
+    from edge_fleet.rollout.steps import Plan
 
 _link = option(
     "Server",
@@ -52,7 +57,15 @@ _staging = option(
 
 
 @click.command(cls=SectionCommand)
-@reference_argument
+@click.argument("reference", type=ReferenceType(), required=False)
+@option(
+    "Source",
+    "--wanted",
+    metavar="URL",
+    help="In place of REFERENCE: ask this receiver of a fleet what is wanted, begin when this "
+    "device's turn has come, and report to it.",
+)
+@option("Source", "--device-key-file", type=FILE, help="This device's key, for --wanted.")
 @_link
 @_staging
 @option("Server", "--server", metavar="URL", help="The running service: it is asked and watched.")
@@ -112,7 +125,9 @@ _staging = option(
 @json_option
 @engine_options(*GOLDEN_ENGINE)
 def rollout(
-    reference: Reference,
+    reference: Reference | None,
+    wanted: str | None,
+    device_key_file: Path | None,
     link: Path,
     staging: Path | None,
     server: str | None,
@@ -136,7 +151,8 @@ def rollout(
 ) -> None:
     """Bring this device to the bundle that REFERENCE means now.
 
-    Pulls, checks the signature, builds, judges, moves the link, watches the service,
+    With --wanted the fleet's receiver says which bundle, or that this device goes back to the one
+    before. Pulls, checks the signature, builds, judges, moves the link, watches the service,
     and keeps the new bundle or goes back to the old one. Run it as often as you like: it does
     nothing where nothing is new, and goes on where it was ended.
 
@@ -166,8 +182,12 @@ def rollout(
         service = Service(answerer, model)
     asks = gate == "golden"
     judged = Gate(text, perplexity_ratio, golden if asks else None, max_tokens)
+    if (reference is None) == (wanted is None):
+        raise ConfigError("give either REFERENCE or --wanted URL")
+    if (wanted is None) != (device_key_file is None):
+        raise ConfigError("--wanted and --device-key-file belong together")
     plan = Plan(
-        reference,
+        reference or Reference("", ""),
         link,
         service,
         reload_command,
@@ -181,6 +201,9 @@ def rollout(
         staging,
         allow_older,
     )
+    if wanted is not None and device_key_file is not None:
+        _poll(plan, wanted, read_api_key(device_key_file), as_json)
+        return
     with show_progress() as progress:
         done = roll_out(plan, progress)
     if as_json:
@@ -190,6 +213,44 @@ def rollout(
     click.echo(f"{link}: {done.bundle.name} ({'new' if done.changed else 'as before'})")
     for note in done.notes:
         click.echo(note, err=True)
+
+
+def _poll(plan: Plan, url: str, key: str, as_json: bool) -> None:
+    from edge_fleet.rollout.steps import roll_out
+    from edge_fleet.waves.device import Poll, Receiver
+
+    def bring(reference: Reference) -> object:
+        with show_progress() as progress:
+            return roll_out(replace(plan, reference=reference), progress)
+
+    keys = plan.engine.trusted_keys
+    poll = Poll(Receiver(url, key), plan.link, bring, plan.staging, plan.reload, keys)
+    report = poll.run(lambda line: click.echo(line, err=True))
+    if as_json:
+        echo_json(msgspec.to_builtins(report))
+    else:
+        why = f"; {report.reason}" if report.reason else ""
+        click.echo(f"{plan.link}: {report.outcome}, runs {report.running or 'nothing'}{why}")
+
+
+@click.command(cls=SectionCommand, short_help="Go back to the bundle before this one, at once.")
+@_link
+@_staging
+@_reload
+@json_option
+def rollback(link: Path, staging: Path | None, reload_command: str | None, as_json: bool) -> None:
+    """Go back to the bundle before the one that was kept: it is on the disk, and was accepted once.
+
+    Nothing is fetched, judged or watched. The bundle that is left is not tried again.
+    """
+    from edge_fleet.rollout.steps import roll_back
+
+    _check_who_reloads(staging, reload_command)
+    name = roll_back(link, reload_command, staging)
+    if as_json:
+        echo_json({"bundle": name})
+    else:
+        click.echo(f"{link}: {name} again")
 
 
 @click.command(cls=SectionCommand, short_help="Take back what a roll-out left on trial.")

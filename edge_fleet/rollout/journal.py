@@ -53,6 +53,7 @@ class Journal(msgspec.Struct, forbid_unknown_fields=True):
         judged_new: what was measured of the new one.
         first: what was measured of the first bundle that was accepted; every later one is held
             to it, too.
+        wanted: number of the newest wanted state that was here; 0 where nothing is asked for any.
         release: number of the release that was kept last, which no lower one may follow; 0 where
             it had none.
     """
@@ -67,6 +68,7 @@ class Journal(msgspec.Struct, forbid_unknown_fields=True):
     judged_new: dict[str, Any] | None = None
     first: dict[str, Any] | None = None
     release: int = 0
+    wanted: int = 0
 
     @property
     def on_trial(self) -> bool:
@@ -270,6 +272,27 @@ def take_back(
     if failed is not None:
         raise failed
     return True
+
+
+def undo(place: Place, journal: Journal, reload: str | None) -> str:
+    """Let the link lead to the bundle before the one that was kept; returns its name.
+
+    Call it with the place locked, and nothing on trial. What is left is not tried again.
+
+    Raises:
+        ConfigError: no bundle of before is on the disk.
+        BackendError: see `reload_service`; the link is back.
+    """
+    old, current = journal.old, place.current
+    if journal.step != "done" or old is None or current not in (journal.new, old):
+        raise ConfigError(f"{place.link} has had no other bundle since it was last rolled back")
+    if not place.path(old).is_dir():
+        raise ConfigError(f"{old}, the bundle before {current}, is not on the disk any more")
+    place.point(old)
+    journal.reject("it was rolled back")
+    place.write(journal)
+    reload_service(reload)
+    return old
 
 
 def reload_service(command: str | None) -> None:

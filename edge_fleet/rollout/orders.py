@@ -32,6 +32,7 @@ _DONE_S = 3600.0  # a bundle of 40 GB is copied by a slow disk in less
 _ERRORS: dict[int, type[EdgeError]] = {
     error.exit_code: error for error in (ConfigError, BundleError, DependencyError, ResourceError)
 }
+Do = Literal["try", "keep", "back", "undo"]
 
 
 class Order(msgspec.Struct, forbid_unknown_fields=True):
@@ -40,12 +41,13 @@ class Order(msgspec.Struct, forbid_unknown_fields=True):
     Attributes:
         id: 32 hexadecimal digits, of this order alone.
         do: ``try`` takes a bundle over and lets the link lead to it; ``keep`` ends its trial well;
-            ``back`` ends whatever is on trial, and has the service look at the link in any case.
-        bundle: name of its directory; empty for ``back``.
+            ``back`` ends whatever is on trial, and has the service look at the link in any case;
+            ``undo`` goes back from a bundle that was kept to the one before.
+        bundle: name of its directory; empty for ``back`` and ``undo``.
     """
 
     id: str
-    do: Literal["try", "keep", "back"]
+    do: Do
     bundle: str = ""
 
 
@@ -58,7 +60,7 @@ class Answer(msgspec.Struct):
     said: str = ""
 
 
-def send(link: Path, staging: Path, do: Literal["try", "keep", "back"], bundle: str = "") -> None:
+def send(link: Path, staging: Path, do: Do, bundle: str = "") -> None:
     """Give an order, and wait until it is done.
 
     Raises:

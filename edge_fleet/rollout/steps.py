@@ -37,8 +37,9 @@ from edge_lab.progress import Progress, silent
 
 from . import SWITCH_TIMEOUT_S, WATCH_S
 from .guard import guarded
-from .journal import Journal, Place, Step, take_back
+from .journal import Journal, Place, Step, take_back, undo
 from .judge import Candidate, Gate, Judge, Measure, WorseError
+from .orders import send
 from .service import LoadingError, Service, Sight, UnknownModelError
 
 _RELOAD_AGAIN_S = 30.0
@@ -127,6 +128,30 @@ def recover(link: Path, reload: str | None, staging: Path | None = None) -> bool
     place = Place(link, staging)
     with place.locked():
         return take_back(place, place.read(), reload)
+
+
+def roll_back(link: Path, reload: str | None, staging: Path | None = None) -> str:
+    """Go back to the bundle before the one that was kept, at once; returns its name.
+
+    It is on the disk and was accepted once, so nothing is fetched and nothing judged. What the link
+    led to is not tried again.
+
+    Raises:
+        ConfigError: there is none, or a roll-out is running.
+        BackendError: the service does not hear of it; the link is back.
+    """
+    place = Place(link, staging)
+    with place.locked():
+        journal = place.read()
+        take_back(place, journal, reload)
+        if staging is None:
+            return undo(place, journal, reload)
+        if journal.step != "done" or journal.old is None:
+            raise ConfigError(f"{link} has had no other bundle since it was last rolled back")
+        send(link, staging, "undo")  # root has its own journal of what was kept
+        journal.reject("it was rolled back")
+        place.write(journal)
+        return journal.old
 
 
 class _Run:

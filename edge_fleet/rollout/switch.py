@@ -38,7 +38,7 @@ from edge_lab.engine_record import record_engine
 from edge_lab.place import ORIGIN_NAME, check_free_space
 from edge_lab.target import beside, write_durably
 
-from .journal import Journal, Place, reload_service, take_back
+from .journal import Journal, Place, reload_service, take_back, undo
 from .orders import ANSWER_NAME, MAX_BYTES, ORDER_NAME, Answer, Order, read_answer
 
 _MAX_ABOUT_BYTES = 1 << 26  # manifest, signature and the registry's manifest, each
@@ -101,6 +101,9 @@ def _do(order: Order, place: Place, folder: StagedFolder, reload: str) -> None:
         journal.step, journal.release = "done", 0 if kept is None else kept.number
         place.write(journal)
         place.sweep({journal.new, journal.old})
+    elif order.do == "undo":
+        take_back(place, journal, reload, cut_off=False)
+        undo(place, journal, reload)
     elif not take_back(place, journal, reload, cut_off=False):
         if place.current is not None:
             reload_service(reload)

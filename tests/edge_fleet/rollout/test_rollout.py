@@ -23,6 +23,7 @@ from urllib.error import HTTPError
 
 import msgspec
 import pytest
+import uvicorn
 
 from edge.bundle import trust
 from edge.bundle.engine_records import RECORDS_VARIABLE, built_here
@@ -40,7 +41,7 @@ from edge.errors import (
     ResourceError,
 )
 from edge_fleet.registry.client import Registry
-from edge_fleet.registry.pull import pull
+from edge_fleet.registry.pull import look, pull
 from edge_fleet.registry.push import push
 from edge_fleet.registry.reference import parse_reference
 from edge_fleet.rollout import journal as journals
@@ -49,8 +50,10 @@ from edge_fleet.rollout import steps
 from edge_fleet.rollout.journal import MAX_TRIALS, Place
 from edge_fleet.rollout.judge import LEAST_RIGHT, Candidate
 from edge_fleet.rollout.service import Sight, _fault, _late
-from edge_fleet.rollout.steps import Outcome, recover, roll_out
+from edge_fleet.rollout.steps import Outcome, recover, roll_back, roll_out
 from edge_fleet.signing import sign_bundle
+from edge_fleet.waves.receiver import State, make_app
+from edge_fleet.waves.wanted import Wanted, seal
 from edge_lab.doctor.machine import Library, Machine
 from edge_lab.measure.watch import _WORDS, GoldenItem
 from edge_lab.measure.watch_server import ServerAnswerer
@@ -407,6 +410,86 @@ def test_a_service_that_opens_the_old_bundle_is_left_alone(
         roll_out(device.plan(reference, reload=f"sh -c '{script}'"))
     assert device.serves(before)
     assert (tmp_path / "n").read_text().count("\n") == 2
+
+
+def test_a_device_that_polls_does_what_is_wanted_and_goes_back_at_once(
+    device: Device, tmp_path: Path
+):
+    """The commands that the timer runs, with the real service."""
+    key, keys, secret = make_key(), tmp_path / "trusted", tmp_path / "device-key"
+    keys.write_text(key.public_key.encode())
+    keys.chmod(0o644)
+    state = State(tmp_path / "state", tmp_path / "device-keys")
+    secret.write_text(f"orin-a:{'k' * 20}\n")
+    (tmp_path / "device-keys").write_text(secret.read_text())
+    for path in (secret, tmp_path / "device-keys"):
+        path.chmod(0o600)
+    before, reference = device.current, parse_reference(device.offer(key=key))
+    with Registry(reference) as registry:
+        digest = look(reference, registry, None).digest
+    fixed = f"{reference.registry}/{reference.repository}@{digest}"
+    state.publish(seal(Wanted(3, fixed), key))
+    config = uvicorn.Config(make_app(state), port=0, log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        # fmt: off
+        command = [
+            "bundle", "rollout", "--wanted", f"http://127.0.0.1:{port}",
+            "--device-key-file", secret,
+            "--link", device.link, "--server", f"http://127.0.0.1:{device.port}",
+            "--reload", device.reload, "--golden", device.golden, "--max-tokens", 12,
+            "--text", device.golden.with_name("text.txt"), "--watch-s", 0.2, "--no-build",
+            "--trusted-keys", keys, "--backend", "ort-cpu", "--kv-capacity", 128, "--json",
+        ]
+        # fmt: on
+        words = [sys.executable, "-m", "edge.cli", *(str(word) for word in command)]
+
+        def poll() -> dict[str, Any]:
+            done = subprocess.run(words, capture_output=True, check=False)
+            assert done.returncode == 0, done.stderr.decode()
+            answer: dict[str, Any] = json.loads(done.stdout)
+            return answer
+
+        found = poll()
+        assert (found["outcome"], found["running"]) == ("has", digest)
+        new = device.current
+        assert device.serves(new)
+        assert new != before
+        assert state.progress().done
+        state.publish(seal(Wanted(4, fixed, "rollback"), key))
+        assert poll()["outcome"] == "back"
+        assert device.serves(before)
+        assert new in device.bundles()
+        assert poll()["outcome"] == "back"
+        with pytest.raises(GateError, match=r"was rejected before, .*: it was rolled back"):
+            roll_out(device.plan(str(reference)))
+        with pytest.raises(ConfigError, match="no other bundle since it was last rolled back"):
+            roll_back(device.link, device.reload)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_who_may_not_move_the_link_has_root_go_back(device: Device):
+    before = device.current
+    with device.staged() as staging:
+        with pytest.raises(ConfigError, match="no other bundle"):
+            roll_back(device.link, None, staging)
+        roll_out(device.plan(device.offer(), staging=staging, reload=None))
+        assert device.current != before
+        assert roll_back(device.link, None, staging) == before
+        assert device.serves(before)
+        assert not device.journal.on_trial
+        with pytest.raises(ConfigError, match="no other bundle"):
+            roll_back(device.link, None, staging)
+        # The next one is brought as ever.
+        done = roll_out(device.plan(device.offer(), staging=staging, reload=None))
+        assert device.serves(done.bundle.name)
 
 
 def test_steps_that_fail_leave_the_old_bundle_and_reject_nothing(
