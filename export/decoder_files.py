@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from edge.bundle.kv_scales import Scales
 from edge.bundle.linears import norm_sources
 from edge.bundle.manifest import (
     Calibration,
@@ -76,6 +77,7 @@ class WrittenDecoder:
         calibration: the text that a calibrated export saw; None without calibration.
         peaks: largest activations that a calibration met, by name.
         kv_cache: how the cache is stored; None is in float.
+        kv_scales: of its tensors in 8 bits, as the graphs have them.
     """
 
     graphs: Graphs
@@ -83,6 +85,16 @@ class WrittenDecoder:
     calibration: Calibration | None
     peaks: Mapping[str, float]
     kv_cache: KvCache | None
+    kv_scales: Scales
+
+
+def _planes(scales: Mapping[int, KvScales]) -> Scales:
+    """Number the scales of layers as cache tensors are numbered."""
+    return {
+        2 * layer + entry: values[:, None]
+        for layer, each in scales.items()
+        for entry, values in enumerate((each.keys, each.values))
+    }
 
 
 def calibrates(config: ExportConfig, schemes: Mapping[str, TensorScheme]) -> bool:
@@ -160,7 +172,8 @@ class DecoderFiles:
                 self.checkpoint.spec, self.config.graph_dialect, float_type, each, kv_capacity
             )
             writer.write_bytes(name, proto.SerializeToString())
-        return WrittenDecoder(graphs, finished.infos, calibration, peaks, kv_cache)
+        planes = _planes(tensors[0].kv_scales)
+        return WrittenDecoder(graphs, finished.infos, calibration, peaks, kv_cache, planes)
 
     @property
     def _float_types(self) -> tuple[FloatType, FloatType]:

@@ -14,7 +14,7 @@ import msgspec
 
 from edge._version import __version__
 from edge.backends.ort.session import onnxruntime_version
-from edge.bundle import io_spec
+from edge.bundle import io_spec, kv_scales
 from edge.bundle.manifest import (
     SCHEMA_VERSION,
     Dialect,
@@ -404,6 +404,9 @@ class _Export:
                 for info in linears.values()
             )
             clip = "mse" if rounded else "none"
+        extras = {}
+        if decoder.kv_scales:
+            extras[kv_scales.SECTION] = kv_scales.scales_section(decoder.kv_scales)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             producer=f"edge-llm {__version__}",
@@ -435,6 +438,7 @@ class _Export:
             vocabulary=None if self.reduced is None else self.reduced.vocabulary,
             tensorrt=legal,
             kv_cache=decoder.kv_cache,
+            extras=extras,
             head=head,
             embedding=self.checkpoint.embedding,
             reranking=self.checkpoint.reranking,

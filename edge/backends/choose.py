@@ -13,7 +13,6 @@ from pathlib import Path
 
 from edge.bundle.engine_file import EngineInfo, find_engines
 from edge.bundle.manifest import HeadManifest, Manifest
-from edge.device.nodes import find_gpu_node
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, DependencyError, IntegrityError
 
@@ -63,8 +62,12 @@ def unused_gpu(backend: str, config: EngineConfig) -> str | None:
         backend: name of the engine that was chosen.
         config: by which it was chosen.
     """
+    if backend != "ort-cpu" or config.backend == "ort-cpu":
+        return None
+    from edge.device.nodes import find_gpu_node
+
     node = find_gpu_node()
-    if backend != "ort-cpu" or config.backend == "ort-cpu" or node is None:
+    if node is None:
         return None
     if config.cpu_option is not None:
         why = f"{config.cpu_option} asks for it; leave that out"
@@ -121,6 +124,8 @@ def _open(
                 raise_missing(error, config, bundle)
             if name == "tensorrt" or isinstance(error, IntegrityError):
                 raise
+            from edge.device.nodes import find_gpu_node
+
             node = find_gpu_node()
             if node is not None:
                 raise _refusal(error, node) from error

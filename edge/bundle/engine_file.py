@@ -25,7 +25,6 @@ from edge.errors import BundleError, IntegrityError, install_command
 from edge.files import MALFORMED, drop_cached, read_file
 
 from . import io_spec
-from .engine_records import who_vouches
 from .manifest import ENGINES_DIR, Count, Line, Manifest, Rows, Sha256
 from .profile_layers import ProfileLayers
 from .sizes import ALIGNMENT, ProfileName, StepLimits
@@ -355,6 +354,8 @@ def read_engine_info(directory: Path, trusted_keys: Path | None = None) -> Engin
     """
     data = read_engine_bytes(directory)
     if trusted_keys is not None:
+        from .engine_records import who_vouches
+
         who_vouches(directory, data, trusted_keys)
     return decode_engine_info(directory, data)
 

@@ -2,67 +2,81 @@
 
 A row of the cache holds ``round(x / scale)``, at most 127 and at least -128, with one scale per
 head and channel; the scales are constants of the graph (`io_spec.key_scale`, `io_spec.value_scale`)
-and do not change while it runs. Floats of such a row, rounded again with the same scale, give the
+and do not change while it runs. The manifest repeats them in its section ``kv_scales``, so that no
+runtime parses the graph for them. Floats of such a row, rounded again with the same scale, give the
 same integers: a row may be read as floats and written back.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import BackendError, BundleError
 
-from . import io_spec
+from .extras import read_extra
 from .manifest import Manifest
-from .onnx_file import OnnxFile
-from .onnx_values import Constants
 
+SECTION = "kv_scales"
+"""Of the manifest, see `read_scales`."""
 Scales = Mapping[int, NDArray[np.float32]]
 """Of each INT8 tensor of the cache, by its number: twice the layer, and one more for values.
 Each ``[kv_heads, 1, head_dim]``."""
 
 
-def read_scales(graph: OnnxFile, manifest: Manifest, path: Path) -> dict[int, NDArray[np.float32]]:
-    """The scales that a decoder's constants hold.
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The manifest's section.
+
+    Attributes:
+        float32: the scales of one INT8 tensor after the other, little-endian; base64 in JSON.
+    """
+
+    float32: bytes
+
+
+def read_scales(bundle: Path, manifest: Manifest, graph: str) -> Scales:
+    """Read the scales of a bundle's cache; none where it is in floats.
 
     Args:
-        graph: the decoder.
-        manifest: of its bundle.
-        path: of the decoder, for messages.
+        bundle: directory of the bundle.
+        manifest: its manifest, which has the scales unless an older edge-llm wrote it.
+        graph: file name of the graph that has them, too.
 
     Raises:
-        BundleError: one is missing, or has another shape, or is not above zero.
+        BundleError: they do not fit the model, or one is not above zero.
+        IntegrityError: the graph of an older bundle is damaged.
     """
-    model = manifest.model
-    shape = (model.num_kv_heads, 1, model.head_dim)
     if not manifest.int8_layers:
         return {}
-    constants = Constants(graph)
-    scales: dict[int, NDArray[np.float32]] = {}
-    for layer in manifest.int8_layers:
-        for entry, name in enumerate((io_spec.key_scale(layer), io_spec.value_scale(layer))):
-            constant = constants.get(name)
-            values = None if constant is None else constants.values(name)
-            if constant is None or values is None or constant.shape != shape:
-                found = "missing" if constant is None else f"of shape {list(constant.shape)}"
-                raise BundleError(
-                    f"{path}: the KV cache's scales {name} are {found}, {list(shape)} is expected; "
-                    "export the bundle again with --kv-cache int8"
-                )
-            wide = values.astype(np.float32).reshape(shape)
-            if not (np.isfinite(wide) & (wide > 0)).all():
-                raise BundleError(
-                    f"{path}: of the KV cache's scales {name} one is not above zero; "
-                    "export the bundle again with --kv-cache int8"
-                )
-            scales[2 * layer + entry] = wide
-    return scales
+    stored = read_extra(manifest, SECTION, _Section)
+    if stored is None:
+        from .graph_scales import read_graph_scales
+
+        return read_graph_scales(bundle, manifest, graph)
+    numbers = [2 * layer + entry for layer in manifest.int8_layers for entry in (0, 1)]
+    shape = (len(numbers), manifest.model.num_kv_heads, 1, manifest.model.head_dim)
+    whole = len(stored.float32) == 4 * math.prod(shape)
+    scales = np.frombuffer(stored.float32 if whole else b"", "<f4").astype(np.float32)
+    if not whole or not (np.isfinite(scales) & (scales > 0)).all():
+        raise BundleError(
+            f"{bundle}: the manifest's section {SECTION} has not {math.prod(shape)} scales above "
+            "zero; export the bundle again with --kv-cache int8"
+        )
+    return dict(zip(numbers, scales.reshape(shape), strict=True))
+
+
+def scales_section(scales: Scales) -> dict[str, Any]:
+    """Make the section of the manifest from which `read_scales` has the same scales."""
+    ordered = [scales[number].astype("<f4").tobytes() for number in sorted(scales)]
+    section: dict[str, Any] = msgspec.to_builtins(_Section(b"".join(ordered)))
+    return section
 
 
 def scales_sha256(scales: Scales) -> str:

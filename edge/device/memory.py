@@ -10,8 +10,6 @@ import mmap
 import re
 from pathlib import Path
 
-from .cgroup import read_room_bytes
-
 _log = logging.getLogger(__name__)
 _STEP_BYTES = 128 << 20
 
@@ -21,6 +19,8 @@ def read_available_memory_bytes(root: Path = Path("/")) -> int | None:
 
     That is ``MemAvailable``, or less where a control group limits it.
     """
+    from .cgroup import read_room_bytes
+
     system, group = read_mem_available_bytes(root), read_room_bytes(root)
     return min((size for size in (system, group) if size is not None), default=None)
 

@@ -6,9 +6,6 @@ import os
 import resource
 from pathlib import Path
 
-from .cgroup import read_cpu_quota
-from .memory import read_kib
-
 _STATUS = Path("/proc/self/status")
 
 
@@ -39,6 +36,8 @@ def choose_num_threads(root: Path = Path("/")) -> int:
     Returns:
         The threads; 0 leaves them to ONNX Runtime, where nothing restricts this process.
     """
+    from .cgroup import read_cpu_quota
+
     system, cpus = root / "sys/devices/system/cpu", os.sched_getaffinity(0)
     siblings = "topology/thread_siblings_list"
     cores = len({_read(system / f"cpu{cpu}" / siblings) or str(cpu) for cpu in cpus})
@@ -63,11 +62,15 @@ def _read(path: Path) -> str:
 
 def read_rss_bytes() -> int | None:
     """Resident memory now; None where the system does not say."""
+    from .memory import read_kib
+
     return read_kib(_STATUS, "VmRSS")
 
 
 def read_rss_peak_bytes() -> int:
     """The most resident memory since `reset_rss_peak`, else since the process started."""
+    from .memory import read_kib
+
     peak = read_kib(_STATUS, "VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if peak is None else peak
 

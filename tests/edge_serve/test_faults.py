@@ -20,7 +20,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge.backends import choose
 from edge.bundle.manifest import MANIFEST_NAME, encode_manifest, read_manifest
 from edge.bundle.profile_layers import ProfileLayers
 from edge.bundle.verified_files import sha256_file
@@ -306,7 +305,7 @@ def test_deadlines_end_requests(tiny_bundles: Bundles):
 def test_a_gpu_that_idles_is_said_wherever_one_looks(
     node: str | None, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(choose, "find_gpu_node", lambda: node)
+    monkeypatch.setattr("edge.device.nodes.find_gpu_node", lambda: node)
     monkeypatch.setattr(ScriptedBackend, "name", "ort-cpu")
     monkeypatch.setattr(ScriptedBackend, "gpu_wait", "spin", raising=False)
     with running(tiny_bundles("qwen2")) as live:

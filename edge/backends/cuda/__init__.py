@@ -19,14 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.device.memory import make_free, read_mem_available_bytes
 from edge.engine_config import GpuWait
 from edge.errors import DependencyError, DeviceError, DeviceMemoryError, EdgeError
 
 from .bindings import Calls
 from .driver import load_bindings, load_driver
-from .errors import cure_for_memory, device_error, explain_init_failure, is_fatal, reason_of
-from .pieces import PIECE_BYTES, Pieces
 from .waiting import set_wait
 
 _log = logging.getLogger(__name__)
@@ -240,6 +237,8 @@ class Device:
             self.wait = self._set_wait(ordinal, wait)
             self._context = _primary_context(driver, ordinal)  # type: ignore[arg-type]
         except driver.Error as error:
+            from .errors import explain_init_failure, reason_of
+
             raise DependencyError(explain_init_failure(reason_of(error))) from error
 
     def _set_wait(self, ordinal: int, wish: GpuWait) -> str | None:
@@ -253,6 +252,8 @@ class Device:
                 raise
             problem = str(error)
         except Calls.Error as error:
+            from .errors import is_fatal, reason_of
+
             problem = reason_of(error)
             if is_fatal(problem):
                 raise self.error("change how threads wait for it", error) from error
@@ -315,6 +316,8 @@ class Device:
         """
         free, total = self.call("ask for free memory", self.driver.mem_get_info)
         if self.integrated:
+            from edge.device.memory import read_mem_available_bytes
+
             free = read_mem_available_bytes() or free
         return int(free), int(total)
 
@@ -329,9 +332,13 @@ class Device:
         if num_bytes > self.memory_info()[0]:
             raise self._no_room(purpose, num_bytes)
         if self.integrated:
+            from edge.device.memory import make_free
+
             make_free(num_bytes)
 
     def _no_room(self, purpose: str, num_bytes: int) -> DeviceMemoryError:
+        from .errors import cure_for_memory
+
         free, total = self.memory_info()
         cure = "stop other programs, or build the engine with a smaller --kv-capacity or "
         cure = cure_for_memory(num_bytes, f"{cure}--max-batch")
@@ -359,6 +366,8 @@ class Device:
         try:
             return self.driver.mem_alloc(num_bytes)
         except self.driver.MemoryError as refused:
+            from .pieces import PIECE_BYTES, Pieces
+
             if num_bytes <= PIECE_BYTES:
                 raise
             try:
@@ -382,6 +391,8 @@ class Device:
 
     def error(self, doing: str, error: BaseException) -> DeviceError:
         """Make the driver's exception one of ours."""
+        from .errors import device_error
+
         return device_error(doing, error)
 
     def begin_capture(self, stream: Stream) -> None:

@@ -11,14 +11,13 @@ import itertools
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.step import Floats, Step
 from edge.bundle import io_spec
-from edge.bundle.kv_scales import Scales, read_scales
 from edge.bundle.manifest import Manifest, ModelSpec
 from edge.bundle.onnx_file import OnnxFile
 from edge.device.huge_pages import collapse_filled
@@ -41,6 +40,9 @@ from .session import (
     open_session,
     rounds_activations,
 )
+
+if TYPE_CHECKING:
+    from edge.bundle.kv_scales import Scales
 
 _WEIGHTS_BYTES = 8 << 20  # regions from this size on hold weights
 
@@ -126,8 +128,6 @@ class OrtBackend:
                 "deterministic out"
             )
 
-        self.kv_scales: Scales = {}
-
         def open_graph(prompts: bool) -> Any:
             graph = load_cpu_graph(
                 bundle,
@@ -139,12 +139,16 @@ class OrtBackend:
                 deterministic=deterministic,
                 hidden_states=hidden_states,
             )
-            self.kv_scales = read_scales(graph, manifest, bundle / manifest.graphs.cpu)
             session = open_session(graph, bundle, manifest, num_threads, int8_activations=rounds)
             del graph  # with weights that the session has in its own form by now
             _return_freed_memory()
             return session
 
+        self.kv_scales: Scales = {}
+        if manifest.kv_cache is not None:
+            from edge.bundle.kv_scales import read_scales
+
+            self.kv_scales = read_scales(bundle, manifest, manifest.graphs.cpu)
         self._session = open_graph(prompts=False)
         self._prompt_session = open_graph(prompts=True) if int8_prompts else None
         # Behind each step a piece; behind the first one, which an answer waits for, none.

@@ -17,14 +17,13 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.step import Floats, Step, last_token, step_after
 from edge.bundle import io_spec
-from edge.bundle.kv_scales import Scales
 from edge.bundle.manifest import FloatType, Manifest
 from edge.bundle.onnx_file import Node, OnnxFile
 from edge.errors import BackendError, DependencyError, EdgeError
@@ -39,6 +38,9 @@ from .join_planes import hand_over, join_planes
 from .placement import tensor_nodes_elsewhere
 from .runner import RunShape, StepOutputs, StepRunner
 from .session import check_sizes, load_graph, session_options
+
+if TYPE_CHECKING:
+    from edge.bundle.kv_scales import Scales
 
 _log = logging.getLogger(__name__)
 

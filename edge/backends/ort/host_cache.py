@@ -12,14 +12,16 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.step import Floats
-from edge.bundle.kv_scales import Scales, dequantize_rows, quantize_rows
 from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
+
+if TYPE_CHECKING:
+    from edge.bundle.kv_scales import Scales
 
 _CHECK_ROWS = 256  # a slot grows by this many before its pages are looked at again
 _TOKENS_PER_PAGE = 16  # a page takes 0.6 ms or more to copy: no step shall wait for all of them
@@ -59,9 +61,12 @@ class HostCaches:
         _, heads, _, dim = self.arrays[0].shape
         rows = np.empty((len(self.arrays), heads, length, dim), np.float32)
         for number, array in enumerate(self.arrays):
-            part = array[slot, :, :length]
-            scale = self._scales.get(number)
-            rows[number] = part if scale is None else dequantize_rows(part, scale)
+            part, scale = array[slot, :, :length], self._scales.get(number)
+            if scale is not None:
+                from edge.bundle.kv_scales import dequantize_rows
+
+                part = dequantize_rows(part, scale)
+            rows[number] = part
         return rows
 
     def write(self, slot: int, rows: Floats) -> None:
@@ -70,10 +75,12 @@ class HostCaches:
         Raises:
             BackendError: a value for INT8 is not finite; nothing is written then.
         """
-        stored = [
-            quantize_rows(values, self._scales[number]) if number in self._scales else values
-            for number, values in enumerate(rows)
-        ]
+        stored: list[NDArray[Any]] = list(rows)
+        if self._scales:
+            from edge.bundle.kv_scales import quantize_rows
+
+            for number, scale in self._scales.items():
+                stored[number] = quantize_rows(rows[number], scale)
         for array, values in zip(self.arrays, stored, strict=True):
             array[slot, :, : values.shape[1]] = values
         self.wrote(slot, rows.shape[2])

@@ -6,7 +6,7 @@ another bucket one shape. TensorRT wants addresses aligned to 256 bytes (NvInfer
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge.backends import cuda
 from edge.bundle import io_spec
@@ -15,8 +15,10 @@ from edge.errors import BackendError
 
 from .device_cache import DeviceCache, NewRows
 from .engine import Engine
-from .layer_times import LayerTimes
 from .step_buffers import StepBuffers
+
+if TYPE_CHECKING:
+    from .layer_times import LayerTimes
 
 
 class StepShape(NamedTuple):

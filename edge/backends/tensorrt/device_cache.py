@@ -12,20 +12,22 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import cuda
 from edge.backends.step import Floats
-from edge.bundle.kv_scales import Scales, dequantize_rows, quantize_rows
 from edge.bundle.manifest import FloatType, Manifest, ModelSpec
 from edge.bundle.sizes import cache_element_bytes, check_slots
 from edge.errors import DeviceMemoryError
 
 from .device_memory import CachePlanes, StepSizes, cache_planes, new_rows_bytes, new_rows_stride
 from .step_buffers import round_to_bf16
+
+if TYPE_CHECKING:
+    from edge.bundle.kv_scales import Scales
 
 _log = logging.getLogger(__name__)
 
@@ -114,6 +116,8 @@ class DeviceCache:
             bits = block.read(slot, length)
             for number, found in zip(block.planes.numbers, bits, strict=True):
                 if block.planes.is_int8:
+                    from edge.bundle.kv_scales import dequantize_rows
+
                     rows[number] = dequantize_rows(found, self._scales[number])
                 elif self._dtype == "bf16":
                     rows[number] = (found.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -134,6 +138,8 @@ class DeviceCache:
     def _stored(self, block: _Block, rows: Floats) -> NDArray[Any]:
         numbers = block.planes.numbers
         if block.planes.is_int8:
+            from edge.bundle.kv_scales import quantize_rows
+
             return np.stack([quantize_rows(rows[each], self._scales[each]) for each in numbers])
         chosen = rows if len(numbers) == len(rows) else rows[list(numbers)]
         if self._dtype == "bf16":

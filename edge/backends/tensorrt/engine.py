@@ -11,14 +11,8 @@ from __future__ import annotations
 import importlib
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edge.backends.cuda.errors import (
-    cure_for_memory,
-    device_error,
-    is_fatal,
-    is_out_of_memory,
-)
 from edge.bundle import io_spec
 from edge.bundle.engine_file import (
     EngineInfo,
@@ -32,7 +26,6 @@ from edge.bundle.engine_file import (
     rebuild_command,
     where_tensorrt_is_from,
 )
-from edge.bundle.engine_records import UnvouchedError
 from edge.bundle.manifest import Manifest
 from edge.bundle.trust import trusted_keys_file
 from edge.device.tensorrt_version import loaded_version
@@ -44,9 +37,10 @@ from edge.errors import (
     EdgeError,
 )
 
-from . import plugins
-from .layer_times import LayerTimes, make_profiler
 from .listener import Listener, stoppable
+
+if TYPE_CHECKING:
+    from .layer_times import LayerTimes
 
 _log = logging.getLogger(__name__)
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -127,9 +121,12 @@ def choose_engine(
     if not fitting:
         more = f" ({len(problems) - 1} more engines do not fit either)" if problems[1:] else ""
         raise type(problems[0])(f"{problems[0]}{more}") from problems[0]
-    for problem in problems:
-        if isinstance(problem, UnvouchedError):
-            _log.warning("%s", problem)
+    if policy is not None and problems:
+        from edge.bundle.engine_records import UnvouchedError
+
+        for problem in problems:
+            if isinstance(problem, UnvouchedError):
+                _log.warning("%s", problem)
     return max(fitting, key=lambda engine: engine_rank(engine.info, num_slots or 1))
 
 
@@ -163,24 +160,13 @@ class Engine:
         with self.listener:
             self._runtime = self._start()
             with open_plan(chosen.directory, chosen.info) as plan, stoppable():
-                plugins.register_kernels(self._module, chosen.info)
+                if chosen.info.plugins == "python":
+                    from .plugins import register_kernels
+
+                    register_kernels(self._module, chosen.info)
                 self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            self.raise_failure()
-            command = rebuild_command(chosen.directory, chosen.info, again=True)
-            reason = self.last_error()
-            if is_fatal(reason):
-                raise device_error(f"load {path.name}", BackendError(reason))
-            if is_out_of_memory(reason):
-                size = chosen.info.plan_bytes
-                cure = "stop other programs, or export with --quant int4"
-                raise DeviceMemoryError(
-                    f"TensorRT has no memory for the {size / 1e6:,.0f} MB of {path.name}: "
-                    f"{reason}; {cure_for_memory(size, cure)}"
-                )
-            raise BackendError(
-                f"TensorRT cannot load {path}: {reason}; build it again with: {command}"
-            )
+            raise self._refusal(chosen, path)
         self._check(chosen, manifest)
         self.weights: dict[str, int] = {}
         self.activations_bytes = int(self._engine.device_memory_size_v2)
@@ -194,6 +180,31 @@ class Engine:
                 f"TensorRT {self._module.__version__} does not start: "
                 f"{self.listener.said or error}; edge-llm doctor looks for the cause"
             ) from error
+
+    def _refusal(self, chosen: ChosenEngine, path: Path) -> EdgeError:
+        """Make the error of a plan that TensorRT has not loaded; raise what a plugin raised."""
+        from edge.backends.cuda.errors import (
+            cure_for_memory,
+            device_error,
+            is_fatal,
+            is_out_of_memory,
+        )
+
+        self.raise_failure()
+        reason = self.last_error()
+        if is_fatal(reason):
+            return device_error(f"load {path.name}", BackendError(reason))
+        if is_out_of_memory(reason):
+            size = chosen.info.plan_bytes
+            cure = "stop other programs, or export with --quant int4"
+            return DeviceMemoryError(
+                f"TensorRT has no memory for the {size / 1e6:,.0f} MB of {path.name}: "
+                f"{reason}; {cure_for_memory(size, cure)}"
+            )
+        command = rebuild_command(chosen.directory, chosen.info, again=True)
+        return BackendError(
+            f"TensorRT cannot load {path}: {reason}; build it again with: {command}"
+        )
 
     def _check(self, chosen: ChosenEngine, manifest: Manifest) -> None:
         """Hold names, types and profiles against the contract: a wrong one is a wrong address."""
@@ -262,8 +273,11 @@ class Engine:
         return text
 
     def raise_failure(self) -> None:
-        """See `plugins.raise_failure`."""
-        plugins.raise_failure(self._module)
+        """See `plugins.raise_failure`; only plugins in Python fail that way."""
+        if self.info.plugins == "python":
+            from .plugins import raise_failure
+
+            raise_failure(self._module)
 
     def create_context(self) -> Any:
         """An execution context without device memory of its own.
@@ -284,6 +298,8 @@ class Engine:
 
     def make_profiler(self, times: LayerTimes) -> Any:
         """TensorRT's profiler for a context, which reports to ``times``."""
+        from .layer_times import make_profiler
+
         return make_profiler(self._module, times)
 
     def close(self) -> None:

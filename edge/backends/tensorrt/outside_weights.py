@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, closing
 
 from edge.backends import cuda
-from edge.bundle.engine_file import read_outside
+from edge.bundle.engine_file import OutsideWeights, read_outside
 
 from .engine import ChosenEngine
 
@@ -14,18 +14,23 @@ _PIECES_BYTES = 32 << 20
 
 
 def load_weights(
-    chosen: ChosenEngine, device: cuda.Device, stream: cuda.Stream, resources: ExitStack
+    chosen: ChosenEngine,
+    outside: OutsideWeights,
+    device: cuda.Device,
+    stream: cuda.Stream,
+    resources: ExitStack,
 ) -> dict[str, int]:
     """Copy the weights of an engine to the device; all its contexts share them.
 
     Args:
         chosen: the engine.
+        outside: of its ``engine.json``.
         device: where.
         stream: on which the copies run.
         resources: the block is pushed here.
 
     Returns:
-        The address of each by name; none for an engine that has its weights in the plan.
+        The address of each by name.
 
     Raises:
         IntegrityError: the file is not what ``engine.json`` says.
@@ -33,9 +38,6 @@ def load_weights(
         DeviceError: a copy failed.
     """
     directory, info, _ = chosen
-    outside = info.outside
-    if outside is None:
-        return {}
     block = cuda.DeviceMemory(device, outside.num_bytes, "the weights")
     resources.callback(block.close)
     size = min(_PIECES_BYTES, 2 * outside.num_bytes)

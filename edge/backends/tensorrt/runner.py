@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +42,8 @@ from edge.backends.windows import (
 )
 from edge.bundle import io_spec
 from edge.bundle.engine_file import rebuild_command
-from edge.bundle.kv_scales import Scales, read_scales
 from edge.bundle.manifest import Manifest
-from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.sizes import ALIGNMENT, DEFAULT_MAX_LOGITS, ProfileName, cache_slots
-from edge.bundle.verified_files import verify_files
 from edge.engine_config import GpuWait
 from edge.errors import BackendError, ConfigError, DeviceError
 
@@ -60,9 +57,12 @@ from .device_memory import (
     step_sizes,
 )
 from .engine import ChosenEngine, Engine, choose_engine
-from .layer_times import LayerTimes
-from .outside_weights import load_weights
 from .step_buffers import StepBuffers
+
+if TYPE_CHECKING:
+    from edge.bundle.kv_scales import Scales
+
+    from .layer_times import LayerTimes
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -169,7 +169,11 @@ class TensorRTBackend:
                 self._device.num_sms,
                 rebuild_command(chosen.directory, chosen.info),
             )
-        self.kv_scales = _read_scales(bundle, manifest)
+        self.kv_scales: Scales = {}
+        if manifest.kv_cache is not None:
+            from edge.bundle.kv_scales import read_scales
+
+            self.kv_scales = read_scales(bundle, manifest, manifest.graphs.decoder)
         try:
             with self._device.active():
                 self._load(chosen, num_slots, max_logits, max_draft_tokens)
@@ -239,7 +243,12 @@ class TensorRTBackend:
         self.memory = plan(self._engine.activations_bytes)
         self._device.make_room("the rest", self.memory.device_bytes - info.plan_bytes)
         self._allocate(sizes)
-        self._engine.weights = load_weights(chosen, self._device, self._stream, self._resources)
+        if info.outside is not None:
+            from .outside_weights import load_weights
+
+            self._engine.weights = load_weights(
+                chosen, info.outside, self._device, self._stream, self._resources
+            )
         self._contexts: dict[ProfileName, BoundContext] = {}
         for limits in self._limits:
             context = self._make_context(limits.profile)
@@ -363,6 +372,8 @@ class TensorRTBackend:
         Returns:
             The collected times by optimization profile.
         """
+        from .layer_times import LayerTimes
+
         self._check_usable()
         with self._device.active():
             self._stream.synchronize()
@@ -709,12 +720,3 @@ class TensorRTBackend:
                 f"the GPU is lost since an earlier step ({self._lost}); restart the process",
                 fatal=True,
             )
-
-
-def _read_scales(bundle: Path, manifest: Manifest) -> Scales:
-    """The scales of the graph that the engine was built from, which must still be in the bundle."""
-    if manifest.kv_cache is None:
-        return {}
-    verify_files(bundle, manifest, [manifest.graphs.decoder])
-    path = bundle / manifest.graphs.decoder
-    return read_scales(OnnxFile(path.read_bytes()), manifest, path)

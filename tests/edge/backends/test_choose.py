@@ -47,7 +47,7 @@ def node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def set_node(monkeypatch: pytest.MonkeyPatch, node: str | None) -> None:
-    monkeypatch.setattr(choose, "find_gpu_node", lambda: node)
+    monkeypatch.setattr("edge.device.nodes.find_gpu_node", lambda: node)
     monkeypatch.setattr("edge.backends.missing.find_gpu_node", lambda: node)
     monkeypatch.setattr(choose, "_has_cuda_provider", lambda: False)
 

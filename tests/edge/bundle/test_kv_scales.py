@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,20 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from msgspec import structs
 
 from edge.bundle import io_spec
+from edge.bundle.graph_scales import graph_scales
 from edge.bundle.kv_scales import (
     dequantize_rows,
     pack_rows,
     packed_bytes,
     quantize_rows,
     read_scales,
+    scales_section,
     scales_sha256,
     unpack_rows,
 )
 from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
-from edge.errors import BackendError, BundleError
+from edge.errors import BackendError, BundleError, IntegrityError
 from tests.conftest import Bundles
 
 SHAPE = (2, 3, 4)
@@ -88,14 +93,55 @@ def test_a_graph_without_a_scale_is_refused(tiny_bundles: Bundles) -> None:
     manifest = read_manifest(bundle)
     path = bundle / manifest.graphs.cpu
     data = path.read_bytes()
-    scales = read_scales(OnnxFile(data), manifest, path)
+    scales = graph_scales(OnnxFile(data), manifest, path)
     assert sorted(scales) == list(range(2 * manifest.model.num_layers))
     name = io_spec.value_scale(1).encode()
     renamed = OnnxFile(data.replace(name, name[:-1] + b"x"))
     with pytest.raises(BundleError, match=r"layers\.1\.v\.cache_scale are missing.*--kv-cache"):
-        read_scales(renamed, manifest, path)
+        graph_scales(renamed, manifest, path)
     raw = scales[3].astype("<f4").tobytes()
     for wrong in (0.0, -1.0, np.nan, np.inf):
         bad = np.float32(wrong).tobytes() + raw[4:]
         with pytest.raises(BundleError, match="not above zero"):
-            read_scales(OnnxFile(data.replace(raw, bad)), manifest, path)
+            graph_scales(OnnxFile(data.replace(raw, bad)), manifest, path)
+
+
+def test_the_manifest_repeats_what_the_graphs_hold(tiny_bundles: Bundles) -> None:
+    bundle = tiny_bundles("qwen2", "portable", kv_cache="int8")
+    manifest = read_manifest(bundle)
+    assert "kv_scales" in manifest.extras
+    for name in (manifest.graphs.decoder, manifest.graphs.cpu):
+        path = bundle / name
+        held = graph_scales(OnnxFile(path.read_bytes()), manifest, path)
+        found = read_scales(bundle, manifest, name)
+        assert scales_sha256(found) == scales_sha256(held) != ""
+        older = structs.replace(manifest, extras={})
+        assert scales_sha256(read_scales(bundle, older, name)) == scales_sha256(held)
+
+
+def test_a_damaged_graph_of_an_older_bundle_gives_no_scales(
+    tiny_bundles: Bundles, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundles("qwen2", "portable", kv_cache="int8"), bundle)
+    older = structs.replace(read_manifest(bundle), extras={})
+    path = bundle / older.graphs.decoder
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(IntegrityError, match=older.graphs.decoder):
+        read_scales(bundle, older, older.graphs.decoder)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, np.nan, np.inf, "short", "long"])
+def test_scales_that_do_not_fit_are_refused(tiny_bundles: Bundles, wrong: float | str) -> None:
+    bundle = tiny_bundles("qwen2", "portable", kv_cache="int8")
+    manifest = read_manifest(bundle)
+    scales = dict(read_scales(bundle, manifest, manifest.graphs.cpu))
+    if wrong == "short":
+        del scales[0]
+    elif wrong == "long":
+        scales[-1] = scales[0]
+    else:
+        scales[3] = np.where(np.arange(scales[3].shape[-1]) == 1, wrong, scales[3])
+    extras = {"kv_scales": scales_section(scales)}
+    with pytest.raises(BundleError, match=r"section kv_scales has not .* above zero.*--kv-cache"):
+        read_scales(bundle, structs.replace(manifest, extras=extras), manifest.graphs.cpu)

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from edge.backends import choose
 from edge.bundle.manifest import read_manifest
 from edge.bundle.verified_files import verify_files
 from edge.cli import COMMAND_GROUP
@@ -184,7 +183,7 @@ def test_activations_that_would_stay_float_are_refused(tiny_bundles):
 def test_the_cpu_computes_beside_an_engine_and_a_gpu(
     tiny_bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(choose, "find_gpu_node", lambda: "/dev/nvmap")
+    monkeypatch.setattr("edge.device.nodes.find_gpu_node", lambda: "/dev/nvmap")
     reference = tiny_bundles("qwen2", "portable")
     bundle = shutil.copytree(reference, tmp_path / "bundle")
     write_engine(bundle, max_batch=1, max_prefill=24, kv_capacity=128, kv_buckets=(128,))

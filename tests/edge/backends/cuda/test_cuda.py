@@ -24,6 +24,7 @@ from edge.backends.cuda import waiting
 from edge.backends.cuda.bindings import BindingsDriver, Calls
 from edge.backends.cuda.errors import cure_for_memory, explain_init_failure
 from edge.backends.cuda.pieces import Pieces
+from edge.device import memory
 from edge.device.nodes import find_gpu_node
 from edge.engine_config import GpuWait
 from edge.errors import DependencyError, DeviceError, DeviceMemoryError
@@ -147,19 +148,19 @@ def test_free_memory_of_a_jetson_is_what_the_kernel_can_give(
 ):
     """However much the driver calls free: more or less than that."""
     available = iter([7 << 30, 1 << 20])
-    monkeypatch.setattr(cuda, "read_mem_available_bytes", lambda: next(available))
+    monkeypatch.setattr(memory, "read_mem_available_bytes", lambda: next(available))
     with cuda.Device().active():
         assert cuda.Device().memory_info()[0] == gpu.total_bytes
         gpu.integrated = True
         assert [cuda.Device().memory_info()[0] for _ in range(2)] == [7 << 30, 1 << 20]
-        monkeypatch.setattr(cuda, "read_mem_available_bytes", lambda: None)
+        monkeypatch.setattr(memory, "read_mem_available_bytes", lambda: None)
         assert cuda.Device().memory_info()[0] == gpu.total_bytes
 
 
 def test_room_is_made_for_what_fits_a_jetson(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
     made: list[int] = []
-    monkeypatch.setattr(cuda, "make_free", made.append)
-    monkeypatch.setattr(cuda, "read_mem_available_bytes", lambda: 5 << 30)
+    monkeypatch.setattr(memory, "make_free", made.append)
+    monkeypatch.setattr(memory, "read_mem_available_bytes", lambda: 5 << 30)
     for integrated in (False, True):
         gpu.integrated = integrated
         device = cuda.Device()

@@ -24,8 +24,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     for name, module in fake.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     fake.largest_block_bytes = 3 * UNIT_BYTES
-    for module in (pieces, cuda):
-        monkeypatch.setattr(module, "PIECE_BYTES", 5 * UNIT_BYTES)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 5 * UNIT_BYTES)
     yield fake
     assert fake.alive == {}
     assert fake.used_bytes == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from edge_lab.measure.figures import kl_divergence
 from tests.conftest import Bundles, require_even_rows, require_int8_cache
 from tests.edge.backends.ort.test_cpu_attention import ATOL, export_heads
 from tests.edge.backends.runner import Runner, history, random_ids
+from tests.manifests import as_written_before_scales
 from tests.tiny_models import KINDS, Kind
 
 DIALECTS = ("native", "portable")
@@ -49,6 +51,17 @@ def test_both_dialects_compute_the_same(kind: Kind, tiny_bundles: Bundles) -> No
         with Runner(tiny_bundles(kind, dialect, kv_cache="int8")) as runner:
             found.append(history(runner))
     assert_same_history(*found)
+
+
+def test_a_bundle_without_scales_in_its_manifest_computes_the_same(
+    tiny_bundles: Bundles, tmp_path: Path
+) -> None:
+    newer, older = tiny_bundles("qwen2", "portable", kv_cache="int8"), tmp_path / "bundle"
+    shutil.copytree(newer, older)
+    as_written_before_scales(older)
+    with Runner(newer) as ours, Runner(older) as theirs:
+        for one, other in zip(history(ours), history(theirs), strict=True):
+            assert_array_equal(one, other)
 
 
 def test_heads_that_the_operator_does_not_take(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from edge.backends.tensorrt.device_memory import (
 from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle import io_spec
 from edge.bundle.engine_file import find_engines, read_engine_info
-from edge.bundle.kv_scales import quantize_rows
+from edge.bundle.kv_scales import quantize_rows, scales_sha256
 from edge.bundle.manifest import Calibration, KvCache, read_manifest
 from edge.errors import BackendError, ConfigError, IntegrityError
 from engines.build_plan import plan_build
@@ -29,7 +29,7 @@ from tests.conftest import Bundles
 from tests.edge.backends.runner import Runner, random_ids
 from tests.edge.backends.tensorrt.gpu_runner import CAPACITY, EngineBundles, GpuRunner, both_drivers
 from tests.fake_cuda import FakeGpu
-from tests.manifests import make_manifest, make_model
+from tests.manifests import as_written_before_scales, make_manifest, make_model
 from tests.parity import FP16_KERNELS
 from tests.tiny_models import KINDS
 
@@ -99,6 +99,24 @@ def test_slots_are_read_written_and_copied_without_loss(
         assert_array_equal(runner.backend.read_slot(3, 20), rows)
 
 
+def test_a_bundle_without_scales_in_its_manifest_computes_the_same(
+    gpu: FakeGpu,
+    engine_bundles: EngineBundles,
+    tmp_path: Path,
+) -> None:
+    newer, older = engine_bundles("qwen2", "portable", "int8"), tmp_path / "bundle"
+    shutil.copytree(newer, older)
+    as_written_before_scales(older)
+    found = []
+    for bundle in (newer, older):
+        with GpuRunner(bundle, gpu) as runner:
+            logits = runner.step(random_ids(1, 20), [1])
+            found.append((logits, runner.cache(1), scales_sha256(runner.backend.kv_scales)))
+    assert_array_equal(found[0][0], found[1][0])
+    assert_array_equal(found[0][1], found[1][1])
+    assert found[0][2] == found[1][2]
+
+
 def test_the_graph_that_has_the_scales_is_checked(
     gpu: FakeGpu,
     engine_bundles: EngineBundles,
@@ -106,6 +124,7 @@ def test_the_graph_that_has_the_scales_is_checked(
 ) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(engine_bundles("qwen2", "portable", "int8"), bundle)
+    as_written_before_scales(bundle)
     manifest = read_manifest(bundle)
     path = bundle / manifest.graphs.decoder
     data = bytearray(path.read_bytes())
