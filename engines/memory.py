@@ -7,11 +7,11 @@ from pathlib import Path
 
 from edge.bundle.engine_file import Kernels
 from edge.bundle.manifest import Manifest
-from edge.bundle.sizes import BuildMemory, plan_build_memory
 from edge.device.memory import make_free
 from edge.errors import ResourceError
 from edge.files import drop_cached, is_file, is_jetson, list_directory, open_file
 from edge_lab.engine_layers import engine_dtype
+from edge_lab.planner.memory import BuildMemory, plan_build_memory
 
 from .kernels.launch import GROUPS
 

@@ -10,16 +10,17 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from edge.backends.process_memory import Deployment
 from edge.bundle.engine_file import KvRead
 from edge.bundle.io_spec import PAST_PREFIX
 from edge.bundle.linears import ROTATION
 from edge.bundle.manifest import Manifest
+from edge.bundle.memory_facts import PARTS, Part
 from edge.bundle.onnx_values import ELEMENT_BITS
 from edge.bundle.sizes import ProfileName, StepLimits, profile_limits
-from edge.bundle.weights import PARTS, Part, manifest_linears, part_of, unpacked_bytes
+from edge.bundle.weights import manifest_linears, part_of, unpacked_bytes
 from edge.errors import BundleError
 from edge_lab.planner.devices import MODULES
+from edge_lab.planner.memory import Deployment
 from edge_lab.planner.speed import Ceiling, Work, ceiling, work_of
 
 from .config import BuildShapes

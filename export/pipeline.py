@@ -14,7 +14,7 @@ import msgspec
 
 from edge._version import __version__
 from edge.backends.ort.session import onnxruntime_version
-from edge.bundle import io_spec, kv_scales
+from edge.bundle import io_spec, kv_scales, memory_facts
 from edge.bundle.manifest import (
     SCHEMA_VERSION,
     Dialect,
@@ -26,6 +26,7 @@ from edge.bundle.manifest import (
     printable,
     read_manifest,
 )
+from edge.bundle.weights import count_facts, manifest_linears
 from edge.errors import (
     BundleError,
     CheckpointError,
@@ -404,9 +405,6 @@ class _Export:
                 for info in linears.values()
             )
             clip = "mse" if rounded else "none"
-        extras = {}
-        if decoder.kv_scales:
-            extras[kv_scales.SECTION] = kv_scales.scales_section(decoder.kv_scales)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             producer=f"edge-llm {__version__}",
@@ -438,12 +436,15 @@ class _Export:
             vocabulary=None if self.reduced is None else self.reduced.vocabulary,
             tensorrt=legal,
             kv_cache=decoder.kv_cache,
-            extras=extras,
             head=head,
             embedding=self.checkpoint.embedding,
             reranking=self.checkpoint.reranking,
         )
-        return _printable(manifest)
+        facts = count_facts(self.model, manifest_linears(manifest), self.positions)
+        extras = {memory_facts.SECTION: msgspec.to_builtins(facts)}
+        if decoder.kv_scales:
+            extras[kv_scales.SECTION] = kv_scales.scales_section(decoder.kv_scales)
+        return _printable(msgspec.structs.replace(manifest, extras=extras))
 
 
 _Part = TypeVar("_Part", bound=msgspec.Struct)

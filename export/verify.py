@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edge.backends.process_memory import Deployment, plan_process_memory
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import Dialect, ModelSpec, TensorScheme
 from edge.bundle.schemes import INT4_GROUP_SIZE
@@ -30,6 +29,7 @@ from edge.errors import (
     ResourceError,
 )
 from edge_lab.measure.compare import CHUNK_TOKENS
+from edge_lab.planner.memory import Deployment, plan_process_memory
 from edge_lab.recipe import Recipe, recipe_linears
 
 from .config import AS_IN_SOURCE, DEFAULT_METHOD, ExportConfig

@@ -5,19 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from edge.backends.process_memory import (
-    LEAST_CAPACITY,
-    Deployment,
-    ProcessMemory,
-    plan_process_memory,
-    plan_process_pair,
-)
+from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
-from edge.bundle.weights import manifest_linears
+from edge.bundle.memory_facts import read_memory_facts
 from edge.device.memory import read_available_memory_bytes
 from edge.errors import DeviceMemoryError, ResourceError
 
 from . import Backend
+from .host_memory import LEAST_CAPACITY, HostMemory, plan_host_memory
 
 _log = logging.getLogger(__name__)
 _STEP = 256
@@ -49,22 +44,25 @@ def host_capacity(
     """
     wanted, free = asked or manifest.kv_capacity, read_available_memory_bytes()
 
-    def plan(each: Manifest, capacity: int) -> ProcessMemory:
-        deployment = Deployment(
-            "ort-cpu",
-            num_slots,
-            capacity,
-            min(max_step_tokens, capacity),
+    def plan(each: Manifest, capacity: int) -> HostMemory:
+        return plan_host_memory(
+            each.model,
+            read_memory_facts(each, beside),
             each.dialect,
-            each.int8_layers,
+            io_spec.kv_bytes_per_token(each.model, "fp32", each.int8_layers),
+            num_slots=num_slots,
+            kv_capacity=capacity,
+            max_step_tokens=min(max_step_tokens, capacity),
         )
-        linears = manifest_linears(each, beside)
-        return plan_process_memory(each.model, linears, each.rope_positions, deployment)
 
     def need(capacity: int) -> int:
         own = plan(manifest, capacity)
-        other = plan(beside, min(capacity, beside.rope_positions)) if beside is not None else None
-        return plan_process_pair(own, other).load_peak + extra_bytes
+        peak = own.load_peak
+        if beside is not None:  # it is loaded after the first
+            other = plan(beside, min(capacity, beside.rope_positions))
+            loading = other.load_peak - other.process_bytes
+            peak = max(peak, own.process_bytes + other.model_bytes + loading)
+        return peak + extra_bytes
 
     if free is None or need(wanted) <= free:  # None: the system does not tell
         return wanted

@@ -1,10 +1,9 @@
-"""Bytes that a TensorRT engine takes besides its weights, and the peak of building it."""
+"""Bytes that a TensorRT engine takes besides its weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from edge.errors import ConfigError
@@ -28,17 +27,6 @@ CAPTURE_BYTES = 256 * 10**6
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 """Scratch memory of a kernel. TensorRT's own default is all of the device's memory, which on a
 Jetson is also the host's."""
-
-# Peak resident memory of compiling with TensorRT for RTX 1.7 on a CPU, measured: SmolLM2 INT4
-# (87 MB of weights) 0.94 GB, the 1.5B shape INT4 (921 MB) 3.34 GB. That is 0.69 GB and 2.9 times
-# the weights; a little is added to both. NVIDIA tells users of its own builder 3 to 4 times.
-_RTX_BUILD = (800 << 20, 3.2)
-# Predicted, of TensorRT itself on a Jetson: its library of kernels takes 1,227 MiB of the host and
-# 1,235 of the GPU before any layer (OE4T/meta-tegra#2120, 10.13), which are one memory there; and
-# before 10.13 external weights are copied once more (its CHANGELOG: "Decreased memory usage when
-# importing models with external weights").
-_BUILD = (2_500_000_000, 3.2)
-_BUILD_BEFORE_10_13 = (2_500_000_000, 4.2)
 
 
 class StepLimits(NamedTuple):
@@ -132,36 +120,3 @@ def activation_bytes(
         return step.batch * max(step.seq * (widest + scores), logits)
 
     return 2 * ENGINE_FLOAT_BYTES * max(map(values, limits))
-
-
-@dataclass(frozen=True)
-class BuildMemory:
-    """The estimated peak of an engine's build by part, in bytes."""
-
-    weights_bytes: int
-    builder_bytes: int
-    workspace_bytes: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """Everything at once."""
-        return self.weights_bytes + self.builder_bytes + self.workspace_bytes
-
-
-def plan_build_memory(
-    weights_bytes: int,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
-    release: tuple[int, int] | None = None,
-) -> BuildMemory:
-    """Estimate a build.
-
-    Args:
-        weights_bytes: bytes of the graph's weights as they are stored.
-        workspace_bytes: scratch memory of the kernels that are tried; 0 where nothing runs.
-        release: of TensorRT; None is TensorRT for RTX.
-    """
-    fixed, factor = _RTX_BUILD
-    if release is not None:
-        fixed, factor = _BUILD if release >= (10, 13) else _BUILD_BEFORE_10_13
-    builder = fixed + int((factor - 1) * weights_bytes)
-    return BuildMemory(weights_bytes, builder, workspace_bytes)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from edge.bundle.linears import linear_layers, norm_layers
 from edge.bundle.manifest import HeadManifest, Manifest, ModelSpec, TensorScheme
+from edge.bundle.memory_facts import PARTS, MemoryFacts, Part
 from edge.bundle.schemes import SCALE_BYTES, SCHEMES, stored_bytes
 from edge.bundle.sizes import ENGINE_FLOAT_BYTES
 
-Part = Literal["attention", "mlp", "lm_head", "scales", "norms", "rope"]
-PARTS: tuple[Part, ...] = ("attention", "mlp", "lm_head", "scales", "norms", "rope")
+# ONNX Runtime keeps the fp32 scales, packs them beside the integers, and adds sums of each group.
+ORT_SCALE_COPIES = 3
+_ORT_INT8_FACTOR = 1.1  # measured: what the 8-bit kernel's layout adds
+_ORT_LOAD_FACTOR = 0.45  # measured: a layer's original lives beside its packed copy for a while
+_ORT_JOINED_BYTES = 1.0  # per weight in planes: the joined one, until all are packed
 _PART_OF: dict[str, Part] = {
     "qkv": "attention",
     "o": "attention",
@@ -123,3 +127,33 @@ def weight_parts(model: ModelSpec, linears: Iterable[Linear], positions: int) ->
     # cos and sin of half the head each
     parts["rope"] = _FLOAT_BYTES * positions * model.head_dim
     return parts
+
+
+def count_facts(model: ModelSpec, linears: Sequence[Linear], positions: int) -> MemoryFacts:
+    """Count what the weights of a model take.
+
+    Args:
+        model: dimensions.
+        linears: its linear layers (`manifest_linears`, or of a recipe).
+        positions: rows of the RoPE table.
+    """
+    parts = weight_parts(model, linears, positions)
+    joined = sum(math.prod(linear.shape) for linear in linears if linear.scheme.planes)
+    loading = int(_ORT_LOAD_FACTOR * sum(parts.values()) + _ORT_JOINED_BYTES * joined)
+    return MemoryFacts(parts, _host_parts(parts, linears), loading)
+
+
+def _host_parts(parts: Mapping[Part, int], linears: Iterable[Linear]) -> dict[Part, int]:
+    """Count the bytes of weights in ONNX Runtime on the CPU: floats in fp32, integers packed."""
+    result = dict(parts)
+    wide: tuple[Part, ...] = ("scales", "norms", "rope")
+    for part in wide:
+        result[part] = 2 * parts[part]
+    result["scales"] *= ORT_SCALE_COPIES
+    for linear in linears:
+        weight, scales = stored_bytes(linear.shape, linear.scheme)
+        if linear.scheme.planes:  # joined at load, which leaves the low plane's scales
+            result["scales"] -= ORT_SCALE_COPIES * scales
+        grown = {"float": 2.0, "int8": _ORT_INT8_FACTOR}.get(linear.scheme.kind, 1.0)
+        result[linear.part] += round((grown - 1) * weight)
+    return result

@@ -123,8 +123,8 @@ def plan(
     name that pull takes, such as deepseek-r1:1.5b, 1.5b or r1-qwen-7b.
     Of a bundle with an engine for an Orin the speed is that of this engine's layers.
     """
-    from edge.backends.process_memory import Deployment
     from edge_lab.planner.engine import Asked, PlannedEngine
+    from edge_lab.planner.memory import Deployment
     from edge_lab.planner.models import BUILT_IN, find_model
     from edge_lab.planner.picture import draw_plan
     from edge_lab.planner.plan import CPU, make_plan
@@ -244,7 +244,7 @@ def int8_dialect(backend: str, kv_cache: str | None) -> Dialect:
 def _print(result: ModelPlan) -> None:
     from rich.console import Console
 
-    from edge.bundle.weights import PARTS
+    from edge.bundle.memory_facts import PARTS
     from edge_lab.planner.plan import largest_block
 
     console = Console(markup=False, highlight=False)

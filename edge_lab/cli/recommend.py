@@ -141,7 +141,7 @@ def recommend(
 
     Exit code 3 if nothing meets every wish.
     """
-    from edge.backends.process_memory import Deployment
+    from edge_lab.planner.memory import Deployment
     from edge_lab.planner.models import BUILT_IN
     from edge_lab.planner.plan import CPU
     from edge_lab.planner.recommend import Wish

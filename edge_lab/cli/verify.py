@@ -182,6 +182,7 @@ def _open(bundle: Path) -> Iterator[_Opened]:
     from edge.bundle.trust import open_manifest
     from edge.bundle.verified_files import verify_files
     from edge.text.tokenizer import Tokenizer
+    from edge_lab.measure.manifest_facts import check_facts
     from edge_lab.progress import uncounted
 
     manifest = open_manifest(bundle)
@@ -189,6 +190,7 @@ def _open(bundle: Path) -> Iterator[_Opened]:
         progress = stack.enter_context(show_progress())
         with uncounted(progress, "hash"):
             verify_files(bundle, manifest, manifest.files)
+            check_facts(bundle, manifest)
         tokenizer = Tokenizer.from_file(bundle / "tokenizer.json", manifest.tokens)
         table = stack.enter_context(closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)))
         yield _Opened(stack, progress, manifest, tokenizer, table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from edge.backends.process_memory import LEAST_CAPACITY, Deployment, plan_process_memory
+from edge.backends.host_memory import LEAST_CAPACITY
 from edge.bundle import io_spec
 from edge.bundle.engine_file import (
     EngineInfo,
@@ -18,11 +18,11 @@ from edge.bundle.engine_records import UnvouchedError
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.bundle.trust import trusted_keys_file
 from edge.bundle.verified_files import verify_files
-from edge.bundle.weights import manifest_linears
 from edge.device.memory import read_free_memory_bytes, read_kib
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, install_command
 from edge_lab.engine_record import verify_plan
 from edge_lab.engine_verdict import how_to_mend, slow_parts
+from edge_lab.planner.memory import Deployment, plan_bundle_memory
 
 from .check import (
     DAMAGED,
@@ -192,10 +192,8 @@ def check_memory(facts: MachineFacts, manifest: Manifest | None) -> Check:
         cache *= capacity
         libraries = _OVERHEAD_BYTES
     else:
-        plan = plan_process_memory(
-            manifest.model,
-            manifest_linears(manifest),
-            manifest.rope_positions,
+        plan = plan_bundle_memory(
+            manifest,
             Deployment(
                 "ort-cpu",
                 kv_capacity=capacity,

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Backend
-from edge.backends.process_memory import BackendKind, Deployment, plan_process_memory
 from edge.backends.tensorrt.device_memory import EngineMemory
 from edge.bundle.engine_file import EngineInfo
 from edge.bundle.manifest import Manifest
@@ -27,6 +26,7 @@ from edge_lab.manifest_text import describe_kv_cache
 from edge_lab.planner.calibration import BENCH_SCHEMA
 from edge_lab.planner.devices import identify
 from edge_lab.planner.engine import engine_work
+from edge_lab.planner.memory import BackendKind, Deployment, plan_bundle_memory
 from edge_lab.planner.plan import CPU, PlanDevice, find_device
 from edge_lab.planner.speed import FITTED, EngineWork, Work, ceiling, decode_s, work_of
 from edge_lab.telemetry import Snapshot
@@ -250,7 +250,7 @@ def work_of_bundle(manifest: Manifest, backend: Backend, config: BenchConfig) ->
         manifest.int8_layers,
     )
     linears = manifest_linears(manifest)
-    memory = plan_process_memory(manifest.model, linears, manifest.rope_positions, deployment)
+    memory = plan_bundle_memory(manifest, deployment)
     work = work_of(manifest.model, linears, memory.weights, deployment)
     return dataclasses.replace(work, engine=_engine_work(manifest, backend))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from edge.backends.process_memory import Deployment
 from edge.bundle.library import bundle_name, roots
 from edge.device.memory import read_kib
 from edge_lab.telemetry import read_module, read_target
 
 from .devices import identify
+from .memory import Deployment
 from .models import PlannedModel
 from .plan import CPU, Option, PlanDevice
 

@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edge.backends.process_memory import Deployment, ProcessMemory, plan_process_memory
 from edge.bundle import io_spec
 from edge.bundle.weights import Linear
 
 from .devices import PowerMode
+from .memory import Deployment, ProcessMemory, plan_process_memory
 from .models import PlannedModel
 from .speed import Efficiency, Work, decode_s, verify_s, work_of
 

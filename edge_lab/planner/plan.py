@@ -6,14 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from edge.backends.process_memory import (
-    Deployment,
-    ProcessMemory,
-    memory_of_plan,
-    plan_process_memory,
-    plan_process_pair,
-    usable_bytes,
-)
 from edge.bundle import io_spec
 from edge.bundle.schemes import fold_quant
 from edge.bundle.weights import Linear, manifest_linears
@@ -30,6 +22,15 @@ from .drafting import (
     plan_draft,
 )
 from .engine import PlannedEngine
+from .memory import (
+    Deployment,
+    ProcessMemory,
+    memory_of_plan,
+    plan_bundle_memory,
+    plan_process_memory,
+    plan_process_pair,
+    usable_bytes,
+)
 from .models import PlannedModel
 from .published import Kind, Precision, has_fitted
 from .speed import FITTED, Efficiency, Speed, Work, predict, work_of
@@ -242,7 +243,11 @@ def make_plan(
         ((quant, _, own),) = _linears(draft, () if draft.manifest is not None else (DRAFT_QUANT,))
         drafter = plan_draft(draft, quant, own, deployment)
     for name, recipe, linears in _linears(model, quants, draft):
-        memory = plan_process_memory(model.spec, linears, positions, deployment)
+        if model.manifest is None:
+            memory = plan_process_memory(model.spec, linears, positions, deployment)
+        else:
+            beside = None if draft is None else draft.manifest
+            memory = plan_bundle_memory(model.manifest, deployment, beside)
         work = work_of(model.spec, linears, memory.weights, deployment)
         if isinstance(engine, PlannedEngine):
             work = replace(work, engine=engine.work)

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edge.backends.process_memory import Deployment
 from edge.bundle.library import nearest_model
 from edge.bundle.linears import linear_layers
 from edge.errors import ConfigError
 
 from .commands import bundle_path, export_commands
+from .memory import Deployment
 from .models import BUILT_IN, PlannedModel, find_built_in
 from .plan import ModelPlan, Option, PlanDevice, make_plan
 from .speed import Efficiency, prefill_s

@@ -25,14 +25,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edge.backends.process_memory import ORT_SCALE_COPIES, Deployment
 from edge.bundle.manifest import ModelSpec
+from edge.bundle.memory_facts import Part
 from edge.bundle.profile_layers import AttentionKind
 from edge.bundle.schemes import SCHEMES
-from edge.bundle.weights import Linear, Part
+from edge.bundle.weights import ORT_SCALE_COPIES, Linear
 from edge.errors import ConfigError
 
 from .devices import PowerMode
+from .memory import Deployment
 
 StepKind = Literal["decode", "prefill"]
 

@@ -8,22 +8,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edge.backends.host_memory import LEAST_CAPACITY
 from edge.backends.ort.int8_prompts import int8_bytes
-from edge.backends.process_memory import (
-    LEAST_CAPACITY,
-    BackendKind,
-    Deployment,
-    ProcessMemory,
-    plan_process_memory,
-    plan_process_pair,
-)
 from edge.bundle.engine_file import find_engines
 from edge.bundle.manifest import Manifest, read_manifest
-from edge.bundle.weights import manifest_linears
 from edge.device.nodes import find_gpu_node
 from edge.errors import ResourceError
 from edge.runtime.structured_output import CHECK_MEMORY_BYTES
 from edge.text.template_child import TEMPLATE_LIMITS
+from edge_lab.planner.memory import (
+    BackendKind,
+    Deployment,
+    ProcessMemory,
+    plan_bundle_memory,
+    plan_process_pair,
+)
 from edge_serve.settings import ServerSettings
 
 _log = logging.getLogger("edge_serve")
@@ -189,8 +188,7 @@ def _plan(
     def plan(each: Manifest, capacity: int) -> ProcessMemory:
         step = min(settings.prefill_chunk, capacity)
         deployment = Deployment(backend, settings.num_slots, capacity, step, each.dialect)
-        linears = manifest_linears(each, draft)
-        return plan_process_memory(each.model, linears, each.rope_positions, deployment)
+        return plan_bundle_memory(each, deployment, draft)
 
     beside = None if draft is None else plan(draft, min(capacity, draft.rope_positions))
     planned = plan_process_pair(plan(manifest, capacity), beside)

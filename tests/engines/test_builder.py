@@ -25,7 +25,6 @@ from edge.bundle.engine_file import (
     rebuild_command,
 )
 from edge.bundle.manifest import read_manifest
-from edge.bundle.sizes import plan_build_memory
 from edge.errors import (
     BuildError,
     BundleError,
@@ -36,6 +35,7 @@ from edge.errors import (
 )
 from edge_lab import telemetry
 from edge_lab.engine_record import verify_plan
+from edge_lab.planner.memory import plan_build_memory
 from engines import builder, compat, memory
 from engines.audit import audit_network
 from engines.builder import Target, build_engine

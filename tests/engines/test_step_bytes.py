@@ -12,7 +12,6 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from edge.backends.process_memory import Deployment, plan_process_memory
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest, encode_manifest, read_manifest
 from edge.bundle.onnx_file import OnnxFile, attribute
@@ -20,6 +19,7 @@ from edge.bundle.verified_files import sha256_file
 from edge.bundle.weights import manifest_linears, weight_parts
 from edge.errors import BundleError
 from edge_lab.planner.devices import MODULES
+from edge_lab.planner.memory import Deployment, plan_process_memory
 from edge_lab.planner.models import find_model
 from edge_lab.planner.plan import find_device, make_plan
 from edge_lab.planner.speed import FITTED, Work, ceiling, work_of

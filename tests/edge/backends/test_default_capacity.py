@@ -11,11 +11,12 @@ import pytest
 
 from edge.backends import choose, default_capacity
 from edge.backends.default_capacity import device_backend, host_capacity
-from edge.backends.process_memory import LEAST_CAPACITY, Deployment, plan_process_memory
+from edge.backends.host_memory import LEAST_CAPACITY
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.bundle.weights import manifest_linears
 from edge.engine_config import EngineConfig
 from edge.errors import DeviceMemoryError, ResourceError
+from edge_lab.planner.memory import Deployment, plan_process_memory
 from tests.conftest import Bundles, require_kernels
 from tests.manifests import make_manifest
 

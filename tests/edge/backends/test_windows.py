@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from edge.backends.process_memory import Deployment, plan_process_memory
 from edge.backends.step import Step, step_after
 from edge.backends.windows import (
     UNBOUNDED,
@@ -25,6 +24,7 @@ from edge.backends.windows import (
     window_step,
 )
 from edge_lab.planner.devices import MODULES
+from edge_lab.planner.memory import Deployment, plan_process_memory
 from edge_lab.planner.models import BUILT_IN
 from edge_lab.planner.speed import FITTED, prefill_s, work_of
 from edge_lab.recipe import find_variant, recipe_linears

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edge.device import gpu, process
+from edge.device import gpu, memory
 from edge.device.gpu import Gpu, find_gpu
 from edge.device.process import (
     choose_num_threads,
@@ -32,7 +32,7 @@ def test_the_peak_is_in_bytes_and_starts_anew():
 
 
 def test_a_system_that_does_not_say_has_a_peak_since_the_start(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(process, "read_kib", lambda path, key: None)
+    monkeypatch.setattr(memory, "read_kib", lambda path, key: None)
     assert read_rss_bytes() is None
     assert read_rss_peak_bytes() > 10_000_000
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from edge.backends.process_memory import Deployment, plan_process_memory
 from edge.bundle import io_spec
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import ModelSpec
 from edge.bundle.weights import Linear
 from edge_lab.planner.devices import MODULES, PowerMode
+from edge_lab.planner.memory import Deployment, plan_process_memory
 from edge_lab.planner.models import BUILT_IN, decoder_spec
 from edge_lab.planner.published import (
     DEFAULT_CONTEXT,

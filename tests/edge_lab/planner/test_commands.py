@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from edge.backends.process_memory import Deployment
 from edge_lab.planner import commands
 from edge_lab.planner.commands import export_commands, targets_of
+from edge_lab.planner.memory import Deployment
 from edge_lab.planner.models import BUILT_IN, find_model
 from edge_lab.planner.plan import find_device, make_plan
 from edge_lab.planner.speed import FITTED

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from edge.backends.process_memory import usable_bytes
 from edge.errors import ConfigError
 from edge_lab.planner.devices import MODULES, Module, find_module, identify
+from edge_lab.planner.memory import usable_bytes
 
 GIB = 1 << 30
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.backends.process_memory import Deployment, plan_process_pair
 from edge_lab.planner.drafting import MOST_GUESSES, draft_speed, least_acceptance
+from edge_lab.planner.memory import Deployment, plan_process_pair
 from edge_lab.planner.models import BUILT_IN
 from edge_lab.planner.plan import ModelPlan, find_device, make_plan
 from edge_lab.planner.speed import FITTED, decode_s, verify_s

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from edge.backends.process_memory import Deployment
 from edge.errors import ConfigError
 from edge_lab.planner.calibration import calibrated, read_runs
+from edge_lab.planner.memory import Deployment
 from edge_lab.planner.models import BUILT_IN, PlannedModel, decoder_spec, find_model
 from edge_lab.planner.picture import draw_plan
 from edge_lab.planner.plan import CPU, ModelPlan, find_device, make_plan

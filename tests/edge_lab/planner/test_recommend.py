@@ -8,10 +8,10 @@ from typing import Any, get_args
 
 import pytest
 
-from edge.backends.process_memory import Deployment
 from edge.bundle.library import bundle_name
 from edge.cli.options import BundlePath
 from edge.errors import ConfigError
+from edge_lab.planner.memory import Deployment
 from edge_lab.planner.models import BUILT_IN
 from edge_lab.planner.plan import find_device
 from edge_lab.planner.recommend import (

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from edge.backends.process_memory import Deployment, plan_process_memory
 from edge.errors import ConfigError
 from edge_lab.planner.devices import MODULES
+from edge_lab.planner.memory import Deployment, plan_process_memory
 from edge_lab.planner.models import BUILT_IN
 from edge_lab.planner.speed import (
     FITTED,

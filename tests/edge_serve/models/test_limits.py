@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edge.backends.process_memory import Deployment, plan_process_memory
 from edge.bundle.manifest import read_manifest
 from edge.bundle.weights import manifest_linears
 from edge.errors import BundleError, ConfigError
+from edge_lab.planner.memory import Deployment, plan_process_memory
 from edge_serve.cli.config import config
 from edge_serve.models.limits import UnitLimits, unit_limits
 from edge_serve.settings import ServerSettings

@@ -66,8 +66,7 @@ def test_a_cache_without_a_block_of_its_size_is_the_same_in_every_row(
     with GpuRunner(bundle, gpu, **options) as runner:
         expected = history(runner)
         whole = [block.num_bytes for block in runner.engine._cache._blocks]
-    for module in (pieces, cuda):
-        monkeypatch.setattr(module, "PIECE_BYTES", 2 * 4096)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 2 * 4096)
     monkeypatch.setattr(fake_cuda_bindings, "UNIT_BYTES", 4096)
     gpu.largest_block_bytes = min(whole) - 1
     if kind == "layers":

@@ -13,7 +13,13 @@ import msgspec
 import pytest
 
 from edge.backends.ort.cpu import OrtBackend
-from edge.backends.process_memory import (
+from edge.backends.tensorrt import device_memory
+from edge.bundle import io_spec
+from edge.bundle.engine_file import read_engine_info
+from edge.bundle.manifest import Dialect, Manifest, read_manifest
+from edge.bundle.sizes import CAPTURE_BYTES
+from edge.bundle.weights import manifest_linears
+from edge_lab.planner.memory import (
     BackendKind,
     Deployment,
     ProcessMemory,
@@ -22,12 +28,6 @@ from edge.backends.process_memory import (
     plan_process_memory,
     plan_process_pair,
 )
-from edge.backends.tensorrt import device_memory
-from edge.bundle import io_spec
-from edge.bundle.engine_file import read_engine_info
-from edge.bundle.manifest import Dialect, Manifest, read_manifest
-from edge.bundle.sizes import CAPTURE_BYTES
-from edge.bundle.weights import manifest_linears
 from edge_lab.planner.models import BUILT_IN
 from edge_lab.recipe import find_variant, recipe_linears
 from tests.conftest import Bundles, require_kernels

@@ -4,43 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from edge.backends.host_memory import (
+    PYTHON_BYTES,
+    SESSION_BYTES,
+    HostMemory,
+    embedding_bytes,
+    plan_host_memory,
+    tokenizer_bytes,
+)
 from edge.bundle import io_spec
-from edge.bundle.manifest import Dialect, FloatType, ModelSpec
-from edge.bundle.schemes import stored_bytes
+from edge.bundle.manifest import Dialect, FloatType, Manifest, ModelSpec
+from edge.bundle.memory_facts import MemoryFacts, Part, read_memory_facts
 from edge.bundle.sizes import (
     ALIGNMENT,
     CAPTURE_BYTES,
     DEFAULT_MAX_LOGITS,
+    DEFAULT_WORKSPACE_BYTES,
     ENGINE_FLOAT_BYTES,
     INDEX_BYTES,
     activation_bytes,
     cache_slots,
-    plan_build_memory,
     profile_limits,
 )
-from edge.bundle.weights import Linear, Part, weight_parts
+from edge.bundle.weights import Linear, count_facts
 
 BackendKind = Literal["tensorrt", "ort-cpu"]
-LEAST_CAPACITY = 1024
-"""Tokens; less is no conversation, so a machine with no room for it is left to fail by itself."""
-
-_FP32_BYTES = 4
-# Measured with Python 3.11, numpy, click, tokenizers and ONNX Runtime 1.30 on x86-64.
-_PYTHON_BYTES = 58_000_000
-_TOKENIZER_BYTES, _TOKENIZER_BYTES_PER_TOKEN = 20_000_000, 360
 # CUDA's context with cuBLAS, TensorRT's libraries and their scratch. Not measured by us: what is
 # left of the memory that NVIDIA published for Edge-LLM on Orin (docs/planner-published.md).
 _CUDA_BYTES = 600_000_000
-_ORT_SESSION_BYTES = 4_000_000
-# ONNX Runtime keeps the fp32 scales, packs them beside the integers, and adds sums of each group.
-ORT_SCALE_COPIES = 3
-_ORT_INT8_FACTOR = 1.1  # measured: what the 8-bit kernel's layout adds
-_ORT_LOAD_FACTOR = 0.45  # measured: a layer's original lives beside its packed copy for a while
-_ORT_JOINED_BYTES = 1.0  # per weight in planes: the joined one, until all are packed
+
+# Peak resident memory of compiling with TensorRT for RTX 1.7 on a CPU, measured: SmolLM2 INT4
+# (87 MB of weights) 0.94 GB, the 1.5B shape INT4 (921 MB) 3.34 GB. That is 0.69 GB and 2.9 times
+# the weights; a little is added to both. NVIDIA tells users of its own builder 3 to 4 times.
+_RTX_BUILD = (800 << 20, 3.2)
+# Predicted, of TensorRT itself on a Jetson: its library of kernels takes 1,227 MiB of the host and
+# 1,235 of the GPU before any layer (OE4T/meta-tegra#2120, 10.13), which are one memory there; and
+# before 10.13 external weights are copied once more (its CHANGELOG: "Decreased memory usage when
+# importing models with external weights").
+_BUILD = (2_500_000_000, 3.2)
+_BUILD_BEFORE_10_13 = (2_500_000_000, 4.2)
 
 # What the kernel, its carve-outs and a system without a desktop take of a Jetson's memory.
 _SYSTEM_SHARE, _SYSTEM_BYTES = 0.1, 1_000_000_000
@@ -160,7 +166,7 @@ class ProcessMemory:
 def plan_process_memory(
     model: ModelSpec, linears: Sequence[Linear], positions: int, deployment: Deployment
 ) -> ProcessMemory:
-    """Plan the memory of one model in one quantization.
+    """Plan the memory of one model in one quantization, of which there need be no bundle.
 
     Args:
         model: dimensions.
@@ -168,33 +174,75 @@ def plan_process_memory(
         positions: rows of the RoPE table.
         deployment: how it is run.
     """
-    on_cpu = deployment.backend == "ort-cpu"
-    parts = weight_parts(model, linears, positions)
-    stored = sum(parts.values())
-    cache = cache_bytes(model, deployment)
-    activations = step_bytes(model, deployment)
+    return _plan(model, count_facts(model, linears, positions), deployment)
+
+
+def plan_bundle_memory(
+    manifest: Manifest, deployment: Deployment, beside: Manifest | None = None
+) -> ProcessMemory:
+    """Plan the memory of a bundle, by the numbers of its manifest.
+
+    Args:
+        manifest: of the bundle, or of its head.
+        deployment: how it is run.
+        beside: of what drafts for it.
+
+    Raises:
+        BundleError: the manifest's numbers do not fit this edge-llm.
+    """
+    return _plan(manifest.model, read_memory_facts(manifest, beside), deployment)
+
+
+def _plan(model: ModelSpec, facts: MemoryFacts, deployment: Deployment) -> ProcessMemory:
+    if deployment.backend == "ort-cpu":
+        host = _host_memory(model, facts, deployment)
+        return ProcessMemory(
+            weights=facts.host,
+            cache=host.cache,
+            activations=host.activations,
+            io=host.io,
+            pinned=0,
+            graphs=0,
+            embeddings=host.embeddings,
+            runtime=SESSION_BYTES,
+            python=PYTHON_BYTES,
+            tokenizer=host.tokenizer,
+            load_peak=host.load_peak,
+            build_peak=0,
+        )
+    step = min(deployment.max_prefill, deployment.kv_capacity)
+    limits = profile_limits(deployment.batch, step)
     io, pinned = io_bytes(model, deployment)
     release = io_spec.DIALECTS[deployment.dialect].min_tensorrt
+    stored = sum(facts.weights.values())
     plan = ProcessMemory(
-        weights=cpu_parts(parts, linears) if on_cpu else parts,
-        cache=cache,
-        activations=activations,
+        weights=facts.weights,
+        cache=cache_bytes(model, deployment),
+        activations=activation_bytes(model, deployment.dialect, limits, deployment.kv_capacity),
         io=io,
         pinned=pinned,
-        graphs=0 if on_cpu else CAPTURE_BYTES,
-        embeddings=2 * deployment.max_prefill * model.hidden_size,
-        runtime=_ORT_SESSION_BYTES if on_cpu else _CUDA_BYTES,
-        python=_PYTHON_BYTES,
-        tokenizer=_TOKENIZER_BYTES + _TOKENIZER_BYTES_PER_TOKEN * model.vocab_size,
+        graphs=CAPTURE_BYTES,
+        embeddings=embedding_bytes(model, deployment.max_prefill),
+        runtime=_CUDA_BYTES,
+        python=PYTHON_BYTES,
+        tokenizer=tokenizer_bytes(model),
         load_peak=0,
-        build_peak=0 if on_cpu else plan_build_memory(stored, release=release).peak_bytes,
+        build_peak=plan_build_memory(stored, release=release).peak_bytes,
     )
     # TensorRT reads the plan from a mapped file into the device's memory: nothing is held twice.
-    idle = plan.process_bytes - cache - activations
-    joined = sum(math.prod(linear.shape) for linear in linears if linear.scheme.planes)
-    loading = int(_ORT_LOAD_FACTOR * stored + _ORT_JOINED_BYTES * joined)
-    load_peak = idle + loading if on_cpu else plan.process_bytes
-    return dataclasses.replace(plan, load_peak=max(load_peak, plan.process_bytes))
+    return dataclasses.replace(plan, load_peak=plan.process_bytes)
+
+
+def _host_memory(model: ModelSpec, facts: MemoryFacts, deployment: Deployment) -> HostMemory:
+    return plan_host_memory(
+        model,
+        facts,
+        deployment.dialect,
+        deployment.cache_token_bytes(model),
+        num_slots=deployment.batch,
+        kv_capacity=deployment.kv_capacity,
+        max_step_tokens=deployment.max_prefill,
+    )
 
 
 def memory_of_plan(memory: ProcessMemory, plan_bytes: int) -> ProcessMemory:
@@ -242,42 +290,19 @@ def cache_bytes(model: ModelSpec, deployment: Deployment) -> int:
     return slots * deployment.kv_capacity * deployment.cache_token_bytes(model)
 
 
-def step_bytes(model: ModelSpec, deployment: Deployment) -> int:
-    """Estimate the scratch of the largest prefill step, as far as it can be said without an engine.
-
-    ONNX Runtime frees between operators and prefills one sequence at a time: the scores of its
-    attention or the MLP are the most that lives at once.
-    """
-    step = min(deployment.max_prefill, deployment.kv_capacity)
-    if deployment.backend == "tensorrt":
-        limits = profile_limits(deployment.batch, step)
-        return activation_bytes(model, deployment.dialect, limits, deployment.kv_capacity)
-    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    scores = model.num_heads * step * deployment.kv_capacity
-    mlp = step * 4 * model.intermediate_size  # gate and up, fused and then apart
-    return _FP32_BYTES * (max(scores + 2 * step * qkv, mlp) + 2 * step * model.hidden_size)
-
-
 def io_bytes(model: ModelSpec, deployment: Deployment) -> tuple[int, int]:
-    """Inputs and outputs besides the cache, and the part of them that the host shares.
+    """Inputs and outputs of an engine besides the cache, and the part that the host shares.
 
     On Orin the GPU reads and writes pinned host memory in place. Its own are the numbers of the
     cache's rows and, in dialect ``portable``, the step's keys and values, at strides that take a
     head more per layer, or several of small ones.
     """
     tokens = max(min(deployment.max_prefill, deployment.kv_capacity), deployment.batch)
-    positions = INDEX_BYTES * deployment.kv_capacity
-    if deployment.backend == "ort-cpu":
-        values = tokens * model.hidden_size + deployment.batch * io_spec.output_width(model)
-        io = _FP32_BYTES * values + INDEX_BYTES * tokens + positions
-        if not io_spec.DIALECTS[deployment.dialect].in_place:
-            io += tokens * deployment.cache_token_bytes(model)
-        return io, 0
     # Of prefill and of decode.
     logits = max(DEFAULT_MAX_LOGITS, deployment.batch) + deployment.batch
     inputs = tokens + deployment.batch
     values = inputs * model.hidden_size + logits * io_spec.output_width(model)
-    io = positions
+    io = INDEX_BYTES * deployment.kv_capacity
     if not io_spec.DIALECTS[deployment.dialect].in_place:
         io += sum(
             tokens * (model.num_kv_heads + _padding_heads(row)) * row
@@ -291,22 +316,39 @@ def _padding_heads(row_bytes: int) -> int:
     return ALIGNMENT // math.gcd(ALIGNMENT, row_bytes)
 
 
-def cpu_parts(parts: Mapping[Part, int], linears: Iterable[Linear]) -> dict[Part, int]:
-    """Count the bytes of weights in ONNX Runtime on the CPU: floats in fp32, integers packed."""
-    result = dict(parts)
-    wide: tuple[Part, ...] = ("scales", "norms", "rope")
-    for part in wide:
-        result[part] = 2 * parts[part]
-    result["scales"] *= ORT_SCALE_COPIES
-    for linear in linears:
-        weight, scales = stored_bytes(linear.shape, linear.scheme)
-        if linear.scheme.planes:  # joined at load, which leaves the low plane's scales
-            result["scales"] -= ORT_SCALE_COPIES * scales
-        grown = {"float": 2.0, "int8": _ORT_INT8_FACTOR}.get(linear.scheme.kind, 1.0)
-        result[linear.part] += round((grown - 1) * weight)
-    return result
-
-
 def usable_bytes(module_bytes: int) -> int:
     """Count the bytes of a module's memory that programs can have."""
     return int(module_bytes * (1 - _SYSTEM_SHARE)) - _SYSTEM_BYTES
+
+
+@dataclass(frozen=True)
+class BuildMemory:
+    """The estimated peak of an engine's build by part, in bytes."""
+
+    weights_bytes: int
+    builder_bytes: int
+    workspace_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Everything at once."""
+        return self.weights_bytes + self.builder_bytes + self.workspace_bytes
+
+
+def plan_build_memory(
+    weights_bytes: int,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    release: tuple[int, int] | None = None,
+) -> BuildMemory:
+    """Estimate a build.
+
+    Args:
+        weights_bytes: bytes of the graph's weights as they are stored.
+        workspace_bytes: scratch memory of the kernels that are tried; 0 where nothing runs.
+        release: of TensorRT; None is TensorRT for RTX.
+    """
+    fixed, factor = _RTX_BUILD
+    if release is not None:
+        fixed, factor = _BUILD if release >= (10, 13) else _BUILD_BEFORE_10_13
+    builder = fixed + int((factor - 1) * weights_bytes)
+    return BuildMemory(weights_bytes, builder, workspace_bytes)
