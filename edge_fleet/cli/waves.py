@@ -15,7 +15,7 @@ from edge.errors import ConfigError
 from edge_fleet.registry.reference import Reference, is_loopback
 from edge_fleet.waves.wanted import WAVES, Wanted, seal
 from edge_lab.cli.options import ask_password
-from edge_lab.signing import read_secret_key
+from edge_lab.signing import open_signer
 
 from .registry_options import plain_http_option, reference_argument
 
@@ -181,7 +181,7 @@ def _next_number(before: Wanted | None) -> int:
 def _publish(
     opened: State, wanted: Wanted, key_file: Path, password_file: Path | None, as_json: bool
 ) -> None:
-    key = read_secret_key(key_file, lambda: ask_password(password_file))
+    key = open_signer(key_file, lambda: ask_password(password_file))
     opened.publish(seal(wanted, key))
     if as_json:
         echo_json(msgspec.to_builtins(wanted))

@@ -20,7 +20,7 @@ from edge.bundle.trust import trusted_keys_file
 from edge.errors import BundleError, ConfigError, IntegrityError
 from edge.files import MALFORMED
 from edge_fleet.registry.reference import parse_reference
-from edge_lab.signing import SecretKey, encode_signature
+from edge_lab.signing import Signer
 
 WAVES = ("1", "5%", "25%", "100%")
 NOBODY, EVERYBODY = "", "f" * 16
@@ -122,17 +122,17 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str = ""
 
 
-def seal(wanted: Wanted, key: SecretKey) -> Envelope:
+def seal(wanted: Wanted, key: Signer) -> Envelope:
     """Sign a wanted state.
 
     Raises:
         ConfigError: see `Wanted.check`.
-        DependencyError: cryptography is not installed.
+        DependencyError: minisign is not installed.
     """
     wanted.check()
     text = msgspec.json.encode(wanted)
     signature = key.sign(text, f"edge-llm wanted state {wanted.number}")
-    return Envelope(text.decode(), encode_signature(signature).decode())
+    return Envelope(text.decode(), signature.decode())
 
 
 def unseal(envelope: Envelope, where: str, trusted_keys: Path | None, seen: int = 0) -> Wanted:

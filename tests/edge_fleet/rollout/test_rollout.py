@@ -417,7 +417,7 @@ def test_a_device_that_polls_does_what_is_wanted_and_goes_back_at_once(
 ):
     """The commands that the timer runs, with the real service."""
     key, keys, secret = make_key(), tmp_path / "trusted", tmp_path / "device-key"
-    keys.write_text(key.public_key.encode())
+    keys.write_text(key.public_text)
     keys.chmod(0o644)
     state = State(tmp_path / "state", tmp_path / "device-keys")
     secret.write_text(f"orin-a:{'k' * 20}\n")

@@ -38,7 +38,7 @@ from edge_fleet.waves.receiver import State, make_app
 from edge_fleet.waves.wanted import Report, Wanted, seal, unseal
 from edge_lab.key_file import make_key as make_device_key
 from edge_lab.place import ORIGIN_NAME
-from edge_lab.signing import SecretKey, make_key
+from tests.keys import Key, make_key
 
 ORIGIN = b"the registry's manifest of the new bundle"
 DIGEST = f"sha256:{hashlib.sha256(ORIGIN).hexdigest()}"
@@ -98,7 +98,7 @@ class Fleet:
     def __init__(self, folder: Path) -> None:
         self.key = make_key()
         self.trusted = folder / "trusted-keys"
-        self.trusted.write_text(self.key.public_key.encode())
+        self.trusted.write_text(self.key.public_text)
         self.folder = folder / "state"
         self.folder.mkdir()
         keys = {name: make_device_key() for name in NAMES}
@@ -130,7 +130,7 @@ class Fleet:
         self._server.should_exit = True
         self._thread.join()
 
-    def want(self, number: int = 1, key: SecretKey | None = None, **changes: Any) -> Wanted:
+    def want(self, number: int = 1, key: Key | None = None, **changes: Any) -> Wanted:
         wanted = Wanted(number, REFERENCE, **changes)
         self.state.publish(seal(wanted, key or self.key))
         return wanted
@@ -270,7 +270,7 @@ def test_an_older_wanted_state_is_refused_and_a_forged_one_too(fleet: Fleet):
 
 
 def test_a_key_that_is_bound_to_other_names_wants_nothing(fleet: Fleet):
-    fleet.trusted.write_text(f"names: other/*\n{fleet.key.public_key.encode()}")
+    fleet.trusted.write_text(f"names: other/*\n{fleet.key.public_text}")
     fleet.want()
     fleet.poll()
     assert fleet.having == []
