@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import http.client
 import itertools
 import json
@@ -23,8 +24,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +102,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         if not message.get("more_body"):
             break
     asked = json.loads(body) if body else {}
+    tokens = asked.get("max_tokens") or asked.get("max_completion_tokens") or 0
 
     async def say(kind: bytes, data: bytes, more: bool = False, *, start: bool = True) -> None:
         if start:
@@ -109,7 +112,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
     if asked.get("stream"):
         event = b"data: " + json.dumps(EVENT).encode() + b"\n\n"
-        for number in range(asked["max_tokens"]):
+        for number in range(tokens):
             await say(b"text/event-stream", event, True, start=not number)
             await asyncio.sleep(PACE_S)
         return await say(b"", b"data: [DONE]\n\n", start=False)
@@ -126,16 +129,16 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 404, "headers": []})
         return await say(b"", b"{}", start=False)
     if scope["method"] == "POST":
-        answers[scope["path"]] = await _whole(asked)
+        answers[scope["path"]] = await _whole(asked, tokens)
     return await say(b"application/json", json.dumps(answers.get(scope["path"], {})).encode())
 
 
-async def _whole(asked: dict[str, Any]) -> dict[str, Any]:
+async def _whole(asked: dict[str, Any], tokens: int) -> dict[str, Any]:
     global _slots
     _slots = _slots or _Slots()
     text = "".join(f"<{each['role']}>{each['content']}" for each in asked["messages"])
     cached, answer = 0, "token " * TOKENS
-    if asked["max_tokens"] == MIX_TOKENS:
+    if tokens == MIX_TOKENS:
         slot, cached = await _slots.take(text)
         answer = f"{random.random()} " * (TOKENS * CHARS_PER_TOKEN // 20)
         await asyncio.sleep(ANSWER_S)
@@ -155,10 +158,14 @@ async def _whole(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 class Relay(NamedTuple):
-    """A relay that runs: its port, and the process whose tree is measured."""
+    """A relay that runs: its port, and the processes whose trees are measured."""
 
     port: int
-    pid: int
+    pids: tuple[int, ...]
+
+    def cpu_s(self) -> float:
+        """Seconds of processor time that it has had."""
+        return sum(map(cpu_s, self.pids))
 
 
 def free_port() -> int:
@@ -181,7 +188,7 @@ def started(command: list[str], port: int, **options: Any) -> Iterator[Relay]:
                     log.seek(0)
                     raise SystemExit(f"error: {shlex.join(command)}\n{log.read()[-3000:].decode()}")
                 time.sleep(0.05)
-            yield Relay(port, process.pid)
+            yield Relay(port, (process.pid,))
         finally:
             process.kill()
             process.wait()
@@ -197,6 +204,47 @@ def cpu_s(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return (int(fields[11]) + int(fields[12])) / _TICKS + sum(map(cpu_s, map(int, children)))
+
+
+@contextlib.contextmanager
+def endpoint(folder: Path, urls: list[str], *, routed: bool) -> Iterator[Relay]:
+    """Run a fleet's endpoint, with vllm-router in it or without; devices queue by themselves."""
+    port, router_port = free_port(), free_port()
+    lines = [f"port = {port}", f'state_dir = "{folder / str(port)}"', "slots = 64"]
+    lines += [f"router_port = {router_port}"] if routed else []
+    for number, url in enumerate(urls):
+        lines += [f"[devices.d{number}]", f'url = "{url}"']
+    file = folder / f"{port}.toml"
+    file.write_text("\n".join(lines))
+    fleet = [sys.executable, "-m", "edge.cli", "fleet"]
+    with started([*fleet, "up", str(file)], port) as relay:
+        if not routed:
+            yield relay
+            return
+        with started([*fleet, "router", str(file)], router_port) as router:
+            time.sleep(5)  # HAProxy looks once a second
+            yield Relay(port, relay.pids + router.pids)
+
+
+@contextlib.contextmanager
+def vllm_router(policy: str, urls: list[str]) -> Iterator[Relay]:
+    """Run vllm-router alone."""
+    port = free_port()
+    command = ["vllm-router", "--policy", policy, "--health-check-endpoint", "/ready"]
+    command += ["--log-level", "error", "--port", str(port), "--prometheus-port", str(free_port())]
+    with started([*command, "--worker-urls", *urls], port) as relay:
+        yield relay
+
+
+@contextlib.contextmanager
+def given(text: str, urls: list[str]) -> Iterator[Relay]:
+    """Run what the command line names."""
+    port = free_port()
+    command = []
+    for word in shlex.split(text):
+        command += urls if word == "{devices}" else [word.replace("{port}", str(port))]
+    with started(command, port) as relay:
+        yield relay
 
 
 # ----------------------------------------------------------------------------------- the load
@@ -247,10 +295,10 @@ def load(relay: Relay, count: int, at_once: int, *, stream: bool) -> tuple[float
         body = {"messages": messages, "max_tokens": TOKENS, "stream": stream}
         post(relay.port, body, str(number))
 
-    before, began = cpu_s(relay.pid), time.perf_counter()
+    before, began = relay.cpu_s(), time.perf_counter()
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(ask, range(count)))
-    return cpu_s(relay.pid) - before, time.perf_counter() - began
+    return relay.cpu_s() - before, time.perf_counter() - began
 
 
 def cached_share(relay: Relay, seed: int, *, named: bool) -> float:
@@ -287,9 +335,9 @@ def measure(name: str, relay: Relay, options: argparse.Namespace, seed: int) -> 
     """Measure one relay; returns milliseconds of a core, and shares of cached tokens."""
     load(relay, 50, 8, stream=False)  # connections and caches
     time.sleep(1)
-    before, began = cpu_s(relay.pid), time.perf_counter()
+    before, began = relay.cpu_s(), time.perf_counter()
     time.sleep(8)
-    idle = (cpu_s(relay.pid) - before) / (time.perf_counter() - began)
+    idle = (relay.cpu_s() - before) / (time.perf_counter() - began)
     took, lasted = load(relay, options.requests, 8, stream=False)
     request = (took - idle * lasted) / options.requests
     count = 2 * options.streams
@@ -328,16 +376,21 @@ def main() -> None:
             stack.enter_context(started([*uvicorn, f"--port={port}"], port)) for port in ports
         ]
         urls = [f"http://127.0.0.1:{port}" for port in ports]
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        relays: dict[str, Callable[[], AbstractContextManager[Relay]]] = {
+            "HAProxy": lambda: endpoint(folder, urls, routed=False),
+            "HAProxy with vllm-router": lambda: endpoint(folder, urls, routed=True),
+            "vllm-router cache_aware": lambda: vllm_router("cache_aware", urls),
+            "vllm-router consistent_hash": lambda: vllm_router("consistent_hash", urls),
+        }
+        for each in options.relay:
+            name, _, text = each.partition("=")
+            relays[name] = functools.partial(given, text, urls)
         for seed in range(options.rounds):
             print(json.dumps(measure("none", devices[0], options, seed)), flush=True)
-            for each in options.relay:
-                name, _, text = each.partition("=")
-                port = free_port()
-                command = []
-                for word in shlex.split(text):
-                    command += urls if word == "{devices}" else [word.replace("{port}", str(port))]
-                with started(command, port) as relay:
-                    wait_for_answer(port)
+            for name, start in relays.items():
+                with start() as relay:
+                    wait_for_answer(relay.port)
                     print(json.dumps(measure(name, relay, options, seed)), flush=True)
 
 

@@ -136,6 +136,8 @@ _ROUTER = """
 backend router
     option httpchk GET /liveness
     http-request set-header authorization "Bearer {secret}"
+    # It lets pages of every site read answers.
+    http-response del-header access-control- -m beg
     server router 127.0.0.1:{router_port} check inter 1s fall 2 rise 1
 
 # What vllm-router sends on: http://127.0.0.1:{back_port}/DEVICE/v1/...
@@ -146,11 +148,32 @@ frontend from_router
 {ready}
     http-request return status 200 if {{ path /ready /health }} {{ nbsrv(devices) gt 0 }}
     http-request return status 404 if {{ path_end /render }}
-    http-request return status 503 if !{{ var(txn.up) -m found }}
-    http-request return status 200 if {{ path_end /ready /health }}
+    http-request return status 200 if {{ path_end /ready /health }} {{ var(txn.up) -m found }}
+    http-request return status 503 if {{ path_end /ready /health }}
     http-request return status 401 unless {{ req.hdr(authorization) -m str "Bearer {secret}" }}
     http-request replace-path /[^/]*(/.*) \\1
-    use_backend to-%[var(txn.name)]
+    http-request set-var(txn.affinity) req.hdr(x-request-id)
+    use_backend to-%[var(txn.name)] if {{ var(txn.up) -m found }}
+    # The router may go on choosing a device that is away.
+    default_backend devices
+
+# Where the device that the router chose has just died: any other one.
+frontend any_device
+    bind unix@{any} mode 600
+    no log
+    http-request set-var(txn.affinity) req.hdr(x-request-id)
+    default_backend devices
+"""
+
+_TO_DEVICE = """
+backend to-{name}
+    balance roundrobin
+    use-server {name} if TRUE
+    retries 1
+    option redispatch 1
+    retry-on conn-failure empty-response 502 503
+    server {name} unix@{socket}
+    server any unix@{any}
 """
 
 _METRICS = """
@@ -205,14 +228,16 @@ def configuration(config: FleetConfig, secret: str, source: str) -> str:
     text = (_GLOBAL + _API).format(**fields)
     text += "".join(_device(state, *each) for each in config.devices.items())
     if config.router_port is not None:
+        anywhere = f"{state}/any.sock"
         text += _ROUTER.format(
+            any=anywhere,
             secret=secret,
             router_port=config.router_port,
             back_port=config.router_port + 1,
             ready="\n".join(_is_up(name) for name in names),
         )
         for name in names:
-            text += f"\nbackend to-{name}\n    server {name} unix@{_socket(state, name)}\n"
+            text += _TO_DEVICE.format(name=name, socket=_socket(state, name), any=anywhere)
     if config.metrics_port is not None:
         text += _METRICS.format(port=config.metrics_port)
     return text
@@ -234,7 +259,9 @@ def _use_router(config: FleetConfig) -> str:
     if config.router_port is None:
         return ""
     paths = "/v1/chat/completions /v1/completions"
-    return f"    use_backend router if {{ path {paths} }} {{ nbsrv(router) gt 0 }}\n"
+    return (
+        f"    use_backend router if {{ method POST }} {{ path {paths} }} {{ nbsrv(router) gt 0 }}\n"
+    )
 
 
 def _is_up(name: str) -> str:

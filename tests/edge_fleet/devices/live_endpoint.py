@@ -34,11 +34,12 @@ Devices = Mapping[str, "int | Mapping[str, Any]"]
 class Endpoint:
     """HAProxy in front of devices, with its file."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path, port: int, state: Path | None = None) -> None:
         self.folder = folder
         self.port = port
         self.file = folder / "fleet.toml"
-        self.state = Path(tempfile.mkdtemp(prefix="fleet-"))  # short, as sockets' paths must be
+        # Short, as sockets' paths must be.
+        self.state = state or Path(tempfile.mkdtemp(prefix="fleet-"))
         self.log = folder / "log"
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -528,42 +528,59 @@ def test_vllm_router_chooses_and_a_dead_one_or_a_dead_device_is_gone_around(
             for name, child in zip("abc", (one, two, three), strict=True)
         }
         both = {name: all_three[name] for name in "ab"}
-        told = {"api_key_file": keys(tmp_path), "router_port": port}
+        told: dict[str, Any] = {
+            "api_key_file": keys(tmp_path),
+            "router_port": port,
+            "router_policy": "consistent_hash",
+            "metrics_port": free_port(),
+        }
         right: dict[str, Any] = {"Authorization": f"Bearer {KEY}"}
+
+        def device() -> str:
+            return front.device(chat("x"), X_Session_Id=os.urandom(4).hex(), **right)
+
         with endpoint(tmp_path, both, **told) as front, router(front, port) as process:
             tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-            for _ in range(2):
-                front.device(chat("x", tools=tools), **right)
+            assert front.device(chat("x", tools=tools), **right) in "ab"
+            wait_until(lambda: {device() for _ in range(4)} == {"a", "b"})
+            status, headers, _ = front.ask(chat("x"), **right)
+            assert status == 200
+            assert not [name for name in headers if name.lower().startswith("access-control")]
             stream = Streamed(front, chat("long", max_tokens=30), **right)
             assert stream.is_whole
             assert len(stream.times) > 20
+            assert _answers(told["metrics_port"], "router") > 4  # it was the router that chose
             assert front.ask(chat("x"))[0] == 401
-            asked_at, front.port = front.port, port
-            assert front.ask(chat("x"))[0] == 401  # its port is no way round the keys
-            front.port = asked_at
+            at_router = Endpoint(tmp_path, port, front.state)
+            assert at_router.ask(chat("x"))[0] == 401  # its port is no way round the keys
 
             # A device comes and goes; the router is told.
             front.write(all_three, **told)
             front.do("reload")
             assert len(workers(port)) == 3
-            wait_until(lambda: front.device(chat(os.urandom(4).hex()), **right) == "c", 20)
-
+            wait_until(lambda: device() == "c")
             three.process.kill()
-            for i in range(12):
-                assert front.device(chat(f"{i} after"), **right) in "ab"
+            assert {device() for _ in range(12)} <= {"a", "b"}
             front.write(both, **told)
             front.do("reload")
             assert len(workers(port)) == 2
 
-            # A client that leaves frees its slot; a killed device breaks its stream.
+            # A client that leaves frees its slot.
+            connection = http.client.HTTPConnection("127.0.0.1", front.port, timeout=30)
+            data = json.dumps(chat("bye", max_tokens=40, stream=True))
+            connection.request("POST", "/v1/chat/completions", data, {**_JSON, **right})
+            wait_until(lambda: _is_busy(one) or _is_busy(two))
+            connection.close()
+            wait_until(lambda: not (_is_busy(one) or _is_busy(two)), 2)
+
+            # A killed device breaks its stream.
             began = threading.Event()
             with ThreadPoolExecutor(1) as pool:
                 long = chat("bye", max_tokens=40)
                 asked = pool.submit(Streamed, front, long, began, **right)
                 assert began.wait(10)
-                time.sleep(0.2)
-                busy = [each for each in (one, two) if _is_busy(each)]
-                busy[0].process.kill()
+                (busy,) = [each for each in (one, two) if _is_busy(each)]
+                busy.process.kill()
                 killed_at = time.monotonic()
                 stream = asked.result()
             assert not stream.is_whole
@@ -572,6 +589,17 @@ def test_vllm_router_chooses_and_a_dead_one_or_a_dead_device_is_gone_around(
             process.kill()
             process.wait()
             wait_until(lambda: front.ask(chat("x"), **right)[0] == 200)
+
+
+def _answers(port: int, proxy: str) -> int:
+    """How many good answers passed a part of HAProxy."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    begin = f'haproxy_backend_http_responses_total{{proxy="{proxy}",code="2xx"}} '
+    (line,) = [line for line in text.splitlines() if line.startswith(begin)]
+    return int(line.removeprefix(begin))
 
 
 def _is_busy(device: Child) -> bool:
