@@ -21,9 +21,8 @@ from edge_lab.manifest_text import (
 from .targets import TARGETS
 
 if TYPE_CHECKING:
-    from edge.bundle.manifest import Manifest, ReducedVocabulary
+    from edge.bundle.manifest import ReducedVocabulary
 
-    from .config import ExportConfig
 
 _FIGURES = ("tokens", "kl_mean", "top1_agreement", "perplexity_ratio")
 
@@ -347,7 +346,11 @@ def export(
     num_bytes = sum(file.num_bytes for file in manifest.files.values())
     text = (manifest.quality or {}).get("text")
     missed = (
-        [] if text is None else list(missed_thresholds(load_gate(*_gate(config, manifest)), text))
+        []
+        if text is None
+        else list(
+            missed_thresholds(load_gate(config.gate or "recipe", manifest.quantization.name), text)
+        )
     )
     if as_json:
         echo_json(
@@ -398,7 +401,7 @@ def export(
                 err=True,
             )
     schemes = {name: info.scheme for name, info in manifest.quantization.linears.items()}
-    resolved = config.resolved(is_quantized=manifest.source.quantization is not None)
+    resolved = config.resolved(config.source, is_quantized=manifest.source.quantization is not None)
     if named.loss and text is None and resolved.quant == "int4":
         click.echo(f"{named.loss}; without --fast it is calibrated, see docs/quantization.md")
     elif (better := better_recipe(resolved, schemes, missed=bool(missed))) is not None:
@@ -438,11 +441,6 @@ def _other_targets(target: str | None, versions: Collection[str] | None) -> list
         for name, each in TARGETS.items()
         if name.startswith("jetpack") and not {*each.versions} <= {*versions}
     ]
-
-
-def _gate(config: ExportConfig, manifest: Manifest) -> tuple[str, str]:
-    """Return the arguments of `load_gate`."""
-    return config.gate or "recipe", manifest.quantization.name
 
 
 def _vocabulary(reduced: ReducedVocabulary) -> str:

@@ -22,6 +22,7 @@ from edge.bundle.kv_scales import Scales
 from edge.bundle.linears import norm_sources
 from edge.bundle.manifest import (
     Calibration,
+    Dialect,
     FloatType,
     FromSource,
     Graphs,
@@ -32,12 +33,10 @@ from edge.bundle.manifest import (
 )
 from edge.bundle.schemes import HIGH_PLANE
 from edge.errors import ConfigError
-from edge.text.chat_template import ChatTemplate
-from edge.text.tokenizer import Tokenizer
 from edge_lab.progress import Progress, prefixed
 
 from .bundle import BundleWriter
-from .config import AS_IN_SOURCE, ExportConfig
+from .config import AS_IN_SOURCE, ExportRecipe
 from .graph.data_file import DataFile, StoredTensor
 from .graph.decoder import DecoderTensors, HiddenTap, StoredLinear, build_decoder
 from .graph.float_range import check_range
@@ -97,25 +96,25 @@ def _planes(scales: Mapping[int, KvScales]) -> Scales:
     }
 
 
-def calibrates(config: ExportConfig, schemes: Mapping[str, TensorScheme]) -> bool:
+def calibrates(recipe: ExportRecipe, schemes: Mapping[str, TensorScheme]) -> bool:
     """Whether the recipe needs calibration.
 
     Raises:
         ConfigError: no layer uses the method.
     """
-    if config.quant == AS_IN_SOURCE:
+    if recipe.quant == AS_IN_SOURCE:
         return False
     kinds = {scheme.kind for scheme in schemes.values()}
-    if config.method not in (None, "rtn") and "int4" not in kinds:
-        raise ConfigError(f"--method {config.method} has no effect: no layer is INT4; leave it out")
-    return (config.rounding != "rtn" and "int4" in kinds) or "w8a8" in kinds
+    if recipe.method not in (None, "rtn") and "int4" not in kinds:
+        raise ConfigError(f"--method {recipe.method} has no effect: no layer is INT4; leave it out")
+    return (recipe.rounding != "rtn" and "int4" in kinds) or "w8a8" in kinds
 
 
-def cache_tokens(config: ExportConfig) -> int:
+def cache_tokens(recipe: ExportRecipe) -> int:
     """Tokens with which the KV cache is calibrated, at most; 0 if it stays in float."""
-    if config.kv_cache == "float":
+    if recipe.kv_cache == "float":
         return 0
-    return CACHE_TOKENS if config.calibration_tokens is None else config.calibration_tokens
+    return CACHE_TOKENS if recipe.calibration_tokens is None else recipe.calibration_tokens
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,8 @@ class DecoderFiles:
     """Plans, converts and stores a model's linears, and writes the graphs that read them.
 
     Attributes:
-        config: the recipe and the form of the graph.
+        recipe: how the numbers are stored.
+        wide_input_scales: see `targets.Target`.
         checkpoint: the model that is quantized.
         schemes: the scheme of every linear, by name.
         positions: rows of the RoPE tables.
@@ -132,14 +132,15 @@ class DecoderFiles:
         head: reads hidden states that the graph then puts out; None without one.
     """
 
-    config: ExportConfig
+    recipe: ExportRecipe
+    wide_input_scales: bool
     checkpoint: Checkpoint
     schemes: Mapping[str, TensorScheme]
     positions: int
     progress: Progress
     head: Eagle3Head | None = None
 
-    def write(self, writer: BundleWriter, kv_capacity: int) -> WrittenDecoder:
+    def write(self, writer: BundleWriter, dialect: Dialect, kv_capacity: int) -> WrittenDecoder:
         """Write all four files; a calibrated export continues where the last was interrupted.
 
         Raises:
@@ -150,9 +151,9 @@ class DecoderFiles:
         names = (graphs.decoder, graphs.cpu)
         targets = [writer.path(f"{name}.data") for name in names]
         calibration = None
-        if calibrates(self.config, self.schemes):
-            ids, calibration = self._calibration_text(self.config.most_calibration_tokens)
-            key = calibration_key(self.config, self.checkpoint, ids)
+        if calibrates(self.recipe, self.schemes):
+            ids, calibration = self._calibration_text(self.recipe.most_calibration_tokens)
+            key = calibration_key(self.recipe, self.checkpoint, ids, wide=self.wide_input_scales)
             with resumable_work(writer.calibration_directory, key, targets) as work:
                 calibrator = self._calibrated(ids)
                 calibrator.runner.report(min(work.finished.blocks, self.checkpoint.spec.num_layers))
@@ -161,16 +162,14 @@ class DecoderFiles:
             with fresh_work(targets) as work:
                 finished, tensors = self._write_data(self._to_nearest(), work)
         kv_cache, peaks = None, finished.peaks
-        if self.config.kv_cache == "int8":
+        if self.recipe.kv_cache == "int8":
             scales, kv_cache, met = self._kv_scales(finished)
             if not peaks:
                 peaks = met
-                warn_of_peaks(peaks, self.config.float_type)
+                warn_of_peaks(peaks, self.recipe.float_type)
             tensors = [replace(each, kv_scales=scales) for each in tensors]
         for name, float_type, each in zip(names, self._float_types, tensors, strict=True):
-            proto = build_decoder(
-                self.checkpoint.spec, self.config.graph_dialect, float_type, each, kv_capacity
-            )
+            proto = build_decoder(self.checkpoint.spec, dialect, float_type, each, kv_capacity)
             writer.write_bytes(name, proto.SerializeToString())
         planes = _planes(tensors[0].kv_scales)
         return WrittenDecoder(graphs, finished.infos, calibration, peaks, kv_cache, planes)
@@ -178,7 +177,7 @@ class DecoderFiles:
     @property
     def _float_types(self) -> tuple[FloatType, FloatType]:
         """The float type of each graph."""
-        return (self.config.float_type, "fp32")
+        return (self.recipe.float_type, "fp32")
 
     def _kv_scales(
         self, finished: Finished
@@ -188,13 +187,13 @@ class DecoderFiles:
         Raises:
             ConfigError: the text cannot be used, or no layer may be in 8 bits.
         """
-        ids, calibration = self._calibration_text(cache_tokens(self.config))
+        ids, calibration = self._calibration_text(cache_tokens(self.recipe))
         scales, kv_cache, peaks = calibrate_kv_cache(
             ScaledCheckpoint(self.checkpoint, finished.factors),
             ids,
             calibration,
-            NUMPY_TYPE[self.config.float_type],
-            wide=self.config.device.wide_input_scales,
+            NUMPY_TYPE[self.recipe.float_type],
+            wide=self.wide_input_scales,
             progress=prefixed(self.progress, "KV cache: "),
         )
         if not scales:
@@ -211,26 +210,20 @@ class DecoderFiles:
         # AWQ fits next to nothing to its text; GPTQ and the ranges of INT8 inputs do
         # (docs/quantization-measured.md).
         has_ranges = any(scheme.kind == "w8a8" for scheme in self.schemes.values())
-        mixed = "gptq" in self.config.rounding or has_ranges
-        text = read_calibration_text(self.config.calibration, mixed=mixed)
+        mixed = "gptq" in self.recipe.rounding or has_ranges
+        text = read_calibration_text(self.recipe.calibration, mixed=mixed)
         seq_len = min(SEQ_LEN, self.positions)
-        template = content.chat_template
-        seed = self.config.seed or 0
+        seed = self.recipe.seed or 0
         ids = calibration_batches(
-            Tokenizer.from_bytes(content.tokenizer_json, content.tokens),
-            None if template is None else ChatTemplate(template, content.tokens),
-            text,
-            tokens,
-            seq_len,
-            seed,
+            content.tokenizer(), content.template(), text, tokens, seq_len, seed
         )
         return ids, Calibration(
             text=text.name, sha256=text.sha256, num_tokens=ids.size, seq_len=seq_len, seed=seed
         )
 
     def _calibrated(self, ids: NDArray[np.int64]) -> Calibrated:
-        scale_type = NUMPY_TYPE[self.config.float_type]
-        method, clip = self.config.rounding, self.config.clip
+        scale_type = NUMPY_TYPE[self.recipe.float_type]
+        method, clip = self.recipe.rounding, self.recipe.clip
         if "gptq" not in method:
             runner = LayerRunner(self.checkpoint, ids, self.progress)
             return Calibrated(runner, self.schemes, method, clip, scale_type)
@@ -242,14 +235,12 @@ class DecoderFiles:
         return Calibrated(runner, self.schemes, method, clip, scale_type, twin, effort)
 
     def _to_nearest(self) -> Calibrator:
-        scale_type = NUMPY_TYPE[self.config.float_type]
-        if self.config.quant == "source":
-            kept = (
-                frozenset(self.schemes) - self.config.recipe.overrides(self.checkpoint.spec).keys()
-            )
-            clip = self.config.clip
-            return AsInSource(self.checkpoint, self.schemes, kept, clip, scale_type)
-        return ToNearest(self.checkpoint, self.schemes, self.config.clip, scale_type)
+        scale_type = NUMPY_TYPE[self.recipe.float_type]
+        rounded = (self.checkpoint, self.schemes, self.recipe.clip, scale_type)
+        if self.recipe.quant == AS_IN_SOURCE:
+            anew = self.recipe.linears.overrides(self.checkpoint.spec)
+            return AsInSource(*rounded, frozenset(self.schemes) - anew.keys())
+        return ToNearest(*rounded)
 
     def _write_data(
         self, calibrator: Calibrator, work: Work
@@ -300,9 +291,9 @@ class DecoderFiles:
         if counted and finished.blocks >= first:
             count(0)
         hidden, waiting = finished.hidden, deque[Future[_Converted]]()
-        with ThreadPoolExecutor(self.config.workers) as pool:
+        with ThreadPoolExecutor(self.recipe.workers) as pool:
             # One worker is this thread, which a signal can interrupt anywhere.
-            submit = pool.submit if self.config.workers > 1 else _done
+            submit = pool.submit if self.recipe.workers > 1 else _done
             try:
                 for block in every[finished.blocks :]:
                     if block.index == first and first:
@@ -312,10 +303,10 @@ class DecoderFiles:
                     report = count if block.index >= first else _uncounted
                     waiting.append(submit(self._convert_block, calibrator, block, seen, report))
                     del seen  # its inputs are the worker's to give up
-                    while len(waiting) == self.config.workers or (waiting and block is every[-1]):
+                    while len(waiting) == self.recipe.workers or (waiting and block is every[-1]):
                         finished = self._store_block(waiting.popleft().result(), finished, outputs)
                         work.save(finished)
-                    if self.config.workers == 1:
+                    if self.recipe.workers == 1:
                         hidden = finished.hidden  # of the rounded layers too
             except BaseException:
                 ended.set()
@@ -331,18 +322,18 @@ class DecoderFiles:
         count: Callable[[int], None],
     ) -> _Converted:
         plan = calibrator.plan(block, seen)
-        float_type = NUMPY_TYPE[self.config.float_type]
+        float_type = NUMPY_TYPE[self.recipe.float_type]
         return plan, [convert(linear, float_type, count) for linear in plan.linears]
 
     def _store_block(
         self, converted: _Converted, finished: Finished, outputs: Sequence[Output]
     ) -> Finished:
         plan, converted_linears = converted
-        warn_of_peaks(plan.peaks, self.config.float_type)
+        warn_of_peaks(plan.peaks, self.recipe.float_type)
         linears, infos = {}, {}
         for linear, tensors in zip(plan.linears, converted_linears, strict=True):
             stored = store_linear(
-                linear, tensors, outputs, wide_input_scales=self.config.device.wide_input_scales
+                linear, tensors, outputs, wide_input_scales=self.wide_input_scales
             )
             linears[linear.layer.name] = stored
             infos[linear.layer.name] = linear_info(linear, stored[0], tensors)

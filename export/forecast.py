@@ -13,7 +13,7 @@ from edge.bundle.manifest import ModelSpec, TensorScheme
 from edge.bundle.schemes import GROUP_SIZES, stored_bytes
 from edge_lab.place import check_free_space, human
 
-from .config import AS_IN_SOURCE, ExportConfig
+from .config import AS_IN_SOURCE, ExportRecipe, ExportTarget
 from .decoder_files import cache_tokens, calibrates
 from .estimate import LONG_S, describe_s, export_s
 from .graph.embedding_table import EmbeddingType
@@ -117,7 +117,8 @@ class Forecast:
 
 
 def forecast(
-    config: ExportConfig,
+    recipe: ExportRecipe,
+    target: ExportTarget,
     model: ModelSpec,
     schemes: Mapping[str, TensorScheme],
     head_bytes: int = 0,
@@ -125,75 +126,80 @@ def forecast(
     """Estimate what an export takes, from the model's dimensions alone.
 
     Args:
-        config: what to export and how, `ExportConfig.resolved`.
+        recipe: how the numbers are stored, `ExportRecipe.resolved`.
+        target: whether the bundle is measured.
         model: the dimensions.
         schemes: the scheme of every linear layer, by name.
         head_bytes: of an EAGLE-3 head that goes into the bundle.
     """
-    positions, measured = io_spec.rope_positions(model), measures(config, model, schemes)
-    keeps = config.quant == AS_IN_SOURCE
+    positions, measured = io_spec.rope_positions(model), measures(target, model, schemes)
+    keeps = recipe.quant == AS_IN_SOURCE
     working = 0
-    if calibrates(config, schemes):
-        models = 2 if "gptq" in config.rounding else 1  # the float and the rounded one
-        tokens = config.most_calibration_tokens
+    if calibrates(recipe, schemes):
+        models = 2 if "gptq" in recipe.rounding else 1  # the float and the rounded one
+        tokens = recipe.most_calibration_tokens
         working = 2 * 4 * models * tokens * model.hidden_size  # states, old and new
     working += 2 * head_bytes  # integers and their scales twice, or floats
     reference = 0
     if measured:
-        floats = config.float_reference().recipe.schemes(model)
+        floats = recipe.float_reference().linears.schemes(model)
         reference = estimated_bytes(model, floats, positions)
-    if config.verify:
+    if target.verify:
         working, reference = working + reference, 0
-    tokens = VERIFY_TOKENS if config.verify else REPORT_TOKENS
+    tokens = VERIFY_TOKENS if target.verify else REPORT_TOKENS
 
-    def seconds(other: ExportConfig, is_measured: bool) -> float:
+    def seconds(other: ExportRecipe, is_measured: bool) -> float:
         return export_s(
             *(model, schemes, other.rounding, tokens if is_measured else 0, cache_tokens(other)),
             tokens=other.most_calibration_tokens,
         )
 
     rounds = not keeps and any(scheme.kind == "int4" for scheme in schemes.values())
-    name = str(config.quant or config.recipe.quant)
-    expected = seconds(config, measured)
+    expected = seconds(recipe, measured)
     sooner: dict[str, float] = {}
-    if rounds and config.method is None and config.named == "default" and expected > LONG_S:
-        if (config.calibration, config.calibration_tokens, config.seed) == (None, None, None):
-            is_measured = measured and (config.verify or RECIPES["fast"].measures)
-            sooner["--fast"] = seconds(replace(config, named="fast"), is_measured)
-        sooner["--method awq"] = seconds(replace(config, method="awq"), measured)
+    if rounds and recipe.method is None and recipe.named == "default" and expected > LONG_S:
+        if (recipe.calibration, recipe.calibration_tokens, recipe.seed) == (None, None, None):
+            is_measured = measured and (target.verify or RECIPES["fast"].measures)
+            sooner["--fast"] = seconds(replace(recipe, named="fast"), is_measured)
+        sooner["--method awq"] = seconds(replace(recipe, method="awq"), measured)
     return Forecast(
-        recipe=f"{name}, {config.rounding}" if rounds else name,
+        recipe=f"{recipe.name}, {recipe.rounding}" if rounds else recipe.name,
         seconds=expected,
         measured=measured,
         sooner=sooner,
-        bundle_bytes=estimated_bytes(model, schemes, positions, config.embeddings, offsets=keeps),
+        bundle_bytes=estimated_bytes(model, schemes, positions, recipe.embeddings, offsets=keeps),
         working_bytes=working,
         reference_bytes=reference,
     )
 
 
-def forecast_of_preview(config: ExportConfig, preview: Preview) -> Forecast:
+def forecast_of_preview(recipe: ExportRecipe, target: ExportTarget, preview: Preview) -> Forecast:
     """Estimate what an export takes from a hub's small files, before the weights are fetched.
 
     An adapter and a reduced vocabulary are not known yet, so it is that of the whole model.
+
+    Args:
+        recipe: how the numbers are stored.
+        target: whether the bundle is measured.
+        preview: the small files.
 
     Raises:
         ConfigError: the options contradict the checkpoint.
     """
     quantization = preview.quantization
-    config = config.resolved(is_quantized=quantization is not None)
-    if config.quant == AS_IN_SOURCE and quantization is not None:
-        overrides = config.recipe.overrides(preview.spec)
+    recipe = recipe.resolved(preview.source, is_quantized=quantization is not None)
+    if recipe.quant == AS_IN_SOURCE and quantization is not None:
+        overrides = recipe.linears.overrides(preview.spec)
         schemes = {**_likely_schemes(preview.spec, quantization), **overrides}
     else:
-        schemes = config.recipe.schemes(preview.spec)
-    return replace(forecast(config, preview.spec, schemes), download=preview.download)
+        schemes = recipe.linears.schemes(preview.spec)
+    return replace(forecast(recipe, target, preview.spec, schemes), download=preview.download)
 
 
-def measures(config: ExportConfig, model: ModelSpec, schemes: Mapping[str, TensorScheme]) -> bool:
+def measures(target: ExportTarget, model: ModelSpec, schemes: Mapping[str, TensorScheme]) -> bool:
     """Whether the bundle is measured at the end, for ``verify`` or for the report."""
     quantized = any(scheme.kind != "float" for scheme in schemes.values())
-    return config.verify or (config.report and quantized and model.task == "generate")
+    return target.verify or (target.report and quantized and model.task == "generate")
 
 
 def estimated_bytes(

@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 
-from edge.bundle.manifest import DraftHead, FloatType, Graphs
+from edge.bundle.manifest import Dialect, DraftHead, FloatType, Graphs
 from edge_lab.recipe import Recipe
 
 from .bundle import BundleWriter
-from .config import ExportConfig
+from .config import ExportRecipe
 from .decoder_files import Output, linear_info, store_linear, store_rope
 from .graph.data_file import open_data_file
 from .graph.decoder import DecoderTensors, StoredLinear
@@ -25,7 +25,12 @@ _VOCABULARY = "eagle3.vocabulary.json"
 
 
 def write_head(
-    writer: BundleWriter, config: ExportConfig, head: Eagle3Head, positions: int, kv_capacity: int
+    writer: BundleWriter,
+    recipe: ExportRecipe,
+    dialect: Dialect,
+    head: Eagle3Head,
+    positions: int,
+    kv_capacity: int,
 ) -> DraftHead:
     """Write a head's files; returns what the manifest says about it.
 
@@ -34,7 +39,8 @@ def write_head(
 
     Args:
         writer: of the bundle.
-        config: the form of the graph.
+        recipe: how the model's numbers are stored.
+        dialect: of the graph.
         head: what is written.
         positions: rows of the RoPE tables, as many as the model's: the cache may be as long.
         kv_capacity: rows of its cache, as many as the model's.
@@ -43,10 +49,10 @@ def write_head(
         ConfigError: its widths are no multiples of any group size.
         CheckpointError: a weight is not finite, or the graph's type cannot hold it.
     """
-    is_float = config.quant in ("fp16", "bf16")
+    is_float = recipe.quant in ("fp16", "bf16")
     schemes = Recipe("fp16" if is_float else "int8").schemes(head.spec)
-    scale_type = NUMPY_TYPE[config.float_type]
-    types: tuple[FloatType, FloatType] = (config.float_type, "fp32")
+    scale_type = NUMPY_TYPE[recipe.float_type]
+    types: tuple[FloatType, FloatType] = (recipe.float_type, "fp32")
     names = (_GRAPHS.decoder, _GRAPHS.cpu)
     infos = {}
     linears: list[dict[str, StoredLinear]] = [{}, {}]
@@ -75,14 +81,10 @@ def write_head(
             )
             for own, output in zip(linears, outputs, strict=True)
         ]
+    norm_first = head.norm_before_residual
     for name, kind, part in zip(names, types, parts, strict=True):
         graph = build_head(
-            head.spec,
-            config.graph_dialect,
-            kind,
-            part,
-            kv_capacity,
-            norm_before_residual=head.norm_before_residual,
+            head.spec, dialect, kind, part, kv_capacity, norm_before_residual=norm_first
         )
         writer.write_bytes(name, graph.SerializeToString())
     if head.vocabulary is not None:

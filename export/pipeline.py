@@ -27,17 +27,8 @@ from edge.bundle.manifest import (
     read_manifest,
 )
 from edge.bundle.weights import count_facts, manifest_linears
-from edge.errors import (
-    BundleError,
-    CheckpointError,
-    ConfigError,
-    DependencyError,
-    EdgeError,
-    ResourceError,
-)
-from edge.text.chat_template import ChatTemplate
+from edge.errors import ConfigError, DependencyError, EdgeError, ResourceError
 from edge.text.reasoning import template_reasons
-from edge.text.tokenizer import Tokenizer
 from edge_lab.measure.evaluate import check_gate, load_gate
 from edge_lab.place import check_free_space
 from edge_lab.progress import Progress, prefixed, silent, uncounted
@@ -47,28 +38,19 @@ from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS
 
 from .bundle import BundleWriter
-from .config import AS_IN_SOURCE, KvCacheType
+from .config import AS_IN_SOURCE, ExportRecipe, ExportSource, ExportTarget, values_of
 from .config import ExportConfig as ExportConfig
 from .decoder_files import DecoderFiles, WrittenDecoder, calibrates
 from .forecast import Forecast, estimated_bytes, forecast, forecast_of_preview, measures
 from .graph.embedding_table import embedding_tensors
 from .head_files import write_head
+from .model import OpenModel, check_generates, open_model
 from .quantize.calibrated import Method
-from .quantize.from_source import is_quantized, source_schemes
+from .quantize.from_source import source_schemes
 from .quantize.rotation import RotatedCheckpoint
-from .sources.checkpoint import Checkpoint
-from .sources.checkpoint_text import CheckpointText
 from .sources.download import Preview
-from .sources.eagle3 import Eagle3Head
-from .sources.lora import LoraCheckpoint
-from .sources.opening import open_checkpoint
-from .sources.vocabulary import VOCABULARY_NAME, ReducedCheckpoint, encode_kept
-from .verify import (
-    REPORT_TOKENS,
-    check_memory,
-    measure_bundle,
-    verify_bundle,
-)
+from .sources.vocabulary import VOCABULARY_NAME, encode_kept
+from .verify import REPORT_TOKENS, check_memory, measure_bundle, verify_bundle
 
 _log = logging.getLogger(__name__)
 VERIFY_STEP = "verify"
@@ -96,26 +78,22 @@ def export_checkpoint(
         ResourceError: there is not enough disk space, or with ``verify`` not enough memory.
         GateError: ``verify`` found the bundle not good enough; what was at ``output`` stays.
     """
-    if config.verify:  # a gate that cannot be read ends the export now and not after hours
-        gate = load_gate(config.gate or "recipe", config.quant or config.recipe.quant)
-        check_gate(gate, task=False, reference=True)
-    if problem := _cannot_run_here(config.graph_dialect, config.kv_cache):
-        if config.verify:
-            raise DependencyError(f"--verify runs the bundle, but {problem}")
-        _log.warning("%s", problem)
+    source = ExportSource(**values_of(ExportSource, config))
+    recipe = ExportRecipe(**values_of(ExportRecipe, config))
+    target = ExportTarget(**values_of(ExportTarget, config))
+    _check_here(recipe, target)
     progress, announce = progress or silent, announce or _mute
     foreseen: list[Forecast] = []
 
     def foresee(preview: Preview) -> None:
-        found = forecast_of_preview(config, preview)
+        found = forecast_of_preview(recipe, target, preview)
         for line in found.lines():
             announce(line)
-        found.check_disk(config.output)
+        found.check_disk(target.output)
         foreseen.append(found)
 
-    with _open(config, progress, foresee) as checkpoint:
-        resolved = config.resolved(is_quantized=is_quantized(checkpoint))
-        return _Export(resolved, checkpoint, progress, announce).run(announced=bool(foreseen))
+    with open_model(source, progress, foresee) as model:
+        return _Export(model, recipe, target, progress, announce).run(announced=bool(foreseen))
 
 
 def forecast_checkpoint(config: ExportConfig, progress: Progress = silent) -> Forecast:
@@ -124,128 +102,113 @@ def forecast_checkpoint(config: ExportConfig, progress: Progress = silent) -> Fo
     Raises:
         CheckpointError, ConfigError, DependencyError: see `export_checkpoint`.
     """
+    source = ExportSource(**values_of(ExportSource, config))
+    recipe = ExportRecipe(**values_of(ExportRecipe, config))
+    target = ExportTarget(**values_of(ExportTarget, config))
     try:
-        with _open(config, progress, _enough) as checkpoint:
-            config = config.resolved(is_quantized=is_quantized(checkpoint))
-            return _Export(config, checkpoint, progress, _mute).expected
+        with open_model(source, progress, _enough) as model:
+            return _Export(model, recipe, target, progress, _mute).expected
     except _EnoughError as enough:
-        return forecast_of_preview(config, enough.preview)
+        return forecast_of_preview(recipe, target, *enough.args)
 
 
 class _EnoughError(Exception):
     """The small files were all that was wanted; it ends a download before the weights."""
-
-    def __init__(self, preview: Preview) -> None:
-        super().__init__(preview.source)
-        self.preview = preview
 
 
 def _enough(preview: Preview) -> None:
     raise _EnoughError(preview)
 
 
-def _open(
-    config: ExportConfig, progress: Progress, before_download: Callable[[Preview], None]
-) -> Checkpoint:
-    return open_checkpoint(
-        config.source,
-        revision=config.revision,
-        cache_dir=config.cache_dir,
-        hub=config.hub,
-        progress=progress,
-        task=config.task,
-        before_download=before_download,
-    )
+def _check_here(recipe: ExportRecipe, target: ExportTarget) -> None:
+    """Refuse now, and not after hours, what cannot be verified on this machine."""
+    if target.verify:
+        gate = load_gate(target.gate or "recipe", recipe.name)
+        check_gate(gate, task=False, reference=True)
+    dialect = target.dialect_with(recipe.kv_cache)
+    if problem := _cannot_run_here(dialect, int8_cache=recipe.kv_cache == "int8"):
+        if target.verify:
+            raise DependencyError(f"--verify runs the bundle, but {problem}")
+        _log.warning("%s", problem)
 
 
-def _cannot_run_here(dialect: Dialect, kv_cache: KvCacheType) -> str | None:
+def _cannot_run_here(dialect: Dialect, *, int8_cache: bool) -> str | None:
     """Say why this machine's CPU cannot run a dialect; the bundle may be for another machine."""
     try:
         import onnxruntime
     except ImportError:
         return None  # no bundle runs here, and none was asked to
-    needed = io_spec.needed_onnxruntime(dialect, int8_cache=kv_cache == "int8")
+    needed = io_spec.needed_onnxruntime(dialect, int8_cache=int8_cache)
     if onnxruntime_version(onnxruntime) >= needed:
         return None
-    cache = " with an 8-bit KV cache" if kv_cache == "int8" else ""
+    cache = " with an 8-bit KV cache" if int8_cache else ""
     return (
         f"dialect {dialect}{cache} needs onnxruntime >= {needed[0]}.{needed[1]} to run on a CPU, "
         f"found {onnxruntime.__version__}; for this machine export with --dialect portable"
     )
 
 
-def _try_text(text: CheckpointText) -> None:
-    """Open tokenizer and chat template as those do who use the bundle, before hours of work.
-
-    Raises:
-        CheckpointError: one of them is refused.
-    """
-    try:
-        Tokenizer.from_bytes(text.tokenizer_json, text.tokens)
-        if text.chat_template is not None:
-            ChatTemplate(text.chat_template, text.tokens)
-    except BundleError as error:
-        raise CheckpointError(f"no bundle of this source could be opened: {error}") from error
-
-
 class _Export:
     def __init__(
         self,
-        config: ExportConfig,
-        checkpoint: Checkpoint,
+        model: OpenModel,
+        recipe: ExportRecipe,
+        target: ExportTarget,
         progress: Progress,
         announce: Callable[[str], None],
     ) -> None:
-        config.check_task(checkpoint.spec.task)
-        self.config = config
-        self.original = checkpoint
+        recipe = recipe.resolved(model.name, is_quantized=model.is_quantized)
+        checkpoint = model.checkpoint
+        self.opened, self.recipe, self.target = model, recipe, target
+        self.dialect = target.dialect_with(recipe.kv_cache)
         self.announce = announce
-        # What is quantized: the source with everything done to it that is exact in float.
-        self.reduced: ReducedCheckpoint | None = None
-        if config.lora is not None:
-            checkpoint = LoraCheckpoint(checkpoint, config.lora)
-        if config.vocab_keep is not None:
-            self.reduced = ReducedCheckpoint(checkpoint, config.vocab_keep, config.vocab_size)
-            checkpoint = self.reduced
-        self.rotates = config.rotates(checkpoint.spec.task)
+        self.rotates = recipe.rotates(checkpoint.spec.task, drafts=model.head is not None)
+        check_generates(
+            model.name,
+            checkpoint.spec.task,
+            ("--verify", target.verify, "it measures the next token"),
+            (
+                "--rotate, which --quant int8-w8a8 implies (add --no-rotate),",
+                self.rotates and checkpoint.spec.task == "embed",
+                "embeddings would be rotated, too",
+            ),
+        )
         if self.rotates:
             checkpoint = RotatedCheckpoint(checkpoint)
         self.checkpoint = checkpoint
         self.model = checkpoint.spec
-        if config.quant == AS_IN_SOURCE:
-            overrides = config.recipe.overrides(self.model)
+        if recipe.quant == AS_IN_SOURCE:
+            overrides = recipe.linears.overrides(self.model)
             self.schemes = {**source_schemes(checkpoint), **overrides}
         else:
-            self.schemes = config.recipe.schemes(self.model)
+            self.schemes = recipe.linears.schemes(self.model)
         self.quantized = any(scheme.kind != "float" for scheme in self.schemes.values())
-        if config.verify and not self.quantized:
+        if target.verify and not self.quantized:
             raise ConfigError(
-                f"--verify has nothing to measure with --quant {config.quant}: float weights are "
+                f"--verify has nothing to measure with --quant {recipe.quant}: float weights are "
                 "the reference; leave it out"
             )
         self.positions = io_spec.rope_positions(self.model)
-        self.head = None if config.eagle3 is None else Eagle3Head(checkpoint, config.eagle3)
+        self.head = model.head
         template = checkpoint.text.chat_template
-        _try_text(checkpoint.text)
-        self.kv_capacity = (
-            io_spec.default_kv_capacity(
-                reasons=template is not None and template_reasons(template),
-                positions=self.positions,
-            )
-            if config.kv_capacity is None
-            else config.kv_capacity
-        )
-        io_spec.check_capacity(self.kv_capacity, self.positions)
+        checkpoint.text.check()
+        capacity = target.kv_capacity
+        if capacity is None:
+            reasons = template is not None and template_reasons(template)
+            capacity = io_spec.default_kv_capacity(reasons=reasons, positions=self.positions)
+        io_spec.check_capacity(capacity, self.positions)
+        self.kv_capacity = capacity
         self.progress = progress
+        wide = target.device.wide_input_scales
         self.decoder = DecoderFiles(
-            config, checkpoint, self.schemes, self.positions, progress, self.head
+            recipe, wide, checkpoint, self.schemes, self.positions, progress, self.head
         )
 
     @property
     def expected(self) -> Forecast:
         """What the export takes."""
         head_bytes = 0 if self.head is None else self.head.num_bytes
-        return forecast(self.config, self.model, self.schemes, head_bytes)
+        return forecast(self.recipe, self.target, self.model, self.schemes, head_bytes)
 
     def run(self, *, announced: bool) -> Manifest:
         """Write the bundle.
@@ -255,7 +218,7 @@ class _Export:
         """
         expected = self.expected
         what = "the bundle"
-        if self.config.verify:
+        if self.target.verify:
             try:
                 self._check_memory()
             except ResourceError as error:
@@ -264,92 +227,84 @@ class _Export:
                 ) from error
             what += " with the float model of --verify"
         with BundleWriter(
-            self.config.output,
+            self.target.output,
             required_bytes=expected.needed_bytes,
-            overwrite=self.config.overwrite,
-            calibrates=calibrates(self.config, self.schemes),
+            overwrite=self.target.overwrite,
+            calibrates=calibrates(self.recipe, self.schemes),
             what=what,
         ) as writer:
             for line in () if announced else expected.lines():
                 self.announce(line)
-            if self.config.quant == "int8" and self.config.rotate is None and not self.rotates:
-                reader = "its vectors" if self.config.eagle3 is None else "the head of --eagle3"
+            if self.recipe.quant == "int8" and self.recipe.rotate is None and not self.rotates:
+                reader = "its vectors" if self.head is None else "the head of --eagle3"
                 self.announce(f"not rotated, since {reader} must stay in the model's own basis")
-            decoder = self.decoder.write(writer, self.kv_capacity)
+            decoder = self.decoder.write(writer, self.dialect, self.kv_capacity)
             head = None
             if self.head is not None:
                 sizes = (self.positions, self.kv_capacity)
-                head = write_head(writer, self.config, self.head, *sizes)
+                head = write_head(writer, self.recipe, self.dialect, self.head, *sizes)
             self.write_embeddings(writer.path(io_spec.EMBEDDINGS_NAME))
             self.write_text(writer)
             legal = self.check_rules(writer.path(decoder.graphs.decoder))
             manifest = self.manifest(decoder, legal, head)
-            if self.config.verify:
-                manifest = self.verify(writer, manifest)
-            elif measures(self.config, self.model, self.schemes):
+            if self.target.verify:
+                manifest = self.measured(writer, manifest, self.target.gate or "recipe")
+            elif measures(self.target, self.model, self.schemes):
                 manifest = self.report(writer, manifest)
             self.progress(_LAST_STEP, 0, 1)
             manifest = writer.commit(manifest)
         self.progress(_LAST_STEP, 1, 1)
         return manifest
 
-    def verify(self, writer: BundleWriter, manifest: Manifest) -> Manifest:
-        """Measure the bundle against the same model in float; returns the manifest with the result.
-
-        Raises:
-            GateError: a threshold was missed.
-        """
-        staged = self._stage(writer, manifest)
-        reference = self._reference(writer)
-        gate = self.config.gate or "recipe"
-        with uncounted(self.progress, VERIFY_STEP):
-            verify_bundle(staged, reference, gate, self.positions, self.config.output)
-        return read_manifest(staged)
-
     def report(self, writer: BundleWriter, manifest: Manifest) -> Manifest:
         """Measure what the quantization cost, where that can be done here; returns the manifest."""
         try:
             self._check_memory()
-            staged = self._stage(writer, manifest)
-            reference = self._reference(writer)
-            with uncounted(self.progress, VERIFY_STEP):
-                measure_bundle(staged, reference, self.positions, REPORT_TOKENS)
+            return self.measured(writer, manifest, None)
         except EdgeError as error:
             # Nobody asked for the figures, and hours of calibration may be in the bundle.
             self.announce(
                 f"what the quantization cost was not measured: {error}; measure it later with: "
-                f"edge-llm eval {self.config.output} --against {self.config.source}"
+                f"edge-llm eval {self.target.output} --against {self.opened.name}"
             )
             return manifest
+
+    def measured(self, writer: BundleWriter, manifest: Manifest, gate: str | None) -> Manifest:
+        """Measure the bundle against the same model in float; returns the manifest with the result.
+
+        Args:
+            writer: of the bundle.
+            manifest: of the bundle.
+            gate: thresholds of ``--verify``; None measures on fewer tokens and refuses nothing.
+
+        Raises:
+            GateError: a threshold was missed.
+        """
+        with uncounted(self.progress, "hash"):
+            staged = writer.stage(manifest)
+        reference = self._reference(writer)
+        with uncounted(self.progress, VERIFY_STEP):
+            if gate is None:
+                measure_bundle(staged, reference, self.positions, REPORT_TOKENS)
+            else:
+                verify_bundle(staged, reference, gate, self.positions, self.target.output)
         return read_manifest(staged)
 
-    @property
-    def _quant(self) -> str:
-        """The name of the recipe."""
-        return self.config.quant or self.config.recipe.quant
-
-    def _stage(self, writer: BundleWriter, manifest: Manifest) -> Path:
-        with uncounted(self.progress, "hash"):
-            return writer.stage(manifest)
-
     def _check_memory(self) -> None:
-        check_memory(self.model, self.schemes, self.config.graph_dialect, self.positions)
-
-    @property
-    def _reference_bytes(self) -> int:
-        schemes = self.config.float_reference().recipe.schemes(self.model)
-        return estimated_bytes(self.model, schemes, self.positions)
+        check_memory(self.model, self.schemes, self.dialect, self.positions)
 
     def _reference(self, writer: BundleWriter) -> Path:
         """Export the same model in float, beside the target, from the checkpoint that is open."""
-        check_free_space(writer.target.parent, self._reference_bytes, "the float model")
-        config = dataclasses.replace(
-            self.config.float_reference(), output=writer.scratch() / "reference"
-        )
-        _Export(config, self.original, prefixed(self.progress, "reference: "), _mute).run(
-            announced=True
-        )
-        return config.output
+        recipe = self.recipe.float_reference()
+        schemes = recipe.linears.schemes(self.model)
+        required_bytes = estimated_bytes(self.model, schemes, self.positions)
+        check_free_space(writer.target.parent, required_bytes, "the float model")
+        place, capacity = writer.scratch() / "reference", self.target.kv_capacity
+        target = ExportTarget(place, dialect=self.dialect, kv_capacity=capacity)
+        model = dataclasses.replace(self.opened, head=None)
+        progress = prefixed(self.progress, "reference: ")
+        _Export(model, recipe, target, progress, _mute).run(announced=True)
+        return target.output
 
     def write_embeddings(self, path: Path) -> None:
         table = self.checkpoint.tensor("model.embed_tokens.weight")
@@ -358,15 +313,15 @@ class _Export:
             self.progress("embeddings", done, table.size, "values")
 
         report(0)
-        write_safetensors(path, embedding_tensors(table, self.config.embeddings, report))
+        write_safetensors(path, embedding_tensors(table, self.recipe.embeddings, report))
 
     def write_text(self, writer: BundleWriter) -> None:
         text = self.checkpoint.text
         writer.write_bytes("tokenizer.json", text.tokenizer_json)
         if text.chat_template is not None:
             writer.write_bytes("chat_template.jinja", text.chat_template.encode())
-        if self.reduced is not None:
-            writer.write_bytes(VOCABULARY_NAME, encode_kept(self.reduced.kept))
+        if self.opened.reduced is not None:
+            writer.write_bytes(VOCABULARY_NAME, encode_kept(self.opened.reduced.kept))
         # In ASCII, since its texts may be half a character, which UTF-8 cannot hold.
         generation = json.dumps(text.generation_config, indent=2)
         writer.write_bytes("generation_config.json", generation.encode())
@@ -379,10 +334,10 @@ class _Export:
         """
         verdicts = check_graph(graph.read_bytes(), graph.parent, VERSIONS)
         for verdict in verdicts:
-            if verdict.version.name in self.config.device.versions and not verdict.legal:
+            if verdict.version.name in self.target.device.versions and not verdict.legal:
                 first = verdict.refusals[0]
                 raise ConfigError(
-                    f"--target {self.config.target}: {verdict.version} does not take this recipe: "
+                    f"--target {self.target.target}: {verdict.version} does not take this recipe: "
                     f"{first}; {first.instead}"
                 )
         return tuple(verdict.version.name for verdict in verdicts if verdict.legal)
@@ -393,9 +348,9 @@ class _Export:
         linears = dict(decoder.linears)
         peaks = dict(decoder.peaks)
         int4 = any(scheme.kind == "int4" for scheme in self.schemes.values())
-        method: Literal["source"] | Method = self.config.rounding if int4 else "rtn"
-        clip: Literal["none"] | Clip = self.config.clip
-        if self.config.quant == AS_IN_SOURCE:
+        method: Literal["source"] | Method = self.recipe.rounding if int4 else "rtn"
+        clip: Literal["none"] | Clip = self.recipe.clip
+        if self.recipe.quant == AS_IN_SOURCE:
             method = "source"
             # Rounded are the requantized, and float layers to which --keep gives another scheme.
             rounded = any(
@@ -411,12 +366,12 @@ class _Export:
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             name=self.checkpoint.name,
             model=self.model,
-            dialect=self.config.graph_dialect,
-            dtype=self.config.float_type,
+            dialect=self.dialect,
+            dtype=self.recipe.float_type,
             kv_capacity=self.kv_capacity,
             rope_positions=self.positions,
             quantization=Quantization(
-                name=self._quant,
+                name=self.recipe.name,
                 method=method if self.quantized else "none",
                 clip=clip if self.quantized else "none",
                 linears=linears,
@@ -425,7 +380,7 @@ class _Export:
                 smoothed=method != "source"
                 and any(info.activation_scale is not None for info in linears.values()),
                 rotated=self.rotates,
-                embeddings=self.config.embeddings,
+                embeddings=self.recipe.embeddings,
             ),
             sampling=self.checkpoint.text.sampling,
             tokens=self.checkpoint.text.tokens,
@@ -433,7 +388,7 @@ class _Export:
             graphs=decoder.graphs,
             files={},
             quality={"activation_peaks": peaks} if peaks else None,
-            vocabulary=None if self.reduced is None else self.reduced.vocabulary,
+            vocabulary=None if self.opened.reduced is None else self.opened.reduced.vocabulary,
             tensorrt=legal,
             kv_cache=decoder.kv_cache,
             head=head,

@@ -32,7 +32,7 @@ from edge.bundle.manifest import LinearInfo
 from edge.bundle.update import fsync
 from edge_lab.target import write_durably
 
-from .config import ExportConfig
+from .config import ExportRecipe
 from .graph.data_file import DataFile, open_data_file
 from .graph.decoder import StoredLinear
 from .quantize.calibration import runtime_version
@@ -44,8 +44,17 @@ Array = NDArray[np.float32]
 _log = logging.getLogger(__name__)
 
 
-def calibration_key(config: ExportConfig, checkpoint: Checkpoint, ids: NDArray[np.int64]) -> str:
-    """Hash the model, the recipe, the calibration tokens and the libraries' versions."""
+def calibration_key(
+    recipe: ExportRecipe, checkpoint: Checkpoint, ids: NDArray[np.int64], *, wide: bool
+) -> str:
+    """Hash the model, the recipe, the calibration tokens and the libraries' versions.
+
+    Args:
+        recipe: how the numbers are stored.
+        checkpoint: the model that is quantized.
+        ids: the calibration tokens, int64 ``[sequences, length]``.
+        wide: see ``wide_input_scales`` of `targets.Target`.
+    """
     source = checkpoint.source
     facts = {
         "edge-llm": __version__,
@@ -63,16 +72,16 @@ def calibration_key(config: ExportConfig, checkpoint: Checkpoint, ids: NDArray[n
         "tokenizer": hashlib.sha256(checkpoint.text.tokenizer_json).hexdigest(),
         "tokens": hashlib.sha256(ids.tobytes()).hexdigest(),
         "shape": ids.shape,
-        "recipe": [config.quant, config.group_size, config.keep, config.clip, config.rounding],
+        "recipe": [recipe.quant, recipe.group_size, recipe.keep, recipe.clip, recipe.rounding],
         # An older edge-llm of the same version carried one model's state from layer to layer.
-        "carries_rounded": "gptq" in config.rounding,
+        "carries_rounded": "gptq" in recipe.rounding,
         # Another one flipped no channels, and searched AWQ's factors on more rows and tokens.
         "awq": 3,
         # Another one kept channels in float, and down out of int8-w8a8.
         "ranges_per_token": True,
-        "rotate": config.rotate,
-        "dtype": config.float_type,
-        "wide_input_scales": config.device.wide_input_scales,
+        "rotate": recipe.rotate,
+        "dtype": recipe.float_type,
+        "wide_input_scales": wide,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -32,7 +32,7 @@ from edge_lab.measure.compare import CHUNK_TOKENS
 from edge_lab.planner.memory import Deployment, plan_process_memory
 from edge_lab.recipe import Recipe, recipe_linears
 
-from .config import AS_IN_SOURCE, DEFAULT_METHOD, ExportConfig
+from .config import AS_IN_SOURCE, DEFAULT_METHOD, ExportRecipe
 
 VERIFY_TOKENS = 4096
 """Tokens of the held-out text that give the KL divergence to about a tenth of its value."""
@@ -141,24 +141,24 @@ def check_memory(
 
 
 def better_recipe(
-    config: ExportConfig, schemes: Mapping[str, TensorScheme], *, missed: bool
+    recipe: ExportRecipe, schemes: Mapping[str, TensorScheme], *, missed: bool
 ) -> str | None:
     """Suggest options that lose less, by the tables of docs/quantization.md; None if none is known.
 
     Args:
-        config: what was exported.
+        recipe: how its numbers are stored, `ExportRecipe.resolved`.
         schemes: the scheme of every linear layer, by name.
         missed: whether a gate was missed, so that more bits are suggested, too.
     """
-    if config.quant == AS_IN_SOURCE:
+    if recipe.quant == AS_IN_SOURCE:
         return None  # what the source lost is not known
     int4 = {name: s for name, s in schemes.items() if s.kind == "int4"}
     if "lm_head" in int4:
         return "--keep lm_head=int8"
     if any(scheme.group_size > INT4_GROUP_SIZE for scheme in int4.values()):
         return f"--group-size {INT4_GROUP_SIZE}"
-    if int4 and config.rounding != DEFAULT_METHOD:
+    if int4 and recipe.rounding != DEFAULT_METHOD:
         return f"--method {DEFAULT_METHOD}"
     if not missed:
         return None
-    return "--quant int8" if int4 or config.quant == "int8-w8a8" else "--quant fp16"
+    return "--quant int8" if int4 or recipe.quant == "int8-w8a8" else "--quant fp16"

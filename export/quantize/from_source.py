@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from edge.bundle.linears import LinearSpec, linear_layers
 from edge.bundle.manifest import TensorScheme, Treatment
 from edge.bundle.schemes import GROUP_SIZES
-from edge_lab.recipe import Clip
 from export.sources.checkpoint import Checkpoint
 from export.sources.quantization_config import WeightFormat
 from export.sources.quantized_weight import QuantizedWeight
 
-from .plan import Array, Block, BlockPlan, LinearPlan, nearest_rows
+from .plan import LinearPlan, ToNearest
 from .rtn import storable_scales
 from .smoothquant import token_scale
 
@@ -69,29 +68,14 @@ def _is_w8a8(form: WeightFormat) -> bool:
 
 
 @dataclass(frozen=True)
-class AsInSource:
+class AsInSource(ToNearest):
     """A `plan.Calibrator` that keeps the integers of a quantized checkpoint.
 
     Attributes:
-        checkpoint: the model that is converted.
-        schemes: the scheme of every linear, by name; see `source_schemes`.
         kept: the linears that are stored as in the checkpoint; the others are rounded to nearest.
-        clip: how these are rounded, see `rtn.quantize_rows`.
-        scale_type: type in which scales will be stored, float16 or bfloat16.
     """
 
-    checkpoint: Checkpoint
-    schemes: Mapping[str, TensorScheme]
     kept: frozenset[str]
-    clip: Clip
-    scale_type: np.dtype[np.generic]
-
-    def look(self, block: Block, hidden: Array | None) -> None:
-        """See `plan.Calibrator.look`."""
-
-    def plan(self, block: Block, seen: object) -> BlockPlan:
-        """Plan a block; see `plan.Calibrator.plan`."""
-        return BlockPlan(tuple(self._linear(layer) for layer in block.linears))
 
     def _linear(self, layer: LinearSpec) -> LinearPlan:
         formats = [self.checkpoint.weight_format(name) for name in layer.weights]
@@ -139,18 +123,10 @@ class AsInSource:
 
     def _anew(self, layer: LinearSpec, note: str | None) -> LinearPlan:
         """Convert the floats that the checkpoint gives."""
-        scheme = self.schemes[layer.name]
-        quantize = nearest_rows(scheme, self.clip, self.scale_type)
+        plan = super()._linear(layer)
         is_float = all(self.checkpoint.weight_format(name) is None for name in layer.weights)
-        treatment: Treatment = "dequantized" if quantize is None else "requantized"
-        return LinearPlan(
-            layer,
-            scheme,
-            self.checkpoint,
-            quantize,
-            treatment=None if is_float else treatment,
-            note=note,
-        )
+        treatment: Treatment = "dequantized" if plan.quantize is None else "requantized"
+        return replace(plan, treatment=None if is_float else treatment, note=note)
 
 
 def _common_order(

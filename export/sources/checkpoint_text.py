@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from edge.bundle.manifest import SamplingDefaults, Tokens
-from edge.errors import CheckpointError
+from edge.errors import BundleError, CheckpointError
 from edge.files import open_file, read_file, read_text_file
+from edge.text.chat_template import ChatTemplate
 from edge.text.known_templates import with_think
+from edge.text.tokenizer import Tokenizer
 
 from .assumed_sampling import assume_sampling
 from .weight_files import HEAD_BYTES, refuse_stand_in
@@ -42,6 +44,34 @@ class CheckpointText:
     tokens: Tokens
     sampling: SamplingDefaults
     generation_config: dict[str, Any]
+
+    def tokenizer(self) -> Tokenizer:
+        """Open the tokenizer.
+
+        Raises:
+            BundleError: the ``tokenizers`` library or edge-llm refuses it.
+        """
+        return Tokenizer.from_bytes(self.tokenizer_json, self.tokens)
+
+    def template(self) -> ChatTemplate | None:
+        """Open the chat template; None if the model has none.
+
+        Raises:
+            BundleError: it is refused.
+        """
+        return None if self.chat_template is None else ChatTemplate(self.chat_template, self.tokens)
+
+    def check(self) -> None:
+        """Open both as those do who use the bundle, before hours of work.
+
+        Raises:
+            CheckpointError: one of them is refused.
+        """
+        try:
+            self.tokenizer()
+            self.template()
+        except BundleError as error:
+            raise CheckpointError(f"no bundle of this source could be opened: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Preview:
     """A checkpoint of a hub by its small files alone.
 
     Attributes:
-        source: its hub id.
+        source: its name, as the user wrote it.
         spec: its dimensions.
         quantization: how its weights are quantized already; None are floats.
         download: its weights.

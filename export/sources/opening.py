@@ -64,11 +64,7 @@ def open_checkpoint(
     path = Path(source)
     is_gguf = path.suffix.lower() == ".gguf" and path.is_file()
     if is_gguf or path.is_dir():
-        for option, value in (
-            ("--revision", revision),
-            ("--cache-dir", cache_dir),
-            ("--hub", hub),
-        ):
+        for option, value in (("--revision", revision), ("--cache-dir", cache_dir), ("--hub", hub)):
             if value is not None:
                 raise ConfigError(f"{option} is for hub ids, but {source} is local; leave it out")
         if not is_gguf:
@@ -84,6 +80,7 @@ def open_checkpoint(
         raise CheckpointError(
             f"{source} is a file but no .gguf; give the checkpoint's directory instead"
         )
+    asked = source
     if (known := hub_id(source)) is not None and "/" not in source:
         if chosen_hub(hub) == "huggingface":
             revision = revision or REVISIONS[known]
@@ -98,7 +95,7 @@ def open_checkpoint(
     def check(directory: Path, weights: Download) -> None:
         spec, quantization = _check_text(directory, task)
         if before_download is not None:
-            before_download(Preview(source, spec, quantization, weights))
+            before_download(Preview(asked, spec, quantization, weights))
 
     if chosen_hub(hub) == "modelscope":
         directory, commit = modelscope.download(

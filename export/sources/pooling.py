@@ -21,7 +21,6 @@ from edge.bundle.linears import TOKEN_TABLE
 from edge.bundle.manifest import Embedding, Reranking, Task
 from edge.errors import BundleError, CheckpointError
 from edge.files import MALFORMED, read_file
-from edge.text.tokenizer import Tokenizer
 
 from .checkpoint import Checkpoint, Transformed
 from .checkpoint_text import CheckpointText, read_json, read_optional
@@ -112,7 +111,7 @@ def read_reranking(text: CheckpointText, where: str) -> Reranking:
         CheckpointError: the tokenizer lacks what its prompt is made of.
     """
     try:
-        tokenizer = Tokenizer.from_bytes(text.tokenizer_json, text.tokens)
+        tokenizer = text.tokenizer()
     except BundleError as error:
         raise CheckpointError(f"{where}: {error}") from error
     yes, no = tokenizer.id_of("yes"), tokenizer.id_of("no")
@@ -203,7 +202,7 @@ def _appended(text: CheckpointText, directory: Path) -> tuple[int, ...]:
         config = directory / "tokenizer_config.json"
         adds = read_optional(config).get("add_eos_token")
         return text.tokens.eos[:1] if adds is True else ()
-    tokenizer = Tokenizer.from_bytes(text.tokenizer_json, text.tokens)
+    tokenizer = text.tokenizer()
     ids = [tokenizer.control_tokens.get(name) for name in found]
     if None in ids:
         raise CheckpointError(

@@ -22,7 +22,7 @@ from edge.bundle.linears import TOKEN_TABLE
 from edge.bundle.manifest import ReducedVocabulary
 from edge.errors import ConfigError, RequestError
 from edge.files import MALFORMED, read_file
-from edge.text.chat_template import ChatTemplate, encode_chat
+from edge.text.chat_template import encode_chat
 from edge.text.tokenizer import Tokenizer
 
 from .checkpoint import Checkpoint, Transformed
@@ -114,7 +114,7 @@ class ReducedCheckpoint(Transformed):
         total, text = checkpoint.spec.vocab_size, checkpoint.text
         _check_size(keep, size, total)
         bpe = BpeTokenizer(text.tokenizer_json)
-        whole = Tokenizer.from_bytes(text.tokenizer_json, text.tokens)
+        whole = text.tokenizer()
         documents = _encode_all(whole, text, keep)
         required = _required(bpe, whole, text, total)
         wanted = _wanted(keep, documents, bpe.texts.keys() | required, total)
@@ -122,7 +122,7 @@ class ReducedCheckpoint(Transformed):
         new_ids = {int(old): new for new, old in enumerate(self.kept)}
         self.text = _reduced_text(text, bpe, new_ids)
         self.spec = msgspec.structs.replace(checkpoint.spec, vocab_size=len(self.kept))
-        reduced = Tokenizer.from_bytes(self.text.tokenizer_json, self.text.tokens)
+        reduced = self.text.tokenizer()
         after = _encode_all(reduced, self.text, keep)
         self.vocabulary = ReducedVocabulary(
             original_size=total,
@@ -203,7 +203,7 @@ def _encode_all(
 ) -> list[list[int]] | None:
     if keep.text is None:
         return None
-    template = None if text.chat_template is None else ChatTemplate(text.chat_template, text.tokens)
+    template = text.template()
     count = len(keep.text.documents)
     return [keep.text.encode(tokenizer, template, index) for index in range(count)]
 
@@ -236,8 +236,7 @@ def _required(
     required.update(ids_of_generation_config(text.generation_config, total))
     if text.tokens.bos is not None:
         required.add(text.tokens.bos)
-    if text.chat_template is not None:
-        template = ChatTemplate(text.chat_template, text.tokens)
+    if (template := text.template()) is not None:
         for messages in _CHATS:
             try:
                 required.update(encode_chat(tokenizer, template, messages))

@@ -59,7 +59,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 def test_defaults_and_the_next_step(checkpoint: Path, tmp_path: Path):
     # The dialect that can be measured here; the default is the one for new devices.
-    assert ExportConfig(source="x", output=tmp_path).graph_dialect == "native"
+    assert ExportConfig(source="x", output=tmp_path).dialect_with("float") == "native"
     result = invoke(checkpoint, "-o", tmp_path / "bundle", "--dialect", RUNNABLE)
     assert result.exit_code == 0, result.output
     manifest = read_manifest(tmp_path / "bundle")

@@ -34,9 +34,8 @@ Usage = namedtuple("Usage", "total used free")
 def of_1_5b(tmp_path: Path, num_bytes: int | None = WEIGHTS_BYTES, **options: Any) -> Forecast:
     config = ExportConfig("owner/name", tmp_path / "bundles" / "b", report=True)
     download = Download(num_bytes, tmp_path / "cache" / "hub")
-    return forecast_of_preview(
-        replace(config, **options), Preview("owner/name", SPEC, None, download)
-    )
+    config = replace(config, **options)
+    return forecast_of_preview(config, config, Preview("owner/name", SPEC, None, download))
 
 
 def test_a_person_reads_the_download_the_disk_and_the_time(tmp_path: Path):
@@ -110,4 +109,4 @@ def test_the_bundle_is_no_larger_than_foreseen(tmp_path: Path, quant: Quant):
     manifest = export_checkpoint(config)
     preview = Preview("owner/tiny", manifest.model, None, Download(0, tmp_path))
     size = sum(info.num_bytes for info in read_manifest(tmp_path / "b").files.values())
-    assert size <= forecast_of_preview(config, preview).bundle_bytes
+    assert size <= forecast_of_preview(config, config, preview).bundle_bytes

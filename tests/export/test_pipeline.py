@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
+from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import Manifest, TensorScheme, read_manifest
 from edge.bundle.verified_files import verify_files
 from edge.errors import CheckpointError, ConfigError
+from export.config import ExportRecipe, ExportSource, ExportTarget
 from export.forecast import estimated_bytes
 from export.graph import embedding_table
 from export.pipeline import ExportConfig, export_checkpoint
@@ -70,6 +72,13 @@ def test_names_and_texts_that_utf8_cannot_hold(tmp_path: Path):
 def test_seeds_that_numpy_refuses(seed: int, tmp_path: Path):
     with pytest.raises(ConfigError, match=f"--seed is {seed}; use 0 to 4294967295"):
         ExportConfig(source="x", output=tmp_path, quant="int4", seed=seed)
+
+
+def test_every_option_reaches_one_of_the_three_values():
+    """One that only `ExportConfig` had would be accepted and lost where it is taken apart."""
+    values = (ExportSource, ExportRecipe, ExportTarget)
+    names = [each.name for value in values for each in fields(value)]
+    assert sorted(names) == sorted(each.name for each in fields(ExportConfig))
 
 
 @pytest.mark.parametrize("quant", ["fp16", "bf16", "int8", "int4"])
@@ -376,7 +385,7 @@ def test_the_estimate_is_above_the_real_size_and_near_it(tmp_path: Path, quant: 
         source=str(source), output=tmp_path / "bundle", quant=quant, method=method
     )
     manifest = export_checkpoint(config)
-    estimate = estimated_bytes(manifest.model, config.recipe.schemes(manifest.model), 4096)
+    estimate = estimated_bytes(manifest.model, config.linears.schemes(manifest.model), 4096)
     real = sum(file.num_bytes for file in manifest.files.values())
     assert estimate >= real
     assert 0.9 * real < estimate - 64 * MIB < 1.1 * real

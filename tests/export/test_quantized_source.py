@@ -408,12 +408,12 @@ def test_the_default_method_is_for_sources_that_are_rounded(
 ) -> None:
     config = ExportConfig("r1", tmp_path, **options)
     with pytest.raises(ConfigError, match="--method"):
-        config.resolved(is_quantized=False)
+        config.resolved("r1", is_quantized=False)
     if "workers" in options:
-        assert config.resolved(is_quantized=True).quant == "source"
+        assert config.resolved("r1", is_quantized=True).quant == "source"
     else:
         with pytest.raises(ConfigError, match="--clip absmax has no effect on r1") as refusal:
-            config.resolved(is_quantized=True)
+            config.resolved("r1", is_quantized=True)
         assert "--method" not in str(refusal.value)
 
 

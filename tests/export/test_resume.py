@@ -279,17 +279,24 @@ def test_whatever_decides_a_byte_is_in_the_key(source: Path, tmp_path: Path):
     adapter = write_adapter(tmp_path / "tuned", source, {"target_modules": ["q_proj"]})
     ids = np.arange(64, dtype=np.int64).reshape(2, 32)
 
-    def key(ids: Any = ids, model: Path = source, lora: bool = False, **options: Any) -> str:
+    def key(
+        ids: Any = ids,
+        model: Path = source,
+        lora: bool = False,
+        wide: bool = False,
+        **options: Any,
+    ) -> str:
         config = ExportConfig(source=str(model), output=tmp_path, **{**FAST, **options})
         with open_checkpoint(str(model)) as checkpoint:
             wrapped = LoraCheckpoint(checkpoint, adapter) if lora else checkpoint
-            return calibration_key(config, wrapped, ids)
+            return calibration_key(config, wrapped, ids, wide=wide)
 
     others = [
         key(ids[::-1]),
         key(ids.reshape(1, 64)),
         key(model=other_model),
         key(lora=True),
+        key(wide=True),
         key(dtype="bf16"),
         key(keep=(("layers.1.*", "int8"),)),
         key(rotate=True),

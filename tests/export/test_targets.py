@@ -85,8 +85,8 @@ def test_contradictions_are_refused_before_anything_is_read(
 
 def test_a_dialect_that_the_target_takes_too_is_written(tmp_path: Path) -> None:
     config = ExportConfig(source="m", output=tmp_path, target="jetpack7", dialect="portable")
-    assert config.graph_dialect == "portable"
-    assert ExportConfig(source="m", output=tmp_path).graph_dialect == "native"
+    assert config.dialect_with("float") == "portable"
+    assert ExportConfig(source="m", output=tmp_path).dialect_with("float") == "native"
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_every_line_is_an_export_of_what_was_planned(device: str, kv_cache: str)
             for target, line in lines.items():
                 _, verb, *arguments = shlex.split(line)
                 config = ExportConfig(**_options(verb, arguments))
-                assert (config.target, config.recipe) == (target, option.recipe)
+                assert (config.target, config.linears) == (target, option.recipe)
                 assert (config.kv_capacity, config.kv_cache) == (2048, kv_cache)
 
 

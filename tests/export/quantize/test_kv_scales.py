@@ -182,7 +182,8 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> 
 
 def test_the_target_decides_the_dialect() -> None:
     def dialect(target: str | None, kv_cache: Any) -> str:
-        return ExportConfig("model", Path("bundle"), target=target, kv_cache=kv_cache).graph_dialect
+        config = ExportConfig("model", Path("bundle"), target=target, kv_cache=kv_cache)
+        return config.dialect_with(kv_cache)
 
     assert dialect("jetpack7", "float") == "native"
     assert dialect("jetpack7", "int8") == "portable"

@@ -1,0 +1,99 @@
+"""Opens the model that is exported, with everything done to it that is exact in float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from edge.bundle.manifest import Task
+from edge.errors import ConfigError
+from edge_lab.progress import Progress
+
+from .config import ExportSource
+from .quantize.from_source import is_quantized
+from .sources.checkpoint import Checkpoint
+from .sources.download import Preview
+from .sources.eagle3 import Eagle3Head
+from .sources.lora import LoraCheckpoint
+from .sources.opening import open_checkpoint
+from .sources.vocabulary import ReducedCheckpoint
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that can be quantized.
+
+    Attributes:
+        name: its source, as the user wrote it.
+        is_quantized: whether the source is quantized already.
+        checkpoint: the source, its adapter merged in and its vocabulary reduced.
+        reduced: the checkpoint whose vocabulary is reduced; None if it is whole.
+        head: drafts for the model; None without one.
+    """
+
+    name: str
+    is_quantized: bool
+    checkpoint: Checkpoint
+    reduced: ReducedCheckpoint | None
+    head: Eagle3Head | None
+
+
+@contextmanager
+def open_model(
+    source: ExportSource, progress: Progress, before_download: Callable[[Preview], None]
+) -> Iterator[OpenModel]:
+    """Open a source, and what is to be merged into it.
+
+    Args:
+        source: what is opened.
+        progress: see `open_checkpoint`.
+        before_download: see `open_checkpoint`.
+
+    Raises:
+        CheckpointError, ConfigError, DependencyError: see `open_checkpoint` and the checkpoints.
+    """
+    with open_checkpoint(
+        source.source,
+        revision=source.revision,
+        cache_dir=source.cache_dir,
+        hub=source.hub,
+        progress=progress,
+        task=source.task,
+        before_download=before_download,
+    ) as original:
+        check_generates(
+            source.source,
+            original.spec.task,
+            (f"--eagle3 {source.eagle3}", source.eagle3 is not None, "it drafts tokens"),
+            (f"--vocab-keep {source.vocab_keep}", source.vocab_keep is not None, "it is not tried"),
+        )
+        checkpoint, reduced, head = original, None, None
+        if source.lora is not None:
+            checkpoint = LoraCheckpoint(checkpoint, source.lora)
+        if source.vocab_keep is not None:
+            checkpoint = reduced = ReducedCheckpoint(
+                checkpoint, source.vocab_keep, source.vocab_size
+            )
+        if source.eagle3 is not None:
+            head = Eagle3Head(checkpoint, source.eagle3)
+        yield OpenModel(source.source, is_quantized(original), checkpoint, reduced, head)
+
+
+def check_generates(source: str, task: Task, *options: tuple[str, bool, str]) -> None:
+    """Refuse what only a model that generates can have.
+
+    Args:
+        source: the model, for messages.
+        task: what it is for.
+        options: name of each, whether it is given, and why it is refused.
+
+    Raises:
+        ConfigError: an option is given to another model; it is named.
+    """
+    for option, given, why in options:
+        if given and task != "generate":
+            raise ConfigError(
+                f"{option} is for models that generate, and {source} is to {task}: {why}; leave "
+                "it out"
+            )
