@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import tempfile
 import time
@@ -24,6 +25,7 @@ from edge.bundle.engine_file import (
     read_engine_info,
     versions_agree,
 )
+from edge.bundle.manifest import ENGINES_DIR
 from edge.bundle.trust import open_manifest, trusted_keys_file
 from edge.bundle.verified_files import verify_files
 from edge.device.gpu import Gpu, find_gpu
@@ -162,63 +164,83 @@ def build_engine(
                 "it, or leave the option out"
             )
         support.check_own_kernels(target.rt.flavour, target.rt.version, target.compute_capability)
+    if via == "trtexec":
+        compile_variant = functools.partial(_climb_with_trtexec, on_line=on_line)
     key = engine_key({**_key_parts(build, target), "via": via})
-    store = EngineStore(config.bundle, engine_name(build, target))
-    with store.locked(waiting):
-        found = None if config.again else store.find(key)
-        if found is not None:
-            unknown_here = not found.compiled and target.gpu is not None and via == "api"
-            if unknown_here and store.is_recorded():
-                layers, unknown = read_compiled_layers(target, store.directory, found)
-                found = store.add_layers(found, layers, unknown)
-            return BuildResult(store.directory, found, built=False)
-        if not config.force:
-            workspace = config.workspace_bytes if target.gpu else 0
-            available, release = read_available_memory_bytes(), _release(target)
-            check_memory(build.manifest, workspace, available, release, build.kernels)
-        if via == "trtexec":
-            compiled, climbed = _climb_with_trtexec(build, target, store, on_line, progress)
-        else:
-            compiled, climbed = compile_variant(
-                build,
-                target,
-                timings=store.read_timings(config.timing_cache),
-                progress=progress,
-                keep_log=store.write_log,
-            )
-        _refuse_faults(build, target, compiled.audit)
-        if compiled.timings is not None:
-            store.write_timings(compiled.timings, config.timing_cache)
-        recorder = make_recorder(climbed, target, via, key, compiled)
-        info = store.commit(compiled.plan, recorder, compiled.outside)
-        if info.skipped_tactics is not None:
-            _log.warning(
-                "%s; the engine may be slower than it could be: %s, then build with --again",
-                info.skipped_tactics,
-                CURE,
-            )
-        exported = compiled.exported_layers
-        del compiled  # the plan would be in memory twice
-        if via == "trtexec":
-            layers, unknown = read_exported_layers(exported, build)
-        else:
-            layers, unknown = read_compiled_layers(target, store.directory, info)
-        info = store.add_layers(info, layers, unknown)
-        return BuildResult(store.directory, info, built=True)
+    store = EngineStore(config.bundle, engine_name(build, target), config.timing_cache)
+    order = _Order(build, target, via, key, store)
+    with order.store.locked(waiting):
+        return _found(order) or _built(order, compile_variant, progress)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A build that is decided: what its steps need, under the lock of the bundle's engines.
+
+    Attributes:
+        build: what is built of which bundle.
+        target: with what and for which GPU.
+        via: by which way.
+        key: hash of everything that the engine depends on.
+        store: where it goes.
+    """
+
+    build: BuildPlan
+    target: Target
+    via: Via
+    key: str
+    store: EngineStore
+
+
+def _found(order: _Order) -> BuildResult | None:
+    """Find the engine that was built already, and tell its layers if nobody could before."""
+    target, store = order.target, order.store
+    found = None if order.build.config.again else store.find(order.key)
+    if found is None:
+        return None
+    unknown_here = not found.compiled and target.gpu is not None and order.via == "api"
+    if unknown_here and store.is_recorded():
+        layers, unknown = read_compiled_layers(target, store.directory, found)
+        found = store.add_layers(found, layers, unknown)
+    return BuildResult(store.directory, found, built=False)
+
+
+def _built(order: _Order, compile_variant: CompileVariant, progress: Progress) -> BuildResult:
+    """Compile the engine and put it in place."""
+    build, target, store = order.build, order.target, order.store
+    if not build.config.force:
+        workspace = build.config.workspace_bytes if target.gpu else 0
+        available, release = read_available_memory_bytes(), _release(target)
+        check_memory(build.manifest, workspace, available, release, build.kernels)
+    timings = store.read_timings() if order.via == "api" else _timings_of_this_gpu(order)
+    compiled, climbed = compile_variant(
+        build, target, timings=timings, progress=progress, keep_log=store.write_log
+    )
+    if problems := compiled.audit.problems:
+        raise BuildError(
+            f"TensorRT {target.rt.version} made another network of {build.config.bundle}: "
+            f"{'; '.join(problems[:3])}; the old engine, if any, is kept. Please report this"
+        )
+    if compiled.timings is not None:
+        store.write_timings(compiled.timings)
+    recorder = make_recorder(climbed, target, order.via, order.key, compiled)
+    info = store.commit(compiled.plan, recorder, compiled.outside)
+    if info.skipped_tactics is not None:
+        slower = "%s; the engine may be slower than it could be: %s, then build with --again"
+        _log.warning(slower, info.skipped_tactics, CURE)
+    exported = compiled.exported_layers
+    del compiled  # the plan would be in memory twice
+    if order.via == "trtexec":
+        layers, unknown = read_exported_layers(exported, build)
+    else:
+        layers, unknown = read_compiled_layers(target, store.directory, info)
+    info = store.add_layers(info, layers, unknown)
+    return BuildResult(store.directory, info, built=True)
 
 
 def _release(target: Target) -> tuple[int, int] | None:
     """Of TensorRT, as estimates of memory take it: None is TensorRT for RTX."""
     return target.rt.release if target.rt.flavour == "tensorrt" else None
-
-
-def _refuse_faults(build: BuildPlan, target: Target, audit: Audit) -> None:
-    if audit.problems:
-        raise BuildError(
-            f"TensorRT {target.rt.version} made another network of {build.config.bundle}: "
-            f"{'; '.join(audit.problems[:3])}; the old engine, if any, is kept. "
-            "Please report this"
-        )
 
 
 def read_compiled_layers(
@@ -268,11 +290,7 @@ def read_exported_layers(
 
 
 def make_recorder(
-    climbed: Climbed,
-    target: Target,
-    via: Via,
-    key: str,
-    compiled: Compiled,
+    climbed: Climbed, target: Target, via: Via, key: str, compiled: Compiled
 ) -> Callable[[str, int, str], EngineInfo]:
     """Make the ``engine.json`` of a build once its file's name, size and SHA-256 are known."""
     build = climbed.build
@@ -554,9 +572,11 @@ def _trtexec_target() -> TensorRT:
 def _climb_with_trtexec(
     asked: BuildPlan,
     target: Target,
-    store: EngineStore,
-    on_line: Callable[[str], None],
+    *,
+    timings: bytes | None,
     progress: Progress,
+    keep_log: Callable[[str], None],
+    on_line: Callable[[str], None],
 ) -> tuple[Compiled, Climbed]:
     """Build with the scales as stored, else in FP32; ``trtexec`` decides all else itself."""
     with uncounted(progress, "hash"):
@@ -571,21 +591,20 @@ def _climb_with_trtexec(
 
     def attempt(rung: BuildPlan) -> Compiled:
         try:
-            return _compile_with_trtexec(rung, target, store, timings, keep, progress)
+            return _compile_with_trtexec(rung, target, timings, keep, progress)
         except BackendError as error:
             raise BuildError(str(error)) from error
         finally:
-            store.write_log("\n".join(log) + "\n")
+            keep_log("\n".join(log) + "\n")
 
-    timings = _timings_of_this_gpu(asked, target, store)
     rungs = [replace(asked, scales=scales) for scales in scales_to_try(asked)]
     return climb(asked, rungs, attempt)
 
 
-def _timings_of_this_gpu(build: BuildPlan, target: Target, store: EngineStore) -> bytes | None:
+def _timings_of_this_gpu(order: _Order) -> bytes | None:
     """The timing cache for ``trtexec``, which would take one of any GPU (``ignoreMismatch``)."""
-    file, gpu = build.config.timing_cache, target.gpu
-    timings = store.read_timings(file)
+    file, gpu = order.build.config.timing_cache, order.target.gpu
+    timings = order.store.read_timings()
     if timings is None:
         return None
     if file is not None:
@@ -596,23 +615,23 @@ def _timings_of_this_gpu(build: BuildPlan, target: Target, store: EngineStore) -
         )
         return timings
     try:
-        last = read_engine_info(store.directory, trusted_keys_file())
+        last = read_engine_info(order.store.directory, trusted_keys_file())
     except BundleError:
         return None
     here = (gpu.name, gpu.num_sms) if gpu else (None, None)
-    same = versions_agree(last.tensorrt_version, target.rt.version)
+    same = versions_agree(last.tensorrt_version, order.target.rt.version)
     return timings if same and (last.device, last.num_sms) == here else None
 
 
 def _compile_with_trtexec(
     build: BuildPlan,
     target: Target,
-    store: EngineStore,
     timings: bytes | None,
     keep: Callable[[str], None],
     progress: Progress,
 ) -> Compiled:
-    with tempfile.TemporaryDirectory(prefix=TRTEXEC_SCRATCH, dir=store.directory.parent) as scratch:
+    engines = build.config.bundle / ENGINES_DIR
+    with tempfile.TemporaryDirectory(prefix=TRTEXEC_SCRATCH, dir=engines) as scratch:
         graph = write_graph(build, Path(scratch))
         plan, layers = Path(scratch) / "engine.plan", Path(scratch) / _LAYERS
         cache = Path(scratch) / TIMING_CACHE  # a copy: trtexec writes it in place

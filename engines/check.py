@@ -86,11 +86,7 @@ class CheckReport:
         return not self.problems
 
 
-def check_bundle(
-    config: BuildConfig,
-    sm: int = 86,
-    progress: Progress = silent,
-) -> CheckReport:
+def check_bundle(config: BuildConfig, sm: int = 86, progress: Progress = silent) -> CheckReport:
     """Compile every profile for a GPU that need not be here; nothing is written.
 
     Args:

@@ -59,10 +59,12 @@ class EngineStore:
     Args:
         bundle: the bundle's directory.
         name: the engine's, e.g. ``sm87-trt10.16-int4-b1-kv4096``.
+        timing_cache: the file of timings that the user named; None is the one beside the engine.
     """
 
-    def __init__(self, bundle: Path, name: str) -> None:
+    def __init__(self, bundle: Path, name: str, timing_cache: Path | None = None) -> None:
         self.directory = bundle / ENGINES_DIR / name
+        self._elsewhere = timing_cache
         self._recordable = not name.startswith(".")  # a variant that is only tried has no record
 
     @contextlib.contextmanager
@@ -124,28 +126,26 @@ class EngineStore:
         """Whether this machine has built the engine in this directory."""
         return why_unrecorded(read_engine_bytes(self.directory)) is None
 
-    def read_timings(self, elsewhere: Path | None) -> bytes | None:
+    def read_timings(self) -> bytes | None:
         """The timing cache of the last build here, or of a file that the user named.
 
         Where keys are trusted, one that came with the bundle is not given to TensorRT.
         """
-        path = elsewhere or self.directory / TIMING_CACHE
+        path = self._elsewhere or self.directory / TIMING_CACHE
         try:
             data = path.read_bytes()
-            if elsewhere is None and trusted_keys_file() is not None:
-                return None if why_unrecorded(data) else data
-            return data
         except FileNotFoundError:
             return None
         except OSError as error:
             raise ConfigError(f"cannot read the timing cache {path}: {error.strerror}") from error
+        if self._elsewhere is None and trusted_keys_file() is not None:
+            return None if why_unrecorded(data) else data
+        return data
 
-    def write_timings(self, timings: bytes, elsewhere: Path | None) -> None:
+    def write_timings(self, timings: bytes) -> None:
         """Keep a timing cache for the next build; if that fails, it is a warning."""
-        if elsewhere is not None:
-            _keep(elsewhere, timings)
-            return
-        with self._recorded(self.directory / TIMING_CACHE, timings) as path:
+        path = self._elsewhere or self.directory / TIMING_CACHE
+        with self._recorded(path, timings) if self._elsewhere is None else contextlib.nullcontext():
             _keep(path, timings)
 
     def write_log(self, text: str) -> None:

@@ -131,14 +131,15 @@ def test_timings_that_came_with_the_bundle_are_not_given_to_tensorrt(
     planted = own.replace(b"1", b"7")
     assert planted != own
     (directory / TIMING_CACHE).write_bytes(planted)
-    assert store.read_timings(None) == planted
+    assert store.read_timings() == planted
     monkeypatch.setenv(trust.KEYS_VARIABLE, str(keys))
-    assert store.read_timings(None) is None
+    assert store.read_timings() is None
     (directory / TIMING_CACHE).write_bytes(own)
-    assert store.read_timings(None) == own
+    assert store.read_timings() == own
     named = bundle.parent / "timings"
     named.write_bytes(planted)
-    assert store.read_timings(named) == planted  # the user said so
+    chosen = EngineStore(bundle, directory.name, named)
+    assert chosen.read_timings() == planted  # the user said so
 
 
 def test_a_build_that_could_not_be_recorded_is_refused_before_it_takes_an_hour(
