@@ -11,7 +11,7 @@ from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,8 @@ from edge.text.reasoning import (
 )
 from edge.text.streamed_text import Detokenizer
 
+from .ask import AnswerOptions, Ask, is_ids
+from .ask import Prompt as Prompt
 from .open_bundle import find_bundle, open_bundle
 from .sampling import SampledToken
 from .sampling_params import SamplingParams
@@ -52,52 +54,11 @@ if TYPE_CHECKING:
 
     from .draft_model import DraftBundle
     from .eagle3 import Head
-    from .structured_output import GrammarCompiler, OutputFormat
+    from .structured_output import GrammarCompiler
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Plain text, token ids, or chat messages ``{"role": ..., "content": ...}``."""
 Params = SamplingParams | None
 _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
-
-
-class AnswerOptions(TypedDict, total=False):
-    """Options of `LLM.submit`, `LLM.stream`, `LLM.generate` and `LLM.generate_best`.
-
-    Attributes:
-        priority: lower runs first.
-        client: who asks; clients take turns. When the queue is full, the newest answers that
-            wait of the client with most end with `OverloadError` to make room for another's.
-        deadline_s: seconds after which an answer ends with `DeadlineError`.
-        salt: prompts share cached prefixes only with those of the same salt.
-        suffix: see `LLM.encode`; the answer ends at the tokens that end a middle, too.
-        tools: see `LLM.encode`.
-        output: the form that the answer must have, what was begun included; reasoning is free.
-        thinking: see `LLM.encode`.
-        thinking_budget: tokens after which the reasoning is ended, what was begun included; for
-            chats of models that reason.
-        continue_final_message: see `LLM.encode`; what comes back is only what is new.
-        ids: what `LLM.encode` made of the prompt with the same arguments, where the caller has it.
-        progress: whether pieces with `GenerationChunk.progress` come before the answer: one
-            for each place in the queue, and for each percent of the prompt that is read.
-        resumed: what `LLM.put_away` returned of one answer to this prompt, with the same arguments.
-            It goes on with the same tokens; those that it had come again first, without
-            log-probabilities.
-    """
-
-    priority: int
-    client: str
-    deadline_s: float | None
-    salt: str
-    suffix: str | None
-    tools: Sequence[Mapping[str, Any]] | None
-    output: OutputFormat | None
-    thinking: bool | None
-    thinking_budget: int | None
-    continue_final_message: bool
-    ids: Sequence[int] | None
-    progress: bool
-    resumed: PutAway | None
 
 
 class LLM:
@@ -257,10 +218,18 @@ class LLM:
                 option that this prompt or template has no place for, a last message that cannot be
                 continued, or a suffix for a model that has no tokens for it.
         """
+        ask = Ask(prompt, None, suffix, tools, thinking, continue_final_message)
+        return self.encode_ask(ask, max_tokens, on_piece)
+
+    def encode_ask(
+        self, ask: Ask, max_tokens: int | None, on_piece: Callable[[], None] | None = None
+    ) -> list[int]:
+        """Encode the prompt of an `Ask`; see `encode`."""
+        prompt, suffix, thinking = ask.prompt, ask.suffix, ask.thinking
         if suffix is not None and not isinstance(prompt, str):
             raise RequestError("suffix: belongs to a plain text, not to chat messages or token ids")
-        if isinstance(prompt, str) or _is_ids(prompt):
-            if tools or thinking is False or continue_final_message:
+        if isinstance(prompt, str) or is_ids(prompt):
+            if ask.tools or thinking is False or ask.continue_final_message:
                 raise RequestError(
                     "tools, thinking and continue_final_message belong to chat messages; this "
                     "prompt is plain text or ids"
@@ -290,7 +259,7 @@ class LLM:
             )
         messages = cast(Sequence[Mapping[str, Any]], prompt)
         begun = None
-        if continue_final_message:
+        if ask.continue_final_message:
             messages, begun = take_begun_answer(messages, reasons=self.reasons)
             if begun.place == "reasoning" and thinking is False:
                 raise RequestError(
@@ -308,7 +277,7 @@ class LLM:
             self.tokenizer,
             self.template,
             messages,
-            tools=tools,
+            tools=ask.tools,
             begun=begun,
             max_tokens=max_tokens,
             on_piece=on_piece,
@@ -350,91 +319,62 @@ class LLM:
             BackendError: the engine can serve no more, or the LLM is closed.
         """
         _check_options(options)
-        answers = self._submit(prompt, params, 1 if n is None else n, **options)
+        answers = self.answer(Ask(prompt, params, **options), 1 if n is None else n)
         return answers[0] if n is None else answers
 
-    def _submit(
-        self,
-        prompt: Prompt,
-        params: Params,
-        n: int,
-        *,
-        priority: int = 0,
-        client: str = "",
-        deadline_s: float | None = None,
-        salt: str = "",
-        suffix: str | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        output: OutputFormat | None = None,
-        thinking: bool | None = None,
-        thinking_budget: int | None = None,
-        continue_final_message: bool = False,
-        ids: Sequence[int] | None = None,
-        progress: bool = False,
-        resumed: PutAway | None = None,
-    ) -> list[Generation]:
+    def answer(self, ask: Ask, n: int = 1) -> list[Generation]:
+        """Queue ``n`` answers to an `Ask`; see `submit`."""
         check_task(self.manifest, "generate")
         self.scheduler.check_count(n)
-        if resumed is not None and n > 1:
+        if ask.resumed is not None and n > 1:
             raise RequestError("n: an answer that was put away goes on as one; ask for 1")
-        if ids is None:
-            ids = self.encode(
-                prompt,
-                suffix=suffix,
-                tools=tools,
-                thinking=thinking,
-                continue_final_message=continue_final_message,
-                max_tokens=self.kv_capacity,
-            )
-        is_chat = not isinstance(prompt, str) and not _is_ids(prompt)
+        ids = self.encode_ask(ask, self.kv_capacity) if ask.ids is None else ask.ids
         begun = BegunAnswer()
-        if continue_final_message:
-            chat = cast(Sequence[Mapping[str, Any]], prompt)
+        if ask.continue_final_message:
+            chat = cast(Sequence[Mapping[str, Any]], ask.prompt)
             _, begun = take_begun_answer(chat, reasons=self.reasons)
-        resolved = self._resolve(params)
+        resolved = self._resolve(ask.params)
         end_ids = self._end_ids(resolved)
-        if suffix is not None and not resolved.ignore_eos:
+        if ask.suffix is not None and not resolved.ignore_eos:
             from edge.text.fill_in_middle import fill_in_middle
 
             end_ids |= fill_in_middle(self.tokenizer).ends
-        may_reason = is_chat and self.reasons
-        reasons = may_reason and thinking is not False
-        if thinking_budget is not None and not reasons:
+        may_reason = self.reasons and ask.is_chat
+        reasons = may_reason and ask.thinking is not False
+        budget = ask.thinking_budget
+        if budget is not None and not reasons:
             raise RequestError(
                 "a thinking budget needs a chat of a model that reasons, with thinking left on"
             )
         if begun.place == "text":
-            may_reason, reasons, thinking_budget = False, False, None  # that is behind it
-        elif thinking_budget is not None and begun.reasoning:
+            may_reason, reasons, budget = False, False, None  # that is behind it
+        elif budget is not None and begun.reasoning:
             used = len(self.tokenizer.encode(begun.reasoning))
-            thinking_budget = max(0, thinking_budget - used)
-        if output is not None:
-            _check_is_format(output)
+            budget = max(0, budget - used)
+        if ask.output is not None:
+            _check_is_format(ask.output)
             if resolved.ignore_eos:
                 raise RequestError("an output format ends with an end token; do not set ignore_eos")
-        streams = [self._output_stream(ids, resolved, is_chat, begun, output) for _ in range(n)]
-        if may_reason and thinking is False and output is None:
+        streams = [self._output_stream(ask, ids, resolved, begun) for _ in range(n)]
+        if may_reason and ask.thinking is False and ask.output is None:
             # The model may open a reasoning that its template does not; a form has no place for it.
-            reasons, thinking_budget = True, 0
+            reasons, budget = True, 0
         request = Request(
             ids=tuple(ids),
             params=resolved,
             end_ids=end_ids,
-            priority=priority,
-            client=client,
-            deadline_s=deadline_s,
-            salt=salt,
-            wants_progress=progress,
-            begun=resumed,
+            priority=ask.priority,
+            client=ask.client,
+            deadline_s=ask.deadline_s,
+            salt=ask.salt,
+            wants_progress=ask.progress,
+            begun=ask.resumed,
         )
         requests = [
-            replace(
-                request.sample(i),
-                constraint=self._constrain(ids, output, thinking_budget, reasons, begun),
-            )
+            replace(request.sample(i), constraint=self._constrain(ask, ids, begun, budget, reasons))
             for i in range(n)
         ]
-        for token_id in () if resumed is None else resumed.answer:
+        for token_id in () if ask.resumed is None else ask.resumed.answer:
             streams[0].push(SampledToken(token_id), None)
             if (constraint := requests[0].constraint) is not None:
                 constraint.accept(token_id)
@@ -475,7 +415,7 @@ class LLM:
         if "n" in options:
             raise RequestError("a stream is one answer; submit gives n of them")
         _check_options(options)
-        return self._stream(prompt, params, options)
+        return self._stream(Ask(prompt, params, **options))
 
     def generate(
         self, prompt: Prompt, params: Params = None, **options: Unpack[AnswerOptions]
@@ -655,44 +595,32 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _stream(
-        self, prompt: Prompt, params: Params, options: AnswerOptions
-    ) -> Generator[GenerationChunk, None, None]:
-        yield from _read(self.submit(prompt, params, **options))
+    def _stream(self, ask: Ask) -> Generator[GenerationChunk, None, None]:
+        yield from _read(self.answer(ask)[0])
 
     def _output_stream(
-        self,
-        ids: Sequence[int],
-        params: SamplingParams,
-        is_chat: bool,
-        begun: BegunAnswer,
-        output: OutputFormat | None,
+        self, ask: Ask, ids: Sequence[int], params: SamplingParams, begun: BegunAnswer
     ) -> OutputStream:
         splitter = None
-        if is_chat and self.reasons and begun.place != "text":
+        if ask.is_chat and self.reasons and begun.place != "text":
             opened = begun.place == "reasoning" or self._opens_reasoning(ids)
             splitter = ReasoningSplitter(opened, goes_on=bool(begun.reasoning))
         # A sentencepiece vocabulary's first space is none in free text; a form counts it.
-        has_form = output is not None and output.kind != "tool_calls"
-        goes_on = not is_chat or has_form or bool(begun.content or begun.reasoning)
+        has_form = ask.output is not None and ask.output.kind != "tool_calls"
+        goes_on = not ask.is_chat or has_form or bool(begun.content or begun.reasoning)
         detokenizer = Detokenizer(self.tokenizer, goes_on=goes_on)
         return OutputStream(detokenizer, params.stop, splitter)
 
     def _constrain(
-        self,
-        ids: Sequence[int],
-        output: OutputFormat | None,
-        budget: int | None,
-        reasons: bool,
-        begun: BegunAnswer,
+        self, ask: Ask, ids: Sequence[int], begun: BegunAnswer, budget: int | None, reasons: bool
     ) -> Constraint | None:
         """Make a constraint: reasoning first, within its budget, then the output format."""
-        if output is None and budget is None:
+        if ask.output is None and budget is None:
             return None
         answer: Constraint | None = None
         vocab_size = self.manifest.model.vocab_size
-        if output is not None:
-            answer = self.grammars.compile(output)
+        if ask.output is not None:
+            answer = self.grammars.compile(ask.output)
             for token_id in self.tokenizer.encode(begun.content, goes_on=True):
                 answer.accept(token_id)
         if not reasons:
@@ -784,13 +712,6 @@ def _check_pooling(config: EngineConfig, manifest: Manifest) -> None:
                 f"{option} is for models that generate, and {manifest.name} is to "
                 f"{manifest.model.task}; leave it out"
             )
-
-
-def _is_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
-    # A numpy integer is an Integral, but no int.
-    if isinstance(prompt, str | bytes | bytearray) or not isinstance(prompt, Sequence | np.ndarray):
-        return False
-    return len(prompt) > 0 and isinstance(prompt[0], Integral)
 
 
 def _token_ids(ids: Sequence[int]) -> list[int]:

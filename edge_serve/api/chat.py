@@ -10,6 +10,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from edge.errors import RequestError
+from edge.runtime.ask import Ask
 from edge.runtime.sampling import SampledToken
 from edge.text.tokenizer import Tokenizer
 from edge_serve.http.errors import invalid
@@ -106,22 +107,25 @@ def plan_chat(turn: Turn, body: ChatRequest, *, capacity: int | None = None) -> 
         make_parser = parser_after(make_parser, syntax, body, messages, llm)
     # What users write is part of every prompt; templates may drop other messages.
     check_length(llm, user_texts(messages), "messages", capacity=capacity)
+    ask = Ask(
+        messages,
+        params,
+        tools=tools,
+        thinking=thinking,
+        continue_final_message=continues,
+        output=output,
+        thinking_budget=budget,
+        progress=bool(body.return_progress),
+    )
     return Plan(
-        prompts=[messages],
-        params=params,
+        asks=[ask],
         n=body.n or 1,
         stream=bool(body.stream),
         user=body.user,
         cache_salt=body.cache_salt,
-        tools=tools,
-        output=output,
         fallback=None if forced is None else _fallback(body),
-        thinking=thinking,
-        thinking_budget=budget,
-        continues=continues,
         make_parser=make_parser,
         one_call=forced is not None or body.parallel_tool_calls is False,
-        progress=bool(body.return_progress),
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from msgspec import UNSET
 
+from edge.runtime.ask import Ask
 from edge.runtime.sampling import SampledToken
 from edge.text.fill_in_middle import fill_in_middle
 from edge.text.streamed_text import Detokenizer
@@ -57,16 +58,14 @@ def plan_completion(turn: Turn, body: CompletionRequest) -> Plan:
     outside = next((id_ for ids in given for id_ in ids if id_ >= vocab_size), None)
     if outside is not None:
         raise invalid(f"prompt: token {outside} is not in the vocabulary of {vocab_size}", "prompt")
+    progress = bool(body.return_progress)
     return Plan(
-        prompts=prompts,
-        params=params,
+        asks=[Ask(prompt, params, body.suffix, progress=progress) for prompt in prompts],
         n=n,
         stream=bool(body.stream),
         echo=bool(body.echo),
-        suffix=body.suffix,
         user=body.user,
         cache_salt=body.cache_salt,
-        progress=bool(body.return_progress),
     )
 
 
@@ -125,10 +124,10 @@ class CompletionRender(Render):
         """See `Render.begin`."""
         if not plan.echo:
             return
-        prompts = [prompt for prompt in plan.prompts for _ in range(plan.n)]
-        for index, prompt in enumerate(prompts):
-            if isinstance(prompt, str):
-                self._echoed[index] = prompt
+        asks = [ask for ask in plan.asks for _ in range(plan.n)]
+        for index, ask in enumerate(asks):
+            if isinstance(ask.prompt, str):
+                self._echoed[index] = ask.prompt
                 bos = self._tokenizer.tokens.bos  # comes before the text and is none of it
                 self._texts[index] = Detokenizer(
                     self._tokenizer, skip=() if bos is None else (bos,)

@@ -17,17 +17,13 @@ from edge.runtime.stream import Generation, OutputStream, submit
 from edge_serve.http.threads import ClientGoneError, in_thread, until_gone
 
 if TYPE_CHECKING:
+    from edge.runtime.ask import Ask
     from edge_serve.http.guard import Receive
     from edge_serve.models.registry import ServedModel
 
 
 async def score_prompt(
-    model: ServedModel,
-    ids: list[int],
-    top: int,
-    *,
-    receive: Receive,
-    **options: Any,
+    model: ServedModel, ask: Ask, top: int, receive: Receive
 ) -> list[SampledToken]:
     """Return each token of a prompt with its log-probability and the ``top`` likeliest there.
 
@@ -36,10 +32,9 @@ async def score_prompt(
 
     Args:
         model: the model that scores.
-        ids: the prompt.
+        ask: whose prompt it is, encoded; who asks, and how long it may take.
         top: how many of the likeliest tokens to return.
         receive: reads from the client's connection.
-        **options: of `Request`: who asks, its priority, salt and deadline.
 
     Raises:
         ContextLengthError: the prompt does not fit.
@@ -49,6 +44,7 @@ async def score_prompt(
         APIError: the engine hangs, or the server is shut down.
         ClientGoneError: the client left.
     """
+    ids = ask.ids or ()
     result, following = [SampledToken(ids[0])], ids[1:]
     if not following:
         return result
@@ -60,7 +56,14 @@ async def score_prompt(
         )
 
     request = Request(
-        ids=tuple(ids[:-1]), params=NEUTRAL, end_ids=frozenset(), on_logits=take, **options
+        ids=tuple(ids[:-1]),
+        params=NEUTRAL,
+        end_ids=frozenset(),
+        priority=ask.priority,
+        client=ask.client,
+        deadline_s=ask.deadline_s,
+        salt=ask.salt,
+        on_logits=take,
     )
     work = partial(submit, model.llm.scheduler, [request], [OutputStream()])
     (generation,) = await in_thread(work)

@@ -40,8 +40,9 @@ from .prompt_logprobs import score_prompt
 from .sse import PING, Buffer, EventStream, StreamForm, event
 
 if TYPE_CHECKING:
+    from edge.runtime.ask import Ask
     from edge.runtime.generation import GenerationStats
-    from edge.runtime.llm import Prompt
+    from edge.runtime.llm import LLM
     from edge.runtime.scheduler import PutAway
     from edge.runtime.stream import Generation, GenerationChunk
     from edge.runtime.structured_output import GrammarCompiler, OutputFormat
@@ -104,43 +105,33 @@ class Plan:
     """What a request asks of the engine.
 
     Attributes:
-        prompts: the prompts; each gets ``n`` answers.
-        params: resolved sampling parameters.
+        asks: one for each prompt, at least one; they differ in that alone.
         n: answers per prompt.
         stream: whether the answer is sent while it is generated.
-        echo: whether each answer begins with its prompt, scored if ``params`` want
-            log-probabilities.
-        suffix: the text that comes after each answer; see `LLM.encode`.
+        echo: whether each answer begins with its prompt, scored if its log-probabilities are
+            wanted.
         user: the user that the request names.
         cache_salt: the request's salt, besides the client's own.
-        tools: JSON schemas of functions, for the chat template.
-        output: the form that the answer must have.
-        fallback: what takes its place where it cannot be compiled.
-        thinking: see `LLM.encode`.
-        thinking_budget: tokens after which the reasoning is ended.
-        continues: whether the answer goes on with the last message.
+        fallback: what takes the place of a form that cannot be compiled.
         make_parser: makes the parser that finds tool calls in one answer; None looks for none.
         one_call: whether an answer ends with its first tool call.
-        progress: whether the stream says how far the prompt has been read.
     """
 
-    prompts: Sequence[Prompt]
-    params: SamplingParams
+    asks: Sequence[Ask]
     n: int = 1
     stream: bool = False
     echo: bool = False
-    suffix: str | None = None
     user: str | None = None
     cache_salt: str | None = None
-    tools: list[dict[str, Any]] | None = None
-    output: OutputFormat | None = None
     fallback: Fallback | None = None
-    thinking: bool | None = None
-    thinking_budget: int | None = None
-    continues: bool = False
     make_parser: MakeParser | None = None
     one_call: bool = False
-    progress: bool = False
+
+    @property
+    def params(self) -> SamplingParams:
+        """Resolved sampling parameters."""
+        assert self.asks[0].params is not None
+        return self.asks[0].params
 
 
 @dataclass(frozen=True)
@@ -227,25 +218,23 @@ async def begin(
     model = turn.model
     with model.lease(counts=False):  # its flight counts, if it is a client's
 
-        def prepare(on_piece: OnPiece) -> tuple[Plan, list[list[int]]]:
+        def prepare(on_piece: OnPiece) -> Plan:
             check_task(model.llm.manifest, "generate")
             plan = make_plan()
-            if resumed is not None:
-                return plan, [resumed.prompt]
-            return plan, [_encode(model, plan, prompt, on_piece) for prompt in plan.prompts]
+            asks = [_encode(turn, plan, ask, resumed, on_piece) for ask in plan.asks]
+            return replace(plan, asks=asks)
 
-        plan, ids = await turn.lane.run(prepare, turn.receive)
+        plan = await turn.lane.run(prepare, turn.receive)
         deadline_s = turn.deadline_s()
         if resumed is not None:
             deadline_s = None if resumed.left_s is None else clock() + resumed.left_s
-        echoes = await _echoes(turn, plan, ids, deadline_s)
+        echoes = await _echoes(turn, plan, deadline_s)
         plan = await _compile(turn, plan, deadline_s)
         check_there(turn.receive)
-        _take_out_left(model, len(ids) * plan.n)
-        state = None if resumed is None else resumed.state
-        generations = await in_thread(partial(_submit, turn, plan, ids, deadline_s, state))
+        _take_out_left(model, len(plan.asks) * plan.n)
+        generations = await in_thread(partial(_submit, model.llm, plan, deadline_s))
         flight = Flight(model, generations, plan.params, turn.metrics, user=plan.user, arm=turn.arm)
-    render.begin(plan, sum(map(len, ids)))
+    render.begin(plan, sum(len(ask.ids or ()) for ask in plan.asks))
     return Answer(model, plan, echoes, flight, render, generations, deadline_s)
 
 
@@ -347,17 +336,15 @@ class Answer:
         return _usage_of(self.flight.stats, self.flight.reasoning_tokens, self._n)
 
 
-def _encode(model: ServedModel, plan: Plan, prompt: Prompt, on_piece: OnPiece | None) -> list[int]:
-    llm = model.llm
-    return llm.encode(
-        prompt,
-        suffix=plan.suffix,
-        tools=plan.tools,
-        thinking=plan.thinking,
-        continue_final_message=plan.continues,
-        max_tokens=llm.kv_capacity,
-        on_piece=on_piece,
-    )
+def _encode(turn: Turn, plan: Plan, ask: Ask, resumed: Resumed | None, on_piece: OnPiece) -> Ask:
+    """Return what is asked with who asks it, and with the prompt's token ids."""
+    llm, salt = turn.model.llm, turn.client.salt
+    # Cached prefixes are shared within one key, and within one `cache_salt` of it.
+    salt = f"{salt}/{plan.cache_salt}" if plan.cache_salt else salt
+    ask = replace(ask, priority=turn.priority, client=turn.client.origin, salt=salt)
+    if resumed is not None:
+        return replace(ask, ids=resumed.prompt, resumed=resumed.state)
+    return replace(ask, ids=llm.encode_ask(ask, llm.kv_capacity, on_piece))
 
 
 def left_s(deadline_s: float | None) -> float | None:
@@ -373,34 +360,24 @@ def left_s(deadline_s: float | None) -> float | None:
     return left
 
 
-async def _echoes(
-    turn: Turn, plan: Plan, encoded: Sequence[list[int]], deadline_s: float | None
-) -> list[Piece]:
+async def _echoes(turn: Turn, plan: Plan, deadline_s: float | None) -> list[Piece]:
     """Return, for each prompt, what its answers begin with."""
     if not plan.echo:
-        return [Piece() for _ in encoded]
-    llm, top = turn.model.llm, plan.params.logprobs
-    echoes = []
-    for prompt, ids in zip(plan.prompts, encoded, strict=True):
-        echo = Piece(text=prompt if isinstance(prompt, str) else llm.tokenizer.decode(ids))
-        if top is not None:
-            echo.tokens = await score_prompt(
-                turn.model,
-                ids,
-                top,
-                receive=turn.receive,
-                priority=turn.priority,
-                client=turn.client.origin,
-                deadline_s=left_s(deadline_s),
-                salt=_salt(turn, plan),
-            )
+        return [Piece() for _ in plan.asks]
+    tokenizer, echoes = turn.model.llm.tokenizer, []
+    for ask in plan.asks:
+        prompt = ask.prompt
+        echo = Piece(text=prompt if isinstance(prompt, str) else tokenizer.decode(ask.ids or ()))
+        if plan.params.logprobs is not None:
+            ask = replace(ask, deadline_s=left_s(deadline_s))
+            echo.tokens = await score_prompt(turn.model, ask, plan.params.logprobs, turn.receive)
         echoes.append(echo)
     return echoes
 
 
 async def _compile(turn: Turn, plan: Plan, deadline_s: float | None) -> Plan:
     """Compile the form of an answer, unless that was done before; return the plan that it fits."""
-    wanted, fallback, grammars = plan.output, plan.fallback, turn.model.llm.grammars
+    wanted, fallback, grammars = plan.asks[0].output, plan.fallback, turn.model.llm.grammars
     if wanted is None:
         return plan
 
@@ -416,7 +393,7 @@ async def _compile(turn: Turn, plan: Plan, deadline_s: float | None) -> Plan:
                 raise
             form = await _loosened(fallback, grammars, run)
             grammars.use_for(wanted, form)
-    return replace(plan, output=form)
+    return replace(plan, asks=[replace(ask, output=form) for ask in plan.asks])
 
 
 async def _loosened(
@@ -453,42 +430,12 @@ def _take_out_left(model: ServedModel, num_sequences: int) -> None:
             flight.end_if_left()
 
 
-def _salt(turn: Turn, plan: Plan) -> str:
-    """Cached prefixes are shared within one key, and within one `cache_salt` of it."""
-    salt = turn.client.salt
-    return f"{salt}/{plan.cache_salt}" if plan.cache_salt else salt
-
-
-def _submit(
-    turn: Turn,
-    plan: Plan,
-    encoded: Sequence[list[int]],
-    deadline_s: float | None,
-    resumed: PutAway | None,
-) -> list[Generation]:
+def _submit(llm: LLM, plan: Plan, deadline_s: float | None) -> list[Generation]:
     """Queue every prompt, or none."""
-    salt = _salt(turn, plan)
     generations: list[Generation] = []
     try:
-        for prompt, ids in zip(plan.prompts, encoded, strict=True):
-            generations += turn.model.llm.submit(
-                prompt,
-                plan.params,
-                n=plan.n,
-                priority=turn.priority,
-                client=turn.client.origin,
-                deadline_s=left_s(deadline_s),
-                salt=salt,
-                suffix=plan.suffix,
-                tools=plan.tools,
-                output=plan.output,
-                thinking=plan.thinking,
-                thinking_budget=plan.thinking_budget,
-                continue_final_message=plan.continues,
-                ids=ids,
-                progress=plan.progress,
-                resumed=resumed,
-            )
+        for ask in plan.asks:
+            generations += llm.answer(replace(ask, deadline_s=left_s(deadline_s)), plan.n)
     except EdgeError:
         for generation in generations:
             generation.cancel()

@@ -112,14 +112,7 @@ def count_tokens(turn: Turn, body: CountTokensRequest, on_piece: OnPiece) -> Cou
     capacity = max(llm.kv_capacity, _LEAST_ROOM_TOKENS)
     with renamed(NAMES):
         plan = plan_chat(turn, _chat_of(body), capacity=capacity)
-        ids = llm.encode(
-            plan.prompts[0],
-            tools=plan.tools,
-            thinking=plan.thinking,
-            continue_final_message=plan.continues,
-            max_tokens=capacity,
-            on_piece=on_piece,
-        )
+        ids = llm.encode_ask(plan.asks[0], capacity, on_piece)
     return CountTokensResponse(len(ids))
 
 

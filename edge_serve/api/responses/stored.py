@@ -609,7 +609,9 @@ class StoredResponses:
 
 def _plan(turn: Turn, body: ResponsesRequest) -> Plan:
     """Plan a request; what runs in the background says when it begins."""
-    return dataclasses.replace(plan_response(turn, body), progress=bool(body.background))
+    plan = plan_response(turn, body)
+    asks = [dataclasses.replace(ask, progress=bool(body.background)) for ask in plan.asks]
+    return dataclasses.replace(plan, asks=asks)
 
 
 def _response_of(record: Record) -> ResponseObject | None:

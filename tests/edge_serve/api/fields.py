@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 
+from edge.runtime.ask import Ask
 from edge.runtime.llm import LLM
 from edge_serve.api.facts import facts_of
 from edge_serve.api.protocol import decode
@@ -50,20 +52,16 @@ def observe(
 ) -> tuple[int, Any]:
     """The status, and all that a request came to: for engine, route and client, and afterwards."""
     submitted: list[Any] = []
-    submit = LLM.submit
+    queue = LLM.answer
 
-    def spy(self: LLM, prompt: Any, params: Any = None, **options: Any) -> Any:
-        tools = options.get("tools")
-        names = ("suffix", "continue_final_message")
-        given = {key: options[key] for key in names if options.get(key) is not None}
-        ids = self.encode(prompt, tools=tools, thinking=options.get("thinking"), **given)
-        # Tools are in the ids, and the deadline is what the clock leaves.
-        given = {k: v for k, v in options.items() if k not in ("tools", "deadline_s")}
-        submitted.append((ids, params, given))
-        return submit(self, prompt, params, **options)
+    def spy(self: LLM, ask: Ask, n: int = 1) -> Any:
+        # Messages and tools are in the ids, and the deadline is what the clock leaves.
+        ids = self.encode_ask(ask, None)
+        submitted.append((replace(ask, prompt=ids, tools=None, deadline_s=None), n))
+        return queue(self, ask, n)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LLM, "submit", spy)
+        patch.setattr(LLM, "answer", spy)
         answer = live.ask(path, body)
     assert live.idle()
     text = _CHANCE.sub(b"", answer.body)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from edge.runtime.ask import Ask
 from edge.runtime.llm import LLM
 from edge_serve import app
 from tests.conftest import write_secret
@@ -88,13 +89,13 @@ def test_the_same_request_has_the_same_answer(
 ):
     """Token ids of the prompt, text and reasoning, whole and streamed, of a random model."""
     prompts: list[list[int]] = []
-    submit = LLM.submit
+    queue = LLM.answer
 
-    def spy(self: LLM, *args: Any, **options: Any) -> Any:
-        prompts.append(options["ids"])
-        return submit(self, *args, **options)
+    def spy(self: LLM, ask: Ask, n: int = 1) -> Any:
+        prompts.append(list(ask.ids or ()))
+        return queue(self, ask, n)
 
-    monkeypatch.setattr(LLM, "submit", spy)
+    monkeypatch.setattr(LLM, "answer", spy)
     answers = set()
     for path in (CHAT, MESSAGES, RESPONSES, OLLAMA, GENERATE):
         answer = live.ask(path, body(path, text))

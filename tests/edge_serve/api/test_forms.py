@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from edge.runtime.ask import Ask
 from edge.runtime.structured_output import GrammarCompiler, OutputFormat
 from tests.conftest import Bundles
 from tests.edge_serve.attacker import post
@@ -98,13 +99,14 @@ def test_the_wait_for_a_form_counts_in_the_time_of_a_request(
         assert time.monotonic() - started > 2.9
         # What the form leaves of the time is all that the answer has.
         given: list[float] = []
-        submit = live.engine.llm.submit
+        queue = live.engine.llm.answer
 
-        def spy(*args: Any, deadline_s: float, **options: Any) -> Any:
-            given.append(deadline_s)
-            return submit(*args, deadline_s=deadline_s, **options)
+        def spy(ask: Ask, n: int = 1) -> Any:
+            assert ask.deadline_s is not None
+            given.append(ask.deadline_s)
+            return queue(ask, n)
 
-        monkeypatch.setattr(live.engine.llm, "submit", spy)
+        monkeypatch.setattr(live.engine.llm, "answer", spy)
         gate.open.set()
         live.engine.llm.grammars.compile(OutputFormat("regex", "quick!"))
         gate.open.clear()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from edge.bundle.manifest import Tokens
+from edge.runtime.ask import Ask
 from edge.runtime.llm import LLM
 from edge.text.chat_template import ChatTemplate
 from edge_serve.api.generic_tools import call_syntax, place_tools
@@ -63,13 +64,13 @@ def live(tiny_bundles: Bundles) -> Iterator[Live]:
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The tokens that the model is given, request by request."""
     found: list[list[int]] = []
-    submit = LLM.submit
+    queue = LLM.answer
 
-    def spy(self: LLM, *args: Any, **options: Any) -> Any:
-        found.append(options["ids"])
-        return submit(self, *args, **options)
+    def spy(self: LLM, ask: Ask, n: int = 1) -> Any:
+        found.append(list(ask.ids or ()))
+        return queue(self, ask, n)
 
-    monkeypatch.setattr(LLM, "submit", spy)
+    monkeypatch.setattr(LLM, "answer", spy)
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from edge.errors import RequestError
+from edge.runtime.ask import Ask
 from edge_serve.api.anthropic.errors import NAMES
 from edge_serve.http.errors import APIError, renamed
 from tests.conftest import write_secret
@@ -140,14 +141,14 @@ def test_how_the_reasoning_is_shown(live: Live):
 def ids_of(live: Live, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The token ids of the prompt that a request comes to."""
     seen: list[list[int]] = []
-    submit = type(live.engine.llm).submit
+    queue = type(live.engine.llm).answer
 
-    def spy(self: Any, *args: Any, **options: Any) -> Any:
-        seen.append(options["ids"])
-        return submit(self, *args, **options)
+    def spy(self: Any, ask: Ask, n: int = 1) -> Any:
+        seen.append(list(ask.ids or ()))
+        return queue(self, ask, n)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(live.engine.llm), "submit", spy)
+        patch.setattr(type(live.engine.llm), "answer", spy)
         answer = live.ask(path, {"model": "tiny", "max_tokens": 1, **body})
     assert answer.status == 200, answer.body
     return seen[0]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from edge.runtime.ask import Ask
 from tests.conftest import Bundles
 from tests.edge_serve.api.weather import ANSWER, CALL, FUNCTION, QUESTION
 from tests.edge_serve.api.weather import WEATHER as CHAT_WEATHER
@@ -151,14 +152,14 @@ def test_a_reasoning_that_is_asked_for_as_a_summary(live: Live):
 
 def ids_of(live: Live, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     seen: list[list[int]] = []
-    submit = type(live.engine.llm).submit
+    queue = type(live.engine.llm).answer
 
-    def spy(self: Any, *args: Any, **options: Any) -> Any:
-        seen.append(options["ids"])
-        return submit(self, *args, **options)
+    def spy(self: Any, ask: Ask, n: int = 1) -> Any:
+        seen.append(list(ask.ids or ()))
+        return queue(self, ask, n)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(live.engine.llm), "submit", spy)
+        patch.setattr(type(live.engine.llm), "answer", spy)
         answer = live.ask(path, {"model": "tiny", **body})
     assert answer.status == 200, answer.body
     return seen[0]
