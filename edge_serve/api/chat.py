@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from edge.errors import RequestError
 from edge.runtime.ask import Ask
 from edge.runtime.sampling import SampledToken
 from edge.text.tokenizer import Tokenizer
 from edge_serve.http.errors import invalid
-from edge_serve.settings import ServerSettings
 
 from .answers import (
     ChatChunk,
@@ -28,8 +24,6 @@ from .answers import (
     TopLogprob,
     Usage,
 )
-from .bare_calls import BareCallParser
-from .begun import parser_after, take_prefix
 from .generate import (
     answer_head,
     check_choices,
@@ -40,28 +34,13 @@ from .generate import (
     sampling_params,
     shown_progress,
 )
-from .generic_tools import call_syntax, place_tools
-from .pieces import MakeParser, Piece
-from .protocol import ChatRequest, NamedTool, ToolName
-from .respond import Fallback, Plan, Render, Turn
+from .generic_tools import place_tools
+from .messages import read_messages, user_texts
+from .pieces import Piece
+from .protocol import ChatRequest
+from .respond import Plan, Render, Turn
 from .sse import DONE, event
-from .structure import output_format
-from .tools import (
-    CallsOrJSON,
-    ToolParser,
-    ToolSyntax,
-    WholeCall,
-    bound_calls,
-    forced_schema,
-    has_form,
-    may_be_loose,
-    prepare_messages,
-    template_tools,
-    user_texts,
-)
-
-if TYPE_CHECKING:
-    from edge.runtime.structured_output import OutputFormat
+from .tool_use import read_tools
 
 # Tokens of reasoning for OpenAI's efforts; R1 and Qwen3 know none, so they are budgets here.
 _EFFORT_TOKENS = {"minimal": 256, "low": 1024, "medium": 4096}  # more has no limit
@@ -78,33 +57,22 @@ def plan_chat(turn: Turn, body: ChatRequest, *, capacity: int | None = None) -> 
     Raises:
         APIError, RequestError: the fields contradict each other or do not fit the model.
     """
-    _check_fields(body, turn.settings)
-    continues = take_prefix(body)
     llm = turn.model.llm
-    check_texts(llm, [body.messages, body.tools], "messages", capacity=capacity)
-    syntax = call_syntax(llm.template, body.tools)
-    forced = forced_schema(body)
-    tools = None
-    if body.tools and body.tool_choice != "none":
-        if forced is None and syntax is None:
-            raise RequestError(
-                "tools: this model's chat template writes no tool calls in a form known here; "
-                "send tool_choice with a function's name, or no tools"
-            )
-        tools = template_tools(body.tools)
-    calls = bound_calls(body, syntax) if forced is None else None
-    output = output_format(body.response_format, forced, calls)
+    _check_fields(body)
     thinking, budget = _thinking(body, reasons=llm.reasons)
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    check_stream(body)
+    check_messages(len(body.messages), turn.settings)
+    check_choices(body.n or 1, 1, turn.settings.max_choices)
     params = sampling_params(body, llm, max_tokens=max_tokens, logprobs=logprobs)
-    make_parser = _parser_of(syntax, body, forced is not None) if tools else None
-    if llm.template is None:
-        messages = prepare_messages(body.messages)
-    else:
-        messages, tools = place_tools(body.messages, tools, llm.template)
-    if continues and make_parser is not None:
-        make_parser = parser_after(make_parser, syntax, body, messages, llm)
+    check_texts(llm, [body.messages, body.tools], "messages", capacity=capacity)
+    messages, continues = read_messages(body)
+    use = read_tools(body, llm.template)
+    messages, tools = place_tools(messages, use.shown, llm.template)
+    make_parser = use.make_parser
+    if continues:
+        make_parser = use.parser_after(messages, reasons=llm.reasons)
     # What users write is part of every prompt; templates may drop other messages.
     check_length(llm, user_texts(messages), "messages", capacity=capacity)
     ask = Ask(
@@ -113,7 +81,7 @@ def plan_chat(turn: Turn, body: ChatRequest, *, capacity: int | None = None) -> 
         tools=tools,
         thinking=thinking,
         continue_final_message=continues,
-        output=output,
+        output=use.output,
         thinking_budget=budget,
         progress=bool(body.return_progress),
     )
@@ -123,52 +91,19 @@ def plan_chat(turn: Turn, body: ChatRequest, *, capacity: int | None = None) -> 
         stream=bool(body.stream),
         user=body.user,
         cache_salt=body.cache_salt,
-        fallback=None if forced is None else _fallback(body),
+        fallback=use.fallback,
         make_parser=make_parser,
-        one_call=forced is not None or body.parallel_tool_calls is False,
+        one_call=use.one_call,
     )
 
 
-def _fallback(body: ChatRequest) -> Fallback | None:
-    choice = body.tool_choice
-    names = may_be_loose(body)
-    if isinstance(choice, NamedTool):
-        names = [name for name in names if name == choice.function.name]
-
-    def without(loose: Collection[str], body: ChatRequest = body) -> OutputFormat:
-        form = output_format(None, forced_schema(body, loose))
-        assert form is not None
-        return form
-
-    def alone(name: str) -> OutputFormat:
-        return without((), replace(body, tool_choice=NamedTool("function", ToolName(name))))
-
-    return Fallback(names, alone, without) if names else None
-
-
-def _check_fields(body: ChatRequest, settings: ServerSettings) -> None:
+def _check_fields(body: ChatRequest) -> None:
     if len({body.max_tokens, body.max_completion_tokens} - {None}) > 1:
         raise invalid(
             "max_tokens: differs from max_completion_tokens; give one of them", "max_tokens"
         )
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs: needs logprobs to be true", "top_logprobs")
-    check_stream(body)
-    check_messages(len(body.messages), settings)
-    check_choices(body.n or 1, 1, settings.max_choices)
-
-
-def _parser_of(syntax: ToolSyntax | None, body: ChatRequest, forced: bool) -> MakeParser | None:
-    if forced:
-        return WholeCall
-    if syntax is None:
-        return None
-    if has_form(body):
-        return partial(CallsOrJSON, syntax)
-    functions = [tool.function for tool in body.tools or []]
-    if any(function.strict for function in functions):
-        return partial(ToolParser, syntax)  # a bare call would be bound to no schema
-    return partial(BareCallParser, syntax, {function.name for function in functions})
 
 
 def _thinking(body: ChatRequest, *, reasons: bool) -> tuple[bool | None, int | None]:

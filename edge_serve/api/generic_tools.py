@@ -6,7 +6,7 @@ The list of tools and the form of a call go into the system message, in Hermes' 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -16,7 +16,7 @@ from edge.text.chat_template import ChatTemplate
 from edge.text.messages import read_arguments
 from edge_serve.http.errors import invalid
 
-from .tools import HERMES, ToolSyntax, prepare_messages, syntax_of
+from .tools import HERMES
 
 _RESULT = "<tool_response>\n{}\n</tool_response>"
 _CALL = f'{HERMES.start}\n{{"name": NAME, "arguments": {{...}}}}\n{HERMES.end}'
@@ -29,40 +29,26 @@ _TAIL = (
 )
 
 
-def call_syntax(template: ChatTemplate | None, tools: object) -> ToolSyntax | None:
-    """How a model's calls are written: as its template teaches, else as the generic form does.
-
-    Args:
-        template: the model's.
-        tools: whether a request has tools; what else it may be counts as a truth value.
-    """
-    if template is None:
-        return None
-    if tools and "tools" not in template.variables:
-        return HERMES
-    return syntax_of(template.source)
-
-
 def place_tools(
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
-    template: ChatTemplate,
+    template: ChatTemplate | None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Return messages and tools for a template, the tools within the messages if it has no place.
 
     Args:
-        messages: as clients send them.
-        tools: see `edge_serve.api.tools.template_tools`; None gives the model none.
+        messages: see `edge_serve.api.messages.prepare_messages`.
+        tools: see `edge_serve.api.tool_use.template_tools`; None gives the model none.
         template: the model's.
 
     Raises:
         APIError: 400, a past call that is malformed.
     """
     # One without a place may write past calls, but not all: R1's only those without a text.
-    if "tools" in template.variables:
-        return prepare_messages(messages), tools
+    if template is None or "tools" in template.variables:
+        return list(messages), tools
     written: list[dict[str, Any]] = []
-    for index, message in enumerate(prepare_messages(messages)):
+    for index, message in enumerate(messages):
         written.append(_as_text(index, message))
         _join_results(written)
     if tools:

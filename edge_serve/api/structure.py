@@ -1,29 +1,36 @@
-"""Turns ``response_format`` and tool choices into the form that the engine keeps to."""
+"""Turns ``response_format`` and the calls of tools into the form that the engine keeps to."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edge_serve.http.errors import invalid
 
-from .protocol import ResponseFormat
-from .tools import without_other_formats
+from .protocol import FunctionTool, ResponseFormat, Tool
+from .tools import HERMES
 
 if TYPE_CHECKING:
     from edge.runtime.structured_output import OutputFormat
 
+_ANY_OBJECT: dict[str, Any] = {"type": "object"}
+# Those of texts that llguidance keeps to; JSON Schema 2020-12 (7.2) lets others be.
+_FORMATS = frozenset(
+    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+)
+
 
 def output_format(
-    wanted: ResponseFormat | None,
-    forced: dict[str, Any] | None,
-    calls: dict[str, Any] | None = None,
+    wanted: ResponseFormat | None, must: Sequence[Tool], may: Sequence[Tool]
 ) -> OutputFormat | None:
     """Choose the form that an answer must have; None leaves it free.
 
     Args:
         wanted: the request's ``response_format``.
-        forced: JSON schema of a tool call that must come.
-        calls: form of calls that may come, see `tools.bound_calls`.
+        must: tools of which one must be called.
+        may: tools that may be called, in a call that is bound: it names one of them, and the
+            arguments of a strict tool keep to its schema. Where the answer has a form, a call comes
+            instead.
 
     Raises:
         APIError: 400 for fields that contradict each other.
@@ -38,24 +45,28 @@ def output_format(
                 f"response_format.{name}: the type {wanted.type!r} {verb} it",
                 f"response_format.{name}",
             )
-    if forced is not None and wanted.type != "text":
-        raise invalid(
-            "response_format: cannot hold while tool_choice forces a call", "response_format"
-        )
-    if forced is None and calls is None and wanted.type == "text":
+    if must:
+        if wanted.type != "text":
+            raise invalid(
+                "response_format: cannot hold while tool_choice forces a call", "response_format"
+            )
+        return call_form(must)
+    if not may and wanted.type == "text":
         return None
     from edge.runtime.structured_output import OutputFormat
 
-    if forced is not None:
-        return OutputFormat("json_schema", forced)
     schema = None
     if wanted.json_schema is not None:
         schema = wanted.json_schema.schema
         if not wanted.json_schema.strict:
-            schema = without_other_formats(schema)
-    if calls is not None:
+            schema = _without_other_formats(schema)
+    if may:
+        shapes = [
+            (tool, tool.function.parameters if tool.function.strict else None) for tool in may
+        ]
+        calls = {"start": HERMES.start, "end": HERMES.end, "schema": _call_schema(shapes)}
         if wanted.type != "text":
-            calls = {**calls, "answer": {"type": "object"} if schema is None else schema}
+            calls["answer"] = {"type": "object"} if schema is None else schema
         return OutputFormat("tool_calls", calls)
     if schema is not None:
         return OutputFormat("json_schema", schema)
@@ -64,3 +75,61 @@ def output_format(
     if wanted.grammar is not None:
         return OutputFormat("grammar", wanted.grammar)
     return OutputFormat("json_object")
+
+
+def call_form(tools: Sequence[Tool], loose: Collection[str] = ()) -> OutputFormat:
+    """Return the form of an answer that must be a call.
+
+    Args:
+        tools: those of which one is called, at least one.
+        loose: names of functions that take any object. Another that is not strict has its schema
+            without the formats that nothing here keeps to.
+    """
+    from edge.runtime.structured_output import OutputFormat
+
+    shapes = [(tool, _parameters(tool.function, loose)) for tool in tools]
+    return OutputFormat("json_schema", _call_schema(shapes))
+
+
+def _parameters(function: FunctionTool, loose: Collection[str]) -> dict[str, Any] | None:
+    if function.strict or function.parameters is None:
+        return function.parameters
+    return None if function.name in loose else _without_other_formats(function.parameters)
+
+
+def _without_other_formats(schema: Any) -> Any:
+    """Return a schema without the formats of texts that nothing here keeps to."""
+    if isinstance(schema, list):
+        return [_without_other_formats(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: value if key in ("const", "enum") else _without_other_formats(value)
+        for key, value in schema.items()
+        if key != "format" or not isinstance(value, str) or value in _FORMATS
+    }
+
+
+def _call_schema(shapes: Sequence[tuple[Tool, dict[str, Any] | None]]) -> dict[str, Any]:
+    """The schema of one call: a tool's name, and arguments by its schema; None allows any object.
+
+    An ``$id`` makes each of these schemas the root that its own references begin at.
+    """
+    options = []
+    roots = {""}
+    for index, (tool, parameters) in enumerate(shapes):
+        arguments = {**_ANY_OBJECT, **(parameters or {})}
+        given = arguments.get("$id")
+        root = given.rstrip("#") if isinstance(given, str) else ""
+        if root in roots:  # another tool's, or none
+            arguments["$id"] = f"urn:edge-llm:tool:{index}"
+        roots.add(root)
+        options.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": tool.function.name}, "arguments": arguments},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    return options[0] if len(options) == 1 else {"anyOf": options}

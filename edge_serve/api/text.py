@@ -12,11 +12,11 @@ from edge_serve.models.registry import ServedModel
 from edge_serve.settings import ServerSettings
 
 from .answers import DetokenizeResponse, TokenizeResponse
-from .begun import check_prompt_end
 from .generate import check_length, check_messages, check_texts
 from .generic_tools import place_tools
+from .messages import check_prompt_end, prepare_messages
 from .protocol import DetokenizeRequest, TokenizeRequest
-from .tools import template_tools
+from .tool_use import template_tools
 
 if TYPE_CHECKING:
     from edge.runtime.llm import LLM
@@ -51,7 +51,7 @@ def tokenize(
         if llm.template is None:
             raise RequestError("messages: this model has no chat template; send prompt")
         tools = template_tools(body.tools) if body.tools else None
-        messages, tools = place_tools(body.messages, tools, llm.template)
+        messages, tools = place_tools(prepare_messages(body.messages), tools, llm.template)
         if body.continue_final_message:
             check_prompt_end(True, body.add_generation_prompt)
             ids = llm.encode(

@@ -10,24 +10,16 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
 from edge.text.messages import read_arguments
-from edge_serve.http.errors import invalid
 
 from .answers import CalledFunction, ToolCall
-from .protocol import ChatRequest, FunctionTool, NamedTool, Tool
 
 _FENCED = re.compile(r"\s*(.*?)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
-_ANY_OBJECT: dict[str, Any] = {"type": "object"}
-# Those of texts that llguidance keeps to; JSON Schema 2020-12 (7.2) lets others be.
-_FORMATS = frozenset(
-    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
-)
 
 
 @dataclass(frozen=True)
@@ -260,178 +252,6 @@ class WholeCall:
 def make_call(name: str, arguments: str, *, index: int) -> ToolCall:
     """Make a call with a fresh id."""
     return ToolCall(f"call_{secrets.token_hex(12)}", CalledFunction(name, arguments), index=index)
-
-
-def forced_schema(request: ChatRequest, loose: Collection[str] = ()) -> dict[str, Any] | None:
-    """Return the JSON schema of an answer that must be a call; None where it need not be one.
-
-    Args:
-        request: the request.
-        loose: names of functions that take any object. Another that is not strict has its schema
-            without the formats that nothing here keeps to.
-
-    Raises:
-        APIError: 400 where ``tool_choice`` does not fit ``tools``.
-    """
-    choice, tools = request.tool_choice, request.tools or []
-    if choice in (None, "none", "auto"):
-        return None
-    if not tools:
-        raise invalid("tool_choice: there are no tools to choose from; send tools", "tool_choice")
-    if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool.function.name == choice.function.name]
-        if not tools:
-            raise invalid(
-                f"tool_choice: no tool has the name {choice.function.name[:80]!r}", "tool_choice"
-            )
-    return _call_schema([(tool, _parameters(tool.function, loose)) for tool in tools])
-
-
-def may_be_loose(request: ChatRequest) -> list[str]:
-    """Return the names of functions that may take any object in a call that must come."""
-    functions = [tool.function for tool in request.tools or []]
-    names = [each.name for each in functions if not each.strict and each.parameters is not None]
-    return list(dict.fromkeys(names))
-
-
-def _parameters(function: FunctionTool, loose: Collection[str]) -> dict[str, Any] | None:
-    if function.strict or function.parameters is None:
-        return function.parameters
-    return None if function.name in loose else without_other_formats(function.parameters)
-
-
-def without_other_formats(schema: Any) -> Any:
-    """Return a schema without the formats of texts that nothing here keeps to."""
-    if isinstance(schema, list):
-        return [without_other_formats(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: value if key in ("const", "enum") else without_other_formats(value)
-        for key, value in schema.items()
-        if key != "format" or not isinstance(value, str) or value in _FORMATS
-    }
-
-
-def has_form(request: ChatRequest) -> bool:
-    """Whether the answer must have a form."""
-    return request.response_format is not None and request.response_format.type != "text"
-
-
-def bound_calls(request: ChatRequest, syntax: ToolSyntax | None) -> dict[str, Any] | None:
-    """Return the source of the output form ``tool_calls``; None where nothing binds a call.
-
-    A call may come or not; where one comes, it names a tool, and the arguments of a strict tool
-    keep to its schema. That binds where a tool is strict, or where the answer has a form, for
-    which a call comes instead.
-
-    Args:
-        request: a request whose ``tool_choice`` leaves the model free.
-        syntax: the model's family.
-
-    Raises:
-        APIError: 400 where the family's calls cannot be bound to a schema, or the answer's form
-            has no place for them.
-    """
-    tools = request.tools or []
-    if not tools or request.tool_choice == "none":
-        return None
-    strict = [index for index, tool in enumerate(tools) if tool.function.strict]
-    if has_form(request):
-        assert request.response_format is not None
-        kind = request.response_format.type
-        if syntax is not HERMES or kind not in ("json_object", "json_schema"):
-            raise invalid(
-                f"response_format: an answer of the form {kind!r} has no place for the calls that "
-                "this model writes; send no tools, tool_choice none, or no form",
-                "response_format",
-            )
-    elif not strict:
-        return None
-    elif syntax is not HERMES:
-        where = f"tools[{strict[0]}].function.strict"
-        raise invalid(
-            f"{where}: this model's calls cannot be bound to a schema while it is free to call; "
-            "send tool_choice required or a function's name, or leave strict out",
-            where,
-        )
-    shapes = [(tool, tool.function.parameters if tool.function.strict else None) for tool in tools]
-    return {"start": HERMES.start, "end": HERMES.end, "schema": _call_schema(shapes)}
-
-
-def _call_schema(shapes: Sequence[tuple[Tool, dict[str, Any] | None]]) -> dict[str, Any]:
-    """The schema of one call: a tool's name, and arguments by its schema; None allows any object.
-
-    An ``$id`` makes each of these schemas the root that its own references begin at.
-    """
-    options = []
-    roots = {""}
-    for index, (tool, parameters) in enumerate(shapes):
-        arguments = {**_ANY_OBJECT, **(parameters or {})}
-        given = arguments.get("$id")
-        root = given.rstrip("#") if isinstance(given, str) else ""
-        if root in roots:  # another tool's, or none
-            arguments["$id"] = f"urn:edge-llm:tool:{index}"
-        roots.add(root)
-        options.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "arguments": arguments},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
-    return options[0] if len(options) == 1 else {"anyOf": options}
-
-
-def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Return tools as chat templates take them, without the keys that were not sent.
-
-    ``strict`` is for the server, not for the model, so templates do not see it.
-    """
-    plain: list[dict[str, Any]] = [msgspec.to_builtins(tool) for tool in tools]
-    for tool in plain:
-        tool["function"] = {
-            key: value
-            for key, value in tool["function"].items()
-            if value is not None and key != "strict"
-        }
-    return plain
-
-
-def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Turn the messages that OpenAI's clients send into those that `edge.text.chat_template` takes.
-
-    A client that appends the server's own answer also sends empty keys (``refusal``,
-    ``annotations``). Texts may have hints for a cache.
-    """
-    result = []
-    for message in messages:
-        copy = {key: value for key, value in message.items() if value is not None}
-        if copy.get("annotations") == []:
-            del copy["annotations"]
-        if isinstance(copy.get("content"), list):
-            copy["content"] = [_without_hint(part) for part in copy["content"]]
-        result.append(copy)
-    return result
-
-
-def _without_hint(part: Any) -> Any:
-    if not isinstance(part, dict):
-        return part
-    return {key: value for key, value in part.items() if key != "prompt_cache_breakpoint"}
-
-
-def user_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what users wrote, whole or in parts; what is malformed is left for the template."""
-    texts: list[str] = []
-    for message in messages:
-        if message.get("role") == "user":
-            content = message.get("content")
-            parts = content if isinstance(content, list) else [content]
-            given = [part.get("text") if isinstance(part, dict) else part for part in parts]
-            texts += [text for text in given if isinstance(text, str)]
-    return texts
 
 
 def _partial(text: str, mark: str) -> int:

@@ -14,7 +14,7 @@ from edge.bundle.linears import expected_tensors
 from edge.errors import RequestError
 from edge.text.fill_in_middle import fill_in_middle
 from edge.text.tokenizer import Tokenizer
-from edge_serve.api.generic_tools import call_syntax
+from edge_serve.api.tool_use import call_syntax
 from edge_serve.http.errors import APIError
 from edge_serve.models.registry import TAG, ModelEntry, ServedModel
 
@@ -100,7 +100,7 @@ def _capabilities(llm: LLM | BundleText) -> list[str]:
     if llm.manifest.model.task != "generate":
         return ["embedding"] if llm.manifest.model.task == "embed" else []
     found = ["completion"]
-    if call_syntax(llm.template, tools=True) is not None:
+    if call_syntax(llm.template, has_tools=True) is not None:
         found.append("tools")
     if llm.reasons:
         found.append("thinking")

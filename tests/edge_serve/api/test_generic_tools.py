@@ -12,8 +12,10 @@ from edge.bundle.manifest import Tokens
 from edge.runtime.ask import Ask
 from edge.runtime.llm import LLM
 from edge.text.chat_template import ChatTemplate
-from edge_serve.api.generic_tools import call_syntax, place_tools
-from edge_serve.api.tools import DEEPSEEK, HERMES, prepare_messages
+from edge_serve.api.generic_tools import place_tools
+from edge_serve.api.messages import prepare_messages
+from edge_serve.api.tool_use import call_syntax
+from edge_serve.api.tools import DEEPSEEK, HERMES
 from tests.conftest import Bundles
 from tests.edge_serve.api.test_tools import CLOCK, hermes
 from tests.edge_serve.api.weather import CALL, QUESTION, WEATHER
@@ -210,7 +212,7 @@ def test_past_calls_are_text_where_the_template_drops_some(content: str | None):
     r1 = ChatTemplate(R1_TEMPLATE, TOKENS)
     history = [PAST[0], {**PAST[1], "content": content}, *PAST[2:]]
     for tools in (None, TOOLS):
-        messages, placed = place_tools(history, tools, r1)
+        messages, placed = place_tools(prepare_messages(history), tools, r1)
         text = r1.render(messages, tools=placed)
         assert placed is None
         assert text.count(HERMES.start) == (2 if tools is None else 4)
@@ -257,7 +259,7 @@ def test_a_past_call_without_arguments_has_none():
     for arguments in written:
         call = {"function": {"name": "clock", "arguments": arguments}}
         past: list[Any] = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}]
-        (_, answer), _ = place_tools(past, None, PLAIN)
+        (_, answer), _ = place_tools(prepare_messages(past), None, PLAIN)
         assert '{"name":"clock","arguments":{}}' in answer["content"]
 
 
@@ -295,10 +297,9 @@ def test_malformed_texts_beside_calls_are_refused(live: Live, content: Any):
 
 
 def test_a_template_with_a_place_for_tools_gets_them():
-    messages, tools = place_tools(PAST, TOOLS, OWN)
-    assert (messages, tools) == (prepare_messages(PAST), TOOLS)
-    assert call_syntax(OWN, TOOLS) is HERMES
+    assert place_tools(PAST, TOOLS, OWN) == (PAST, TOOLS)
+    assert call_syntax(OWN, has_tools=True) is HERMES
     own_marks = ChatTemplate(CHAT_TEMPLATE + "{# <｜tool▁call▁begin｜> #}", TOKENS)
-    assert call_syntax(own_marks, None) is DEEPSEEK
-    assert call_syntax(own_marks, TOOLS) is HERMES
-    assert call_syntax(None, TOOLS) is None
+    assert call_syntax(own_marks, has_tools=False) is DEEPSEEK
+    assert call_syntax(own_marks, has_tools=True) is HERMES
+    assert call_syntax(None, has_tools=True) is None

@@ -15,33 +15,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge.bundle.manifest import Tokens
 from edge.runtime.structured_output import GrammarCompiler
+from edge.text.chat_template import ChatTemplate
+from edge_serve.api.messages import prepare_messages
 from edge_serve.api.protocol import ChatRequest, Tool
+from edge_serve.api.structure import _FORMATS
+from edge_serve.api.tool_use import ToolUse, read_tools, template_tools
 from edge_serve.api.tools import (
-    _FORMATS,
     DEEPSEEK,
     HERMES,
     CallsOrJSON,
     ToolParser,
     ToolSyntax,
     WholeCall,
-    bound_calls,
-    forced_schema,
-    prepare_messages,
     syntax_of,
-    template_tools,
 )
 from edge_serve.http.errors import APIError
 from tests.edge_serve.api.weather import CALL, QUESTION, WEATHER
 from tests.edge_serve.scripted import HERMES_TEMPLATE, Live, running
 from tests.manifests import replace_file
-from tests.tiny_models import CHAT_TEMPLATE
+from tests.tiny_models import BOS, BOS_ID, CHAT_TEMPLATE, EOS, EOS_ID
 
 CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object",
          "properties": {}, "additionalProperties": False}}}  # fmt: skip
 
 # As Qwen3-Coder's: Hermes' marks around a call that is not JSON.
 XML_TEMPLATE = HERMES_TEMPLATE.replace("<tool_call>' + ", "<tool_call>\\n<function=' + ")
+DEEPSEEK_TEMPLATE = HERMES_TEMPLATE.replace("<tool_call>", DEEPSEEK.start)
 
 
 def hermes(name: str, arguments: Any) -> str:
@@ -506,12 +507,23 @@ def booking(name: str, city: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
+def use_of(request: dict[str, Any], template: str = HERMES_TEMPLATE) -> ToolUse:
+    tokens = Tokens(BOS_ID, BOS, (EOS_ID,), EOS, add_bos=True)
+    return read_tools(msgspec.convert(request, ChatRequest), ChatTemplate(template, tokens))
+
+
+def schema_of(request: dict[str, Any]) -> Any:
+    """The source of the form that the tools of a request come to."""
+    output = use_of(request).output
+    assert output is not None
+    return json.loads(output.text)
+
+
 def test_a_schema_without_a_type_binds_to_an_object():
     function = {"name": "f", "parameters": {"properties": {}}}
     tool = {"type": "function", "function": function}
     asked = {"messages": QUESTION, "tools": [tool], "tool_choice": "required"}
-    schema = forced_schema(msgspec.convert(asked, ChatRequest))
-    assert schema is not None
+    schema = schema_of(asked)
     assert schema["properties"]["arguments"]["type"] == "object"
 
 
@@ -523,9 +535,7 @@ def test_references_of_a_tool_lead_into_its_own_schema(named: dict[str, str]):
         tool["function"]["parameters"] |= named
     asked = {"messages": QUESTION, "tools": both, "tool_choice": "required"}
     free = {"messages": QUESTION, "tools": [strict(tool) for tool in both]}
-    calls = bound_calls(msgspec.convert(free, ChatRequest), HERMES)
-    assert calls is not None
-    for schema in (forced_schema(msgspec.convert(asked, ChatRequest)), calls["schema"]):
+    for schema in (schema_of(asked), schema_of(free)["schema"]):
         grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
         for name, city, then, keeps in (
             ("book", "Bern", None, True), ("book", 5, None, False),
@@ -561,7 +571,7 @@ def test_a_schema_keeps_its_root_unless_another_tool_has_it(roots: tuple[Any, An
         }
         tools += [{"type": "function", "function": {"name": name, "parameters": parameters}}]
     asked = {"messages": QUESTION, "tools": tools, "tool_choice": "required"}
-    schema = forced_schema(msgspec.convert(asked, ChatRequest))
+    schema = schema_of(asked)
     grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
     for name, value, keeps in (("a", "x", 1), ("a", 1, 0), ("b", "x", 0), ("b", 1, 1)):
         matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar)
@@ -638,7 +648,7 @@ def test_a_schema_that_cannot_be_kept_to_loosens_no_other(
 
 
 def test_formats_that_are_kept_to():
-    """Those of `tools._FORMATS` and no others; a key of this name is none."""
+    """Those of `structure._FORMATS` and no others; a key of this name is none."""
     llguidance = pytest.importorskip("llguidance")
     for name in sorted({*_FORMATS, "password", "uri-reference", "binary"}):
         schema = {"type": "string", "format": name}
@@ -647,35 +657,34 @@ def test_formats_that_are_kept_to():
         assert matcher.is_error() == (name not in _FORMATS), name
     value = {"properties": {"format": {"enum": [{"format": "binary"}]}}, "format": "uuid"}
     asked = {"messages": QUESTION, "tools": picking(value), "tool_choice": "required"}
-    call = forced_schema(msgspec.convert(asked, ChatRequest))
-    assert call is not None
+    call = schema_of(asked)
     assert call["properties"]["arguments"]["properties"]["a"] == value
 
 
 @pytest.mark.parametrize(
-    ("syntax", "form"),
-    [(DEEPSEEK, SCHEMA), (None, SCHEMA), (HERMES, {"type": "regex", "regex": "a"})],
+    ("template", "form"),
+    [(DEEPSEEK_TEMPLATE, SCHEMA), (HERMES_TEMPLATE, {"type": "regex", "regex": "a"})],
 )
-def test_a_form_that_leaves_no_place_for_calls_is_refused(syntax: Any, form: Any):
+def test_a_form_that_leaves_no_place_for_calls_is_refused(template: str, form: Any):
     for each in (CLOCK, strict(CLOCK)):
-        request = msgspec.convert(
-            {"messages": QUESTION, "tools": [each], "response_format": form}, ChatRequest
-        )
+        request = {"messages": QUESTION, "tools": [each], "response_format": form}
         with pytest.raises(APIError, match="tool_choice none") as caught:
-            bound_calls(request, syntax)
+            use_of(request, template)
         assert caught.value.param == "response_format"
-        assert bound_calls(msgspec.structs.replace(request, tool_choice="none"), syntax) is None
+        use = use_of({**request, "tool_choice": "none"}, template)
+        assert use.shown is None
+        assert use.make_parser is None
+        assert use.output is not None
+        assert use.output.kind == form["type"]
 
 
 def test_what_cannot_be_bound_is_refused_by_name():
-    request = msgspec.convert(
-        {"messages": QUESTION, "tools": [CLOCK, strict(WEATHER)]}, ChatRequest
-    )
+    request = {"messages": QUESTION, "tools": [CLOCK, strict(WEATHER)]}
     with pytest.raises(APIError, match="required or a function's name") as caught:
-        bound_calls(request, DEEPSEEK)
+        use_of(request, DEEPSEEK_TEMPLATE)
     assert caught.value.param == "tools[1].function.strict"
-    assert bound_calls(msgspec.structs.replace(request, tool_choice="none"), DEEPSEEK) is None
-    assert bound_calls(msgspec.structs.replace(request, tools=[]), DEEPSEEK) is None
+    for name, free in (("tool_choice", "none"), ("tools", []), ("tools", [CLOCK])):
+        assert use_of({**request, name: free}, DEEPSEEK_TEMPLATE).output is None
 
 
 def test_tokenize_and_chat_show_the_template_the_same_tools(tools: Live):

@@ -1,4 +1,4 @@
-"""Reads from a chat request whether its last message is an answer to go on with.
+"""Reads the messages of a chat request, and whether the last is an answer to go on with.
 
 Three ways of asking for it are in use: ``continue_final_message`` (vLLM, SGLang, transformers),
 ``prefix`` in the message (DeepSeek, Mistral), and simply a last message of the assistant
@@ -7,23 +7,16 @@ Three ways of asking for it are in use: ``continue_final_message`` (vLLM, SGLang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from edge.text.begun_answer import take_begun_answer
 from edge_serve.http.errors import invalid
 
-from .pieces import MakeParser
 from .protocol import ChatRequest
-from .tools import ToolParser, ToolSyntax, has_form
-
-if TYPE_CHECKING:
-    from edge.runtime.llm import LLM
 
 
-def take_prefix(body: ChatRequest) -> bool:
-    """Take ``prefix`` out of the messages; return whether the answer goes on with the last one.
+def read_messages(body: ChatRequest) -> tuple[list[dict[str, Any]], bool]:
+    """Return the prepared messages, and whether the answer goes on with the last one.
 
     Raises:
         APIError: 400, fields that contradict each other, or a ``prefix`` elsewhere.
@@ -47,17 +40,14 @@ def take_prefix(body: ChatRequest) -> bool:
             "continue_final_message is true",
             "add_generation_prompt",
         )
-    body.messages = [
-        {key: value for key, value in message.items() if key != "prefix"}
-        for message in body.messages
-    ]
     if continues and body.messages[last].get("tool_calls"):
         raise invalid(
             f"messages[{last}].tool_calls: an answer that calls tools has ended and cannot be "
             "continued; send the tools' results after it",
             "messages",
         )
-    return continues
+    given = [{key: m[key] for key in m if key != "prefix"} for m in body.messages]
+    return prepare_messages(given), continues
 
 
 def check_prompt_end(continues: bool, add_generation_prompt: bool | None) -> None:
@@ -74,32 +64,36 @@ def check_prompt_end(continues: bool, add_generation_prompt: bool | None) -> Non
         )
 
 
-def parser_after(
-    make_parser: MakeParser,
-    syntax: ToolSyntax | None,
-    body: ChatRequest,
-    messages: Sequence[dict[str, Any]],
-    llm: LLM,
-) -> MakeParser | None:
-    """Return what finds the calls in the rest of an answer whose beginning is known.
+def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Turn the messages that OpenAI's clients send into those that `edge.text.chat_template` takes.
 
-    Raises:
-        APIError: 400, the answer must be a call and has begun as text, or has begun a call.
-        RequestError: see `take_begun_answer`.
+    A client that appends the server's own answer also sends empty keys (``refusal``,
+    ``annotations``). Texts may have hints for a cache.
     """
-    _, begun = take_begun_answer(messages, reasons=llm.reasons)
-    if not begun.content:
-        return make_parser
-    if syntax is None or body.tool_choice not in (None, "auto"):
-        raise invalid(
-            "tool_choice: the answer has begun as text, so it cannot be made a call; send auto, "
-            "none or no tools",
-            "tool_choice",
-        )
-    if syntax.start in begun.content:
-        raise invalid(
-            f"messages[{len(messages) - 1}].content: an answer that has begun a call cannot be "
-            "continued with tools; send no tools, or the calls as tool_calls with their results",
-            "messages",
-        )
-    return None if has_form(body) else partial(ToolParser, syntax)
+    result = []
+    for message in messages:
+        copy = {key: value for key, value in message.items() if value is not None}
+        if copy.get("annotations") == []:
+            del copy["annotations"]
+        if isinstance(copy.get("content"), list):
+            copy["content"] = [_without_hint(part) for part in copy["content"]]
+        result.append(copy)
+    return result
+
+
+def _without_hint(part: Any) -> Any:
+    if not isinstance(part, dict):
+        return part
+    return {key: value for key, value in part.items() if key != "prompt_cache_breakpoint"}
+
+
+def user_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what users wrote, whole or in parts; what is malformed is left for the template."""
+    texts: list[str] = []
+    for message in messages:
+        if message.get("role") == "user":
+            content = message.get("content")
+            parts = content if isinstance(content, list) else [content]
+            given = [part.get("text") if isinstance(part, dict) else part for part in parts]
+            texts += [text for text in given if isinstance(text, str)]
+    return texts
