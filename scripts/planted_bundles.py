@@ -1,8 +1,10 @@
 """Plants damages in a bundle, and counts how often the gate of a roll-out rejects them.
 
 The judge is that of ``edge-llm bundle rollout`` with its defaults, and stops where the text has
-rejected already, as it does there. Every damage has a seed, which decides where it is. What is
-rejected by the text alone needs no golden set, so only good bundles are asked one.
+rejected already, as it does there. Every damage has a seed, which decides where it is and how much:
+seed 0 does most, and four seeds later it is half as much, but for ``noise_in_a_third``, which is as
+its name says. What is rejected by the text alone needs no golden set, so only good bundles are
+asked one.
 
 A damage counts where another text, which the gate never reads, has 10 % more perplexity at least.
 Good bundles are tried on the text and on random halves of the golden set, as greedy answers are the
@@ -36,7 +38,7 @@ from tests.manifests import replace_file
 
 WEIGHTS = "decoder.onnx.data"
 Bytes = NDArray[np.uint8]
-Damage = Callable[[Bytes, np.random.Generator], None]
+Damage = Callable[[Bytes, np.random.Generator, float], None]
 _MB = 1 << 20
 
 
@@ -46,55 +48,61 @@ def _spot(data: Bytes, rng: np.random.Generator, share: float) -> slice:
     return slice(at, at + count)
 
 
-def noise_in_a_third(data: Bytes, rng: np.random.Generator) -> None:
+def noise_in_a_third(data: Bytes, rng: np.random.Generator, much: float) -> None:
     """A third of the bytes, anywhere, XORed with noise: ``bad1``."""
+    del much
     chosen = rng.random(len(data)) < 1 / 3
     data[chosen] ^= rng.integers(1, 256, int(chosen.sum()), np.uint8)
 
 
-def noise_in_a_stretch(data: Bytes, rng: np.random.Generator) -> None:
-    """A thirtieth of the file, in one piece, is noise."""
-    spot = _spot(data, rng, 1 / 30)
+def noise_in_a_stretch(data: Bytes, rng: np.random.Generator, much: float) -> None:
+    """Up to a thirtieth of the file, in one piece, is noise."""
+    spot = _spot(data, rng, much / 30)
     data[spot] = rng.integers(0, 256, spot.stop - spot.start, np.uint8)
 
 
-def a_hole(data: Bytes, rng: np.random.Generator) -> None:
-    """A twentieth of the file, in one piece, is zeros."""
-    data[_spot(data, rng, 1 / 20)] = 0
+def a_hole(data: Bytes, rng: np.random.Generator, much: float) -> None:
+    """Up to a twentieth of the file, in one piece, is zeros."""
+    data[_spot(data, rng, much / 20)] = 0
 
 
-def moved_by_a_byte(data: Bytes, rng: np.random.Generator) -> None:
-    """A twentieth of the file is one byte too late."""
-    spot = _spot(data, rng, 1 / 20)
+def moved_by_a_byte(data: Bytes, rng: np.random.Generator, much: float) -> None:
+    """Up to a twentieth of the file is one byte too late."""
+    spot = _spot(data, rng, much / 20)
     data[spot] = np.roll(data[spot], 1)
 
 
-def two_pieces_exchanged(data: Bytes, rng: np.random.Generator) -> None:
-    """Two pieces of 4 MB each have changed places."""
-    first, second = sorted(int(at) for at in rng.choice(len(data) // (4 * _MB), 2, replace=False))
-    one, other = (slice(at * 4 * _MB, (at + 1) * 4 * _MB) for at in (first, second))
+def two_pieces_exchanged(data: Bytes, rng: np.random.Generator, much: float) -> None:
+    """Two pieces of up to 4 MB each have changed places."""
+    one, other = _two_pieces(data, rng, much)
     data[one], data[other] = data[other].copy(), data[one].copy()
 
 
-def a_piece_twice(data: Bytes, rng: np.random.Generator) -> None:
-    """A piece of 4 MB stands in the place of the next one, too."""
-    at = int(rng.integers(0, len(data) // (4 * _MB) - 1)) * 4 * _MB
-    data[at + 4 * _MB : at + 8 * _MB] = data[at : at + 4 * _MB]
+def a_piece_twice(data: Bytes, rng: np.random.Generator, much: float) -> None:
+    """A piece of up to 4 MB stands in the place of another one, too."""
+    one, other = _two_pieces(data, rng, much)
+    data[one] = data[other]
 
 
-def flipped_signs(data: Bytes, rng: np.random.Generator) -> None:
-    """The highest bit of 1 % of the bytes is flipped."""
-    data[rng.random(len(data)) < 0.01] ^= 0x80
+def _two_pieces(data: Bytes, rng: np.random.Generator, much: float) -> list[slice]:
+    size = int(4 * _MB * much) // 64 * 64
+    chosen = rng.choice(len(data) // (4 * _MB), 2, replace=False)
+    return [slice(int(at) * 4 * _MB, int(at) * 4 * _MB + size) for at in chosen]
 
 
-def lost_low_bits(data: Bytes, rng: np.random.Generator) -> None:
-    """A fifth of the file, in one piece, has lost the low half of each byte."""
-    data[_spot(data, rng, 1 / 5)] &= 0xF0
+def flipped_signs(data: Bytes, rng: np.random.Generator, much: float) -> None:
+    """The highest bit of up to 1 % of the bytes is flipped."""
+    data[rng.random(len(data)) < 0.01 * much] ^= 0x80
 
 
-def stuck_line(data: Bytes, rng: np.random.Generator) -> None:
-    """Bit 6 of every 64th byte reads as one."""
-    data[int(rng.integers(0, 64)) :: 64] |= 0x40
+def lost_low_bits(data: Bytes, rng: np.random.Generator, much: float) -> None:
+    """Up to a fifth of the file, in one piece, has lost the low half of each byte."""
+    data[_spot(data, rng, much / 5)] &= 0xF0
+
+
+def stuck_line(data: Bytes, rng: np.random.Generator, much: float) -> None:
+    """Bit 6 of every 64th byte, or of fewer, reads as one."""
+    data[int(rng.integers(0, 64)) :: int(64 / much)] |= 0x40
 
 
 DAMAGES: dict[str, Damage] = {
@@ -153,7 +161,7 @@ class Bench:
             bad = Path(folder) / "bundle"
             shutil.copytree(self._bundle, bad, copy_function=os.link)
             data = np.fromfile(bad / WEIGHTS, np.uint8)
-            DAMAGES[name](data, np.random.default_rng(seed))
+            DAMAGES[name](data, np.random.default_rng(seed), 2 ** (-seed / 4))
             (bad / WEIGHTS).unlink()
             (bad / WEIGHTS).touch()
             manifest = (bad / "manifest.json").read_bytes()
@@ -229,7 +237,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("planted.json"))
     options = parser.parse_args()
     bench = Bench(options.bundle, options.output)
-    for seed in range(options.tries):  # of each the first seed first, so that a part says something
+    # The weakest and the strongest first, so that a part says something.
+    for seed in sorted(range(options.tries), key=lambda seed: (seed % 19, seed)):
         for name in DAMAGES:
             bench.once(f"{name} {seed}", partial(bench.damaged, name, seed))
     print("\n".join(summary(bench.found, options.tries)))

@@ -31,6 +31,8 @@ from edge_lab.target import beside, locked
 from .orders import send
 
 Step = Literal["idle", "pulled", "built", "judged", "trial", "done"]
+ROLLED_BACK = "it was rolled back"
+"""Why what a device went back from is rejected."""
 MAX_TRIALS = 3
 """Trials of one bundle that may be cut off before it is not tried again."""
 _MAX_BYTES = 1 << 22
@@ -289,7 +291,7 @@ def undo(place: Place, journal: Journal, reload: str | None) -> str:
     if not place.path(old).is_dir():
         raise ConfigError(f"{old}, the bundle before {current}, is not on the disk any more")
     place.point(old)
-    journal.reject("it was rolled back")
+    journal.reject(ROLLED_BACK)
     place.write(journal)
     reload_service(reload)
     return old

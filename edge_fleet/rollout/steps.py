@@ -37,7 +37,7 @@ from edge_lab.progress import Progress, silent
 
 from . import SWITCH_TIMEOUT_S, WATCH_S
 from .guard import guarded
-from .journal import Journal, Place, Step, take_back, undo
+from .journal import ROLLED_BACK, Journal, Place, Step, take_back, undo
 from .judge import Candidate, Gate, Judge, Measure, WorseError
 from .orders import send
 from .service import LoadingError, Service, Sight, UnknownModelError
@@ -143,13 +143,16 @@ def roll_back(link: Path, reload: str | None, staging: Path | None = None) -> st
     place = Place(link, staging)
     with place.locked():
         journal = place.read()
-        take_back(place, journal, reload)
+        if take_back(place, journal, reload) and journal.old is not None:
+            journal.reject(ROLLED_BACK)
+            place.write(journal)
+            return journal.old
         if staging is None:
             return undo(place, journal, reload)
         if journal.step != "done" or journal.old is None:
             raise ConfigError(f"{link} has had no other bundle since it was last rolled back")
         send(link, staging, "undo")  # root has its own journal of what was kept
-        journal.reject("it was rolled back")
+        journal.reject(ROLLED_BACK)
         place.write(journal)
         return journal.old
 

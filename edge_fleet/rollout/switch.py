@@ -102,8 +102,8 @@ def _do(order: Order, place: Place, folder: StagedFolder, reload: str) -> None:
         place.write(journal)
         place.sweep({journal.new, journal.old})
     elif order.do == "undo":
-        take_back(place, journal, reload, cut_off=False)
-        undo(place, journal, reload)
+        if not take_back(place, journal, reload, cut_off=False):
+            undo(place, journal, reload)
     elif not take_back(place, journal, reload, cut_off=False):
         if place.current is not None:
             reload_service(reload)

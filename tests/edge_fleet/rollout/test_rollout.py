@@ -475,6 +475,19 @@ def test_a_device_that_polls_does_what_is_wanted_and_goes_back_at_once(
         thread.join()
 
 
+def test_who_goes_back_during_a_trial_ends_the_trial(device: Device):
+    before, reference = device.current, device.offer()
+    kept = roll_out(device.plan(reference)).bundle.name
+    place = Place(device.link)
+    with held(place):  # as a power cut would leave it
+        place.write(msgspec.structs.replace(place.read(), step="trial"))
+    assert roll_back(device.link, device.reload) == before
+    assert device.serves(before)
+    assert kept != before
+    with pytest.raises(GateError, match="it was rolled back"):
+        roll_out(device.plan(reference))
+
+
 def test_who_may_not_move_the_link_has_root_go_back(device: Device):
     before = device.current
     with device.staged() as staging:
