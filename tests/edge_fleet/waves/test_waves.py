@@ -215,6 +215,22 @@ def test_one_bad_bundle_stops_at_the_first_wave(fleet: Fleet):
     assert "perplexity is 9 times" in report.reason
 
 
+def test_nobody_begins_once_too_many_have_failed_though_others_have_the_bundle(fleet: Fleet):
+    wanted = fleet.want(waves=("5", "100%"))
+    order = sorted(NAMES, key=wanted.position)
+    fleet.devices[order[0]].fails = BackendError("no build")
+    for name in (*order[1:5], order[0]):
+        fleet.devices[name].poll()
+    fleet.poll()
+    assert sorted(fleet.having) == sorted(order[1:5])
+    assert fleet.progress.stopped == f"1 failed, at most 0 may: {order[0]}"
+    assert fleet.devices[order[0]].begun == 1
+    # The one that failed is said to have failed, though it only waits since then.
+    report = fleet.progress.devices[order[0]]
+    assert report is not None
+    assert report.reason == "no build"
+
+
 def test_as_many_may_fail_as_the_vendor_says(fleet: Fleet):
     wanted = fleet.want(waves=("5", "100%"), max_failed=2)
     order = sorted(NAMES, key=wanted.position)
