@@ -9,11 +9,12 @@ say.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from edge.bundle.engine_file import EngineInfo, find_engines
 from edge.bundle.manifest import HeadManifest, Manifest
-from edge.engine_config import EngineConfig
+from edge.engine_config import GPU_BACKENDS, BackendName, EngineConfig
 from edge.errors import BundleError, ConfigError, DependencyError, IntegrityError
 
 from . import Backend
@@ -50,9 +51,7 @@ def open_backend(
 
 def tries_gpu(bundle: Path, config: EngineConfig) -> bool:
     """Whether `open_backend` tries another engine than the CPU's first."""
-    if config.backend != "auto":
-        return config.backend != "ort-cpu"
-    return config.cpu_option is None and (bool(find_engines(bundle)) or _has_cuda_provider())
+    return next(_gpu_engines(bundle, config), None) is not None
 
 
 def unused_gpu(backend: str, config: EngineConfig) -> str | None:
@@ -103,52 +102,58 @@ def serial_slots(backend: Backend, config: EngineConfig) -> str | None:
 def _open(
     bundle: Path, manifest: Manifest, config: EngineConfig, beside: Manifest | None
 ) -> Backend:
-    name = config.backend
-    if name == "auto" and config.cpu_option is not None:
-        # An engine that has no use for the option would ignore the caller's wish.
-        name = "ort-cpu"
-    if name == "auto" and config.gpu_option is not None:
+    for name in _gpu_engines(bundle, config):
+        try:
+            return _ON_GPU[name](bundle, manifest, config)
+        except (BundleError, DependencyError) as error:
+            _pass_over(name, error, bundle, config)
+    return _open_ort_cpu(bundle, manifest, config, beside)
+
+
+def _gpu_engines(bundle: Path, config: EngineConfig) -> Iterator[BackendName]:
+    """Names of the engines on the GPU to try, one after the other; without one, the CPU's."""
+    if config.backend in GPU_BACKENDS:
+        yield config.backend
+    elif config.gpu_option is not None:
         if not find_engines(bundle):
             raise ConfigError(
                 f"{config.gpu_option} is for TensorRT, and the bundle has no engine: edge-llm "
                 f"build {bundle} makes one; or leave the option out"
             )
-        name = "tensorrt"
-    if name == "tensorrt" or (name == "auto" and find_engines(bundle)):
-        try:
-            return _open_tensorrt(bundle, manifest, config)
-        except (BundleError, DependencyError) as error:
-            if name == "tensorrt" and isinstance(error, DependencyError):
-                from .missing import raise_missing
-
-                raise_missing(error, config, bundle)
-            if name == "tensorrt" or isinstance(error, IntegrityError):
-                raise
-            from edge.device.nodes import find_gpu_node
-
-            node = find_gpu_node()
-            if node is not None:
-                raise _refusal(error, node) from error
-            _log.warning("the bundle's TensorRT engines are not used: %s", error)
-    if name == "ort-cuda" or (name == "auto" and _has_cuda_provider()):
-        try:
-            return _open_ort_cuda(bundle, manifest, config)
-        except DependencyError as error:
-            if name == "ort-cuda":
-                from .missing import raise_missing
-
-                raise_missing(error, config)
-                raise
-            _log.warning("ONNX Runtime's CUDA provider is not used: %s", error)
-    return _open_ort_cpu(bundle, manifest, config, beside)
+        yield "tensorrt"
+    # An engine that has no use for an option of the CPU's would ignore the caller's wish.
+    elif config.backend == "auto" and config.cpu_option is None:
+        if find_engines(bundle):
+            yield "tensorrt"
+        if _has_cuda_provider():
+            yield "ort-cuda"
 
 
-def _refusal(error: BundleError | DependencyError, node: str) -> BundleError | DependencyError:
-    """The same error, with the reason why the CPU does not stand in and how to ask for it."""
-    return type(error)(
-        f"{error}; since the bundle has an engine and this machine a GPU ({node}), the CPU is "
-        "taken only where it is asked for: --backend ort-cpu"
-    )
+def _pass_over(
+    name: BackendName, error: BundleError | DependencyError, bundle: Path, config: EngineConfig
+) -> None:
+    """Log why an engine is not used, or raise where no other may stand in for it."""
+    is_asked_for = config.backend != "auto" or config.gpu_option is not None
+    if isinstance(error, DependencyError):
+        if is_asked_for:
+            from .missing import raise_missing
+
+            raise_missing(error, config, bundle if name == "tensorrt" else None)
+    elif name == "ort-cuda" or isinstance(error, IntegrityError):
+        raise error
+    if is_asked_for:
+        raise error
+    if name == "ort-cuda":
+        _log.warning("ONNX Runtime's CUDA provider is not used: %s", error)
+        return
+    from edge.device.nodes import find_gpu_node
+
+    if (node := find_gpu_node()) is not None:
+        raise type(error)(
+            f"{error}; since the bundle has an engine and this machine a GPU ({node}), the CPU is "
+            "taken only where it is asked for: --backend ort-cpu"
+        ) from error
+    _log.warning("the bundle's TensorRT engines are not used: %s", error)
 
 
 def _open_tensorrt(bundle: Path, manifest: Manifest, config: EngineConfig) -> Backend:
@@ -187,6 +192,9 @@ def _open_ort_cuda(bundle: Path, manifest: Manifest, config: EngineConfig) -> Ba
     if config.kv_capacity is None:
         return device_backend(open_with, manifest, config.num_slots)
     return open_with(config.kv_capacity)
+
+
+_ON_GPU = {"tensorrt": _open_tensorrt, "ort-cuda": _open_ort_cuda}
 
 
 def _open_ort_cpu(

@@ -71,7 +71,7 @@ def test_an_engine_that_a_gpu_cannot_use_is_an_error(
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(choose, "_open_tensorrt", refuse)
+    monkeypatch.setitem(choose._ON_GPU, "tensorrt", refuse)
     if node is None:
         with caplog.at_level(logging.WARNING), closing(LLM(engine_bundle)) as llm:
             assert (llm.backend.name, llm.warning) == ("ort-cpu", None)
