@@ -98,7 +98,7 @@ class FleetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     answer_s: _Seconds = 660
     retries: Annotated[int, Meta(ge=0, le=10)] = 2
     router_port: _Port | None = None
-    router_policy: Literal["cache_aware", "consistent_hash"] = "cache_aware"
+    router_policy: Literal["consistent_hash", "cache_aware"] = "consistent_hash"
     metrics_port: _Port | None = None
     state_dir: str = DEFAULT_STATE_DIR
     drain_timeout_s: _Seconds = 30

@@ -295,22 +295,20 @@ def status(config: FleetConfig) -> dict[str, DeviceState]:
 
 
 def _proxy_states(config: FleetConfig) -> dict[str, DeviceState]:
-    rows = csv.DictReader(io.StringIO(_master(config, "@1 show stat").lstrip("# ")))
+    said = _master(config, "@1 show stat").lstrip("# ")
+    rows = {(row["pxname"], row["svname"]): row for row in csv.DictReader(io.StringIO(said))}
     states = {}
-    for row in rows:
-        if row["pxname"] == "devices" and row["svname"] != "BACKEND":
+    for (proxy, name), row in rows.items():
+        if proxy == "devices" and name != "BACKEND":
             ready = row["status"].startswith("UP")
             last = f"{row['check_status']} {row['check_code']} {row['last_chk']}".strip()
-            states[row["svname"]] = DeviceState(
+            load = rows[f"device-{name}", name]
+            states[name] = DeviceState(
                 state="ready" if ready else "away",
                 reason="" if ready else " ".join(last.split()),
-                running=int(row["scur"] or 0),
-                waiting=int(row["qcur"] or 0),
+                running=int(load["scur"] or 0),
+                waiting=int(load["qcur"] or 0),
             )
-    if config.router_port is not None:
-        for row in csv.DictReader(io.StringIO(_master(config, "@1 show stat").lstrip("# "))):
-            if row["pxname"].startswith("to-") and row["svname"] in states:
-                states[row["svname"]].running += int(row["scur"] or 0)
     return states
 
 

@@ -21,6 +21,7 @@ _GLOBAL = """\
 global
     log stdout format raw local0 info
     maxconn {max_connections}
+    localpeer endpoint
     # A body must fit into a buffer to be looked into, and to be sent a second time.
     tune.bufsize 65536
     # After a reload the old process ends its streams; no longer than this.
@@ -51,6 +52,11 @@ defaults
 """
 
 _API = """
+# By which the process after a reload learns from the one before where sessions are.
+peers own
+    bind unix@{state}/peers.sock mode 600
+    server endpoint
+
 frontend api
     bind {bind}{tls}
     option http-buffer-request
@@ -81,15 +87,17 @@ frontend api
     http-request set-var(txn.of) req.body,json_query('$.messages[0].content'),concat(|,txn.next) if !{{ var(txn.of) -m len gt 0 }}
     http-request set-var(txn.of) req.body,bytes(0,1024) if !{{ var(txn.of) -m len gt 0 }}
     http-request set-var-fmt(txn.affinity) "%[var(txn.client)] %[var(txn.of)]"
-    http-request return status 429 content-type application/json hdr Retry-After 1 string '{full}' if {{ method POST }} {{ queue(devices) ge {max_queue} }}
+    http-request set-var(txn.room) nbsrv(devices),mul({slots}),add({max_queue})
+    http-request return status 429 content-type application/json hdr Retry-After 1 string '{full}' if {{ method POST }} {{ be_conn(devices),sub(txn.room) ge 0 }}
     http-response set-var(txn.device) res.hdr(x-edge-device)
 {router}    default_backend devices
 
 backend devices
-    balance hash var(txn.affinity)
-    # No hash-balance-factor: with few requests at once it keeps one that was refused from the only
-    # device that is left.
-    hash-type consistent sdbm avalanche
+    # A new session goes where least runs, and stays there. A hash would give one device many more
+    # sessions than another, and each of them fewer cached prefixes.
+    balance leastconn
+    stick-table type binary len 20 size 200k expire 2h peers own
+    stick on var(txn.affinity),sha1
     option httpchk
     http-check send meth GET uri /ready ver HTTP/1.1 hdr Host localhost
     http-check expect status 200
@@ -98,7 +106,7 @@ backend devices
     retries {retries}
     option redispatch 1
     retry-on conn-failure empty-response 429 502 503
-    default-server check inter 1s fastinter 250ms downinter 1s fall 2 rise 1 maxconn {slots} observe layer7 error-limit 3 on-error fastinter
+    default-server check inter 1s fastinter 250ms downinter 1s fall 2 rise 1 observe layer7 error-limit 3 on-error fastinter
 {servers}
 """  # noqa: E501 - HAProxy knows no continued lines
 
@@ -122,7 +130,8 @@ listen device-{name}
     retries 0
 {error}
     http-response set-header X-Edge-Device {name}
-{key}{check}    server {name} {address}{checked}
+{key}{check}    # The queue is here: above, a full device would not be tried in place of a dead one.
+    server {name} {address} maxconn {slots}{checked}
 """
 
 # Whatever it answers, it is alive; where it answers nothing at all, nothing more will come of it.
@@ -206,6 +215,7 @@ def configuration(config: FleetConfig, secret: str, source: str) -> str:
     state = config.state_dir
     fields = {
         "source": source,
+        "state": state,
         "max_connections": max(1024, 6 * (len(names) * config.slots + config.max_queue)),
         "answer_s": config.answer_s,
         "queue_s": config.queue_s,
@@ -226,7 +236,7 @@ def configuration(config: FleetConfig, secret: str, source: str) -> str:
         "servers": "\n".join(_server(state, *each) for each in config.devices.items()),
     }
     text = (_GLOBAL + _API).format(**fields)
-    text += "".join(_device(state, *each) for each in config.devices.items())
+    text += "".join(_device(config, *each) for each in config.devices.items())
     if config.router_port is not None:
         anywhere = f"{state}/any.sock"
         text += _ROUTER.format(
@@ -278,7 +288,7 @@ def _server(state: str, name: str, device: Device) -> str:
     return f"    server {name} unix@{_socket(state, name)} addr {host} port {port}"
 
 
-def _device(state: str, name: str, device: Device) -> str:
+def _device(config: FleetConfig, name: str, device: Device) -> str:
     key = f'    http-request set-header authorization "Bearer {device.key}"\n'
     probe = ""
     if device.probe_port is not None:
@@ -287,7 +297,8 @@ def _device(state: str, name: str, device: Device) -> str:
         probe = f" check addr {host} port {port} {how} on-marked-down shutdown-sessions"
     return _DEVICE.format(
         name=name,
-        socket=_socket(state, name),
+        socket=_socket(config.state_dir, name),
+        slots=config.slots,
         error=_http_error(503, *_ERRORS[502]),
         key=key if device.key else "",
         check=_CHECK if probe else "",

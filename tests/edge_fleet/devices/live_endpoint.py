@@ -108,11 +108,18 @@ def chat(text: str, **fields: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": messages, "max_tokens": 2, **fields}
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+    """A port that nobody listens on, and that was not given before."""
+    while True:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port: int = free.getsockname()[1]
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 def wait_until(fact: Callable[[], Any], timeout_s: float = 10) -> Any:

@@ -433,6 +433,19 @@ def test_devices_come_and_go_under_load_without_a_failed_request(tmp_path: Path,
         assert {device for _, device in seen[late:]} == {"b"}
 
 
+def test_sessions_are_spread_evenly_and_stay_where_they_are_after_a_reload(tmp_path: Path):
+    with stub() as one, stub() as two:
+        one.ready_status = two.ready_status = 200
+        devices = {"a": one.server_address[1], "b": two.server_address[1]}
+        with endpoint(tmp_path, devices) as front:
+            homes = {f"s{i}": front.device({"n": i}, X_Session_Id=f"s{i}") for i in range(40)}
+            assert 18 <= list(homes.values()).count("a") <= 22
+            front.do("reload")
+            time.sleep(1)  # the new process learns of them
+            again = {each: front.device({"n": -1}, X_Session_Id=each) for each in homes}
+            assert again == homes
+
+
 def test_a_file_that_haproxy_refuses_leaves_the_old_one_serving(tmp_path: Path):
     with stub() as device:
         device.ready_status = 200
