@@ -35,19 +35,17 @@ from .kv_cache import common_prefix
 from .open_bundle import files_to_check
 from .overflow import SlidingWindow
 from .sampling import is_sound
-from .scheduler import DraftContext, DraftWorth
+from .scheduler.drafter import DraftContext, Drafter, DraftWorth
 
 CLOSE = 8
 """Tokens that a draft's first step takes in by itself; what is further behind is read before."""
-_FIRST_GUESS = 0.7  # of a model that has proposed nothing yet: high, so that it is tried
-_NEWEST = 0.05
 
 CutRows = Callable[[Floats, int, int], Floats]
 """From rows of a slot, the first row to drop and how many, to the rows that stay, keys turned."""
 
 
-class ModelDrafter:
-    """A small model that guesses for a larger one; an `edge.runtime.scheduler.Drafter`.
+class ModelDrafter(Drafter):
+    """A small model that guesses for a larger one.
 
     Args:
         backend: engine of the small model, with at least the target's slots; it is closed with the
@@ -63,9 +61,8 @@ class ModelDrafter:
         backend: see above.
     """
 
-    is_free = False
-    first_guess = _FIRST_GUESS
-    newest = _NEWEST
+    first_guess = 0.7  # of a model that has proposed nothing yet: high, so that it is tried
+    newest = 0.05
 
     def __init__(
         self,
@@ -112,11 +109,6 @@ class ModelDrafter:
         self._ids[slot] = []  # until they are written
         self.backend.write_slot(slot, self._cut_rows(rows, start, dropped))
         self._ids[slot] = [*ids[:start], *ids[end:shared]]
-
-    def saw(
-        self, slot: int, before: list[int], tokens: Sequence[int], hidden: NDArray[np.float32]
-    ) -> None:
-        """Ignore it: another model has no use for the target's hidden states."""
 
     def behind(self, context: DraftContext) -> int:
         """Tokens to read first, after rows that another slot has were copied; 0 if few are lacking.
@@ -166,9 +158,6 @@ class ModelDrafter:
         for i in guesses.spoilt:
             self._spoil(contexts[i].slot)
         return guesses.drafts
-
-    def observe(self, slot: int, proposed: int, accepted: int) -> None:
-        """Do nothing: it goes on after the tokens that are there, whoever drew them."""
 
     def close(self) -> None:
         """Free the engine and close the table; calling it twice is harmless."""

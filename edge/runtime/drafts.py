@@ -11,26 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edge.errors import ConfigError
 
-from .scheduler import DraftContext, DraftWorth
+from .scheduler.drafter import DraftContext, Drafter, DraftWorth
 
 LONGEST_NGRAM = 4
 SHORTEST_NGRAM = 2
 _FIRST_LENGTH = 4
-_FIRST_GUESS = 0.3  # of a text about which nothing is known yet
-_NEWEST = 0.15
 
 
-class NgramDrafter:
-    """An index for the sequence of each slot; an `edge.runtime.scheduler.Drafter`."""
+class NgramDrafter(Drafter):
+    """An index for the sequence of each slot. Tokens are all that is looked up."""
 
     is_free = True  # a look-up takes microseconds
-    first_guess = _FIRST_GUESS
-    newest = _NEWEST
+    first_guess = 0.3  # of a text about which nothing is known yet
+    newest = 0.15
 
     def __init__(self) -> None:
         self._indexes: dict[int, NgramIndex] = {}
@@ -40,21 +35,6 @@ class NgramDrafter:
         """Forget the slot's sequence before; a sequence learns from itself alone."""
         self._indexes[slot] = NgramIndex()
         self._found.pop(slot, None)
-
-    def slide(self, slot: int, before: list[int], after: list[int]) -> None:
-        """Ignore it: the text is what it was, though the target sees less of it."""
-
-    def saw(
-        self, slot: int, before: list[int], tokens: Sequence[int], hidden: NDArray[np.float32]
-    ) -> None:
-        """Ignore it: tokens are all that is looked up."""
-
-    def behind(self, context: DraftContext) -> int:
-        """Return 0: a token is entered when it comes."""
-        return 0
-
-    def read(self, context: DraftContext, most: int) -> None:
-        """Do nothing: there is nothing to read."""
 
     def offer(self, context: DraftContext) -> int:
         """Look up what followed the end of the text, and return its length."""

@@ -35,14 +35,12 @@ from edge.files import MALFORMED
 from .guesses import Guesses
 from .kv_cache import common_prefix
 from .sampling import is_sound
-from .scheduler import DraftContext, DraftWorth
+from .scheduler.drafter import DraftContext, Drafter, DraftWorth
 
 CLOSE = 8
 """Rows that a draft's first step takes in by itself; what is further behind is read before."""
 MOST_WAITING = 1024
 """Hidden states that wait for the head in each slot at most: 6 MB at the 1.5B."""
-_FIRST_GUESS = 0.7  # of a head that has proposed nothing yet: high, so that it is tried
-_NEWEST = 0.05
 
 Array = NDArray[np.float32]
 
@@ -90,8 +88,8 @@ class _Text:
         return states[:count]
 
 
-class Eagle3Drafter:
-    """A head that guesses for its model; an `edge.runtime.scheduler.Drafter`.
+class Eagle3Drafter(Drafter):
+    """A head that guesses for its model.
 
     Args:
         backend: engine of the head, with the target's slots; it is closed with the drafter, and
@@ -105,9 +103,8 @@ class Eagle3Drafter:
         backend: see above.
     """
 
-    is_free = False
-    first_guess = _FIRST_GUESS
-    newest = _NEWEST
+    first_guess = 0.7  # of a head that has proposed nothing yet: high, so that it is tried
+    newest = 0.05
 
     def __init__(
         self,
@@ -209,9 +206,6 @@ class Eagle3Drafter:
         for i in guesses.spoilt:
             self._spoil(contexts[i].slot, len(guesses.drafts[i]))
         return guesses.drafts
-
-    def observe(self, slot: int, proposed: int, accepted: int) -> None:
-        """Do nothing: it goes on after the tokens that are there, whoever drew them."""
 
     def close(self) -> None:
         """Free the engine; calling it twice is harmless."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edge.errors import NonFiniteError
 
-from .scheduler import DraftContext, DraftWorth
+from .scheduler.drafter import DraftContext, DraftWorth
 
 
 class Guesses:

@@ -38,7 +38,7 @@ from .ask import Prompt as Prompt
 from .open_bundle import find_bundle, open_bundle
 from .sampling import SampledToken
 from .sampling_params import SamplingParams
-from .scheduler import Constraint, Drafter, Overflow, PrefixSource, PutAway, Request, Scheduler
+from .scheduler import Constraint, Overflow, PrefixSource, PutAway, Request, Scheduler
 from .stream import (
     Generation,
     GenerationChunk,
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
     from .draft_model import DraftBundle
     from .eagle3 import Head
+    from .scheduler.drafter import Drafter
     from .structured_output import GrammarCompiler
 
 Params = SamplingParams | None

@@ -18,7 +18,6 @@ from edge.backends.best import BestLogits
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import BackendError
 
-from . import best_draw
 from .sampling_params import SamplingParams
 from .sampling_reference import (
     DROPPED,
@@ -258,6 +257,8 @@ class Sampler:
                 return None
             places = _top_ids(x, knobs.top_k)
             return int(ids[places[self._draw_place(x[places], knobs, uniforms)]])
+        from . import best_draw
+
         rest = best_draw.rest_mass(best, float(top), knobs.temperature)
         floor = min_p_floor(knobs.min_p)
         place = best_draw.draw(x, bound, rest, knobs.top_p, floor, uniforms[:-1])

@@ -1,6 +1,6 @@
-"""The distribution that a token is drawn from, by a plain full sort.
+"""The steps from logits to the distribution that a token is drawn from, by a plain full sort.
 
-`final_probabilities` is its definition. In order:
+In order:
 
 1. Repetition penalty, presence and frequency penalty, logit bias, mask.
 2. Temperature: ``x = (logits - max(logits)) / temperature`` in float32, so that ``exp(x)`` is a
@@ -138,52 +138,6 @@ def keep_min_p(logits: Logits, min_p: float) -> Mask:
     """
     kept: Mask = logits - logits.max() >= min_p_floor(min_p)
     return kept
-
-
-def final_probabilities(
-    logits: Logits,
-    params: SamplingParams,
-    *,
-    prompt_ids: Sequence[int] | Ids = (),
-    generated_ids: Sequence[int] | Ids = (),
-    mask: Logits | None = None,
-) -> NDArray[np.float64]:
-    """Compute the distribution that a token is drawn from: the definition of what `Sampler` does.
-
-    Args:
-        logits: float32 ``[vocab]``, left as they are.
-        params: resolved parameters.
-        prompt_ids: the prompt; only the repetition penalty looks at it.
-        generated_ids: the answer so far.
-        mask: float32 ``[vocab]``, added to the logits: 0, or -inf to forbid a token.
-
-    Returns:
-        Float64 ``[vocab]``, sums to 1.
-
-    Raises:
-        BackendError: a logit is NaN or +inf, or all are -inf.
-        RequestError: the parameters are not resolved, or an id is outside the vocabulary.
-    """
-    knobs = knobs_of(params)
-    prompt = check_ids("the prompt", prompt_ids, logits.size)
-    generated = check_ids("the answer", generated_ids, logits.size)
-    check_ids("logit_bias", tuple(params.logit_bias), logits.size)
-    with np.errstate(over="ignore", invalid="ignore"):
-        logits = logits.copy()
-        seen = np.concatenate((prompt, generated))
-        apply_repetition_penalty(logits, seen, knobs.repetition_penalty)
-        ids, counts = np.unique(generated, return_counts=True)
-        apply_presence_frequency(
-            logits, ids, counts, params.presence_penalty, params.frequency_penalty
-        )
-        apply_logit_bias(logits, params.logit_bias)
-        if mask is not None:
-            logits += mask
-        if is_greedy(knobs):
-            probabilities = np.zeros(logits.size)
-            probabilities[best_token(logits)] = 1.0
-            return probabilities
-        return kept_probabilities(scale(logits, knobs.temperature), knobs)
 
 
 def kept_probabilities(x: Logits, knobs: SamplingDefaults) -> NDArray[np.float64]:

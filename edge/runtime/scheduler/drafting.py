@@ -1,9 +1,8 @@
-"""Has the core's drafter read and guess, and keeps the account of whether drafts pay."""
+"""Has the drafter read and guess, and keeps the account of whether drafts pay."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,10 @@ from numpy.typing import NDArray
 from edge.errors import EdgeError
 from edge.runtime.kv_cache import Slot
 
-from .policy import DecodeRun, Draft, Policy
-from .request import DraftContext, Drafter
+from .delivery import Delivery
+from .draft_policy import DecodeRun, Draft, DraftPolicy
+from .drafter import DraftContext, Drafter
+from .policy import Policy
 from .sequence import SequenceState, slot_of
 
 _log = logging.getLogger(__name__)
@@ -31,38 +32,42 @@ class Drafting:
     """The drafter of all sequences, and what is known of its guesses.
 
     Args:
-        drafter: guesses tokens; None runs without speculation.
+        drafter: guesses tokens.
         max_tokens: the most tokens of a draft.
-        policy: decides how far to draft.
-        counts: the core's; drafts and verdicts are counted there.
-        now: returns monotonic seconds.
+        policy: knows what plain steps cost.
+        delivery: counts drafts and verdicts, and knows the time and who runs.
+
+    Attributes:
+        drafter: None after it has failed.
+        enabled: whether it is asked; anyone may set it at any time.
+        in_round: whether it is asked in this round.
+        costs: what drafts cost.
     """
 
     def __init__(
         self,
-        drafter: Drafter | None,
+        drafter: Drafter,
         max_tokens: int,
         policy: Policy,
-        counts: Counter[str],
-        now: Callable[[], float],
+        delivery: Delivery,
     ) -> None:
-        self.drafter = drafter
+        self.drafter: Drafter | None = drafter
         self.max_tokens = max_tokens
-        self._policy = policy
-        self._counts = counts
-        self._now = now
-        self.enabled = True
-        self.acceptance = 0.0 if drafter is None else drafter.first_guess
+        self.counts = delivery.counts
+        self.policy = DraftPolicy(policy)
+        self.costs = self.policy.costs
+        self._delivery = delivery
+        delivery.on_end = self.end
+        self.enabled = self.in_round = True
+        self.acceptance = drafter.first_guess
         self.spread = _FIRST_SPREAD  # of acceptance from sequence to sequence, running mean
         self.trial_s = 0.0  # may be lost to drafts that do not seem to pay
         self.saved_s = 0.0
         self.failed: str | None = None
-        self.last_s = 0.0  # when the drafter last ended something
 
-    @property
-    def is_on(self) -> bool:
-        """Whether the drafter is asked."""
-        return self.drafter is not None and self.enabled
+    def begin_round(self) -> None:
+        """Keep to one answer for a round; others may switch ``enabled`` in the middle."""
+        self.in_round = self.drafter is not None and self.enabled
 
     @property
     def is_free(self) -> bool:
@@ -119,21 +124,12 @@ class Drafting:
         rows = sequence.ids if slot.shareable else [*slot.ids, *sequence.pending]
         return DraftContext(slot.index, sequence.ids, rows, max(limit, 0), sequence.sampler)
 
-    def offers(
-        self,
-        sequences: list[SequenceState],
-        contexts: list[DraftContext],
-        *,
-        running: int,
-        mean_tokens: float,
-    ) -> list[Draft]:
+    def offers(self, sequences: list[SequenceState], contexts: list[DraftContext]) -> list[Draft]:
         """Ask how much could be drafted; one sequence is read first where that is worth it.
 
         Args:
             sequences: those that decode.
             contexts: of each.
-            running: how many sequences run, so wait while the drafter reads.
-            mean_tokens: of an answer.
         """
         found: list[Draft] = []
         has_read = False
@@ -144,10 +140,10 @@ class Drafting:
                 if (
                     behind
                     and not has_read
-                    and self._reads(sequence, context, behind, len(contexts), mean_tokens)
+                    and self._reads(sequence, context, behind, len(contexts))
                 ):
                     has_read = True
-                    self._read(context, behind, running)
+                    self._read(context, behind)
                     behind = self._ask(lambda drafter, of: drafter.behind(of), context)
                 if not behind:
                     length = self._ask(lambda drafter, of: drafter.offer(of), context)
@@ -157,9 +153,9 @@ class Drafting:
 
     def plan(self, drafts: list[Draft]) -> tuple[list[DecodeRun], bool]:
         """The runs of a decode step, and whether they are a trial, which may be at a loss."""
-        plan = self._policy.draft_plan(drafts)
+        plan = self.policy.draft_plan(drafts)
         if not (self.is_free or any(run.drafted for run in plan)):
-            trial = self._policy.trial(drafts, self.trial_s)
+            trial = self.policy.trial(drafts, self.trial_s)
             if trial is not None:
                 return trial, True
         return plan, False
@@ -175,7 +171,7 @@ class Drafting:
             return 0.0
         if self.drafter.is_free:
             count = self.max_tokens  # what is not run is learnt from, too
-        worth = self._policy.draft_worth(len(sequences))
+        worth = self.policy.draft_worth(len(sequences))
         found: list[list[int]] = []
         took_s = self._let(
             lambda drafter: found.extend(drafter.propose([contexts[i] for i in able], count, worth))
@@ -187,7 +183,7 @@ class Drafting:
         if not self.is_free:
             # The guess at which it stopped took its time, too.
             guesses = min(max(map(len, found)) + 1, count)
-            self._policy.costs.guess.observe(len(sequences), took_s / guesses)
+            self.costs.guess.observe(len(sequences), took_s / guesses)
         return took_s
 
     def judge(self, sequence: SequenceState, right: bool) -> None:
@@ -198,22 +194,22 @@ class Drafting:
         if not self.drafter.is_free:
             sequence.verdicts += 1
             newest = max(newest, 1 / (sequence.verdicts + _FIRST_VERDICTS))
-            self._counts["verdicts"] += 1
-            of_all = max(_NEWEST_VERDICT, 1 / (self._counts["verdicts"] + _FIRST_VERDICTS))
+            self.counts["verdicts"] += 1
+            of_all = max(_NEWEST_VERDICT, 1 / (self.counts["verdicts"] + _FIRST_VERDICTS))
             self.acceptance += of_all * (right - self.acceptance)
         sequence.acceptance += newest * (right - sequence.acceptance)
 
     def observe(self, slot: int, proposed: int, accepted: int) -> None:
         """Count a draft that was run, and tell the drafter what became of it."""
         if self.drafter is not None:
-            self._counts["drafted"] += proposed
-            self._counts["accepted"] += accepted
+            self.counts["drafted"] += proposed
+            self.counts["accepted"] += accepted
             self._let(lambda drafter: drafter.observe(slot, proposed, accepted))
 
     def count_step(self, tokens: int, took_s: float, batch: int, *, is_trial: bool) -> None:
         """Compare what a decode step with drafts gave with plain steps of all its sequences."""
-        self._counts["draft_steps"] += 1
-        plain_s = self._policy.costs.mean_plain_s(batch) or took_s
+        self.counts["draft_steps"] += 1
+        plain_s = self.policy.plain.costs.mean_plain_s(batch) or took_s
         saved_s = plain_s * tokens / batch - took_s
         self.saved_s += saved_s
         if is_trial:
@@ -234,33 +230,29 @@ class Drafting:
         return found[0] if found else 0
 
     def _reads(
-        self,
-        sequence: SequenceState,
-        context: DraftContext,
-        behind: int,
-        batch: int,
-        mean_tokens: float,
+        self, sequence: SequenceState, context: DraftContext, behind: int, batch: int
     ) -> bool:
         """Whether the drafter should read on in a sequence, or may, to learn whether it pays."""
         written, left = sequence.stats.completion_tokens, sequence.tokens_left
-        expected = mean_tokens - written
+        expected = self._delivery.mean_tokens - written
         if left is not None:
             written, expected = min(written, left), min(expected, left)
         draft = Draft(context.limit, sequence.acceptance)
-        if self._policy.reads(behind, draft, batch, written=written, expected=expected):
+        if self.policy.reads(behind, draft, batch, written=written, expected=expected):
             return True
-        price_s = self._policy.costs.reading_s(behind)
+        price_s = self.costs.reading_s(behind)
         if price_s > self.trial_s:
             return False
         self.trial_s -= price_s
         return True
 
-    def _read(self, context: DraftContext, behind: int, running: int) -> None:
+    def _read(self, context: DraftContext, behind: int) -> None:
         """Let the drafter read a chunk of what it lacks, as long as a stream may wait for it."""
-        costs, most = self._policy.costs, self._policy.step_tokens
-        if self._policy.target_itl_s is not None:
-            decode_s = costs.decode.estimate(running) or 0.0
-            most = costs.reading.largest(self._policy.target_itl_s - decode_s, most)
+        plain, costs = self.policy.plain, self.costs
+        most = plain.step_tokens
+        if plain.target_itl_s is not None:  # those who run wait while the drafter reads
+            decode_s = plain.costs.decode.estimate(len(self._delivery.roster.running)) or 0.0
+            most = costs.reading.largest(plain.target_itl_s - decode_s, most)
         took_s = self._let(lambda drafter: drafter.read(context, most))
         if took_s is not None:
             costs.reading.observe(min(behind, most), took_s)
@@ -272,7 +264,7 @@ class Drafting:
         Answers do not need it, so they go on without drafts, and the log and the stats say so.
         """
         assert self.drafter is not None
-        started = self._now()
+        started = self._delivery.now()
         try:
             work(self.drafter, *arguments)
         except Exception as error:  # noqa: BLE001 - whatever it is, answers do not need it
@@ -283,5 +275,5 @@ class Drafting:
             )
             self.drafter = None
             return None
-        self.last_s = self._now()
-        return self.last_s - started
+        ended_s = self._delivery.times.ended_s = self._delivery.now()
+        return ended_s - started

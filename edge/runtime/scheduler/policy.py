@@ -1,41 +1,34 @@
 """Decides what to run next, from what steps have cost so far. Pure: no clock, no backend.
 
-It answers three questions: how many tokens of a prompt to run between two decode steps
-(`Policy.chunk_tokens`), whether one more sequence may join (`Policy.allows`), and whether and how
-far to draft (`Policy.draft_plan`, `Policy.trial`, `Policy.draft_worth`, `Policy.reads`). All
-answers come from measured times, so they follow the engine, the length of the context and whatever
-else the machine does.
+It answers two questions: how many tokens of a prompt to run between two decode steps
+(`Policy.chunk_tokens`), and whether one more sequence may join (`Policy.allows`). The answers come
+from measured times, so they follow the engine, the length of the context and whatever else the
+machine does.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
-
-from .request import DraftWorth
 
 _NEWEST = 0.25  # weight of the newest time in a running mean
 _NEWEST_OF_MEAN = 0.05  # likewise, of a mean that takes slow times as they are
-_FADE = 1 / 2048  # how fast the estimate of an option that is not taken falls, so it is tried again
-_GAIN = 1.05  # speculation must promise this much more than plain decode
+FADE = 1 / 2048  # how fast the estimate of an option that is not taken falls, so it is tried again
 _PROMPT_SHARE = 0.9  # of the speed that a prompt has alone, which it keeps while others decode
 _ALERT_STEPS = 2.0  # decode steps that a chunk may last while other clients are about
 _ALERT_CHUNK = 16  # tokens of a chunk then at least: smaller ones cost too much
-_MOST_CHANCE = 0.9  # a guess that is surer than this is always of use
-_TICK_S = 1e-9  # no step takes no time, whatever the clock says
+TICK_S = 1e-9  # no step takes no time, whatever the clock says
 
 
 @dataclass
-class _Point:
+class CostPoint:
     """Running means of a kind of step: its size and its seconds."""
 
     size: float
     seconds: float
 
     def observe(self, size: int, seconds: float) -> None:
+        """Count a step."""
         # A lone slow step (a page fault, a captured graph) must not count for long, so faster
         # times are believed sooner than slower ones.
         weight = _NEWEST if seconds > self.seconds else 2 * _NEWEST
@@ -53,19 +46,17 @@ class CostCurve:
     """
 
     def __init__(self) -> None:
-        self._points: dict[int, _Point] = {}
+        self._points: dict[int, CostPoint] = {}
         self._keys: list[int] = []
 
     def observe(self, size: int, seconds: float) -> None:
         """Count a step."""
-        seconds = max(seconds, _TICK_S)
+        seconds = max(seconds, TICK_S)
         key = _bucket(size)
-        point = self._points.get(key)
-        if point is None:
-            self._points[key] = _Point(size, seconds)
+        if key not in self._points:
+            self._points[key] = CostPoint(size, seconds)
             self._keys = sorted(self._points)
-        else:
-            point.observe(size, seconds)
+        self._points[key].observe(size, seconds)
 
     def estimate(self, size: int) -> float | None:
         """Seconds that a step of ``size`` should take; None before the first one."""
@@ -110,7 +101,7 @@ class CostCurve:
         """
         at = bisect_left(self._keys, _bucket(size))
         if at < len(self._keys):
-            self._points[self._keys[at]].seconds *= 1 - _FADE
+            self._points[self._keys[at]].seconds *= 1 - FADE
 
     def smallest(self, share: float, beside_s: float, limit: int) -> int:
         """Return the smallest size at ``share`` of the highest known speed; ``limit`` if none.
@@ -138,27 +129,12 @@ class StepCosts:
     Attributes:
         prefill: seconds by tokens of one sequence's prompt.
         decode: seconds by sequences, one token each.
-        guess: seconds of one guess of a drafter for each sequence, by sequences.
-        reading: seconds in which a drafter reads text, by tokens.
     """
 
     def __init__(self) -> None:
         self.prefill = CostCurve()
         self.decode = CostCurve()
-        self.guess = CostCurve()
-        self.reading = CostCurve()
         self._plain: dict[int, float] = {}
-        self._verify: dict[tuple[int, int], _Point] = {}
-        self._drafted: dict[tuple[int, int], _Point] = {}
-
-    def observe_verify(self, batch: int, seq: int, seconds: float) -> None:
-        """Count a step of ``seq`` tokens for each of ``batch`` sequences, logits at each place."""
-        seconds = max(seconds, _TICK_S)
-        point = self._verify.get((batch, seq))
-        if point is None:
-            self._verify[batch, seq] = _Point(seq, seconds)
-        else:
-            point.observe(seq, seconds)
 
     def observe_plain(self, batch: int, seconds: float) -> None:
         """Count a decode step, one token for each of ``batch`` sequences, and its mean time."""
@@ -170,88 +146,42 @@ class StepCosts:
         """Mean seconds of a decode step, slow ones included; else the estimate, if there is one."""
         return self._plain.get(batch, self.decode.estimate(batch))
 
-    def observe_drafted(self, batch: int, count: int, seconds: float) -> None:
-        """Count a decode step for which up to ``count`` tokens were drafted, their time included.
 
-        A drafter may stop before that. So the seconds are what this choice costs on average, and
-        not those of ``count`` tokens.
-        """
-        seconds = max(seconds, _TICK_S)
-        point = self._drafted.get((batch, count))
-        if point is None:
-            self._drafted[batch, count] = _Point(count, seconds)
-        else:
-            point.observe(count, seconds)
-
-    def estimate_run(self, batch: int, drafted: int) -> float | None:
-        """Estimate the seconds of a decode step with ``drafted`` tokens; low if none was measured.
-
-        None before the first decode step.
-        """
-        plain = self.decode.estimate(batch)
-        if not drafted or plain is None:
-            return plain
-        whole = self._drafted.get((batch, drafted))
-        if whole is not None:
-            return whole.seconds
-        return self._estimate_verify(batch, drafted, plain) + drafted * (
-            self.guess.estimate(batch) or 0.0
-        )
-
-    def row_s(self, batch: int) -> float | None:
-        """Seconds that one token more per sequence adds to a step; None before one was measured."""
-        plain = self.decode.estimate(batch)
-        longest = max((seq for size, seq in self._verify if size == batch), default=1)
-        if plain is None or longest == 1:
-            return None
-        return max((self._verify[batch, longest].seconds - plain) / (longest - 1), 0.0)
-
-    def reading_s(self, tokens: int) -> float:
-        """Seconds in which a drafter should read so many tokens; 0 before it has read any."""
-        seconds, most = self.reading.estimate(tokens), self.reading.largest_size
-        return 0.0 if seconds is None else seconds * max(tokens / most, 1.0)
-
-    def _estimate_verify(self, batch: int, drafted: int, plain: float) -> float:
-        point = self._verify.get((batch, 1 + drafted))
-        if point is not None:
-            return point.seconds
-        wide, narrow = self.prefill.estimate(1 + drafted), self.decode.estimate(1)
-        if wide is None or narrow is None:
-            return plain
-        return plain + max(wide - narrow, 0.0)
-
-    def fade_verify(self, batch: int, seq: int) -> None:
-        """Lower a little the time of such a step, so that it is tried again some day."""
-        for point in (self._verify.get((batch, seq)), self._drafted.get((batch, seq - 1))):
-            if point is not None:
-                point.seconds *= 1 - _FADE
-
-
-class Draft(NamedTuple):
-    """One sequence of the decode batch.
+@dataclass
+class StepTimes:
+    """What the steps of the backend have taken so far.
 
     Attributes:
-        length: tokens that its drafter proposes; 0 if none.
-        acceptance: probability that one of them is right, given those before it.
+        steps: how many there were.
+        model_s: seconds of the backend, and of a drafter whose time counts.
+        newest_s: seconds of the newest step.
+        ended_s: when the backend or the drafter last ended a piece of work, on the core's clock.
+        longest_s: seconds of the longest step.
+        most_tokens: tokens of the largest step.
     """
 
-    length: int
-    acceptance: float
+    steps: int = 0
+    model_s: float = 0.0
+    newest_s: float = 0.0
+    ended_s: float = 0.0
+    longest_s: float = 0.0
+    most_tokens: int = 0
 
+    def count(self, tokens: int, seconds: float, ended_s: float) -> None:
+        """Count a step."""
+        self.steps += 1
+        self.newest_s, self.ended_s = seconds, ended_s
+        self.longest_s = max(self.longest_s, seconds)
+        self.most_tokens = max(self.most_tokens, tokens)
 
-class DecodeRun(NamedTuple):
-    """Sequences (indices into the batch) that decode in one step with ``drafted`` tokens each."""
+    def full_step_s(self, tokens: int) -> float | None:
+        """Seconds of the longest step, scaled to the ``tokens`` of a full step; None before any.
 
-    rows: tuple[int, ...]
-    drafted: int
-
-
-class _DraftOption(NamedTuple):
-    """Runs of one decode step with drafts, and the tokens and seconds to expect of them."""
-
-    runs: list[DecodeRun]
-    tokens: float
-    seconds: float
+        A step reads all weights however few its tokens are, so scaled from a short one it is high.
+        """
+        if not self.most_tokens:
+            return None
+        return self.longest_s * max(1.0, tokens / self.most_tokens)
 
 
 class Policy:
@@ -323,115 +253,8 @@ class Policy:
             return 0
         return size
 
-    def draft_plan(self, drafts: Sequence[Draft]) -> list[DecodeRun]:
-        """Split the decode batch into the runs with the most expected tokens per second.
-
-        Either nothing is drafted, or all run in one step padded to the longest draft, or those with
-        a draft run apart from those without.
-        """
-        plain = [DecodeRun(tuple(range(len(drafts))), 0)]
-        seconds = self.costs.decode.estimate(len(drafts))
-        if seconds is None:
-            return plain
-        best, best_rate = plain, _GAIN * len(drafts) / seconds
-        passed_over: list[DecodeRun] = []
-        for option in self._draft_options(drafts, seconds):
-            rate = option.tokens / option.seconds
-            if rate > best_rate:
-                best, best_rate = option.runs, rate
-            else:
-                passed_over.append(option.runs[0])
-        for run in passed_over:
-            self.costs.fade_verify(len(run.rows), 1 + run.drafted)
-        return best
-
-    def trial(self, drafts: Sequence[Draft], budget_s: float) -> list[DecodeRun] | None:
-        """Draft where it does not seem to pay, to learn whether it does by now.
-
-        Args:
-            drafts: see `draft_plan`.
-            budget_s: seconds that may be lost.
-
-        Returns:
-            The runs that should lose least; None if they should lose more than ``budget_s``.
-        """
-        seconds = self.costs.decode.estimate(len(drafts))
-        if seconds is None:
-            return None
-        token_s = seconds / len(drafts)
-        losses = [
-            (option.seconds - token_s * option.tokens, option)
-            for option in self._draft_options(drafts, seconds)
-        ]
-        loss, option = min(losses, key=lambda each: each[0], default=(math.inf, None))
-        return option.runs if option is not None and loss <= budget_s else None
-
-    def _draft_options(self, drafts: Sequence[Draft], plain_s: float) -> Iterator[_DraftOption]:
-        """Each way to draft: all padded to one length, or those with a draft apart from others."""
-        everyone = tuple(range(len(drafts)))
-        with_draft = tuple(i for i in everyone if drafts[i].length)
-        without = tuple(i for i in everyone if not drafts[i].length)
-        longest = max((draft.length for draft in drafts), default=0)
-        for drafted in range(1, longest + 1):
-            tokens = sum(_expected(draft, drafted) for draft in drafts)
-            options = [[DecodeRun(everyone, drafted)]]
-            if without:
-                options.append([DecodeRun(with_draft, drafted), DecodeRun(without, 0)])
-            for runs in options:
-                times = [self.costs.estimate_run(len(run.rows), run.drafted) for run in runs]
-                yield _DraftOption(runs, tokens, sum(time or plain_s for time in times))
-
-    def draft_worth(self, batch: int) -> DraftWorth:
-        """From which probability on a guess is worth its time; all are before that is known."""
-        costs = self.costs
-        row, guess, plain = (
-            costs.row_s(batch),
-            costs.guess.estimate(batch),
-            costs.decode.estimate(batch),
-        )
-        if row is None or guess is None or plain is None:
-            return DraftWorth()
-        run, go_on = row / plain, (row + guess) / plain
-        return DraftWorth(min(run, _MOST_CHANCE), min(go_on, _MOST_CHANCE))
-
-    def reads(
-        self, behind: int, draft: Draft, batch: int, *, written: int, expected: float
-    ) -> bool:
-        """Return whether a drafter should read what it is behind in a sequence.
-
-        That is the problem of renting or buying, with a guess at how long the need will last: who
-        buys once the rent has reached the price never pays more than twice what was possible.
-
-        Args:
-            behind: tokens to read.
-            draft: what could then be drafted.
-            batch: sequences that decode.
-            written: tokens that the sequence has got without drafts.
-            expected: tokens that it may still get, from those of others.
-        """
-        plain = self.costs.decode.estimate(batch)
-        if plain is None or not draft.length:
-            return False
-        counts = range(1, draft.length + 1)
-        token_s = min(
-            (self.costs.estimate_run(batch, count) or plain) / _expected(draft, count)
-            for count in counts
-        )
-        saved_s = plain - _GAIN * token_s
-        if saved_s <= 0:
-            for count in counts:
-                self.costs.fade_verify(batch, 1 + count)
-            return False
-        return self.costs.reading_s(behind) <= saved_s * max(float(written), expected)
-
 
 _UNMEASURED_CHUNK = 32
-
-
-def _expected(draft: Draft, drafted: int) -> float:
-    """The tokens that a step should give a sequence: the right drafts, and one more."""
-    count, p = min(draft.length, drafted), draft.acceptance
-    return float(count + 1) if p >= 1 else (1 - p ** (count + 1)) / (1 - p)
 
 
 def _bucket(size: int) -> int:

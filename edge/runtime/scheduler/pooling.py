@@ -22,6 +22,7 @@ from edge.runtime.sampling_params import SamplingParams
 
 from .core import EngineCore
 from .request import Request, Sink
+from .roster import Roster
 from .sequence import SequenceState, slot_of
 
 NEUTRAL = SamplingParams(max_tokens=1).resolve(SamplingDefaults())
@@ -79,23 +80,8 @@ class RowSink:
         self.future.set_exception(error)
 
 
-class PoolingCore(EngineCore):
-    """An `EngineCore` whose sequences end with their prompt; their sinks are `RowSink`."""
-
-    _sampler = Sampler(NEUTRAL, 1)  # of all sequences: nobody asks it
-
-    def sequence(self, request: Request, sink: Sink, salt: str, now_s: float) -> SequenceState:
-        """Make a sequence; see `EngineCore.sequence`."""
-        return SequenceState(request, self._sampler, sink, salt, now_s)
-
-    def step(self) -> None:
-        """Run one round: end cancelled and late texts, start waiting ones, run one step."""
-        self._sweep()
-        while self.may_start and self.pool.num_free and len(self.running) < self.policy.max_batch:
-            self._start(self.waiting.first(self._busy))
-        first = self._next_prompt(at_least=1)
-        if first is not None:
-            self._run(first)
+class TextRoster(Roster):
+    """A `Roster` of texts that end with their prompt."""
 
     def _place(self, sequence: SequenceState) -> int:
         """Give the sequence a slot, and cached rows if they are most of it.
@@ -109,16 +95,41 @@ class PoolingCore(EngineCore):
             return super()._place(sequence)
         return self._move_in(sequence, placement._replace(cached=0, source=None))
 
+    def scrub(self, slot: Slot, written: int, first: int = 0) -> None:
+        """Zero what the last step may have written, padding included; see `Roster`."""
+        super().scrub(slot, max(written, self.quantum), first)
+
+
+class PoolingCore(EngineCore):
+    """An `EngineCore` whose sequences end with their prompt; their sinks are `RowSink`."""
+
+    roster_type = TextRoster
+    _sampler = Sampler(NEUTRAL, 1)  # of all sequences: nobody asks it
+
+    def sequence(self, request: Request, sink: Sink, salt: str, now_s: float) -> SequenceState:
+        """Make a sequence; see `EngineCore.sequence`."""
+        return SequenceState(request, self._sampler, sink, salt, now_s)
+
+    def step(self) -> None:
+        """Run one round: end cancelled and late texts, start waiting ones, run one step."""
+        self._sweep()
+        roster, most = self.roster, self.policy.max_batch
+        while self.may_start and roster.pool.num_free and len(roster.running) < most:
+            self._start(roster.waiting.first(roster.busy))
+        first = self._next_prompt(at_least=1)
+        if first is not None:
+            self._run(first)
+
     def _run(self, first: SequenceState) -> None:
         """Run a step of a text, and of those of its length that fit beside it."""
         batch = self._companions(first)
         limit = self.policy.step_tokens
-        if self.even and len(batch) == 1:
-            limit = self._even_chunk(len(first.pending), limit)
+        if len(batch) == 1:
+            limit = self.steps.chunk(len(first.pending), limit)
         seq = min(max(len(sequence.pending) for sequence in batch), limit)
         parts = [sequence.pending[:seq] for sequence in batch]
         tokens = [[*part, *part[-1:] * (seq - len(part))] for part in parts]
-        outputs = self._forward(batch, tokens, [[len(part) - 1] for part in parts])
+        outputs = self.steps.forward(batch, tokens, [[len(part) - 1] for part in parts])
         if outputs is None:
             return
         for sequence, part, output in zip(batch, parts, outputs, strict=True):
@@ -143,7 +154,7 @@ class PoolingCore(EngineCore):
             return chosen
         others = [
             sequence
-            for sequence in self.running
+            for sequence in self.roster.running
             if sequence is not first and sequence.slot is not None and not sequence.slot.length
         ]
         for sequence in sorted(others, key=lambda each: abs(len(each.pending) - longest)):
@@ -156,7 +167,7 @@ class PoolingCore(EngineCore):
 
     def _pool(self, sequence: SequenceState, output: NDArray[np.float32]) -> None:
         if not np.isfinite(output).all():
-            self._fail(
+            self.delivery.fail(
                 sequence,
                 NonFiniteError(
                     "the engine computed values that are not finite; if the model overflows FP16, "
@@ -168,8 +179,4 @@ class PoolingCore(EngineCore):
         assert isinstance(sink, RowSink), "a text that is pooled has a RowSink"
         sink.take(output.copy())  # the engine's next step overwrites it
         sequence.stats.ttft_s = sequence.stats.total_s = self.now() - sequence.submitted_s
-        self._finish(sequence, "stop")
-
-    def _scrub(self, slot: Slot, last_step: int, first: int = 0) -> None:
-        """Zero what the last step may have written, padding included; see `EngineCore`."""
-        super()._scrub(slot, max(last_step, self.policy.step_tokens), first)
+        self.delivery.finish(sequence, "stop")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from numbers import Integral
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from edge.backends import Backend
 from edge.bundle.embeddings import EmbeddingTable
@@ -32,7 +32,6 @@ from edge.errors import (
 
 from .core import EngineCore
 from .request import (
-    Drafter,
     Overflow,
     PrefixSource,
     PutAway,
@@ -43,7 +42,11 @@ from .request import (
 )
 from .sequence import SequenceState
 
+if TYPE_CHECKING:
+    from .drafter import Drafter
+
 _Result = TypeVar("_Result")
+_Job: TypeAlias = tuple[Future[object], Callable[[EngineCore], object]]
 _log = logging.getLogger(__name__)
 _FIRST_RETRY_S = 1.0  # what a refused caller is told before anything has finished
 _FORKED = (
@@ -106,12 +109,13 @@ class Scheduler:
 
     @property
     def drafting(self) -> bool:
-        """Whether the drafter is asked at all; may be set at any time, to compare."""
-        return self._core.drafting.enabled
+        """Whether a drafter is asked at all; may be set at any time, to compare."""
+        return self._core.drafting is not None and self._core.drafting.enabled
 
     @drafting.setter
     def drafting(self, value: bool) -> None:
-        self._core.drafting.enabled = value
+        if self._core.drafting is not None:
+            self._core.drafting.enabled = value
 
     def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[SequenceState]:
         """Queue requests that belong together: all of them or none.
@@ -141,7 +145,7 @@ class Scheduler:
             raise RequestError("a constraint or sink follows one sequence; give each its own")
         # Without reuse, only what is submitted together shares rows.
         number = next(self._submissions)
-        group = "" if self._core.reuse_prefix else f"\0{number}"
+        group = "" if self._core.roster.reuse_prefix else f"\0{number}"
         now = self._core.now()
         sequences = []
         for request, sink in zip(requests, sinks, strict=True):
@@ -200,8 +204,8 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Return the counters and the state of this moment."""
-        core, pool, backend = self._core, self._core.pool, self._core.backend
-        counts = core.counts
+        core, backend, pool = self._core, self._core.backend, self._core.roster.pool
+        counts, drafting = core.counts, core.drafting
         waiting, running = self._thread.load()
         return SchedulerStats(
             running=running,
@@ -222,13 +226,13 @@ class Scheduler:
             drafted_tokens=counts["drafted"],
             accepted_tokens=counts["accepted"],
             draft_steps=counts["draft_steps"],
-            draft_saved_s=core.drafting.saved_s,
-            drafts_failed=core.drafting.failed,
-            steps=core.steps,
-            last_step_s=core.last_step_s,
-            full_step_s=core.full_step_s,
+            draft_saved_s=drafting.saved_s if drafting else 0.0,
+            drafts_failed=drafting.failed if drafting else None,
+            steps=core.times.steps,
+            last_step_s=core.times.ended_s,
+            full_step_s=core.times.full_step_s(core.policy.step_tokens),
             failed=self._thread.failed or backend.failed,
-            outcomes=dict(core.outcomes),
+            outcomes=dict(core.delivery.outcomes),
         )
 
     def drain(self, timeout_s: float | None = None) -> bool:
@@ -278,9 +282,9 @@ class Scheduler:
         if not request.ids:
             raise RequestError("the prompt is empty; give at least one token")
         low, high = min(request.ids), max(request.ids)
-        if low < 0 or high >= self._core.embeddings.vocab_size:
+        if low < 0 or high >= self._core.steps.embeddings.vocab_size:
             wrong = low if low < 0 else high
-            last = self._core.embeddings.vocab_size - 1
+            last = self._core.steps.embeddings.vocab_size - 1
             raise RequestError(f"token id {wrong} is outside 0..{last}")
         if num_tokens >= capacity:
             raise ContextLengthError(num_tokens, capacity)
@@ -316,8 +320,8 @@ class _EngineThread:
         self._core = core
         self._changed = threading.Condition()
         self._inbox: deque[SequenceState] = deque()
-        self._calls: deque[_Call] = deque()
-        self._between: deque[tuple[Future[object], Callable[[EngineCore], object]]] = deque()
+        self._calls: deque[_Job] = deque()
+        self._between: deque[_Job] = deque()
         self._in_call = False
         self._thread: threading.Thread | None = None
         self.draining = False
@@ -348,8 +352,9 @@ class _EngineThread:
         Raises:
             OverloadError: that is the client that comes; nothing was dropped.
         """
-        waiting = [s for s in (*self._core.waiting, *self._inbox) if not (s.dropped or s.cancelled)]
-        present = sum(not s.cancelled for s in self._core.running) + len(waiting)
+        roster = self._core.roster
+        waiting = [s for s in (*roster.waiting, *self._inbox) if not (s.dropped or s.cancelled)]
+        present = sum(not s.cancelled for s in roster.running) + len(waiting)
         waiting = [sequence for sequence in waiting if sequence.may_be_dropped]
         excess = present + len(sequences) - most
         if excess <= 0:
@@ -357,7 +362,7 @@ class _EngineThread:
         error = OverloadError(
             f"{present} sequences run or wait and at most {most} may, so {len(sequences)} more "
             "cannot be taken; try again later",
-            self._core.mean_run_s * excess / self._core.policy.max_batch or _FIRST_RETRY_S,
+            self._core.delivery.mean_run_s * excess / self._core.policy.max_batch or _FIRST_RETRY_S,
         )
         counts = Counter(sequence.request.client for sequence in waiting)
         own = counts[sequences[0].request.client] + len(sequences)
@@ -365,7 +370,7 @@ class _EngineThread:
         while len(dropped) < excess:
             client, number = counts.most_common(1)[0] if counts else ("", 0)
             if number <= own:
-                self._core.outcomes["rejected"] += len(sequences)
+                self._core.delivery.outcomes["rejected"] += len(sequences)
                 raise error
             newest = max(s.submission for s in waiting if s.request.client == client)
             dropped += (sequence for sequence in waiting if sequence.submission == newest)
@@ -379,40 +384,34 @@ class _EngineThread:
             )
 
     def call(self, work: Callable[[], object]) -> Future[object]:
-        """Queue work that needs the backend for itself."""
-        call = _Call(work)
-        if threading.current_thread() is self._thread:
-            self._call_within(call)
-            return call.future
-        with self._changed:
-            self._refuse_if_down()
-            self._start()
-            self._calls.append(call)
-            self._changed.notify_all()
-        return call.future
+        """Queue work that needs the backend for itself; that of a call in this thread runs now."""
+        if threading.current_thread() is not self._thread:
+            return self._queue(self._calls, lambda core: core.call(work))
+        if not self._in_call:  # in the queue it would wait for itself
+            raise BackendError(
+                "a constraint or sink cannot use the backend while its sequence runs"
+            )
+        future: Future[object] = Future()
+        _settle(future, lambda core: core.call(work), self._core)
+        return future
 
     def between(self, work: Callable[[EngineCore], object]) -> Future[object]:
         """Have work done between two rounds, whatever runs."""
+        return self._queue(self._between, work)
+
+    def _queue(self, queue: deque[_Job], work: Callable[[EngineCore], object]) -> Future[object]:
         future: Future[object] = Future()
         with self._changed:
             self._refuse_if_down()
             self._start()
-            self._between.append((future, work))
+            queue.append((future, work))
             self._changed.notify_all()
         return future
-
-    def _call_within(self, call: _Call) -> None:
-        """Run a call that the engine's own thread makes; in the queue it would wait for itself."""
-        if not self._in_call:
-            raise BackendError(
-                "a constraint or sink cannot use the backend while its sequence runs"
-            )
-        call(self._core)
 
     def load(self) -> tuple[int, int]:
         """Sequences that wait and that run."""
         with self._changed:
-            return len(self._inbox) + len(self._core.waiting), len(self._core.running)
+            return len(self._inbox) + len(self._core.roster.waiting), len(self._core.roster.running)
 
     @property
     def num_calls(self) -> int:
@@ -505,7 +504,7 @@ class _EngineThread:
                 between, self._between = self._between, deque()
                 if not between:
                     self._core.hold = bool(self._calls)
-                    if not self._calls or self._core.running or self._core.may_start:
+                    if not self._calls or self._core.roster.running or self._core.may_start:
                         return True
                     call = self._calls.popleft()
                     self._in_call = True
@@ -514,7 +513,7 @@ class _EngineThread:
                     _settle(future, work, self._core)
                 continue
             try:
-                call(self._core)
+                _settle(*call, self._core)
             finally:
                 self._in_call = False
             # Callers in a loop would starve sequences, and these the callers.
@@ -526,7 +525,7 @@ class _EngineThread:
             while self._inbox:
                 self._core.add(self._inbox.popleft())
             self._core.end_all(None if failed is None else BackendError(failed))
-            waiting = [*(call.future for call in self._calls), *(each for each, _ in self._between)]
+            waiting = [future for future, _ in (*self._calls, *self._between)]
             self._calls.clear()
             self._between.clear()
             for future in waiting:
@@ -557,14 +556,3 @@ def _settle(future: Future[object], work: Callable[[EngineCore], object], core: 
         future.set_result(work(core))
     except BaseException as error:  # noqa: BLE001 - raised again where the result is awaited
         future.set_exception(error)
-
-
-class _Call:
-    """Work for the engine's thread, and its result."""
-
-    def __init__(self, work: Callable[[], object]) -> None:
-        self._work = work
-        self.future: Future[object] = Future()
-
-    def __call__(self, core: EngineCore) -> None:
-        _settle(self.future, lambda core: core.call(self._work), core)

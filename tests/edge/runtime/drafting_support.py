@@ -111,7 +111,8 @@ def real_answers(
     # What is tiny or random drafts at a loss, which is what is tried here.
     monkeypatch.setattr("edge.runtime.scheduler.drafting._SAVED_STEPS", 1e12)
     with LLM(bundle, num_threads=1, num_slots=3, **options) as llm:
-        llm.scheduler._core.drafting.trial_s = 1e9
+        if (drafting := llm.scheduler._core.drafting) is not None:
+            drafting.trial_s = 1e9
         queued = [g for p, params, more in jobs for g in llm.submit(p, params, **{"n": 1, **more})]
         results = [generation.result() for generation in queued]
         return [(r.tokens, r.text, r.finish_reason) for r in results], llm.scheduler.stats()

@@ -25,8 +25,8 @@ from edge.bundle.manifest import FileInfo, encode_manifest, read_manifest
 from edge.errors import BackendError, ConfigError, IntegrityError
 from edge.runtime.draft_model import CLOSE, ModelDrafter
 from edge.runtime.sampling import Sampler
-from edge.runtime.scheduler import DraftContext, DraftWorth
 from edge.runtime.scheduler.core import EngineCore
+from edge.runtime.scheduler.drafter import DraftContext, DraftWorth
 from tests.conftest import Bundles
 from tests.edge.runtime.conftest import VOCAB
 from tests.edge.runtime.drafting_support import (
@@ -38,7 +38,7 @@ from tests.edge.runtime.drafting_support import (
     real_answers,
     unrelated,
 )
-from tests.edge.runtime.scheduler.conftest import DropMiddle, Engine, drop_middle
+from tests.edge.runtime.scheduler.conftest import DropMiddle, Engine, drafting_of, drop_middle
 from tests.fakes import Script, ScriptedBackend, write_table
 
 
@@ -194,7 +194,7 @@ def test_a_draft_model_changes_no_answer(
         **options,
     )
     assert pair.answers(prompts, params, **given_) == plain
-    assert pair.core.drafting.failed is None
+    assert drafting_of(pair.core).failed is None
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -210,8 +210,8 @@ def test_the_same_model_is_always_right(
     counts = pair.core.counts
     assert counts["drafted"] == counts["accepted"] > 60
     # 4 x 40 tokens, and each step of up to 3 sequences gives each up to 5.
-    assert pair.core.steps < 45
-    assert pair.core.drafting.saved_s > 0
+    assert pair.core.times.steps < 45
+    assert drafting_of(pair.core).saved_s > 0
 
 
 def test_sampled_drafts_are_right_about_as_often_as_the_distributions_overlap(
@@ -306,9 +306,9 @@ def test_a_draft_that_fails_leaves_the_answers_alone(
     pair.draft.fails = True
     with caplog.at_level(logging.ERROR):
         assert pair.answers(prompts, params) == expected
-    assert "the engine failed, as it was told to" in str(pair.core.drafting.failed)
+    assert "the engine failed, as it was told to" in str(drafting_of(pair.core).failed)
     assert "answers go on without" in caplog.text
-    assert pair.core.drafting.drafter is None
+    assert drafting_of(pair.core).drafter is None
 
 
 @pytest.mark.parametrize("length", [3, 20])
@@ -323,7 +323,7 @@ def test_a_nan_of_the_draft_ends_the_drafts_of_its_text_alone(
 
     pair = Pair(tables, script, num_slots=2)
     assert pair.answers(prompts, params) == Pair(tables, None).answers(prompts, params)
-    assert pair.core.drafting.failed is None
+    assert drafting_of(pair.core).failed is None
     # A chunk shows it, and for a text that is not read first a guess.
     assert sum(0 in slots for slots in pair.draft.batches) == (1 if length == 20 else 2)
     assert set(pair.draft.rows_of(0, 64)) == {0, -1}, "what was written is zeroed"
@@ -403,10 +403,10 @@ def test_drafts_cost_little_where_they_do_not_pay(
     plain, _ = _speed(tables, None, seconds, 0, batch)
     wrong, core = _speed(tables, unrelated, seconds, 0.25, batch)
     assert 0.9 < wrong / plain < 1.01
-    assert core.drafting.acceptance < 0.3
+    assert drafting_of(core).acceptance < 0.3
     dear, core = _speed(tables, TARGET, seconds, 0.95, batch)
     assert dear / plain > 0.9
-    assert core.drafting.trial_s >= -0.1  # no more was lost to trials than was saved for them
+    assert drafting_of(core).trial_s >= -0.1  # no more was lost to trials than was saved for them
 
 
 def test_drafts_pay_where_they_are_right_and_cheap(tables: Callable[[int], EmbeddingTable]):
@@ -415,7 +415,7 @@ def test_drafts_pay_where_they_are_right_and_cheap(tables: Callable[[int], Embed
     assert right / plain > 2
     # What the core says it saved is what it saved.
     tokens = core.counts["completion"]
-    assert core.drafting.saved_s == pytest.approx(tokens / plain - tokens / right, rel=0.15)
+    assert drafting_of(core).saved_s == pytest.approx(tokens / plain - tokens / right, rel=0.15)
     often, _ = _speed(tables, similar(TARGET, 1), _on_gpu, 0.2, 1)
     assert often / plain > 1.15
 

@@ -22,11 +22,12 @@ from edge.errors import ConfigError
 from edge.runtime.drafts import NgramDrafter, NgramIndex
 from edge.runtime.sampling import Sampler
 from edge.runtime.sampling_params import SamplingParams
-from edge.runtime.sampling_reference import final_probabilities
 from edge.runtime.scheduler.core import EngineCore
-from edge.runtime.scheduler.request import Constraint, DraftContext, Drafter, Request
+from edge.runtime.scheduler.drafter import DraftContext, Drafter
+from edge.runtime.scheduler.request import Constraint, Request
 from edge.runtime.scheduler.sequence import SequenceState
 from tests.edge.runtime.drafting_support import NoneTwice
+from tests.edge.runtime.sampling_definition import final_probabilities
 from tests.edge.runtime.scheduler.conftest import Collected
 from tests.fakes import Script, ScriptedBackend, random_logits
 
@@ -217,7 +218,7 @@ def test_text_that_repeats_takes_fewer_steps(table: EmbeddingTable) -> None:
     plain, plainly = _run(table, script, [[0, 1, 2]], params, None)
     drafted, speculated = _run(table, script, [[0, 1, 2]], params, NgramDrafter)
     assert drafted == plain
-    assert speculated.steps <= plainly.steps / 2
+    assert speculated.times.steps <= plainly.times.steps / 2
     assert speculated.counts["accepted"] >= 20
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from tests.edge.runtime.drafting_support import (
     real_answers,
     unrelated,
 )
-from tests.edge.runtime.scheduler.conftest import DropMiddle, Engine
+from tests.edge.runtime.scheduler.conftest import DropMiddle, Engine, drafting_of
 from tests.fakes import Script, ScriptedBackend
 from tests.manifests import replace_file
 from tests.parity import FP16_KERNELS
@@ -74,7 +75,7 @@ class States:
 class Target(ScriptedBackend):
     """A scripted target that puts out hidden states of all rows of a step."""
 
-    def __init__(self, table: EmbeddingTable, states: States, script: Script, **options: Any):
+    def __init__(self, table: EmbeddingTable, script: Script, *, states: States, **options: Any):
         super().__init__(table, script, **options)
         self.states = states
         self.spoils_at = -1
@@ -141,6 +142,12 @@ class Head(ScriptedBackend):
         self.rows[target] = self.rows[source][:length]
 
 
+def target_of(pair: Pair) -> Target:
+    target = pair.engine.backend
+    assert isinstance(target, Target)
+    return target
+
+
 def similar(seen: Seen) -> NDArray[np.float32]:
     """Another model that often agrees."""
     noise = np.random.RandomState(np.array([7, *seen], dtype=np.uint32))
@@ -187,14 +194,10 @@ class Pair(TimedPair):
             drafter=self.drafter,
             clock=lambda: self.now,
             speculative=options.pop("speculative", 4),
+            backend_type=ScriptedBackend if head is None else partial(Target, states=states),
             **options,
         )
         self.core = self.engine.core
-        if head is not None:
-            self.target = Target(
-                table, states, TARGET, num_slots=num_slots, capacity=capacity, max_step_tokens=8
-            )
-            self.engine.backend = self.core.backend = self.target
         self.charge(self.core.backend, lambda step: 1.0 if step.num_logits == 1 else verify_s)
 
 
@@ -249,11 +252,11 @@ def test_a_head_changes_no_answer(
         verify_s=verify_s,
         **options,
     )
-    pair.target.spoils_at = spoils_at
+    target_of(pair).spoils_at = spoils_at
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eagle3, "MOST_WAITING", most_waiting)
         assert pair.answers(prompts, params, **given_) == plain
-    assert pair.core.drafting.failed is None
+    assert drafting_of(pair.core).failed is None
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -265,7 +268,7 @@ def test_a_head_that_knows_the_model_is_always_right(table: EmbeddingTable, temp
     pair.answers(prompts, replace(params, max_tokens=40))
     counts = pair.core.counts
     assert counts["drafted"] == counts["accepted"] > 60
-    assert pair.core.steps < 45
+    assert pair.core.times.steps < 45
     # A prompt that begins like one before: its rows are there already, or come from another slot.
     before = sum(seq for _, seq in pair.head.steps)
     pair.answers([[4] * 15 + [5, 6], [4] * 15 + [7]], replace(params, max_tokens=20))
@@ -362,10 +365,10 @@ def test_a_head_takes_rows_from_slots_of_the_same_salt_only(
 def test_hidden_states_that_are_no_numbers_reach_no_cache(table: EmbeddingTable):
     prompt, params = [*range(12)], made(temperature=0.0, max_tokens=30)
     pair = Pair(table, TARGET)
-    pair.target.spoils_at = 10
+    target_of(pair).spoils_at = 10
     found = pair.answers([prompt], params)
     assert found == Pair(table, None).answers([prompt], params)
-    assert pair.core.drafting.failed is None
+    assert drafting_of(pair.core).failed is None
     assert len(pair.head.rows[0][0]) > 10
     assert pair.core.counts["accepted"] > 10
 
@@ -380,7 +383,7 @@ def test_a_nan_of_the_head_ends_its_draft_alone(table: EmbeddingTable, length: i
 
     pair = Pair(table, script, num_slots=1)
     assert pair.answers([prompt], params) == Pair(table, None).answers([prompt], params)
-    assert pair.core.drafting.failed is None
+    assert drafting_of(pair.core).failed is None
     assert 0 in pair.head.rows_of(0, 64), "it is zeroed; the scripted head itself writes no row"
     counts = pair.core.counts
     assert counts["drafted"] == counts["accepted"] > 15
@@ -407,8 +410,8 @@ def test_a_head_that_fails_leaves_the_answers_alone(table: EmbeddingTable):
     pair = Pair(table, TARGET)
     pair.head.fails = True
     assert pair.answers(prompts, params) == Pair(table, None).answers(prompts, params)
-    assert "the head failed, as it was told to" in str(pair.core.drafting.failed)
-    assert pair.core.drafting.drafter is None
+    assert "the head failed, as it was told to" in str(drafting_of(pair.core).failed)
+    assert drafting_of(pair.core).drafter is None
 
 
 # Real engines

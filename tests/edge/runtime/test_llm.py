@@ -27,7 +27,7 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, ContextLengthError, OverloadError, RequestError
 from edge.runtime.drafts import NgramDrafter
 from edge.runtime.llm import Prompt
-from edge.runtime.scheduler import DraftContext
+from edge.runtime.scheduler.drafter import DraftContext
 from edge.runtime.stream import OutputStream
 from edge.runtime.structured_output import OutputFormat
 from tests.conftest import TINY_KV_CAPACITY, Bundles

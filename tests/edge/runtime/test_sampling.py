@@ -28,12 +28,12 @@ from edge.runtime.sampling_reference import (
     apply_logit_bias,
     apply_presence_frequency,
     apply_repetition_penalty,
-    final_probabilities,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     scale,
 )
+from tests.edge.runtime.sampling_definition import final_probabilities
 
 DEFAULTS = SamplingDefaults()
 INF = math.inf

@@ -25,7 +25,7 @@ from edge.backends.tensorrt.bound_context import BoundContext
 from edge.bundle import sizes
 from edge.bundle.sizes import StepLimits
 from edge.errors import BackendError, BundleError
-from edge.runtime.scheduler import SchedulerStats
+from edge.runtime.scheduler.request import SchedulerStats
 from engines import profiles
 from tests.conftest import Bundles
 from tests.edge.backends.runner import Runner, random_ids
@@ -327,9 +327,10 @@ def test_a_draft_model_has_an_engine_in_its_own_bundle(
     def answers(**options: Any) -> tuple[list[Any], SchedulerStats]:
         with LLM(target, backend="tensorrt", num_slots=2, **options) as llm:
             # Stand-ins draft at a loss, which is what is tried here.
-            policy = llm.scheduler._core.policy
-            always = functools.partial(policy.trial, budget_s=1e9)
-            monkeypatch.setattr(policy, "trial", lambda drafts, _: always(drafts))
+            drafting = llm.scheduler._core.drafting
+            if drafting is not None:
+                always = functools.partial(drafting.policy.trial, budget_s=1e9)
+                monkeypatch.setattr(drafting.policy, "trial", lambda drafts, _: always(drafts))
             results = [g.result() for g in llm.submit("hello world", params, n=2)]
             return [result.tokens for result in results], llm.scheduler.stats()
 

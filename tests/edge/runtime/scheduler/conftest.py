@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -15,8 +15,10 @@ from edge.errors import BackendError, EdgeError
 from edge.runtime.generation import GenerationStats, PromptProgress
 from edge.runtime.sampling import SampledToken, Sampler
 from edge.runtime.sampling_params import SamplingParams
-from edge.runtime.scheduler import FinishReason, Request
+from edge.runtime.scheduler import Request
 from edge.runtime.scheduler.core import EngineCore
+from edge.runtime.scheduler.drafting import Drafting
+from edge.runtime.scheduler.request import FinishReason
 from edge.runtime.scheduler.sequence import SequenceState
 from tests.edge.runtime.conftest import VOCAB
 from tests.fakes import Script, ScriptedBackend
@@ -125,7 +127,7 @@ class Engine:
         capacity: int = 64,
         max_step_tokens: int = 8,
         overlaps: bool = False,
-        backend_type: type[ScriptedBackend] = ScriptedBackend,
+        backend_type: Callable[..., ScriptedBackend] = ScriptedBackend,
         **options: Any,
     ) -> None:
         self.backend = backend_type(
@@ -139,6 +141,7 @@ class Engine:
         # A real clock would let the machine's load decide what runs in which round.
         options.setdefault("clock", lambda: 0.0)
         config = take_config(options)
+        self.overflow = options.get("overflow")
         self.core = EngineCore(self.backend, table, VOCAB, config, **options)
 
     def submit(
@@ -167,21 +170,27 @@ class Engine:
     def check_books(self) -> None:
         """Every slot holds what the books say, and running sequences have a slot each."""
         core, backend = self.core, self.backend
-        owned = [sequence.slot for sequence in core.running]
+        owned = [sequence.slot for sequence in core.roster.running]
         assert len(set(map(id, owned))) == len(owned)
-        for slot in core.pool.slots:
+        for slot in core.roster.pool.slots:
             assert slot.in_use == any(slot is other for other in owned)
             assert slot.length <= backend.capacity
             assert backend.rows_of(slot.index, slot.length) == slot.ids
-        for sequence in core.running:
+        for sequence in core.roster.running:
             own = sequence.slot
             assert own is not None
             assert sequence.pending
             if own.shareable:
                 assert [*own.ids, *sequence.pending] == sequence.ids
             assert own.salt == sequence.salt
-        failed = core.drafting.failed  # what a drafter asserts arrives there, too
-        assert failed is None or "told to" in failed
+        if core.drafting is not None and core.drafting.failed is not None:
+            # What a drafter asserts arrives there, too.
+            assert "told to" in core.drafting.failed
+
+
+def drafting_of(core: EngineCore) -> Drafting:
+    assert core.drafting is not None
+    return core.drafting
 
 
 def failed_as_told(sink: Collected) -> bool:

@@ -27,10 +27,10 @@ from edge.backends import Rows, Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, DeadlineError, DeviceMemoryError
 from edge.runtime.draft_model import ModelDrafter
-from edge.runtime.generation import GenerationStats, PromptProgress
+from edge.runtime.generation import FinishReason, GenerationStats, PromptProgress
 from edge.runtime.sampling import SampledToken
-from edge.runtime.scheduler import DraftContext, Drafter, DraftWorth, FinishReason
-from edge.runtime.scheduler.policy import DecodeRun
+from edge.runtime.scheduler.draft_policy import DecodeRun
+from edge.runtime.scheduler.drafter import DraftContext, Drafter, DraftWorth
 from edge.runtime.scheduler.sequence import SequenceState
 from scripts.best_logits import best_of
 from tests.edge.runtime.conftest import VOCAB
@@ -43,6 +43,7 @@ from tests.edge.runtime.scheduler.conftest import (
     DropMiddle,
     Engine,
     answer_alone,
+    drafting_of,
     failed_as_told,
     make_request,
 )
@@ -274,7 +275,8 @@ class Life(RuleBasedStateMachine):
     def books_are_true(self) -> None:
         if hasattr(self, "engine"):
             self.engine.check_books()
-            drafter = self.engine.core.drafting.drafter
+            drafting = self.engine.core.drafting
+            drafter = drafting and drafting.drafter
             if self.draft is not None and isinstance(drafter, ModelDrafter):
                 for slot, ids in enumerate(drafter._ids):
                     assert self.draft.rows_of(slot, len(ids)) == ids
@@ -284,7 +286,7 @@ class Life(RuleBasedStateMachine):
             return
         self.engine.run()
         self.engine.check_books()
-        assert self.engine.core.pool.num_free == self.engine.backend.num_slots
+        assert self.engine.core.roster.pool.num_free == self.engine.backend.num_slots
         capacity = self.engine.backend.capacity
         for sequence, sink in self.known.items():
             expected = answer_alone(SCRIPT, sequence.request, capacity, self.slides)
@@ -299,7 +301,7 @@ class Life(RuleBasedStateMachine):
                 or (isinstance(sink.last, DeadlineError) and sequence.deadline_s is not None)
                 or failed_as_told(sink)
             )
-        assert sum(self.engine.core.outcomes.values()) == len(self.known)
+        assert sum(self.engine.core.delivery.outcomes.values()) == len(self.known)
 
 
 @pytest.fixture(autouse=True)
@@ -400,7 +402,7 @@ def test_a_sequence_is_counted_at_any_moment(table: EmbeddingTable):
     engine = Engine(table)
 
     def count() -> float:
-        seen.append(len(engine.core.waiting) + len(engine.core.running))
+        seen.append(len(engine.core.roster.waiting) + len(engine.core.roster.running))
         return 0.0
 
     engine.submit(make_request([1], replace(GREEDY, max_tokens=2)))
@@ -516,8 +518,7 @@ def test_scrubbing_touches_no_row_that_the_step_cannot_have_written(
     engine.backend.fails = True
     engine.submit(make_request([9] * prompt))
     engine.run()
-    drafts = engine.core.drafting.max_tokens
-    zeroed = max(prompt, 1 + drafts)
+    zeroed = max(prompt, 1 + 8)
     assert zeroed < engine.backend.max_step_tokens
     rows = engine.backend.rows_of(0, engine.backend.capacity)
     assert rows == [0] * zeroed + [-1] * (len(rows) - zeroed)
@@ -534,7 +535,7 @@ def test_logits_that_are_no_numbers_end_only_their_sequence(table: EmbeddingTabl
     assert good.ids == [2, 3, 4, 5]
     assert isinstance(bad.last, BackendError)
     assert "non-finite" in str(bad.last)
-    assert all(slot.ids[:1] != [9] for slot in engine.core.pool.slots)
+    assert all(slot.ids[:1] != [9] for slot in engine.core.roster.pool.slots)
     # Not one row of it is left: a NaN in it would reach the slot's next owner.
     assert all(9 not in engine.backend.read_slot(i, 8) for i in range(4))
 
@@ -574,7 +575,7 @@ def test_an_unfinished_prompt_leaves_no_nan_behind(
     assert engine.backend.steps == [(0, 8)], "the rest is not computed"
     assert "non-finite" in str(sink.last)
     assert engine.backend.rows_of(0, 8) == [0] * 8
-    assert not any(slot.length for slot in engine.core.pool.slots)
+    assert not any(slot.length for slot in engine.core.roster.pool.slots)
 
 
 def test_a_prompt_that_rides_leaves_no_nan_behind(
@@ -612,7 +613,7 @@ def test_a_drafter_may_fail_in_any_way_and_call(
     assert engine.core.counts["accepted"]
     monkeypatch.setattr(drafter, call, fail)
     assert engine.answer(make_request([20], params))[0] == list(range(21, 33))
-    assert engine.core.drafting.failed == "MemoryError: no room"
+    assert drafting_of(engine.core).failed == "MemoryError: no room"
     assert "Traceback" in caplog.text
 
 
@@ -631,7 +632,8 @@ def test_a_guess_that_overflows_leaves_no_nan_behind(
 ):
     """It is wrong, or after the end token; the rows before it are used, and the answer goes on."""
     engine = Engine(table, nan_after_9, drafter=Wild(COUNT_UP, 1000), speculative=4)
-    monkeypatch.setattr(engine.core.policy, "draft_plan", lambda drafts: [DecodeRun((0,), 4)])
+    policy = drafting_of(engine.core).policy
+    monkeypatch.setattr(policy, "draft_plan", lambda drafts: [DecodeRun((0,), 4)])
     forward = engine.backend.forward
 
     def forward_best(step: Step) -> Rows:
@@ -660,7 +662,7 @@ def test_a_right_guess_that_overflows_ends_the_answer_as_without_drafts(
     assert sink.ids == [6, 7, 8, 9]
     assert "non-finite" in str(sink.last)
     assert 9 not in engine.backend.rows_of(0, 64)
-    assert not engine.core.pool.cached_tokens
+    assert not engine.core.roster.pool.cached_tokens
     assert bool(engine.core.counts["accepted"]) == drafts
 
 
@@ -791,13 +793,13 @@ def test_chats_keep_their_rows_while_others_run_beside_the_one_that_computes(tab
     for ids, tokens in ((chats[0], 2), ([0], 40), (chats[1], 2)):
         engine.submit(make_request(ids, replace(GREEDY, max_tokens=tokens)))
     for turn, ids in enumerate([[30, 31], *chats, [33, 34], *chats], start=2):
-        while engine.core.outcomes["length"] < turn:
+        while engine.core.delivery.outcomes["length"] < turn:
             engine.core.step()
         ids = [*ids, ids[-1] + 1, ids[-1] + 2]
         sequence, _ = engine.submit(make_request(ids, replace(GREEDY, max_tokens=2)))
         engine.core.step()
         engine.check_books()
-        slots = [slot.index for slot in engine.core.pool.slots if slot.in_use]
+        slots = [slot.index for slot in engine.core.roster.pool.slots if slot.in_use]
         assert slots in ([0, 1], [1, 2])
         assert sequence.stats.cached_tokens == (4 if ids[:3] in chats else 0)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
-from edge.runtime.scheduler.core import even_chunk
+from edge.runtime.scheduler.steps import even_chunk
 from tests.edge.runtime.conftest import VOCAB
 from tests.edge.runtime.scheduler.conftest import GREEDY, Collected, Engine, make_request
 from tests.fakes import ScriptedBackend, random_logits
@@ -154,4 +154,4 @@ def test_a_prompt_that_fits_a_step_takes_one_unless_that_leaves_a_token_alone(
 ):
     engine = uneven_engine(table, 70, 1, deterministic=False)
     engine.answer(make_request([2] * size, replace(GREEDY, max_tokens=1)))
-    assert engine.core.steps == steps
+    assert engine.core.times.steps == steps

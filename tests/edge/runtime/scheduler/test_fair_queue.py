@@ -185,7 +185,7 @@ def test_a_client_with_nothing_queued_waits_for_one_quantum_of_each_other(
     engine = Engine(table, num_slots=num_slots, max_step_tokens=quantum)
     core = engine.core
     costs: dict[str, list[int]] = defaultdict(list)
-    charge = core.waiting.charge
+    charge = core.roster.waiting.charge
 
     def count(sequence: SequenceState) -> None:
         answer = min(sequence.tokens_left or 0, quantum)
@@ -193,7 +193,7 @@ def test_a_client_with_nothing_queued_waits_for_one_quantum_of_each_other(
             costs[sequence.request.client].append(len(sequence.pending) + answer)
         charge(sequence)
 
-    setattr(core.waiting, "charge", count)  # noqa: B010
+    setattr(core.roster.waiting, "charge", count)  # noqa: B010
     sent = 0
 
     def submit(client: str, tokens: int, answer: int, n: int) -> SequenceState:
@@ -236,7 +236,7 @@ def test_the_last_slot_is_for_who_has_none(table: EmbeddingTable):
     while not one[0].slot:
         assert sum(each.stats.has_started for each in many) == 3
         engine.core.step()
-    assert Counter(s.request.client for s in engine.core.running) == {"many": 2, "one": 1}
+    assert Counter(s.request.client for s in engine.core.roster.running) == {"many": 2, "one": 1}
     assert one[1].slot is None  # it has one now
     engine.run()
 
@@ -252,7 +252,7 @@ def test_what_has_started_while_it_was_dropped_goes_on(table: EmbeddingTable):
     (_, started), (dropped, waited) = pairs
     assert started.reason == "length"
     assert waited.last is dropped.dropped
-    assert engine.core.outcomes == {"length": 1, "rejected": 1}
+    assert engine.core.delivery.outcomes == {"length": 1, "rejected": 1}
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def play(table: EmbeddingTable, name: str, load: Load, fixed: int | None = None)
     simulation.warm_up()
     core = simulation.engine.core
     if fixed is not None:
-        core.policy = FixedChunks(core.policy.max_batch, fixed)
+        core.policy = core.steps.policy = FixedChunks(core.policy.max_batch, fixed)
     return load(simulation)
 
 

@@ -14,11 +14,11 @@ from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError
 from edge.runtime.drafts import NgramDrafter
+from edge.runtime.generation import FinishReason
 from edge.runtime.sampling import SampledToken, Sampler
-from edge.runtime.scheduler import FinishReason
 from tests.edge.runtime.conftest import VOCAB
 
-from .conftest import GREEDY, Collected, Engine, answer_alone, make_request
+from .conftest import GREEDY, Collected, Engine, answer_alone, drafting_of, make_request
 
 # Milliseconds: of a step on the device, and on the CPU of drawing a token, of serving its reader
 # and of finding what a grammar allows next. With a batch of 8 all of that is shorter than a step.
@@ -162,7 +162,7 @@ def test_what_is_drawn_is_not_lost_when_the_next_step_fails(table: EmbeddingTabl
     assert len(sink.ids) == seen + 1
     assert (stops.ids, stops.reason) == ([12, 13, 14], "stop")
     engine.check_books()  # no row of the failed step is kept
-    assert not any(slot.length for slot in engine.core.pool.slots)
+    assert not any(slot.length for slot in engine.core.roster.pool.slots)
 
 
 def test_a_grammar_that_fails_meanwhile_ends_its_own_sequence(table: EmbeddingTable):
@@ -210,7 +210,7 @@ def test_drafting_may_be_switched_at_any_time(
     )
 
     def drawn(sampler: Sampler, *arguments: Any) -> SampledToken:
-        engine.core.drafting.enabled ^= rng.random() < 0.2  # as another thread may
+        drafting_of(engine.core).enabled ^= rng.random() < 0.2  # as another thread may
         return sample(sampler, *arguments)
 
     requests = [make_request([i, 1, i], replace(GREEDY, max_tokens=30)) for i in range(8)]

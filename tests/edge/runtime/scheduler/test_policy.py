@@ -8,12 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.runtime.scheduler.policy import (
-    CostCurve,
-    DecodeRun,
-    Draft,
-    Policy,
-)
+from edge.runtime.scheduler.draft_policy import DecodeRun, Draft, DraftPolicy
+from edge.runtime.scheduler.policy import CostCurve, Policy
 
 
 class Machine:
@@ -151,22 +147,22 @@ def test_estimates_of_a_roofline_are_never_dearer_than_it(
 
 def simulate(machine: Machine, acceptance: float, batch: int, steps: int = 1500) -> float:
     """Tokens per second with drafts of 8, relative to plain decode, as the policy plays it."""
-    policy = Policy(8, 512)
-    policy.costs.prefill.observe(512, machine.seconds(512))
-    policy.costs.decode.observe(1, machine.seconds(1))
+    policy = DraftPolicy(Policy(8, 512))
+    policy.plain.costs.prefill.observe(512, machine.seconds(512))
+    policy.plain.costs.decode.observe(1, machine.seconds(1))
     draw = random.Random(1)
     believed = [0.3] * batch
     tokens = seconds = 0.0
     for _ in range(steps):
         if not tokens:
-            policy.costs.decode.observe(batch, machine.seconds(batch))
+            policy.plain.costs.decode.observe(batch, machine.seconds(batch))
         for run in policy.draft_plan([Draft(8, p) for p in believed]):
             took = machine.seconds(len(run.rows) * (1 + run.drafted))
             seconds += took
             if run.drafted:
                 policy.costs.observe_verify(len(run.rows), 1 + run.drafted, took)
             else:
-                policy.costs.decode.observe(len(run.rows), took)
+                policy.plain.costs.decode.observe(len(run.rows), took)
             for row in run.rows:
                 for place in range(1 + run.drafted):
                     tokens += 1
@@ -190,8 +186,8 @@ def test_speculation_never_costs_much_and_pays_where_it_can(machine: Machine, ba
 
 @pytest.mark.parametrize(("gain", "drafted"), [(0.97, 0), (1.03, 0), (1.08, 1)])
 def test_speculation_must_promise_more_than_plain_decode(gain: float, drafted: int):
-    policy = Policy(8, 512)
-    policy.costs.decode.observe(1, 0.010)
+    policy = DraftPolicy(Policy(8, 512))
+    policy.plain.costs.decode.observe(1, 0.010)
     policy.costs.observe_verify(1, 2, 0.015 / gain)  # 1.5 tokens are to be expected of it
     assert policy.draft_plan([Draft(1, 0.5)]) == [DecodeRun((0,), drafted)]
 
@@ -199,8 +195,8 @@ def test_speculation_must_promise_more_than_plain_decode(gain: float, drafted: i
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
 def test_reading_for_a_drafter_costs_at_most_twice_what_was_possible(share: float):
     """However many tokens come in the end; others gave hope of a share of what would pay."""
-    policy, draft = Policy(4, 512), Draft(4, 0.8)
-    policy.costs.decode.observe(1, 1.0)
+    policy, draft = DraftPolicy(Policy(4, 512)), Draft(4, 0.8)
+    policy.plain.costs.decode.observe(1, 1.0)
     policy.costs.reading.observe(512, 20.0)
     price = policy.costs.reading_s(512)
 
@@ -216,9 +212,9 @@ def test_reading_for_a_drafter_costs_at_most_twice_what_was_possible(share: floa
 
 
 def test_those_without_a_draft_run_apart_where_that_is_cheaper():
-    policy = Policy(8, 512)
+    policy = DraftPolicy(Policy(8, 512))
     for batch in range(1, 5):
-        policy.costs.decode.observe(batch, 0.03 + 0.01 * (batch - 1))
+        policy.plain.costs.decode.observe(batch, 0.03 + 0.01 * (batch - 1))
     drafts = [Draft(4, 0.95), Draft(0, 0.3), Draft(0, 0.3), Draft(0, 0.3)]
     policy.costs.observe_verify(4, 5, 0.24)  # row by row
     policy.costs.observe_verify(1, 5, 0.035)

@@ -16,9 +16,9 @@ from edge.backends import Rows, Step
 from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import DeadlineError, EdgeError, RequestError
-from edge.runtime.scheduler.core import _MOST_LOGITS
 from edge.runtime.scheduler.pooling import NEUTRAL
 from edge.runtime.scheduler.sequence import SequenceState
+from edge.runtime.scheduler.steps import _MOST_LOGITS
 from scripts.best_logits import best_of
 from tests.edge.runtime.conftest import VOCAB
 from tests.edge.runtime.scheduler.conftest import GREEDY, Collected, Engine, make_request
@@ -100,7 +100,7 @@ def test_logits_are_those_of_the_prompt_alone_whatever_runs_beside_it(
     while not engine.core.is_idle:
         engine.core.step()
         engine.check_books()
-        for sequence in engine.core.running[:1]:
+        for sequence in engine.core.roster.running[:1]:
             if len(engine.backend.steps) % 3 == 0:
                 engine.core._put_aside(sequence)
                 engine.core.step()

@@ -109,9 +109,9 @@ def test_whenever_sequences_are_put_aside_they_go_on_with_the_same_tokens(
         if core.is_idle:
             break
         core.step()
-        for sequence in list(core.running):
+        for sequence in list(core.roster.running):
             if rng.random() < 0.3:
-                core._push_drawn()
+                core.delivery.push_drawn()
                 if not sequence.ended:
                     assert core._put_aside(sequence)
         engine.check_books()
@@ -122,7 +122,7 @@ def test_whenever_sequences_are_put_aside_they_go_on_with_the_same_tokens(
                 SCRIPT,
                 num_slots=1,
                 capacity=16,
-                overflow=core.overflow,
+                overflow=engine.overflow,
                 max_step_tokens=chunk,
             )
             expected = alone.answer(replace(request, constraint=Only()))
@@ -303,9 +303,9 @@ def test_nothing_thrashes_and_what_is_aside_is_bounded(
 
     def check() -> None:
         engine.check_books()
-        rows = sum(len(each.aside.ids) for each in core.waiting if each.aside is not None)
-        assert rows == core._aside_rows <= core.backend.capacity
-        assert all(each.aside is None for each in core.running)
+        rows = sum(len(each.aside.ids) for each in core.roster.waiting if each.aside is not None)
+        assert rows == core.roster.aside_rows <= core.backend.capacity
+        assert all(each.aside is None for each in core.roster.running)
         ran = sum(length for _, length in engine.backend.steps for _ in range(1))
         assert core.counts["put_aside"] <= sent + ran
 
@@ -320,7 +320,7 @@ def test_nothing_thrashes_and_what_is_aside_is_bounded(
     while not core.is_idle:
         core.step()
         check()
-    assert core.outcomes["length"] == sent
+    assert core.delivery.outcomes["length"] == sent
 
 
 def test_a_long_answer_goes_on_beside_a_stream_of_newcomers(table: EmbeddingTable):
@@ -366,7 +366,7 @@ def test_it_can_be_cancelled_and_be_late_and_is_never_dropped(table: EmbeddingTa
     sequence.cancelled = True
     engine.core.step()
     assert sink.reason == "cancelled"
-    assert engine.core._aside_rows == 0
+    assert engine.core.roster.aside_rows == 0
     assert sequence.stats.context_left == 64 - len(sink.ids)
     engine.run()
     engine, sequence, sink = aside_engine(table, clock=lambda: now)
@@ -391,7 +391,7 @@ def test_rows_that_cannot_be_written_back_end_their_own_sequence_alone(
     monkeypatch.setattr(engine.backend, "write_slot", write_slot)
     engine.run()
     assert isinstance(sink.last, BackendError)
-    assert engine.core.outcomes == {"length": 1, "error": 1}
+    assert engine.core.delivery.outcomes == {"length": 1, "error": 1}
     engine.check_books()
 
 
@@ -465,11 +465,14 @@ def test_many_clients_share_slots_by_turns(table: EmbeddingTable):
         submit(engine, f"client {i % 8}", 400)
     done: Counter[str] = Counter()
     for _ in range(400):
-        before = {each: each.stats.completion_tokens for each in (*core.running, *core.waiting)}
+        before = {
+            each: each.stats.completion_tokens
+            for each in (*core.roster.running, *core.roster.waiting)
+        }
         core.step()
         for each, tokens in before.items():
             done[each.request.client] += each.stats.completion_tokens - tokens
     assert len(done) == 8
     assert min(done.values()) > 0.5 * max(done.values())
-    assert isinstance(core.put_away(core.running[0]), PutAway)
+    assert isinstance(core.put_away(core.roster.running[0]), PutAway)
     core.end_all(None)

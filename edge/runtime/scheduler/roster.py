@@ -1,0 +1,186 @@
+"""Holds the sequences that run and those that wait, and moves rows into and out of slots."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+from edge.backends import Backend, Floats
+from edge.backends.step import zero_rows
+from edge.errors import EdgeError
+from edge.runtime.kv_cache import KeptRows, Placement, Slot, SlotPool
+
+from .fair_queue import FairQueue
+from .request import PrefixSource
+from .sequence import SequenceState, slot_of
+
+_ALERT_S = 10.0  # a client may well come back within that time
+
+
+class Roster:
+    """The sequences that run and those that wait, and the rows of the former.
+
+    Args:
+        backend: the engine, whose rows are moved.
+        pool: the books of its slots.
+        quantum: see `FairQueue`.
+        prefix_store: prefixes that are kept outside the cache.
+        reuse_prefix: whether the rows of a sequence that ends stay for others.
+        now: returns monotonic seconds.
+
+    Attributes:
+        running: sequences that run, each in a slot.
+        waiting: the queue of the others.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        pool: SlotPool,
+        quantum: int,
+        prefix_store: PrefixSource | None,
+        reuse_prefix: bool,
+        now: Callable[[], float],
+    ) -> None:
+        self.backend = backend
+        self.pool = pool
+        self.quantum = quantum
+        self.reuse_prefix = reuse_prefix
+        self._prefix_store = prefix_store
+        self._now = now
+        self._seen: dict[str, float] = {}  # when the last two clients came or left
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every sequence without a word to anyone."""
+        self.running: list[SequenceState] = []
+        self.waiting = FairQueue(self.quantum)
+
+    @property
+    def busy(self) -> set[str]:
+        """Clients of which a sequence runs."""
+        return {sequence.request.client for sequence in self.running}
+
+    @property
+    def aside_rows(self) -> int:
+        """Rows of all that was put aside."""
+        return sum(len(sequence.aside.ids) for sequence in self.waiting if sequence.aside)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether so much is aside that it should go on before more is started."""
+        return 2 * self.aside_rows > self.backend.capacity
+
+    def see(self, client: str) -> None:
+        """Note that a client has come, or an answer of it has ended."""
+        before = [each for each in self._seen.items() if each[0] != client]
+        self._seen = dict([*before[-1:], (client, self._now())])
+
+    def is_alone(self, client: str) -> bool:
+        """Whether no other client runs or waits, or was here in the last seconds."""
+        since = self._now() - _ALERT_S
+        if any(each != client and seen_s >= since for each, seen_s in self._seen.items()):
+            return False
+        return all(s.request.client == client for s in (*self.running, *self.waiting))
+
+    # ------------------------------------------------------------------ coming and going
+
+    def enter(self, sequence: SequenceState) -> int:
+        """Have a sequence that waits run, with the rows that are there for it.
+
+        Returns:
+            How many of its tokens have a row.
+
+        Raises:
+            EdgeError: the backend cannot move rows; the sequence runs without a slot.
+        """
+        self.running.append(sequence)  # first, so that another thread's count misses none
+        self.waiting.remove(sequence)
+        kept = sequence.aside
+        return self._place(sequence) if kept is None else self._bring_back(sequence, kept)
+
+    def put_aside(self, sequence: SequenceState) -> None:
+        """Have a running sequence wait with its rows.
+
+        Raises:
+            EdgeError: they cannot be read; it runs on.
+            MemoryError: they have no room outside the cache; likewise.
+        """
+        slot = slot_of(sequence)
+        sequence.aside = self.keep_rows(slot)
+        self.pool.give_back(slot, keep=self.reuse_prefix)
+        sequence.slot, sequence.came_back = None, True
+        self.waiting.add(sequence)  # first, so that another thread's count misses none
+        self.running.remove(sequence)
+
+    def leave(self, sequence: SequenceState, *, sound: bool) -> None:
+        """Take a sequence out that has ended; only ``sound`` rows stay for others."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        if sequence.slot is not None:
+            self.pool.give_back(sequence.slot, keep=sound and self.reuse_prefix)
+        sequence.slot = sequence.aside = None
+
+    # ------------------------------------------------------------------ rows
+
+    def keep_rows(self, slot: Slot) -> KeptRows | None:
+        """Read the rows of a slot; None if there is none."""
+        if not slot.length:
+            return None
+        return KeptRows.of(slot, self.backend.read_slot(slot.index, slot.length))
+
+    def scrub(self, slot: Slot, written: int, first: int = 0) -> None:
+        """Zero spoilt rows from ``first`` on, those that the last step may have written included.
+
+        See `zero_rows`.
+        """
+        if self.backend.failed is not None:
+            return
+        # A backend that cannot even write will say so in its next step.
+        with contextlib.suppress(EdgeError):
+            zero_rows(self.backend, slot.index, min(written, slot.capacity), first)
+
+    def _place(self, sequence: SequenceState) -> int:
+        """Give the sequence a slot and the cached rows of its prompt; returns their number."""
+        ids = sequence.ids
+        if sequence.request.on_logits is not None:
+            ids = []  # the logits of rows that are there already are lost
+        placement = self.pool.place(ids, sequence.salt)
+        assert placement is not None
+        stored = self._prefix_store.lookup(ids) if self._prefix_store else None
+        cached = self.pool.usable(stored.length, ids) if stored is not None else 0
+        rows = stored.load() if stored is not None and cached > placement.cached else None
+        if rows is not None:
+            placement = placement._replace(cached=cached, source=None)
+        return self._move_in(sequence, placement, rows)
+
+    def _bring_back(self, sequence: SequenceState, kept: KeptRows) -> int:
+        """Give a sequence that was aside a slot with its rows; returns how many it has.
+
+        They are written also where a slot has rows of the same tokens: those may differ in bits.
+        """
+        placement = self.pool.place([], sequence.salt)
+        assert placement is not None
+        self._move_in(sequence, placement, kept.rows)
+        slot_of(sequence).restore(kept)
+        sequence.aside = None
+        return len(kept.ids)
+
+    def _move_in(
+        self, sequence: SequenceState, placement: Placement, rows: Floats | None = None
+    ) -> int:
+        """Give the sequence its slot, with ``rows`` or those of the placement's source."""
+        slot, cached, source, refuge = placement
+        if source is not None and source is refuge:
+            rows = self.backend.read_slot(source.index, cached)
+        if refuge is not None:
+            refuge.reset()
+            self.backend.copy_slot(slot.index, refuge.index, slot.length)
+            refuge.inherit(slot)
+        slot.reset()
+        if rows is not None:
+            self.backend.write_slot(slot.index, rows)
+        elif source is not None:
+            self.backend.copy_slot(source.index, slot.index, cached)
+        self.pool.take(slot, sequence.ids[:cached], sequence.salt)
+        sequence.slot = slot
+        return cached
