@@ -119,7 +119,7 @@ class EmbeddingReader:
         return found
 
 
-class Judge:
+class DocumentJudge:
     """Turns a query and documents into prompts, and the graph's output into scores.
 
     Args:

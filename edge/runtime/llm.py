@@ -563,9 +563,9 @@ class LLM:
             OverloadError: the scheduler drains.
             BackendError: the engine failed, or its output is not finite.
         """
-        from .embedding import Judge, run
+        from .embedding import DocumentJudge, run
 
-        judge = Judge(self.manifest, self.tokenizer)
+        judge = DocumentJudge(self.manifest, self.tokenizer)
         if isinstance(documents, str) or len(documents) == 0:
             raise RequestError("documents: give a list of at least one text")
         most = self.kv_capacity

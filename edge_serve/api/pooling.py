@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from starlette.responses import Response
 
 from edge.errors import ContextLengthError, DeadlineError, EdgeError, OverloadError
-from edge.runtime.embedding import EmbeddingReader, Judge, check_lengths, groups, submit
+from edge.runtime.embedding import DocumentJudge, EmbeddingReader, check_lengths, groups, submit
 from edge.runtime.scheduler import SequenceState
 from edge.runtime.scheduler.pooling import Pooled, RowSink
 from edge_serve.http.errors import APIError, invalid
@@ -106,8 +106,8 @@ async def rerank(turn: Turn, body: RerankRequest) -> Response:
     llm = turn.model.llm
     documents = [each if isinstance(each, str) else each.text for each in body.documents]
 
-    def prepare(on_piece: OnPiece) -> tuple[Judge, list[list[int]]]:
-        judge = Judge(llm.manifest, llm.tokenizer)
+    def prepare(on_piece: OnPiece) -> tuple[DocumentJudge, list[list[int]]]:
+        judge = DocumentJudge(llm.manifest, llm.tokenizer)
         own, most = body.instruction, llm.kv_capacity
         return judge, [
             judge.encode(body.query, document, own, max_tokens=most, on_piece=on_piece)
