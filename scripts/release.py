@@ -40,6 +40,7 @@ LOCKS = ("laptop", "jetpack6", "jetpack7", "fleet", "check", "report", "pycuda")
 """What users install; the others are for developers."""
 
 DOCUMENTS = ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+MANUAL = "man/edge-llm.1"
 COPIED = (
     *DOCUMENTS,
     "LICENSE",
@@ -244,6 +245,28 @@ def edit_tree(tree: Path, commit: Commit, repository: str | None) -> None:
         replace_once(orin, PLACEHOLDER, repository)
 
 
+def write_manual(tree: Path) -> None:
+    """Write the manual page of a tree's verbs into it, and have its wheel install the page.
+
+    Raises:
+        ReleaseError: the verbs cannot be loaded.
+    """
+    page = tree / MANUAL
+    page.parent.mkdir()
+    script = (
+        "import pathlib, sys; from edge_serve.cli.man import man_page;"
+        " pathlib.Path(sys.argv[1]).write_text(man_page(), 'utf-8')"
+    )
+    command = [sys.executable, "-B", "-c", script, str(page)]
+    run(command, f"no manual page of {tree}", tree, {**os.environ, "PYTHONPATH": str(tree)})
+    with (tree / "pyproject.toml").open("a", encoding="utf-8") as project:
+        # man finds it beside the bin that is in PATH.
+        project.write(
+            "\n[tool.hatch.build.targets.wheel.shared-data]\n"
+            f'"{MANUAL}" = "share/man/man1/edge-llm.1"\n'
+        )
+
+
 def build(
     tree: Path, commit: Commit, out: Path, what: Sequence[str] = (), **environment: str
 ) -> None:
@@ -286,6 +309,7 @@ def build_twice(
     tree, built = work / "tree", work / "built"
     write_tree(commit, tree, root)
     edit_tree(tree, commit, repository)
+    write_manual(tree)
     build(tree, commit, built)
 
     other, again = work / "another place" / "der Baum", work / "again"
@@ -293,6 +317,7 @@ def build_twice(
     try:
         write_tree(commit, other, root)
         edit_tree(other, commit, repository)
+        write_manual(other)
     finally:
         os.umask(before)
     for path in sorted(other.rglob("*"), reverse=True):

@@ -24,7 +24,6 @@ from tests.packages import PACKAGES
 
 ROOT = Path(__file__).parent.parent
 SHIM = {"edge/deepseek_r1.py": "deepseek_r1.py"}  # what tutorials import
-MAN = {"man/edge-llm.1": "share/man/man1/edge-llm.1"}
 
 
 @pytest.fixture(scope="module")
@@ -233,11 +232,7 @@ def test_the_wheel_holds_the_packages_and_what_tutorials_import(tmp_path: Path):
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     (info,) = (top for top in tops if top.endswith(".dist-info"))
-    (data,) = (top for top in tops if top.endswith(".data"))
-    assert tops == {*PACKAGES, *SHIM.values(), info, data}
-    assert {name for name in names if name.startswith(data)} == {
-        f"{data}/data/{place}" for place in MAN.values()
-    }
+    assert tops == {*PACKAGES, *SHIM.values(), info}
     sources = {
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
@@ -259,7 +254,7 @@ def test_the_wheel_holds_the_packages_and_what_tutorials_import(tmp_path: Path):
 
 def test_the_wheel_is_told_its_packages(project: dict[str, Any]):
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel == {"packages": PACKAGES, "force-include": SHIM, "shared-data": MAN}
+    assert wheel == {"packages": PACKAGES, "force-include": SHIM}
     assert all((ROOT / package / "__init__.py").is_file() for package in PACKAGES)
 
 

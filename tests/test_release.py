@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from edge_serve.cli.man import man_page
 from scripts import release, release_proof
 from scripts.release import LOCKS, OWN_LOCK, PLACEHOLDER, SUMS, TARGETS, Commit, ReleaseError
 from scripts.release_proof import Machine, ProofError, Row
@@ -37,6 +38,9 @@ packages = ["edge"]
     "CHANGELOG.md": "# Log\n\n## [Unreleased]\n\n- New.\n\n## [1.2.2] - 2026-01-01\n\n- Old.\n",
     "docs/orin.md": f"git clone {PLACEHOLDER}\n\n- `{PLACEHOLDER}` is an\n  address.\n- Other.\n",
     ".gitignore": "*.onnx\n",
+    "edge_serve/__init__.py": "",
+    "edge_serve/cli/__init__.py": "",
+    "edge_serve/cli/man.py": "def man_page():\n    return '.TH TINY 1'\n",
 }
 
 
@@ -181,6 +185,8 @@ def test_the_real_checkout_builds_to_the_same_bytes(made: tuple[Commit, Path, Pa
     assert names == {f"{stem}-py3-none-any.whl", f"{stem}.tar.gz"}
     with zipfile.ZipFile(built / f"{stem}-py3-none-any.whl") as wheel:
         metadata = wheel.read(f"{stem}.dist-info/METADATA").decode()
+        manual = wheel.read(f"{stem}.data/data/share/man/man1/edge-llm.1").decode()
+    assert manual == man_page()
     headers = email.parser.Parser().parsestr(metadata, headersonly=True)
     assert headers["Version"] == commit.version
     assert headers.get_all("Project-URL") == [f"Repository, {URL}"]

@@ -53,8 +53,8 @@ def man() -> None:
 def man_page() -> str:
     """Write the page in man's macros of roff.
 
-    Nothing in it depends on the machine or on click's own layout, so that the page in the
-    repository can be held against it.
+    Nothing in it depends on the machine or on click's own layout, so that two builds of
+    a release have the same page.
     """
     lines = [
         f'.TH EDGE\\-LLM 1 "" "edge\\-llm {edge.__version__}" "User Commands"',

@@ -1,4 +1,4 @@
-"""The manual page: all of the help, current, and without a fault of roff."""
+"""The manual page: all of the help, and without a fault of roff."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import click
 import pytest
@@ -15,11 +14,8 @@ from click.testing import CliRunner
 from edge.cli import COMMAND_GROUP
 from edge_serve.cli.man import _escaped, _paragraphs, man, man_page
 
-PAGE = Path(__file__).parents[3] / "man" / "edge-llm.1"
 
-
-def test_the_page_that_is_installed_is_current():
-    assert PAGE.read_text("utf-8") == man_page(), "write it: edge-llm man > man/edge-llm.1"
+def test_the_verb_prints_the_page():
     assert CliRunner().invoke(man, []).output == man_page()
 
 
@@ -51,7 +47,8 @@ def test_groff_finds_no_fault():
     if shutil.which("groff") is None:
         pytest.skip("needs groff")
     done = subprocess.run(
-        ["groff", "-man", "-ww", "-Kutf8", "-Tutf8", str(PAGE)],
+        ["groff", "-man", "-ww", "-Kutf8", "-Tutf8"],
+        input=man_page(),
         capture_output=True,
         text=True,
         check=True,
