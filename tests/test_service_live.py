@@ -22,7 +22,7 @@ import pytest
 from edge_lab.key_file import hashed_line
 from tests.conftest import Bundles
 from tests.manifests import replace_file
-from tests.systemd_machine import Machine, until, why_not
+from tests.systemd_machine import ROOT, Machine, until, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("systemd")]
 
@@ -66,6 +66,7 @@ import socket
 socket.socket(socket.AF_UNIX).connect("/run/dbus/system_bus_socket")
 print("connected")
 """
+MODELS = "http://127.0.0.1:443/v1/models"
 BUNDLE, KEYS = "/var/lib/edge-llm/bundles/tiny", "/etc/edge-llm/api-keys"
 MAX_EXPOSURE = 1.5
 BACK_S = 60.0  # a machine with other work takes a while to load Python and a model
@@ -461,6 +462,50 @@ def test_what_runs_in_the_background_goes_on_after_a_restart(machine: Machine):
     assert directory.st_uid != 0
     settings.write_text(before)
     assert machine.call("systemctl", "restart", UNIT).returncode == 0
+
+
+def test_the_endpoint_of_a_fleet_starts_reloads_and_ends_as_a_unit(machine: Machine):
+    """With the right of nobody else, in its sandbox, and its access lines in the journal."""
+    if shutil.which("haproxy", path="/usr/sbin:/usr/bin") is None:
+        pytest.skip("needs HAProxy (Debian: haproxy)")
+    unit, home = "edge-llm-fleet.service", machine.path("/etc/edge-llm-fleet")
+    added = machine.call(
+        "useradd", "--system", "--home-dir", "/etc/edge-llm-fleet", "edge-llm-fleet"
+    )
+    assert added.returncode == 0, added.stderr
+    shutil.copy(ROOT / "scripts/systemd" / unit, machine.path("/etc/systemd/system"))
+    library = machine.path("/etc/systemd/system/edge-llm-rollout@.service.d/99-test.conf")
+    drop_in = machine.path(f"/etc/systemd/system/{unit}.d/99-test.conf")
+    drop_in.parent.mkdir()
+    shutil.copy(library, drop_in)
+    home.mkdir(mode=0o700)
+    (home / "device.key").write_text(f"endpoint:{local_key(machine)}\n")
+    (home / "clients.keys").write_text("ann:key-of-ann-0123456789\n")
+    (home / "fleet.toml").write_text(
+        'port = 443\napi_key_file = "clients.keys"\n[devices.tiny]\n'
+        'url = "http://127.0.0.1:8000"\nkey_file = "device.key"\n'
+    )
+    for file in home.iterdir():
+        file.chmod(0o600)
+    assert machine.call("chown", "-R", "edge-llm-fleet", "/etc/edge-llm-fleet").returncode == 0
+    assert machine.call("systemctl", "daemon-reload").returncode == 0
+    started = machine.call("systemctl", "start", unit)
+    assert started.returncode == 0, machine.log(unit)
+
+    def models(key: str) -> str:
+        asked = ["curl", "-sS", "-m", "10", "-H", f"Authorization: Bearer {key}"]
+        return machine.ask(*asked, "-w", "%{http_code}", "-o", "/dev/null", MODELS)
+
+    until(lambda: models("key-of-ann-0123456789") == "200", BACK_S)
+    (home / "clients.keys").write_text("bob:key-of-bob-0123456789\n")
+    reloaded = machine.call("systemctl", "reload", unit)
+    assert reloaded.returncode == 0, machine.log(unit)
+    until(lambda: models("key-of-ann-0123456789") == "401", BACK_S)
+    assert models("key-of-bob-0123456789") == "200"
+    assert '"client": "ann", "device": "tiny"' in machine.log(unit)
+    assert machine.call("systemctl", "stop", unit).returncode == 0
+    state = machine.show(unit, "ActiveState", "NRestarts")
+    assert state == {"ActiveState": "inactive", "NRestarts": "0"}
 
 
 def test_a_damaged_bundle_is_said_once(machine: Machine):
