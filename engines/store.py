@@ -30,7 +30,7 @@ from edge.bundle.engine_file import (
 from edge.bundle.engine_records import ENGINE_SIGNATURE, built_here, why_unrecorded
 from edge.bundle.manifest import ENGINES_DIR
 from edge.bundle.trust import trusted_keys_file
-from edge.bundle.update import fsync
+from edge.bundle.update import fsync, try_lock
 from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, ConfigError, ResourceError
 from edge_lab.engine_layers import LayerTable, is_layers_file, layers_path
@@ -95,9 +95,7 @@ class EngineStore:
                 "that you can write to"
             ) from error
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not try_lock(descriptor):
                 waiting()
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             _sweep_scratch(root)

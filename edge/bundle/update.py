@@ -31,7 +31,7 @@ def replace_durably(path: Path, write: Callable[[BinaryIO], object], *, mode: in
     temp = temp_path(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(temp, flags, 0o600), "wb") as file:
-        if not _lock(file.fileno(), temp):
+        if not try_lock(file.fileno(), temp):
             raise ConfigError(f"another process is writing {path}; wait until it ends")
         try:
             file.truncate(0)
@@ -62,18 +62,29 @@ def sweep_temp(temp: Path) -> None:
     except OSError:
         return  # none is there, or it is no file of ours
     try:
-        if _lock(descriptor, temp):
+        if try_lock(descriptor, temp):
             temp.unlink()
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, path: Path) -> bool:
-    """Lock an open file, if it is still the one at ``path``; the kernel unlocks what is killed."""
+def try_lock(descriptor: int, path: Path | None = None) -> bool:
+    """Lock an open file or directory; the kernel unlocks it when it is closed, by a kill too.
+
+    Args:
+        descriptor: the file's.
+        path: where it must still be; None where nobody renames it.
+
+    Returns:
+        Whether it is locked now; False if another process has it.
+
+    Raises:
+        OSError: its file system has no locks.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Between our open and our lock the last holder may have renamed it to the real file.
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
+        return path is None or os.path.samestat(os.fstat(descriptor), path.lstat())
     except (BlockingIOError, FileNotFoundError):
         return False
 

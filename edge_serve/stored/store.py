@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from edge.backends import Floats
 from edge.bundle.kv_scales import Scales
-from edge.bundle.update import fsync, replace_durably, sweep_temp
+from edge.bundle.update import fsync, replace_durably, sweep_temp, try_lock
 from edge.errors import ConfigError, ResourceError
 
 from .record import Record, UnusableError, head_of, read_record, read_rows
@@ -268,12 +267,11 @@ def _open_locked(directory: Path) -> int:
                 f"responses_dir {directory} is open to other users (mode {mode:04o}), and it is to "
                 f"hold what clients ask; run: chmod 700 {directory}"
             )
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise ConfigError(
-            f"another server uses responses_dir {directory}; name another directory for this one"
-        ) from error
+        if not try_lock(descriptor):
+            raise ConfigError(
+                f"another server uses responses_dir {directory}; name another directory for this "
+                "one"
+            )
     except BaseException:
         os.close(descriptor)
         raise

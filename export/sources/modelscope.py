@@ -10,7 +10,6 @@ hub.
 
 from __future__ import annotations
 
-import fcntl
 import http.client
 import os
 import re
@@ -25,6 +24,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
 
+from edge.bundle.update import try_lock
 from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError, ConfigError
 from edge.files import MALFORMED
@@ -135,12 +135,10 @@ def _cache_root() -> Path:
 @contextmanager
 def _lock(directory: Path, repo_id: str) -> Iterator[None]:
     with (directory / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(file.fileno()):
             raise CheckpointError(
                 f"{repo_id} is being downloaded by another process; run this again when it is done"
-            ) from error
+            )
         yield
 
 
