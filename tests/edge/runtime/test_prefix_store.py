@@ -194,7 +194,7 @@ if point == "fsync":
 elif point == "replace":
     Path.replace = stop
 else:
-    update._lock = lambda *a: stop()
+    update.try_lock = lambda *a: stop()
 store.save("a", [1, 2], np.ones(layout.shape(2), np.float32))
 """
 
