@@ -26,12 +26,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = {
-    "edge": 16_956,
-    "edge_lab": 11_800,
-    "edge_serve": 11_164,
-    "edge_fleet": 6_439,
-    "engines": 7_196,
-    "export": 8_686,
+    "edge": 16_941,
+    "edge_lab": 11_969,
+    "edge_serve": 11_158,
+    "edge_fleet": 4_839,
+    "engines": 7_193,
+    "export": 8_696,
 }
 """Code lines of each package, without what an allowance covers."""
 
@@ -52,7 +52,7 @@ class Loaded:
     lines: int
 
 
-LOADED = {"tensorrt": Loaded(modules=88, lines=11_693), "ort-cpu": Loaded(modules=80, lines=10_539)}
+LOADED = {"tensorrt": Loaded(modules=69, lines=8_576), "ort-cpu": Loaded(modules=72, lines=8_314)}
 
 
 @dataclass(frozen=True)
