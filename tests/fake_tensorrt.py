@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -144,6 +144,7 @@ def write_engine(
     planted: Planted = GOOD,
     created: str = "2026-01-01",
     plan: bytes | None = None,
+    plugins: Literal["python"] | None = None,
     **options: Any,
 ) -> Path:
     """Put a stand-in engine into a bundle, with an ``engine.json`` as a build writes it.
@@ -154,6 +155,7 @@ def write_engine(
         version, flavour, compute_capability, created: as recorded.
         planted: see `fake_plan`.
         plan: instead of the bundle's own.
+        plugins: the kind of own kernels that it says it has.
         options: of `BuildConfig`.
     """
     manifest = read_manifest(bundle)
@@ -206,6 +208,7 @@ def write_engine(
             weights=(),
             layers=(),
             best_logits=shapes.best_logits,
+            plugins=plugins,
         )
 
     names = [profile.name for profile in profiles]

@@ -357,11 +357,14 @@ def test_builders_are_users_of_this_machine(
 
 
 def test_kernels_are_registered_only_once_the_plan_has_its_hash(
-    bundle: Path, own: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, own: Path, theirs: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
     monkeypatch.setattr(plugins, "register_kernels", lambda *_: seen.append("kernels"))
-    shutil.rmtree(bundle / "engines" / "theirs")
+    for other in (own, theirs):
+        shutil.rmtree(other)
+    own = write_engine(bundle, name="kernels", plugins="python", max_batch=1, **SIZES)
+    engine_records.built_here.clear()
     plan = own / read_engine_info(own).plan
     whole = plan.read_bytes()
     plan.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
