@@ -487,7 +487,7 @@ def test_a_message_that_cannot_be_answered_leaves_the_chat_going(
 def test_a_chat_needs_a_template(
     edge_llm: Callable[..., Result], bundle: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(LLM, "_read_template", lambda self, files: None)
+    monkeypatch.setattr("edge.runtime.open_bundle._read_template", lambda *_: None)
     assert "edge-llm run --raw" in error_line(edge_llm("chat", bundle), 65)
 
 

@@ -111,16 +111,22 @@ def test_texts_that_are_embedded_have_a_client_too(
     assert seen == ["127.0.0.1"] * 2
 
 
-def test_a_key_counts_whatever_else_is_said(tiny_bundles: Bundles, tmp_path: Path, seen: list[str]):
+@pytest.mark.parametrize(
+    ("proxy", "clients"),
+    [("127.0.0.1", ["carol"] * 4), ("10.0.0.1", ["alice", "alice", "bob", "bob"])],
+)
+def test_a_key_counts_but_for_the_clients_that_a_trusted_proxy_names(
+    tiny_bundles: Bundles, tmp_path: Path, seen: list[str], proxy: str, clients: list[str]
+):
     keys = write_secret(
         tmp_path / "keys", "alice:sk-the-first-key-of-two\nbob:sk-the-second-key-of-two\n"
     )
-    with running(tiny_bundles("qwen2"), api_key_file=keys, trusted_proxies=["127.0.0.1"]) as live:
+    with running(tiny_bundles("qwen2"), api_key_file=keys, trusted_proxies=[proxy]) as live:
         for key in ("sk-the-first-key-of-two", "sk-the-second-key-of-two"):
             headers = {"Authorization": f"Bearer {key}", "X-Edge-Client": "carol"}
             answer = ask(live, "/v1/completions", headers, prompt="hi", n=2)
             assert answer.status == 200
-    assert seen == ["alice", "alice", "bob", "bob"]
+    assert seen == clients
 
 
 @pytest.mark.parametrize("stream", [False, True])
