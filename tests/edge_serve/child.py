@@ -2,7 +2,7 @@
 
 ``python -m tests.edge_serve.child BUNDLE DELAY_S SETTING=VALUE...``; ``open_delay_s=S`` says how
 long a model takes to open, ``close_s=S`` how long the end waits for an engine, ``max_files=N`` is
-the limit of open files.
+the limit of open files, ``answer=TEXT`` what every chat is answered.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tests.edge_serve.scripted import CAPACITY, ScriptedEngine
 
 def main(bundle: str, delay_s: str, *pairs: str) -> int:
     engine = ScriptedEngine()
-    engine.default = "x" * 40
     engine.delay_s = float(delay_s)
     flags: dict[str, Any] = dict(pair.split("=", 1) for pair in pairs)
+    engine.default = flags.pop("answer", "x" * 40)
     open_delay_s = float(flags.pop("open_delay_s", 0))
     run._CLOSE_S = float(flags.pop("close_s", run._CLOSE_S))
     if max_files := int(flags.pop("max_files", 0)):

@@ -175,6 +175,17 @@ def workers(port: int) -> list[str]:
     return found
 
 
+def answers(port: int, proxy: str) -> int:
+    """How many good answers passed a part of HAProxy."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    begin = f'haproxy_backend_http_responses_total{{proxy="{proxy}",code="2xx"}} '
+    (line,) = [line for line in text.splitlines() if line.startswith(begin)]
+    return int(line.removeprefix(begin))
+
+
 def keys(folder: Path, name: str = "keys", text: str = f"ann:{KEY}\n") -> str:
     """A file of keys beside the fleet's."""
     write_secret(folder / name, text)

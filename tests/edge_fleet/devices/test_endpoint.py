@@ -20,6 +20,7 @@ from tests.conftest import Bundles
 from tests.edge_fleet.devices.live_endpoint import (
     KEY,
     Endpoint,
+    answers,
     chat,
     endpoint,
     free_port,
@@ -563,7 +564,7 @@ def test_vllm_router_chooses_and_a_dead_one_or_a_dead_device_is_gone_around(
             stream = Streamed(front, chat("long", max_tokens=30), **right)
             assert stream.is_whole
             assert len(stream.times) > 20
-            assert _answers(told["metrics_port"], "router") > 4  # it was the router that chose
+            assert answers(told["metrics_port"], "router") > 4  # it was the router that chose
             assert front.ask(chat("x"))[0] == 401
             at_router = Endpoint(tmp_path, port, front.state)
             assert at_router.ask(chat("x"))[0] == 401  # its port is no way round the keys
@@ -603,17 +604,6 @@ def test_vllm_router_chooses_and_a_dead_one_or_a_dead_device_is_gone_around(
             process.kill()
             process.wait()
             wait_until(lambda: front.ask(chat("x"), **right)[0] == 200)
-
-
-def _answers(port: int, proxy: str) -> int:
-    """How many good answers passed a part of HAProxy."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    connection.request("GET", "/metrics")
-    text = connection.getresponse().read().decode()
-    connection.close()
-    begin = f'haproxy_backend_http_responses_total{{proxy="{proxy}",code="2xx"}} '
-    (line,) = [line for line in text.splitlines() if line.startswith(begin)]
-    return int(line.removeprefix(begin))
 
 
 def _is_busy(device: Child) -> bool:
