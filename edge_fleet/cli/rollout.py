@@ -18,7 +18,7 @@ from edge_fleet.rollout import MAX_WATCH_S, PERPLEXITY_RATIO, SWITCH_TIMEOUT_S, 
 from edge_lab.cli.golden_options import GOLDEN_ENGINE, golden_option, max_tokens_option
 from edge_lab.cli.options import Finite, build_option, given_flag
 from edge_lab.cli.progress import show_progress
-from edge_lab.measure.defaults import EVAL_TEXT
+from edge_lab.measure.defaults import GATE_TEXTS
 
 from .registry_options import (
     ReferenceType,
@@ -79,16 +79,18 @@ _staging = option(
     default="golden",
     show_default=True,
     help="Hold the new bundle to the old one and to the first that was accepted, before the switch "
-    "where memory holds both: by the perplexity of a text, then by a golden set; perplexity leaves "
+    "where memory holds both: by the perplexity of texts, then by a golden set; perplexity leaves "
     "the set out, none both.",
 )
 @option(
     "Task",
     "--text",
-    "text",
+    "texts",
     type=FILE,
-    default=EVAL_TEXT,
-    help="UTF-8 text for the perplexity; its beginning is read. Default: the built-in one.",
+    multiple=True,
+    default=GATE_TEXTS,
+    help="UTF-8 text for the perplexity, in place of the two built-in ones; its beginning is read, "
+    "and each of several is judged.",
 )
 @option(
     "Limits",
@@ -135,7 +137,7 @@ def rollout(
     api_key_file: Path | None,
     reload_command: str | None,
     gate: str,
-    text: Path,
+    texts: tuple[Path, ...],
     perplexity_ratio: float,
     golden: Path,
     max_tokens: int,
@@ -181,7 +183,7 @@ def rollout(
         answerer = ServerAnswerer(server, api_key=key, model=model, user=ROLLOUT_USER)
         service = Service(answerer, model)
     asks = gate == "golden"
-    judged = Gate(text, perplexity_ratio, golden if asks else None, max_tokens)
+    judged = Gate(texts, perplexity_ratio, golden if asks else None, max_tokens)
     if (reference is None) == (wanted is None):
         raise ConfigError("give either REFERENCE or --wanted URL")
     if (wanted is None) != (device_key_file is None):

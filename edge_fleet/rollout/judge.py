@@ -1,6 +1,7 @@
-"""Judges a new bundle by what it computes: how well it predicts a text, then what it answers.
+"""Judges a new bundle by what it computes: how well it predicts texts, then what it answers.
 
-The text comes first, since it takes seconds and no damage of the weights leaves it as it was. A new
+The texts come first, since they take seconds. They are of different kinds, and each is judged: a
+damage may raise the perplexity of one kind by a tenth, and that of another by half as much. A new
 bundle is held to the one that serves and to the first that was accepted: each roll-out may lose
 a little, but not a little of what the one before has lost.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import msgspec
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError, NonFiniteError
-from edge_lab.measure.defaults import EVAL_TEXT, GOLDEN_SET, MAX_TOKENS, WINDOW
+from edge_lab.measure.defaults import GATE_TEXTS, GOLDEN_SET, MAX_TOKENS, WINDOW
 from edge_lab.measure.evaluate import EvalText, cut_windows, read_text
 from edge_lab.measure.watch import (
     Baseline,
@@ -47,13 +48,13 @@ class Gate:
     """By which measure a bundle is judged.
 
     Attributes:
-        text: UTF-8 text whose beginning is predicted.
+        texts: UTF-8 texts; the beginning of each is predicted.
         perplexity_ratio: to the old bundle's and the first one's, from which on it is worse.
         golden: file of the golden set; None leaves it out.
         max_tokens: most tokens of an answer to it.
     """
 
-    text: Path = EVAL_TEXT
+    texts: tuple[Path, ...] = GATE_TEXTS
     perplexity_ratio: float = PERPLEXITY_RATIO
     golden: Path | None = GOLDEN_SET
     max_tokens: int = MAX_TOKENS
@@ -64,18 +65,18 @@ class Measure(msgspec.Struct, frozen=True):
 
     Attributes:
         bundle: name of its directory.
-        text_sha256: hash of the text's beginning.
-        nats: negative log-probability of all of it; infinite where a logit is not finite.
-        tokens: tokens that were predicted, of the bundle's own.
+        texts_sha256: hash of the beginnings of the texts.
+        nats: negative log-probability of all of each; infinite where a logit is not finite.
+        tokens: tokens that were predicted of each, of the bundle's own.
         own_loss: perplexity over that of its float model, as its export has measured and written
             it into the manifest; 1 where nothing is written.
         golden: what it answered; None if it was not asked.
     """
 
     bundle: str
-    text_sha256: str
-    nats: float
-    tokens: int
+    texts_sha256: str
+    nats: tuple[float, ...]
+    tokens: tuple[int, ...]
     own_loss: float
     golden: Baseline | None = None
 
@@ -92,26 +93,32 @@ class Candidate:
     engine: EngineConfig
     service: Service | None
 
-    def read(self, text: str, progress: Progress) -> tuple[float, int]:
-        """Predict a text; returns nats and tokens."""
+    def read(self, texts: Sequence[str], progress: Progress) -> list[tuple[float, int]]:
+        """Predict texts; returns nats and tokens of each."""
         if self.service is not None:
             server = self.service.server
             capacity = server.tokenize("")[1] - 1  # an answer has one token, which nobody reads
-            return _read(
-                text,
-                lambda part: server.tokenize(part)[0],
-                capacity,
-                lambda windows: server.perplexity(windows, progress),
-            )
+            return [
+                _read(
+                    text,
+                    lambda part: server.tokenize(part)[0],
+                    capacity,
+                    lambda windows: server.perplexity(windows, progress),
+                )
+                for text in texts
+            ]
         from edge.runtime.llm import LLM
 
         with LLM(self.bundle, self.engine) as llm:
-            return _read(
-                text,
-                llm.encode,
-                llm.kv_capacity,
-                lambda windows: perplexity(llm, windows, progress),
-            )
+            return [
+                _read(
+                    text,
+                    llm.encode,
+                    llm.kv_capacity,
+                    lambda windows: perplexity(llm, windows, progress),
+                )
+                for text in texts
+            ]
 
     def answer(
         self, items: list[GoldenItem], max_tokens: int, progress: Progress
@@ -148,32 +155,32 @@ class Judge:
         progress: is called with what is read and asked.
 
     Raises:
-        ConfigError: text or golden set cannot be read.
+        ConfigError: a text or the golden set cannot be read.
     """
 
     def __init__(self, gate: Gate, progress: Progress) -> None:
         self._gate = gate
         self._progress = progress
-        self._text = read_text(gate.text)[:_TEXT_CHARS]
-        self._sha256 = hashlib.sha256(self._text.encode()).hexdigest()
+        self._texts = [read_text(path)[:_TEXT_CHARS] for path in gate.texts]
+        self._sha256 = hashlib.sha256("\0".join(self._texts).encode()).hexdigest()
         self._items: list[GoldenItem] = []
         self._golden_sha256 = ""
         if gate.golden is not None:
             self._items, self._golden_sha256 = read_golden(gate.golden)
 
     def known(self, measure: dict[str, Any] | None, bundle: str | None = None) -> Measure | None:
-        """Read what a journal has; None unless it is of this bundle, or any, and this text."""
+        """Read what a journal has; None unless it is of this bundle, or any, and these texts."""
         if measure is None:
             return None
         try:
             found = msgspec.convert(measure, Measure)
         except msgspec.ValidationError:  # an older edge-llm's
             return None
-        fits = found.text_sha256 == self._sha256 and bundle in (None, found.bundle)
+        fits = found.texts_sha256 == self._sha256 and bundle in (None, found.bundle)
         return found if fits else None
 
     def read(self, measure: dict[str, Any] | None, who: Candidate) -> Measure:
-        """Measure the text, unless that was done.
+        """Measure the texts, unless that was done.
 
         Raises:
             EdgeError: the bundle or its service fails.
@@ -181,7 +188,8 @@ class Judge:
         found = self.known(measure, who.bundle.name)
         if found is not None:
             return found
-        nats, tokens = who.read(self._text, prefixed(self._progress, f"{who.bundle.name}: "))
+        progress = prefixed(self._progress, f"{who.bundle.name}: ")
+        nats, tokens = zip(*who.read(self._texts, progress), strict=True)
         own = _own_loss(read_manifest(who.bundle))
         return Measure(who.bundle.name, self._sha256, nats, tokens, own)
 
@@ -224,19 +232,23 @@ class Judge:
             )
 
     def compare_text(self, new: Measure, *before: Measure) -> None:
-        """Hold how well a new bundle predicts the text to those before it.
+        """Hold how well a new bundle predicts each text to those before it.
 
         Raises:
             WorseError: it is worse.
         """
         for old in before:
-            ratio = _exp((new.nats - old.nats) / old.tokens)
+            pairs = zip(new.nats, old.nats, old.tokens, strict=True)
+            ratio, path = max(
+                (_exp((now - was) / tokens), path)
+                for (now, was, tokens), path in zip(pairs, self._gate.texts, strict=True)
+            )
             # What the export of a smaller precision has lost, its manifest says.
             own = max(1.0, min(new.own_loss, _MAX_OWN_LOSS) / old.own_loss)
             if ratio > (bound := self._gate.perplexity_ratio * own):
                 raise WorseError(
-                    f"perplexity is {ratio:.4g} times that of {old.bundle}, at most {bound:.4g}; "
-                    "where that is meant, give --perplexity-ratio"
+                    f"perplexity is {ratio:.4g} times that of {old.bundle} on {path.name}, at most "
+                    f"{bound:.4g}; where that is meant, give --perplexity-ratio"
                 )
 
     def compare(self, new: Measure, *before: Measure) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 DATA = Path(__file__).parent / "data"
 EVAL_TEXT = DATA / "eval_text.txt"
 """Held-out text written for this project; calibration never reads it."""
+GATE_TEXTS = (EVAL_TEXT, DATA / "chinese.txt")
+"""What a new bundle has to predict as well as the old one: English problems, and Chinese."""
 WINDOW = 512
 """Tokens of a window of the text."""
 GOLDEN_SET = DATA / "golden.jsonl"

@@ -20,7 +20,7 @@ from edge_lab.measure.watch_server import ServerAnswerer
 
 
 def make_gate(golden: Path) -> Gate:
-    return Gate(text=golden.with_name("text.txt"), golden=golden, max_tokens=12)
+    return Gate((golden.with_name("text.txt"),), golden=golden, max_tokens=12)
 
 
 def make_plan(arguments: list[str], **changes: Any) -> steps.Plan:

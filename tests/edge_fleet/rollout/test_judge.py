@@ -27,11 +27,12 @@ HAS = math.log(20) * TOKENS
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Gate:
-    text, golden = tmp_path / "text.txt", tmp_path / "golden.jsonl"
+    text, other, golden = (tmp_path / name for name in ("text.txt", "other.txt", "golden.jsonl"))
     text.write_text("The cat sat on the mat. " * 40)
+    other.write_text("Two and two are four. " * 40)
     rows = [{"id": str(n), "prompt": f"{n}?", "answer": str(n)} for n in range(12)]
     golden.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Gate(text=text, golden=golden)
+    return Gate((text, other), golden=golden)
 
 
 @pytest.fixture
@@ -39,19 +40,37 @@ def judge(gate: Gate) -> Judge:
     return Judge(gate, silent)
 
 
+def nats(*ratios: float) -> tuple[float, ...]:
+    """Of two texts, where the perplexity has changed as the ratios say: each, or both alike."""
+    found = tuple(HAS + math.log(ratio) * TOKENS for ratio in ratios)
+    return found * (2 // len(found))
+
+
 def measured(name: str, ratio: float = 1.0, right: int = 8, **changes: Any) -> Measure:
     items = tuple(ItemResult(str(n), n < right, False, False, 9) for n in range(12))
     run = Baseline(name, "golden", 256, items)
-    found = Measure(name, "text", HAS + math.log(ratio) * TOKENS, TOKENS, 1.0, run)
+    found = Measure(name, "text", nats(ratio), (TOKENS, TOKENS), 1.0, run)
     return msgspec.structs.replace(found, **changes)
 
 
 def test_a_text_that_is_predicted_8_percent_worse_is_the_bound(judge: Judge):
     judge.compare(measured("new", 1.079), measured("old"))
-    with pytest.raises(WorseError, match=r"1\.081 times that of old, at most 1\.08"):
+    with pytest.raises(WorseError, match=r"1\.081 times that of old on .*, at most 1\.08"):
         judge.compare(measured("new", 1.081), measured("old"))
     with pytest.raises(WorseError, match="of old"):
-        judge.compare(measured("new", nats=math.inf), measured("old"))
+        judge.compare(measured("new", nats=(HAS, math.inf)), measured("old"))
+
+
+@pytest.mark.parametrize("worse", ["text.txt", "other.txt"])
+def test_a_damage_that_one_kind_of_text_hardly_shows_is_rejected_by_the_other(
+    judge: Judge, worse: str
+):
+    """As a real one did: 1.053 times the perplexity of one text, 1.108 times that of another."""
+    ratios = (1.108, 1.053) if worse == "text.txt" else (1.053, 1.108)
+    with pytest.raises(WorseError, match=rf"1\.108 times that of old on {worse}, at most 1\.08"):
+        judge.compare_text(measured("new", nats=nats(*ratios)), measured("old"))
+    # What an export has lost by its manifest is allowed on either text.
+    judge.compare_text(measured("int4", nats=nats(*ratios), own_loss=1.09), measured("old"))
 
 
 def test_what_was_lost_in_three_roll_outs_is_lost_to_the_first_one(judge: Judge):
@@ -77,9 +96,11 @@ def test_what_quantization_lost_by_the_manifest_is_allowed_besides_up_to_a_quart
 
 
 def test_tokenizers_that_cut_the_text_otherwise_are_compared_by_the_whole_text(judge: Judge):
-    judge.compare(measured("new", tokens=TOKENS // 2), measured("old"))
+    judge.compare(measured("new", tokens=(TOKENS // 2, TOKENS)), measured("old"))
     with pytest.raises(WorseError):
-        judge.compare(measured("new", nats=1.1 * HAS, tokens=2 * TOKENS), measured("old"))
+        judge.compare(
+            measured("new", nats=(HAS, 1.1 * HAS), tokens=(TOKENS, 2 * TOKENS)), measured("old")
+        )
 
 
 def test_a_golden_set_that_noise_would_pass_is_refused(judge: Judge):
@@ -93,8 +114,8 @@ def test_a_golden_set_that_noise_would_pass_is_refused(judge: Judge):
 
 def test_a_measure_of_another_text_bundle_or_version_is_none(judge: Judge, gate: Gate):
     class Who(Candidate):
-        def read(self, *_: Any) -> tuple[float, int]:
-            return 5.0, 3
+        def read(self, *_: Any) -> list[tuple[float, int]]:
+            return [(5.0, 3), (4.0, 2)]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("edge_fleet.rollout.judge.read_manifest", lambda _: read_nothing)
@@ -104,7 +125,9 @@ def test_a_measure_of_another_text_bundle_or_version_is_none(judge: Judge, gate:
     assert judge.known(plain) == found
     assert judge.known(plain, "r1-2") is None
     assert judge.known({"bundle": "r1-1", "golden_sha256": "", "items": []}, "r1-1") is None
-    gate.text.write_text("Another text.")
+    one_text = {**plain, "text_sha256": plain["texts_sha256"], "nats": 5.0, "tokens": 3}
+    assert judge.known(one_text, "r1-1") is None  # as journals were before there were two
+    gate.texts[1].write_text("Another text.")
     assert Judge(gate, silent).known(plain, "r1-1") is None
 
 
@@ -120,7 +143,8 @@ def test_values_that_are_not_finite_are_worse_and_no_failed_step(
 ):
     who = Candidate(tiny_bundles("qwen2"), EngineConfig(backend="ort-cpu", kv_capacity=64), None)
     good = judge.read(None, who)
-    assert 0 < good.nats < math.inf
+    assert len(good.nats) == 2
+    assert all(0 < nats < math.inf for nats in good.nats)
 
     def noise(*_: object) -> float:
         raise NonFiniteError("the logits hold NaN")
@@ -156,7 +180,7 @@ def test_a_real_model_of_which_a_third_of_the_bytes_is_noise_is_rejected(
     """A small version of scripts/planted-bundles."""
     text = tmp_path / "text.txt"
     text.write_text("Rivers carry water from the mountains down to the sea, and sand with it. " * 4)
-    judge = Judge(Gate(text, golden=None), silent)
+    judge = Judge(Gate((text,), golden=None), silent)
     config = EngineConfig(backend="ort-cpu", num_slots=1, kv_capacity=512)
     old = judge.read(None, Candidate(smollm2_bundle, config, None))
     bad = tmp_path / "bad"

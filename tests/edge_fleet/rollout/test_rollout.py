@@ -266,9 +266,9 @@ def test_the_text_is_read_before_anybody_is_asked(device: Device, monkeypatch: p
     before, reference = device.current, device.offer()
     real, asked = Candidate.read, []
 
-    def read(who: Candidate, text: str, progress: Any) -> tuple[float, int]:
-        nats, tokens = real(who, text, progress)
-        return (nats, tokens) if who.service is not None else (nats + 0.1 * tokens, tokens)
+    def read(who: Candidate, texts: Any, progress: Any) -> list[tuple[float, int]]:
+        lost = 0.0 if who.service is not None else 0.1
+        return [(nats + lost * tokens, tokens) for nats, tokens in real(who, texts, progress)]
 
     monkeypatch.setattr(Candidate, "read", read)
     monkeypatch.setattr(Candidate, "answer", lambda who, *_: asked.append(who))
@@ -290,14 +290,13 @@ def test_the_first_bundle_that_was_accepted_stays_a_measure_until_somebody_says_
         assert device.journal.first["bundle"] == first
     real = Candidate.read
 
-    def read(who: Candidate, text: str, progress: Any) -> tuple[float, int]:
+    def read(who: Candidate, texts: Any, progress: Any) -> list[tuple[float, int]]:
         """As if each of the bundles before had lost 6 %."""
-        nats, tokens = real(who, text, progress)
-        return nats + 0.12 * tokens, tokens
+        return [(nats + 0.12 * tokens, tokens) for nats, tokens in real(who, texts, progress)]
 
     journal = device.journal
     assert journal.judged is not None
-    journal.judged["nats"] += 0.06 * journal.judged["tokens"]
+    journal.judged["nats"][0] += 0.06 * journal.judged["tokens"][0]
     with held(place := Place(device.link)):
         place.write(journal)
     with monkeypatch.context() as patch:
