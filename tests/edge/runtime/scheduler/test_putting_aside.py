@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge.backends import Floats
@@ -294,6 +294,9 @@ def test_nobody_gives_way_to_lower_priority_or_to_its_own_client(table: Embeddin
     ),
     slots=st.integers(1, 4),
     chunk=st.integers(2, 8),
+)
+@example(
+    events=[("a", 1, 17, 1), ("c", 1, 1, 1), ("d", 2, 17, 1), ("b", 1, 1, 1)], slots=1, chunk=2
 )
 def test_nothing_thrashes_and_what_is_aside_is_bounded(
     table: EmbeddingTable, events: list[tuple[str, int, int, int] | None], slots: int, chunk: int
