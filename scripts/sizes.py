@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = {
     "edge": 16_941,
-    "edge_lab": 11_970,
+    "edge_lab": 11_972,
     "edge_serve": 11_158,
-    "edge_fleet": 4_852,
+    "edge_fleet": 4_855,
     "engines": 7_193,
     "export": 8_696,
 }

@@ -27,6 +27,7 @@ from edge_lab.measure.watch import (
     BundleAnswerer,
     GoldenItem,
     ItemResult,
+    Limits,
     compare_runs,
     perplexity,
     read_golden,
@@ -41,6 +42,7 @@ LEAST_RIGHT = 6
 """Right answers of the old bundle; McNemar's test finds no fewer flips unlikely (p = 0.031)."""
 _TEXT_CHARS = 8000  # characters and not tokens, so that bundles of two tokenizers read the same
 _MAX_OWN_LOSS = 1.25
+_LIMITS = Limits(length_ratio=2.0)  # what a new calibration may do to the lengths of greedy answers
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,8 @@ class Judge:
         for old in before:
             if new.golden is None or old.golden is None:
                 continue
-            alarms = [check for check in compare_runs(new.golden, old.golden) if check.alarm]
+            found = compare_runs(new.golden, old.golden, _LIMITS)
+            alarms = [check for check in found if check.alarm]
             if alarms:
                 said = "; ".join(
                     f"{check.name} {check.value:.4g}, was {check.baseline:.4g}" for check in alarms

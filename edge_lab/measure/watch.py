@@ -125,9 +125,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         rate: how much worse a rate may get, as a share of the items.
-        p_value: McNemar's p above which a change may be chance.
+        p_value: of McNemar's or the sign test, above which a change may be chance.
         perplexity_ratio: to the baseline's.
-        length_ratio: ratio of the mean numbers of tokens, up or down.
+        length_ratio: of an answer's tokens, up or down, as the geometric mean of all answers; it
+            counts where a sign test finds no chance in it, too.
     """
 
     rate: float = 0.02
@@ -354,10 +355,13 @@ def compare_runs(now: Baseline, before: Baseline, limits: Limits | None = None) 
         _rate(name, [(bad(a), bad(b), a.id) for a, b in pairs if judged(a)], bounds)
         for name, judged, bad in _BAD
     ]
+    # Each answer beside itself: a few that ramble to their limit decide a ratio of means.
+    logs = [math.log(max(a.tokens, 1) / max(b.tokens, 1)) for a, b in pairs]
+    p_value = mcnemar_exact(sum(log > 0 for log in logs), sum(log < 0 for log in logs))
+    far = abs(sum(logs)) / max(len(logs), 1) > math.log(bounds.length_ratio)
     mean_now, mean_before = (sum(i.tokens for i in run.items) / len(pairs) for run in (now, before))
-    ratio = max(mean_now, 1) / max(mean_before, 1)
-    too_far = not 1 / bounds.length_ratio <= ratio <= bounds.length_ratio
-    checks.append(Check("answer_tokens", mean_now, mean_before, too_far))
+    differs = far and p_value < bounds.p_value
+    checks.append(Check("answer_tokens", mean_now, mean_before, differs))
     if now.perplexity is not None and before.perplexity is not None:
         if (now.text_sha256, now.text_tokens) != (before.text_sha256, before.text_tokens):
             raise ConfigError(

@@ -199,6 +199,15 @@ def test_refusals_and_loops(kind: str):
     assert alarms(msgspec.structs.replace(before, items=tuple(bad)), before) == [f"{kind}_rate"]
 
 
+def test_a_few_answers_that_ramble_are_no_change_of_length():
+    before = a_run([True] * 20)
+    items = [
+        msgspec.structs.replace(item, tokens=256) if at < 2 else item
+        for at, item in enumerate(before.items)
+    ]
+    assert alarms(msgspec.structs.replace(before, items=tuple(items)), before) == []
+
+
 def test_length_and_perplexity():
     before = a_run([True] * 10)
     longer = [msgspec.structs.replace(item, tokens=16) for item in before.items]
