@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from scripts.sizes import code_lines, judge
+from scripts import sizes
+from scripts.sizes import Allowance, code_lines, judge, package_lines
 
 SOURCE = '''"""A module.
 
@@ -49,3 +52,13 @@ def test_code_is_neither_blank_nor_comment_nor_docstring():
 def test_a_budget_is_kept_and_not_wide(found: int, complaint: str | None):
     said = judge("it", found, 1000)
     assert said is None if complaint is None else (said or "").startswith(complaint)
+
+
+def test_a_room_counts_against_its_allowance_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("edge/a.py", "edge/room/b.py", "edge/room/deeper/c.py", "engines/d.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x = 1\n")
+    monkeypatch.setattr(sizes, "ALLOWANCES", {"it": Allowance(9, ("edge.room", "engines.d"))})
+    found = package_lines(tmp_path)
+    assert (found["edge"], found["engines"], found["it"]) == (1, 0, 3)
