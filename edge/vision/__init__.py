@@ -1,0 +1,1 @@
+"""Pictures in a prompt: what only bundles with a vision encoder load."""
