@@ -318,12 +318,14 @@ def _write_safetensors(path: Path, weights: dict[str, NDArray[np.float32]], dtyp
         if dtype == "fp16":
             stored: NDArray[Any] = weight.astype("<f2")
             restored = stored.astype(np.float32)
+        elif dtype == "fp32":
+            stored = restored = weight
         else:
             stored = (weight.view(np.uint32) >> 16).astype("<u2")
             restored = (stored.astype(np.uint32) << 16).view(np.float32)
-        assert np.array_equal(restored, weight), f"{name} is not exact in {dtype}"
+        assert np.array_equal(restored, weight, equal_nan=True), f"{name} is not exact in {dtype}"
         header[name] = {
-            "dtype": {"fp16": "F16", "bf16": "BF16"}[dtype],
+            "dtype": {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}[dtype],
             "shape": weight.shape,
             "data_offsets": (len(data), len(data) + stored.nbytes),
         }

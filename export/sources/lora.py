@@ -16,23 +16,22 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.adapters.peft_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PAIR, PREFIX
 from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import Adapter, ModelSpec, Source
 from edge.errors import CheckpointError
 
 from .checkpoint import Checkpoint, Transformed
-from .lora_config import ADAPTER_CONFIG, LoraConfig, read_lora_config
+from .lora_config import LoraConfig, read_lora_config
 from .quantization_config import WeightFormat
 from .quantized_weight import QuantizedWeight
 from .safetensors_file import SafetensorsFile, TensorEntry
 from .weight_files import hash_files, no_weights
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _EMBEDDINGS, _HEAD = "model.embed_tokens", "lm_head"
 _TILE_ROWS = 8192
 # What follows a module's name: (A, B) of a linear and of an embedding, and whole weights.
-_PAIRS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+_PAIRS = (PAIR, (".lora_embedding_A", ".lora_embedding_B"))
 _WHOLE = (".weight", ".base_layer.weight")
 
 Array = NDArray[np.float32]
@@ -58,7 +57,7 @@ class LoraCheckpoint(Transformed):
         self._file: SafetensorsFile | None = _open_weights(directory)
         # Names of an embedder that was trained without its head, as peft does then, lack "model.".
         lacks_head = checkpoint.spec.task == "embed" and not any(
-            name.startswith(f"{_PREFIX}model.") for name in self._file.entries
+            name.startswith(f"{PREFIX}model.") for name in self._file.entries
         )
         stem = "model." if lacks_head else ""
         modules = {
@@ -178,7 +177,7 @@ def _sort_tensors(
         if len(shape) == 2 and (names := _take_pair(file.path, left, config, module, shape)):
             low_rank[module] = names
         for ending in _WHOLE:
-            name = f"{_PREFIX}{module}{ending}"
+            name = f"{PREFIX}{module}{ending}"
             if name in left:
                 _check_shape(file.path, name, left.pop(name), shape)
                 whole[module] = name
@@ -202,7 +201,7 @@ def _take_pair(
     """Move A and B of a module out of ``left``; None where the adapter leaves it alone."""
     is_table = module.endswith("embed_tokens")
     a_ending, b_ending = _PAIRS[is_table]
-    names = (f"{_PREFIX}{module}{a_ending}", f"{_PREFIX}{module}{b_ending}")
+    names = (f"{PREFIX}{module}{a_ending}", f"{PREFIX}{module}{b_ending}")
     targeted = config.targets(module)
     if left.keys().isdisjoint(names):
         if targeted:
