@@ -62,6 +62,21 @@ def describe_kv_cache(manifest: Manifest) -> str:
     return f"{found.kind}, layers {kept} in float" if kept else found.kind
 
 
+def describe_vision(manifest: Manifest) -> str | None:
+    """One line for a person on the pictures that a model reads; None for one of text alone."""
+    if "vision" not in manifest.extras:  # what it names is not loaded for a text bundle
+        return None
+    from edge.vision.section import read_vision
+
+    section = read_vision(manifest)
+    assert section is not None
+    loss = "" if section.loss is None else f", which changes rows by {section.loss:.2%}"
+    return (
+        f"{section.family}, at most {section.max_tiles} tiles of {section.tile_px} px, "
+        f"{section.rows_per_tile} rows each; encoder in {section.quant}{loss}"
+    )
+
+
 def describe_tensorrt(manifest: Manifest) -> str:
     """One line for a person on the versions that take the graph, e.g. ``legal for 10.16, 11.1``."""
     if manifest.tensorrt is None:

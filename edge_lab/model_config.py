@@ -15,6 +15,8 @@ from edge.bundle.manifest import Architecture, ModelSpec, RopeSpec, Task
 from edge.bundle.manifest_checks import check_ranges
 from edge.errors import BundleError, CheckpointError
 
+from .picture_models import decoder_config, reads_pictures
+
 _ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": "qwen2",
     "LlamaForCausalLM": "llama",
@@ -124,6 +126,8 @@ def parse_config(
         CheckpointError: an unsupported architecture or feature, a missing key, a wrong type or a
             value that makes no sense; the key is named.
     """
+    if reads_pictures(config):
+        config, where = decoder_config(config, where), f"{where}: text_config"
     reader = _Config(config, where)
     architecture = _architecture(reader, task)
     _refuse_unsupported(reader)

@@ -24,6 +24,7 @@ from .targets import ANY, TARGETS, Target
 
 GraphType = Literal["fp16", "bf16"]
 KvCacheType = Literal["float", "int8"]
+VisionWeights = Literal["fp16", "int8"]
 AS_IN_SOURCE: Literal["source"] = "source"
 """The ``--quant`` that keeps the integers of a checkpoint that is quantized already."""
 DEFAULT_METHOD = RECIPES["default"].method
@@ -94,6 +95,8 @@ class ExportRecipe:
         kv_cache: how the rows of the KV cache are stored: in the graph's float type, or in INT8
             with calibrated scales, see `quantize.kv_scales`.
         dtype: float type of the engine's graph; None is bf16 for ``quant="bf16"``, else fp16.
+        vision_quant: how the weights of a vision encoder are stored, ``fp16`` or ``int8``; None is
+            in the float type of the graph.
     """
 
     quant: Quant | Literal["source"] | None = None
@@ -110,6 +113,7 @@ class ExportRecipe:
     embeddings: EmbeddingType = "fp16"
     kv_cache: KvCacheType = "float"
     dtype: GraphType | None = None
+    vision_quant: VisionWeights | None = None
 
     def __post_init__(self) -> None:
         if self.quant is not None:
@@ -122,7 +126,13 @@ class ExportRecipe:
             ("--embeddings", self.embeddings, EmbeddingType),
             ("--kv-cache", self.kv_cache, KvCacheType),
             ("--dtype", self.float_type, GraphType),
+            ("--vision-quant", self.vision_quant or "int8", VisionWeights),
         )
+        if self.vision_quant == "fp16" and self.float_type != "fp16":
+            raise ConfigError(
+                f"--vision-quant fp16 contradicts --dtype {self.float_type}, which is the type of "
+                "both graphs; leave it out"
+            )
         if self.quant in ("fp16", "bf16") and self.float_type != self.quant:
             raise ConfigError(
                 f"--quant {self.quant} contradicts --dtype {self.dtype}; say --quant {self.dtype}"

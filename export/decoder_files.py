@@ -38,10 +38,11 @@ from edge_lab.progress import Progress, prefixed
 from .bundle import BundleWriter
 from .config import AS_IN_SOURCE, ExportRecipe
 from .graph.data_file import DataFile, StoredTensor
-from .graph.decoder import DecoderTensors, HiddenTap, StoredLinear, build_decoder
+from .graph.decoder import DecoderTensors, HiddenTap, build_decoder
 from .graph.float_range import check_range
 from .graph.graph_builder import NUMPY_TYPE, ONNX_TYPE
 from .graph.kv_quantization import KvScales
+from .graph.linear_nodes import StoredLinear
 from .graph.rope import rope_tables
 from .quantize.calibrated import Calibrated
 from .quantize.calibration import LayerActivations, LayerRunner, warn_of_peaks

@@ -13,9 +13,10 @@ from .bundle import BundleWriter
 from .config import ExportRecipe
 from .decoder_files import Output, linear_info, store_linear, store_rope
 from .graph.data_file import open_data_file
-from .graph.decoder import DecoderTensors, StoredLinear
+from .graph.decoder import DecoderTensors
 from .graph.graph_builder import NUMPY_TYPE
 from .graph.head import build_head
+from .graph.linear_nodes import StoredLinear
 from .quantize.linear import convert
 from .quantize.plan import LinearPlan, nearest_rows
 from .sources.eagle3 import Eagle3Head, head_linears, head_norms

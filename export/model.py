@@ -15,6 +15,7 @@ from .quantize.from_source import is_quantized
 from .sources.checkpoint import Checkpoint
 from .sources.download import Preview
 from .sources.eagle3 import Eagle3Head
+from .sources.idefics3 import Vision
 from .sources.lora import LoraCheckpoint
 from .sources.opening import open_checkpoint
 from .sources.vocabulary import ReducedCheckpoint
@@ -30,6 +31,7 @@ class OpenModel:
         checkpoint: the source, its adapter merged in and its vocabulary reduced.
         reduced: the checkpoint whose vocabulary is reduced; None if it is whole.
         head: drafts for the model; None without one.
+        vision: the model's vision encoder; None if it reads text alone.
     """
 
     name: str
@@ -37,6 +39,7 @@ class OpenModel:
     checkpoint: Checkpoint
     reduced: ReducedCheckpoint | None
     head: Eagle3Head | None
+    vision: Vision | None = None
 
 
 @contextmanager
@@ -77,7 +80,8 @@ def open_model(
             )
         if source.eagle3 is not None:
             head = Eagle3Head(checkpoint, source.eagle3)
-        yield OpenModel(source.source, is_quantized(original), checkpoint, reduced, head)
+        opened = (source.source, is_quantized(original), checkpoint, reduced, head)
+        yield OpenModel(*opened, checkpoint.vision)
 
 
 def check_generates(source: str, task: Task, *options: tuple[str, bool, str]) -> None:

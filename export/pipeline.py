@@ -41,6 +41,7 @@ from .bundle import BundleWriter
 from .config import AS_IN_SOURCE, ExportRecipe, ExportSource, ExportTarget, values_of
 from .config import ExportConfig as ExportConfig
 from .decoder_files import DecoderFiles, WrittenDecoder, calibrates
+from .encoder_files import with_vision, write_encoder
 from .forecast import Forecast, estimated_bytes, forecast, forecast_of_preview, measures
 from .graph.embedding_table import embedding_tensors
 from .head_files import write_head
@@ -190,6 +191,11 @@ class _Export:
             )
         self.positions = io_spec.rope_positions(self.model)
         self.head = model.head
+        if model.vision is None and recipe.vision_quant is not None:
+            raise ConfigError(
+                f"--vision-quant {recipe.vision_quant} is for models that read pictures, and "
+                f"{model.name} has no vision encoder; leave it out"
+            )
         template = checkpoint.text.chat_template
         checkpoint.text.check()
         capacity = target.kv_capacity
@@ -208,6 +214,8 @@ class _Export:
     def expected(self) -> Forecast:
         """What the export takes."""
         head_bytes = 0 if self.head is None else self.head.num_bytes
+        if self.opened.vision is not None:  # it, and it in fp32 while its loss is measured
+            head_bytes += 3 * self.opened.vision.weights
         return forecast(self.recipe, self.target, self.model, self.schemes, head_bytes)
 
     def run(self, *, announced: bool) -> Manifest:
@@ -238,6 +246,10 @@ class _Export:
             if self.recipe.quant == "int8" and self.recipe.rotate is None and not self.rotates:
                 reader = "its vectors" if self.head is None else "the head of --eagle3"
                 self.announce(f"not rotated, since {reader} must stay in the model's own basis")
+            vision = None
+            if self.opened.vision is not None:
+                encoder = (self.checkpoint, self.opened.vision)
+                vision = write_encoder(writer, self.recipe, *encoder, self.progress)
             decoder = self.decoder.write(writer, self.dialect, self.kv_capacity)
             head = None
             if self.head is not None:
@@ -247,6 +259,9 @@ class _Export:
             self.write_text(writer)
             legal = self.check_rules(writer.path(decoder.graphs.decoder))
             manifest = self.manifest(decoder, legal, head)
+            if vision is not None:
+                both = self.check_rules(writer.path(vision.graph))
+                manifest = with_vision(manifest, vision, both)
             if self.target.verify:
                 manifest = self.measured(writer, manifest, self.target.gate or "recipe")
             elif measures(self.target, self.model, self.schemes):
@@ -301,7 +316,7 @@ class _Export:
         check_free_space(writer.target.parent, required_bytes, "the float model")
         place, capacity = writer.scratch() / "reference", self.target.kv_capacity
         target = ExportTarget(place, dialect=self.dialect, kv_capacity=capacity)
-        model = dataclasses.replace(self.opened, head=None)
+        model = dataclasses.replace(self.opened, head=None, vision=None)
         progress = prefixed(self.progress, "reference: ")
         _Export(model, recipe, target, progress, _mute).run(announced=True)
         return target.output

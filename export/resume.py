@@ -34,7 +34,7 @@ from edge_lab.target import write_durably
 
 from .config import ExportRecipe
 from .graph.data_file import DataFile, open_data_file
-from .graph.decoder import StoredLinear
+from .graph.linear_nodes import StoredLinear
 from .quantize.calibration import runtime_version
 from .quantize.plan import BlockPlan
 from .sources.checkpoint import Checkpoint

@@ -22,7 +22,7 @@ PIXEL_VALUES = "pixel_values"
 IMAGE_ROWS = "image_rows"
 
 Family = Literal["idefics3", "internvl"]
-VisionQuant = Literal["fp16", "int8"]
+VisionQuant = Literal["fp16", "bf16", "int8"]
 _Pixels = Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
 _Tiles = Annotated[int, msgspec.Meta(ge=1, le=256)]
 _Channels = tuple[float, float, float]
@@ -50,8 +50,9 @@ class VisionSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         tile_token: the same for another tile; ``{row}`` and ``{col}`` stand for its place, which
             counts from 1 (`tile_text`).
         quant: how the encoder's weights are stored; the activations of ``cpu_graph`` are fp32.
-        loss: root of the summed squared difference of its rows from those of the float encoder,
-            over that of their values, on a drawn picture; 0 in fp16.
+        loss: root of the summed squared difference of its rows, with the weights as they are
+            stored, from those with the source's, over that of the latter, on a drawn tile; None
+            was not measured.
         graph, cpu_graph: the files of both graphs.
         weight_bytes: what the weights of ``graph`` take.
     """
@@ -71,7 +72,7 @@ class VisionSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     whole_token: str
     tile_token: str
     quant: VisionQuant
-    loss: _Loss = 0.0
+    loss: _Loss | None = None
     graph: str = "vision.onnx"
     cpu_graph: str = "vision.cpu.onnx"
     weight_bytes: Count = 0

@@ -21,6 +21,7 @@ from edge_lab.manifest_text import (
     describe_kv_cache,
     describe_sampling,
     describe_tensorrt,
+    describe_vision,
 )
 
 from .inspect_engine import inspect_engine
@@ -103,6 +104,7 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
         *((("of the source", from_source),) if from_source is not None else ()),
         ("sampling", describe_sampling(manifest.sampling)),
         *((("EAGLE-3 head", _head(manifest.head)),) if manifest.head is not None else ()),
+        *((("pictures", pictures),) if (pictures := describe_vision(manifest)) else ()),
         ("files", "all hashes match" if verified else "not verified"),
     ):
         facts.add_row(name, value)

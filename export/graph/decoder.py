@@ -10,59 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import onnx
 
 from edge._version import __version__
 from edge.bundle import io_spec
-from edge.bundle.linears import ROTATION
-from edge.bundle.manifest import Dialect, FloatType, ModelSpec, TensorScheme
+from edge.bundle.manifest import Dialect, FloatType, ModelSpec
 
-from .block_rotation import hadamard
 from .data_file import StoredTensor
 from .graph_builder import ONNX_TYPE, GraphBuilder
 from .kv_quantization import KvScales, dequantized_rows, key_factor, rounded_rows, value_factor
+from .linear_nodes import LinearNodes, StoredLinear
 
 _FP32 = ONNX_TYPE["fp32"]
-
-
-@dataclass(frozen=True)
-class StoredLinear:
-    """A linear layer's tensors on disk, as one graph reads them.
-
-    Attributes:
-        scheme: how the weight is stored.
-        weight: ``[in, out]``; the low one of two planes.
-        scale: ``[groups, out]`` or ``[out]`` in the type of ``input_scale``, else in the graph's
-            float type; None for float weights.
-        bias: ``[out]`` or None.
-        input_scale: scalar in the graph's float type or in FP32, for inputs rounded to INT8, or
-            None. The input is cast to the type of its scale and back.
-        per_token: whether a token's inputs are divided by the largest magnitude among them before
-            they are rounded, and its products multiplied with it.
-        rotation_block: input channels that are rotated together before, see `block_rotation`;
-            0 for none.
-        high_weight, high_scale: the high plane, like ``weight`` and ``scale``; None if there are no
-            planes.
-        offset: ``[groups, out]`` in the graph's float type: what the sum of a group's inputs is
-            multiplied with, see `export.quantize.kept`; None without offsets.
-        input_order: the order in which the weight's rows take the input channels; empty as they
-            are.
-    """
-
-    scheme: TensorScheme
-    weight: StoredTensor
-    scale: StoredTensor | None
-    bias: StoredTensor | None
-    input_scale: StoredTensor | None = None
-    per_token: bool = False
-    rotation_block: int = 0
-    high_weight: StoredTensor | None = None
-    high_scale: StoredTensor | None = None
-    offset: StoredTensor | None = None
-    input_order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,16 +79,16 @@ def build_decoder(
     return writer(model, float_type, tensors).build(dialect, kv_capacity)
 
 
-class Decoder:
+class Decoder(LinearNodes):
     """The part of the decoder that both dialects share."""
 
     embeds_width: int | None = None
     """Of ``inputs_embeds``, where it is not the hidden size."""
 
     def __init__(self, model: ModelSpec, float_type: FloatType, tensors: DecoderTensors) -> None:
+        super().__init__(GraphBuilder(float_type), tensors.linears)
         self.model = model
         self.tensors = tensors
-        self.g = GraphBuilder(float_type)
 
     def build(self, dialect: Dialect, kv_capacity: int) -> onnx.ModelProto:
         """Write all nodes; see `build_decoder`."""
@@ -224,102 +184,6 @@ class Decoder:
     def heads_name(self, x: str) -> str:
         """Return the name of a projection's heads."""
         return f"{x}.t"
-
-    def linear(self, x: str, name: str, output: str | None = None) -> str:
-        """Add a linear layer as it is stored."""
-        g, stored = self.g, self.tensors.linears[name]
-        addends, divisor = [], None
-        if stored.input_order:
-            order = g.constant(f"{name}.input_order", stored.input_order)
-            x = g.node("Gather", [x, order], f"{name}.input.ordered", axis=-1)
-        if stored.offset is not None:
-            groups = stored.offset.dims[0]
-            shape = g.constant(f"shape.groups.{groups}", [0, 0, groups, -1])
-            grouped = g.node("Reshape", [x, shape], f"{name}.input.grouped")
-            axes = g.constant("axes.last", [-1])
-            sums = g.node("ReduceSum", [grouped, axes], f"{name}.input.sums", keepdims=0)
-            addends.append(
-                g.node("MatMul", [sums, g.floats(stored.offset)], f"{name}.offset_product")
-            )
-        if stored.bias is not None:
-            addends.append(g.floats(stored.bias))
-        if stored.rotation_block:
-            x = self.rotated(x, stored.rotation_block, f"{name}.input")
-        if stored.per_token:
-            x, divisor = self.shares(x, f"{name}.input")
-        if stored.input_scale is not None:
-            # TensorRT's explicit quantization: symmetric, the zero point only states the type.
-            grid = [g.external(stored.input_scale), g.int8_zero("zero_point")]
-            own, scale = ONNX_TYPE[g.float_type], stored.input_scale.onnx_type
-            if scale != own:
-                x = g.node("Cast", [x], f"{name}.input.wide", to=scale)
-            x = g.node("QuantizeLinear", [x, *grid], f"{name}.input.quantized")
-            x = g.node("DequantizeLinear", [x, *grid], f"{name}.input.dequantized")
-            if scale != own:
-                x = g.node("Cast", [x], f"{name}.input.narrow", to=own)
-        if stored.scale is None:
-            weight = g.floats(stored.weight)
-        else:
-            weight = self.dequantized(
-                stored.weight, stored.scale, stored.scheme.group_size, f"{name}.dequantized"
-            )
-            if stored.scale.onnx_type != ONNX_TYPE[g.float_type]:
-                weight = g.node("Cast", [weight], f"{name}.narrow", to=ONNX_TYPE[g.float_type])
-        if stored.high_weight is not None and stored.high_scale is not None:
-            high = self.dequantized(
-                stored.high_weight,
-                stored.high_scale,
-                stored.scheme.group_size,
-                f"{name}.high_dequantized",
-            )
-            addends.insert(0, g.node("MatMul", [x, high], f"{name}.high_product"))
-        output = output or f"{name}.out"
-        if not addends and divisor is None:
-            return g.node("MatMul", [x, weight], output)
-        total = g.node("MatMul", [x, weight], f"{name}.product")
-        if divisor is not None:
-            scaled = f"{name}.product.scaled" if addends else output
-            total = g.node("Mul", [total, divisor], scaled)
-            if not addends:
-                return total
-        for addend in addends[:-1]:
-            total = g.node("Add", [total, addend], f"{addend}.added")
-        return g.node("Add", [total, addends[-1]], output)
-
-    def rotated(self, x: str, block: int, name: str) -> str:
-        """Rotate blocks of channels, see `block_rotation`."""
-        g = self.g
-        shape = g.constant(f"shape.blocks.{block}", [0, 0, -1, block])
-        x = g.node("Reshape", [x, shape], f"{name}.blocks")
-        matrix = g.small_floats(f"{ROTATION}.{block}", hadamard(block))
-        x = g.node("MatMul", [x, matrix], f"{name}.blocks.rotated")
-        return g.node("Reshape", [x, g.constant("shape.joined", [0, 0, -1])], f"{name}.rotated")
-
-    def shares(self, x: str, name: str) -> tuple[str, str]:
-        """Divide each token's values by the largest magnitude among them; return both."""
-        g = self.g
-        sizes = g.node("Abs", [x], f"{name}.sizes")
-        largest = g.node(
-            "ReduceMax", [sizes, g.constant("axes.last", [-1])], f"{name}.largest", keepdims=1
-        )
-        # FP16 divides by no less without a loss; what is smaller is next to nothing in any model.
-        divisor = g.node("Max", [largest, g.scalar("least_token", 2.0**-14)], f"{name}.divisor")
-        return g.node("Div", [x, divisor], f"{name}.shares"), divisor
-
-    def dequantized(
-        self, weight: StoredTensor, scale: StoredTensor, group_size: int, output: str
-    ) -> str:
-        """A weight as floats, one scale per group of rows or, with group size 0, per column."""
-        grouping: dict[str, Any] = (
-            {"axis": 0, "block_size": group_size} if group_size else {"axis": 1}
-        )
-        inputs = [self.g.external(weight), self.g.external(scale)]
-        if not group_size:
-            # Without it ONNX Runtime 1.23 aborts in its exact mode; that mode replaces it, so each
-            # weight has its own.
-            zeros = np.zeros(scale.dims[0], np.int8)
-            inputs.append(self.g.constant(f"{output}.zero_point", zeros))
-        return self.g.node("DequantizeLinear", inputs, output, **grouping)
 
     # What the dialects write differently.
 

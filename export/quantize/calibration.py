@@ -27,9 +27,10 @@ from edge.device.process import choose_num_threads
 from edge.errors import DependencyError, install_command
 from edge_lab.progress import Progress, silent
 from export.graph.data_file import StoredTensor
-from export.graph.decoder import DecoderTensors, PortableDecoder, StoredLinear
+from export.graph.decoder import DecoderTensors, PortableDecoder
 from export.graph.float_range import FP16_MAX
 from export.graph.graph_builder import ONNX_TYPE, GraphBuilder
+from export.graph.linear_nodes import StoredLinear
 from export.graph.rope import rope_tables
 from export.sources.checkpoint import Checkpoint
 

@@ -1,11 +1,11 @@
 """Rotations that spread outliers over all channels and leave the float model as it is.
 
 The residual stream is written in another orthonormal basis ``R``: rows of the embedding become
-``x R``, whatever reads the stream absorbs ``R`` and the RMSNorm weight before it (a norm without
-weight commutes with rotations), whatever writes to it absorbs ``R`` too. Each head's values are
-rotated in the same way and the output projection rotates them back. Sources: QuaRot (arXiv
-2404.00456), SpinQuant (arXiv 2405.16406). Everything is folded into weights: the graph stays as it
-is.
+``x R``, and so do a picture's; whatever reads the stream absorbs ``R`` and the RMSNorm weight
+before it (a norm without weight commutes with rotations), whatever writes to it absorbs ``R`` too.
+Each head's values are rotated in the same way and the output projection rotates them back. Sources:
+QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406). Everything is folded into weights: the
+graph stays as it is.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from edge.bundle.linears import TOKEN_TABLE
 from export.graph.block_rotation import hadamard, rotate_blocks
 from export.sources.checkpoint import Checkpoint, Transformed
+from export.sources.idefics3 import PROJECTOR, TOWER
 
 Array = NDArray[np.float32]
 _HEAD = "lm_head.weight"
@@ -83,6 +84,10 @@ class RotatedCheckpoint(Transformed):
 
     def tensor(self, name: str) -> NDArray[Any]:
         """Read a rotated tensor; see `Checkpoint.tensor`."""
+        if name == PROJECTOR:
+            return self._write_stream(self.original.tensor(name).astype(np.float32))
+        if name.startswith(TOWER):
+            return self.original.tensor(name)
         if name == TOKEN_TABLE:
             return self._read_stream(self.original.tensor(name), None)
         if name == _HEAD:

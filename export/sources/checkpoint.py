@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from edge.bundle.manifest import Embedding, ModelSpec, Reranking, Source
 
 from .checkpoint_text import CheckpointText
+from .idefics3 import Vision
 from .quantization_config import WeightFormat
 from .quantized_weight import QuantizedWeight
 
@@ -25,6 +26,7 @@ class Checkpoint(ABC):
         text: tokenizer, chat template and generation defaults.
         embedding: how the model embeds; None if that is not its task.
         reranking: how it judges documents; None if that is not its task.
+        vision: the encoder of a model that reads pictures; None for one of text alone.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Checkpoint(ABC):
     text: CheckpointText
     embedding: Embedding | None = None
     reranking: Reranking | None = None
+    vision: Vision | None = None
 
     @property
     @abstractmethod
@@ -99,6 +102,7 @@ class Transformed(Checkpoint):
         self.text = checkpoint.text
         self.embedding = checkpoint.embedding
         self.reranking = checkpoint.reranking
+        self.vision = checkpoint.vision
 
     @property
     def source(self) -> Source:

@@ -16,6 +16,7 @@ from edge_lab.model_config import parse_config
 
 from .checkpoint import Checkpoint
 from .checkpoint_text import read_json, read_licence, read_text
+from .idefics3 import decoder_name, read_vision
 from .pooling import read_embedding
 from .quantization_config import WeightFormat, read_quantization
 from .quantized_module import QuantizedModule
@@ -73,13 +74,14 @@ class HfDirectory(Checkpoint):
         if task == "embed":
             names = [self.name, str(config.get("_name_or_path") or "")]
             self.embedding = read_embedding(directory, config, self.text, names)
+        self.vision = read_vision(directory, config, self.spec.hidden_size)
         self._quantization = read_quantization(config, directory)
         is_quantized = self._quantization is not None
-        self._files, self._owner = _open_weights(directory, quantized=is_quantized)
-        self._prefix = ""
-        if task == "embed" and TOKEN_TABLE not in self._owner:
-            self._prefix = _PREFIX  # saved without the class that has a head
-            self._owner = {f"{_PREFIX}{name}": file for name, file in self._owner.items()}
+        self._files, found = _open_weights(directory, quantized=is_quantized)
+        # Saved without the class that has a head.
+        prefix = _PREFIX if task == "embed" and TOKEN_TABLE not in found else ""
+        self._stored = {prefix + decoder_name(name): name for name in found}
+        self._owner = {name: found[stored] for name, stored in self._stored.items()}
         self._modules = self._quantized_modules()
         self._check_tensors()
         for module in self._modules.values():
@@ -125,7 +127,7 @@ class HfDirectory(Checkpoint):
     def _read(self, name: str) -> NDArray[Any]:
         if name not in self._owner:
             raise CheckpointError(f"{self._directory} has no tensor {name}, or it was closed")
-        return self._owner[name].tensor(name.removeprefix(self._prefix))
+        return self._owner[name].tensor(self._stored[name])
 
     def _quantized_modules(self) -> dict[str, QuantizedModule]:
         """The linear modules that config.json says are quantized, by the name of their weight."""
@@ -149,11 +151,10 @@ class HfDirectory(Checkpoint):
         return modules
 
     def _check_tensors(self) -> None:
-        entries = {
-            name: file.entries[name.removeprefix(self._prefix)]
-            for name, file in self._owner.items()
-        }
+        entries = {name: file.entries[self._stored[name]] for name, file in self._owner.items()}
         expected = expected_tensors(self.spec)
+        if self.vision is not None:
+            expected |= self.vision.tensors()
         known: set[str] = set()
         for module in self._modules.values():
             known |= module.check(entries)

@@ -32,6 +32,9 @@ TEXT_FILES = [
     "config_sentence_transformers.json",
     "sentence_bert_config.json",
     "1_Pooling/config.json",
+    # Of models that read pictures.
+    "preprocessor_config.json",
+    "processor_config.json",
 ]
 # Without a directory part: original/consolidated.*.safetensors would be the same weights twice.
 _CONNECT_S = 10

@@ -22,6 +22,7 @@ from .download import Download, Preview
 from .gguf_source import GgufCheckpoint
 from .hf_directory import HfDirectory
 from .hub import TEXT_FILES, download
+from .idefics3 import read_vision
 from .pooling import Judge, find_task
 from .quantization_config import QuantizationConfig, read_quantization
 
@@ -139,4 +140,5 @@ def _check_text(directory: Path, task: Task | None) -> tuple[ModelSpec, Quantiza
     spec = parse_config(config, str(directory / "config.json"), task)
     quantization = read_quantization(config, directory)
     read_text(directory, config, spec.vocab_size)
+    read_vision(directory, config, spec.hidden_size)
     return spec, quantization

@@ -54,7 +54,8 @@ from engines.memory import check_memory
 from engines.outside import constants_inside, lay_out, make_inputs
 from engines.own_kernels import use_own_kernels
 from export.graph.data_file import StoredTensor
-from export.graph.decoder import DecoderTensors, StoredLinear, build_decoder
+from export.graph.decoder import DecoderTensors, build_decoder
+from export.graph.linear_nodes import StoredLinear
 from tests.conftest import Bundles
 from tests.fake_cuda import FakeGpu
 

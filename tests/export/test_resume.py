@@ -27,7 +27,7 @@ from edge_lab.place import check_free_space, remove
 from edge_lab.target import beside
 from export import bundle as bundle_writer
 from export.graph.data_file import StoredTensor
-from export.graph.decoder import StoredLinear
+from export.graph.linear_nodes import StoredLinear
 from export.pipeline import ExportConfig, export_checkpoint
 from export.resume import STATE_NAME, Finished, Work, calibration_key, resumable_work
 from export.sources.lora import LoraCheckpoint
