@@ -208,6 +208,14 @@ class _Quant(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 
     help="Merge this LoRA adapter (peft's layout, safetensors) into the weights first.",
 )
 @option(
+    "Source",
+    "--adapters",
+    type=int,
+    metavar="RANK",
+    help="Take LoRA adapters of this rank at most (1 to 128) at run time, several in one batch. "
+    "Default: none.",
+)
+@option(
     "Expert",
     "--eagle3",
     type=click.Path(path_type=Path),

@@ -10,6 +10,7 @@ from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from edge.adapters.graph_inputs import MAX_RANK
 from edge.bundle.manifest import Dialect, Task
 from edge.bundle.schemes import Quant, fold_quant
 from edge.errors import ConfigError
@@ -97,6 +98,8 @@ class ExportRecipe:
         dtype: float type of the engine's graph; None is bf16 for ``quant="bf16"``, else fp16.
         vision_quant: how the weights of a vision encoder are stored, ``fp16`` or ``int8``; None is
             in the float type of the graph.
+        adapters: the largest rank of adapters that the bundle takes at run time; None is a bundle
+            that takes none.
     """
 
     quant: Quant | Literal["source"] | None = None
@@ -114,6 +117,7 @@ class ExportRecipe:
     kv_cache: KvCacheType = "float"
     dtype: GraphType | None = None
     vision_quant: VisionWeights | None = None
+    adapters: int | None = None
 
     def __post_init__(self) -> None:
         if self.quant is not None:
@@ -133,6 +137,8 @@ class ExportRecipe:
                 f"--vision-quant fp16 contradicts --dtype {self.float_type}, which is the type of "
                 "both graphs; leave it out"
             )
+        if self.adapters is not None:
+            self._check_adapters(self.adapters)
         if self.quant in ("fp16", "bf16") and self.float_type != self.quant:
             raise ConfigError(
                 f"--quant {self.quant} contradicts --dtype {self.dtype}; say --quant {self.dtype}"
@@ -235,8 +241,8 @@ class ExportRecipe:
     def rotates(self, task: Task, *, drafts: bool) -> bool:
         """Whether hidden states and values are rotated: by default for INT8, where a model can be.
 
-        The vectors of a model that embeds would be rotated, too, and a head that drafts was trained
-        with the hidden states as they are.
+        The vectors of a model that embeds would be rotated, too, and a head that drafts, or an
+        adapter, was trained with the hidden states as they are.
 
         Args:
             task: of the checkpoint.
@@ -244,7 +250,7 @@ class ExportRecipe:
         """
         if self.rotate is not None:
             return self.rotate
-        able = task != "embed" and not drafts
+        able = task != "embed" and not drafts and self.adapters is None
         return self.quant == "int8-w8a8" or (self.quant == "int8" and able)
 
     def refuse_rounding(self, source: str) -> None:
@@ -273,6 +279,16 @@ class ExportRecipe:
                     "keeps its integers (--quant source); leave it out, or quantize it anew with "
                     "another --quant, e.g. int4"
                 )
+
+    def _check_adapters(self, rank: int) -> None:
+        """Refuse a rank out of range, and what changes the channels that adapters read."""
+        if not 1 <= rank <= MAX_RANK:
+            raise ConfigError(f"--adapters {rank} is out of range: use a rank of 1 to {MAX_RANK}")
+        if self.rotates("generate", drafts=False):
+            raise ConfigError(
+                f"--adapters {rank} does not go with --rotate, which --quant int8-w8a8 implies: "
+                "adapters read the hidden states as they are; add --no-rotate"
+            )
 
     def _check_fast(self) -> None:
         """Refuse ``--fast`` where it would change nothing, or another option asks for more."""

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from edge.adapters.graph_inputs import FACTORS_NAME
 from edge.bundle.kv_scales import Scales
 from edge.bundle.linears import norm_sources
 from edge.bundle.manifest import (
@@ -34,6 +35,7 @@ from edge.bundle.manifest import (
 from edge.bundle.schemes import HIGH_PLANE
 from edge.errors import ConfigError
 from edge_lab.progress import Progress, prefixed
+from edge_lab.safetensors_writer import TensorSource, write_safetensors
 
 from .bundle import BundleWriter
 from .config import AS_IN_SOURCE, ExportRecipe
@@ -94,6 +96,14 @@ def _planes(scales: Mapping[int, KvScales]) -> Scales:
         2 * layer + entry: values[:, None]
         for layer, each in scales.items()
         for entry, values in enumerate((each.keys, each.values))
+    }
+
+
+def _stored(factors: Mapping[str, NDArray[np.float32]]) -> dict[str, TensorSource]:
+    """Factors of linears as a file holds them."""
+    return {
+        name: TensorSource("F32", values.shape, [values.astype("<f4")])
+        for name, values in factors.items()
     }
 
 
@@ -169,6 +179,10 @@ class DecoderFiles:
                 peaks = met
                 warn_of_peaks(peaks, self.recipe.float_type)
             tensors = [replace(each, kv_scales=scales) for each in tensors]
+        if self.recipe.adapters is not None:
+            tensors = [replace(each, adapters=True) for each in tensors]
+            if finished.factors:
+                write_safetensors(writer.path(FACTORS_NAME), _stored(finished.factors))
         for name, float_type, each in zip(names, self._float_types, tensors, strict=True):
             proto = build_decoder(self.checkpoint.spec, dialect, float_type, each, kv_capacity)
             writer.write_bytes(name, proto.SerializeToString())

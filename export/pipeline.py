@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from edge._version import __version__
+from edge.adapters import graph_inputs
 from edge.backends.ort.session import onnxruntime_version
 from edge.bundle import io_spec, kv_scales, memory_facts
 from edge.bundle.manifest import (
@@ -168,6 +169,7 @@ class _Export:
             model.name,
             checkpoint.spec.task,
             ("--verify", target.verify, "it measures the next token"),
+            ("--adapters", recipe.adapters is not None, "requests for it choose no adapter"),
             (
                 "--rotate, which --quant int8-w8a8 implies (add --no-rotate),",
                 self.rotates and checkpoint.spec.task == "embed",
@@ -245,6 +247,7 @@ class _Export:
                 self.announce(line)
             if self.recipe.quant == "int8" and self.recipe.rotate is None and not self.rotates:
                 reader = "its vectors" if self.head is None else "the head of --eagle3"
+                reader = reader if self.recipe.adapters is None else "what adapters read"
                 self.announce(f"not rotated, since {reader} must stay in the model's own basis")
             vision = None
             if self.opened.vision is not None:
@@ -414,6 +417,8 @@ class _Export:
         extras = {memory_facts.SECTION: msgspec.to_builtins(facts)}
         if decoder.kv_scales:
             extras[kv_scales.SECTION] = kv_scales.scales_section(decoder.kv_scales)
+        if self.recipe.adapters is not None:
+            extras[graph_inputs.SECTION] = graph_inputs.section(self.model, self.recipe.adapters)
         return _printable(msgspec.structs.replace(manifest, extras=extras))
 
 

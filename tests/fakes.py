@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Floats, Rows, Step
+from edge.backends.step import refuse_adapter
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.kv_scales import Scales
 from edge.errors import BackendError
@@ -39,6 +40,7 @@ class ScriptedBackend:
     forward_best: Callable[[Step], Rows] | None = None
     kv_scales: Scales = {}  # noqa: RUF012
     hidden_states: NDArray[np.float32] | None = None
+    adapter_rank = 0
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class ScriptedBackend:
         self.script = script
         self.meanwhile: Callable[[], None] | None = (lambda: None) if overlaps else None
         self._computes = False
+        self.set_adapter = refuse_adapter
         self.num_slots = num_slots
         self.capacity = capacity
         self.max_step_tokens = max_step_tokens

@@ -12,6 +12,7 @@ from .best import BestLogits
 from .step import Floats, Ints, Step
 
 if TYPE_CHECKING:
+    from edge.adapters.weights import AdapterWeights
     from edge.bundle.kv_scales import Scales
 
 __all__ = ["Backend", "BestLogits", "Floats", "Ints", "Rows", "Step"]
@@ -40,6 +41,8 @@ class Backend(Protocol):
         meanwhile: called in every step, in its thread, once a device has been given all of it, so
             that the CPU does something instead of waiting; it must not raise, nor use the backend.
             None where steps keep the CPU itself busy.
+        adapter_rank: the largest rank of an adapter that `set_adapter` takes; 0 where it takes
+            none, which is so of bundles that were exported without ``--adapters``.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Backend(Protocol):
     rounds_activations: bool
     kv_scales: Scales
     meanwhile: Callable[[], None] | None
+    adapter_rank: int
 
     @property
     def hidden_states(self) -> NDArray[np.float32] | None:
@@ -98,6 +102,17 @@ class Backend(Protocol):
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` rows of one slot to another."""
+        ...
+
+    def set_adapter(self, slot: int, weights: AdapterWeights | None) -> None:
+        """Give the sequence of a slot an adapter, or none, which is how slots begin.
+
+        Nothing is copied where the slot held the same adapter last.
+
+        Raises:
+            BackendError: ``adapter_rank`` is 0, or the adapter does not fit the bundle.
+            ResourceError: there is no memory for the first one.
+        """
         ...
 
     def close(self) -> None:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from edge.errors import BackendError
 
 if TYPE_CHECKING:
+    from edge.adapters.weights import AdapterWeights
+
     from . import Backend
 
 Floats = NDArray[np.floating]
@@ -133,6 +135,11 @@ def positions_from(starts: Sequence[int], seq: int) -> Ints:
     """Consecutive positions ``[B, seq]`` from the first one of each sequence on."""
     first = np.array(starts, dtype=np.int64)[:, None]
     return first if seq == 1 else first + np.arange(seq)
+
+
+def refuse_adapter(slot: int, weights: AdapterWeights | None) -> None:
+    """Stand for `Backend.set_adapter` where there are none."""
+    raise BackendError("the bundle takes no adapters; export it again with --adapters RANK")
 
 
 def all_tokens(count: int) -> Ints:

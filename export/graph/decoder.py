@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import onnx
 
 from edge._version import __version__
+from edge.adapters.graph_inputs import linear_inputs
 from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect, FloatType, ModelSpec
 
@@ -49,6 +50,7 @@ class DecoderTensors:
         rope_cos, rope_sin: ``[positions, head_dim / 2]``.
         kv_scales: of the layers whose cache is in 8 bits, by number.
         tap: hidden states that a head reads; None for a bundle without one.
+        adapters: whether the linears take adapters, of any rank.
     """
 
     linears: Mapping[str, StoredLinear]
@@ -57,6 +59,7 @@ class DecoderTensors:
     rope_sin: StoredTensor
     kv_scales: Mapping[int, KvScales] = field(default_factory=dict)
     tap: HiddenTap | None = None
+    adapters: bool = False
 
 
 def build_decoder(
@@ -89,6 +92,7 @@ class Decoder(LinearNodes):
         super().__init__(GraphBuilder(float_type), tensors.linears)
         self.model = model
         self.tensors = tensors
+        self.adapters = linear_inputs(model, float_type) if tensors.adapters else {}
 
     def build(self, dialect: Dialect, kv_capacity: int) -> onnx.ModelProto:
         """Write all nodes; see `build_decoder`."""
@@ -121,10 +125,11 @@ class Decoder(LinearNodes):
         else:
             self.linear(self.norm(x, "final_norm"), "lm_head", output=output)
         spec = (self.model, dialect, self.g.float_type, kv_capacity, self.tensors.kv_scales)
+        inputs = io_spec.decoder_inputs(*spec, self.embeds_width)
         return self.g.model(
             "decoder",
             io_spec.DIALECTS[dialect].opset,
-            io_spec.decoder_inputs(*spec, self.embeds_width),
+            [*inputs, *(each for pair in self.adapters.values() for each in pair)],
             io_spec.decoder_outputs(*spec, hidden_width),
             __version__,
         )

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from edge.bundle.io_spec import TensorSpec
 from edge.bundle.linears import ROTATION
 from edge.bundle.manifest import TensorScheme
 
+from .adapters import adapter_sum
 from .block_rotation import hadamard
 from .data_file import StoredTensor
 from .graph_builder import ONNX_TYPE, GraphBuilder
@@ -59,16 +61,22 @@ class LinearNodes:
     Args:
         graph: the graph.
         linears: how its layers are stored, by name.
+
+    Attributes:
+        adapters: the graph's inputs with A and B of the layers that take adapters, by name.
     """
 
     def __init__(self, graph: GraphBuilder, linears: Mapping[str, StoredLinear]) -> None:
         self.g = graph
         self.linears = linears
+        self.adapters: Mapping[str, tuple[TensorSpec, TensorSpec]] = {}
 
     def linear(self, x: str, name: str, output: str | None = None) -> str:
         """Add a layer to ``[batch, rows, in]``; returns ``[batch, rows, out]``."""
         g, stored = self.g, self.linears[name]
-        addends, divisor = [], None
+        addends, divisor, adapters = [], None, []
+        if name in self.adapters:
+            adapters = [adapter_sum(g, x, name, *self.adapters[name])]
         if stored.input_order:
             order = g.constant(f"{name}.input_order", stored.input_order)
             x = g.node("Gather", [x, order], f"{name}.input.ordered", axis=-1)
@@ -83,6 +91,10 @@ class LinearNodes:
             )
         if stored.bias is not None:
             addends.append(g.floats(stored.bias))
+        # Before the bias TensorRT adds it in the kernel that adds bias and residual stream. ONNX
+        # Runtime's product takes a bias that follows it, and must not lose it: the sum would differ
+        # in its last bits from that of a graph without adapters.
+        addends = [*addends, *adapters] if g.float_type == "fp32" else [*adapters, *addends]
         if stored.rotation_block:
             x = self.rotated(x, stored.rotation_block, f"{name}.input")
         if stored.per_token:

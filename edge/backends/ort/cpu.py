@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.step import Floats, Step
+from edge.backends.step import Floats, Step, refuse_adapter
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest, ModelSpec
 from edge.bundle.onnx_file import OnnxFile
@@ -182,7 +182,12 @@ class OrtBackend:
             dtype=np.float32,
             fused=fused,
         )
-        if deterministic:
+        self.adapter_rank, self.set_adapter = 0, refuse_adapter
+        if "adapters" in manifest.extras:
+            from edge.adapters.slots import adapt
+
+            adapt(self, self._runner, bundle, manifest, self._make_even if deterministic else None)
+        elif deterministic:
             self._make_even()
 
     @property
@@ -342,21 +347,21 @@ class _HostStep:
         inputs, bound, self._new = cache_tensors(
             dialect, self._caches, lambda cache: np.empty(rows, dtype=cache.dtype)
         )
-        self._binding = session.io_binding()
+        self.binding = session.io_binding()
         for name, array in {**self._inputs, **inputs}.items():
-            _bind(self._binding.bind_input, name, array)
+            _bind(self.binding.bind_input, name, array)
         bound[io_spec.output_name(model)] = self._logits
         if self.hidden is not None:
             bound[io_spec.HIDDEN_STATES] = self.hidden
         for name, array in bound.items():
-            _bind(self._binding.bind_output, name, array)
+            _bind(self.binding.bind_output, name, array)
 
     def run(self, step: Step) -> NDArray[np.float32]:
         fill_inputs(self._inputs, step, step.embeds)
         kv_len = self._dialect.rows_read(step.starts, step.kv_len)
-        _bind(self._binding.bind_input, io_spec.KV_POSITIONS, self._kv_positions[:kv_len])
+        _bind(self.binding.bind_input, io_spec.KV_POSITIONS, self._kv_positions[:kv_len])
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self.binding)
         except Exception as error:
             raise BackendError(
                 f"ONNX Runtime failed on a step of {step.positions.shape} tokens: {error}"

@@ -66,17 +66,17 @@ class DeviceStep:
         )
         # Appending the rows that a graph returns is a run of its own.
         self._append = cache.writer(self._caches, self._new) if self._new else None
-        self._binding = session.io_binding()
+        self.binding = session.io_binding()
         for name, block in inputs.items():
-            self._bind(self._binding.bind_input, name, block, self._element)
+            self._bind(self.binding.bind_input, name, block, self._element)
         for name, block in bound.items():
-            self._bind(self._binding.bind_output, name, block, self._element)
+            self._bind(self.binding.bind_output, name, block, self._element)
         leaving = {io_spec.output_name(model): self._logits}
         if self._hidden is not None:
             leaving[io_spec.HIDDEN_STATES] = self._hidden
         for name, array in leaving.items():
             where = (array.shape, array.ctypes.data)
-            self._binding.bind_output(name, "cpu", 0, self._element, *where)
+            self.binding.bind_output(name, "cpu", 0, self._element, *where)
 
     def _bind(self, bind: Any, name: str, block: Block, element: Any) -> None:
         bind(name, self._device.name, self._device.index, element, block.shape, block.address)
@@ -90,9 +90,9 @@ class DeviceStep:
             fill_inputs(self._inputs, step, to_storage(step.embeds, self._float_type))
             for name, buffer in self._inputs.items():
                 element = self._element if name == io_spec.INPUTS_EMBEDS else np.int64
-                self._binding.bind_input(name, "cpu", 0, element, buffer.shape, buffer.ctypes.data)
-            self._bind(self._binding.bind_input, io_spec.KV_POSITIONS, rows, np.int64)
-            self._session.run_with_iobinding(self._binding)
+                self.binding.bind_input(name, "cpu", 0, element, buffer.shape, buffer.ctypes.data)
+            self._bind(self.binding.bind_input, io_spec.KV_POSITIONS, rows, np.int64)
+            self._session.run_with_iobinding(self.binding)
             if self._append is not None:
                 self._append.write(step.starts)
         return self._as_floats(self._logits)

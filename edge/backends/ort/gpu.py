@@ -16,13 +16,14 @@ import logging
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.step import Floats, Step, last_token, step_after
+from edge.backends.step import Floats, Step, last_token, refuse_adapter, step_after
 from edge.bundle import io_spec
 from edge.bundle.manifest import FloatType, Manifest
 from edge.bundle.onnx_file import Node, OnnxFile
@@ -122,6 +123,7 @@ class OrtCudaBackend:
             fused=self._fused,
         )
         self._session: Any = None
+        self.adapter_rank, self.set_adapter = 0, refuse_adapter
         self._resources = ExitStack()
         try:
             events = self._load(graph, bundle, manifest)
@@ -162,6 +164,11 @@ class OrtCudaBackend:
                     storage_dtype(self._float_type),
                 )
                 self._resources.callback(self._cache.close)
+                if "adapters" in manifest.extras:
+                    from edge.adapters.mirror import adapt_device
+
+                    store = partial(to_storage, float_type=self._float_type)
+                    adapt_device(self, self._runner, bundle, manifest, self._cache, store)
             self._warm_up(0)
             events: list[dict[str, Any]] = json.loads(
                 Path(self._session.end_profiling()).read_text("utf-8")

@@ -79,6 +79,7 @@ class StepRunner:
             sequence at a time.
 
     Attributes:
+        bind: as given; `edge.adapters` puts its own part before.
         hidden: see `edge.backends.Backend.hidden_states`.
     """
 
@@ -94,7 +95,7 @@ class StepRunner:
         dtype: Any,
         fused: bool,
     ) -> None:
-        self._bind, self._read_slot, self._put_back = bind, read_slot, put_back
+        self.bind, self._read_slot, self._put_back = bind, read_slot, put_back
         self._out_width, self._hidden_width, self._dtype = out_width, hidden_width, dtype
         self._batching = Batching(
             decode_gap=1, chunk_gap=0, alone_after_past=fused, num_slots=num_slots
@@ -150,9 +151,9 @@ class StepRunner:
                 outputs = StepOutputs(
                     logits[: shape.batch], None if hidden is None else hidden[: shape.batch]
                 )
-                bound = self._decode_steps[shape] = self._bind(shape, outputs)
+                bound = self._decode_steps[shape] = self.bind(shape, outputs)
         else:
-            bound = self._bind(shape, self._make_outputs(*shape[1:]))
+            bound = self.bind(shape, self._make_outputs(*shape[1:]))
         result = bound.run(step)
         self.hidden = bound.hidden
         return result

@@ -93,8 +93,13 @@ def load_graph(
     ]
     graph.set_dimension(cache, 2, capacity)
     spec = (manifest.model, manifest.dialect, float_type, capacity, manifest.int8_layers)
+    inputs = io_spec.decoder_inputs(*spec, manifest.embeds_width)
+    if "adapters" in manifest.extras:
+        from edge.adapters.graph_inputs import adapter_inputs
+
+        inputs += adapter_inputs(manifest, float_type)
     for found, expected in (
-        (graph.inputs, io_spec.decoder_inputs(*spec, manifest.embeds_width)),
+        (graph.inputs, inputs),
         (graph.outputs, io_spec.decoder_outputs(*spec, manifest.hidden_width)),
     ):
         ours = [(value.name, value.dtype, value.shape) for value in found]

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import BestLogits, Rows, cuda
-from edge.backends.step import Floats, Step, step_after
+from edge.backends.step import Floats, Step, refuse_adapter, step_after
 from edge.backends.windows import (
     UNBOUNDED,
     Batching,
@@ -144,6 +144,7 @@ class TensorRTBackend:
             if value is not None and value < 1:
                 raise ConfigError(f"{option} {value} must be positive")
         self._manifest = manifest
+        self.adapter_rank, self.set_adapter = 0, refuse_adapter
         self.meanwhile: Callable[[], None] | None = lambda: None
         self._lost: str | None = None
         self._closed = False

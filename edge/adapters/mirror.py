@@ -1,0 +1,70 @@
+"""Adapters of slots in a device's memory that takes whole tensors only: each has a twin here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.bundle.manifest import Manifest, ModelSpec
+
+from .graph_inputs import Basis
+from .slots import AdapterSlots, adapt
+
+Store = Callable[[NDArray[Any]], NDArray[Any]]
+
+
+class MirroredSlots(AdapterSlots):
+    """See `AdapterSlots`; a step that needs what has changed copies it to the device first.
+
+    Args:
+        cache: an `edge.backends.ort.device_cache.OrtDeviceCache`, which uploads arrays.
+        store: floats as the device has them.
+    """
+
+    def __init__(
+        self, model: ModelSpec, rank: int, basis: Basis, num_slots: int, cache: Any, store: Store
+    ) -> None:
+        super().__init__(model, rank, basis, num_slots, store(np.zeros(1, np.float32)).dtype)
+        self._store, self._upload = store, cache.upload
+        self._there: dict[str, Any] = {}
+        self._nowhere = cache.upload(self._nothing)
+        self._stale = False
+
+    def rank_of(self, first: int, batch: int) -> int:
+        """See the base class."""
+        rank = super().rank_of(first, batch)
+        if rank and self._stale:
+            for name, block in self._blocks.items():
+                if name in self._there:
+                    self._there[name].owner.update_inplace(block)
+                else:
+                    self._there[name] = self._upload(block)
+            self._stale = False
+        return rank
+
+    def _write(self, name: str, slot: int, values: NDArray[Any] | None) -> None:
+        super()._write(name, slot, None if values is None else self._store(values))
+        self._stale = True
+
+    def _address(self, name: str, first: int) -> int:
+        address: int = self._there[name].address
+        return address + first * self._blocks[name].strides[0]
+
+    def _empty(self) -> int:
+        address: int = self._nowhere.address
+        return address
+
+
+def adapt_device(
+    backend: Any, runner: Any, bundle: Path, manifest: Manifest, cache: Any, store: Store
+) -> None:
+    """Let a backend on a device of ONNX Runtime take adapters; see `adapt` and `MirroredSlots`."""
+    element = 16 if manifest.dtype == "bf16" else cache.dtype.type  # as `device_step` has them
+    place = (cache.device.name, cache.device.index, element)
+    kind = partial(MirroredSlots, cache=cache, store=store)
+    adapt(backend, runner, bundle, manifest, place=place, kind=kind)

@@ -1,0 +1,249 @@
+"""Each slot's own adapter in memory, of which a step binds the part of its slots, as of the cache.
+
+Memory is taken when the first adapter comes; until then, and whenever no slot of a step has one,
+steps run at rank 0 and read nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.bundle.io_spec import BATCH
+from edge.bundle.manifest import Manifest, ModelSpec
+from edge.errors import BackendError, ResourceError
+
+from .graph_inputs import (
+    Basis,
+    adapted_linears,
+    linear_inputs,
+    rank_sizes,
+    read_basis,
+    read_section,
+)
+from .weights import AdapterWeights
+
+Shape = tuple[int, ...]
+
+
+class AdapterSlots:
+    """A and B of every joined linear, ``[slots, ...]`` each, in the memory of the CPU.
+
+    Args:
+        model: the bundle's.
+        rank: of a step in which some slot has an adapter; smaller adapters are filled up with
+            zeros.
+        basis: the bundle's.
+        num_slots: as many as the cache has.
+        dtype: of the graph's floats.
+    """
+
+    def __init__(
+        self, model: ModelSpec, rank: int, basis: Basis, num_slots: int, dtype: Any = np.float32
+    ) -> None:
+        self.rank, self._basis, self._dtype = rank, basis, np.dtype(dtype)
+        self._layers = adapted_linears(model)
+        self._specs = linear_inputs(model, "fp32")  # whose types nobody reads here
+        self._inputs = [spec for pair in self._specs.values() for spec in pair]
+        self._held = [""] * num_slots  # digest of what a slot's memory has; zeros have none
+        self._active = [False] * num_slots
+        self._blocks: dict[str, NDArray[Any]] = {}
+        self._nothing = np.zeros(64, np.float32)  # what inputs of rank 0 point at
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that is taken."""
+        return sum(block.nbytes for block in self._blocks.values())
+
+    def put(self, slot: int, weights: AdapterWeights | None) -> None:
+        """Give a slot an adapter or none, see `edge.backends.Backend`.
+
+        Raises:
+            BackendError: it does not fit the bundle; the slot keeps what it has.
+            ResourceError: there is no memory for the first one.
+        """
+        if weights is not None and weights.digest != self._held[slot]:
+            self._check(weights)
+            self._allocate()
+            self._held[slot], self._active[slot] = "?", False  # until all of it is there
+            self._fill(slot, weights)
+            self._held[slot] = weights.digest
+        self._active[slot] = weights is not None
+
+    def rank_of(self, first: int, batch: int) -> int:
+        """The rank at which slots from ``first`` on run: 0 if none has an adapter.
+
+        Of slots beside one that has, the memory of those without is zeros from here on.
+        """
+        slots = range(first, first + batch)
+        if not any(self._active[slot] for slot in slots):
+            return 0
+        for slot in slots:
+            if self._held[slot] and not self._active[slot]:
+                for spec in self._inputs:
+                    self._write(spec.name, slot, None)
+                self._held[slot] = ""
+        return self.rank
+
+    def inputs(self, first: int, batch: int, rank: int) -> Iterator[tuple[str, Shape, int]]:
+        """Name, shape and address of every input of such slots."""
+        for name, shape in self._shapes(batch, rank):
+            yield name, shape, self._address(name, first) if rank else self._empty()
+
+    def _shapes(self, batch: int, rank: int) -> Iterator[tuple[str, Shape]]:
+        sizes = {BATCH: batch, **rank_sizes(rank)}
+        for spec in self._inputs:
+            yield spec.name, tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
+
+    def try_all(self) -> None:
+        """Give every slot an adapter of random numbers, until `forget`."""
+        random = np.random.default_rng(0)
+        tensors = {}
+        for layer in self._layers:
+            inner = len(layer.rows) * self.rank
+            a, b = (
+                random.standard_normal(shape, np.float32) / np.float32(shape[1] ** 0.5)
+                for shape in ((inner, layer.shape[0]), (layer.shape[1], inner))
+            )
+            tensors[layer.name] = (a, b)
+        for slot in range(len(self._held)):
+            self.put(slot, AdapterWeights("a trial", "trial", self.rank, tensors))
+
+    def forget(self) -> None:
+        """Take all adapters away and give their memory back; nothing may be bound to it."""
+        self._blocks = {}
+        self._held, self._active = [""] * len(self._held), [False] * len(self._held)
+
+    def _check(self, weights: AdapterWeights) -> None:
+        problem = None
+        shapes = {layer.name: (len(layer.rows), *layer.shape) for layer in self._layers}
+        if not 1 <= weights.rank <= self.rank:
+            problem = f"its rank is {weights.rank}, and the bundle takes 1 to {self.rank}"
+        for name, (a, b) in weights.tensors.items():
+            parts, width, out = shapes.get(name, (0, 0, 0))
+            inner = parts * weights.rank
+            if (a.shape, b.shape) != ((inner, width), (out, inner)):
+                problem = f"{name} has A {list(a.shape)} and B {list(b.shape)}"
+        if problem is not None:
+            raise BackendError(f"the adapter {weights.name} does not fit the bundle: {problem}")
+
+    def _fill(self, slot: int, weights: AdapterWeights) -> None:
+        for layer in self._layers:
+            pair: tuple[NDArray[Any] | None, ...] = (None, None)
+            if layer.name in weights.tensors:
+                a, b = self._basis(layer, *weights.tensors[layer.name])
+                if missing := len(layer.rows) * self.rank - len(a):
+                    a, b = np.pad(a, ((0, missing), (0, 0))), np.pad(b, ((0, 0), (0, missing)))
+                pair = (a, b)
+            for spec, values in zip(self._specs[layer.name], pair, strict=True):
+                self._write(spec.name, slot, values)
+
+    # What differs where the memory is a device's.
+
+    def _allocate(self) -> None:
+        """Take memory for all slots, unless it is there."""
+        if self._blocks:
+            return
+        try:
+            for name, shape in self._shapes(len(self._held), self.rank):
+                self._blocks[name] = np.zeros(shape, self._dtype)
+        except MemoryError as error:
+            self._blocks = {}
+            raise ResourceError(
+                f"the adapters of {len(self._held)} slots do not fit into memory; fewer slots"
+            ) from error
+
+    def _write(self, name: str, slot: int, values: NDArray[Any] | None) -> None:
+        """Overwrite a slot's part of an input; None is zeros."""
+        self._blocks[name][slot] = 0 if values is None else values
+
+    def _address(self, name: str, first: int) -> int:
+        return self._blocks[name][first:].ctypes.data
+
+    def _empty(self) -> int:
+        return self._nothing.ctypes.data
+
+
+class AdaptedStep:
+    """A bound step of ONNX Runtime, whose inputs for adapters are bound anew as the rank changes.
+
+    Args:
+        step: an `edge.backends.ort.runner.BoundStep` with a ``binding``.
+        slots: of the backend.
+        first: the first slot of the step.
+        batch: its slots.
+        place: device, its number and the type of elements, as a binding takes them.
+    """
+
+    def __init__(
+        self, step: Any, slots: AdapterSlots, first: int, batch: int, place: tuple[Any, ...]
+    ) -> None:
+        self.binding = step.binding
+        self._step, self._slots, self._window, self._place = step, slots, (first, batch), place
+        self._rank = -1
+
+    @property
+    def hidden(self) -> NDArray[np.float32] | None:
+        """See `edge.backends.ort.runner.BoundStep`."""
+        hidden: NDArray[np.float32] | None = self._step.hidden
+        return hidden
+
+    def run(self, step: Any) -> NDArray[np.float32]:
+        """See `edge.backends.ort.runner.BoundStep`."""
+        rank = self._slots.rank_of(*self._window)
+        if rank != self._rank:
+            self._rank = -1
+            for name, shape, address in self._slots.inputs(*self._window, rank):
+                self.binding.bind_input(name, *self._place, shape, address)
+            self._rank = rank
+        logits: NDArray[np.float32] = self._step.run(step)
+        return logits
+
+
+def adapt(
+    backend: Any,
+    runner: Any,
+    bundle: Path,
+    manifest: Manifest,
+    trial: Callable[[], None] | None = None,
+    place: tuple[Any, ...] = ("cpu", 0, np.float32),
+    kind: Callable[[ModelSpec, int, Basis, int], AdapterSlots] = AdapterSlots,
+) -> None:
+    """Let a backend of ONNX Runtime take adapters, where its bundle does.
+
+    Args:
+        backend: gets ``adapter_rank`` and ``set_adapter``.
+        runner: its `edge.backends.ort.runner.StepRunner`.
+        bundle: the bundle's directory; its files are verified.
+        manifest: its manifest.
+        trial: run once while every slot has an adapter; it raises where it finds a fault.
+        place: see `AdaptedStep`.
+        kind: makes the slots.
+
+    Raises:
+        BundleError: see `read_section` and `read_basis`.
+        BackendError: the trial's.
+    """
+    section = read_section(manifest)
+    if section is None:  # a head, whose bundle has one
+        if trial is not None:
+            trial()
+        return
+    basis = read_basis(bundle, manifest)
+    slots = kind(manifest.model, section.rank, basis, backend.num_slots)
+    bind = runner.bind
+
+    def bind_adapted(shape: Any, outputs: Any) -> AdaptedStep:
+        return AdaptedStep(bind(shape, outputs), slots, shape.first, shape.batch, place)
+
+    runner.bind = bind_adapted
+    if trial is not None:
+        slots.try_all()
+        trial()
+        runner.forget()
+        slots.forget()
+    backend.adapter_rank, backend.set_adapter = slots.rank, slots.put

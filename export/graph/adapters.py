@@ -1,0 +1,27 @@
+"""The nodes of an adapter: what `edge.adapters.graph_inputs` says is added to a linear's product.
+
+The transposes stay: TensorRT reads peft's layouts as they are, where it would copy the others to
+turn them, and ONNX Runtime has products that read a transposed matrix.
+"""
+
+from __future__ import annotations
+
+from edge.bundle.io_spec import TensorSpec
+
+from .graph_builder import GraphBuilder
+
+
+def adapter_sum(g: GraphBuilder, x: str, linear: str, a: TensorSpec, b: TensorSpec) -> str:
+    """Add ``(x @ a.T) @ b.T`` of each sequence; returns its name.
+
+    Args:
+        g: the graph.
+        x: the linear's input ``[B, S, in]``.
+        linear: its name.
+        a: the graph's input with A of each sequence.
+        b: that with B.
+    """
+    for each in (a, b):
+        g.node("Transpose", [each.name], f"{each.name}.t", perm=[0, 2, 1])
+    low = g.node("MatMul", [x, f"{a.name}.t"], f"{linear}.adapter.low")
+    return g.node("MatMul", [low, f"{b.name}.t"], f"{linear}.adapter")
