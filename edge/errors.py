@@ -240,8 +240,8 @@ def _requirements(extra: str) -> list[str]:
         requirement, _, marker = line.partition(";")
         if not re.search(rf"extra == ['\"]{extra}['\"]", marker):
             continue
-        below = re.search(r"python_version < ['\"]3\.(\d+)['\"]", marker)
-        if below is None or sys.version_info < (3, int(below[1])):
+        asked = re.search(r"python_version (<|>=) ['\"]3\.(\d+)['\"]", marker)
+        if asked is None or (sys.version_info < (3, int(asked[2]))) == (asked[1] == "<"):
             found.append(requirement.strip())
     return found
 

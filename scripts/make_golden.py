@@ -3,7 +3,7 @@
 Run from the repository's root where torch and transformers are installed (dependency group
 ``parity``)::
 
-    python -m scripts.make_golden [qwen2] [llama] [qwen3] [smollm2] [pooling]
+    python -m scripts.make_golden [qwen2] [llama] [qwen3] [smollm2] [pooling] [pictures]
 
 The tests read the files through `tests.parity`, which says what is in them, and recompute them
 wherever torch is installed, so a stale file does not go unnoticed.
@@ -12,6 +12,7 @@ wherever torch is installed, so a stale file does not go unnoticed.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ import transformers
 from numpy.typing import NDArray
 
 from scripts.smollm2 import smollm2_gguf
+from tests.edge.vision import judge
+from tests.edge.vision.pictures import GOLDEN_PATH, LIMITS, LOSSLESS, SECTIONS, SIZES, digest
 from tests.parity import GOLDEN_DIR, Golden, PoolingGolden, SmolGolden
 from tests.tiny_models import BOS_ID, FIRST_CONTROL_ID, KINDS, write_checkpoint
 from tests.tiny_pooling import PAIRS, TEXTS, write_embedder, write_judge
@@ -164,9 +167,30 @@ def make_pooling(embedder: Path, judge: Path) -> PoolingGolden:
     return PoolingGolden(np.stack(vectors), np.array(scores, np.float32), VERSIONS)
 
 
+def make_pictures() -> dict[str, Any]:
+    """Hashes of pixels, and grids of many sizes, of transformers' processors on Pillow."""
+    import PIL
+
+    tiles = {}
+    for name, section in SECTIONS.items():
+        is_small = name.startswith("tiny")
+        for picture in LOSSLESS if is_small else ("photo", "tall", "large"):
+            data = LOSSLESS[picture]()
+            for limit in LIMITS if is_small else (None,):
+                values = judge.pixel_values(data, section, limit)
+                tiles[f"{picture}, {name}, {limit}"] = digest(values)
+    grids = {}
+    for name, section in SECTIONS.items():
+        for size in SIZES:
+            for limit in LIMITS:
+                options = judge.settings(size, section, limit)
+                grids[f"{size}, {name}, {limit}"] = judge.grid(size, section, options)
+    return {"made by": f"{VERSIONS}, pillow {PIL.__version__}", "tiles": tiles, "grids": grids}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [*KINDS, "smollm2", "pooling"]
+    names = [*KINDS, "smollm2", "pooling", "pictures"]
     parser.add_argument("names", nargs="*", default=names, metavar="NAME")
     chosen = parser.parse_args().names
     transformers.utils.logging.set_verbosity_error()
@@ -184,6 +208,10 @@ def main() -> None:
             pooling = make_pooling(*written)
         pooling.save()
         print(f"pooling: scores {pooling.scores.round(3).tolist()}")
+    if "pictures" in chosen:
+        pictures = make_pictures()
+        GOLDEN_PATH.write_text(json.dumps(pictures, indent=0) + "\n")
+        print(f"pictures: {len(pictures['tiles'])} and the grids of {len(pictures['grids'])}")
     if "smollm2" in chosen:
         goldens = make_smollm2()
         SmolGolden.save_all(goldens)

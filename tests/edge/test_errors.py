@@ -100,12 +100,13 @@ def test_elsewhere_the_requirements_are_named(monkeypatch: pytest.MonkeyPatch) -
         "tensorrt-rtx>=1.3; extra == 'check'",
         'polygraphy<2,>=0.49 ; extra == "check"',
         "tomli>=2; (python_version < '3.11') and extra == 'check'",
+        "numbers>=2; (python_version >= '3.11') and extra == 'check'",
         "checker>=1; extra == 'checks'",
     ]
     monkeypatch.setattr(metadata, "requires", lambda name: lines)
     monkeypatch.setattr(errors, "_pip_install", lambda: "pip install")
     wanted = ["pip", "install", "tensorrt-rtx>=1.3", "polygraphy<2,>=0.49"]
-    for version, more in (((3, 11, 0), []), ((3, 10, 13), ["tomli>=2"])):
+    for version, more in (((3, 11, 0), ["numbers>=2"]), ((3, 10, 13), ["tomli>=2"])):
         monkeypatch.setattr(sys, "version_info", version)
         assert shlex.split(install_command("check")) == wanted + more
 
