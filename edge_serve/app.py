@@ -68,6 +68,13 @@ from .http.priority import priority_of
 from .http.probes import HEALTHY
 from .http.threads import LARGE_BYTES, Lane, Lanes, in_thread, while_there
 from .models.registry import Choice, ModelEntry, ModelRegistry
+from .pictures import (
+    body_limit,
+    check_values,
+    may_have_pictures,
+    modalities,
+    picture_models,
+)
 from .settings import ServerSettings, parse_keep_alive
 
 if TYPE_CHECKING:
@@ -142,6 +149,11 @@ class _Endpoints:
         self._settings = settings
         self._metrics = metrics
         self._lanes = Lanes(settings, on_large=trimmer.soon)
+        self._fetcher = None
+        if settings.image_urls:
+            from .pictures.fetch import PictureFetcher
+
+            self._fetcher = PictureFetcher(settings)
 
     def routes(self) -> list[BaseRoute]:
         """List every path; those of the API with and without ``/v1``."""
@@ -197,14 +209,21 @@ class _Endpoints:
 
     async def _read(self, request: Request, kind: type[_Body]) -> tuple[_Body, Lane]:
         """Read the body of a request; returns it, and the lane in which to encode its texts."""
-        body = await read_body(request.scope, request.receive, self._settings)
-        lane = self._lanes.lane(len(body))
-        ignores = self._settings.unknown_fields == "ignore"
+        settings = self._settings
+        most_bytes = body_limit(settings, self._models.entries())
+        body = await read_body(request.scope, request.receive, settings, most_bytes)
+        check_values(body, settings)
+        lane = self._lanes.lane(LARGE_BYTES if may_have_pictures(body) else len(body))
+        ignores = settings.unknown_fields == "ignore"
         on_unknown = self._metrics.observe_ignored_fields if ignores else None
-        read = partial(decode, body, kind, self._settings.max_nesting, on_unknown)
+        read = partial(decode, body, kind, settings.max_nesting, on_unknown)
         if len(body) < LARGE_BYTES:
-            return read(), lane
-        return await lane.run(lambda _: read(), request.receive), lane
+            asked = read()
+        else:
+            asked = await lane.run(lambda _: read(), request.receive)
+        if self._fetcher is not None:
+            await self._fetcher.fetch_all(asked, request.receive)
+        return asked, lane
 
     # ------------------------------------------------------------------------------- text
 
@@ -285,6 +304,7 @@ class _Endpoints:
             arm=choice.arm,
             priority=priority_of(request.headers.getlist("priority")),
             waited_s=choice.waited_s,
+            picture_models=picture_models(self._models.entries()),
         )
 
     async def _embeddings(self, request: Request) -> Response:
@@ -524,4 +544,5 @@ def _card(entry: ModelEntry) -> ModelCard:
         own = msgspec.to_builtins(entry.manifest.sampling)
         del own["assumed"]
         card.sampling, card.reasons = own, entry.reasons
+        card.architecture = modalities(entry.manifest)
     return card

@@ -63,7 +63,11 @@ class ServerSettings(EngineConfig):
             too; by default the free memory is what there is. One bundle is loaded in any case.
         admin_keys: names of the API keys that may load and unload models by hand, and say how long
             they stay.
-        max_body_bytes: longest body of a request.
+        max_body_bytes: longest body of a request, beside its pictures.
+        max_images: pictures of a request at most.
+        max_image_bytes: bytes of all pictures of a request together; where a model that reads them
+            is served, a body may be longer by 4/3 of it.
+        image_urls: fetch pictures that requests name by an address, from public machines only.
         max_inflight_body_bytes: bytes of all bodies whose requests have not ended; one client may
             have a quarter of them, and the first 16 KiB of each body are free.
         max_header_bytes: longest head of a request, all its headers together.
@@ -122,6 +126,9 @@ class ServerSettings(EngineConfig):
     memory_budget_mb: _Count | None = None
     admin_keys: list[str] = field(default_factory=list)
     max_body_bytes: _Positive = 4 * 2**20
+    max_images: _Positive = 10
+    max_image_bytes: _Positive = 8 * 2**20
+    image_urls: bool = False
     max_inflight_body_bytes: _Positive = 64 * 2**20
     max_header_bytes: _Positive = 16 * 2**10
     max_nesting: _Positive = 64
@@ -161,7 +168,7 @@ class ServerSettings(EngineConfig):
         "Log": ("log_format", "log_level"),
         "Expert": (
             "auto", "split", "memory_budget_mb", "responses_dir", "vllm_metrics", "drift_baseline",
-            "unknown_fields",
+            "unknown_fields", "image_urls",
         ),
     }  # fmt: skip
     """Where the help of a verb shows each option; what is in no section is a key only."""
@@ -194,6 +201,12 @@ class ServerSettings(EngineConfig):
                 f"host {self.host} can be reached from other machines, and no API key is set; "
                 "give --api-key-file, listen on 127.0.0.1, or say --allow-open"
             )
+
+    @property
+    def most_body_bytes(self) -> int:
+        """The longest body where a model reads pictures, which come in base64."""
+        longest = self.max_body_bytes + -(-self.max_image_bytes // 3) * 4
+        return min(longest, self.max_inflight_body_bytes)
 
     @property
     def keep_alive_s(self) -> float:

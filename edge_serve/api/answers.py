@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
+from edge_serve.pictures import Modalities
+
 
 class PromptDetails(Struct):
     """Details of the prompt's tokens: how many were in the cache."""
@@ -232,7 +234,8 @@ class ModelCard(Struct):
 
     ``reasons`` says whether its answers to chats may begin with reasoning, which can then be
     limited or skipped; for a name that stands for several models, whether all of them do.
-    ``size_bytes`` is what the bundle's files take.
+    ``size_bytes`` is what the bundle's files take. ``architecture`` says what it reads, as
+    llama.cpp's router and OpenRouter do.
     """
 
     id: str
@@ -245,6 +248,7 @@ class ModelCard(Struct):
     owned_by: str = "edge-llm"
     size_bytes: int | UnsetType = UNSET
     status: ModelState | UnsetType = UNSET
+    architecture: Modalities | UnsetType = UNSET
 
 
 class ModelList(Struct):

@@ -11,6 +11,7 @@ from edge.runtime.ask import Ask
 from edge.runtime.sampling import SampledToken
 from edge.text.tokenizer import Tokenizer
 from edge_serve.http.errors import invalid
+from edge_serve.pictures.parts import has_pictures, read_pictures, why_refused
 
 from .answers import (
     ChatChunk,
@@ -37,7 +38,7 @@ from .generate import (
 from .generic_tools import place_tools
 from .messages import read_messages, user_texts
 from .pieces import Piece
-from .protocol import ChatRequest
+from .protocol import ChatRequest, convert
 from .respond import Plan, Render, Turn
 from .sse import DONE, event
 from .tool_use import read_tools
@@ -66,6 +67,9 @@ def plan_chat(turn: Turn, body: ChatRequest, *, capacity: int | None = None) -> 
     check_messages(len(body.messages), turn.settings)
     check_choices(body.n or 1, 1, turn.settings.max_choices)
     params = sampling_params(body, llm, max_tokens=max_tokens, logprobs=logprobs)
+    if has_pictures(body.messages):
+        refused = why_refused(turn.model.name, turn.picture_models)
+        body.messages = read_pictures(body.messages, turn.settings, convert, refused)
     check_texts(llm, [body.messages, body.tools], "messages", capacity=capacity)
     messages, continues = read_messages(body)
     use = read_tools(body, llm.template)

@@ -33,6 +33,7 @@ IGNORED = {
     "modalities": "text is the only one",
     "response_format.json_schema.name": "the schema binds the answer, whatever it is called",
     "response_format.json_schema.description": "the model reads the messages; say it there",
+    "messages[].content[].image_url.detail": "how many tiles a picture has is the server's choice",
     "messages[].name": "most templates have no place for it; one that reads message.name gets it",
 }
 """Fields that are accepted without effect, by path, and why."""

@@ -65,6 +65,7 @@ class Turn:
         arm: the arm of the A/B split that chose the model, if any.
         priority: lower runs first.
         waited_s: seconds for which it has waited for the model to be loaded.
+        picture_models: names of the served models that take pictures.
     """
 
     model: ServedModel
@@ -78,6 +79,7 @@ class Turn:
     arm: str | None = None
     priority: int = 0
     waited_s: float = 0.0
+    picture_models: Sequence[str] = ()
 
     def deadline_s(self) -> float | None:
         """When the answer must have ended if it begins now, on the monotonic clock."""

@@ -162,12 +162,14 @@ def as_api_error(error: BaseException) -> APIError:
     if isinstance(error, APIError):
         return error
     if isinstance(error, ContextLengthError):
+        rows = getattr(error, "num_rows", 0)  # of `edge.vision.prompt.PicturesLengthError`
+        of_pictures = f" or send fewer pictures, whose rows are {rows} of them" if rows else ""
         return APIError(
             400,
             "context_length_exceeded",
             f"the prompt has {error.num_tokens} tokens{' or more' if error.at_least else ''}, but "
             f"the context holds {error.capacity} and one must be left for the answer; shorten the "
-            "prompt",
+            f"prompt{of_pictures}",
             param="messages",
             extra={"n_prompt_tokens": error.num_tokens, "n_ctx": error.capacity},
         )

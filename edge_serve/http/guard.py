@@ -90,7 +90,7 @@ class Guard:
         self._origins = Origins(settings.proxy_networks, on_ignored_client)
         self._rate = RateLimit(settings.rate_limit_rpm)
         self._arrivals = arrivals or limit_arrivals(settings)
-        self._bodies = BodyBudget(settings.max_inflight_body_bytes, settings.max_body_bytes)
+        self._bodies = BodyBudget(settings.max_inflight_body_bytes, settings.most_body_bytes)
         self._under_way: Counter[str] = Counter()  # requests by the name of their key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -366,14 +366,16 @@ def _too_large(limit: int) -> APIError:
     )
 
 
-async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) -> bytes:
-    """Read the body of a request, which must be JSON.
+async def read_body(
+    scope: Scope, receive: Receive, settings: ServerSettings, most_bytes: int
+) -> bytes:
+    """Read the body of a request, which must be JSON, of this length at most.
 
     Raises:
         APIError: 413 where it is too large, 408 where it is too slow, 415 where it is not JSON.
         ConnectionError: the client left, after the last byte of it at the latest.
     """
-    _check_body_headers(scope, settings.max_body_bytes)
+    _check_body_headers(scope, most_bytes)
     parts: list[bytes] = []
 
     async def read() -> None:
@@ -384,8 +386,8 @@ async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) ->
                 raise ConnectionError("the client left before its request was complete")
             parts.append(message.get("body", b""))
             num_bytes += len(parts[-1])
-            if num_bytes > settings.max_body_bytes:
-                raise _too_large(settings.max_body_bytes)
+            if num_bytes > most_bytes:
+                raise _too_large(most_bytes)
             if not message.get("more_body", False):
                 return
 

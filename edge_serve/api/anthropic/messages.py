@@ -27,6 +27,8 @@ from edge_serve.api.respond import Plan, Render, Turn
 from edge_serve.api.sse import PING, named_event
 from edge_serve.http.errors import APIError, invalid, renamed
 from edge_serve.http.threads import OnPiece
+from edge_serve.pictures.forms import ImageBlock
+from edge_serve.pictures.parts import part_of_source
 
 from .answers import (
     SIGNATURE,
@@ -64,7 +66,7 @@ from .protocol import (
 
 _LEAST_ROOM_TOKENS = 32_768  # of a text that is counted, as for /tokenize
 _IN_ROLE: dict[str, tuple[type, ...]] = {
-    "user": (TextBlock, ToolResultBlock),
+    "user": (TextBlock, ToolResultBlock, ImageBlock),
     "assistant": (TextBlock, ThinkingBlock, RedactedThinkingBlock, ToolUseBlock),
     "system": (TextBlock,),
 }
@@ -181,8 +183,10 @@ def _check_blocks(message: InputMessage, where: str) -> None:
 
 def _wrong_block(block: Any, where: str, holder: str) -> APIError:
     kind = type(block).__struct_config__.tag
-    if kind in ("image", "document", "search_result"):
-        why = "models here read text only; send its text as a block of type text"
+    if kind in ("document", "search_result"):
+        why = "is not read here; send its text as a block of type text"
+    elif kind == "image" and holder == "a result":
+        why = f"has no place in {holder}; send it after the result, as a block of the message"
     else:
         why = f"has no place in {holder}"
     return invalid(f"{where}: a block of type {kind} {why}", where)
@@ -214,10 +218,15 @@ def _assistant_message(blocks: Sequence[Any]) -> dict[str, Any]:
 
 def _given_messages(role: str, blocks: Sequence[Block], index: int) -> Iterator[dict[str, Any]]:
     """Give each result of a tool as a message of its own, between texts in their order."""
-    parts: list[dict[str, str]] = []
+    parts: list[dict[str, Any]] = []
     for position, block in enumerate(blocks):
         if isinstance(block, TextBlock):
             parts.append(_text_part(block))
+            continue
+        if isinstance(block, ImageBlock):
+            parts.append(
+                part_of_source(block.source, f"messages[{index}].content[{position}].source")
+            )
             continue
         assert isinstance(block, ToolResultBlock)
         if parts:

@@ -8,6 +8,7 @@ from msgspec import Meta, Struct
 
 from edge.runtime.sampling_params import KNOBS
 from edge_serve.api.protocol import NO_TOOLS, MaxTokens, ModelName, StopString, range_of
+from edge_serve.pictures.forms import ImageBlock
 
 VERSIONS = ("2026-10-21", "2023-06-01")
 """What the header ``anthropic-version`` may say, if it is there; both are answered alike."""
@@ -22,6 +23,7 @@ IGNORED = {
     "messages[].content[].signature": "nothing here signs a reasoning, so nothing is checked",
     "messages[].content[].data": "only who encrypted a reasoning can read it",
     "messages[].content[].is_error": "templates have no place for it; the result's text says it",
+    "messages[].content[].source.media_type": "what a picture is shows in its bytes",
     "context_management": "chat templates drop past reasoning as they were made to",
 }
 """Fields that are accepted without effect, by path, and why."""
@@ -65,10 +67,6 @@ class ToolUseBlock(Struct, forbid_unknown_fields=True, tag_field="type", tag="to
     caller: DirectCaller | None = None
     toolset_name: None = None
     cache_control: Any = None
-
-
-class ImageBlock(Struct, tag_field="type", tag="image"):
-    """Refused: models here read text."""
 
 
 class DocumentBlock(Struct, tag_field="type", tag="document"):

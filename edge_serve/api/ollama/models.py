@@ -17,6 +17,7 @@ from edge.text.tokenizer import Tokenizer
 from edge_serve.api.tool_use import call_syntax
 from edge_serve.http.errors import APIError
 from edge_serve.models.registry import TAG, ModelEntry, ServedModel
+from edge_serve.pictures import reads_images
 
 from .answers import ModelDetails, OllamaModel, OllamaModels, ShowAnswer
 from .text import timestamp
@@ -104,6 +105,8 @@ def _capabilities(llm: LLM | BundleText) -> list[str]:
         found.append("tools")
     if llm.reasons:
         found.append("thinking")
+    if reads_images(llm.manifest):
+        found.append("vision")
     if _fills_gaps(llm.tokenizer):
         found.append("insert")
     return found

@@ -87,7 +87,7 @@ class OllamaCall(Struct, forbid_unknown_fields=True):
 
 
 class OllamaMessage(Struct, forbid_unknown_fields=True):
-    """A message; ``images`` must be empty.
+    """A message; ``images`` are a user's, each a picture in base64.
 
     Ollama checks no role: Continue sends the reasoning of an answer as a message before it.
     """
@@ -95,7 +95,7 @@ class OllamaMessage(Struct, forbid_unknown_fields=True):
     role: Literal["system", "user", "assistant", "tool", "thinking"]
     content: str | None = None
     thinking: str | None = None
-    images: list[Any] | None = None
+    images: list[str] | None = None
     tool_calls: list[OllamaCall] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
@@ -135,7 +135,7 @@ class GenerateRequest(OllamaRequest, forbid_unknown_fields=True, kw_only=True):
     system: str | None = None
     template: str | None = None
     raw: bool | None = None
-    images: list[Any] | None = None
+    images: list[str] | None = None
 
     def __post_init__(self) -> None:
         self.suffix, self.system = self.suffix or None, self.system or None

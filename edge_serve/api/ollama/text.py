@@ -23,6 +23,7 @@ from edge_serve.api.protocol import ChatRequest, CompletionRequest, JSONSchema, 
 from edge_serve.api.respond import Plan, Render, Turn
 from edge_serve.http.errors import APIError, invalid
 from edge_serve.json_lines import json_line
+from edge_serve.pictures.parts import with_images
 
 from .answers import (
     AnsweredCall,
@@ -80,8 +81,6 @@ def plan_generate(turn: Turn, body: GenerateRequest) -> Plan:
     Raises:
         APIError, RequestError: the fields contradict each other or do not fit the model.
     """
-    if body.images:
-        raise _no_images("images")
     if body.template:
         raise invalid(
             "template: a model answers by its own chat template; leave it out, or write the whole "
@@ -89,11 +88,12 @@ def plan_generate(turn: Turn, body: GenerateRequest) -> Plan:
             "template",
         )
     if not (body.raw or body.suffix is not None or turn.model.llm.template is None):
-        messages = [{"role": "user", "content": body.prompt or ""}]
+        content = with_images(body.prompt or "", body.images, "images")
+        messages = [{"role": "user", "content": content}]
         if body.system is not None:
             messages.insert(0, {"role": "system", "content": body.system})
         return _plan_messages(turn, body, messages, None)
-    for name in ("system", "think", "format"):
+    for name in ("system", "think", "format", "images"):
         if getattr(body, name):
             raise invalid(
                 f"{name}: needs the chat template, which raw, suffix and models without one leave "
@@ -149,19 +149,14 @@ def _set_options(
     request.stop = options.stop
 
 
-def _no_images(where: str) -> APIError:
-    return invalid(f"{where}: images are not read; models here read text only", where)
-
-
 def _message_of(index: int, message: OllamaMessage) -> dict[str, Any]:
     where = f"messages[{index}]"
-    if message.images:
-        raise _no_images(f"{where}.images")
     allowed = {
+        "user": ("images",),
         "assistant": ("thinking", "tool_calls"),
         "tool": ("tool_name", "tool_call_id"),
     }.get(message.role, ())
-    for name in ("thinking", "tool_calls", "tool_name", "tool_call_id"):
+    for name in ("thinking", "tool_calls", "tool_name", "tool_call_id", "images"):
         if getattr(message, name) and name not in allowed:
             raise invalid(
                 f"{where}.{name}: a message of role {message.role} has no such field",
@@ -178,7 +173,8 @@ def _message_of(index: int, message: OllamaMessage) -> dict[str, Any]:
         }
         for number, call in enumerate(message.tool_calls or ())
     ]
-    content = message.content if message.content or not calls else None
+    text = message.content if message.content or not calls else None
+    content = with_images(text or "", message.images, f"{where}.images") or text
     found = {
         "role": message.role,
         "content": "" if content is None and not calls else content,
@@ -283,7 +279,7 @@ def is_load(body: OllamaChatRequest | GenerateRequest) -> bool:
     """Whether a request has nothing to answer and only asks that the model is there."""
     if isinstance(body, OllamaChatRequest):
         return not body.messages
-    return not body.prompt and body.suffix is None
+    return not (body.prompt or body.images) and body.suffix is None
 
 
 def loaded(

@@ -19,6 +19,8 @@ from edge_serve.api.protocol import (
 )
 from edge_serve.api.respond import Plan, Turn
 from edge_serve.http.errors import invalid
+from edge_serve.pictures.forms import InputImage
+from edge_serve.pictures.parts import part_of
 
 from .protocol import (
     REFUSED,
@@ -182,17 +184,20 @@ class _Messages:
 def _content(content: str | Sequence[Part], where: str, role: str) -> Any:
     if isinstance(content, str):
         return content
-    texts = []
+    parts = []
     for index, part in enumerate(content):
+        if isinstance(part, InputImage) and role == "user":
+            parts.append(part_of(part.image_url, f"{where}[{index}].image_url"))
+            continue
         text = _text(part, role)
         if text is None:
             kind = type(part).__struct_config__.tag
             why = f"has no place in {role}"
-            if kind in ("input_image", "input_file"):
-                why = "is not read: models here read text only"
+            if kind == "input_file":
+                why = "is not read here; send its text"
             raise invalid(f"{where}[{index}]: a part of type {kind} {why}", f"{where}[{index}]")
-        texts.append({"type": "text", "text": text})
-    return texts
+        parts.append({"type": "text", "text": text})
+    return parts
 
 
 def _text(part: Part, role: Literal["assistant"] | str) -> str | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from edge_serve.api.protocol import Effort, MaxTokens, ModelName, no_tools, range_of
+from edge_serve.pictures.forms import InputImage
 
 IGNORED = {
     "service_tier": "there is one tier",
@@ -26,6 +27,7 @@ IGNORED = {
     "input[].content[].prompt_cache_breakpoint": "prefixes are found without it",
     "input[].content[].annotations": "models here cite nothing",
     "input[].content[].logprobs": "the model reads texts",
+    "input[].content[].detail": "how many tiles a picture has is the server's choice",
 }
 """Fields that are accepted without effect, by path, and why."""
 
@@ -63,10 +65,6 @@ class PastRefusal(Struct, forbid_unknown_fields=True, tag_field="type", tag="ref
     """The refusal of a past answer, which is a text as any other."""
 
     refusal: str
-
-
-class InputImage(Struct, tag_field="type", tag="input_image"):
-    """Refused: models here read text."""
 
 
 class InputFile(Struct, tag_field="type", tag="input_file"):

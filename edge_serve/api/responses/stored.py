@@ -33,6 +33,7 @@ from edge_serve.http.access import Client
 from edge_serve.http.errors import APIError, as_api_error, draining, invalid
 from edge_serve.http.threads import ClientGoneError, Lane, in_thread
 from edge_serve.models.registry import ModelRegistry, ServedModel
+from edge_serve.pictures.parts import has_pictures
 from edge_serve.settings import ServerSettings
 from edge_serve.stored.record import Record, StoredRows, Unfinished, rows_sha256
 from edge_serve.stored.store import ResponseStore
@@ -610,6 +611,10 @@ class StoredResponses:
 def _plan(turn: Turn, body: ResponsesRequest) -> Plan:
     """Plan a request; what runs in the background says when it begins."""
     plan = plan_response(turn, body)
+    if body.background and any(has_pictures(ask.prompt) for ask in plan.asks):
+        raise invalid(
+            "background: the rows of pictures are not kept for a restart; send false", "background"
+        )
     asks = [dataclasses.replace(ask, progress=bool(body.background)) for ask in plan.asks]
     return dataclasses.replace(plan, asks=asks)
 

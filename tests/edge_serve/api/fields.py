@@ -26,6 +26,19 @@ _CHANCE = re.compile(
 )
 
 
+# `tests/edge_serve/pictures` tries these, with a model that takes pictures.
+PICTURE_FIELDS = {
+    "messages[].content[].source",
+    "messages[].content[].source.data",
+    "messages[].content[].source.media_type",
+    "messages[].content[].source.url",
+    "messages[].content[].image_url.detail",
+    "input[].content[].image_url",
+    "input[].content[].detail",
+    "input[].content[].file_id",
+}
+
+
 def fields_of(kind: type[msgspec.Struct], seen: set[type]) -> Iterator[str]:
     """Paths of all fields; those of a struct that was seen before are left out."""
 

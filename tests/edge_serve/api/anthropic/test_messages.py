@@ -312,7 +312,7 @@ def bodies() -> dict[str, dict[str, Any]]:
     use = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
     calling = {"role": "assistant", "content": [use]}
     return {
-        "messages[0].content[0]: a block of type image": user(image),
+        "messages[0].content[0].source.data: the model 'tiny' reads text only": user(image),
         "messages[0].content[1]: a block of type document": user(
             {"type": "text", "text": "a"}, {"type": "document", "source": source}
         ),

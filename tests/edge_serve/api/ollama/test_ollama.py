@@ -238,10 +238,10 @@ def refusals() -> dict[str, tuple[Any, dict[str, Any]]]:
         return chat, {"messages": [{"role": role, "content": "a", **fields}]}
 
     return {
-        "messages[0].images: images are not read": message(images=["AAAA"]),
+        "messages[0].images[0]: the model 'tiny' reads text only": message(images=["AAAA"]),
         "messages[0].thinking: a message of role user": message(thinking="a"),
         "messages[0].tool_name: a message of role assistant": message("assistant", tool_name="a"),
-        "images: images are not read": (generate, {"images": ["AAAA"]}),
+        "images[0]: the model 'tiny' reads text only": (generate, {"images": ["AAAA"]}),
         "options.num_predict: 0 asks": options(num_predict=0),
         "options.repeat_last_n: ": options(repeat_last_n=64),
         "options.mirostat: ": options(mirostat=1),

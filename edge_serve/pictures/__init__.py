@@ -1,0 +1,80 @@
+"""Pictures of requests: read from each protocol's form, and fetched where an address is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, Protocol
+
+from msgspec import Struct
+
+from edge.bundle.manifest import Manifest
+from edge_serve.http.errors import APIError
+from edge_serve.settings import ServerSettings
+
+_MOST_MARKS = 2**18
+
+
+class Modalities(Struct):
+    """What a model reads, and what it writes."""
+
+    input_modalities: list[Literal["text", "image"]]
+    output_modalities: list[Literal["text"]]
+
+
+class Entry(Protocol):
+    """What is known of a served model: `edge_serve.models.registry.ModelEntry`."""
+
+    name: str
+    manifest: Manifest
+
+
+def reads_images(manifest: Manifest) -> bool:
+    """Whether a bundle's model takes pictures beside text."""
+    return "vision" in manifest.extras
+
+
+def modalities(manifest: Manifest) -> Modalities:
+    """Return what a bundle's model reads and writes, for the list of models."""
+    return Modalities(["text", "image"] if reads_images(manifest) else ["text"], ["text"])
+
+
+def picture_models(entries: Iterable[Entry]) -> list[str]:
+    """Name the served models that take pictures."""
+    return [entry.name for entry in entries if reads_images(entry.manifest)]
+
+
+def body_limit(settings: ServerSettings, entries: Iterable[Entry]) -> int:
+    """Return the bytes that a body may have: more where a model takes pictures."""
+    return settings.most_body_bytes if picture_models(entries) else settings.max_body_bytes
+
+
+def may_have_pictures(body: bytes) -> bool:
+    """Whether a body of JSON looks as if it had pictures, which take long to read, however short.
+
+    A text that only speaks of such fields is read as a long one.
+    """
+    return b'"image' in body or b'_image"' in body
+
+
+def check_values(body: bytes, settings: ServerSettings) -> None:
+    """Refuse a body that is longer than texts may be, where it is many small values and no picture.
+
+    Those would take seconds of the interpreter to read.
+
+    Args:
+        body: JSON.
+        settings: how long a body may be without pictures.
+
+    Raises:
+        APIError: 413.
+    """
+    if len(body) <= settings.max_body_bytes:
+        return
+    marks = body.count(b",") + body.count(b"[") + body.count(b"{")
+    if marks > _MOST_MARKS:
+        raise APIError(
+            413,
+            "content_too_large",
+            f"the body has {len(body)} bytes, which is for pictures, and {marks} commas and "
+            "brackets; send less",
+        )
