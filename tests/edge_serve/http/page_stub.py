@@ -44,6 +44,7 @@ class StubServer(ThreadingHTTPServer):
         states: of models, by name, as the server says them; it loads those that have one.
         loading: cleared, models that are to be loaded go on loading.
         load_refusal: status and text with which loading and unloading are refused.
+        sees: models that take pictures.
         refusals: how many chats are yet to be refused with 429.
     """
 
@@ -75,6 +76,7 @@ class StubServer(ThreadingHTTPServer):
         self.loading.set()
         self.load_refusal: tuple[int, str] | None = None
         self.reason = "stop"
+        self.sees: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -95,6 +97,13 @@ def page_stub() -> Iterator[StubServer]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def _text_of(content: Any) -> Any:
+    """The text of a message, without its pictures."""
+    if not isinstance(content, list):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -144,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
                         self._delta(content=piece)
                     self._end()
                 else:
-                    self._stream(body["messages"][-1]["content"])
+                    self._stream(_text_of(body["messages"][-1]["content"]))
             except OSError:
                 self.server.hangups.set()
 
@@ -226,6 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
             "sampling": own,
             "reasons": self.server.reasons.get(name, True),
             "size_bytes": 1_500_000_000,
+            "architecture": {"input_modalities": ["text", *["image"] * (name in self.server.sees)]},
             **({"status": state} if (state := self.server.states.get(name)) else {}),
         }
 

@@ -5,6 +5,7 @@
 
 export const SCHEMA = 2;
 const MAX_TITLE_CHARS = 60;
+const PICTURE = /^data:image\/(png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}$/, MAX_PICTURE_CHARS = 2e6;
 
 export function newConversation() {
   const now = Date.now();
@@ -13,8 +14,8 @@ export function newConversation() {
 }
 
 /**
- * Adds a turn below `parent` (null: at the beginning), with text files where there are some, and makes it the
- * leaf; returns it.
+ * Adds a turn below `parent` (null: at the beginning), with files where there are some, and makes it the leaf;
+ * returns it.
  */
 export function addTurn(conversation, parent, role, content, files = []) {
   const numbers = Object.keys(conversation.turns).map(Number);
@@ -88,9 +89,19 @@ export function leafBelow(conversation, id) {
   }
 }
 
-/** Returns the text of a turn as a model reads it: its files first, each with its name and in a fence. */
+/** Returns the text of a turn as a model reads it: its text files first, each with its name and in a fence. */
 export function textOf({ content, files = [] }) {
-  return [...files.map(fenced), content].filter(Boolean).join("\n\n");
+  return [...files.filter(({ text }) => text !== undefined).map(fenced), content].filter(Boolean).join("\n\n");
+}
+
+/** Returns the pictures of a turn. */
+export const picturesOf = ({ files = [] }) => files.filter(({ picture }) => picture);
+
+// What a message says: its text, after its pictures where it has some.
+function contentOf(turn) {
+  const pictures = picturesOf(turn).map(({ picture }) => ({ type: "image_url", image_url: { url: picture } }));
+  const text = textOf(turn);
+  return pictures.length ? [...pictures, ...text ? [{ type: "text", text }] : []] : text;
 }
 
 function fenced({ name, text }) {
@@ -101,7 +112,7 @@ function fenced({ name, text }) {
 
 /** Returns the messages to send for an answer to `leaf`; reasoning stays here, templates strip it anyway. */
 export function messagesOf(conversation, leaf, system) {
-  const past = pathOf(conversation, leaf).map((turn) => ({ role: turn.role, content: textOf(turn) }));
+  const past = pathOf(conversation, leaf).map((turn) => ({ role: turn.role, content: contentOf(turn) }));
   return system ? [{ role: "system", content: system }, ...past] : past;
 }
 
@@ -151,7 +162,9 @@ function isTurn(turn) {
     && (turn.files === undefined || (Array.isArray(turn.files) && turn.files.every(isFile)));
 }
 
-const isFile = (file) => typeof file?.name === "string" && typeof file.text === "string";
+const isFile = (file) => typeof file?.name === "string"
+  && (file.picture === undefined ? typeof file.text === "string" : isPicture(file.picture));
+const isPicture = (uri) => typeof uri === "string" && uri.length <= MAX_PICTURE_CHARS && PICTURE.test(uri);
 
 function fromList(value) {
   const made = newConversation();

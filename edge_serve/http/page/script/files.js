@@ -1,10 +1,11 @@
-// Text files that go with the next message: taken, held against the context, and shown.
+// Files that go with the next message, texts and pictures: taken, held against the context, and shown.
 
 import { $, node } from "./dom.js";
 import { bytes } from "./figures.js";
 import { estimate, showMeter, usedTokens } from "./meter.js";
 import { pathOf } from "./conversation.js";
 import { toast } from "./conversations.js";
+import { isPicture, readPicture } from "./pictures.js";
 import { chosenModel, state } from "./state.js";
 import { count, language, t } from "./words.js";
 
@@ -25,6 +26,10 @@ export async function attach(given) {
   const refused = [];
   for (const file of given) {
     try {
+      if (isPicture(file)) {
+        state.files.push(await readPicture(file, nameOf(file)));
+        continue;
+      }
       const room = roomLeft();
       const read = await readText(file, room.left);
       const tokens = estimate(read.text);
@@ -48,8 +53,10 @@ function tooLong(name, tokens, { limit, left }) {
   return t("file_long", { name, n: count(tokens), left: count(left), limit: count(limit) });
 }
 
+const nameOf = (file) => file.name.replace(/[\p{Cc}`]+/gu, " ").slice(0, MAX_NAME_CHARS) || "file";
+
 async function readText(file, left) {
-  const name = file.name.replace(/[\p{Cc}`]+/gu, " ").slice(0, MAX_NAME_CHARS) || "file";
+  const name = nameOf(file);
   if (file.size > Math.min(MAX_BYTES, MAX_BYTES_PER_TOKEN * left)) {
     throw new Error(t("file_large", { name, size: bytes(file.size) }));
   }
@@ -89,27 +96,45 @@ function showFiles() {
       showFiles();
       $("prompt").focus();
     });
-    item.append(node("span", "name", file.name), node("small", "", sizeOf(file)), remove);
+    item.append(...labelOf(file), remove);
     return item;
   }));
   $("files").hidden = state.files.length === 0;
   showMeter();
 }
 
-const sizeOf = ({ text }) => bytes(new Blob([text]).size);
+const sizeOf = ({ text, picture }) => bytes(picture ? picture.length * 3 / 4 : new Blob([text]).size);
+
+// What tells a file from the others: its name, its size and, of a picture, how it looks.
+function labelOf(file) {
+  const label = [node("span", "name", file.name), node("small", "", sizeOf(file))];
+  return file.picture ? [imageOf(file, ""), ...label] : label;
+}
+
+function imageOf({ picture }, words) {
+  const image = node("img");
+  image.src = picture;
+  image.alt = words;
+  return image;
+}
 
 /** Makes the list of a message's files, each of which can be unfolded. */
 export function fileList(files) {
   const list = node("ul", "files");
   list.append(...files.map((file) => {
-    const item = node("li"), details = node("details", "chip"), summary = node("summary"), text = node("pre", "", file.text);
-    text.tabIndex = 0;  // so that the keyboard can scroll it
-    summary.append(node("span", "name", file.name), " ", node("small", "", sizeOf(file)));
-    details.append(summary, text);
+    const item = node("li"), details = node("details", "chip"), summary = node("summary");
+    summary.append(...labelOf(file));
+    details.append(summary, file.picture ? imageOf(file, file.name) : textBox(file));
     item.append(details);
     return item;
   }));
   return list;
+}
+
+function textBox(file) {
+  const text = node("pre", "", file.text);
+  text.tabIndex = 0;  // so that the keyboard can scroll it
+  return text;
 }
 
 /** Takes files from the button, from what is pasted and from what is dropped. */

@@ -5,7 +5,7 @@ import { newConversation } from "./conversation.js";
 export const state = {
   conversation: newConversation(),  // the one that is shown
   request: null,  // the AbortController of the answer that is under way
-  files: [],  // text files that wait for the next message: { name, text }
+  files: [],  // that wait for the next message: texts { name, text }, and pictures { name, picture }, a data URI
   served: [],  // as /v1/models lists them
   models: [],  // those of them that chat
   stats: null,  // the last answer of /stats

@@ -1,6 +1,6 @@
 // Conversations as files: Markdown for people, JSON to be read again.
 
-import { checked, newConversation, pathOf, textOf } from "./conversation.js";
+import { checked, newConversation, pathOf, picturesOf, textOf } from "./conversation.js";
 import { t } from "./words.js";
 
 const FORMAT = "edge-llm conversations";
@@ -13,6 +13,7 @@ export function toMarkdown(conversation) {
     const model = conversation.pair?.includes(turn.id) ? ` (${turn.model})` : "";
     parts.push(`## ${t(turn.role === "user" ? "you" : "model")}${model}`);
     if (turn.reasoning) parts.push(`<details><summary>${t("reasoning")}</summary>\n\n${turn.reasoning.trim()}\n\n</details>`);
+    parts.push(...picturesOf(turn).map(({ name, picture }) => `![${name.replace(/[[\]\\]/g, " ")}](${picture})`));
     parts.push(textOf(turn).trim());
   }
   return `${parts.join("\n\n")}\n`;
