@@ -42,6 +42,7 @@ from .audit import Audit, audit_network, check_plan_bytes
 from .build_plan import BuildPlan, plan_build
 from .compat import Compiler, TensorRT
 from .config import BuildConfig
+from .encoder import compile_encoder, encoder_by_trtexec, source_files
 from .graph import graph_files, graph_of, write_graph
 from .ladder import Climbed, climb, describe, make_rungs, scales_to_try
 from .memory import check_memory, make_memory_free
@@ -53,13 +54,14 @@ from .rules.bundle import refuse_illegal
 from .rules.table import version_of
 from .scratch import scratch_by_profile
 from .skipped import CURE, skipped_tactics
-from .store import TIMING_CACHE, TRTEXEC_SCRATCH, EngineStore, engine_key
+from .store import TIMING_CACHE, TRTEXEC_SCRATCH, EncoderPlan, EngineStore, engine_key
 from .trtexec import CrashError, find_trtexec, full_version, run_trtexec, trtexec_command
 
 _log = logging.getLogger(__name__)
 
 Via = Literal["api", "trtexec"]
 CompileVariant = Callable[..., "tuple[Compiled, Climbed]"]
+MakeEncoder = Callable[[Progress], "EncoderPlan | None"]
 _LAYERS = "layers.json"
 
 
@@ -164,13 +166,17 @@ def build_engine(
                 "it, or leave the option out"
             )
         support.check_own_kernels(target.rt.flavour, target.rt.version, target.compute_capability)
+    make_encoder: MakeEncoder = functools.partial(
+        compile_encoder, build, target.rt, target.compute_capability
+    )
     if via == "trtexec":
         compile_variant = functools.partial(_climb_with_trtexec, on_line=on_line)
+        make_encoder = functools.partial(encoder_by_trtexec, build, target.rt, on_line)
     key = engine_key({**_key_parts(build, target), "via": via})
     store = EngineStore(config.bundle, engine_name(build, target), config.timing_cache)
     order = _Order(build, target, via, key, store)
     with order.store.locked(waiting):
-        return _found(order) or _built(order, compile_variant, progress)
+        return _found(order) or _built(order, compile_variant, make_encoder, progress)
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,9 @@ def _found(order: _Order) -> BuildResult | None:
     return BuildResult(store.directory, found, built=False)
 
 
-def _built(order: _Order, compile_variant: CompileVariant, progress: Progress) -> BuildResult:
+def _built(
+    order: _Order, compile_variant: CompileVariant, make_encoder: MakeEncoder, progress: Progress
+) -> BuildResult:
     """Compile the engine and put it in place."""
     build, target, store = order.build, order.target, order.store
     if not build.config.force:
@@ -216,7 +224,8 @@ def _built(order: _Order, compile_variant: CompileVariant, progress: Progress) -
     compiled, climbed = compile_variant(
         build, target, timings=timings, progress=progress, keep_log=store.write_log
     )
-    if problems := compiled.audit.problems:
+    encoder = make_encoder(progress)
+    if problems := compiled.audit.problems + (encoder.problems if encoder else ()):
         raise BuildError(
             f"TensorRT {target.rt.version} made another network of {build.config.bundle}: "
             f"{'; '.join(problems[:3])}; the old engine, if any, is kept. Please report this"
@@ -224,12 +233,12 @@ def _built(order: _Order, compile_variant: CompileVariant, progress: Progress) -
     if compiled.timings is not None:
         store.write_timings(compiled.timings)
     recorder = make_recorder(climbed, target, order.via, order.key, compiled)
-    info = store.commit(compiled.plan, recorder, compiled.outside)
+    info = store.commit(compiled.plan, recorder, compiled.outside, encoder)
     if info.skipped_tactics is not None:
         slower = "%s; the engine may be slower than it could be: %s, then build with --again"
         _log.warning(slower, info.skipped_tactics, CURE)
     exported = compiled.exported_layers
-    del compiled  # the plan would be in memory twice
+    del compiled, encoder  # the plan would be in memory twice
     if order.via == "trtexec":
         layers, unknown = read_exported_layers(exported, build)
     else:
@@ -316,7 +325,7 @@ def make_recorder(
             l4t=board.l4t,
             power_mode=board.power_mode,
             gpu_clocks_hz=None if low is None or high is None else (low, high),
-            sources={file: files[file].sha256 for file in graph_files(build.manifest)},
+            sources={file: files[file].sha256 for file in source_files(build.manifest)},
             max_batch=shapes.max_batch,
             max_prefill=shapes.max_prefill,
             kv_capacity=shapes.capacity,
@@ -706,7 +715,7 @@ def _key_parts(build: BuildPlan, target: Target) -> dict[str, Any]:
     files = build.manifest.files
     return {
         "producer": __version__,  # what is done to the graph may change with it
-        "sources": {name: files[name].sha256 for name in graph_files(build.manifest)},
+        "sources": {name: files[name].sha256 for name in source_files(build.manifest)},
         "flavour": target.rt.flavour,
         "tensorrt": target.rt.version,
         "compute_capability": target.compute_capability,

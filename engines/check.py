@@ -15,6 +15,7 @@ from . import support
 from .build_plan import BuildPlan, plan_build
 from .builder import compile_ladder, find_target
 from .config import BuildConfig
+from .encoder import compile_encoder
 from .graph import graph_of
 from .memory import check_memory
 from .outside import constants_inside
@@ -54,6 +55,7 @@ class CheckReport:
         refused: variants before it, with TensorRT's reasons.
         weights: the linear layers' weights by stored type.
         layers: layers of the parsed network by kind and type.
+        encoder_plan_bytes: of the vision encoder's plan; None of a text bundle.
         scratch_bytes: of each profile by name; empty if TensorRT did not say.
         decode_scratch: of one sequence, beside what it is with float weights; None without packed
             weights.
@@ -73,6 +75,7 @@ class CheckReport:
     weights: tuple[WeightBytes, ...]
     layers: tuple[LayerCount, ...]
     plan_bytes: int
+    encoder_plan_bytes: int | None
     scratch_bytes: dict[str, int]
     decode_scratch: DecodeScratch | None
     steps: tuple[StepCost, ...]
@@ -107,13 +110,18 @@ def check_bundle(config: BuildConfig, sm: int = 86, progress: Progress = silent)
     if not config.force:
         check_memory(build.manifest, 0, read_available_memory_bytes())
     compiled, climbed = compile_ladder(build, target, progress=progress)
+    encoder = compile_encoder(build, target.rt, target.compute_capability, progress)
     with uncounted(progress, "scratch"):
         scratch = compare_decode_scratch(climbed.build, target.rt, target.compute_capability)
     return CheckReport(
         str(config.bundle),
         f"{target.rt.flavour} {target.rt.version}",
         target.compute_capability,
-        (*compiled.audit.problems, *([] if scratch is None else scratch.problems)),
+        (
+            *compiled.audit.problems,
+            *([] if scratch is None else scratch.problems),
+            *([] if encoder is None else encoder.problems),
+        ),
         compiled.audit.attentions,
         climbed.build.kv_read,
         climbed.build.attention,
@@ -121,6 +129,7 @@ def check_bundle(config: BuildConfig, sm: int = 86, progress: Progress = silent)
         compiled.audit.weights,
         compiled.audit.layers,
         compiled.plan_bytes,
+        None if encoder is None else encoder.num_bytes,
         compiled.scratch_bytes,
         scratch,
         _step_costs(climbed.build),

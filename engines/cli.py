@@ -342,6 +342,7 @@ def _print_slowness(info: EngineInfo) -> None:
 
 
 def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
+    from .encoder import encoder_for_bundle
     from .rules.bundle import check_bundle_rules
     from .rules.table import version_of
     from .trtexec import (
@@ -354,13 +355,14 @@ def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
 
     version = parse_version(trt) if trt else trtexec_version(find_trtexec())
     line = command_for_bundle(config, version)
+    encoder = encoder_for_bundle(config, version)
     for verdict in check_bundle_rules(config.bundle, [version_of("tensorrt", version)]):
         for finding in verdict.refusals:
             click.echo(f"warning: {verdict.version} does not take the graph: {finding}", err=True)
     if as_json:
-        echo_json({"trtexec": line})
+        echo_json({"trtexec": line, **({"trtexec_vision": encoder} if encoder else {})})
     else:
-        click.echo(format_command(line))
+        click.echo("\n\n".join(format_command(each) for each in (line, encoder) if each))
 
 
 @click.command(cls=SectionCommand)
@@ -552,6 +554,7 @@ def _print_report(report: Any) -> None:
     for name, value in (
         ("compiled by", f"{report.tensorrt_version} for sm {report.compute_capability}"),
         ("plan", f"{report.plan_bytes:,} bytes"),
+        *((("vision encoder", f"{size:,} bytes"),) if (size := report.encoder_plan_bytes) else ()),
         ("took", f"{report.build_s:.1f} s, peak memory {report.peak_memory_bytes / 1e9:.2f} GB"),
         ("attentions", f"{report.attentions}, {report.attention or 'of primitive operators'}"),
         *((f"refused {each.label}", each.reason) for each in report.refused),

@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from edge.bundle.trust import trusted_keys_file
 from edge.bundle.update import fsync, try_lock
 from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, ConfigError, ResourceError
+from edge.vision.plan import VisionPlan, vision_plan
+from edge.vision.section import SECTION
 from edge_lab.engine_layers import LayerTable, is_layers_file, layers_path
 from edge_lab.engine_record import forget_engine, record_engine, verify_plan
 from edge_lab.target import write_durably
@@ -46,6 +49,25 @@ TIMING_CACHE = "timing.cache"
 TUNE_SCRATCH, TRTEXEC_SCRATCH = ".tune-", ".trtexec-"
 """How the names of a build's directories for a while begin, beside those of the engines."""
 _LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """A plan that is in no file yet.
+
+    Attributes:
+        plan: a buffer.
+        num_bytes: its size.
+        max_tiles: tiles of a run at most.
+        build_s: seconds of parsing and compiling.
+        problems: faults of the parsed network, one sentence each; ``trtexec`` shows none.
+    """
+
+    plan: Any
+    num_bytes: int
+    max_tiles: int
+    build_s: float
+    problems: tuple[str, ...] = ()
 
 
 def engine_key(parts: dict[str, Any]) -> str:
@@ -114,6 +136,8 @@ class EngineStore:
             if info.key != key:
                 return None
             verify_plan(self.directory, info)
+            if SECTION in info.extras:
+                verify_plan(self.directory, vision_plan(self.directory, info))
         except BundleError as error:
             if (self.directory / ENGINE_JSON).exists():
                 _log.warning("the engine that is there is not usable: %s", error)
@@ -155,6 +179,7 @@ class EngineStore:
         plan: Any,
         describe: Callable[[str, int, str], EngineInfo],
         outside: Outside | None = None,
+        encoder: EncoderPlan | None = None,
     ) -> EngineInfo:
         """Put a plan in place.
 
@@ -162,6 +187,7 @@ class EngineStore:
             plan: its bytes, any buffer.
             describe: makes the record from the plan's file name, size and SHA-256.
             outside: weights that go beside it.
+            encoder: a second plan, of the vision encoder.
 
         Raises:
             BundleError: the graph's weights end too early.
@@ -179,6 +205,8 @@ class EngineStore:
                 weights = place(outside, self.directory, info.sources)
                 info = msgspec.structs.replace(info, outside=weights)
             _replace(self.directory / name, view)
+            if encoder is not None:
+                info = self._add_encoder(info, encoder)
             self._write_info(info)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -189,6 +217,15 @@ class EngineStore:
             raise
         self.sweep()
         return info
+
+    def _add_encoder(self, info: EngineInfo, encoder: EncoderPlan) -> EngineInfo:
+        """Write the encoder's plan under a name with its hash, and put it into the record."""
+        view = memoryview(encoder.plan).cast("B")
+        sha256 = hashlib.sha256(view).hexdigest()
+        plan = VisionPlan(f"vision-{sha256[:12]}.plan", view.nbytes, sha256, encoder.max_tiles)
+        _replace(self.directory / plan.plan, view)
+        section = {SECTION: msgspec.to_builtins(plan)}
+        return msgspec.structs.replace(info, extras=info.extras | section)
 
     def add_layers(
         self, info: EngineInfo, layers: LayerTable | None, unknown: str | None
@@ -238,11 +275,13 @@ class EngineStore:
         """Remove plans that ``engine.json`` does not name, and what a killed build left."""
         try:
             info = read_engine_info(self.directory)
+            encoder = {vision_plan(self.directory, info).plan} if SECTION in info.extras else set()
         except BundleError:
             keep = set()
         else:
             keep = {info.plan, layers_path(Path(info.plan)).name}
             keep |= {info.outside.file} if info.outside else set()
+            keep |= encoder
         for path in self.directory.iterdir():
             ours = path.name.endswith((".plan", SUFFIX, ".tmp")) or is_layers_file(path.name)
             if ours and path.name not in keep:

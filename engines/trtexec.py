@@ -31,7 +31,7 @@ from edge.errors import BackendError, ConfigError, DependencyError, EdgeError, R
 from .build_plan import BuildPlan, plan_build
 from .config import TIMINGS, BuildConfig
 from .graph import write_graph
-from .profiles import Shape
+from .profiles import Profile, Shape
 from .rules.table import Release
 from .trtexec_options import TRT_VERSIONS, show
 
@@ -63,6 +63,7 @@ def trtexec_command(
     plan: Path | None = None,
     timing_cache: Path | None = None,
     layers: Path | None = None,
+    profiles: Sequence[Profile] | None = None,
 ) -> list[str]:
     """Make the ``trtexec`` line of a build.
 
@@ -74,6 +75,7 @@ def trtexec_command(
         plan: where the engine goes; ``engine.plan`` in the current directory by default.
         timing_cache: the config's by default, else ``timing.cache`` beside ``plan``.
         layers: where the engine inspector's JSON of the layers goes; by default nowhere.
+        profiles: of another graph than the decoder's.
 
     Raises:
         ConfigError: options that contradict the version, or another capacity than the bundle's
@@ -95,7 +97,7 @@ def trtexec_command(
     line = ["trtexec", f"--onnx={onnx}", f"--saveEngine={plan}"]
     if version < _ALWAYS_STRONGLY_TYPED:
         line.append("--stronglyTyped")
-    for index, profile in enumerate(build.profiles):
+    for index, profile in enumerate(build.profiles if profiles is None else profiles):
         ranges = profile.inputs.items()
         line += [
             f"--profile={index}",
@@ -112,7 +114,7 @@ def trtexec_command(
     ]
     if layers is not None:
         line.append(f"--exportLayerInfo={layers}")
-    if manifest.dialect == "native" and version >= _DECOMPOSABLE_SINCE:
+    if profiles is None and manifest.dialect == "native" and version >= _DECOMPOSABLE_SINCE:
         line.append("--decomposableAttentions=*")
     return [*line, "--skipInference"]
 

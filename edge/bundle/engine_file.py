@@ -255,6 +255,7 @@ class EngineInfo(_Struct, frozen=True):
         python_kernels: with ``python``, the kernels (`edge.backends.tensorrt.plugin_kernels.pack`).
         outside: weights that only own kernels read; None if all are in the plan, as in older
             engines and in those without own kernels.
+        extras: sections of optional rooms by name, as in the manifest.
     """
 
     schema_version: int
@@ -302,6 +303,7 @@ class EngineInfo(_Struct, frozen=True):
     power_mode: Line | None = None
     gpu_clocks_hz: tuple[int, int] | None = None
     outside: OutsideWeights | None = None
+    extras: Annotated[dict[Line, dict[str, Any]], msgspec.Meta(max_length=64)] = {}
 
     @property
     def weights_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import msgspec
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.bundle.verified_files import verify_files
 from edge.errors import BuildError, ConfigError
+from edge.vision.section import read_vision
 
 from .check import Verdict, check_graph
 from .table import VERSIONS, Version, version_of
@@ -49,17 +51,26 @@ def _parse_version(name: str) -> Version:
 
 
 def check_bundle_rules(bundle: Path, versions: list[Version]) -> list[Verdict]:
-    """Hold a bundle's graph against the rules of some versions.
+    """Hold a bundle's graphs against the rules of some versions.
 
-    The graph is hashed first. The weights are not: of them only scales are read.
+    They are hashed first. The weights are not: of them only scales are read. What a vision encoder
+    breaks follows what the decoder does.
 
     Raises:
         BundleError: no bundle, or a graph that is not valid.
         IntegrityError: the graph differs from its hash in the manifest.
     """
     manifest = read_manifest(bundle)
-    verify_files(bundle, manifest, [manifest.graphs.decoder])
-    return check_graph((bundle / manifest.graphs.decoder).read_bytes(), bundle, versions)
+    section = read_vision(manifest)
+    names = [manifest.graphs.decoder, *([] if section is None else [section.graph])]
+    verify_files(bundle, manifest, names)
+    found = [check_graph((bundle / name).read_bytes(), bundle, versions) for name in names]
+    return [
+        replace(
+            each[0], findings=tuple(finding for verdict in each for finding in verdict.findings)
+        )
+        for each in zip(*found, strict=True)
+    ]
 
 
 def refuse_illegal(graph: bytes, bundle: Path, manifest: Manifest, version: Version) -> list[str]:
