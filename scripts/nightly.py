@@ -170,6 +170,7 @@ STEPS = (
             "scripts/pictures*",
             "scripts/quality*",
             "scripts/train*eagle3*",
+            "scripts/*vision*",
             "tests/experiments/**",
         ),
     ),
