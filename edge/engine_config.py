@@ -64,6 +64,7 @@ class EngineOptions(TypedDict, total=False):
     speculative: int | None
     prefix_dir: str | Path | None
     trusted_keys: str | Path | None
+    image_tiles: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,9 @@ class EngineConfig:
         trusted_keys: file of minisign public keys; a bundle that none of them has signed is not
             opened. By default what EDGE_LLM_TRUSTED_KEYS names, or /etc/edge-llm/trusted-keys where
             it exists; without any, every bundle is opened.
+        image_tiles: tiles that a picture is cut into at most, beside the one that shows it whole;
+            each takes as many tokens as the others and is seen more sharply. By default 1 on a CPU,
+            on a GPU what the model was trained with. Only for bundles that read pictures.
 
     Raises:
         ConfigError: a value of the wrong type or out of its range, or two that exclude each other.
@@ -140,9 +144,10 @@ class EngineConfig:
     speculative: _Count | None = None
     prefix_dir: Path | None = None
     trusted_keys: Path | None = None
+    image_tiles: _Count | None = None
 
     SECTIONS: ClassVar[dict[Section, tuple[str, ...]]] = {
-        "Engine": ("backend", "num_threads", "prefill", "draft", "speculative"),
+        "Engine": ("backend", "num_threads", "prefill", "draft", "speculative", "image_tiles"),
         "Memory": ("kv_capacity", "num_slots", "overflow", "prefix_dir"),
         "Expert": (
             "gpu_wait", "prefill_chunk", "int8_activations", "deterministic", "max_batch",

@@ -15,6 +15,8 @@ from edge.errors import BackendError, BundleError, RequestError
 from .io_spec import EMBEDDINGS_NAME as EMBEDDINGS_NAME
 from .io_spec import EMBEDDINGS_SCALES, EMBEDDINGS_TENSOR
 
+PICTURE_IDS = 1 << 40
+"""Token ids from here on are rows of pictures (`edge.vision.rows`); no vocabulary reaches them."""
 _MAX_HEADER_BYTES = 1 << 20
 
 
@@ -31,9 +33,14 @@ class EmbeddingTable:
         path: the file; with a descriptor only for messages.
         descriptor: of the file, where it is open already; it is duplicated.
 
+    Attributes:
+        has_pictures: whether it also has rows of pictures, from `PICTURE_IDS` on.
+
     Raises:
         BundleError: the file is not such a table.
     """
+
+    has_pictures = False
 
     def __init__(self, path: Path, descriptor: int | None = None) -> None:
         self._file = -1
@@ -107,11 +114,9 @@ class EmbeddingTable:
                 ) from error
             if read_bytes != self._row_bytes:
                 raise BundleError("the embedding table was cut off while in use; export it again")
-        found = rows
         if self._is_int8:
-            found = (rows.astype(np.float32) * self._scales[flat, None]).astype(np.float16)
-        result: NDArray[np.float16] = found.reshape(*ids.shape, self.hidden_size)
-        return result
+            rows = (rows.astype(np.float32) * self._scales[flat, None]).astype(np.float16)
+        return rows.reshape(*ids.shape, self.hidden_size)
 
     def check(self, ids: NDArray[np.int64]) -> None:
         """Refuse ids that have no row.

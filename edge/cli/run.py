@@ -16,6 +16,7 @@ from edge.files import exists
 
 from . import echo_json
 from .options import (
+    FILE,
     ONE_ANSWER,
     BundlePath,
     check_utf8,
@@ -37,6 +38,7 @@ _NAME = re.compile(r"[\w.:/~-]*|[./~].*", re.ASCII | re.DOTALL)
 @click.argument("bundle", required=False, shell_complete=complete_bundle)
 @click.argument("prompt", required=False)
 @option("Answer", "--system", help="System message; R1 distills are best used without one.")
+@option("Answer", "--image", "images", type=FILE, multiple=True, help="A picture to ask about.")
 @option(
     "Answer", "--raw", is_flag=True, help="Continue PROMPT as plain text, without chat template."
 )
@@ -59,6 +61,7 @@ def run(
     bundle: str | None,
     prompt: str | None,
     system: str | None,
+    images: tuple[Path, ...],
     raw: bool,
     suffix: str | None,
     as_json: bool,
@@ -78,12 +81,16 @@ def run(
         prompt = sys.stdin.read()
     raw = raw or suffix is not None
     _check_prompt(prompt, raw)
-    if raw and system is not None:
+    if raw and (system is not None or images):
         raise RequestError(
-            "--system needs the chat template, --raw and --suffix work without; drop one"
+            "--system and --image need the chat template, --raw and --suffix work without; drop one"
         )
+    content: Any = prompt
+    if images:
+        content = [{"type": "image", "image": path} for path in images]
+        content.append({"type": "text", "text": prompt})
     messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": prompt})
+    messages.append({"role": "user", "content": content})
     with open_shown(path, config) as llm:
         given = prompt if raw else messages
         if as_json:

@@ -10,7 +10,9 @@ distribution at each place, so a wrong draft costs time and never changes the an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
+from edge.bundle.embeddings import PICTURE_IDS
 from edge.errors import ConfigError
 
 from .scheduler.drafter import DraftContext, Drafter, DraftWorth
@@ -99,7 +101,7 @@ class NgramIndex:
         for n, places in self._places.items():
             place = places.get(tuple(ids[-n:])) if n <= len(ids) else None
             if place is not None:
-                return _copy(ids, place, count)
+                return list(takewhile(PICTURE_IDS.__gt__, _copy(ids, place, count)))
         return []
 
     def observe(self, proposed: int, accepted: int) -> None:

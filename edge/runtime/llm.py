@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edge.backends import Backend
 from edge.backends.choose import open_backend, serial_slots, tries_gpu, unused_gpu
-from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
+from edge.bundle.embeddings import EMBEDDINGS_NAME, PICTURE_IDS, EmbeddingTable
 from edge.bundle.manifest import MANIFEST_NAME, Manifest, decode_manifest, read_manifest_bytes
 from edge.bundle.tasks import check_task
 from edge.bundle.trust import check_trusted
@@ -117,6 +117,8 @@ class LLM:
         self.pools = self.manifest.model.task != "generate"
         if self.pools:
             _check_pooling(config, self.manifest)
+        if config.image_tiles is not None and not self.reads_images:
+            raise ConfigError(f"{self.manifest.name} reads text only; leave image_tiles out")
         if config.backend != "ort-cpu":
             check_listed(self.bundle, self.manifest, self.manifest.graphs.decoder)
         with open_bundle(self.bundle, self.manifest) as opened:
@@ -140,9 +142,15 @@ class LLM:
             engines.callback(self.backend.close)
             # Graph and weights are opened by their paths, once more.
             files.check_unchanged()
-            self.embeddings = EmbeddingTable(
-                self.bundle / EMBEDDINGS_NAME, files.descriptor(EMBEDDINGS_NAME)
-            )
+            table = self.bundle / EMBEDDINGS_NAME, files.descriptor(EMBEDDINGS_NAME)
+            self._encode_chat: Callable[..., list[int]] = encode_chat
+            if not self.reads_images:
+                self.embeddings = EmbeddingTable(*table)
+            else:
+                from edge.vision.prompt import PictureReader
+
+                pictures = PictureReader(table, self.manifest, self.backend, config, self.template)
+                self.embeddings, self._encode_chat = pictures.table, pictures.encode_chat
             engines.callback(self.embeddings.close)
             self._draft_model = (
                 None if draft is None else draft.open(self.backend, self.embeddings, config)
@@ -171,6 +179,11 @@ class LLM:
         from .structured_output import GrammarCompiler
 
         return GrammarCompiler(self.tokenizer, self.manifest.model.vocab_size)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether messages may have pictures."""
+        return "vision" in self.manifest.extras
 
     @property
     def kv_capacity(self) -> int:
@@ -273,7 +286,7 @@ class LLM:
             options["enable_thinking"] = thinking
         if thinking is False and not options and (begun is None or begun.place == "start"):
             begun = BegunAnswer(place="text")  # closes the reasoning that the template may open
-        return encode_chat(
+        return self._encode_chat(
             self.tokenizer,
             self.template,
             messages,
@@ -352,7 +365,14 @@ class LLM:
             used = len(self.tokenizer.encode(begun.reasoning))
             budget = max(0, budget - used)
         if ask.output is not None:
-            _check_is_format(ask.output)
+            from .structured_output import OutputFormat
+
+            given: object = ask.output
+            if not isinstance(given, OutputFormat):
+                raise RequestError(
+                    'output must be an OutputFormat, e.g. OutputFormat("json_schema", schema), '
+                    f"not {type(given).__name__}"
+                )
             if resolved.ignore_eos:
                 raise RequestError("an output format ends with an end token; do not set ignore_eos")
         streams = [self._output_stream(ask, ids, resolved, begun) for _ in range(n)]
@@ -369,6 +389,7 @@ class LLM:
             salt=ask.salt,
             wants_progress=ask.progress,
             begun=ask.resumed,
+            pictures=getattr(ids, "pictures", ()),
         )
         requests = [
             replace(request.sample(i), constraint=self._constrain(ask, ids, begun, budget, reasons))
@@ -655,7 +676,8 @@ class LLM:
         return PrefixStore(directory, self.manifest, layout, scales=scales)
 
     def _opens_reasoning(self, ids: Sequence[int]) -> bool:
-        return prompt_opens_reasoning(self.tokenizer.decode(ids[-8:]))
+        last = [id_ for id_ in ids[-8:] if id_ < PICTURE_IDS]
+        return prompt_opens_reasoning(self.tokenizer.decode(last))
 
     def _resolve(self, params: SamplingParams | None) -> SamplingParams:
         given: object = params
@@ -714,16 +736,6 @@ def _token_ids(ids: Sequence[int]) -> list[int]:
     if is_text or not all(isinstance(token_id, Integral) for token_id in found):
         raise RequestError("token ids are whole numbers; LLM.encode makes them of a text")
     return [int(token_id) for token_id in found]
-
-
-def _check_is_format(output: object) -> None:
-    from .structured_output import OutputFormat
-
-    if not isinstance(output, OutputFormat):
-        raise RequestError(
-            'output must be an OutputFormat, e.g. OutputFormat("json_schema", schema), '
-            f"not {type(output).__name__}"
-        )
 
 
 def _check_options(options: Mapping[str, object]) -> None:

@@ -53,7 +53,7 @@ class BegunAnswer:
 
 def take_begun_answer(
     messages: Sequence[Mapping[str, Any]], *, reasons: bool
-) -> tuple[list[dict[str, Any]], BegunAnswer]:
+) -> tuple[Sequence[Mapping[str, Any]], BegunAnswer]:
     """Take the last message, an answer that was begun, from the others.
 
     Its reasoning is ``reasoning_content``; without that key, what stands in the content before
@@ -65,13 +65,13 @@ def take_begun_answer(
         reasons: whether the model reasons; else tags are plain text.
 
     Returns:
-        The messages before it, normalized, and the answer.
+        The messages before it, and the answer.
 
     Raises:
         RequestError: a message is wrong; the last one is not the assistant's, calls tools, or has
             nothing before it; or it breaks off in a reasoning, and the model has none.
     """
-    *before, last = normalize_messages(messages)
+    before, (last,) = messages[:-1], normalize_messages(messages[-1:], len(messages) - 1)
     where = f"messages[{len(before)}]"
     if last["role"] != "assistant":
         raise RequestError(

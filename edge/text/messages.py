@@ -23,7 +23,9 @@ _KEYS_BY_ROLE = {
 _PARTICIPANT = re.compile(r"[^\s<|\\/>]{1,64}")
 
 
-def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def normalize_messages(
+    messages: Sequence[Mapping[str, Any]], first: int = 0
+) -> list[dict[str, Any]]:
     """Check OpenAI-style messages and bring them into the form that templates expect.
 
     Roles are ``system``, ``user``, ``assistant`` and ``tool``; ``developer`` is read as
@@ -36,6 +38,7 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
 
     Args:
         messages: at least one.
+        first: the number of the first one, for errors.
 
     Returns:
         A copy made of plain dicts, lists and scalars; normalizing it again changes nothing.
@@ -45,12 +48,14 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     """
     if isinstance(messages, str | Mapping) or not messages:
         raise RequestError("messages: give a list with at least one message")
-    return [_normalize(index, message) for index, message in enumerate(messages)]
+    return [_normalize(index, message) for index, message in enumerate(messages, first)]
 
 
 def _normalize(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"messages[{index}]: give an object, not {type(message).__name__}")
+    if isinstance(message.get("content"), list):  # first: a picture may be no plain data
+        message = {**message, "content": _content(index, message["content"], False)}
     found: dict[str, Any] = plain_copy(dict(message), f"messages[{index}]")
     found = {key: value for key, value in found.items() if value is not None}
     role = "system" if found.get("role") == "developer" else found.get("role")
@@ -112,16 +117,12 @@ def _content(index: int, content: Any, optional: bool) -> str | None:
         refuse(index, "content", "must be a string or a list of text parts")
     texts = []
     for position, part in enumerate(content):
-        if (
-            not isinstance(part, dict)
-            or part.keys() != {"type", "text"}
-            or part["type"] != "text"
-            or not isinstance(part["text"], str)
-        ):
-            refuse(
-                index, f"content[{position}]", 'must be {"type": "text", "text": "..."}: text only'
-            )
-        texts.append(part["text"])
+        match part:
+            case {"type": "text", "text": str(text), **rest} if not rest:
+                texts.append(text)
+            case _:
+                why = 'must be {"type": "text", "text": "..."}: this bundle reads text only'
+                refuse(index, f"content[{position}]", why)
     return "\n".join(texts)
 
 

@@ -55,6 +55,7 @@ _SLOWEST = 15
 @option(
     "Runs", "--batch", type=int, default=1, show_default=True, help="Sequences decoded together."
 )
+@option("Runs", "--image", type=FILE, help="Then time a picture: decoding, encoder and prompt.")
 @option(
     "Expert", "--seed", type=int, default=0, show_default=True, help="Seed of prompts and sampling."
 )
@@ -79,8 +80,9 @@ _SLOWEST = 15
 )
 @json_option
 @engine_options(
-    "backend", "kv_capacity", "num_threads", "gpu_wait", "prefill", "draft", "speculative"
-)
+    "backend", "kv_capacity", "num_threads", "gpu_wait", "prefill", "draft", "speculative",
+    "image_tiles",
+)  # fmt: skip
 @click.pass_context
 def bench(
     ctx: click.Context,
@@ -88,6 +90,7 @@ def bench(
     bundle: Path,
     against: Path | None,
     max_slowdown: float | None,
+    image: Path | None,
     layers: bool,
     as_json: bool,
     **options: Any,
@@ -102,11 +105,15 @@ def bench(
     if max_slowdown is not None and against is None:
         raise ConfigError("--max-slowdown needs a run to compare with; give --against FILE")
     engine = take_engine(options)
+    if engine.image_tiles is not None and image is None:
+        raise ConfigError("--image-tiles needs a picture to cut; give --image FILE")
     config = BenchConfig(**options)
     before = None if against is None else _read_result(against)
     _check_before_loading(bundle, config, engine, before, layers=layers)
     result = _measure(bundle, config, engine.with_options(num_slots=config.batch), layers)
     changes = [] if before is None else compare(before, result)
+    if image is not None:
+        result["picture"] = _measure_picture(bundle, config, engine, image)
     result["against"] = [
         {
             "figure": change.name,
@@ -248,6 +255,16 @@ def _measure_drafts(
     }
 
 
+def _measure_picture(
+    bundle: Path, config: BenchConfig, engine_config: EngineConfig, image: Path
+) -> dict[str, Any]:
+    from edge.runtime.llm import LLM
+    from edge_lab.measure.picture_bench import bench_picture
+
+    with LLM(bundle, engine_config, reuse_prefix=False) as llm:
+        return bench_picture(llm, image, repeats=config.repeats, warmup=config.warmup)
+
+
 def _versions() -> dict[str, str]:
     found = {"edge_llm": edge.__version__, "python": platform.python_version()}
     for name in ("onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy"):
@@ -317,6 +334,10 @@ def _print(result: dict[str, Any], changes: list[Change]) -> None:
     joules, watts = result["decode_joules_per_token"], result["decode_watts"]
     energy = "no power rails here" if joules is None else f"{joules:.3f} J/token at {watts:.1f} W"
     console.print(f"energy of decode: {energy}")
+    if "picture" in result:
+        from .pictures import describe_picture
+
+        console.print(describe_picture(result["picture"]))
     if "drafts" in result:
         _print_drafts(result["drafts"])
     for profile in result.get("layers", ()):

@@ -35,10 +35,13 @@ from .markdown import answer_printer
 if TYPE_CHECKING:
     from edge.runtime.llm import LLM
 
+    from .pictures import Content
+
 _HELP = """\
   /reset         forget the conversation
   /regen         answer the last message again
   /edit [TEXT]   replace the last message, without TEXT in an editor, and answer it
+  /image FILE    show a picture with the next message; may be repeated
   /save FILE     write the conversation as JSON
   /load FILE     go on with a conversation that was saved
   /set [NAME [VALUE]]
@@ -84,6 +87,7 @@ class Conversation:
         self.params = params
         self.system = system
         self.messages: list[dict[str, Any]] = []
+        self.pictures: list[dict[str, Any]] = []
         self.last = StreamPrinter()
 
     def loop(self, read_line: Callable[[str], str]) -> None:
@@ -109,7 +113,7 @@ class Conversation:
                     if not self.command(text):
                         return
                 else:
-                    self.answer(text)
+                    self._ask(text)
             except EdgeError as error:
                 # A message too long, say: the conversation before it is still good.
                 click.echo(f"error: {error}", err=True)
@@ -126,11 +130,14 @@ class Conversation:
             return False
         if name == "/reset":
             self.messages.clear()
+            self.pictures.clear()
             click.echo("Conversation forgotten.")
         elif name == "/regen" and not rest:
             self._answer_instead(self._last_question())
         elif name == "/edit":
             self._edit(rest)
+        elif name == "/image" and rest:
+            self._show(expand_user(rest))
         elif name == "/save" and rest:
             path = expand_user(rest)
             write_conversation(path, [*self._head(), *self.messages])
@@ -151,9 +158,13 @@ class Conversation:
             click.echo(f"{text!r} is none of these:\n{_HELP}")
         return True
 
-    def answer(self, text: str) -> None:
-        """Stream an answer; what was said so far counts as said, also when it is stopped."""
-        question = {"role": "user", "content": text}
+    def answer(self, content: Content) -> None:
+        """Stream an answer; what was said so far counts as said, also when it is stopped.
+
+        Args:
+            content: a text, or parts, of which some are pictures.
+        """
+        question = {"role": "user", "content": content}
         printer = answer_printer()
         is_stopped = False
         with _stop_on_interrupt() as stopped:
@@ -176,24 +187,40 @@ class Conversation:
     def _head(self) -> list[dict[str, Any]]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
-    def _last_question(self) -> str:
+    def _show(self, path: Path) -> None:
+        """Have a picture go with the next message."""
+        if not self.llm.reads_images:
+            raise RequestError(f"{self.llm.manifest.name} reads text only")
+        from .pictures import picture_part
+
+        self.pictures.append(picture_part(path))
+        click.echo(f"{path.name} goes with the next message.")
+
+    def _ask(self, text: str) -> None:
+        """Answer a message, with the pictures that were shown for it."""
+        pictures = self.pictures
+        self.answer([*pictures, {"type": "text", "text": text}] if pictures else text)
+        self.pictures = []
+
+    def _last_question(self) -> Content:
         if not self.messages:
             raise RequestError("there is no message to answer again; write one")
-        question: str = self.messages[-2]["content"]
+        question: Content = self.messages[-2]["content"]
         return question
 
-    def _answer_instead(self, text: str) -> None:
-        """Answer ``text`` in the place of the last message; if that fails, all stays as it was."""
+    def _answer_instead(self, content: Content) -> None:
+        """Answer it in the place of the last message; if that fails, all stays as it was."""
         before = self.messages
         self.messages = before[:-2]
         try:
-            self.answer(text)
+            self.answer(content)
         except EdgeError:
             self.messages = before
             raise
 
     def _edit(self, text: str) -> None:
-        question = self._last_question()
+        last = self._last_question()
+        pictures, question = ([], last) if isinstance(last, str) else (last[:-1], last[-1]["text"])
         if not text:
             if not sys.stdin.isatty():
                 raise RequestError("an editor needs a terminal; give the text: /edit TEXT")
@@ -209,7 +236,7 @@ class Conversation:
                 click.echo("Not edited.")
                 return
             click.echo(f">>> {text}")
-        self._answer_instead(text)
+        self._answer_instead([*pictures, {"type": "text", "text": text}] if pictures else text)
 
     def _load(self, path: Path) -> None:
         messages = read_conversation(path)

@@ -11,12 +11,12 @@ from edge.bundle.update import replace_durably
 from edge.errors import RequestError
 from edge.files import MALFORMED, exists, read_file
 
-_MAX_BYTES = 16 << 20
+_MAX_BYTES = 256 << 20
 
 
 class _Message(msgspec.Struct, forbid_unknown_fields=True):
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: str | list[dict[str, Any]]
 
 
 def read_conversation(path: Path) -> list[dict[str, Any]]:
@@ -44,7 +44,15 @@ def read_conversation(path: Path) -> list[dict[str, Any]]:
             )
     if len(turns) % 2:
         raise RequestError(f"{path} is no conversation: its last question has no answer")
-    return [{"role": message.role, "content": message.content} for message in messages]
+    return [{"role": message.role, "content": _content(message)} for message in messages]
+
+
+def _content(message: _Message) -> Any:
+    if isinstance(message.content, str):
+        return message.content
+    from .pictures import read_question
+
+    return read_question(message.content)
 
 
 def write_conversation(path: Path, messages: list[dict[str, Any]]) -> None:
@@ -58,6 +66,10 @@ def write_conversation(path: Path, messages: list[dict[str, Any]]) -> None:
             read_conversation(path)
         except RequestError as error:
             raise RequestError(f"{error}; it is not replaced, so give another name") from error
+    if any(isinstance(message["content"], list) for message in messages):
+        from .pictures import as_sent
+
+        messages = list(map(as_sent, messages))
     data = msgspec.json.format(msgspec.json.encode(messages), indent=1) + b"\n"
     try:
         # What was said is nobody else's business.

@@ -33,6 +33,7 @@ OTHER_VALUES: dict[str, Any] = {
     "speculative": 4,
     "prefix_dir": Path(),
     "trusted_keys": Path(),
+    "image_tiles": 3,
 }
 """A value that is not its default, of every option but those of `EXCLUDING`."""
 EXCLUDING: dict[str, Any] = {"deterministic": True, "gpu_wait": "spin"}

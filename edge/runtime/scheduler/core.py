@@ -60,6 +60,7 @@ class EngineCore:
     """
 
     roster_type = Roster
+    sampler_type: type[Sampler] = Sampler
 
     def __init__(
         self,
@@ -137,7 +138,7 @@ class EngineCore:
         params, begun = request.params, request.begun
         if begun is not None:
             params = replace(params, seed=begun.seed)
-        sampler = Sampler(params, self.vocab_size, request.ids)
+        sampler = self.sampler_type(params, self.vocab_size, request.ids)
         sequence = SequenceState(request, sampler, sink, salt, now_s)
         if begun is not None:
             sampler.go_on(begun.answer)

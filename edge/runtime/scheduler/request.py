@@ -157,6 +157,7 @@ class Request:
             are valid during the call, and the first of these places; in the engine's thread. After
             its prompt the sequence ends with ``length``, and nothing is sampled. An error that it
             raises ends the sequence.
+        pictures: what holds the rows of pictures among ``ids`` (`edge.vision.rows`).
     """
 
     ids: tuple[int, ...]
@@ -170,6 +171,7 @@ class Request:
     wants_progress: bool = False
     begun: PutAway | None = None
     on_logits: Callable[[int, NDArray[np.float32]], None] | None = None
+    pictures: tuple[object, ...] = ()
 
     def sample(self, index: int) -> Request:
         """Return the request for sample ``index`` of several; the index is added to the seed."""

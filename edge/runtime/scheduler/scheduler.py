@@ -19,6 +19,8 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
+import numpy as np
+
 from edge.backends import Backend
 from edge.bundle.embeddings import EmbeddingTable
 from edge.engine_config import EngineConfig
@@ -88,6 +90,10 @@ class Scheduler:
             from .pooling import PoolingCore
 
             core = PoolingCore
+        elif embeddings.has_pictures:
+            from .picturing import PictureCore
+
+            core = PictureCore
         self._core = core(
             backend,
             embeddings,
@@ -281,11 +287,7 @@ class Scheduler:
             num_tokens = num_tokens + len(begun.answer) if kept is None else len(kept.ids) - 1
         if not request.ids:
             raise RequestError("the prompt is empty; give at least one token")
-        low, high = min(request.ids), max(request.ids)
-        if low < 0 or high >= self._core.steps.embeddings.vocab_size:
-            wrong = low if low < 0 else high
-            last = self._core.steps.embeddings.vocab_size - 1
-            raise RequestError(f"token id {wrong} is outside 0..{last}")
+        self._core.steps.embeddings.check(np.array(request.ids))
         if num_tokens >= capacity:
             raise ContextLengthError(num_tokens, capacity)
         priority: Any = request.priority  # from a caller, perhaps of the wrong type

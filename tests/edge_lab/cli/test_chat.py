@@ -139,7 +139,7 @@ def test_a_conversation_is_saved_and_goes_on(
     [
         ("{", "is no conversation"),
         ('{"messages": []}', "Expected `array`"),
-        ('[{"role": "user", "content": 3}]', "Expected `str`"),
+        ('[{"role": "user", "content": 3}]', "Expected `str | array`"),
         ('[{"role": "owner", "content": ""}]', "Invalid enum value 'owner'"),
         ('[{"role": "user", "content": "", "image": ""}]', "unknown field `image`"),
         ('[{"role": "assistant", "content": ""}]', "message 1 is of assistant, where user has"),
