@@ -63,6 +63,7 @@ class EngineOptions(TypedDict, total=False):
     draft: str | Path | None
     speculative: int | None
     prefix_dir: str | Path | None
+    stop_when_sure: float | None
     trusted_keys: str | Path | None
     image_tiles: int | None
 
@@ -115,6 +116,9 @@ class EngineConfig:
             with draft.
         prefix_dir: directory of prefixes that edge-llm cache build stored; prompts that begin with
             one of them load its rows.
+        stop_when_sure: end a thought once trials at its paragraphs give the same answer twice, each
+            with at least this probability, e.g. 0.9. Trials run in slots that are free, so it takes
+            two slots or more; a request may say otherwise. By default thoughts end by themselves.
         trusted_keys: file of minisign public keys; a bundle that none of them has signed is not
             opened. By default what EDGE_LLM_TRUSTED_KEYS names, or /etc/edge-llm/trusted-keys where
             it exists; without any, every bundle is opened.
@@ -143,11 +147,15 @@ class EngineConfig:
     draft: Path | None = dataclasses.field(default=None, metadata={FINDER: _find_draft})
     speculative: _Count | None = None
     prefix_dir: Path | None = None
+    stop_when_sure: Annotated[float, Meta(gt=0, le=1)] | None = None
     trusted_keys: Path | None = None
     image_tiles: _Count | None = None
 
     SECTIONS: ClassVar[dict[Section, tuple[str, ...]]] = {
-        "Engine": ("backend", "num_threads", "prefill", "draft", "speculative", "image_tiles"),
+        "Engine": (
+            "backend", "num_threads", "prefill", "draft", "speculative", "stop_when_sure",
+            "image_tiles",
+        ),
         "Memory": ("kv_capacity", "num_slots", "overflow", "prefix_dir"),
         "Expert": (
             "gpu_wait", "prefill_chunk", "int8_activations", "deterministic", "max_batch",
@@ -195,6 +203,7 @@ class EngineConfig:
             (self.prefill == "int8", "prefill int8", "rounds a token by those beside it"),
             (self.max_draft_tokens, "speculative or draft", "computes tokens in steps of several"),
             (self.prefix_dir, "prefix_dir", "brings rows that another process computed"),
+            (self.stop_when_sure, "stop_when_sure", "tries answers in slots that are free"),
         ):
             if given:
                 raise ConfigError(

@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Callable
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 PROBLEMS = 150
@@ -134,6 +135,27 @@ def make_problems() -> list[dict[str, str]]:
             texts.add(question)
             problems.append({"question": question, "answer": f"#### {answer}"})
     return problems
+
+
+def further_problems(count: int) -> list[dict[str, str]]:
+    """This many problems that `make_problems` has not, of each kind in turn while it has some."""
+    draw = random.Random(_SEED + 1)
+    taken = {problem["question"] for problem in make_problems()}
+    kinds = []
+    for text, choices, solve in KINDS:
+        every = [dict(zip(choices, each, strict=True)) for each in product(*choices.values())]
+        draw.shuffle(every)
+        kinds.append((text, iter(every), solve))
+    problems: list[dict[str, str]] = []
+    while len(problems) < count:
+        for text, numbers_left, solve in kinds:
+            for numbers in numbers_left:
+                question, answer = text.format(**numbers), solve(**numbers)
+                if answer > 0 and answer.denominator == 1 and question not in taken:
+                    taken.add(question)
+                    problems.append({"question": question, "answer": f"#### {answer}"})
+                    break
+    return problems[:count]
 
 
 if __name__ == "__main__":

@@ -113,6 +113,8 @@ def take_engine(options: dict[str, Any], **fixed: Unpack[EngineOptions]) -> Engi
         for field in fields(EngineConfig)
         if field.name in options
     }
+    if given.get("stop_when_sure") and "num_slots" in fixed:
+        fixed["num_slots"] += 1  # for the trials
     return read_flags(EngineConfig, given).with_options(**fixed)
 
 

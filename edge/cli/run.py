@@ -29,6 +29,7 @@ from .options import (
 from .screen import StreamPrinter, format_stats, open_shown
 from .sections import SectionCommand, option
 from .settings_options import complete_bundle
+from .vote_options import answer_json, take_vote, vote_options
 
 _NAME = re.compile(r"[\w.:/~-]*|[./~].*", re.ASCII | re.DOTALL)
 """What may be meant as a bundle's name or path; other texts are prompts."""
@@ -52,6 +53,7 @@ _NAME = re.compile(r"[\w.:/~-]*|[./~].*", re.ASCII | re.DOTALL)
     "Output", "--json", "as_json", is_flag=True, help="Print one JSON line instead of streaming."
 )
 @option("Output", "--no-stats", is_flag=True, help="Do not print speed figures on stderr.")
+@vote_options
 @engine_options(*ONE_ANSWER)
 @sampling_options
 @click.pass_context
@@ -74,7 +76,8 @@ def run(
     """
     path, prompt = _find(ctx, bundle, prompt)
     params = take_sampling(options)
-    config = take_engine(options, num_slots=1)
+    vote, slots = take_vote(options)
+    config = take_engine(options, num_slots=slots)
     if prompt is None:
         if sys.stdin.isatty():
             raise RequestError("no prompt; give one as an argument or pipe it in")
@@ -92,20 +95,12 @@ def run(
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": content})
     with open_shown(path, config) as llm:
-        given = prompt if raw else messages
+        chunks = llm.stream(prompt if raw else messages, params, suffix=suffix, vote=vote)
         if as_json:
-            result = llm.generate(given, params, suffix=suffix)
-            echo_json(
-                {
-                    "text": result.text,
-                    "reasoning": result.reasoning,
-                    "finish_reason": result.finish_reason,
-                    "stats": result.stats.as_dict(),
-                }
-            )
+            echo_json(answer_json(chunks))
             return
         printer = StreamPrinter()
-        for chunk in llm.stream(given, params, suffix=suffix):
+        for chunk in chunks:
             printer.show(chunk)
         printer.end()
         printer.warn_if_cut_off(llm)

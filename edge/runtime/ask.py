@@ -12,6 +12,8 @@ import numpy as np
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from edge.votes.tally import VoteRule
+
     from .scheduler import PutAway
     from .structured_output import OutputFormat
 
@@ -31,6 +33,8 @@ class AnswerOptions(TypedDict, total=False):
     output: OutputFormat | None
     thinking: bool | None
     thinking_budget: int | None
+    stop_when_sure: float | None
+    vote: VoteRule | None
     continue_final_message: bool
     ids: Sequence[int] | None
     progress: bool
@@ -51,6 +55,10 @@ class Ask:
         output: the form that the answer must have, what was begun included; reasoning is free.
         thinking_budget: tokens after which the reasoning is ended, what was begun included; for
             chats of models that reason.
+        stop_when_sure: how probable the answer must be, in two trials one after the other, for the
+            thought to be ended: above 0 and at most 1; 0 is off, None what the engine's options
+            say.
+        vote: how several samples choose the answer, see `LLM.vote`; None is one answer.
         progress: whether pieces with `GenerationChunk.progress` come before the answer: one
             for each place in the queue, and for each percent of the prompt that is read.
         priority: lower runs first.
@@ -72,6 +80,8 @@ class Ask:
     continue_final_message: bool = False
     output: OutputFormat | None = None
     thinking_budget: int | None = None
+    stop_when_sure: float | None = None
+    vote: VoteRule | None = None
     progress: bool = False
     priority: int = 0
     client: str = ""

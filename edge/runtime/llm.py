@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -51,6 +51,8 @@ from .stream import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from edge.votes.tally import VoteResult
+
     from .draft_model import DraftBundle
     from .eagle3 import Head
     from .scheduler.drafter import Drafter
@@ -91,6 +93,8 @@ class LLM:
             why sequences take turns in an engine that was built for fewer; else None.
         embeddings: the token table.
         scheduler: the queue of requests and the thread that runs them.
+        stop_counts: of `Ask.stop_when_sure`: trials that were ``tried``, that found ``no_slot`` or
+            were ``too_dear``, and thoughts that were ``stopped``.
         pools: whether the bundle embeds or judges documents, and generates nothing.
 
     Raises:
@@ -168,6 +172,7 @@ class LLM:
                 pools=self.pools,
             )
             self._engines = engines.pop_all()
+        self.stop_counts: Counter[str] = Counter()
         self.warning = unused_gpu(self.backend.name, config)
         if (serial := serial_slots(self.backend, config)) is not None:
             _log.warning("%s", serial)
@@ -338,6 +343,11 @@ class LLM:
     def answer(self, ask: Ask, n: int = 1) -> list[Generation]:
         """Queue ``n`` answers to an `Ask`; see `submit`."""
         check_task(self.manifest, "generate")
+        submit_all: Callable[..., list[Generation]] = submit
+        if ask.vote is not None:
+            from .vote import voting
+
+            ask, n, submit_all = voting(ask, n)
         self.scheduler.check_count(n)
         if ask.resumed is not None and n > 1:
             raise RequestError("n: an answer that was put away goes on as one; ask for 1")
@@ -392,14 +402,14 @@ class LLM:
             pictures=getattr(ids, "pictures", ()),
         )
         requests = [
-            replace(request.sample(i), constraint=self._constrain(ask, ids, begun, budget, reasons))
-            for i in range(n)
+            replace(each, constraint=self._constrain(ask, each, begun, budget, reasons))
+            for each in map(request.sample, range(n))
         ]
         for token_id in () if ask.resumed is None else ask.resumed.answer:
             streams[0].push(SampledToken(token_id), None)
             if (constraint := requests[0].constraint) is not None:
                 constraint.accept(token_id)
-        return submit(self.scheduler, requests, streams)
+        return submit_all(self.scheduler, requests, streams)
 
     def put_away(self, generations: Sequence[Generation], timeout_s: float) -> list[PutAway | None]:
         """Take answers out, so that they go on later, in another process too: see `submit`.
@@ -469,20 +479,28 @@ class LLM:
         Raises:
             What `stream` raises.
         """
-        if not 1 <= n <= best_of:
-            raise RequestError(f"best_of ({best_of}) must be at least n ({n}), and n at least 1")
-        if rank_by not in ("mean", "sum"):
-            raise RequestError(f"rank_by must be mean or sum, not {rank_by!r}")
-        params = params or SamplingParams()
-        if params.logprobs is None:
-            params = replace(params, logprobs=0)
-        generations = self.submit(prompt, params, n=best_of, **options)
-        try:
-            results = [generation.result() for generation in generations]
-        finally:
-            for generation in generations:
-                generation.cancel()
-        return sorted(results, key=lambda result: _rank(result, rank_by), reverse=True)[:n]
+        from .best_of import best_of as choose
+
+        return choose(self.submit, prompt, params, best_of, n, rank_by, options)
+
+    def vote(
+        self, prompt: Prompt, params: Params = None, **options: Unpack[AnswerOptions]
+    ) -> VoteResult:
+        """Draw samples until one answer has won; see docs/vote.md.
+
+        Args:
+            prompt: see `submit`.
+            params: see `submit`; the temperature must be above 0.
+            **options: see `submit`; ``vote`` says what an answer is, how many samples there may be
+                and how sure the winner must be. By default the final number wins, of at most 8.
+
+        Raises:
+            What `stream` raises.
+        """
+        from edge.votes.tally import VoteRule
+
+        options.setdefault("vote", VoteRule())
+        return cast("VoteResult", list(self.stream(prompt, params, **options))[-1].vote)
 
     def generate_ids(
         self, ids: Sequence[int], params: SamplingParams | None = None
@@ -499,8 +517,8 @@ class LLM:
         request = Request(
             ids=tuple(_token_ids(ids)), params=resolved, end_ids=self._end_ids(resolved)
         )
-        (generation,) = submit(self.scheduler, [request], [OutputStream()])
-        return (token.id for chunk in _read(generation) for token in chunk.tokens)
+        chunks = _read(submit(self.scheduler, [request], [OutputStream()])[0])
+        return (token.id for chunk in chunks for token in chunk.tokens)
 
     def score(self, ids: Sequence[int]) -> NDArray[np.float64]:
         """Compute the log-probability of every token but the first; see `scoring.score`.
@@ -628,25 +646,28 @@ class LLM:
         return OutputStream(detokenizer, params.stop, splitter)
 
     def _constrain(
-        self, ask: Ask, ids: Sequence[int], begun: BegunAnswer, budget: int | None, reasons: bool
+        self, ask: Ask, request: Request, begun: BegunAnswer, budget: int | None, reasons: bool
     ) -> Constraint | None:
         """Make a constraint: reasoning first, within its budget, then the output format."""
-        if ask.output is None and budget is None:
+        until_sure = ask.stop_when_sure or self.config.stop_when_sure
+        if ask.output is None and budget is None and not until_sure:
             return None
         answer: Constraint | None = None
-        vocab_size = self.manifest.model.vocab_size
         if ask.output is not None:
             answer = self.grammars.compile(ask.output)
             for token_id in self.tokenizer.encode(begun.content, goes_on=True):
                 answer.accept(token_id)
+        opened = begun.place == "reasoning" or self._opens_reasoning(request.ids)
+        if until_sure:
+            from .stop_when_sure import until_sure as watch
+
+            return watch(self, ask, request, opened, budget, answer, reasons=reasons)
         if not reasons:
             return answer
         from .thinking import ThinkingBudget
 
-        opened = begun.place == "reasoning" or self._opens_reasoning(ids)
-        return ThinkingBudget(
-            self.tokenizer, vocab_size, opened=opened, budget=budget, answer=answer
-        )
+        size = self.manifest.model.vocab_size
+        return ThinkingBudget(self.tokenizer, size, opened=opened, budget=budget, answer=answer)
 
     def _read_draft(self, files: VerifiedFiles, config: EngineConfig) -> DraftBundle | Head | None:
         if config.draft is None:
@@ -753,11 +774,3 @@ def _read(generation: Generation) -> Iterator[GenerationChunk]:
         yield from generation
     finally:
         generation.cancel()  # nothing to do after the last piece
-
-
-def _rank(result: GenerationResult, rank_by: str) -> float:
-    logprobs = [token.logprob for token in result.tokens if token.logprob is not None]
-    if not logprobs:
-        return -math.inf
-    total = sum(logprobs)
-    return total / len(logprobs) if rank_by == "mean" else total

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
 
 from edge.errors import EdgeError, RequestError
 from edge.text.reasoning import ReasoningSplitter
@@ -15,6 +16,9 @@ from edge.text.streamed_text import Detokenizer, StopMatcher
 from .generation import FinishReason, GenerationStats, PromptProgress
 from .sampling import SampledToken
 from .scheduler import Request, Scheduler, SequenceState
+
+if TYPE_CHECKING:
+    from edge.votes.tally import VoteResult
 
 _MOST_UNREAD = 1 << 16  # an answer that slides has no end of its own
 
@@ -32,6 +36,7 @@ class GenerationChunk:
         stats: on the last piece.
         progress: of the prompt, where `LLM.submit` was asked for it; such a piece has nothing else.
         stop: on the last piece, the stop string that ended the answer, if one did.
+        vote: on the last piece, what a vote came to.
     """
 
     text: str = ""
@@ -41,6 +46,7 @@ class GenerationChunk:
     stats: GenerationStats | None = None
     stop: str | None = None
     progress: PromptProgress | None = None
+    vote: VoteResult | None = None
 
 
 @dataclass(frozen=True)

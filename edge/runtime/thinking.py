@@ -63,15 +63,14 @@ class ThinkingBudget:
         given: Any = 0 if budget is None else budget  # from a caller, perhaps of the wrong type
         if isinstance(given, bool) or not isinstance(given, Integral) or given < 0:
             raise RequestError(f"the thinking budget must be 0 or more tokens, not {given!r:.80}")
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._answer = answer
-        self._left = budget
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._answer, self._left = answer, budget
         self._tail = b""  # of the text; long enough for a tag
         self._forced: list[int] = []
         self._after_forced = _ANSWER
-        self._only: NDArray[np.float32] | None = None
-        self._no_end = None if answer is None else _without(tokenizer.tokens.eos, vocab_size)
+        self._no_end = (
+            None if answer is None else _mask(vocab_size, 0, tokenizer.tokens.eos, -np.inf)
+        )
         self._opening = tokenizer.encode(THINK_START, control=True)
         self._state = _START
         if opened:
@@ -80,7 +79,7 @@ class ThinkingBudget:
     def mask(self) -> NDArray[np.float32] | None:
         """Return what to add to the next logits, see `edge.runtime.scheduler.Constraint`."""
         if self._state == _FORCING:
-            return self._allow_only(self._forced[0])
+            return _mask(self._vocab_size, -np.inf, self._forced[:1], 0)
         if self._state == _REASONING:
             return self._no_end
         mask = self._answer.mask() if self._answer is not None else None
@@ -175,16 +174,10 @@ class ThinkingBudget:
     def _force(self, ids: list[int], then: int) -> None:
         self._state, self._forced, self._after_forced = _FORCING, ids, then
 
-    def _allow_only(self, token_id: int) -> NDArray[np.float32]:
-        if self._only is None:
-            self._only = np.empty(self._vocab_size, np.float32)
-        self._only.fill(-np.inf)
-        self._only[token_id] = 0
-        return self._only
 
-
-def _without(ids: Sequence[int], vocab_size: int) -> NDArray[np.float32]:
-    """A mask that allows all tokens but these."""
-    mask = np.zeros(vocab_size, np.float32)
-    mask[list(ids)] = -np.inf
+def _mask(
+    vocab_size: int, elsewhere: float, ids: Sequence[int], there: float
+) -> NDArray[np.float32]:
+    mask = np.full(vocab_size, elsewhere, np.float32)
+    mask[list(ids)] = there
     return mask

@@ -15,10 +15,8 @@ tests pass (`edge_lab.measure.programs`).
 from __future__ import annotations
 
 import math
-import re
 import string
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -35,6 +33,7 @@ from edge.files import MALFORMED
 from edge.runtime.llm import LLM, Prompt
 from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.stream import GenerationResult
+from edge.votes.numbers import find_number, parse_number
 
 from .compare import CHUNK_TOKENS
 from .evaluate import read_text
@@ -50,23 +49,6 @@ from .programs import (
 Scoring = Literal["letter", "text"]
 
 _Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
-_NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)")
-_UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-_ARGUMENT = rf"\s*(\{{-?{_UNSIGNED}\}}|\d)"  # LaTeX takes one digit where there is no brace
-_FRACTION = re.compile(rf"(?:(?<![\d,.])({_UNSIGNED})[ \t]*)?\\[dt]?frac{_ARGUMENT}{_ARGUMENT}")
-_THIN_SPACE = re.compile(r"(?<=\d)(?:\\[,:; ]|[~\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
-_POWER = re.compile(
-    rf"(?<![\d,.])(?:({_UNSIGNED})\s*(?:\\times|\\cdot|[x*\u00d7\u00b7])\s*)?"
-    r"10\^(?:(-?\d{1,3})(?!\d)|\{(-?\d{1,3})\})"
-)
-_STEP = re.compile(r"\d+[.:)]\s+\S")  # the number of a heading
-# What may stand before an answer's number: signs, currencies, "The final answer is".
-_LEAD = re.compile(
-    r"(?:[^\w]|(?:the|final|answer|result|total|is|about|rs|us|usd|eur)\b)*", re.IGNORECASE
-)
-_ASIDE = re.compile(r"[.,;]\s|(?<!=)\s\(")  # what follows is no part of an equation
-_EQUALS = re.compile(r"=|\u2248|approx")
-_SPACED_MINUS = re.compile(r"(?<![\w)\s])\s*-\s+(?=[\d.])")
 _NEXT_QUESTION = "\nQuestion:"
 _INSTRUCTION = "\nPut your final answer, a number, within \\boxed{}."
 
@@ -185,78 +167,6 @@ def _checked_program(item: ProgramItem) -> ProgramItem:
     except (SyntaxError, MemoryError, RecursionError) as error:  # the last two: nested too deep
         raise ValueError(f"the tests are no Python: {error}") from error
     return item
-
-
-# ------------------------------------------------------------------------------- numbers
-
-
-def parse_number(text: str) -> Fraction | None:
-    r"""Read a number such as ``1,234.50``, ``$3``, ``1/2``, ``50\%`` or ``\frac{1}{2}``, else None.
-
-    A percent sign, a currency and a unit after the number are ignored. Of an equation such as
-    ``x_1 = 4`` the last side counts.
-    """
-    plain = _SPACED_MINUS.sub("-", _without_latex(text).replace("\\", "").replace("$", ""))
-    sides = (side for part in _ASIDE.split(plain) for side in reversed(_EQUALS.split(part)))
-    match = next(filter(None, map(_NUMBER.search, sides)), None)
-    if match is None:
-        return None
-    with suppress(ZeroDivisionError, ValueError):
-        top, _, bottom = match.group().replace(",", "").partition("/")
-        return Fraction(top) / Fraction(bottom or "1")
-    return None
-
-
-def find_number(text: str) -> str | None:
-    r"""Find an answer's final number: in the last box, after ``####``, or the last one.
-
-    A ``\boxed{}`` that is empty counts as none: it repeats the instruction.
-    Markdown's headings begin with ``####``, too: only a number right after it counts, or one that
-    is called the answer; where there are several, no number of a heading either.
-    """
-    boxes = [_braced(part) for part in text.split("\\boxed{")[1:]]
-    for inner in reversed(boxes):
-        if inner.strip():
-            return inner if parse_number(inner) is not None else None
-    tails = text.split("####")[1:]
-    for tail in reversed(tails):
-        line = tail.strip().split("\n", 1)[0]
-        plain = _LEAD.sub("", _without_latex(line), count=1)
-        is_step = len(tails) > 1 and _STEP.match(plain)
-        if _NUMBER.match(plain) and not is_step and parse_number(line) is not None:
-            return line
-    numbers: list[str] = _NUMBER.findall(_without_latex(text))
-    return numbers[-1] if numbers else None
-
-
-def _without_latex(text: str) -> str:
-    r"""Write ``1{,}234``, ``1\,234``, ``1\frac12`` and ``3 \times 10^4`` as plain numbers."""
-    for latex, plain in (("\\!", ""), ("{,}", ","), ("\u2212", "-")):
-        text = text.replace(latex, plain)
-    text = _THIN_SPACE.sub("", text)
-    with suppress(ValueError):  # more digits than Python reads
-        return _POWER.sub(_power, _FRACTION.sub(_mixed_number, text))
-    return text
-
-
-def _mixed_number(match: re.Match[str]) -> str:
-    parts = (part or "0" for part in match.groups())
-    whole, top, bottom = (Fraction(part.strip("{}").replace(",", "")) for part in parts)
-    return str(whole + top / bottom) if bottom else f"{top}/0"
-
-
-def _power(match: re.Match[str]) -> str:
-    factor, exponent, braced = match.groups()
-    return str(Fraction((factor or "1").replace(",", "")) * Fraction(10) ** int(exponent or braced))
-
-
-def _braced(text: str) -> str:
-    depth = 1
-    for at, char in enumerate(text):
-        depth += (char == "{") - (char == "}")
-        if depth == 0:
-            return text[:at]
-    return text
 
 
 # ------------------------------------------------------------------------------- running

@@ -24,12 +24,13 @@ from edge.errors import ConfigError
 from edge.files import MALFORMED, read_file
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import SamplingParams
+from edge.votes.numbers import find_number, parse_number
 from edge_lab.progress import Progress, silent
 
 from . import compare, evaluate
 from .defaults import MAX_TOKENS, TEXT_TOKENS
 from .drift import write_atomic
-from .tasks import ask_question, find_number, mcnemar_exact, parse_number
+from .tasks import ask_question, mcnemar_exact
 
 BASELINE_VERSION = 1
 _WINDOW_TOKENS = 512

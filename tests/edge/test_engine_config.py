@@ -32,6 +32,7 @@ OTHER_VALUES: dict[str, Any] = {
     "draft": Path(),
     "speculative": 4,
     "prefix_dir": Path(),
+    "stop_when_sure": 0.9,
     "trusted_keys": Path(),
     "image_tiles": 3,
 }
@@ -56,6 +57,8 @@ EXCLUDING: dict[str, Any] = {"deterministic": True, "gpu_wait": "spin"}
         ({"target_itl_ms": 0}, "target_itl_ms is 0: Expected `float` > 0"),
         ({"target_itl_ms": math.nan}, "target_itl_ms is nan"),
         ({"reuse_prefix": 1}, "reuse_prefix is 1: Expected `bool`"),
+        ({"stop_when_sure": 0}, "stop_when_sure is 0: Expected `float` > 0"),
+        ({"stop_when_sure": 1.1}, "stop_when_sure is 1.1"),
         ({"overflow": "grow"}, "overflow is 'grow': use stop, slide"),
         ({"speculative": -1}, "speculative is -1"),
         ({"draft": "small", "speculative": 0}, "draft is small, but speculative is 0"),

@@ -25,6 +25,7 @@ from edge.cli import main
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
 from edge.runtime.sampling_params import KNOBS
+from edge.votes.tally import VoteRule
 from tests.command_line import Result, error_line
 from tests.conftest import TINY_KV_CAPACITY, Bundles
 from tests.edge.test_engine_config import OTHER_VALUES
@@ -166,7 +167,7 @@ def test_every_engine_option_arrives(
     monkeypatch.setattr("edge.runtime.llm.LLM", open_llm)
     for command in (("chat", bundle), ("run", bundle, "hello")):
         assert "enough" in error_line(edge_llm(*command, *arguments), 64)
-    assert opened == [EngineConfig(**given, num_slots=1)] * 2
+    assert opened == [EngineConfig(**given, num_slots=2)] * 2  # one is for trials
 
 
 def test_every_sampling_option_arrives(
@@ -174,11 +175,11 @@ def test_every_sampling_option_arrives(
 ):
     seen: list[SamplingParams] = []
 
-    def generate(self: LLM, prompt: Any, params: SamplingParams, **_options: Any) -> Any:
+    def stream(self: LLM, prompt: Any, params: SamplingParams, **_options: Any) -> Any:
         seen.append(params)
         raise edge.EdgeError("seen")
 
-    monkeypatch.setattr(LLM, "generate", generate)
+    monkeypatch.setattr(LLM, "stream", stream)
     options: dict[str, Any] = {
         name: 7 if knob.kind is int else round(knob.low + 0.9 * (knob.high - knob.low), 3)
         for name, knob in KNOBS.items()
@@ -205,6 +206,27 @@ def test_run_errors_are_one_line(
     options: tuple[str, ...], code: int, message: str, edge_llm: Callable[..., Result], bundle: Path
 ):
     assert message in error_line(edge_llm("run", bundle, "hello", *options), code)
+
+
+def test_a_vote_arrives_with_a_slot_for_each_of_its_first_samples(
+    edge_llm: Callable[..., Result], bundle: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[Any] = []
+
+    def stream(self: LLM, prompt: Any, params: SamplingParams, **options: Any) -> Any:
+        seen.append((options["vote"], self.config.num_slots))
+        raise edge.EdgeError("seen")
+
+    monkeypatch.setattr(LLM, "stream", stream)
+    error_line(edge_llm("run", bundle, "x", "--vote", 5, "--answers", "choice"), 70)
+    error_line(edge_llm("run", bundle, "x", "--vote", 20, "--stop-when-sure", 0.9), 70)
+    assert seen == [(VoteRule(most=5, answers="choice"), 5), (VoteRule(most=20), 9)]
+    for options, message in (
+        (("--answers", "choice"), "--answers says what --vote compares; give --vote, too"),
+        (("--vote", 1), "most must be an integer from 2 to 64, not 1"),
+        (("--vote", 5, "--answers", "word"), "answers must be number, choice"),
+    ):
+        assert message in error_line(edge_llm("run", bundle, "x", *options), 65)
 
 
 def test_a_forgotten_bundle_is_one_line(

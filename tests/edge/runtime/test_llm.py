@@ -44,6 +44,8 @@ SEEDED = SamplingParams(temperature=1.0, top_p=1.0, seed=5, max_tokens=40)
 class Scripted:
     """An LLM whose engine says what a test tells it to."""
 
+    backend: ScriptedBackend
+
     def __init__(self, bundle: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         def open_backend(bundle: Path, _manifest: Any, **given: Any) -> ScriptedBackend:
             table = EmbeddingTable(bundle / "embeddings.safetensors")

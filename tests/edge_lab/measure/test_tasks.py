@@ -15,6 +15,7 @@ from edge.runtime.generation import GenerationStats
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.stream import GenerationResult
+from edge.votes.numbers import find_number, parse_number
 from edge_lab.measure.programs import ProgramItem
 from edge_lab.measure.tasks import (
     ChoiceItem,
@@ -23,10 +24,8 @@ from edge_lab.measure.tasks import (
     answer_item,
     choice_scores,
     compare_task,
-    find_number,
     loss_interval,
     mcnemar_exact,
-    parse_number,
     read_task,
     summarize_task,
     wilson_interval,

@@ -1,0 +1,165 @@
+"""Counts the answers of samples, and says when one of them has won.
+
+The test is sequential: after each sample it asks how likely the second answer is to be the more
+frequent one after all, and ends when that is less than the error that was allowed. The shares of
+the two have a uniform prior (adaptive consistency, https://arxiv.org/abs/2305.11860).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from math import comb
+from typing import Any
+
+from edge.errors import RequestError
+
+MOST_SAMPLES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoteRule:
+    """How a vote is held.
+
+    Attributes:
+        answers: what the answer of a sample is, see `edge.votes.answers.answer_finder`.
+        first: samples that are drawn at once, 2 or more.
+        most: samples at most.
+        error: how probable it may be that more samples would have another winner, 0..0.5.
+
+    Raises:
+        RequestError: a value of the wrong type or out of its range.
+    """
+
+    answers: str = "number"
+    first: int = 2
+    most: int = 8
+    error: float = 0.15
+
+    def __post_init__(self) -> None:
+        from .answers import answer_finder
+
+        answer_finder(self.answers)
+        _check_count("most", self.most, 2, MOST_SAMPLES)
+        _check_count("first", self.first, 2, self.most)
+        error: Any = self.error
+        if isinstance(error, bool) or not isinstance(error, int | float) or not 0 < error <= 0.5:
+            raise RequestError(f"vote: error must be above 0 and at most 0.5, not {error!r:.80}")
+
+
+@dataclass(frozen=True)
+class VoteSample:
+    """One answer of a vote.
+
+    Attributes:
+        answer: what was found in it; None where it has none or was cancelled.
+        confidence: its weight, the geometric mean of the probabilities of its tokens.
+        text, reasoning: what the model wrote.
+        tokens: tokens that were sampled.
+        finish_reason: why it ended; ``cancelled`` once the vote was decided.
+    """
+
+    answer: str | None
+    confidence: float
+    text: str
+    reasoning: str
+    tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class VoteResult:
+    """What a vote came to.
+
+    Attributes:
+        answer: the answer that won, or that leads where nothing is decided; None where no sample
+            has one.
+        agreed: samples that gave it.
+        counted: samples that came to their end, also those without an answer.
+        decided: whether the test ended the vote, and not the most samples, a full queue or the
+            caller.
+        samples: all samples, in the order in which they were started.
+    """
+
+    answer: str | None
+    agreed: int
+    counted: int
+    decided: bool
+    samples: tuple[VoteSample, ...]
+
+
+@dataclass
+class Tally:
+    """The votes so far.
+
+    Attributes:
+        rule: how the vote is held.
+        votes: how many samples gave each answer.
+        weights: the sum of their confidences.
+        samples: samples that have ended, also those in which no answer was found.
+    """
+
+    rule: VoteRule
+    votes: Counter[str] = field(default_factory=Counter)
+    weights: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+
+    def add(self, answer: str | None, confidence: float) -> None:
+        """Count a sample; one without an answer votes for nothing."""
+        self.samples += 1
+        if answer is not None:
+            self.votes[answer] += 1
+            self.weights[answer] = self.weights.get(answer, 0.0) + confidence
+
+    @property
+    def leader(self) -> str | None:
+        """The answer with the most confidence in all; of equal ones the first to come."""
+        return max(self.weights, key=lambda answer: self.weights[answer], default=None)
+
+    @property
+    def agreed(self) -> int:
+        """Samples that gave the leading answer."""
+        return 0 if self.leader is None else self.votes[self.leader]
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the error is small enough, and votes and confidence have the same leader."""
+        agreed, second = self.agreed, self._second
+        return agreed > second and doubt(agreed, second) <= self.rule.error
+
+    def missing(self, running: int) -> int:
+        """How many more samples to start while this many run; 0 once it is decided.
+
+        That is as few as could decide it if all of them agreed with the leader.
+        """
+        if self.is_decided:
+            return 0
+        if not self.samples:
+            return max(self.rule.first - running, 0)
+        left, wanted = self.rule.most - self.samples, 1
+        agreed = max(self.votes.values(), default=0)
+        while wanted < left and doubt(agreed + wanted, self._second) > self.rule.error:
+            wanted += 1
+        return max(min(wanted, left) - running, 0)
+
+    @property
+    def _second(self) -> int:
+        others = [number for answer, number in self.votes.items() if answer != self.leader]
+        return max(others, default=0)
+
+
+def doubt(agreed: int, second: int) -> float:
+    """How probable it is that the second answer is the more frequent one, after these votes.
+
+    Of the shares of both, with a uniform prior, this is the mass below one half: the regularised
+    incomplete beta function at 1/2, a sum of binomials.
+    """
+    tries = agreed + second + 1
+    return sum(comb(tries, hits) for hits in range(agreed + 1, tries + 1)) / (1 << tries)
+
+
+def _check_count(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(
+            f"vote: {name} must be an integer from {low} to {high}, not {value!r:.80}"
+        )
