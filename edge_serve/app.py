@@ -49,9 +49,11 @@ from .api.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    LoadAdapterRequest,
     LoadRequest,
     RerankRequest,
     TokenizeRequest,
+    UnloadAdapterRequest,
     decode,
 )
 from .api.respond import Plan, Render, Turn, json_response, respond
@@ -67,6 +69,7 @@ from .http.page import page_files
 from .http.priority import priority_of
 from .http.probes import HEALTHY
 from .http.threads import LARGE_BYTES, Lane, Lanes, in_thread, while_there
+from .models.adapters import allowed_path, may_use
 from .models.registry import Choice, ModelEntry, ModelRegistry
 from .pictures import (
     body_limit,
@@ -171,6 +174,8 @@ class _Endpoints:
             "/models/{id:path}": ("GET", self._show_model),
             "/models/load": ("POST", self._load_model),
             "/models/unload": ("POST", self._unload_model),
+            "/load_lora_adapter": ("POST", self._load_adapter),
+            "/unload_lora_adapter": ("POST", self._unload_adapter),
             "/chat/completions": ("POST", self._chat),
             "/completions": ("POST", self._completions),
             "/responses": ("POST", self._responses),
@@ -292,9 +297,13 @@ class _Endpoints:
             return await respond(turn, partial(plan, turn, body), render(turn, body))
 
     def _turn(self, request: Request, choice: Choice, lane: Lane) -> Turn:
+        client, adapter = request.scope["client_identity"], choice.adapter
+        if adapter is not None and not may_use(self._settings, client.name, adapter.name):
+            raise self._models.not_served(f"{choice.model.name}:{adapter.name}")
         return Turn(
             model=choice.model,
-            client=request.scope["client_identity"],
+            adapter=adapter,
+            client=client,
             settings=self._settings,
             metrics=self._metrics,
             receive=request.receive,
@@ -428,13 +437,13 @@ class _Endpoints:
     # ------------------------------------------------------------------------------- models
 
     async def _list_models(self, request: Request) -> Response:
-        return json_response(ModelList(self._cards()))
+        return json_response(ModelList(self._cards(request)))
 
     async def _show_model(self, request: Request) -> Response:
         if not request.path_params["id"]:
             return await self._list_models(request)
         name = self._models.without_tag(request.path_params["id"])
-        for card in self._cards():
+        for card in self._cards(request):
             if card.id == name:
                 return json_response(card)
         return json_response(_card(self._models.entry(request.path_params["id"])))  # there is none
@@ -458,6 +467,26 @@ class _Endpoints:
                 retry_after_s=5,
             )
         return json_response(LoadResponse())
+
+    async def _load_adapter(self, request: Request) -> Response:
+        body, _ = await self._read(request, LoadAdapterRequest)
+        entry = self._with_adapters(body.model, request)
+        path, adapters = allowed_path(self._settings, body.lora_path), self._models.adapters
+        load = partial(adapters.load, entry, body.lora_name, path, replace=body.load_inplace)
+        await in_thread(load)
+        return json_response(LoadResponse())
+
+    async def _unload_adapter(self, request: Request) -> Response:
+        body, _ = await self._read(request, UnloadAdapterRequest)
+        entry = self._with_adapters(body.model, request)
+        self._models.adapters.unload(entry, body.lora_name)
+        return json_response(LoadResponse())
+
+    def _with_adapters(self, name: str | None, request: Request) -> ModelEntry:
+        """Return the model whose adapters an administrator changes: the only one by default."""
+        self._may_load(request)
+        entries = self._models.entries()
+        return entries[0] if name is None and len(entries) == 1 else self._models.find(name)
 
     async def _unload(self, entry: ModelEntry, request: Request) -> None:
         """Unload a model now, or after its last request."""
@@ -484,8 +513,8 @@ class _Endpoints:
             )
         return self._loader
 
-    def _cards(self) -> list[ModelCard]:
-        """Describe the models, and the names that stand for one of several once they are open."""
+    def _cards(self, request: Request) -> list[ModelCard]:
+        """Describe the models, names that stand for one of several once they are open, adapters."""
         cards = list(map(_card, self._models.entries()))
         if not self._models.is_loading:
             first, least = cards[0].created, min(card.max_model_len for card in cards)
@@ -493,6 +522,13 @@ class _Endpoints:
             cards += [
                 ModelCard(name, first, least, reasons=reasons) for name in self._models.aliases()
             ]
+        client = request.scope["client_identity"].name
+        cards += [
+            ModelCard(f"{each.name}:{name}", each.created, each.kv_capacity, parent=each.name)
+            for each in self._models.entries()
+            for name in self._models.adapters.names(each)
+            if may_use(self._settings, client, name)
+        ]
         return cards
 
     # ------------------------------------------------------------------------------- state

@@ -33,8 +33,9 @@ def read_inputs(settings: ServerSettings) -> Inputs:
     """Check the settings against each other and read the files that they name.
 
     Raises:
-        ConfigError: there is no model, the default is none of them, ``admin_keys`` names a key that
-            is not there, or the rules, splits, keys or the baseline cannot be used.
+        ConfigError: there is no model, the default is none of them, ``admin_keys`` or
+            ``key_adapters`` names a key that is not there, or the rules, splits, keys or the
+            baseline cannot be used.
     """
     if not settings.model:
         raise ConfigError("no model to serve; give a bundle, or --model BUNDLE for each one")
@@ -44,11 +45,12 @@ def read_inputs(settings: ServerSettings) -> Inputs:
     rules, splits = read_routes(settings.auto, settings.split, settings.model)
     path, baseline = settings.api_key_file, settings.drift_baseline
     keys = None if path is None else APIKeys(path)
-    if keys and (missing := [name for name in settings.admin_keys if name not in keys.names]):
-        raise ConfigError(
-            f"admin_keys names {', '.join(missing)}, and {path} has no key of that name; it has "
-            f"{', '.join(keys.names)}"
-        )
+    for setting in ("admin_keys", "key_adapters"):
+        if keys and (missing := [x for x in getattr(settings, setting) if x not in keys.names]):
+            raise ConfigError(
+                f"{setting} names {', '.join(missing)}, and {path} has no key of that name; it has "
+                f"{', '.join(keys.names)}"
+            )
     return Inputs(
         rules,
         splits,

@@ -63,6 +63,9 @@ class ServerSettings(EngineConfig):
             too; by default the free memory is what there is. One bundle is loaded in any case.
         admin_keys: names of the API keys that may load and unload models by hand, and say how long
             they stay.
+        adapter_dir: directory below which /v1/load_lora_adapter may read; by default it reads none.
+        key_adapters: adapters that an API key may use, as KEY=ADAPTER,ADAPTER; a key that is not
+            here may use all.
         max_body_bytes: longest body of a request, beside its pictures.
         max_images: pictures of a request at most.
         max_image_bytes: bytes of all pictures of a request together; where a model that reads them
@@ -125,6 +128,8 @@ class ServerSettings(EngineConfig):
     keep_alive: str | None = None
     memory_budget_mb: _Count | None = None
     admin_keys: list[str] = field(default_factory=list)
+    adapter_dir: Path | None = None
+    key_adapters: dict[str, str] = field(default_factory=dict)
     max_body_bytes: _Positive = 4 * 2**20
     max_images: _Positive = 10
     max_image_bytes: _Positive = 8 * 2**20
@@ -191,11 +196,12 @@ class ServerSettings(EngineConfig):
                 f"max_inflight_body_bytes, {self.max_inflight_body_bytes}, is less than one body "
                 f"may have (max_body_bytes, {self.max_body_bytes}); raise it or lower that"
             )
-        if self.admin_keys and self.api_key_file is None:
-            raise ConfigError(
-                f"admin_keys names {', '.join(self.admin_keys)}, and there are no API keys; give "
-                "--api-key-file, too, or leave admin_keys out"
-            )
+        for setting in ("admin_keys", "key_adapters"):
+            if (names := getattr(self, setting)) and self.api_key_file is None:
+                raise ConfigError(
+                    f"{setting} names {', '.join(names)}, and there are no API keys; give "
+                    f"--api-key-file, too, or leave {setting} out"
+                )
         if self.api_key_file is None and not self.allow_open and not is_loopback(self.host):
             raise ConfigError(
                 f"host {self.host} can be reached from other machines, and no API key is set; "

@@ -10,11 +10,7 @@ from typing import Any
 import click
 
 from edge.bundle.engine_file import find_engines
-from edge.bundle.library import (
-    CATALOGUE,
-    bundle_directories,
-    roots,
-)
+from edge.bundle.library import CATALOGUE, bundle_directories, roots
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
 from edge.errors import BundleError, ConfigError, EdgeError
 

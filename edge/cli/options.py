@@ -86,6 +86,12 @@ def take_only_bundle() -> Path:
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 bundle_argument = click.argument("bundle", type=BundlePath())
+adapter_option = option(
+    "Answer",
+    "--adapter",
+    metavar="NAME|PATH",
+    help="Answer with this adapter: one that edge-llm adapter list shows, or as peft saved it.",
+)
 json_option = option("Output", "--json", "as_json", is_flag=True, help="Print one JSON line.")
 
 _MANY_ANSWERS = {"num_slots", "max_batch", "queue_capacity", "target_itl_ms", "reuse_prefix"}

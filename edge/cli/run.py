@@ -19,6 +19,7 @@ from .options import (
     FILE,
     ONE_ANSWER,
     BundlePath,
+    adapter_option,
     check_utf8,
     engine_options,
     sampling_options,
@@ -49,6 +50,7 @@ _NAME = re.compile(r"[\w.:/~-]*|[./~].*", re.ASCII | re.DOTALL)
     metavar="TEXT",
     help="Fill the gap between PROMPT and this text, both plain (code models).",
 )
+@adapter_option
 @option(
     "Output", "--json", "as_json", is_flag=True, help="Print one JSON line instead of streaming."
 )
@@ -66,6 +68,7 @@ def run(
     images: tuple[Path, ...],
     raw: bool,
     suffix: str | None,
+    adapter: str | None,
     as_json: bool,
     no_stats: bool,
     **options: Any,
@@ -95,7 +98,9 @@ def run(
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": content})
     with open_shown(path, config) as llm:
-        chunks = llm.stream(prompt if raw else messages, params, suffix=suffix, vote=vote)
+        given = prompt if raw else messages
+        adapter = adapter and llm.adapters.take(adapter)
+        chunks = llm.stream(given, params, suffix=suffix, adapter=adapter, vote=vote)
         if as_json:
             echo_json(answer_json(chunks))
             return

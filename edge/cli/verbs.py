@@ -14,6 +14,7 @@ GROUPS = {
         "build": "Build the TensorRT engine of a bundle",
         "list": "List the bundles of this machine",
         "inspect": "Show what a bundle or an engine is",
+        "adapter": "Keep adapters (LoRA) beside a bundle",
         "rm": "Remove a bundle with its engines",
     },
     "Use it": {

@@ -12,6 +12,7 @@ import numpy as np
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from edge.adapters.weights import AdapterWeights
     from edge.votes.tally import VoteRule
 
     from .scheduler import PutAway
@@ -28,6 +29,7 @@ class AnswerOptions(TypedDict, total=False):
     client: str
     deadline_s: float | None
     salt: str
+    adapter: str | AdapterWeights | None
     suffix: str | None
     tools: Sequence[Mapping[str, Any]] | None
     output: OutputFormat | None
@@ -66,6 +68,7 @@ class Ask:
             wait of the client with most end with `OverloadError` to make room for another's.
         deadline_s: seconds after which an answer ends with `DeadlineError`.
         salt: prompts share cached prefixes only with those of the same salt.
+        adapter: the adapter that answers, by its name (`LLM.adapters`); None is the model alone.
         ids: what `LLM.encode` made of the prompt with the same arguments, where the caller has it.
         resumed: what `LLM.put_away` returned of one answer to this prompt, with the same arguments.
             It goes on with the same tokens; those that it had come again first, without
@@ -87,6 +90,7 @@ class Ask:
     client: str = ""
     deadline_s: float | None = None
     salt: str = ""
+    adapter: str | AdapterWeights | None = None
     ids: Sequence[int] | None = None
     resumed: PutAway | None = None
 

@@ -26,11 +26,7 @@ from edge.engine_config import EngineConfig, EngineOptions
 from edge.errors import ConfigError, ContextLengthError, EdgeError, RequestError
 from edge.text.begun_answer import BegunAnswer, take_begun_answer
 from edge.text.chat_template import encode_chat
-from edge.text.reasoning import (
-    THINK_END,
-    ReasoningSplitter,
-    prompt_opens_reasoning,
-)
+from edge.text.reasoning import THINK_END, ReasoningSplitter, prompt_opens_reasoning
 from edge.text.streamed_text import Detokenizer
 
 from .ask import AnswerOptions, Ask, is_ids
@@ -39,18 +35,13 @@ from .open_bundle import find_bundle, open_bundle
 from .sampling import SampledToken
 from .sampling_params import SamplingParams
 from .scheduler import Constraint, Overflow, PrefixSource, PutAway, Request, Scheduler
-from .stream import (
-    Generation,
-    GenerationChunk,
-    GenerationResult,
-    OutputStream,
-    join_chunks,
-    submit,
-)
+from .stream import Generation, GenerationChunk, GenerationResult, OutputStream, join_chunks, submit
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from edge.adapters.loaded import Adapters
+    from edge.adapters.weights import AdapterWeights
     from edge.votes.tally import VoteResult
 
     from .draft_model import DraftBundle
@@ -184,6 +175,34 @@ class LLM:
         from .structured_output import GrammarCompiler
 
         return GrammarCompiler(self.tokenizer, self.manifest.model.vocab_size)
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        """The adapters that answers may ask for by name (`AnswerOptions.adapter`)."""
+        from edge.adapters.loaded import Adapters
+
+        return Adapters(self.bundle, self.manifest, self.backend.name)
+
+    def adapter_of(self, ask: Ask) -> AdapterWeights | None:
+        """Find the adapter that is asked for; see `Adapters.find`."""
+        return self.adapters.find(ask.adapter) if isinstance(ask.adapter, str) else ask.adapter
+
+    def load_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Take an adapter as ``peft`` saves it into memory; returns its name; see `Adapters.load`.
+
+        Raises:
+            ConfigError: the bundle takes no adapters, or the name cannot be one.
+            CheckpointError: the adapter does not fit the bundle.
+        """
+        return self.adapters.load(Path(path), name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter that `load_adapter` took in; answers that run end as they began.
+
+        Raises:
+            RequestError: there is none of this name.
+        """
+        self.adapters.unload(name)
 
     @property
     def reads_images(self) -> bool:
@@ -397,6 +416,7 @@ class LLM:
             client=ask.client,
             deadline_s=ask.deadline_s,
             salt=ask.salt,
+            adapter=self.adapter_of(ask),
             wants_progress=ask.progress,
             begun=ask.resumed,
             pictures=getattr(ids, "pictures", ()),

@@ -17,6 +17,7 @@ from edge.bundle.tasks import check_task
 from edge.cli.options import (
     ONE_ANSWER,
     BundlePath,
+    adapter_option,
     engine_options,
     sampling_options,
     take_engine,
@@ -60,11 +61,13 @@ _LOOK_S = 0.1  # between two looks at whether Ctrl-C was pressed
 @click.command(cls=SectionCommand)
 @click.argument("bundle", required=False, type=BundlePath(offers_export=True))
 @option("Answer", "--system", help="System message; R1 distills are best used without one.")
+@adapter_option
 @engine_options(*ONE_ANSWER)
 @sampling_options
 def chat(
     bundle: Path | None,
     system: str | None,
+    adapter: str | None,
     **options: Any,
 ) -> None:
     """Talk to BUNDLE, or to the only one there is; /help lists the commands."""
@@ -76,11 +79,15 @@ def chat(
         if llm.template is None:
             raise RequestError(f"{bundle} has no chat template; use: edge-llm run --raw")
         click.echo(f"{llm.manifest.name}, {llm.kv_capacity} tokens. /help lists the commands.")
-        Conversation(llm, params, system).loop(_read_line)
+        conversation = Conversation(llm, params, system)
+        conversation.adapter = adapter and llm.adapters.take(adapter)
+        conversation.loop(_read_line)
 
 
 class Conversation:
     """The state of a chat: messages so far, and the last answer's figures."""
+
+    adapter: str | None = None
 
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
         self.llm = llm
@@ -169,7 +176,7 @@ class Conversation:
         is_stopped = False
         with _stop_on_interrupt() as stopped:
             messages = [*self._head(), *self.messages, question]
-            generation = self.llm.submit(messages, self.params)
+            generation = self.llm.submit(messages, self.params, adapter=self.adapter)
             try:
                 while printer.finish_reason is None and not is_stopped:
                     # A long prompt gives no piece for minutes.

@@ -13,12 +13,7 @@ import msgspec
 
 from edge.cli import echo_json
 from edge.cli.options import take_engine
-from edge.errors import (
-    EXIT_GATE_MISSED,
-    DependencyError,
-    EdgeError,
-    install_command,
-)
+from edge.errors import EXIT_GATE_MISSED, DependencyError, EdgeError, install_command
 from edge.files import exists
 from edge.runtime.llm import LLM
 from edge_lab.measure import evaluate

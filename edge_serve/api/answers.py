@@ -235,7 +235,7 @@ class ModelCard(Struct):
     ``reasons`` says whether its answers to chats may begin with reasoning, which can then be
     limited or skipped; for a name that stands for several models, whether all of them do.
     ``size_bytes`` is what the bundle's files take. ``architecture`` says what it reads, as
-    llama.cpp's router and OpenRouter do.
+    llama.cpp's router and OpenRouter do. ``parent`` is the model that an adapter is for.
     """
 
     id: str
@@ -249,6 +249,7 @@ class ModelCard(Struct):
     size_bytes: int | UnsetType = UNSET
     status: ModelState | UnsetType = UNSET
     architecture: Modalities | UnsetType = UNSET
+    parent: str | UnsetType = UNSET
 
 
 class ModelList(Struct):

@@ -142,7 +142,7 @@ class ChatRender(Render):
     """Writes the answer to a chat in OpenAI's form; a `Render`."""
 
     def __init__(self, turn: Turn, body: ChatRequest) -> None:
-        self._head = answer_head("chatcmpl", turn.model)
+        self._head = answer_head("chatcmpl", turn)
         self._tokenizer = turn.model.llm.tokenizer
         self._logprobs = bool(body.logprobs)
         self._reasoning = body.include_reasoning is not False

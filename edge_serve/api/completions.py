@@ -109,7 +109,7 @@ class CompletionRender(Render):
     """Writes the answer to a completion in OpenAI's form; see `Render`."""
 
     def __init__(self, turn: Turn, body: CompletionRequest) -> None:
-        self._head = answer_head("cmpl", turn.model)
+        self._head = answer_head("cmpl", turn)
         self._tokenizer = turn.model.llm.tokenizer
         self._logprobs = body.logprobs
         self._usage = body.stream_options is not None and body.stream_options.include_usage

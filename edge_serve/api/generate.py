@@ -11,7 +11,6 @@ import msgspec
 
 from edge.runtime.sampling_params import KNOBS, SamplingParams
 from edge_serve.http.errors import APIError, invalid
-from edge_serve.models.registry import ServedModel
 from edge_serve.settings import ServerSettings
 
 from .answers import PromptProgress
@@ -20,6 +19,8 @@ from .protocol import Sampling
 if TYPE_CHECKING:
     from edge.runtime import generation
     from edge.runtime.llm import LLM
+
+    from .respond import Turn
 
 _KNOBS = KNOBS.keys() - {"max_tokens"}  # chats have two names for it
 
@@ -171,11 +172,11 @@ def shown_progress(progress: generation.PromptProgress) -> PromptProgress:
     return shown
 
 
-def answer_head(prefix: str, model: ServedModel) -> dict[str, Any]:
+def answer_head(prefix: str, turn: Turn) -> dict[str, Any]:
     """Return the fields that every event of an answer begins with, a fresh id among them."""
     return {
         "id": f"{prefix}-{secrets.token_hex(12)}",
         "created": int(time.time()),
-        "model": model.name,
-        "system_fingerprint": model.fingerprint,
+        "model": turn.model_name,
+        "system_fingerprint": turn.model.fingerprint,
     }

@@ -51,9 +51,11 @@ from .protocol import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    LoadAdapterRequest,
     LoadRequest,
     RerankRequest,
     TokenizeRequest,
+    UnloadAdapterRequest,
 )
 from .responses.answers import DeletedResponse, ResponseObject
 from .responses.protocol import IGNORED as RESPONSES_IGNORED
@@ -93,6 +95,8 @@ _POSTS: dict[str, tuple[str, type, type]] = {
     "/v1/rerank": ("Judge documents by a query", RerankRequest, RerankResponse),
     "/v1/models/load": ("Load a model", LoadRequest, LoadResponse),
     "/v1/models/unload": ("Unload a model", LoadRequest, LoadResponse),
+    "/v1/load_lora_adapter": ("Load an adapter", LoadAdapterRequest, LoadResponse),
+    "/v1/unload_lora_adapter": ("Unload an adapter", UnloadAdapterRequest, LoadResponse),
     "/api/chat": ("Answer a chat of Ollama's form", OllamaChatRequest, OllamaChatAnswer),
     "/api/generate": ("Answer a prompt of Ollama's form", GenerateRequest, GenerateAnswer),
     "/api/show": ("One model, in Ollama's form", ShowRequest, ShowAnswer),

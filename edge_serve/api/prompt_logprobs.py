@@ -63,6 +63,7 @@ async def score_prompt(
         client=ask.client,
         deadline_s=ask.deadline_s,
         salt=ask.salt,
+        adapter=model.llm.adapter_of(ask),
         on_logits=take,
     )
     work = partial(submit, model.llm.scheduler, [request], [OutputStream()])

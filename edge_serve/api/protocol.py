@@ -227,6 +227,22 @@ class LoadRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     model: ModelName
 
 
+class LoadAdapterRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /v1/load_lora_adapter``, as vLLM has it; ``model`` is the adapter's."""
+
+    lora_name: ModelName
+    lora_path: Annotated[str, Meta(min_length=1, max_length=4096)]
+    load_inplace: bool = False
+    model: ModelName | None = None
+
+
+class UnloadAdapterRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of ``POST /v1/unload_lora_adapter``, as vLLM has it."""
+
+    lora_name: ModelName
+    model: ModelName | None = None
+
+
 class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """The body of ``POST /tokenize``: a text, or the messages of a chat."""
 

@@ -30,6 +30,7 @@ from edge_serve.http.threads import (
     in_thread,
     until_gone,
 )
+from edge_serve.models.adapters import ChosenAdapter
 from edge_serve.models.flight import Flight
 from edge_serve.models.registry import ServedModel
 from edge_serve.settings import ServerSettings
@@ -66,6 +67,7 @@ class Turn:
         priority: lower runs first.
         waited_s: seconds for which it has waited for the model to be loaded.
         picture_models: names of the served models that take pictures.
+        adapter: what answers besides the model, if anything does.
     """
 
     model: ServedModel
@@ -80,6 +82,12 @@ class Turn:
     priority: int = 0
     waited_s: float = 0.0
     picture_models: Sequence[str] = ()
+    adapter: ChosenAdapter | None = None
+
+    @property
+    def model_name(self) -> str:
+        """What answers, as a request names it."""
+        return f"{self.model.name}:{self.adapter.name}" if self.adapter else self.model.name
 
     def deadline_s(self) -> float | None:
         """When the answer must have ended if it begins now, on the monotonic clock."""
@@ -235,6 +243,8 @@ async def begin(
         check_there(turn.receive)
         _take_out_left(model, len(plan.asks) * plan.n)
         generations = await in_thread(partial(_submit, model.llm, plan, deadline_s))
+        if turn.adapter is not None:
+            turn.metrics.observe_adapter(model.name, turn.adapter.name)
         flight = Flight(model, generations, plan.params, turn.metrics, user=plan.user, arm=turn.arm)
     render.begin(plan, sum(len(ask.ids or ()) for ask in plan.asks))
     return Answer(model, plan, echoes, flight, render, generations, deadline_s)
@@ -343,7 +353,10 @@ def _encode(turn: Turn, plan: Plan, ask: Ask, resumed: Resumed | None, on_piece:
     llm, salt = turn.model.llm, turn.client.salt
     # Cached prefixes are shared within one key, and within one `cache_salt` of it.
     salt = f"{salt}/{plan.cache_salt}" if plan.cache_salt else salt
-    ask = replace(ask, priority=turn.priority, client=turn.client.origin, salt=salt)
+    adapter = turn.adapter and turn.adapter.read()
+    ask = replace(
+        ask, priority=turn.priority, client=turn.client.origin, salt=salt, adapter=adapter
+    )
     if resumed is not None:
         return replace(ask, ids=resumed.prompt, resumed=resumed.state)
     return replace(ask, ids=llm.encode_ask(ask, llm.kv_capacity, on_piece))

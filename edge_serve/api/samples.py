@@ -20,9 +20,11 @@ from .protocol import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    LoadAdapterRequest,
     LoadRequest,
     RerankRequest,
     TokenizeRequest,
+    UnloadAdapterRequest,
     decode,
 )
 from .responses.protocol import ResponsesRequest
@@ -58,6 +60,8 @@ SAMPLES: dict[type[Struct], bytes] = {
     GenerateRequest: b'{"prompt": "hello", "format": {"type": "object"}, "think": true}',
     ShowRequest: b'{"model": "a"}',
     LoadRequest: b'{"model": "a"}',
+    LoadAdapterRequest: b'{"lora_name": "a", "lora_path": "b", "load_inplace": true}',
+    UnloadAdapterRequest: b'{"lora_name": "a"}',
     EmbedRequest: b'{"input": ["a"], "truncate": true, "dimensions": 2, "options": {"num_ctx": 8}}',
     EmbeddingsRequest: b'{"prompt": "a", "keep_alive": "5m"}',
     CountTokensRequest: b'{"messages": [{"role": "user", "content": "a"}], "system": "b"}',

@@ -26,6 +26,7 @@ from edge_serve.http.errors import APIError, draining, invalid, stalled
 from edge_serve.http.threads import while_there
 from edge_serve.observe.metric_families import EngineInfo
 
+from .adapters import ChosenAdapter, ServedAdapters
 from .bundle_text import BundleText, read_bundle_text
 from .route import AUTO, Facts, Rule, Split
 
@@ -281,12 +282,14 @@ class Choice(NamedTuple):
         rule: the rule of ``auto`` that chose it, as it was written.
         arm: ``NAME:MODEL`` where an A/B split chose it.
         waited_s: seconds for which the request has waited for the model.
+        adapter: what the request's name says besides the model; None is the model alone.
     """
 
     model: ServedModel
     rule: str | None = None
     arm: str | None = None
     waited_s: float = 0.0
+    adapter: ChosenAdapter | None = None
 
     def headers(self) -> dict[str, str]:
         """Return the headers that tell the client which model answers, and why."""
@@ -314,6 +317,7 @@ class ModelRegistry:
         is_draining: whether the server is about to stop.
         is_loading: whether its models are still being opened.
         load_for: loads the model of an entry for a request, which waits; None where all are loaded.
+        adapters: what requests may name besides a model.
         trouble: why the device should get no requests now, e.g. ``thermal``; None if it should.
     """
 
@@ -334,6 +338,7 @@ class ModelRegistry:
         self._entries: dict[str, ModelEntry] = {}
         self._retired: set[ServedModel] = set()
         self._held: dict[str, asyncio.Event] = {}
+        self.adapters = ServedAdapters(self.entries)
         self.is_draining = False
         self.is_loading = True
         self.load_for: Callable[[ModelEntry, float], Awaitable[None]] | None = None
@@ -439,18 +444,22 @@ class ModelRegistry:
         """
         entry = self._entries.get(name)
         if entry is None:
-            quoted = repr(name[:80])
-            names = [*self._entries, *self.aliases()]
-            more = ", ...; GET /v1/models lists all" if names[_MOST_NAMED:] else ""
-            raise APIError(
-                404,
-                "model_not_found",
-                f"the model {quoted} is not served here; those that are: "
-                f"{', '.join(names[:_MOST_NAMED])}{more}",
-                param="model",
-                quoted=quoted,
-            )
+            raise self.not_served(name)
         return entry
+
+    def not_served(self, name: str) -> APIError:
+        """Say that no model has this name."""
+        quoted = repr(name[:80])
+        names = [*self._entries, *self.aliases()]
+        more = ", ...; GET /v1/models lists all" if names[_MOST_NAMED:] else ""
+        return APIError(
+            404,
+            "model_not_found",
+            f"the model {quoted} is not served here; those that are: "
+            f"{', '.join(names[:_MOST_NAMED])}{more}",
+            param="model",
+            quoted=quoted,
+        )
 
     def by_hand(self, name: str) -> ModelEntry:
         """Return the one model that is loaded or unloaded by this name.
@@ -476,7 +485,7 @@ class ModelRegistry:
             APIError: 400, 404, or 503 while nothing can be served.
         """
         self._check_open()
-        return self._pick(self._named(name), Facts({}, "chat", ""))[0]
+        return self._pick(self.adapters.split(self._named(name))[0], Facts({}, "chat", ""))[0]
 
     @contextmanager
     def held(self, name: str) -> Iterator[None]:
@@ -511,7 +520,7 @@ class ModelRegistry:
         """
         self._check_open()
         facts = facts or Facts({}, "chat", "")
-        named = self._named(name)
+        named, adapter = self.adapters.split(self._named(name))
         is_watch = facts.key == WATCH_USER
         asked_s = time.monotonic()
         waited_s = 0.0
@@ -537,7 +546,7 @@ class ModelRegistry:
         if keep_alive_s is not None:
             model.keep_alive_s = keep_alive_s
         model.touch(counts=not is_watch)
-        return Choice(model, rule, arm, waited_s)
+        return Choice(model, rule, arm, waited_s, adapter)
 
     async def _wait_for(self, entry: ModelEntry, asked_s: float, *, is_watch: bool) -> None:
         """Wait until a model is replaced or loaded.

@@ -170,6 +170,7 @@ class Metrics:
         )
         self._ignored_fields = counter("ignored_fields", "Unknown fields of requests, ignored.")
         self._routes = counter("route_decisions", "Choices of the model 'auto'.", "rule", "model")
+        self._adapters = counter("adapter_requests", "Requests by adapter.", "model", "adapter")
         self._loads = counter("model_loads", "Models loaded for a request.", "model", "outcome")
         self._unloads = counter("model_unloads", "Models unloaded, by reason.", "model", "reason")
         self._load_s = histogram("model_load_seconds", "Time to load a model.", REQUEST_BUCKETS_S)
@@ -311,6 +312,10 @@ class Metrics:
     def observe_route(self, rule: str, model: str) -> None:
         """Count a decision of the model ``auto``."""
         self._routes.labels(self._label("rule", rule), self._label("model", model)).inc()
+
+    def observe_adapter(self, model: str, adapter: str) -> None:
+        """Count a request for an adapter."""
+        self._adapters.labels(self._label("model", model), self._label("adapter", adapter)).inc()
 
     def observe_load(self, model: str, took_s: float | None) -> None:
         """Count a model that was loaded after the start; None where it could not be."""

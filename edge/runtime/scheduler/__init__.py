@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from .request import (
-    Constraint,
-    Overflow,
-    PrefixSource,
-    PutAway,
-    Request,
-    StoredPrefix,
-)
+from .request import Constraint, Overflow, PrefixSource, PutAway, Request, StoredPrefix
 from .scheduler import Scheduler
 from .sequence import SequenceState
 

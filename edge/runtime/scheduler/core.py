@@ -139,6 +139,8 @@ class EngineCore:
         if begun is not None:
             params = replace(params, seed=begun.seed)
         sampler = self.sampler_type(params, self.vocab_size, request.ids)
+        if request.adapter is not None:
+            salt = f"{request.adapter.digest}\0{salt}"
         sequence = SequenceState(request, sampler, sink, salt, now_s)
         if begun is not None:
             sampler.go_on(begun.answer)

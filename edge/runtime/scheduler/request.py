@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from edge.runtime.generation import GenerationStats, PromptProgress
 from edge.runtime.kv_cache import KeptRows
 from edge.runtime.sampling import SampledToken
 from edge.runtime.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from edge.adapters.weights import AdapterWeights
 
 _SEEDS = 1 << 64
 
@@ -146,6 +149,8 @@ class Request:
             waiting or running; None sets no limit.
         salt: sequences share cached prefixes only with those of the same salt, so that timing
             tells one tenant nothing about another's prompts.
+        adapter: what is added to the model's linears; sequences of different adapters share no
+            rows, whatever their salts.
         constraint: decides which tokens may come next. It has state, so it serves one sequence.
         wants_progress: whether the sink is told of each change of the place in the queue, and of
             each percent of the prompt that has been read.
@@ -167,6 +172,7 @@ class Request:
     client: str = ""
     deadline_s: float | None = None
     salt: str = ""
+    adapter: AdapterWeights | None = None
     constraint: Constraint | None = None
     wants_progress: bool = False
     begun: PutAway | None = None

@@ -108,8 +108,8 @@ class Roster:
         """
         slot = slot_of(sequence)
         sequence.aside = self.keep_rows(slot)
-        self.pool.give_back(slot, keep=self.reuse_prefix)
-        sequence.slot, sequence.came_back = None, True
+        self._give_back(sequence, slot, keep=self.reuse_prefix)
+        sequence.came_back = True
         self.waiting.add(sequence)  # first, so that another thread's count misses none
         self.running.remove(sequence)
 
@@ -117,8 +117,8 @@ class Roster:
         """Take a sequence out that has ended; only ``sound`` rows stay for others."""
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         if sequence.slot is not None:
-            self.pool.give_back(sequence.slot, keep=sound and self.reuse_prefix)
-        sequence.slot = sequence.aside = None
+            self._give_back(sequence, sequence.slot, keep=sound and self.reuse_prefix)
+        sequence.aside = None
 
     # ------------------------------------------------------------------ rows
 
@@ -139,6 +139,12 @@ class Roster:
         with contextlib.suppress(EdgeError):
             zero_rows(self.backend, slot.index, min(written, slot.capacity), first)
 
+    def _give_back(self, sequence: SequenceState, slot: Slot, *, keep: bool) -> None:
+        self.pool.give_back(slot, keep=keep)
+        sequence.slot = None
+        if sequence.request.adapter is not None:
+            self.backend.set_adapter(slot.index, None)
+
     def _place(self, sequence: SequenceState) -> int:
         """Give the sequence a slot and the cached rows of its prompt; returns their number."""
         ids = sequence.ids
@@ -146,7 +152,9 @@ class Roster:
             ids = []  # the logits of rows that are there already are lost
         placement = self.pool.place(ids, sequence.salt)
         assert placement is not None
-        stored = self._prefix_store.lookup(ids) if self._prefix_store else None
+        # Stored rows are those of the model alone.
+        store = self._prefix_store if sequence.request.adapter is None else None
+        stored = store.lookup(ids) if store else None
         cached = self.pool.usable(stored.length, ids) if stored is not None else 0
         rows = stored.load() if stored is not None and cached > placement.cached else None
         if rows is not None:
@@ -183,4 +191,6 @@ class Roster:
             self.backend.copy_slot(source.index, slot.index, cached)
         self.pool.take(slot, sequence.ids[:cached], sequence.salt)
         sequence.slot = slot
+        if sequence.request.adapter is not None:
+            self.backend.set_adapter(slot.index, sequence.request.adapter)
         return cached

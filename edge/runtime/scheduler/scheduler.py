@@ -24,24 +24,10 @@ import numpy as np
 from edge.backends import Backend
 from edge.bundle.embeddings import EmbeddingTable
 from edge.engine_config import EngineConfig
-from edge.errors import (
-    BackendError,
-    ContextLengthError,
-    OverloadError,
-    RequestError,
-    ResourceError,
-)
+from edge.errors import BackendError, ContextLengthError, OverloadError, RequestError, ResourceError
 
 from .core import EngineCore
-from .request import (
-    Overflow,
-    PrefixSource,
-    PutAway,
-    Request,
-    SchedulerStats,
-    Sink,
-    SlotState,
-)
+from .request import Overflow, PrefixSource, PutAway, Request, SchedulerStats, Sink, SlotState
 from .sequence import SequenceState
 
 if TYPE_CHECKING:

@@ -259,7 +259,7 @@ class MessagesRender(Render):
 
     def __init__(self, turn: Turn, body: MessagesRequest) -> None:
         self._id = f"msg_{secrets.token_hex(12)}"
-        self._model = turn.model.name
+        self._model = turn.model_name
         self._max_tokens = body.max_tokens
         thinking = body.thinking
         shows = isinstance(thinking, ThinkingEnabled | ThinkingAdaptive)

@@ -193,7 +193,7 @@ class OllamaRender(Render):
 
     def __init__(self, turn: Turn, body: OllamaRequest, name: str | None) -> None:
         # As the client named it, since some look for that name.
-        self._model = name or turn.model.name
+        self._model = name or turn.model_name
         self._is_chat = isinstance(body, OllamaChatRequest)
         self._waited_s = turn.waited_s
         self._last = Piece()

@@ -72,7 +72,7 @@ class ResponseRender(Render):
         self.response = ResponseObject(
             id=id_ or f"resp_{secrets.token_hex(12)}",
             created_at=created_at or int(time.time()),
-            model=turn.model.name,
+            model=turn.model_name,
             instructions=body.instructions,
             max_output_tokens=body.max_output_tokens,
             temperature=1.0,

@@ -32,7 +32,7 @@ from edge_serve.api.respond import Answer, Plan, Resumed, Turn, begin, json_resp
 from edge_serve.http.access import Client
 from edge_serve.http.errors import APIError, as_api_error, draining, invalid
 from edge_serve.http.threads import ClientGoneError, Lane, in_thread
-from edge_serve.models.registry import ModelRegistry, ServedModel
+from edge_serve.models.registry import Choice, ModelRegistry
 from edge_serve.pictures.parts import has_pictures
 from edge_serve.settings import ServerSettings
 from edge_serve.stored.record import Record, StoredRows, Unfinished, rows_sha256
@@ -208,7 +208,7 @@ class StoredResponses:
             return await answer.send(turn, response)
         (generation,) = answer.generations
         record.unfinished = Unfinished(
-            model=turn.model.name,
+            model=turn.model_name,
             bundle=bundle_key(turn.model.llm.manifest),
             seed=generation.seed,
             prompt=generation.prompt_ids,
@@ -372,18 +372,18 @@ class StoredResponses:
                 f"the server was killed {unfinished.begins} times while it ran this response",
             )
         try:
-            model = (await self._models.choose(unfinished.model)).model
+            choice = await self._models.choose(unfinished.model)
         except OverloadError:  # too many requests wait for it
             return False
         except APIError as error:
             if error.code == "no_room":
                 return False
             raise
-        with model.lease():  # it stays loaded until the answer has begun
-            return await self._resume_on(model, live)
+        with choice.model.lease():  # it stays loaded until the answer has begun
+            return await self._resume_on(choice, live)
 
-    async def _resume_on(self, model: ServedModel, live: _Live) -> bool:
-        record, unfinished, llm = live.record, live.record.unfinished, model.llm
+    async def _resume_on(self, choice: Choice, live: _Live) -> bool:
+        record, unfinished, llm = live.record, live.record.unfinished, choice.model.llm
         assert unfinished is not None
         if bundle_key(llm.manifest) != unfinished.bundle:
             raise APIError(
@@ -399,7 +399,8 @@ class StoredResponses:
             return True
         body = convert(record.request, ResponsesRequest, "request")
         turn = Turn(
-            model=model,
+            model=choice.model,
+            adapter=choice.adapter,
             client=Client(record.client, unfinished.salt, unfinished.origin),
             settings=self._settings,
             metrics=self._metrics,

@@ -465,9 +465,9 @@ def record_prompts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     prompts: list[Any] = []
     submit = LLM.submit
 
-    def recorded(self: LLM, prompt: Any, params: Any = None) -> Any:
+    def recorded(self: LLM, prompt: Any, params: Any = None, **options: Any) -> Any:
         prompts.append(prompt)
-        return submit(self, prompt, params)
+        return submit(self, prompt, params, **options)
 
     monkeypatch.setattr(LLM, "submit", recorded)
     return prompts

@@ -174,8 +174,13 @@ def test_every_setting_without_a_flag_is_a_key_and_a_variable(tmp_path: Path):
         "max_inflight_body_bytes": 2**30,
         "trusted_proxies": ["10.0.0.2", "fd00::/8"],
         "admin_keys": ["ann"],
+        "adapter_dir": Path("/srv/adapters"),
+        "key_adapters": {"ann": "legal"},
     }
-    path.write_text("".join(f"{key} = 77\n" for key in keys if key not in others))
+    path.write_text(
+        "".join(f"{key} = 77\n" for key in keys if key not in others)
+        + 'adapter_dir = "/srv/adapters"\nkey_adapters = { ann = "legal" }\n'
+    )
     environ = {
         "EDGE_LLM_SERVE_MAX_INFLIGHT_BODY_BYTES": str(2**30),
         "EDGE_LLM_SERVE_TRUSTED_PROXIES": "10.0.0.2, fd00::/8",

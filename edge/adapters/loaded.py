@@ -1,0 +1,139 @@
+"""The adapters of one open bundle: those that are kept beside it, and those given by path."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge.bundle.manifest import Manifest
+from edge.errors import ConfigError, RequestError
+
+from .graph_inputs import read_section
+from .library import check_name, stored_adapters, unknown_adapter
+from .peft_file import adapter_files, read_adapter
+from .weights import AdapterWeights
+
+
+class Adapters:
+    """Adapters by name; one that is kept beside the bundle is read when it is first asked for.
+
+    Any thread may call. An answer holds the weights that it began with, so one that is replaced or
+    taken away changes no answer that runs.
+
+    Args:
+        bundle: directory of the bundle.
+        manifest: its description.
+        backend: name of the engine, whose floats decide the type of what stays in memory.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, backend: str = "ort-cpu") -> None:
+        self._bundle, self._manifest = bundle, manifest
+        is_half = backend != "ort-cpu" and manifest.dtype == "fp16"
+        self._dtype = np.float16 if is_half else np.float32
+        self._lock = threading.Lock()
+        self._given: dict[str, AdapterWeights] = {}
+        self._stored: dict[str, tuple[object, AdapterWeights]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Names that an answer may ask for, in order."""
+        return sorted({*self._given, *stored_adapters(self._bundle)})
+
+    def read(self, path: Path, name: str) -> AdapterWeights:
+        """Read an adapter, hold it against the bundle, and keep nothing.
+
+        Raises:
+            ConfigError: the bundle takes no adapters.
+            CheckpointError: see `read_adapter`.
+        """
+        section = read_section(self._manifest)
+        if section is None:
+            raise ConfigError(
+                f"{self._bundle} takes no adapters; export it with --adapters RANK, or merge this "
+                "one with --lora"
+            )
+        return read_adapter(
+            path, name, self._manifest, section.rank, bundle=self._bundle, dtype=self._dtype
+        )
+
+    def load(self, path: Path, name: str | None = None) -> str:
+        """Take an adapter into memory; one of that name is replaced.
+
+        Args:
+            path: the directory that ``peft`` saved, or the file of its weights.
+            name: by which answers ask for it; None is the directory's.
+
+        Returns:
+            Its name.
+
+        Raises:
+            ConfigError: the bundle takes no adapters, or the name cannot be one.
+            CheckpointError: it does not fit the bundle.
+        """
+        name = check_name(own_name(path) if name is None else name)
+        weights = self.read(path, name)
+        with self._lock:
+            self._given[name] = weights
+        return name
+
+    def unload(self, name: str) -> None:
+        """Take an adapter that `load` took in out of memory.
+
+        Raises:
+            RequestError: there is none of this name.
+        """
+        with self._lock:
+            if self._given.pop(name, None) is None:
+                raise RequestError(f"no adapter {name!r:.80} was loaded; see LLM.adapters.names")
+
+    def is_loaded(self, name: str) -> bool:
+        """Whether `load` has taken it in."""
+        return name in self._given
+
+    def find(self, name: str) -> AdapterWeights:
+        """Return an adapter by its name.
+
+        Raises:
+            RequestError: there is none.
+            ConfigError, CheckpointError: the one beside the bundle cannot be read.
+        """
+        with self._lock:
+            if (given := self._given.get(name)) is not None:
+                return given
+            known = stored_adapters(self._bundle)
+            if name not in known:
+                self._stored.pop(name, None)
+                raise unknown_adapter(name, [*known, *self._given])
+            stamp = [_stamp(file) for file in adapter_files(known[name])]
+            before = self._stored.get(name)
+            if before is None or before[0] != stamp:
+                self._stored[name] = stamp, self.read(known[name], name)
+            return self._stored[name][1]
+
+    def take(self, name_or_path: str) -> str:
+        """Return the name of an adapter, which is loaded where a path is given.
+
+        Raises:
+            RequestError: neither.
+            ConfigError, CheckpointError: see `load`.
+        """
+        if name_or_path in self.names:
+            return name_or_path
+        path = Path(name_or_path)
+        if "/" not in name_or_path and not path.exists():
+            raise unknown_adapter(name_or_path, self.names)
+        return self.load(path)
+
+
+def own_name(path: Path) -> str:
+    """Return what an adapter is called where nobody names it: as its directory."""
+    path = path.absolute()
+    return path.parent.name if path.suffix == ".safetensors" else path.name
+
+
+def _stamp(file: Path) -> Any:
+    found = file.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
