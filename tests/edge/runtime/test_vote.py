@@ -14,6 +14,7 @@ import pytest
 from edge import SamplingParams
 from edge.errors import DeadlineError, OverloadError, RequestError
 from edge.runtime.sampling import Sampler
+from edge.runtime.scheduler.core import EngineCore
 from edge.votes.tally import VoteRule
 from tests.conftest import Bundles
 from tests.edge.runtime.test_llm import QUESTION, Scripted
@@ -54,7 +55,7 @@ class Voters(Scripted):
                 logprob = -0.1 * (self.seed - 4)
                 return token._replace(id=self._left.pop(0), logprob=logprob)
 
-        monkeypatch.setattr("edge.runtime.scheduler.core.Sampler", Spoken)
+        monkeypatch.setattr(EngineCore, "sampler_type", Spoken)
 
     def say_answers(self, *answers: str) -> None:
         self.texts = [f"so {each}?\n</think>\n\nIt is {each}." for each in answers]
