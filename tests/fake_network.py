@@ -129,7 +129,7 @@ _OPERATORS = {
     "SHUFFLE": "Reshape Transpose Unsqueeze Squeeze Expand",
     "SELECT": "Where",
     "IDENTITY": "Identity",
-    "NORMALIZATION": "RMSNormalization",
+    "NORMALIZATION": "RMSNormalization LayerNormalization",
     "ROTARY_EMBEDDING": "RotaryEmbedding",
     "KV_CACHE_UPDATE": "TensorScatter",
 }

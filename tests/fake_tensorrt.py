@@ -451,7 +451,7 @@ class FakeContext:
         capturing = gpu.streams[stream_handle].capturing is not None
         if capturing and self._flushed != self.version:
             raise RuleError("captured without a run in advance after a change of shapes")
-        batch, seq = self._shapes[io_spec.POSITION_IDS]
+        batch, seq = self._shapes.get(io_spec.POSITION_IDS, (1, 1))  # an encoder has no tokens
         try:
             self.attached.run(batch, seq, stream_handle, self.version)
         except fake_plugin_v3.FailedError as error:
@@ -522,8 +522,7 @@ class FakeContext:
         return Work(run, poison, valid, (activations, needed))
 
 
-def _compute(engine: FakeEngine, views: dict[str, NDArray[Any]], sizes: dict[str, int]) -> None:
-    inputs = {name: views[name] for name in engine._inputs}
+def _check_step(engine: FakeEngine, inputs: dict[str, NDArray[Any]], sizes: dict[str, int]) -> None:
     if io_spec.WRITE_INDICES in inputs:
         last = inputs[io_spec.WRITE_INDICES] + sizes[io_spec.SEQ]
         if inputs[io_spec.WRITE_INDICES].min() < 0 or last.max() > engine._capacity:
@@ -539,6 +538,12 @@ def _compute(engine: FakeEngine, views: dict[str, NDArray[Any]], sizes: dict[str
         raise RuleError("kv_positions are not 0, 1, 2, ...")
     if inputs[io_spec.POSITION_IDS].max() >= engine._capacity:
         raise RuleError("a position lies outside of the cache")
+
+
+def _compute(engine: FakeEngine, views: dict[str, NDArray[Any]], sizes: dict[str, int]) -> None:
+    inputs = {name: views[name] for name in engine._inputs}
+    if io_spec.POSITION_IDS in inputs:
+        _check_step(engine, inputs, sizes)
     copies = {name: np.array(array) for name, array in inputs.items()}
     results = _session(engine._model).run(list(engine._outputs), copies)
     for name, result in zip(engine._outputs, results, strict=True):

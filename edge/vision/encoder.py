@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,10 +41,11 @@ def open_encoder(
         DependencyError: a library is missing.
     """
     if backend.name == "tensorrt":
-        raise BundleError(
-            f"the engine of {manifest.name} has no vision encoder; use --backend ort-cuda or "
-            "ort-cpu"
-        )
+        from edge.backends.tensorrt.runner import TensorRTBackend
+
+        from .engine_encoder import EngineEncoder
+
+        return EngineEncoder(manifest, section, cast(TensorRTBackend, backend))
     device = getattr(backend, "device", None)
     return OrtEncoder(bundle, manifest, section, device, num_threads)
 

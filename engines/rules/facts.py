@@ -20,7 +20,7 @@ QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 _COMPARISONS = ("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", "And", "Or", "Not")
 _ELEMENTWISE = (*_COMPARISONS, "Add", "Sub", "Mul", "Div", "Where", "Max", "Min", "Pow", "Xor")
 _SAME_RANK = (
-    *("Cast", *QUANTIZING, "Softmax", "Sigmoid", "Sqrt", "Slice", "Split"),
+    *("Cast", *QUANTIZING, "Softmax", "Sigmoid", "Sqrt", "Slice", "Split", "LayerNormalization"),
     *("Concat", "Transpose", "RMSNormalization", "RotaryEmbedding", "TensorScatter", "Attention"),
     "w4_linear",  # our plugin (edge.backends.tensorrt.launch_rules)
     *("Identity", "Abs", "Neg", "Reciprocal", "Swish", "Tanh", "Exp", "Log", "Erf", "TopK"),

@@ -99,7 +99,7 @@ def choose_engine(
     for directory in directories:
         try:
             info = read_engine_info(directory, policy)
-            module = _load(info.flavour)
+            module = load_module(info.flavour)
             check_engine(
                 directory,
                 info,
@@ -307,7 +307,12 @@ class Engine:
         self._engine = self._runtime = None
 
 
-def _load(flavour: Flavour) -> Any:
+def load_module(flavour: Flavour) -> Any:
+    """``tensorrt`` or ``tensorrt_rtx``.
+
+    Raises:
+        DependencyError: it is missing, or cannot be loaded.
+    """
     name = _MODULES[flavour]
     try:
         return importlib.import_module(name)
