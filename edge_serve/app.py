@@ -63,7 +63,7 @@ from .api.responses.stored import StoredResponses
 from .api.text import detokenize, tokenize, tokenizer_info
 from .http.access import APIKeys, RateLimit
 from .http.errors import APIError, invalid, renamed
-from .http.guard import App, Guard, Receive, Scope, Send, read_body
+from .http.guard import App, Guard, Receive, Scope, Send
 from .http.memory import Trimmer
 from .http.page import page_files
 from .http.priority import priority_of
@@ -71,13 +71,7 @@ from .http.probes import HEALTHY
 from .http.threads import LARGE_BYTES, Lane, Lanes, in_thread, while_there
 from .models.adapters import allowed_path, may_use
 from .models.registry import Choice, ModelEntry, ModelRegistry
-from .pictures import (
-    body_limit,
-    check_values,
-    may_have_pictures,
-    modalities,
-    picture_models,
-)
+from .pictures import fetcher, lane_bytes, modalities, picture_models, read_long_body
 from .settings import ServerSettings, parse_keep_alive
 
 if TYPE_CHECKING:
@@ -152,11 +146,7 @@ class _Endpoints:
         self._settings = settings
         self._metrics = metrics
         self._lanes = Lanes(settings, on_large=trimmer.soon)
-        self._fetcher = None
-        if settings.image_urls:
-            from .pictures.fetch import PictureFetcher
-
-            self._fetcher = PictureFetcher(settings)
+        self._fetcher = fetcher(settings)
 
     def routes(self) -> list[BaseRoute]:
         """List every path; those of the API with and without ``/v1``."""
@@ -214,18 +204,13 @@ class _Endpoints:
 
     async def _read(self, request: Request, kind: type[_Body]) -> tuple[_Body, Lane]:
         """Read the body of a request; returns it, and the lane in which to encode its texts."""
-        settings = self._settings
-        most_bytes = body_limit(settings, self._models.entries())
-        body = await read_body(request.scope, request.receive, settings, most_bytes)
-        check_values(body, settings)
-        lane = self._lanes.lane(LARGE_BYTES if may_have_pictures(body) else len(body))
-        ignores = settings.unknown_fields == "ignore"
+        body = await read_long_body(request, self._settings, self._models.entries())
+        lane = self._lanes.lane(lane_bytes(body))
+        ignores = self._settings.unknown_fields == "ignore"
         on_unknown = self._metrics.observe_ignored_fields if ignores else None
-        read = partial(decode, body, kind, settings.max_nesting, on_unknown)
-        if len(body) < LARGE_BYTES:
-            asked = read()
-        else:
-            asked = await lane.run(lambda _: read(), request.receive)
+        read = partial(decode, body, kind, self._settings.max_nesting, on_unknown)
+        is_long = len(body) >= LARGE_BYTES
+        asked = await lane.run(lambda _: read(), request.receive) if is_long else read()
         if self._fetcher is not None:
             await self._fetcher.fetch_all(asked, request.receive)
         return asked, lane

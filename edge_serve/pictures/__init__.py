@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from msgspec import Struct
+from starlette.requests import Request
 
 from edge.bundle.manifest import Manifest
 from edge_serve.http.errors import APIError
+from edge_serve.http.guard import read_body
+from edge_serve.http.threads import LARGE_BYTES
 from edge_serve.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from .fetch import PictureFetcher
 
 _MOST_MARKS = 2**18
 
@@ -43,17 +49,32 @@ def picture_models(entries: Iterable[Entry]) -> list[str]:
     return [entry.name for entry in entries if reads_images(entry.manifest)]
 
 
-def body_limit(settings: ServerSettings, entries: Iterable[Entry]) -> int:
-    """Return the bytes that a body may have: more where a model takes pictures."""
-    return settings.most_body_bytes if picture_models(entries) else settings.max_body_bytes
+def fetcher(settings: ServerSettings) -> PictureFetcher | None:
+    """Return what fetches pictures by their addresses; None where that is not wanted."""
+    if not settings.image_urls:
+        return None
+    from .fetch import PictureFetcher
+
+    return PictureFetcher(settings)
 
 
-def may_have_pictures(body: bytes) -> bool:
-    """Whether a body of JSON looks as if it had pictures, which take long to read, however short.
+async def read_long_body(
+    request: Request, settings: ServerSettings, entries: Iterable[Entry]
+) -> bytes:
+    """Read a body, which may be longer where a model takes pictures; see `read_body`."""
+    sees = bool(picture_models(entries))
+    most_bytes = settings.most_body_bytes if sees else settings.max_body_bytes
+    body = await read_body(request.scope, request.receive, settings, most_bytes)
+    check_values(body, settings)
+    return body
 
-    A text that only speaks of such fields is read as a long one.
+
+def lane_bytes(body: bytes) -> int:
+    """Return the length by which a request finds its lane: pictures take long, however short.
+
+    A text that only speaks of their fields is read as a long one.
     """
-    return b'"image' in body or b'_image"' in body
+    return max(len(body), LARGE_BYTES) if b'"image' in body or b'_image"' in body else len(body)
 
 
 def check_values(body: bytes, settings: ServerSettings) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Bundles, write_secret
+from tests.conftest import RUNNABLE, Bundles, write_secret
 from tests.edge_serve.scripted import HERMES_TEMPLATE, KEY, Live, running
 from tests.manifests import replace_file
+from tests.tiny_vision import write_vision_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +33,17 @@ def tool_bundle(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory)
 def client_keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with `KEY`."""
     return write_secret(tmp_path_factory.mktemp("keys") / "keys", f"client:{KEY}\n")
+
+
+@pytest.fixture(scope="session")
+def sees_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle in SmolVLM's layout, which reads pictures."""
+    from export.pipeline import ExportConfig, export_checkpoint
+
+    root = tmp_path_factory.mktemp("sees")
+    source, output = write_vision_checkpoint(root / "checkpoint"), root / "tiny"
+    config = ExportConfig(
+        source=str(source), output=output, quant="fp16", dialect=RUNNABLE, kv_capacity=640
+    )
+    export_checkpoint(config)
+    return output

@@ -128,6 +128,15 @@ class ScriptedEngine:
         return logits
 
 
+class RealEngine(ScriptedEngine):
+    """Says what the bundles say."""
+
+    def open(self, bundle: Path, **options: Any) -> LLM:
+        """See `ScriptedEngine.open`."""
+        self.llm = LLM(bundle, backend="ort-cpu", num_threads=1, **options)
+        return self.llm
+
+
 @dataclass
 class Answer:
     """What came back."""

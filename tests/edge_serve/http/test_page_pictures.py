@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from edge import SamplingParams
 from tests.edge_serve.http.browser import Browser
 from tests.edge_serve.http.page_stub import StubServer
 from tests.edge_serve.http.test_page_access import violations
-from tests.edge_serve.http.test_page_conversations import act, bring, exported, tool
+from tests.edge_serve.http.test_page_conversations import act, bring, exported, stored_values, tool
 from tests.edge_serve.http.test_page_files import GIVE, chips
+from tests.edge_serve.scripted import RealEngine, running
 
 
 def png(width: int, height: int, *, noise: bool = False) -> bytes:
@@ -245,3 +247,25 @@ def test_everybody_can_use_pictures(theme: str, sees: Browser):
     assert violations(sees) == []
     assert sees.one("#files button").get_attribute("aria-label") == "Remove red.png"
     sees.picture(f"pictures-{theme}")
+
+
+def test_the_page_shows_what_a_real_model_says(driver: Any, sees_bundle: Path):
+    pytest.importorskip("PIL")
+    with running(sees_bundle, RealEngine()) as live:
+        driver.set_window_size(1280, 800)
+        driver.get(live.url)
+        page = Browser(driver)
+        page.until(lambda: page.one("#state").get_attribute("class") == "up")
+        page.complaints()
+        page.open_panel()
+        for name, value in (("temperature", "0"), ("max_tokens", "12")):
+            page.one(f"[name={name}]").send_keys(value)
+        ask_about_red(page)
+        (conversation,) = stored_values(page)
+        said = [turn["content"] for turn in conversation["turns"].values()]
+        parts = [{"type": "image", "image": RED}, {"type": "text", "text": "Which colour?"}]
+        params = SamplingParams(temperature=0, max_tokens=12)
+        answer = live.engine.llm.generate([{"role": "user", "content": parts}], params)
+        assert said == ["Which colour?", answer.text]
+        assert page.complaints() == []
+        driver.get("about:blank")

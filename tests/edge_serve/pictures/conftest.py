@@ -1,38 +1,25 @@
-"""A model that reads pictures, in two forms: scripted, and one that is real but tiny."""
+"""A model that reads pictures, real but tiny, and what it is asked."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
-from edge.bundle.manifest import MANIFEST_NAME, encode_manifest, read_manifest
 from edge.runtime.ask import Ask
 from edge.runtime.llm import LLM
-from tests.conftest import Bundles
-from tests.edge_serve.scripted import Live, running
+from tests.edge_serve.scripted import Live, RealEngine, running
 
 _Encode = Callable[[LLM, Ask, "int | None", Any], list[int]]
 
 
 @pytest.fixture(scope="module")
-def sees_bundle(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle, whose manifest says that it reads pictures."""
-    bundle = tmp_path_factory.mktemp("sees") / "tiny"
-    shutil.copytree(tiny_bundles("qwen2"), bundle)
-    manifest = msgspec.structs.replace(read_manifest(bundle), extras={"vision": {}})
-    (bundle / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
-    return bundle
-
-
-@pytest.fixture(scope="module")
 def sees(sees_bundle: Path) -> Iterator[Live]:
-    with running(sees_bundle, max_body_bytes=20_000, max_image_bytes=60_000) as live:
+    bounds: dict[str, Any] = {"max_body_bytes": 20_000, "max_image_bytes": 60_000}
+    with running(sees_bundle, RealEngine(), **bounds) as live:
         yield live
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from edge_serve.pictures import fetch
 from tests.edge_serve.pictures.test_parts import block, chat, image_url, message, respond, text, uri
-from tests.edge_serve.scripted import Answer, Live, running
+from tests.edge_serve.scripted import Answer, Live, RealEngine, running
 
 PICTURE = b"\x89PNG" + bytes(range(256)) * 100
 ELSEWHERE = "127.0.0.2"  # a machine that is not this one, as far as addresses tell
@@ -98,7 +98,9 @@ def elsewhere_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def fetches(sees_bundle: Path) -> Iterator[Live]:
-    with running(sees_bundle, image_urls=True, max_image_bytes=200_000, max_images=3) as live:
+    with running(
+        sees_bundle, RealEngine(), image_urls=True, max_image_bytes=200_000, max_images=3
+    ) as live:
         yield live
 
 
@@ -316,6 +318,9 @@ def test_fetched_bytes_count_as_the_bodies_of_their_client(
 ):
     """So that many small requests do not fill the memory."""
     bounds: dict[str, Any] = {"max_body_bytes": 20_000, "max_inflight_body_bytes": 40_000}
-    with running(sees_bundle, image_urls=True, **bounds) as live, site(whole(b"x" * 60_000)) as url:
+    with (
+        running(sees_bundle, RealEngine(), image_urls=True, **bounds) as live,
+        site(whole(b"x" * 60_000)) as url,
+    ):
         answer = chat(live, image_url(url))
     assert (answer.status, answer.json["error"]["code"]) == (429, "bodies_full")

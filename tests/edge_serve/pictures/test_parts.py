@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Bundles
-from tests.edge_serve.scripted import Answer, Live, running
+from tests.edge_serve.scripted import Answer, Live, RealEngine, running
 
 # Not a picture: whether it is one is found out by who decodes it.
 PICTURE = bytes(range(256)) * 20
@@ -285,7 +285,7 @@ def test_small_values_do_not_make_a_body_as_long_as_a_picture(
     many = (
         b'{"model":"tiny","messages":[{"role":"user","content":[' + b"{}," * 1_500_000 + b"{}]}]}"
     )
-    with running(sees_bundle) as live:
+    with running(sees_bundle, RealEngine()) as live:
         answer = live.ask("/v1/chat/completions", raw=many)
     assert answer.status == 413
     assert "which is for pictures" in answer.json["error"]["message"]
@@ -299,7 +299,7 @@ def test_small_values_do_not_make_a_body_as_long_as_a_picture(
 
 def test_a_stored_response_keeps_its_pictures(sees_bundle: Any, asked: list[Any], tmp_path: Any):
     part = {"type": "input_image", "image_url": uri()}
-    with running(sees_bundle, responses_dir=tmp_path / "stored") as live:
+    with running(sees_bundle, RealEngine(), responses_dir=tmp_path / "stored") as live:
         first = respond(live, part, store=True)
         assert first.status == 200, first.body
         go_on = {"previous_response_id": first.json["id"], "store": True}
@@ -327,7 +327,7 @@ def test_a_model_without_eyes_says_that_none_has_them(live: Live, sender: Sender
 
 def test_a_model_without_eyes_names_those_that_have_them(tiny_bundles: Bundles, sees_bundle: Any):
     models = {"tiny": tiny_bundles("qwen2"), "blind": tiny_bundles("qwen2"), "eyes": sees_bundle}
-    with running(tiny_bundles("qwen2"), model=models) as live:
+    with running(sees_bundle, RealEngine(), model=models) as live:
         shown = chat(live, image_url(uri(OTHER))).json["error"]["message"]
         assert shown.endswith(
             "reads text only; name 'eyes' in the field model, which reads pictures, too"
