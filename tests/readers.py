@@ -6,6 +6,7 @@ value or an `EdgeError`, soon and without much memory.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import struct
@@ -35,6 +36,8 @@ from edge.files import read_file
 from edge.runtime.prefix_store import Layout, PrefixStore, bundle_key
 from edge.text.chat_template import ChatTemplate
 from edge.text.tokenizer import Tokenizer
+from edge.vision.decode import decode_picture, picture_size
+from edge.vision.picture import as_picture
 from edge_fleet.registry import artifact as artifacts
 from edge_fleet.registry.artifact import decode as decode_artifact
 from edge_fleet.registry.artifact import encode as encode_artifact
@@ -69,6 +72,7 @@ from export.sources.gguf_file import GgufFile
 from export.sources.lora_config import read_lora_config
 from export.sources.safetensors_file import SafetensorsFile
 from export.sources.vocabulary import read_keep_list
+from tests.edge.vision.test_section import WRITTEN as PICTURES
 from tests.edge_serve.stored.records import make_record
 from tests.keys import encode_public_key, encode_signature
 from tests.manifests import make_manifest
@@ -442,6 +446,27 @@ def _answer(path: Path) -> object:
     return read_answer(place.link)
 
 
+_PICTURES = {
+    "png": "iVBORw0KGgoAAAANSUhEUgAAAAUAAAADCAIAAADUVFKvAAAAGklEQVR4nGM8IRfFgASYGBgYLB4ug/MZ"
+    "0eQBe0MERD86oFoAAAAASUVORK5CYII=",
+    "jpeg": "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAFA3PEY8MlBGQUZaVVBfeMiCeG5uePWvuZHI////////////"
+    "////////////////////////////////////////2wBDAVVaWnhpeOuCguv/////////////////////"
+    "////////////////////////////////////////////////////wAARCAADAAUDASIAAhEBAxEB/8QA"
+    "FQABAQAAAAAAAAAAAAAAAAAAAAP/xAAUEAEAAAAAAAAAAAAAAAAAAAAA/8QAFQEBAQAAAAAAAAAAAAAA"
+    "AAAAAAP/xAAUEQEAAAAAAAAAAAAAAAAAAAAA/9oADAMBAAIRAxEAPwCYAu//2Q==",
+    "webp": "UklGRkAAAABXRUJQVlA4IDQAAABwAQCdASoFAAMAAUAmJbA2wAAcYAD+8Jv88QaxBWo4bX//uHo3VL71"
+    "f//2cD//ZwP4kAAA",
+    "gif": "R0lGODdhBQADAIEAAAD/AMgeWgAAAAAAACwAAAAABQADAAAICwADCBwIYKDBAAEBADs=",
+}
+"""Of 5 x 3 pixels; their decoders are in a child, so a fuzzer sees what becomes of its answers."""
+
+
+def _picture(path: Path) -> None:
+    picture = as_picture(path)
+    tiles = decode_picture(picture, PICTURES, tiles=4)
+    assert picture_size(picture) == (tiles.width, tiles.height)
+
+
 READERS = {
     "manifest": Reader(MANIFEST_NAME, encode_manifest(_MANIFEST), _manifest, resign),
     "onnx": Reader("decoder.onnx", _onnx_seed(), _onnx),
@@ -514,6 +539,10 @@ READERS = {
         _onnx_seed(),
         lambda path: check_graph(path.read_bytes(), path.parent, VERSIONS),
     ),
+    **{
+        f"picture_{kind}": Reader(f"picture.{kind}", base64.b64decode(seed), _picture)
+        for kind, seed in _PICTURES.items()
+    },
     "conversation": Reader(
         "talk.json",
         json.dumps([{"role": role, "content": "a"} for role in ("user", "assistant")]).encode(),
