@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from edge.adapters.graph_inputs import ADAPTER, adapter_inputs
 from edge.backends.tensorrt.launch_rules import BLOCK
 from edge.bundle import io_spec
 from edge.bundle.engine_file import KvRead, LayerCount, OutsideTensor, WeightBytes
@@ -163,7 +164,11 @@ def _check_interface(
     problems = []
     weights = [io_spec.TensorSpec(name, each.shape, each.dtype) for name, each in outside.items()]
     for kind, found, expected in (
-        ("input", network.inputs, [*io_spec.decoder_inputs(*spec), *weights]),
+        (
+            "input",
+            network.inputs,
+            [*io_spec.decoder_inputs(*spec), *adapter_inputs(manifest, manifest.dtype), *weights],
+        ),
         ("output", network.outputs, io_spec.decoder_outputs(*spec, best_logits=shapes.best_logits)),
     ):
         by_name = {tensor.name: tensor for tensor in found}
@@ -358,6 +363,7 @@ def _plugin_weights(
         if weight is not None and weight.name in outside:
             # Its output is that of the last node that it replaced: a product or a sum.
             name = layer.outputs[0].name.removesuffix(f"{_HIGH_PRODUCT}.added")
+            name = name.removesuffix(f"{ADAPTER}.added")
             found[_linear_of(name)] = weight
     return found
 

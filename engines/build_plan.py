@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from edge.adapters.graph_inputs import check_aligned, read_section
 from edge.bundle.engine_file import Attention, Kernels, KvRead, Scales
 from edge.bundle.manifest import Manifest
 
@@ -81,8 +82,12 @@ def plan_build(config: BuildConfig, manifest: Manifest) -> BuildPlan:
     """Fill in the options for a bundle, check them against it, and make the profiles.
 
     Raises:
-        ConfigError: see `config.resolve`.
+        ConfigError: see `config.resolve` and `check_aligned`.
+        BundleError: see `read_section`.
     """
     shapes = resolve(config, manifest)
-    profiles = make_profiles(manifest.model, manifest.dialect, manifest.dtype, shapes)
+    section = read_section(manifest)
+    rank = 0 if section is None else section.rank
+    check_aligned(manifest.model, rank)
+    profiles = make_profiles(manifest.model, manifest.dialect, manifest.dtype, shapes, rank)
     return BuildPlan(config, manifest, shapes, profiles)

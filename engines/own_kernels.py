@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edge.adapters.graph_inputs import ADAPTER
 from edge.backends.tensorrt.launch_rules import (
     BLOCK,
     JOIN,
@@ -113,6 +114,7 @@ def use_own_kernels(
         BundleError: not a valid graph, or its weights cannot be read.
     """
     onnx = OnnxFile(graph)
+    _put_adapters_last(onnx)
     finder = _Finder(onnx, manifest, bundle)
     products, left = [], {}
     for name, linear in manifest.quantization.linears.items():
@@ -162,6 +164,17 @@ def use_own_kernels(
         top_k=keep > 0,
         outside=outside,
     )
+
+
+def _put_adapters_last(onnx: OnnxFile) -> None:
+    """Add biases before adapters, so that a plugin finds the bias behind its product."""
+    _, readers = makers_and_readers(onnx)
+    for node in onnx.nodes:
+        if node.op_type == "Add" and node.inputs[1].endswith(ADAPTER):
+            for reader in readers.get(node.outputs[0], []):
+                # After a bias comes no further sum of the linear; after a plane's comes none here.
+                if reader.op_type == "Add" and reader.inputs[0] == node.outputs[0]:
+                    node.inputs[1], reader.inputs[1] = reader.inputs[1], node.inputs[1]
 
 
 def _replace_products(onnx: OnnxFile, products: list[_Product], plugins: Plugins) -> _Sources:

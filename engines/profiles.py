@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from edge.adapters.graph_inputs import linear_inputs, rank_sizes, with_adapters
 from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect, FloatType, ModelSpec
 from edge.bundle.sizes import ProfileName, StepLimits, profile_limits
@@ -35,7 +36,7 @@ class Profile:
     """One optimization profile.
 
     Attributes:
-        name: ``prefill``, ``decode`` or ``batch``.
+        name: see `edge.bundle.sizes.ProfileName`.
         inputs: every input of the graph in graph order.
     """
 
@@ -44,14 +45,24 @@ class Profile:
 
 
 def make_profiles(
-    model: ModelSpec, dialect: Dialect, dtype: FloatType, shapes: BuildShapes
+    model: ModelSpec,
+    dialect: Dialect,
+    dtype: FloatType,
+    shapes: BuildShapes,
+    adapter_rank: int = 0,
 ) -> tuple[Profile, ...]:
-    """The profiles, in the order in which the engine has them."""
+    """The profiles, in the order in which the engine has them.
+
+    With adapters each comes at rank 0, where TensorRT drops what adapters need, and then at their
+    rank: one number, since a range of ranks takes twice the launches.
+    """
     buckets = shapes.kv_buckets
     kv = (buckets[0], buckets[len(buckets) // 2], buckets[-1])
     specs = io_spec.decoder_inputs(model, dialect, dtype, shapes.capacity)
+    if adapter_rank:
+        specs += [spec for pair in linear_inputs(model, dtype).values() for spec in pair]
 
-    def profile(limits: StepLimits) -> Profile:
+    def profile(limits: StepLimits, rank: int) -> Profile:
         seq = min(limits.seq, _USUAL_BATCH_TOKENS) if limits.profile == "batch" else limits.seq
         # A prompt wants the logits of its last token; scoring and drafts want all.
         sizes = {
@@ -59,10 +70,14 @@ def make_profiles(
             io_spec.SEQ: (1, seq, limits.seq),
             io_spec.NUM_LOGITS: (1, 1, limits.num_logits),
             io_spec.KV: kv,
+            **{dim: (size, size, size) for dim, size in rank_sizes(rank).items()},
         }
-        return Profile(limits.profile, {spec.name: _range(spec, sizes) for spec in specs})
+        name = with_adapters(limits.profile) if rank else limits.profile
+        return Profile(name, {spec.name: _range(spec, sizes) for spec in specs})
 
-    return tuple(map(profile, profile_limits(shapes.max_batch, shapes.max_prefill)))
+    limits = profile_limits(shapes.max_batch, shapes.max_prefill)
+    ranks = (0, adapter_rank) if adapter_rank else (0,)
+    return tuple(profile(each, rank) for rank in ranks for each in limits)
 
 
 def _range(spec: io_spec.TensorSpec, sizes: Mapping[str, tuple[int, int, int]]) -> ShapeRange:

@@ -39,6 +39,7 @@ _MIB = 1 << 20
 # Where JetPack, the TensorRT packages and NVIDIA's containers put it; not always on the PATH.
 _PLACES = ("/usr/src/tensorrt/bin", "/opt/tensorrt/bin", "/usr/bin")
 _CACHE_PATTERN = f"{io_spec.PAST_PREFIX}*"
+_ADAPTER = re.compile(r"^(adapters\.layers\.)\d+(\..*)$")
 _DECOMPOSABLE_SINCE: Release = (10, 14)
 _ALWAYS_STRONGLY_TYPED: Release = (11, 0)
 _PLAN, _TIMING_CACHE = "engine.plan", "timing.cache"
@@ -278,10 +279,11 @@ def _check_version(config: BuildConfig, manifest: Manifest, version: Release) ->
 
 
 def _shapes(shapes: Iterable[tuple[str, Shape]]) -> str:
-    """``name:1x2x3,...`` with one entry for all caches, which have one shape."""
+    """``name:1x2x3,...`` with one entry for what has one shape in all layers."""
     entries: dict[str, str] = {}
     for name, shape in shapes:
         pattern = _CACHE_PATTERN if name.startswith(_CACHE_PATTERN[:-1]) else name
+        pattern = _ADAPTER.sub(r"\1*\2", pattern)
         text = "x".join(map(str, shape))
         assert entries.setdefault(pattern, text) == text
     return ",".join(f"{name}:{text}" for name, text in entries.items())

@@ -22,9 +22,10 @@ factors, and `Basis` brings an adapter to what the graph computes with.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 import numpy as np
@@ -34,7 +35,8 @@ from edge.bundle.extras import read_extra
 from edge.bundle.io_spec import BATCH, TensorSpec
 from edge.bundle.linears import LinearSpec, linear_layers
 from edge.bundle.manifest import FloatType, HeadManifest, Line, Manifest, ModelSpec
-from edge.errors import BundleError
+from edge.bundle.sizes import ALIGNMENT, ENGINE_FLOAT_BYTES, ProfileName
+from edge.errors import BundleError, ConfigError
 from edge.files import MALFORMED
 
 SECTION = "adapters"
@@ -42,6 +44,8 @@ SECTION = "adapters"
 FACTORS_NAME = "adapters.safetensors"
 """The bundle's file of `Basis`; a bundle whose export folded no factors has none."""
 MAX_RANK = 128
+ADAPTER = ".adapter"
+"""Of a tensor's name, behind that of its linear: what is added to the product."""
 _RANK_DIMS = {parts: f"adapter_rank_x{parts}" for parts in (1, 2, 3)}
 """Names of the graph's dimensions: ranks of as many joined modules."""
 Array = NDArray[np.float32]
@@ -117,9 +121,29 @@ def rank_sizes(rank: int) -> dict[str, int]:
     return {name: parts * rank for parts, name in _RANK_DIMS.items()}
 
 
+def with_adapters(profile: ProfileName) -> ProfileName:
+    """The profile of an engine that runs the same steps at the rank of adapters."""
+    return cast(ProfileName, f"{profile}-adapters")
+
+
 def slot_values(model: ModelSpec, rank: int) -> int:
     """Numbers that A and B of all linears hold for one slot."""
     return sum(len(layer.rows) * rank * sum(layer.shape) for layer in adapted_linears(model))
+
+
+def check_aligned(model: ModelSpec, rank: int) -> None:
+    """Refuse a rank whose slots an engine could not be given, as they follow each other.
+
+    Raises:
+        ConfigError: A or B of a slot does not end at a multiple of `ALIGNMENT` bytes.
+    """
+    widths = {size for layer in adapted_linears(model) for size in layer.shape}
+    step = max(ALIGNMENT // math.gcd(ALIGNMENT, size * ENGINE_FLOAT_BYTES) for size in widths)
+    if rank % step:
+        raise ConfigError(
+            f"adapters of rank {rank} put slots at addresses that TensorRT refuses; export the "
+            f"bundle with --adapters {-(-rank // step) * step}, a multiple of {step}"
+        )
 
 
 class Basis:

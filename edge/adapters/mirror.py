@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,16 @@ class MirroredSlots(AdapterSlots):
         self._nowhere = cache.upload(self._nothing)
         self._stale = False
 
-    def rank_of(self, first: int, batch: int) -> int:
+    def settle(self, slots: Iterable[int]) -> None:
         """See the base class."""
-        rank = super().rank_of(first, batch)
-        if rank and self._stale:
+        super().settle(slots)
+        if self._stale:
             for name, block in self._blocks.items():
                 if name in self._there:
                     self._there[name].owner.update_inplace(block)
                 else:
                     self._there[name] = self._upload(block)
             self._stale = False
-        return rank
 
     def _write(self, name: str, slot: int, values: NDArray[Any] | None) -> None:
         super()._write(name, slot, None if values is None else self._store(values))

@@ -6,7 +6,7 @@ steps run at rank 0 and read nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +74,17 @@ class AdapterSlots:
             self._held[slot] = weights.digest
         self._active[slot] = weights is not None
 
-    def rank_of(self, first: int, batch: int) -> int:
-        """The rank at which slots from ``first`` on run: 0 if none has an adapter.
+    def rank_of(self, slots: Iterable[int]) -> int:
+        """The rank at which slots run together: 0 if none has an adapter."""
+        return self.rank if any(self._active[slot] for slot in slots) else 0
 
-        Of slots beside one that has, the memory of those without is zeros from here on.
-        """
-        slots = range(first, first + batch)
-        if not any(self._active[slot] for slot in slots):
-            return 0
+    def settle(self, slots: Iterable[int]) -> None:
+        """Let the memory of slots without an adapter be zeros, beside others that have one."""
         for slot in slots:
             if self._held[slot] and not self._active[slot]:
                 for spec in self._inputs:
                     self._write(spec.name, slot, None)
                 self._held[slot] = ""
-        return self.rank
 
     def inputs(self, first: int, batch: int, rank: int) -> Iterator[tuple[str, Shape, int]]:
         """Name, shape and address of every input of such slots."""
@@ -184,6 +181,7 @@ class AdaptedStep:
     ) -> None:
         self.binding = step.binding
         self._step, self._slots, self._window, self._place = step, slots, (first, batch), place
+        self._of = range(first, first + batch)
         self._rank = -1
 
     @property
@@ -194,7 +192,9 @@ class AdaptedStep:
 
     def run(self, step: Any) -> NDArray[np.float32]:
         """See `edge.backends.ort.runner.BoundStep`."""
-        rank = self._slots.rank_of(*self._window)
+        rank = self._slots.rank_of(self._of)
+        if rank:
+            self._slots.settle(self._of)
         if rank != self._rank:
             self._rank = -1
             for name, shape, address in self._slots.inputs(*self._window, rank):

@@ -11,7 +11,10 @@ from edge.errors import ConfigError
 from .io_spec import DIALECTS, ELEMENT_BYTES
 from .manifest import Dialect, Manifest, ModelSpec
 
-ProfileName = Literal["prefill", "decode", "batch"]
+ProfileName = Literal[
+    "prefill", "decode", "batch", "prefill-adapters", "decode-adapters", "batch-adapters"
+]
+"""Those of a bundle that takes adapters come twice: at rank 0, and at its rank."""
 
 INDEX_BYTES = 8
 """Of a position, a cursor or an index: int64."""

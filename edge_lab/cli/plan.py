@@ -245,6 +245,7 @@ def _print(result: ModelPlan) -> None:
     from rich.console import Console
 
     from edge.bundle.memory_facts import PARTS
+    from edge_lab.planner.memory import adapter_bytes
     from edge_lab.planner.plan import largest_block
 
     console = Console(markup=False, highlight=False)
@@ -270,6 +271,11 @@ def _print(result: ModelPlan) -> None:
         memory.add_row(planned.name, *map(_mb, (*figures, plan.process_bytes, *peaks)), fits)
     console.print(weights, "")
     console.print(memory)
+    manifest = result.model.manifest
+    if manifest is not None and (adapters := adapter_bytes(manifest, deployment.backend)):
+        console.print(
+            f"In I/O: {_mb(adapters)} MB for the adapter of each slot, whatever its rank."
+        )
     if device.usable_bytes is not None:
         console.print(f"{device.name} leaves about {_mb(device.usable_bytes)} MB to programs.")
     if deployment.backend == "tensorrt":

@@ -97,7 +97,8 @@ class ProcessMemory:
         weights: bytes of the weights by part (`weights.PARTS`).
         cache: keys and values of all slots, full.
         activations: scratch of the largest step.
-        io: the engine's inputs and outputs besides the cache that the host does not see.
+        io: the engine's inputs and outputs besides the cache that the host does not see, with the
+            adapters of all slots.
         pinned: bytes in host memory that the GPU reads and writes in place.
         graphs: the most that captured CUDA graphs take; how much they do take is not predicted.
         embeddings: rows of the token table held in memory; the table itself stays in its file.
@@ -190,7 +191,25 @@ def plan_bundle_memory(
     Raises:
         BundleError: the manifest's numbers do not fit this edge-llm.
     """
-    return _plan(manifest.model, read_memory_facts(manifest, beside), deployment)
+    plan = _plan(manifest.model, read_memory_facts(manifest, beside), deployment)
+    if not (adapters := adapter_bytes(manifest, deployment.backend)):
+        return plan
+    slots = deployment.batch if deployment.backend == "ort-cpu" else cache_slots(deployment.batch)
+    more = {name: getattr(plan, name) + slots * adapters for name in ("io", "load_peak")}
+    return dataclasses.replace(plan, **more)
+
+
+def adapter_bytes(manifest: Manifest, backend: BackendKind) -> int:
+    """What the adapter of one slot takes, which is as much for every adapter; 0 without any."""
+    if "adapters" not in manifest.extras:
+        return 0
+    from edge.adapters.graph_inputs import read_section, slot_values
+
+    section = read_section(manifest)
+    if section is None:  # of a head
+        return 0
+    element_bytes = 4 if backend == "ort-cpu" else ENGINE_FLOAT_BYTES
+    return element_bytes * slot_values(manifest.model, section.rank)
 
 
 def _plan(model: ModelSpec, facts: MemoryFacts, deployment: Deployment) -> ProcessMemory:

@@ -6,6 +6,7 @@ turn them, and ONNX Runtime has products that read a transposed matrix.
 
 from __future__ import annotations
 
+from edge.adapters.graph_inputs import ADAPTER
 from edge.bundle.io_spec import TensorSpec
 
 from .graph_builder import GraphBuilder
@@ -23,5 +24,5 @@ def adapter_sum(g: GraphBuilder, x: str, linear: str, a: TensorSpec, b: TensorSp
     """
     for each in (a, b):
         g.node("Transpose", [each.name], f"{each.name}.t", perm=[0, 2, 1])
-    low = g.node("MatMul", [x, f"{a.name}.t"], f"{linear}.adapter.low")
-    return g.node("MatMul", [low, f"{b.name}.t"], f"{linear}.adapter")
+    low = g.node("MatMul", [x, f"{a.name}.t"], f"{linear}{ADAPTER}.low")
+    return g.node("MatMul", [low, f"{b.name}.t"], f"{linear}{ADAPTER}")

@@ -18,6 +18,8 @@ from .engine import Engine
 from .step_buffers import StepBuffers
 
 if TYPE_CHECKING:
+    from edge.adapters.device import DeviceSlots
+
     from .layer_times import LayerTimes
 
 
@@ -28,6 +30,7 @@ class StepShape(NamedTuple):
         first: the first slot.
         batch, seq, num_logits: sequences, tokens and logits of each.
         kv: rows of the cache that attention reads.
+        rank: of adapters, 0 where none of the sequences has one.
     """
 
     first: int
@@ -35,6 +38,7 @@ class StepShape(NamedTuple):
     seq: int
     num_logits: int
     kv: int
+    rank: int = 0
 
 
 class BoundContext:
@@ -44,7 +48,8 @@ class BoundContext:
         engine: whose.
         profile: ``prefill`` or ``decode``.
         activations: memory that all contexts share: their runs follow each other on one stream.
-        buffers, cache, new_rows: what the tensors are bound to; ``new_rows`` for ``portable``.
+        buffers, cache, new_rows, adapters: what the tensors are bound to; ``new_rows`` for
+            ``portable``.
         kv_positions: address of 0, 1, 2, ... up to the capacity.
         stream: where it runs.
     """
@@ -59,11 +64,12 @@ class BoundContext:
         buffers: StepBuffers,
         cache: DeviceCache,
         new_rows: NewRows | None,
+        adapters: DeviceSlots | None,
         kv_positions: int,
         stream: cuda.Stream,
     ) -> None:
         self._engine, self._manifest, self._stream = engine, manifest, stream
-        self._cache, self._new_rows = cache, new_rows
+        self._cache, self._new_rows, self._adapters = cache, new_rows, adapters
         self._bound: StepShape | None = None
         self._times: LayerTimes | None = None
         self._hidden_size = manifest.model.hidden_size
@@ -96,7 +102,7 @@ class BoundContext:
         if shape == old:
             self._bound = old
             return
-        first, batch, seq, num_logits, kv = shape
+        first, batch, seq, num_logits, kv, rank = shape
         same_batch = old is not None and old.batch == batch
         if old is None or (old.batch, old.seq) != (batch, seq):
             self._call("set_input_shape", io_spec.INPUTS_EMBEDS, (batch, seq, self._hidden_size))
@@ -115,6 +121,12 @@ class BoundContext:
         if old is None or old.first != first:
             for entry, name in enumerate(self._pasts):
                 self._call("set_tensor_address", name, self._cache.address(entry, first))
+        new = old is None or (old.first, old.batch, old.rank) != (first, batch, rank)
+        for name, dims, at in (
+            self._adapters.inputs(first, batch, rank) if self._adapters and new else ()
+        ):
+            self._call("set_input_shape", name, dims)
+            self._call("set_tensor_address", name, at)
         if self._new_rows is not None:
             if old is None or (old.batch, old.seq) != (batch, seq):
                 for entry, name in enumerate(self._outputs):

@@ -174,6 +174,7 @@ class StepGraphs:
                     and shape.seq >= wanted.seq
                     and shape.num_logits >= wanted.num_logits
                     and shape.kv >= wanted.kv
+                    and shape.rank == wanted.rank
                 ),
                 key=lambda shape: (shape.seq, shape.kv, shape.batch, shape.num_logits, shape.first),
                 default=None,

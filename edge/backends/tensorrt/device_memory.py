@@ -50,7 +50,8 @@ class EngineMemory:
         cache_bytes: keys and values of all slots.
         activations_bytes: shared by all execution contexts.
         activations_estimated: True until TensorRT itself was asked.
-        io_bytes: inputs and outputs on the device (on an integrated GPU what has no host side).
+        io_bytes: inputs and outputs on the device (on an integrated GPU what has no host side),
+            with the adapters of all slots.
         pinned_bytes: host memory that the GPU reads and writes.
         integrated: whether host and GPU share one memory.
     """
@@ -109,6 +110,10 @@ def plan_engine_memory(
             new_rows_bytes(sizes[0], model, planes.how_many, planes.element_bytes)
             for planes in cache_planes(manifest)
         )
+    if "adapters" in manifest.extras:
+        from edge.adapters.device import slots_bytes
+
+        io += slots_bytes(manifest, slots)
     estimated = activations_bytes is None
     return EngineMemory(
         weights_bytes=info.weights_bytes,

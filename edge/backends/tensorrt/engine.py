@@ -212,6 +212,10 @@ class Engine:
         capacity = chosen.info.kv_capacity
         spec = (manifest.model, manifest.dialect, manifest.dtype, capacity, manifest.int8_layers)
         inputs = io_spec.decoder_inputs(*spec)
+        if "adapters" in manifest.extras:
+            from edge.adapters.graph_inputs import adapter_inputs
+
+            inputs += adapter_inputs(manifest, manifest.dtype)
         outputs = io_spec.decoder_outputs(*spec, best_logits=chosen.info.best_logits)
         names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         outside = chosen.info.outside.tensors if chosen.info.outside else {}

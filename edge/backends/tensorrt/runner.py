@@ -60,6 +60,8 @@ from .engine import ChosenEngine, Engine, choose_engine
 from .step_buffers import StepBuffers
 
 if TYPE_CHECKING:
+    from edge.adapters.device import DeviceSlots
+    from edge.adapters.weights import AdapterWeights
     from edge.bundle.kv_scales import Scales
 
     from .layer_times import LayerTimes
@@ -177,7 +179,7 @@ class TensorRTBackend:
             self.kv_scales = read_scales(bundle, manifest, manifest.graphs.decoder)
         try:
             with self._device.active():
-                self._load(chosen, num_slots, max_logits, max_draft_tokens)
+                self._load(bundle, chosen, num_slots, max_logits, max_draft_tokens)
                 self._graphs = StepGraphs(
                     self._device,
                     self._stream,
@@ -191,7 +193,12 @@ class TensorRTBackend:
             raise
 
     def _load(
-        self, chosen: ChosenEngine, num_slots: int | None, max_logits: int, max_draft_tokens: int
+        self,
+        bundle: Path,
+        chosen: ChosenEngine,
+        num_slots: int | None,
+        max_logits: int,
+        max_draft_tokens: int,
     ) -> None:
         """Deserialize the engine and allocate everything that it will ever need."""
         info = self.info = chosen.info
@@ -205,7 +212,8 @@ class TensorRTBackend:
         sizes = step_sizes(info, max_logits)
         # Decode first: it is the best for what it covers.
         self._limits = sorted(
-            (profile.limits for profile in info.profiles), key=lambda each: each.profile != "decode"
+            (profile.limits for profile in info.profiles),
+            key=lambda each: not each.profile.startswith("decode"),
         )
         most = max(limits.num_logits for limits in self._limits)
         self._max_num_logits = min(sizes[0].logits, most)  # of one sequence
@@ -244,6 +252,15 @@ class TensorRTBackend:
         self.memory = plan(self._engine.activations_bytes)
         self._device.make_room("the rest", self.memory.device_bytes - info.plan_bytes)
         self._allocate(sizes)
+        self._adapters: DeviceSlots | None = None
+        if "adapters" in self._manifest.extras:
+            from .adapter_memory import reserve_adapters
+
+            slots, where = cache_slots(self.num_slots), (self._device, self._stream)
+            self._adapters = reserve_adapters(
+                bundle, self._manifest, slots, *where, self._resources
+            )
+            self.adapter_rank, self.set_adapter = self._adapters.rank, self._put_adapter
         if info.outside is not None:
             from .outside_weights import load_weights
 
@@ -292,13 +309,23 @@ class TensorRTBackend:
         self._runs = 0
         self._decode_logits = np.empty((info.max_batch, 1, self._out_width), dtype=np.float32)
 
+    def _put_adapter(self, slot: int, weights: AdapterWeights | None) -> None:
+        assert self._adapters is not None
+        self._check_usable()
+        with self._working():
+            self._adapters.put(slot, weights)
+
+    def _rank_of(self, slots: Sequence[int]) -> int:
+        return 0 if self._adapters is None else self._adapters.rank_of(slots)
+
     def _capture(self) -> None:
         """Capture all steps that others are rounded up to, and leave the cache as it was."""
         self._decode_buffers.clear(idle_cursor=self._idle_cursor(1))
         self._prefill_buffers.clear(idle_cursor=0)
         self._graphs.capture(
             (
-                StepShape(first, batch, seq, num, kv)
+                StepShape(first, batch, seq, num, kv, rank)
+                for rank in sorted({0, self.adapter_rank})
                 for first, batch, seq, num in self._shapes()
                 for kv in reversed(self._buckets)  # the largest will do for all
             ),
@@ -333,13 +360,15 @@ class TensorRTBackend:
 
     def _profile_of(self, shape: StepShape) -> ProfileName:
         sizes = shape.batch, shape.seq, shape.num_logits
-        return next(limits.profile for limits in self._limits if limits.covers(*sizes))
+        found = (limits.profile for limits in self._limits if limits.covers(*sizes))
+        return next(name for name in found if name.endswith("-adapters") == (shape.rank > 0))
 
     def _buffers_of(self, shape: StepShape) -> StepBuffers:
         return self._decode_buffers if shape.seq == shape.num_logits == 1 else self._prefill_buffers
 
     def _make_context(self, profile: ProfileName) -> BoundContext:
-        buffers = self._decode_buffers if profile == "decode" else self._prefill_buffers
+        decodes = profile.startswith("decode")
+        buffers = self._decode_buffers if decodes else self._prefill_buffers
         return BoundContext(
             self._engine,
             profile,
@@ -348,6 +377,7 @@ class TensorRTBackend:
             buffers=buffers,
             cache=self._cache,
             new_rows=self._new_rows,
+            adapters=self._adapters,
             kv_positions=self._kv_positions,
             stream=self._stream,
         )
@@ -462,7 +492,12 @@ class TensorRTBackend:
     def _window_run(self, window: Window, step: Step) -> _Run:
         starts = [step.starts[row] for row in window.rows]
         shape = StepShape(
-            window.first, window.batch, step.seq, step.num_logits, self._rows_read(starts, step)
+            window.first,
+            window.batch,
+            step.seq,
+            step.num_logits,
+            self._rows_read(starts, step),
+            self._rank_of([step.slots[row] for row in window.rows]),
         )
         cover = self._graphs.cover(shape)
         if cover is not None and max(starts) + cover.seq <= self.info.kv_capacity:
@@ -511,18 +546,19 @@ class TensorRTBackend:
             wanted: ascending, which of them get logits; those below 0 have run.
         """
         wanted = wanted[wanted >= 0]
-        room = self.info.kv_capacity - start
+        room, rank = self.info.kv_capacity - start, self._rank_of([slot])
 
         def rows(count: int) -> int:
             return self._bucket(self._dialect.rows_read([start], start + count))
 
         def takes(shape: StepShape) -> bool:
             fits = shape.seq <= min(tokens, room) and shape.kv >= rows(shape.seq)
+            fits = fits and shape.rank == rank
             return fits and int(np.searchsorted(wanted, shape.seq)) <= shape.num_logits
 
         num = max(len(wanted), 1)
         covers = [
-            self._graphs.cover(StepShape(first, 1, tokens, num, rows(tokens)))
+            self._graphs.cover(StepShape(first, 1, tokens, num, rows(tokens), rank))
             for first in (slot, self._home)
         ]
         padded = [cover for cover in covers if cover is not None and cover.seq <= room]
@@ -533,7 +569,7 @@ class TensorRTBackend:
             return shape, shape.seq
         if num > self._max_num_logits:
             num, tokens = self._max_num_logits, int(wanted[self._max_num_logits - 1]) + 1
-        return StepShape(slot, 1, tokens, num, rows(tokens)), tokens
+        return StepShape(slot, 1, tokens, num, rows(tokens), rank), tokens
 
     def _run_whole(self, run: _Run, step: Step, logits: NDArray[np.float32]) -> None:
         """Run and put the logits into the caller's rows."""
@@ -562,6 +598,10 @@ class TensorRTBackend:
         at_home = shape.first == self._home >= self.num_slots
         if at_home:
             self._bring_home(step.slots[0], step.starts[0])
+        if self._adapters is not None and shape.rank:
+            self._adapters.settle([step.slots[row] for row in window.rows])
+            if at_home:
+                self._adapters.bring(step.slots[0], self._home)
         if not self._graphs.launch(shape):
             context = self._contexts[self._profile_of(shape)]
             context.bind(shape)

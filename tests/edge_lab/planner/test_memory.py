@@ -8,10 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
+from edge.adapters.graph_inputs import adapted_linears, slot_values
 from edge.backends.ort.cpu import OrtBackend
 from edge.backends.tensorrt import device_memory
 from edge.bundle import io_spec
@@ -25,6 +27,7 @@ from edge_lab.planner.memory import (
     ProcessMemory,
     cache_bytes,
     io_bytes,
+    plan_bundle_memory,
     plan_process_memory,
     plan_process_pair,
 )
@@ -203,3 +206,19 @@ def test_the_engines_parts_with_an_8_bit_cache(batch: int, tiny_bundles: Bundles
     ours = plan_process_memory(model, linears, 4096, deployment)
     assert ours.cache == theirs.cache_bytes
     assert ours.io == pytest.approx(theirs.io_bytes, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("backend", "element_bytes", "slots"), [("ort-cpu", 4, 3), ("tensorrt", 2, 4)]
+)
+def test_adapters_of_all_slots_are_counted(
+    backend: Any, element_bytes: int, slots: int, tiny_bundles: Bundles
+):
+    manifest = read_manifest(tiny_bundles("qwen2"))
+    sizes = {"rank": 4, "linears": [each.name for each in adapted_linears(manifest.model)]}
+    adapted = msgspec.structs.replace(manifest, extras={**manifest.extras, "adapters": sizes})
+    deployment = Deployment(backend, 3, 64, 32, manifest.dialect)
+    before, after = (plan_bundle_memory(each, deployment) for each in (manifest, adapted))
+    expected = slots * element_bytes * slot_values(manifest.model, 4)
+    assert after.process_bytes - before.process_bytes == expected
+    assert after.load_peak - before.load_peak == expected

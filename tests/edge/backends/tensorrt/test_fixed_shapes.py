@@ -203,7 +203,7 @@ def test_with_fewer_graphs_prompts_are_padded_further(
         GpuRunner(bundle, gpu, use_cuda_graphs=False) as plain,
     ):
         [shape] = ours.engine._graphs._entries
-        assert shape == (4, 1, 24, 1, CAPACITY)
+        assert shape == (4, 1, 24, 1, CAPACITY, 0)
         assert "max_graphs is 1" in caplog.text
         for tokens in (2, 9, 24):
             ids = random_ids(1, tokens)
