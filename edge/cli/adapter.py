@@ -7,9 +7,6 @@ from typing import Any
 
 import click
 
-from edge.adapters.library import add_adapter, check_name, remove_adapter, stored_adapters
-from edge.adapters.loaded import Adapters, own_name
-from edge.adapters.peft_file import adapter_files
 from edge.bundle.manifest import read_manifest
 from edge.errors import EdgeError
 
@@ -34,6 +31,9 @@ def add(path: Path, bundle: Path, name: str | None) -> None:
 
     PATH is the directory that peft saved, or the file of its weights.
     """
+    from edge.adapters.library import add_adapter, check_name
+    from edge.adapters.loaded import Adapters, own_name
+
     name = check_name(own_name(path) if name is None else name)
     weights = Adapters(bundle, read_manifest(bundle)).read(path, name)
     add_adapter(bundle, path, name)
@@ -47,18 +47,21 @@ def add(path: Path, bundle: Path, name: str | None) -> None:
 @json_option
 def list_adapters(bundle: Path, as_json: bool) -> None:
     """List the adapters of BUNDLE, and say which cannot be used."""
+    from edge.adapters.library import stored_adapters
+    from edge.adapters.loaded import Adapters
+    from edge.adapters.peft_file import adapter_files
+
     adapters = Adapters(bundle, read_manifest(bundle))
     found: list[dict[str, Any]] = []
     for name, path in stored_adapters(bundle).items():
-        about = {"name": name, "path": str(path)}
+        about: dict[str, Any] = {"name": name, "path": str(path)}
         try:
             weights = adapters.read(path, name)
-            num_bytes = sum(file.stat().st_size for file in adapter_files(path))
-            found.append(
-                {**about, "rank": weights.rank, "num_bytes": num_bytes, "sha256": weights.digest}
-            )
+            about |= {"rank": weights.rank, "sha256": weights.digest}
+            about["num_bytes"] = sum(file.stat().st_size for file in adapter_files(path))
         except EdgeError as error:
-            found.append({**about, "error": str(error)})
+            about["error"] = str(error)
+        found.append(about)
     if as_json:
         echo_json({"adapters": found})
         return
@@ -75,7 +78,9 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
 def remove(name: str, bundle: Path) -> None:
     """Remove an adapter of BUNDLE.
 
-    A server gives no new answers with it, and ends those that run.
+    A server gives no new answers with it; those that run end as they began.
     """
+    from edge.adapters.library import remove_adapter
+
     remove_adapter(bundle, name)
     click.echo(f"removed {name}")
