@@ -113,10 +113,13 @@ STEPS = (
         (
             "edge/bundle/rope.py",
             "edge/runtime/sampling_reference.py",
+            "edge/vision/decode_child.py",
+            "edge/vision/layout.py",
             "edge_lab/model_config.py",
             "export/graph/**",
             "scripts/make_golden.py",
             "tests/data/golden/**",
+            "tests/edge/vision/**",
             "tests/integration/**",
             "tests/parity.py",
             "tests/tiny_*.py",

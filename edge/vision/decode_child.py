@@ -70,24 +70,26 @@ def work(data: bytes) -> bytes:
 
 
 def _do(task: Task, answer: Answer) -> None:
+    may_turn, has_late_exif = False, False
     if task.raw is not None:
         image: Image.Image = Image.frombytes("RGB", task.raw, task.data)
-        has_late_exif = False
     else:
         image = Image.open(io.BytesIO(task.data), formats=[task.format])
         has_late_exif = task.format == "PNG" and any(mark in task.data for mark in _LATE_EXIF)
+        # Without such a mark there is none to find, and Pillow would look for it after the pixels.
+        may_turn = has_late_exif or task.format != "PNG"
     answer.width, answer.height = image.size
     is_header_enough = task.section is None and not has_late_exif
     if image.width * image.height > task.max_pixels and not is_header_enough:
         answer.too_large = True
         return
+    if may_turn and orientation(image) >= _SIDEWAYS:
+        answer.width, answer.height = image.height, image.width
     if task.section is None:
-        # Without such a mark there is none to find, and Pillow would look for it after the pixels.
-        if (has_late_exif or task.format != "PNG") and orientation(image) >= _SIDEWAYS:
-            answer.width, answer.height = image.height, image.width
         return
     image = upright_rgb(image)
-    answer.width, answer.height = image.size
+    if image.size != (answer.width, answer.height):  # by which its rows were counted
+        raise ValueError("its size is not what its header says")
     layout = plan_layout(*image.size, task.section, task.tiles)
     answer.pixels = b"".join(each.tobytes() for each in _tiles(image, layout, task.section))
 

@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from edge.errors import DependencyError, RequestError, ResourceError
 from edge.limited_child import ChildError, LimitedChild, Limits
 from edge.vision import decode
 from edge.vision.decode import MIN_PILLOW, decode_picture, picture_size
-from edge.vision.decode_task import Answer
+from edge.vision.decode_task import Answer, Task
 from edge.vision.picture import MAX_BYTES, MAX_PIXELS, as_picture
 
 from .pictures import LOSSLESS, LOSSY, TINY_SMOLVLM, chunk, encode, picture, png
@@ -211,6 +212,19 @@ def test_a_damaged_header_gives_tiles_or_an_error(
     if tiles is not None:
         assert tiles.pixels.shape == (tiles.layout.tiles, 32, 32, 3)
         assert picture_size(bytes(data)) == (tiles.width, tiles.height)
+
+
+def test_a_picture_whose_size_is_not_that_of_its_header_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Its rows were counted by the header."""
+    from edge.vision import decode_child
+
+    monkeypatch.setattr(decode_child, "upright_rgb", lambda image: Image.new("RGB", (3, 4)))
+    task = Task(GOOD["PNG"], "PNG", section=TINY_SMOLVLM, max_pixels=MAX_PIXELS)
+    answer = decode_child.work(msgspec.msgpack.encode(task))
+    found = msgspec.msgpack.decode(answer, type=Answer)
+    assert (found.why, found.pixels) == ("its size is not what its header says", b"")
 
 
 # ------------------------------------------------------------------------------- the child
