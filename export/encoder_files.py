@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edge.bundle.manifest import FloatType, Manifest, TensorScheme
 from edge.errors import EdgeError
 from edge.vision.section import IMAGE_ROWS, PIXEL_VALUES, SECTION, VisionQuant, VisionSection
+from edge_lab.measure.pictures import drawn_tile, relative_error
 from edge_lab.progress import Progress
 
 from .bundle import BundleWriter
@@ -41,8 +42,8 @@ def write_encoder(
 ) -> VisionSection:
     """Write an encoder's files; returns the manifest's section.
 
-    Both graphs share the weights. What rounding them costs is measured on a drawn tile, where this
-    machine has an ONNX Runtime.
+    Both graphs share the weights. What storing them so costs on the CPU is measured on a drawn
+    tile, where this machine has an ONNX Runtime.
 
     Args:
         writer: of the bundle.
@@ -145,27 +146,6 @@ def with_vision(manifest: Manifest, section: VisionSection, legal: Sequence[str]
         tensorrt=tuple(name for name in manifest.tensorrt or () if name in legal),
         extras={**manifest.extras, SECTION: msgspec.to_builtins(section)},
     )
-
-
-def drawn_tile(px: int) -> Array:
-    """Draw a tile on which encoders are compared: slopes, a disc, edges and some noise.
-
-    Returns:
-        ``[1, 3, px, px]`` of -1 to 1.
-    """
-    y, x = np.mgrid[0:px, 0:px].astype(np.float32) / np.float32(px)
-    disc = ((x - 0.6) ** 2 + (y - 0.4) ** 2 < 0.06).astype(np.float32)
-    stripes = np.sign(np.sin(40 * (x + y))).astype(np.float32)
-    noise = np.random.RandomState(0).uniform(-1, 1, (3, px, px)).astype(np.float32)
-    planes = np.stack([x - y, 0.8 * disc - y, 0.5 * stripes * x]) + 0.1 * noise
-    tile: Array = np.clip(planes, -1, 1)[None]
-    return tile
-
-
-def relative_error(found: Array, wanted: Array) -> float:
-    """Root of the summed squared difference over that of what is wanted."""
-    difference = found.astype(np.float64) - wanted
-    return float(np.sqrt((difference**2).sum() / (wanted.astype(np.float64) ** 2).sum()))
 
 
 def _run(ort: Any, graph: Path, pixels: Array) -> Array:

@@ -49,10 +49,11 @@ class VisionSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         whole_token: after ``begin_token``, before the tile that shows the whole picture.
         tile_token: the same for another tile; ``{row}`` and ``{col}`` stand for its place, which
             counts from 1 (`tile_text`).
-        quant: how the encoder's weights are stored; the activations of ``cpu_graph`` are fp32.
-        loss: root of the summed squared difference of its rows, with the weights as they are
-            stored, from those with the source's, over that of the latter, on a drawn tile; None
-            was not measured.
+        quant: how the encoder's weights are stored. The floats of ``cpu_graph`` are fp32; beside
+            ``int8`` weights ONNX Runtime rounds inputs of products to INT8 as well.
+        loss: root of the summed squared difference of the rows of ``cpu_graph``, as ONNX Runtime
+            runs it, from those with the source's weights, over that of the latter, on a drawn tile;
+            None was not measured.
         graph, cpu_graph: the files of both graphs.
         weight_bytes: what the weights of ``graph`` take.
     """

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edge.bundle.manifest import Manifest
     from edge.text.tokenizer import Tokenizer
     from edge_lab.measure.layers import CpuLayers, LayerReport
+    from edge_lab.measure.pictures import EncoderReport
     from edge_lab.measure.verify import Agreement, VerifyReport
     from edge_lab.progress import Progress
 
@@ -112,12 +113,14 @@ def verify(
     if layers:
         _verify_layers(bundle, _configs(options), prompts_file, decode_steps, wanted, as_json)
         return
-    name, report = _compare(bundle, *_configs(options), prompts_file, decode_steps, wanted)
+    name, report, encoder = _compare(bundle, *_configs(options), prompts_file, decode_steps, wanted)
+    passed = report.passed and (encoder is None or encoder.passed)
     if as_json:
-        echo_json({"backend": name, "passed": report.passed, **msgspec.to_builtins(report)})
+        found = {"backend": name, "passed": passed, **msgspec.to_builtins(report)}
+        echo_json(found if encoder is None else {**found, "vision": msgspec.to_builtins(encoder)})
     else:
-        _print(bundle, name, report)
-    if not report.passed:
+        _print(bundle, name, report, encoder)
+    if not passed:
         click.get_current_context().exit(EXIT_GATE_MISSED)
 
 
@@ -138,9 +141,10 @@ def _compare(
     prompts_file: Path | None,
     decode_steps: int,
     wanted: Mapping[str, float],
-) -> tuple[str, VerifyReport]:
-    """Compare the engine that runs the bundle here, and return its name and the report."""
+) -> tuple[str, VerifyReport, EncoderReport | None]:
+    """Compare the engine that runs the bundle here, and return its name and the reports."""
     from edge.backends.choose import open_backend
+    from edge_lab.measure.pictures import compare_encoders
     from edge_lab.measure.verify import compare_backends, default_thresholds
     from edge_lab.progress import uncounted
 
@@ -163,7 +167,9 @@ def _compare(
             thresholds=replace(usual, **wanted),
             progress=opened.progress,
         )
-        return candidate.name, report
+        threads = reference_config.num_threads
+        encoder = compare_encoders(bundle, manifest, candidate, threads)
+        return candidate.name, report, encoder
 
 
 class _Opened(NamedTuple):
@@ -373,7 +379,7 @@ def _pieces(ids: Sequence[int], limit: int) -> list[list[int]]:
     return pieces
 
 
-def _print(bundle: Path, name: str, report: VerifyReport) -> None:
+def _print(bundle: Path, name: str, report: VerifyReport, encoder: EncoderReport | None) -> None:
     from rich.console import Console
 
     console = Console(markup=False)
@@ -385,9 +391,14 @@ def _print(bundle: Path, name: str, report: VerifyReport) -> None:
         table.add_row(phase, *_figures(found))
     console.print(table)
     console.print(f"least cosine of a cached row: {report.min_cache_cosine:.6f}")
-    for miss in report.misses:
+    misses = list(report.misses)
+    if encoder is not None:
+        line = f"rows of a picture differ by {encoder.error:.3%}, at most {encoder.limit:.0%}"
+        console.print(line)
+        misses += [] if encoder.passed else [line]
+    for miss in misses:
         console.print(f"MISSED: {miss}")
-    console.print("passed" if report.passed else f"{len(report.misses)} thresholds missed")
+    console.print("passed" if not misses else f"{len(misses)} thresholds missed")
 
 
 def _figures(found: Agreement) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.errors import CheckpointError, ConfigError
 from edge.vision.section import IMAGE_ROWS, PIXEL_VALUES, read_vision
-from export.encoder_files import drawn_tile, relative_error
+from edge_lab.measure.pictures import drawn_tile, relative_error
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.tiny_models import write_checkpoint
 from tests.tiny_vision import encoder_rows, vision_weights, write_vision_checkpoint
