@@ -16,13 +16,13 @@ from edge import LLM, SamplingParams
 from edge.adapters.library import add_adapter, check_name, library
 from edge.adapters.loaded import Adapters
 from edge.bundle.manifest import read_manifest
-from edge.cli.adapter import adapter as adapter_verb
 from edge.cli.run import run as run_verb
 from edge.errors import CheckpointError, ConfigError, RequestError
 from edge.runtime.ask import Ask
 from edge.runtime.scheduler import Request
 from edge.runtime.scheduler.pooling import NEUTRAL
 from edge.runtime.stream import OutputStream, submit
+from edge_lab.cli.adapter import adapter as adapter_verb
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.parity import assert_close
 from tests.tiny_adapters import GOLDEN, golden_ids, write_adapter, write_case

@@ -1,3 +1,3 @@
 """The command line in this process."""
 
-from tests.command_line import edge_llm  # noqa: F401
+from tests.command_line import edge_llm, shelf  # noqa: F401

@@ -128,7 +128,7 @@ def test_rm_says_what_it_could_not_remove(
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", "engine.plan")
 
-    monkeypatch.setattr("edge.cli.library.shutil.rmtree", refuse)
+    monkeypatch.setattr("edge_lab.cli.library.shutil.rmtree", refuse)
     error = error_line(edge_llm("rm", "1.5b", "--yes"), 64)
     assert "Permission denied (engine.plan)" in error
     [left] = [path for path in shelf.iterdir() if path.name.endswith(".removed")]

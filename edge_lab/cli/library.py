@@ -12,10 +12,9 @@ import click
 from edge.bundle.engine_file import find_engines
 from edge.bundle.library import CATALOGUE, bundle_directories, roots
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
+from edge.cli import echo_json
+from edge.cli.options import BundlePath, json_option
 from edge.errors import BundleError, ConfigError, EdgeError
-
-from . import echo_json
-from .options import BundlePath, json_option
 
 
 @click.command("list")

@@ -8,12 +8,11 @@ from typing import Any
 
 import click
 
+from edge.cli import echo_json
+from edge.cli.options import bundle_argument, check_utf8, engine_options, take_engine
+from edge.cli.screen import open_shown
+from edge.cli.sections import SectionCommand, option
 from edge.errors import RequestError
-
-from . import echo_json
-from .options import bundle_argument, check_utf8, engine_options, take_engine
-from .screen import open_shown
-from .sections import SectionCommand, option
 
 _OPTIONS = (
     "backend", "kv_capacity", "num_threads", "prefill", "prefill_chunk", "int8_activations",

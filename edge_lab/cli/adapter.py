@@ -7,11 +7,9 @@ from typing import Any
 
 import click
 
-from edge.bundle.manifest import read_manifest
+from edge.cli import echo_json
+from edge.cli.options import BundlePath, json_option
 from edge.errors import EdgeError
-
-from . import echo_json
-from .options import BundlePath, json_option
 
 
 @click.group()
@@ -33,6 +31,7 @@ def add(path: Path, bundle: Path, name: str | None) -> None:
     """
     from edge.adapters.library import add_adapter, check_name
     from edge.adapters.loaded import Adapters, own_name
+    from edge.bundle.manifest import read_manifest
 
     name = check_name(own_name(path) if name is None else name)
     weights = Adapters(bundle, read_manifest(bundle)).read(path, name)
@@ -50,18 +49,20 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
     from edge.adapters.library import stored_adapters
     from edge.adapters.loaded import Adapters
     from edge.adapters.peft_file import adapter_files
+    from edge.bundle.manifest import read_manifest
 
     adapters = Adapters(bundle, read_manifest(bundle))
     found: list[dict[str, Any]] = []
     for name, path in stored_adapters(bundle).items():
-        about: dict[str, Any] = {"name": name, "path": str(path)}
+        about = {"name": name, "path": str(path)}
         try:
             weights = adapters.read(path, name)
-            about |= {"rank": weights.rank, "sha256": weights.digest}
-            about["num_bytes"] = sum(file.stat().st_size for file in adapter_files(path))
+            num_bytes = sum(file.stat().st_size for file in adapter_files(path))
+            found.append(
+                {**about, "rank": weights.rank, "num_bytes": num_bytes, "sha256": weights.digest}
+            )
         except EdgeError as error:
-            about["error"] = str(error)
-        found.append(about)
+            found.append({**about, "error": str(error)})
     if as_json:
         echo_json({"adapters": found})
         return
@@ -78,7 +79,7 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
 def remove(name: str, bundle: Path) -> None:
     """Remove an adapter of BUNDLE.
 
-    A server gives no new answers with it; those that run end as they began.
+    A server gives no new answers with it, and ends those that run.
     """
     from edge.adapters.library import remove_adapter
 
