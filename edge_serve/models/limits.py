@@ -64,6 +64,10 @@ def unit_limits(settings: ServerSettings, num_cores: int | None = None) -> UnitL
     """
     plans = [plan for plan, _ in _plans(settings)]
     children = TEMPLATE_LIMITS.memory_bytes + CHECK_MEMORY_BYTES
+    if any("vision" in read_manifest(bundle).extras for bundle in settings.model.values()):
+        from edge.vision.decode import LARGE_LIMITS, USUAL_LIMITS
+
+        children += USUAL_LIMITS.memory_bytes + LARGE_LIMITS.memory_bytes
     bodies = _BODY_FACTOR * settings.max_inflight_body_bytes
     high = int(_PLAN_MARGIN * _together(plans)) + children + bodies
     cores = num_cores or os.cpu_count() or 1

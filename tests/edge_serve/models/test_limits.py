@@ -61,6 +61,12 @@ def test_what_takes_more_gets_more(settings: ServerSettings, bundle: Path, tiny_
     assert widened.memory_high_bytes > plain.memory_high_bytes
 
 
+def test_pictures_have_children_of_their_own(settings: ServerSettings, sees_bundle: Path):
+    sees = replace(settings, model={"sees": sees_bundle})
+    blind = unit_limits(settings, 4).memory_high_bytes
+    assert unit_limits(sees, 4).memory_high_bytes > blind + (2 << 30)
+
+
 def test_the_verb_prints_a_drop_in(bundle: Path):
     done = CliRunner().invoke(config, ["unit", "--model", f"tiny={bundle}", "--num-slots", "2"])
     assert done.exit_code == 0, done.output

@@ -161,7 +161,12 @@ WITHOUT_EFFECT = {
 
 
 def test_every_field_is_tried_and_documented():
-    assert set(fields_of(MessagesRequest, set())) - PICTURE_FIELDS == PAIRS.keys()
+    # A picture in the result of a tool, which comes first, is refused as a whole.
+    fields = {
+        name.replace("content[].content[]", "content[]")
+        for name in fields_of(MessagesRequest, set())
+    }
+    assert fields - PICTURE_FIELDS == PAIRS.keys()
     counting = set(fields_of(CountTokensRequest, set()))
     assert PAIRS.keys() - counting == {
         "max_tokens", "temperature", "top_p", "top_k", "stop_sequences", "stream", "metadata",

@@ -271,7 +271,7 @@ def refusals() -> dict[str, dict[str, Any]]:
         "prompt": {"prompt": {"id": "x"}},
         "background": {"background": True},
         "input": {"input": []},
-        "input[0].content[0]": user({"type": "input_image", "image_url": "data:"}),
+        "input[0].content[0].image_url": user({"type": "input_image", "image_url": "data:"}),
         "input[0].type": {"input": [{"type": "item_reference", "id": "x"}]},
         "input[0].call_id": {"input": [{"type": "function_call_output", "output": "x"}]},
         "input[1].role": {"input": [*QUESTION, {"role": "tool", "content": "x"}]},
