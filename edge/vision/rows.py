@@ -175,9 +175,10 @@ class PictureTable(EmbeddingTable):
             return found
 
     def forget(self) -> None:
-        """Keep no picture that no prompt holds."""
+        """Know no picture again; who holds one goes on with it."""
         with self._lock:
             self._kept.clear()
+            self._by_digest.clear()
 
     def _keep(self, picture: PictureRows) -> None:
         self._kept[picture.digest] = picture

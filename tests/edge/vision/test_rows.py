@@ -163,6 +163,16 @@ def test_a_picture_that_was_used_again_is_not_the_oldest(
     assert [table.find(digest) is not None for digest in digests] == [True, False]
 
 
+def test_what_is_forgotten_is_another_picture_when_it_comes_again(
+    table: PictureTable, section: VisionSection
+) -> None:
+    first = add(table, section, 1)
+    table.forget()
+    again = add(table, section, 1)
+    assert not set(first.ids) & set(again.ids)
+    assert table[np.array(first.ids[:2])].tolist() == table[np.array(again.ids[:2])].tolist()
+
+
 def test_pixels_that_wait_are_bounded(
     table: PictureTable, section: VisionSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,3 +138,29 @@ def test_chat_names_what_is_wrong(
         path.write_text(json.dumps(messages))
         done = edge_llm("chat", vision_bundle, *ONE, stdin=f"/load {path}\n")
         assert "error:" in done.err, content
+
+
+def test_bench_times_a_picture(
+    edge_llm: Callable[..., Result],
+    vision_bundle: Path,
+    tiny_bundles: Bundles,
+    files: list[Path],
+) -> None:
+    short = [*ONE[:4], "--repeats", "2", "--prompt-tokens", "8", "--output-tokens", "2"]
+    options = ("--image", files[0], "--image-tiles", "16")
+    done = edge_llm("bench", vision_bundle, *short, *options, "--json")
+    found = json.loads(done.out)["picture"]
+    assert (found["tiles"], found["rows"]) == (13, 52)
+    assert found["prompt_tokens"] > 52
+    assert min(found["decode_s"], found["vision_s"], found["prefill_s"]) > 0
+    parts = found["decode_s"] + found["vision_s"] + found["prefill_s"]
+    assert parts <= found["ttft_s"] * 1.5
+    shown = edge_llm("bench", vision_bundle, *short, *options)
+    assert "13 tiles, 52 rows of" in " ".join(shown.out.split())
+    for bundle, given, said in (
+        (vision_bundle, ("--image-tiles", "1"), "needs a picture to cut"),
+        (tiny_bundles("qwen2"), ("--image", files[0]), "reads text only"),
+    ):
+        done = edge_llm("bench", bundle, *short, *given)
+        assert done.code != 0
+        assert said in done.err
