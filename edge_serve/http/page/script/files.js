@@ -103,7 +103,7 @@ function showFiles() {
   showMeter();
 }
 
-const sizeOf = ({ text, picture }) => bytes(picture ? picture.length * 3 / 4 : new Blob([text]).size);
+const sizeOf = ({ text, picture }) => bytes(picture ? Math.floor((picture.length - picture.indexOf(",")) * 3 / 4) : new Blob([text]).size);
 
 // What tells a file from the others: its name, its size and, of a picture, how it looks.
 function labelOf(file) {
