@@ -230,7 +230,7 @@ class DecoderFiles:
         seq_len = min(SEQ_LEN, self.positions)
         seed = self.recipe.seed or 0
         ids = calibration_batches(
-            content.tokenizer(), content.template(), text, tokens, seq_len, seed
+            content.tokenizer(), self.checkpoint.template(), text, tokens, seq_len, seed
         )
         return ids, Calibration(
             text=text.name, sha256=text.sha256, num_tokens=ids.size, seq_len=seq_len, seed=seed

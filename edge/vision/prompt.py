@@ -178,6 +178,11 @@ class PictureReader:
             found[place] = row
 
 
+def template_of_text(template: ChatTemplate, section: VisionSection) -> ChatTemplate:
+    """Return a chat template that writes texts also where it reads contents as parts alone."""
+    return _PictureTemplate(template, section)
+
+
 class _PictureTemplate(ChatTemplate):
     """A chat template that writes the placeholders of pictures.
 

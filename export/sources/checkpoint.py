@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 
 from edge.bundle.manifest import Embedding, ModelSpec, Reranking, Source
+from edge.text.chat_template import ChatTemplate
 
 from .checkpoint_text import CheckpointText
 from .idefics3 import Vision
@@ -35,6 +36,21 @@ class Checkpoint(ABC):
     embedding: Embedding | None = None
     reranking: Reranking | None = None
     vision: Vision | None = None
+
+    def template(self) -> ChatTemplate | None:
+        """Open the chat template, for messages of text; None if the model has none.
+
+        SmolVLM's reads contents that are lists of parts, and writes nothing of a plain text.
+
+        Raises:
+            BundleError: it is refused.
+        """
+        template = self.text.template()
+        if template is None or self.vision is None:
+            return template
+        from edge.vision.prompt import template_of_text
+
+        return template_of_text(template, self.vision.section)
 
     @property
     @abstractmethod

@@ -11,6 +11,7 @@ import pytest
 
 from edge.errors import CheckpointError
 from edge_lab.model_config import parse_config
+from export.sources.documents import encode_document
 from export.sources.hf_directory import HfDirectory
 from export.sources.opening import open_checkpoint
 from tests.tiny_vision import CONTROL_IDS, IMAGE, ModelType, vision_weights, write_vision_checkpoint
@@ -146,6 +147,22 @@ def test_a_tokenizer_without_the_placeholder_is_refused(tmp_path: Path):
     path.write_text(json.dumps(tokenizer))
     with pytest.raises(CheckpointError, match="has no token <image>"):
         HfDirectory(directory)
+
+
+def test_calibration_reads_the_words_that_a_template_takes_as_parts_alone(tmp_path: Path):
+    document = {
+        "messages": [
+            {"role": "user", "content": "hello the world"},
+            {"role": "assistant", "content": "what"},
+        ]
+    }
+    with HfDirectory(write_vision_checkpoint(tmp_path / "vlm")) as checkpoint:
+        tokenizer = checkpoint.text.tokenizer()
+        read = tokenizer.decode(encode_document(tokenizer, checkpoint.template(), document))
+        without = tokenizer.decode(encode_document(tokenizer, checkpoint.text.template(), document))
+    wanted = "<|im_start|>User: hello the world<end_of_utterance>\nAssistant:what<end_of_utterance>"
+    assert read == wanted
+    assert without == wanted.replace("hello the world", "")
 
 
 def test_a_plan_reads_the_decoder_of_such_a_config(tmp_path: Path):
