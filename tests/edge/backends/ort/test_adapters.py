@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from edge.adapters.graph_inputs import adapted_linears, slot_values
 from edge.adapters.slots import AdapterSlots
 from edge.adapters.weights import AdapterWeights
+from edge.backends.step import step_after
+from edge.engine_config import INT8_PREFILL_TOKENS
 from edge.errors import BackendError
 from export.pipeline import ExportConfig, export_checkpoint
 from export.sources.opening import open_checkpoint
@@ -180,6 +182,29 @@ def test_an_adapter_changes_an_int4_bundle_as_peft_changes_the_model(method: Any
             changes.append(all_logits(runner) - before)
     error = np.abs(changes[1] - changes[0]).mean() / np.abs(changes[0]).mean()
     assert error < 0.6  # 0.38 to 0.45; 1.4 without the factors
+
+
+def test_prompts_in_int8_have_their_adapters_in_floats(pair: Pair):
+    plain, adapted = pair("int4", "portable")
+    prompt = random_ids(1, INT8_PREFILL_TOKENS + 3, seed=4)
+
+    def last(runner: Runner) -> NDArray[np.float32]:
+        runner.lengths = [0] * len(runner.lengths)
+        table, ids = runner.table[prompt], np.array([[prompt.shape[1] - 1]])
+        logits: NDArray[np.float32] = runner.backend.forward(step_after([1], [0], table, ids))
+        return np.array(logits[0, 0])
+
+    with Runner(plain, int8_prompts=True) as runner:
+        expected = last(runner)
+    with Runner(adapted, int8_prompts=True) as runner, Runner(adapted) as reference:
+        assert_array_equal(last(runner), expected)
+        before = last(reference)
+        for each in (runner, reference):
+            each.backend.set_adapter(1, random_adapter(runner.manifest.model, RANK, size=0.05))
+        change, wanted = last(runner) - expected, last(reference) - before
+        assert np.abs(change - wanted).mean() < 0.5 * np.abs(wanted).mean()
+        runner.backend.set_adapter(1, None)
+        assert_array_equal(last(runner), expected)
 
 
 # ------------------------------------------------------------------------------- on a device
