@@ -128,6 +128,7 @@ def plan(
     from edge_lab.planner.models import BUILT_IN, find_model
     from edge_lab.planner.picture import draw_plan
     from edge_lab.planner.plan import CPU, make_plan
+    from edge_lab.planner.vision import plan_pictures
 
     planned = find_model(model)
     target, efficiency = take_device(device, power_mode, calibrate)
@@ -173,10 +174,15 @@ def plan(
             svg.write_text(draw_plan(result), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--svg {svg} cannot be written: {error.strerror}") from error
+    pictures = plan_pictures(planned.manifest, on_cpu=target.name == CPU)
     if as_json:
-        echo_json(result.as_dict())
+        more = {} if pictures is None else {"pictures": dataclasses.asdict(pictures)}
+        echo_json({**result.as_dict(), **more})
         return
     _print(result)
+    if pictures is not None:
+        speeds = result.options[0].speeds
+        click.echo(pictures.describe(speeds[0].prefill_tps if speeds else None))
     _print_export(result)
     if svg is not None:
         click.echo(f"drawn: {svg}", err=True)

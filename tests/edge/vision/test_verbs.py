@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge import LLM, SamplingParams
+from edge.bundle.embeddings import PICTURE_IDS
 from edge_lab.cli.conversation import read_conversation
 from tests.command_line import Result
 from tests.conftest import Bundles
@@ -164,3 +165,21 @@ def test_bench_times_a_picture(
         done = edge_llm("bench", bundle, *short, *given)
         assert done.code != 0
         assert said in done.err
+
+
+def test_plan_says_what_a_picture_takes(
+    edge_llm: Callable[..., Result], vision_bundle: Path, tiny_bundles: Bundles
+) -> None:
+    on_gpu = json.loads(edge_llm("plan", vision_bundle, "--json").out)["pictures"]
+    assert (on_gpu["rows_per_tile"], on_gpu["default_rows"], on_gpu["most_rows"]) == (4, 68, 68)
+    assert on_gpu["encoder_bytes"] > 100_000
+    on_cpu = json.loads(edge_llm("plan", vision_bundle, "--device", "cpu", "--json").out)
+    assert (on_cpu["pictures"]["default_rows"], on_cpu["pictures"]["most_rows"]) == (4, 68)
+    with LLM(vision_bundle, backend="ort-cpu", num_threads=1) as llm:
+        ids = llm.encode(ask(draw(1, 128, 128), "x"))
+        assert sum(id_ >= PICTURE_IDS for id_ in ids) == on_cpu["pictures"]["default_rows"]
+    for device in ("agx-orin-64", "cpu"):
+        shown = edge_llm("plan", vision_bundle, "--device", device).out
+        assert "68 with all tiles" in shown
+        assert ("ms of prefill" in shown) == (device != "cpu")
+    assert "pictures" not in json.loads(edge_llm("plan", tiny_bundles("qwen2"), "--json").out)
