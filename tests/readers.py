@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from edge.adapters.peft_file import read_adapter
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.engine_file import ENGINE_JSON, EngineInfo, read_engine_info, rebuild_command
 from edge.bundle.linears import linear_layers
@@ -345,6 +346,27 @@ def _lora(path: Path) -> None:
         config.scaling(module)
 
 
+def _adapter(path: Path) -> None:
+    """Read an adapter whose other file is as it should be."""
+    for name in ("adapter", "adapter_config"):
+        other = path.with_name(READERS[name].name)
+        if other != path:
+            other.write_bytes(READERS[name].seed)
+    read_adapter(path.parent, "a", _MANIFEST, 4)
+
+
+def _adapter_weights() -> bytes:
+    linear = linear_layers(_MANIFEST.model)[0]
+    stem = f"base_model.model.{linear.weights[0].removesuffix('.weight')}"
+    header, end = {}, 0
+    for half, shape in (("A", (2, linear.shape[0])), ("B", (linear.rows[0], 2))):
+        begin, end = end, end + 2 * shape[0] * shape[1]
+        header[f"{stem}.lora_{half}.weight"] = {
+            "dtype": "F16", "shape": shape, "data_offsets": [begin, end]
+        }  # fmt: skip
+    return _safetensors(header, bytes(end))
+
+
 _tokenizers: list[Tokenizer] = []
 
 
@@ -497,6 +519,10 @@ READERS = {
         _checkpoint_text,
     ),
     "lora": Reader("adapter_config.json", json.dumps(_LORA).encode(), _lora),
+    "adapter": Reader("adapter_model.safetensors", _adapter_weights(), _adapter),
+    "adapter_config": Reader(
+        "adapter_config.json", json.dumps(_LORA | {"modules_to_save": None}).encode(), _adapter
+    ),
     "calibration": Reader("text.jsonl", _lines({"text": "a b"}, _CHAT), _calibration),
     "prompts": Reader(
         "prompts.txt", b"a b\nc\n", lambda path: read_prompts(path, _one_tokenizer(), 64)
