@@ -8,6 +8,8 @@ from msgspec import UNSET, Struct, UnsetType
 
 from edge_serve.pictures import Modalities
 
+from .voting import VoteAnswer
+
 
 class PromptDetails(Struct):
     """Details of the prompt's tokens: how many were in the cache."""
@@ -76,6 +78,7 @@ class Message(Struct):
     reasoning_content: str | UnsetType = UNSET
     reasoning: str | UnsetType = UNSET
     tool_calls: list[ToolCall] | UnsetType = UNSET
+    vote: VoteAnswer | UnsetType = UNSET
     refusal: None = None
     annotations: list[Any] = []
 
@@ -119,6 +122,7 @@ class Delta(Struct, omit_defaults=True):
     reasoning_content: str | UnsetType = UNSET
     reasoning: str | UnsetType = UNSET
     tool_calls: list[ToolCall] | UnsetType = UNSET
+    vote: VoteAnswer | UnsetType = UNSET
 
 
 class ChunkChoice(Struct):

@@ -42,6 +42,7 @@ from .protocol import ChatRequest, convert
 from .respond import Plan, Render, Turn
 from .sse import DONE, event
 from .tool_use import read_tools
+from .voting import read_vote, shown_vote
 
 # Tokens of reasoning for OpenAI's efforts; R1 and Qwen3 know none, so they are budgets here.
 _EFFORT_TOKENS = {"minimal": 256, "low": 1024, "medium": 4096}  # more has no limit
@@ -87,6 +88,8 @@ def plan_chat(turn: Turn, body: ChatRequest, *, capacity: int | None = None) -> 
         continue_final_message=continues,
         output=use.output,
         thinking_budget=budget,
+        stop_when_sure=body.stop_when_sure,
+        vote=read_vote(body, turn.settings.max_choices),
         progress=bool(body.return_progress),
     )
     return Plan(
@@ -164,7 +167,8 @@ class ChatRender(Render):
             delta = _delta(piece, reasoning)
             choices.append(ChunkChoice(index, delta, logprobs))
         if piece.finish_reason is not None:
-            choices.append(ChunkChoice(index, Delta(), finish_reason=piece.finish_reason))
+            delta = Delta() if piece.vote is None else Delta(vote=shown_vote(piece.vote))
+            choices.append(ChunkChoice(index, delta, finish_reason=piece.finish_reason))
         return b"".join(self._event([choice], None) for choice in choices)
 
     def last_events(self, usage: Usage) -> bytes:
@@ -193,6 +197,8 @@ class ChatRender(Render):
             message.reasoning = message.reasoning_content = reasoning
         if piece.calls:
             message.tool_calls = [replace(call, index=UNSET) for call in piece.calls]
+        if piece.vote is not None:
+            message.vote = shown_vote(piece.vote)
         return Choice(index, message, piece.finish_reason or "stop", logprobs)
 
     def _shown(self, piece: Piece) -> tuple[str, ChatLogprobs | None]:

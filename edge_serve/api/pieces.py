@@ -14,6 +14,7 @@ from .tools import ToolParser, WholeCall
 if TYPE_CHECKING:
     from edge.runtime.generation import GenerationStats, PromptProgress
     from edge.runtime.stream import GenerationChunk
+    from edge.votes.tally import VoteResult
 
 MakeParser = Callable[[], ToolParser | WholeCall]
 
@@ -32,6 +33,7 @@ class Piece:
         stop: on the last piece, the stop string that ended the answer, if one did.
         stats: on the last piece, what the answer took.
         echoed: how many of the tokens are the prompt's.
+        vote: on the last piece, what a vote came to.
     """
 
     text: str = ""
@@ -43,6 +45,7 @@ class Piece:
     stats: GenerationStats | None = None
     progress: PromptProgress | None = None
     echoed: int = 0
+    vote: VoteResult | None = None
 
 
 def join_pieces(pieces: Sequence[Piece]) -> Piece:
@@ -56,6 +59,7 @@ def join_pieces(pieces: Sequence[Piece]) -> Piece:
         pieces[-1].stop,
         pieces[-1].stats,
         echoed=sum(piece.echoed for piece in pieces),
+        vote=pieces[-1].vote,
     )
 
 
@@ -92,6 +96,7 @@ class ChoiceReader:
             chunk.stats,
             chunk.progress,
             len(echo.tokens),
+            chunk.vote,
         )
 
     def _find_calls(self, chunk: GenerationChunk) -> tuple[str, list[ToolCall]]:

@@ -21,6 +21,8 @@ from edge.other_names import instead_of
 from edge.runtime.sampling_params import KNOBS
 from edge_serve.http.errors import APIError, invalid
 
+from .voting import VoteField
+
 IGNORED = {
     "metadata": "bookkeeping of the caller",
     "store": "nothing is stored here",
@@ -200,6 +202,8 @@ class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
     parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
     thinking_token_budget: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    stop_when_sure: Annotated[float, Meta(ge=0, le=1)] | None = None
+    vote: VoteField | None = None
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
     separate_reasoning: Literal[True] | None = None

@@ -39,6 +39,10 @@ WHAT, CALLING, THINKING = "what", "two calls", "think"
 ANSWER = {"max_tokens": 200, "temperature": 0}
 
 
+def votes(**options: Any) -> dict[str, Any]:
+    return {"temperature": 1, "seed": 3, "vote": {"most": 4, **options}}
+
+
 def asks(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
@@ -172,6 +176,12 @@ PAIRS: dict[str, dict[str, Pair]] = {
         ),
         "enable_thinking": ({"enable_thinking": True}, {"enable_thinking": False}),
         "thinking_token_budget": ({"thinking_token_budget": 1}, {"thinking_token_budget": 2}),
+        "stop_when_sure": ({"stop_when_sure": 0}, {"stop_when_sure": 0.9}),
+        "vote": ({}, votes()),
+        "vote.answers": (votes(answers="boxed"), votes(answers="word")),
+        "vote.first": (votes(first=2), votes(first=5)),
+        "vote.most": (votes(most=2), votes(most=3)),
+        "vote.error": (votes(error=0.1), votes(error=0.6)),
         "reasoning_effort": ({"reasoning_effort": "low"}, {"reasoning_effort": "medium"}),
         "include_reasoning": (
             {**ANSWER, "messages": asks(THINKING), "include_reasoning": True},

@@ -1,0 +1,90 @@
+"""The field ``vote`` of a chat, an extension, and what the answer says of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from msgspec import Meta, Struct
+
+from edge.errors import RequestError
+from edge_serve.http.errors import invalid
+
+if TYPE_CHECKING:
+    from edge.votes.tally import VoteResult, VoteRule
+
+    from .protocol import ChatRequest
+
+
+class VoteField(Struct, forbid_unknown_fields=True):
+    """How a vote is held; `edge.votes.tally.VoteRule` says more."""
+
+    answers: Annotated[str, Meta(min_length=1, max_length=1100)] = "number"
+    first: Annotated[int, Meta(ge=2, le=64)] = 2
+    most: Annotated[int, Meta(ge=2, le=64)] = 8
+    error: Annotated[float, Meta(gt=0, le=0.5)] = 0.15
+
+
+class VotedSample(Struct):
+    """One answer of a vote."""
+
+    answer: str | None
+    confidence: float
+    text: str
+    reasoning: str
+    tokens: int
+    finish_reason: str
+
+
+class VoteAnswer(Struct):
+    """What a vote came to: ``agreed`` of ``counted`` samples gave the answer."""
+
+    answer: str | None
+    agreed: int
+    counted: int
+    decided: bool
+    samples: list[VotedSample]
+
+
+def read_vote(body: ChatRequest, max_choices: int) -> VoteRule | None:
+    """Return how a request votes; None where it does not.
+
+    Raises:
+        APIError: a wrong rule, more samples than a request may have choices, or another field that
+            a vote has no place for.
+    """
+    field = body.vote
+    if field is None:
+        return None
+    for name, given in (("n", (body.n or 1) > 1), ("tools", bool(body.tools))):
+        if given:
+            raise invalid(f"vote: a vote is one answer in text; leave {name} out", "vote")
+    if field.most > max_choices:
+        raise invalid(
+            f"vote: {field.most} samples are more than the {max_choices} that a request may have "
+            "here; lower most",
+            "vote",
+        )
+    from edge.votes.tally import VoteRule
+
+    try:
+        return VoteRule(
+            answers=field.answers, first=field.first, most=field.most, error=field.error
+        )
+    except RequestError as error:
+        raise invalid(str(error), "vote") from error
+
+
+def shown_vote(vote: VoteResult) -> VoteAnswer:
+    """Return what a vote came to for JSON."""
+    samples = [
+        VotedSample(
+            each.answer,
+            round(each.confidence, 6),
+            each.text,
+            each.reasoning,
+            each.tokens,
+            each.finish_reason,
+        )
+        for each in vote.samples
+    ]
+    return VoteAnswer(vote.answer, vote.agreed, vote.counted, vote.decided, samples)

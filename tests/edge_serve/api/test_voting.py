@@ -1,0 +1,77 @@
+"""Votes and thoughts that end early, over HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.edge_serve.api.test_chat import joined
+from tests.edge_serve.scripted import Live
+
+ASKED = [{"role": "user", "content": "How many are it?"}]
+VOTE: dict[str, Any] = {"temperature": 1, "top_p": 0.01, "seed": 3, "messages": ASKED}
+
+
+@pytest.fixture(autouse=True)
+def _says_four(live: Live) -> None:
+    live.engine.say(ASKED, "Two and two.\n</think>\n\nIt is 4.")
+
+
+def test_a_chat_has_what_its_vote_came_to(live: Live):
+    body = live.chat(**VOTE, vote={"most": 4}).json
+    (choice,) = body["choices"]
+    message = choice["message"]
+    assert message["content"] == "It is 4."
+    vote = message["vote"]
+    assert (vote["answer"], vote["agreed"], vote["counted"]) == ("4", 2, 2)
+    assert vote["decided"] is True
+    assert [sample["text"] for sample in vote["samples"]] == ["It is 4."] * 2
+    assert message["reasoning"] == "1: 4\n2: 4\n2 of 2 answers agree\nTwo and two."
+    tokens = sum(sample["tokens"] for sample in vote["samples"])
+    assert body["usage"]["completion_tokens"] == tokens
+    assert body["usage"]["prompt_tokens"] == len(live.engine.llm.encode(ASKED))
+    assert "vote" not in live.chat(**VOTE).json["choices"][0]["message"]
+
+
+def test_a_stream_has_progress_and_then_the_answer(live: Live):
+    *events, done = live.chat(**VOTE, vote={}, stream=True).events
+    assert done == "[DONE]"
+    assert joined(events, "content") == "It is 4."
+    assert joined(events, "reasoning").startswith("1: 4\n2: 4\n2 of 2 answers agree")
+    last = events[-1]["choices"][0]
+    assert last["finish_reason"] == "stop"
+    assert last["delta"]["vote"]["agreed"] == 2
+
+
+def test_samples_without_an_answer_come_back(live: Live):
+    message = live.chat(**VOTE, vote={"most": 3, "answers": "boxed"}).json["choices"][0]["message"]
+    assert message["vote"]["answer"] is None
+    assert message["vote"]["decided"] is False
+    assert [each["text"] for each in message["vote"]["samples"]] == ["It is 4."] * 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n": 2, "vote": {}}, "leave n out"),
+        ({"vote": {"most": 9}}, "9 samples are more than the 8"),
+        ({"temperature": 0, "vote": {}}, "at temperature 0 all samples are the same"),
+        ({"vote": {"answers": "regex:["}}, "is wrong"),
+    ],
+)
+def test_what_cannot_be_voted_on_is_refused(live: Live, fields: dict[str, Any], message: str):
+    answer = live.chat(**{**VOTE, **fields})
+    assert answer.status == 400
+    assert message in answer.json["error"]["message"]
+
+
+def test_a_confidence_arrives(live: Live):
+    before = live.engine.llm.stop_counts.copy()
+    question = [{"role": "user", "content": "At length?"}]
+    live.engine.say(question, "They say so. " * 9 + "\n\n" + "so " * 20 + "</think>\n\nIt is 4.")
+    asked = {"messages": question, "temperature": 0, "max_tokens": 200}
+    assert live.chat(**asked, stop_when_sure=0).status == 200
+    assert live.engine.llm.stop_counts == before
+    assert live.chat(**asked, stop_when_sure=0.9).status == 200
+    assert live.engine.llm.stop_counts.total() > before.total()
