@@ -119,11 +119,17 @@ def test_a_picture_is_turned_as_it_is_shown(name: str, orientation: int):
     assert min(whole[-6:, :6].min(), whole[-6:, -6:].min(), whole[:6, -6:].min()) > 215
 
 
-def test_exif_that_cannot_be_read_does_not_refuse_a_picture():
-    wanted = pixels(encode(picture(60, 40), "JPEG"))
-    for exif in (b"Exif\0\0MM\0*\0\0\0\xff", b"Exif\0\0II", b"Exif\0\0" + b"\xff" * 80):
-        data = encode(picture(60, 40), "JPEG", exif=exif)
+@pytest.mark.parametrize(("name", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_exif_that_cannot_be_read_does_not_refuse_a_picture(name: str, options: Any):
+    """Pillow raises a SyntaxError for these."""
+    wanted = pixels(encode(picture(60, 40)))
+    for exif in (b"II", b"\xff" * 80):
+        data = encode(picture(60, 40), name, exif=exif, **options)
         np.testing.assert_array_equal(pixels(data), wanted)
+        assert picture_size(data) == (60, 40)
+
+
+def test_an_orientation_that_does_not_exist_turns_nothing():
     data = turned("JPEG", 9)  # there are eight
     assert picture_size(data) == (93, 41)
 
