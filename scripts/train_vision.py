@@ -21,7 +21,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from scripts.vision_checkpoint import (
     write_texts,
 )
 from scripts.vision_pictures import ANSWERS, Drawing, draw
+from scripts.vision_score import beside_another
 
 # Which row of a tile learns which answer in the first stage.
 LABELS: Sequence[tuple[str, Sequence[str]]] = (
@@ -132,12 +133,17 @@ def main() -> None:
     parser.add_argument(
         "--state", type=Path, metavar="DIRECTORY", help="default: CHECKPOINT with .state after it"
     )
-    parser.add_argument("--label-steps", type=int, default=1200, help="default 1200")
+    parser.add_argument("--label-steps", type=int, default=1500, help="default 1500")
     parser.add_argument("--answer-steps", type=int, default=500, help="default 500")
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after these (600)")
+    parser.add_argument(
+        "--pictures", type=int, default=500, help="held out to be asked about at the end (500)"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.pictures < len(ANSWERS):
+        raise ConfigError(f"--pictures {options.pictures} must be {len(ANSWERS)} or more")
     if options.label_steps < 1 or options.answer_steps < 1 or options.threads < 1:
         raise ConfigError("--label-steps, --answer-steps and --threads must be 1 or more")
     torch.set_num_threads(options.threads)
@@ -154,8 +160,10 @@ def main() -> None:
         if not training.run(stage):
             say("The time is over; the same command goes on.")
             break
+    counted = training.count_right(options.pictures)
     training.write(options.output)
-    print(json.dumps({"checkpoint": str(options.output), "seen": training.seen}))
+    report = {"checkpoint": str(options.output), "seen": training.seen, "held_out": counted}
+    print(json.dumps(report))
 
 
 class Training:
@@ -309,32 +317,67 @@ class Training:
 
     def answer_loss(self, drawings: Sequence[Drawing], rows: Tensor, step: int) -> Tensor:
         """The mean loss of the answers' tokens, through the decoder."""
-        packed = [self.pack(drawing, step) for drawing in drawings]
-        longest = max(len(p.ids) for p in packed)
-        ids = torch.zeros(len(packed), longest, dtype=torch.long)
-        positions = torch.zeros(len(packed), longest, dtype=torch.long)
-        block = torch.full((len(packed), longest), -1)
-        labels = torch.full((len(packed), longest), NO_LABEL)
-        for i, p in enumerate(packed):
-            size = len(p.ids)
-            ids[i, :size] = torch.tensor(p.ids)
-            positions[i, :size] = torch.tensor(p.positions)
-            block[i, :size] = torch.tensor(p.blocks)
-            labels[i, :size] = torch.tensor(p.labels)
-        hidden = self.decode(ids, rows, positions, block)
-        learned = labels != NO_LABEL
-        wanted = labels[learned]
-        logits = self.logits(hidden[learned])
+        logits, wanted, _ = self._answers(drawings, rows, step)
         return nn.functional.cross_entropy(logits, wanted)
 
-    def pack(self, drawing: Drawing, step: int) -> Packed:
-        """A picture and all of its questions as one sequence, in the phrasings of a step."""
+    def _answers(
+        self, drawings: Sequence[Drawing], rows: Tensor, step: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits ``[n, vocabulary]`` of all answers' tokens, the right tokens, their questions."""
+        packed = [self.pack(drawing, step) for drawing in drawings]
+
+        def padded(values: Iterable[Sequence[int]], padding: int) -> Tensor:
+            tensors = [torch.tensor(each) for each in values]
+            return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)
+
+        labels = padded((p.labels for p in packed), NO_LABEL)
+        blocks = padded((p.blocks for p in packed), -1)
+        hidden = self.decode(
+            padded((p.ids for p in packed), 0),
+            rows,
+            padded((p.positions for p in packed), 0),
+            blocks,
+        )
+        learned = labels != NO_LABEL
+        asked = blocks - 1 + torch.arange(len(packed))[:, None] * len(ANSWERS)
+        return self.logits(hidden[learned]), labels[learned], asked[learned]
+
+    def count_right(self, pictures: int) -> dict[str, dict[str, int]]:
+        """Ask everything about held-out pictures, beside them and beside another one.
+
+        An answer is right if each of its tokens is the most likely one after those before it, so
+        it is what would be written greedily.
+        """
+        counted = {kind: {"asked": 0, "right": 0, "right_beside_another": 0} for kind in ANSWERS}
+        drawings = [draw("held-out", number) for number in range(pictures)]
+        for name, shown in (
+            ("right", drawings),
+            ("right_beside_another", beside_another(drawings)),
+        ):
+            for first in range(0, pictures, 8):
+                part = drawings[first : first + 8]
+                with torch.inference_mode():
+                    rows, _ = self.sight(pixels_of(shown[first : first + 8]))
+                    logits, wanted, asked = self._answers(part, rows, None)
+                missed = {int(each) for each in asked[logits.argmax(-1) != wanted]}
+                for place, drawing in enumerate(part):
+                    for number, kind in enumerate(drawing.facts):
+                        counted[kind][name] += place * len(ANSWERS) + number not in missed
+                        counted[kind]["asked"] += name == "right"
+        return counted
+
+    def pack(self, drawing: Drawing, step: int | None) -> Packed:
+        """A picture and all of its questions as one sequence.
+
+        The phrasings are those of a step, or for None those of the score.
+        """
         size = len(self._before)
         packed = Packed(
             list(self._before), list(range(size)), [0] * size, [NO_LABEL] * size
         )  # fmt: skip
         for number, (kind, answer) in enumerate(drawing.facts.items(), 1):
-            asked = self.ids(drawing.question(kind, drawing.number + step + number))
+            phrasing = drawing.number + (0 if step is None else step + number)
+            asked = self.ids(drawing.question(kind, phrasing))
             answered = [*self.ids(f" {answer}"), self._mark_ids[-1]]
             whole = [*asked, *self._after, *answered]
             unlearned = len(asked) + len(self._after) - 1

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,13 @@ def score(answer: Answerer, pictures: int) -> dict[str, Any]:
         For each kind how many were asked and right, beside their picture and beside another one;
         the seconds that the questions beside their pictures took.
     """
-    questions = held_out_questions(pictures)
+    drawings = [draw("held-out", number) for number in range(pictures)]
+    questions = held_out_questions(drawings)
+    others = dict(zip(range(pictures), beside_another(drawings), strict=True))
     started_s = time.perf_counter()
     given = answer(questions)
     took_s = time.perf_counter() - started_s
-    blind = answer(beside_another(questions))
+    blind = answer([replace(q, drawing=others[q.drawing.number]) for q in questions])
     asked = Counter(q.kind for q in questions)
     right = Counter(q.kind for q, a in zip(questions, given, strict=True) if q.is_right(a))
     guessed = Counter(q.kind for q, a in zip(questions, blind, strict=True) if q.is_right(a))
@@ -122,9 +124,8 @@ def score(answer: Answerer, pictures: int) -> dict[str, Any]:
     }
 
 
-def held_out_questions(pictures: int) -> list[Question]:
-    """All questions about the first pictures that are held out."""
-    drawings = [draw("held-out", number) for number in range(pictures)]
+def held_out_questions(drawings: Sequence[Drawing]) -> list[Question]:
+    """Everything that can be asked about pictures."""
     return [
         Question(drawing, kind, drawing.question(kind, drawing.number), answer)
         for drawing in drawings
@@ -132,14 +133,15 @@ def held_out_questions(pictures: int) -> list[Question]:
     ]
 
 
-def beside_another(questions: Sequence[Question]) -> list[Question]:
-    """The same questions, each beside the next picture that can be asked it."""
-    moved = []
-    for kind in ANSWERS:
-        same = [(place, q) for place, q in enumerate(questions) if q.kind == kind]
-        for (place, asked), (_, other) in zip(same, [*same[1:], same[0]], strict=True):
-            moved.append((place, Question(other.drawing, kind, asked.text, asked.answer)))
-    return [question for _, question in sorted(moved, key=lambda pair: pair[0])]
+def beside_another(drawings: Sequence[Drawing]) -> list[Drawing]:
+    """For each picture the next one, in a circle, with shapes or with a digit as it has."""
+    after: dict[int, int] = {}
+    for has_digit in (False, True):
+        places = [
+            p for p, drawing in enumerate(drawings) if ("digit" in drawing.facts) is has_digit
+        ]
+        after.update(zip(places, [*places[1:], *places[:1]], strict=True))
+    return [drawings[after[place]] for place in range(len(drawings))]
 
 
 def open_answerer(model: Path, threads: int, opened: ExitStack) -> Answerer:
