@@ -11,7 +11,8 @@ At boundaries of each answer there is a trial: the text so far, then the answer'
 what the model writes next, greedily. It has whether a rule would have stopped there, and with what.
 
 A run appends one JSON line per problem to ``DIRECTORY/SIZE.jsonl`` and goes on where it stopped.
-`pack` leaves out the text and the log-probabilities of single tokens.
+`pack` adds what is new to ``FILE``, without tokens and their log-probabilities. What is in
+``docs/measured/answer-pool.jsonl.xz`` is not answered again.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from edge.votes.numbers import find_number, parse_number
 from scripts.command import run_main, say
 from scripts.make_tasks import further_problems, make_problems
 
+PACKED = Path("docs/measured/answer-pool.jsonl.xz")
 ANSWERS = 16
 LIMIT = 800
 _INSTRUCTION = "\nPut your final answer, a number, within \\boxed{}."
@@ -72,6 +74,7 @@ def fill(size: str, directory: Path, seconds: float, threads: int) -> None:
     """Answer problems until all are answered or the time is over."""
     output = directory / f"{size}.jsonl"
     done = {item["number"] for item in read_lines(output)}
+    done |= {item["number"] for item in read_packed(PACKED) if item["size"] == size}
     began = time.monotonic()
     left = [(number, each) for number, each in problems(size) if number not in done]
     bundle = Path("bundles") / f"coder-{size}-int4"
@@ -189,9 +192,12 @@ def boundaries(llm: LLM, ids: Sequence[int]) -> Iterator[int]:
 
 def pack(directory: Path, output: Path) -> None:
     """Write what the rules need as one xz file of JSON lines."""
-    lines = []
+    lines = [json.dumps(item, separators=(",", ":")) for item in read_packed(output)]
+    known = {(item["size"], item["number"]) for item in read_packed(output)}
     for size in ("0.5b", "1.5b"):
         for item in read_lines(directory / f"{size}.jsonl"):
+            if (size, item["number"]) in known:
+                continue
             for each in [*item["answers"], item["greedy"]]:
                 logprobs = unpacked(each.pop("logprobs"), np.float16).astype(np.float32)
                 margins = unpacked(each.pop("margins"), np.float16).astype(np.float32)
@@ -203,6 +209,13 @@ def pack(directory: Path, output: Path) -> None:
     data = "".join(f"{line}\n" for line in lines).encode()
     output.write_bytes(lzma.compress(data, preset=9))
     say(f"{output}: {len(lines)} problems, {output.stat().st_size / 1e6:.2f} MB")
+
+
+def read_packed(path: Path) -> list[dict[str, Any]]:
+    """The problems of a file that `pack` wrote; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in lzma.decompress(path.read_bytes()).splitlines()]
 
 
 def weakest(logprobs: np.ndarray[Any, Any], window: int = 64) -> float:
