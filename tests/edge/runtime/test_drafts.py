@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge.bundle.embeddings import EmbeddingTable
+from edge.bundle.embeddings import PICTURE_IDS, EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_TENSOR
 from edge.bundle.manifest import SamplingDefaults
 from edge.engine_config import EngineConfig
@@ -248,3 +248,10 @@ def test_the_distribution_of_sampled_answers_is_the_models_own(table: EmbeddingT
     assert 0 < totals["accepted"] < totals["drafted"]
     counts = np.array([drawn[token] for token in range(VOCAB)])
     assert ((counts - expected) ** 2 / expected).sum() < 31.3  # 11 degrees of freedom, p = 0.001
+
+
+def test_nobody_guesses_a_row_of_a_picture():
+    row = PICTURE_IDS + 7
+    assert NgramIndex().propose([1, 2, row, 3, 1, 2], 4) == []
+    assert NgramIndex().propose([1, 2, 5, row, 1, 2], 4) == [5]
+    assert NgramIndex().propose([1, 2, 5, 6, 1, 2], 3) == [5, 6, 1]
