@@ -16,12 +16,8 @@ if TYPE_CHECKING:
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _MOST_SLOTS = 8
-_VOTE = (
-    "Draw samples of the answer, this many at most, until one has won; needs a temperature above 0."
-)
-_ANSWERS = (
-    "What --vote compares: number, choice, boxed, json:FIELD or regex:PATTERN. Default: number."
-)
+_VOTE = "Draw samples until one answer has won, this many at most; needs a temperature above 0."
+_ANSWERS = "What --vote compares: number (default), choice, boxed, json:FIELD or regex:PATTERN."
 
 
 def vote_options(command: _Command) -> _Command:

@@ -444,9 +444,10 @@ class LLM:
             For each, in order, what it needs to go on; None if it has ended.
 
         Raises:
+            RequestError: one of them is a vote; none is put away then.
             BackendError: the engine failed, or ended no step in this time.
         """
-        return self.scheduler.put_away([each.sequence for each in generations], timeout_s)
+        return self.scheduler.put_away([each.to_put_away() for each in generations], timeout_s)
 
     def stream(
         self, prompt: Prompt, params: Params = None, **options: Unpack[AnswerOptions]

@@ -155,29 +155,19 @@ class Trials:
     """Makes the trials of one answer; only the engine's thread calls it.
 
     Args:
-        scheduler: runs them.
+        llm: the open bundle.
         request: the request of the answer.
-        tokenizer: the bundle's tokenizer.
-        capacity: tokens that fit into a slot.
-        counts: ``tried``, ``no_slot``, ``too_dear`` and ``stopped`` are counted there.
 
     Attributes:
-        tokenizer, counts: as given.
+        tokenizer: the bundle's.
+        counts: ``tried``, ``no_slot``, ``too_dear`` and ``stopped`` of the bundle.
         repeated: tokens that come again first, of an answer that goes on; they have no trials.
     """
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        request: Request,
-        tokenizer: Tokenizer,
-        capacity: int,
-        counts: Counter[str],
-    ) -> None:
-        self.counts = counts
-        self.tokenizer = tokenizer
+    def __init__(self, llm: Opened, request: Request) -> None:
+        self.counts, self.tokenizer = llm.stop_counts, llm.tokenizer
         self.repeated = 0 if request.begun is None else len(request.begun.answer)
-        self._scheduler, self._capacity = scheduler, capacity
+        self._scheduler, self._capacity = llm.scheduler, llm.backend.capacity
         params = replace(
             request.params,
             temperature=0.0,
@@ -296,9 +286,7 @@ def until_sure(
         confidence = llm.config.stop_when_sure
     if confidence:
         _check_possible(llm, has_thought=reasons or answer is None)
-        trials = Trials(
-            llm.scheduler, request, llm.tokenizer, llm.backend.capacity, llm.stop_counts
-        )
+        trials = Trials(llm, request)
         return StopWhenSure(
             trials, vocab_size, confidence, reasons, opened=opened, budget=budget, answer=answer
         )
@@ -310,17 +298,11 @@ def until_sure(
 def _check_possible(llm: Opened, *, has_thought: bool) -> None:
     config, why = llm.config, None
     if config.deterministic:
-        why = (
-            "trials take slots that are free, so an answer would depend on what else runs; open "
-            "the bundle without deterministic"
-        )
+        why = "what else runs would decide on trials; open the bundle without deterministic"
     elif not config.reuse_prefix:
         why = "trials share the rows of the thought; open the bundle with reuse_prefix"
     elif llm.scheduler.max_batch < 2:
-        why = (
-            "trials run in slots that are free, and one sequence runs at a time; raise num_slots "
-            "and max_batch"
-        )
+        why = "trials take a second slot, and one sequence runs; raise num_slots and max_batch"
     elif not has_thought:
         why = "the form of the answer leaves no thought to end; leave one of the two out"
     if why is not None:

@@ -216,10 +216,8 @@ class Generation:
     ) -> None:
         self.prompt_ids = list(sequence.request.ids)
         self.index = index
-        self._scheduler = scheduler
-        self.sequence = sequence
-        self._stream = stream
-        self._ended = False
+        self._scheduler, self.sequence = scheduler, sequence
+        self._stream, self._ended = stream, False
 
     @property
     def seed(self) -> int:
@@ -229,6 +227,14 @@ class Generation:
     def cancel(self) -> None:
         """End it within one step; the last chunk has the reason ``cancelled``."""
         self.sequence.cancelled = True
+
+    def to_put_away(self) -> SequenceState:
+        """Return what `LLM.put_away` takes out.
+
+        Raises:
+            RequestError: it is a vote, of several sequences.
+        """
+        return self.sequence
 
     def __iter__(self) -> Iterator[GenerationChunk]:
         """Wait for each chunk in turn.

@@ -19,7 +19,7 @@ from .ask import Ask
 from .generation import FinishReason, GenerationStats, PromptProgress
 from .sampling import SampledToken
 from .sampling_params import SamplingParams
-from .scheduler import Request, Scheduler
+from .scheduler import Request, Scheduler, SequenceState
 from .scheduler.delivery import caused_by
 from .stream import Generation, GenerationChunk, GenerationResult, OutputStream
 
@@ -36,6 +36,10 @@ class VotedGeneration(Generation):
     def cancel(self) -> None:
         """End all samples within one step; the last chunk has what there is."""
         self._vote.cancel()
+
+    def to_put_away(self) -> SequenceState:
+        """Refuse: a vote is several sequences, and begins anew where it is cut off."""
+        raise RequestError("a vote cannot be put away; cancel it, and ask again later")
 
 
 def voting(ask: Ask, n: int) -> tuple[Ask, int, Callable[..., list[Generation]]]:
@@ -126,8 +130,7 @@ class _Vote:
         self._find = answer_finder(rule.answers)
         self._tally = Tally(rule)
         self._began_s = time.monotonic()
-        self._is_cancelled = False
-        self._started = 0
+        self._is_cancelled, self._started = False, 0
         self._samples: dict[int, VoteSample] = {}
         self._results: dict[int, GenerationResult] = {}
         self.stream = _VoteStream()
@@ -137,6 +140,8 @@ class _Vote:
     def start(self, number: int) -> None:
         """Queue more samples, all of them or none."""
         chosen = range(self._started, min(self._started + number, len(self._requests)))
+        if not chosen:
+            return
         spent_s = time.monotonic() - self._began_s
         requests = [_later(self._requests[index], spent_s) for index in chosen]
         sinks = [_Watched(self._streams[index], index, self) for index in chosen]
@@ -161,22 +166,23 @@ class _Vote:
                 self._take(self.ended.get())
                 if self._tally.is_decided:
                     self.cancel()
-                elif number := self._tally.missing(len(self.running)):
-                    self._start_more(number)
+                elif not self._is_cancelled:
+                    # A full queue ends the vote with the samples that it has, undecided.
+                    with contextlib.suppress(OverloadError):
+                        self.start(self._tally.missing(len(self.running)))
             self._finish()
         except BaseException as error:  # noqa: BLE001 - the reader is told
             self.cancel()
             self.stream.fail(caused_by("a vote failed", error))
 
-    def _start_more(self, number: int) -> None:
-        if not self._is_cancelled:
-            # A full queue ends the vote with the samples that it has, undecided.
-            with contextlib.suppress(OverloadError):
-                self.start(number)
-
     def _take(self, index: int) -> None:
-        """Count a sample that has ended."""
-        result = self.running.pop(index).result()
+        """Count a sample that has ended; one that made room for other clients counts as none."""
+        try:
+            result = self.running.pop(index).result()
+        except OverloadError:
+            if self.running or self._results:
+                return
+            raise
         logprobs = [token.logprob for token in result.tokens if token.logprob is not None]
         confidence = math.exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0
         is_whole = result.finish_reason != "cancelled"
@@ -205,10 +211,9 @@ class _Vote:
             tally.is_decided,
             tuple(samples[index] for index in order),
         )
-        agreeing = [i for i in order if samples[i].answer is not None]
-        agreeing = [i for i in agreeing if samples[i].answer == vote.answer]
         whole = [i for i in order if samples[i].finish_reason != "cancelled"]
-        best = self._results[max(agreeing or whole or order, key=lambda i: samples[i].confidence)]
+        agreeing = [i for i in whole if samples[i].answer == vote.answer]
+        best = self._results[max(agreeing or order, key=lambda i: samples[i].confidence)]
         stopped = self._is_cancelled and not vote.decided
         stats = _together([self._results[index].stats for index in order], best.stats)
         self.stream.end(vote, best, "cancelled" if stopped else best.finish_reason, stats)
@@ -244,6 +249,5 @@ def _together(all_stats: Sequence[GenerationStats], best: GenerationStats) -> Ge
 
 
 def _later(request: Request, spent_s: float) -> Request:
-    if request.deadline_s is None:
-        return request
-    return replace(request, deadline_s=max(request.deadline_s - spent_s, 1e-3))
+    left_s = None if request.deadline_s is None else max(request.deadline_s - spent_s, 1e-3)
+    return replace(request, deadline_s=left_s)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, convert
+from msgspec.structs import asdict
 
 from edge.errors import RequestError
 from edge_serve.http.errors import invalid
@@ -52,8 +53,7 @@ def read_vote(body: ChatRequest, max_choices: int) -> VoteRule | None:
         APIError: a wrong rule, more samples than a request may have choices, or another field that
             a vote has no place for.
     """
-    field = body.vote
-    if field is None:
+    if (field := body.vote) is None:
         return None
     for name, given in (("n", (body.n or 1) > 1), ("tools", bool(body.tools))):
         if given:
@@ -67,24 +67,11 @@ def read_vote(body: ChatRequest, max_choices: int) -> VoteRule | None:
     from edge.votes.tally import VoteRule
 
     try:
-        return VoteRule(
-            answers=field.answers, first=field.first, most=field.most, error=field.error
-        )
+        return VoteRule(**asdict(field))
     except RequestError as error:
         raise invalid(str(error), "vote") from error
 
 
 def shown_vote(vote: VoteResult) -> VoteAnswer:
     """Return what a vote came to for JSON."""
-    samples = [
-        VotedSample(
-            each.answer,
-            round(each.confidence, 6),
-            each.text,
-            each.reasoning,
-            each.tokens,
-            each.finish_reason,
-        )
-        for each in vote.samples
-    ]
-    return VoteAnswer(vote.answer, vote.agreed, vote.counted, vote.decided, samples)
+    return convert(vote, VoteAnswer, from_attributes=True)

@@ -135,7 +135,8 @@ class ServedModel:
         }
         info: BuiltEngine | None = getattr(backend, "info", None)  # TensorRT's
         warnings = (self.llm.warning, describe_slowness(info) if info is not None else None)
-        return EngineInfo(labels, ". ".join(filter(None, warnings)) or None)
+        warning = ". ".join(filter(None, warnings)) or None
+        return EngineInfo(labels, warning, dict(self.llm.stop_counts))
 
     @property
     def is_used(self) -> bool:

@@ -202,20 +202,26 @@ class EngineInfo(NamedTuple):
         labels: of ``edgellm_engine_info``: backend, quantization and the like.
         warning: why the CPU computes on a machine with a GPU, where nobody named it as backend,
             why sequences take turns, and what makes the engine slow; None if there is nothing.
+        stop_counts: see `edge.LLM`; empty of one that is not loaded.
     """
 
     labels: dict[str, str]
     warning: str | None
+    stop_counts: Mapping[str, int] = {}
 
 
-def engine_family(engines: Mapping[str, EngineInfo]) -> Metric:
-    """Make ``edgellm_engine_info``: labels that say what serves a model."""
-    from prometheus_client.core import InfoMetricFamily
+def engine_families(engines: Mapping[str, EngineInfo]) -> Iterator[Metric]:
+    """Make the families of what serves each model, and of its trials of thoughts."""
+    from prometheus_client.core import CounterMetricFamily, InfoMetricFamily
 
     family = InfoMetricFamily("edgellm_engine", "What serves a model.", labels=["model"])
+    text, labels = "Trials of thoughts, and thoughts that one has ended.", ["model", "outcome"]
+    stops = CounterMetricFamily("edgellm_stop_when_sure", text, labels=labels)
     for model, engine in engines.items():
         family.add_metric([model], engine.labels)
-    return family
+        for outcome, count in engine.stop_counts.items():
+            stops.add_metric([model, outcome], count)
+    yield from (family, stops)
 
 
 def _usage(stats: SchedulerStats) -> float:
@@ -228,7 +234,7 @@ def engine_state(engine: EngineInfo | None) -> dict[str, Any]:
         return {}
     shown = ("backend", "engine", "bundle", "quantization", "fingerprint")
     labels = {name: engine.labels[name] for name in shown if name in engine.labels}
-    return {**labels, "warning": engine.warning}
+    return {**labels, "warning": engine.warning, "stop_counts": engine.stop_counts}
 
 
 def scheduler_state(stats: SchedulerStats | None) -> dict[str, Any]:

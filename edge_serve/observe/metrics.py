@@ -36,7 +36,7 @@ from .metric_families import (
     Pulled,
     View,
     device_families,
-    engine_family,
+    engine_families,
     engine_state,
     gauge,
     scheduler_families,
@@ -418,7 +418,8 @@ class Metrics:
         yield from scheduler_families(schedulers)
         if self._engines is not None:
             engines = self._engines()
-            yield engine_family({name: engines[name] for name in schedulers if name in engines})
+            loaded_now = {name: engines[name] for name in schedulers if name in engines}
+            yield from engine_families(loaded_now)
             loaded: dict[tuple[str, ...], float | None] = {
                 (name,): float(name in schedulers) for name in engines
             }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from edge.runtime.scheduler.core import EngineCore
 from edge.votes.tally import VoteRule
 from tests.conftest import Bundles
 from tests.edge.runtime.test_llm import QUESTION, Scripted
+from tests.edge_serve.scripted import until
 from tests.tiny_models import EOS_ID
 
 SEEDED = SamplingParams(temperature=1.0, top_p=1.0, seed=5, max_tokens=60)
@@ -28,12 +31,14 @@ class Voters(Scripted):
 
     Attributes:
         started: seeds of the samples, in order.
+        drawn: seeds of the samples that have drawn a token, in order.
         texts: what each says; the last of them goes for all others.
     """
 
     def __init__(self, bundle: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         super().__init__(bundle, monkeypatch, **{"num_slots": 4, "kv_capacity": 512, **options})
         self.started: list[int] = []
+        self.drawn: list[int] = []
         self.texts: Sequence[str] = ["</think>\n\n4"]
         self.gate = threading.Event()
         self.gate.set()
@@ -51,6 +56,8 @@ class Voters(Scripted):
 
             def sample(self, *args: Any, **options: Any) -> Any:
                 voters.gate.wait()
+                if self.seed not in voters.drawn:
+                    voters.drawn.append(self.seed)
                 token = super().sample(*args, **options)
                 logprob = -0.1 * (self.seed - 4)
                 return token._replace(id=self._left.pop(0), logprob=logprob)
@@ -74,7 +81,8 @@ def test_two_that_agree_are_enough(voters: Voters):
     assert (vote.answer, vote.agreed, vote.counted, vote.decided) == ("4", 2, 2, True)
     assert voters.started == [5, 6]
     assert [sample.text for sample in vote.samples] == ["It is 4."] * 2
-    assert vote.samples[0].confidence > vote.samples[1].confidence
+    # The geometric mean, whatever the length.
+    assert [each.confidence for each in vote.samples] == pytest.approx([exp(-0.1), exp(-0.2)])
 
 
 def test_more_are_drawn_while_the_answer_is_open_and_the_rest_is_cancelled(voters: Voters):
@@ -148,8 +156,10 @@ def test_cancelling_ends_all_samples(voters: Voters):
     params = replace(SEEDED, max_tokens=400)
     generation = voters.llm.submit(QUESTION, params, vote=VoteRule(first=3))
     generation.cancel()
-    result = generation.result()
-    assert result.finish_reason == "cancelled"
+    last = list(generation)[-1]
+    assert last.finish_reason == "cancelled"
+    assert last.vote is not None
+    assert [sample.finish_reason for sample in last.vote.samples] == ["cancelled"] * 3
     assert voters.llm.scheduler.stats().running == 0
     assert len(voters.started) == 3
 
@@ -202,3 +212,85 @@ def test_what_cannot_be_voted_on_is_refused(voters: Voters):
     with pytest.raises(RequestError, match="vote must be a VoteRule, not 3"):
         llm.vote(QUESTION, SEEDED, vote=3)  # type: ignore[arg-type]
     assert voters.started == []
+
+
+def test_a_vote_cannot_be_put_away(voters: Voters):
+    voters.gate.clear()
+    vote = voters.llm.submit(QUESTION, SEEDED, vote=VoteRule(most=2))
+    other = voters.llm.submit(QUESTION, replace(SEEDED, seed=7))
+    with pytest.raises(RequestError, match="a vote cannot be put away"):
+        voters.llm.put_away([other, vote], 5)
+    voters.gate.set()
+    assert vote.result().finish_reason == "stop"
+    assert other.result().finish_reason == "stop"
+
+
+def test_every_sample_waits_for_its_clients_turn(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    voters = Voters(tiny_bundles("qwen2"), monkeypatch, num_slots=1, max_batch=1)
+    voters.gate.clear()
+    vote = voters.llm.submit(QUESTION, SEEDED, vote=VoteRule(most=4, first=4), client="voter")
+    until(lambda: voters.llm.scheduler.stats().running == 1)
+    single = voters.llm.submit(QUESTION, replace(SEEDED, seed=9), client="other")
+    voters.gate.set()
+    assert single.result().finish_reason == "stop"
+    assert vote.result().finish_reason == "stop"
+    assert voters.drawn.index(9) == 1, "the samples went before another client's request"
+    voters.llm.close()
+
+
+def test_samples_are_requests_of_their_caller(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    voters = Voters(tiny_bundles("qwen2"), monkeypatch)
+    voters.say_answers("1", "2", "3")
+    submit, asked = voters.llm.scheduler.submit, []
+
+    def watched(requests: Any, sinks: Any) -> Any:
+        asked.extend(requests)
+        time.sleep(0.05)
+        return submit(requests, sinks)
+
+    monkeypatch.setattr(voters.llm.scheduler, "submit", watched)
+    options: dict[str, Any] = {"client": "me", "priority": 3, "deadline_s": 60.0}
+    voters.llm.vote(QUESTION, SEEDED, vote=VoteRule(most=3), **options)
+    assert [(each.client, each.priority) for each in asked] == [("me", 3)] * 3
+    assert [each.params.seed for each in asked] == [5, 6, 7]
+    first, second, third = (each.deadline_s for each in asked)
+    assert first == second
+    assert third < 60 - 0.05, "a sample that starts later has the whole time again"
+    voters.llm.close()
+
+
+def test_a_sample_that_makes_room_for_others_counts_as_none(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    voters = Voters(tiny_bundles("qwen2"), monkeypatch, num_slots=1, max_batch=1, queue_capacity=2)
+    voters.gate.clear()
+    vote = voters.llm.submit(QUESTION, SEEDED, vote=VoteRule(most=3, first=3), client="voter")
+    until(lambda: voters.llm.scheduler.stats().running == 1)
+    single = voters.llm.submit(QUESTION, replace(SEEDED, seed=9), client="other")
+    voters.gate.set()
+    last = list(vote)[-1]
+    assert last.vote is not None
+    assert (last.vote.answer, last.vote.counted, last.vote.decided) == ("4", 1, False)
+    assert len(last.vote.samples) == 1
+    assert single.result().finish_reason == "stop"
+    voters.llm.close()
+
+
+def test_a_vote_of_which_nothing_has_started_makes_room_whole(
+    tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    voters = Voters(tiny_bundles("qwen2"), monkeypatch, num_slots=1, max_batch=1, queue_capacity=2)
+    voters.gate.clear()
+    runs = voters.llm.submit(QUESTION, SEEDED, client="first")
+    until(lambda: voters.llm.scheduler.stats().running == 1)
+    vote = voters.llm.submit(QUESTION, SEEDED, vote=VoteRule(most=2), client="voter")
+    single = voters.llm.submit(QUESTION, replace(SEEDED, seed=9), client="other")
+    voters.gate.set()
+    with pytest.raises(OverloadError, match="made room for another's"):
+        vote.result()
+    assert [each.result().finish_reason for each in (runs, single)] == ["stop", "stop"]
+    voters.llm.close()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from tests.edge_serve.api.test_chat import joined
-from tests.edge_serve.scripted import Live
+from tests.edge_serve.scripted import Live, until
 
 ASKED = [{"role": "user", "content": "How many are it?"}]
 VOTE: dict[str, Any] = {"temperature": 1, "top_p": 0.01, "seed": 3, "messages": ASKED}
@@ -75,3 +76,64 @@ def test_a_confidence_arrives(live: Live):
     assert live.engine.llm.stop_counts == before
     assert live.chat(**asked, stop_when_sure=0.9).status == 200
     assert live.engine.llm.stop_counts.total() > before.total()
+
+
+def test_what_trials_came_to_is_counted(live: Live):
+    live.engine.llm.stop_counts.update(tried=2, stopped=1)
+    counts = dict(live.engine.llm.stop_counts)
+    assert live.ask("/stats").json["models"]["tiny"]["stop_counts"] == counts
+    lines = live.ask("/metrics").body.decode().splitlines()
+    for outcome, count in counts.items():
+        name = f'edgellm_stop_when_sure_total{{model="tiny",outcome="{outcome}"}}'
+        assert f"{name} {float(count)}" in lines
+
+
+def test_a_client_that_leaves_ends_all_samples(live: Live):
+    live.engine.say(ASKED, "on and on " * 40)
+    live.engine.delay_s = 0.01
+    try:
+        body = json.dumps({"model": "tiny", **VOTE, "vote": {"first": 3}}).encode()
+        with live.connect() as connection:
+            head = (
+                "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            )
+            connection.sendall(head.encode() + body)
+            until(lambda: live.engine.llm.scheduler.stats().running == 3)
+        assert live.idle(), "samples go on without their client"
+    finally:
+        live.engine.delay_s = 0.0
+
+
+def test_the_openai_client_votes(live: Live):
+    openai = pytest.importorskip("openai")
+    asked = {"model": "tiny", "messages": ASKED, "temperature": 1, "top_p": 0.01, "seed": 3}
+    extra = {"vote": {"most": 4, "answers": "number"}}
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.chat.completions.create(**asked, extra_body=extra)
+        chunks = list(client.chat.completions.create(**asked, extra_body=extra, stream=True))
+        with pytest.raises(openai.BadRequestError, match="at temperature 0"):
+            client.chat.completions.create(**{**asked, "temperature": 0}, extra_body=extra)
+    message = answer.choices[0].message
+    assert message.content == "It is 4."
+    assert (message.vote["answer"], message.vote["agreed"]) == ("4", 2)
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    assert "".join(delta.content or "" for delta in deltas) == "It is 4."
+    thoughts = "".join(getattr(delta, "reasoning", None) or "" for delta in deltas)
+    assert thoughts == message.reasoning
+    assert deltas[-1].vote["agreed"] == 2
+    assert [sample["text"] for sample in deltas[-1].vote["samples"]] == ["It is 4."] * 2
+
+
+def test_a_vote_counts_as_one_request_with_all_tokens(live: Live):
+    def counts() -> tuple[int, int]:
+        stats = live.ask("/stats").json
+        return stats["requests"].get("stop", 0), sum(stats["generation_tokens"].values())
+
+    before = counts()
+    answer = live.chat(**VOTE, vote={"most": 4}).json
+    usage, vote = answer["usage"], answer["choices"][0]["message"]["vote"]
+    requests, tokens = counts()
+    assert requests - before[0] == 1
+    assert tokens - before[1] == usage["completion_tokens"]
+    assert usage["completion_tokens"] == sum(sample["tokens"] for sample in vote["samples"])

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,35 @@ def _lasting(value: Any) -> Any:
         passing = {"id", "created", "created_at", "completed_at", "cached_tokens"}
         return {key: _lasting(each) for key, each in value.items() if key not in passing}
     return value
+
+
+@pytest.mark.parametrize("where", ["here", "server"])
+def test_rows_vote_and_end_their_thoughts(
+    where: str, tmp_path: Path, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+):
+    engine, bundle = ScriptedEngine(), tiny_bundles("qwen2")
+    engine.default = "They say so. " * 9 + "\n\n" + "so " * 20 + "</think>\n\nIt is 4."
+    body = {"messages": CHAT, "max_tokens": 200, "temperature": 1, "top_p": 0.01, "seed": 3}
+    bodies = [
+        {**body, "vote": {"most": 4}},
+        {**body, "stop_when_sure": 0.9},
+        {**body, "vote": {"most": 4}, "temperature": 0},
+    ]
+    source, output = write_requests(tmp_path / "in.jsonl", bodies), tmp_path / "out.jsonl"
+    if where == "here":
+        open_llm = partial(engine.open, num_slots=4)
+        monkeypatch.setattr(server_run, "open_llm", lambda _: open_llm)
+        result = run_batch(source, output, models={"tiny": bundle})
+    else:
+        with running(bundle, engine, default_model="tiny") as live:
+            result = run_batch(source, output, url=live.url)
+    assert result == BatchResult(3, 2, 1)
+    message = answers(tmp_path)["row-0"]["response"]["body"]["choices"][0]["message"]
+    assert message["content"] == "It is 4."
+    assert (message["vote"]["answer"], message["vote"]["agreed"]) == ("4", 2)
+    assert engine.llm.stop_counts.total() > 0
+    error = failures(tmp_path)["row-2"]["response"]["body"]["error"]
+    assert "at temperature 0 all samples are the same" in error["message"]
 
 
 def test_texts_are_embedded_here(tmp_path: Path, pooling_bundles: PoolingBundles):

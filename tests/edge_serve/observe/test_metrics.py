@@ -242,7 +242,8 @@ def test_stats_are_plain_json():
 
 
 def test_arms_and_routes_and_info():
-    engines = {"r1": EngineInfo({"quantization": "int4", "backend": "ort-cpu"}, "a GPU idles")}
+    labels = {"quantization": "int4", "backend": "ort-cpu"}
+    engines = {"r1": EngineInfo(labels, "a GPU idles", {"tried": 2, "stopped": 1})}
     metrics = Metrics(idle, engines=lambda: engines)
     metrics.observe_arm("b", "r1")
     metrics.observe_route("long_prompt", "r1")
@@ -250,7 +251,9 @@ def test_arms_and_routes_and_info():
     assert value(metrics, "route_decisions_total", rule="long_prompt", model="r1") == 1
     labels = {"quantization": "int4", "backend": "ort-cpu", "model": "r1"}
     assert value(metrics, "engine_info", **labels) == 1
+    assert value(metrics, "stop_when_sure_total", model="r1", outcome="tried") == 2
     row = metrics.stats_json()["models"]["r1"]
+    assert row["stop_counts"] == {"tried": 2, "stopped": 1}
     assert (row["backend"], row["quantization"], row["warning"]) == (
         "ort-cpu",
         "int4",

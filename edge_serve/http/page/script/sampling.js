@@ -35,6 +35,7 @@ export function parameters(name) {
     }
     if (field.value !== "") result[field.name] = Number(field.value);
   }
+  if (result.vote) result.vote = { most: result.vote, answers: $("sampling").querySelector("[name=vote_on]").value || "number" };
   const stops = $("sampling").querySelector("[name=stop]").value.split("\n").filter(Boolean);
   if (stops.length) result.stop = stops;
   if (reasons(model) && $("sampling").querySelector("[name=no_thinking]").checked) result.enable_thinking = false;

@@ -10,7 +10,7 @@ import { t } from "./words.js";
  * with what the server says of the prompt before the first one.
  */
 export async function readInto(response, turn, startedAt, { onPiece, onProgress }) {
-  let usage = null, reason = null, complete = false, firstAt = 0, answerAt = 0, pieces = 0, thoughts = 0;
+  let usage = null, reason = null, complete = false, firstAt = 0, answerAt = 0, pieces = 0, thoughts = 0, vote = null;
   const before = { ...turn.figures };
   try {
     for await (const data of events(response.body)) {
@@ -22,6 +22,7 @@ export async function readInto(response, turn, startedAt, { onPiece, onProgress 
       const choice = chunk.choices?.[0];
       if (!choice) continue;
       reason = choice.finish_reason ?? reason;
+      vote = choice.delta?.vote ?? vote;
       const reasoning = choice.delta?.reasoning_content ?? choice.delta?.reasoning ?? "";
       const text = choice.delta?.content ?? "";
       if (!reasoning && !text) continue;
@@ -50,6 +51,7 @@ export async function readInto(response, turn, startedAt, { onPiece, onProgress 
       cached_tokens: before.prompt_tokens ? before.cached_tokens : cached,
       completion_tokens: begun + (usage.completion_tokens ?? 0),
       reasoning_tokens: (before.reasoning_tokens ?? 0) + (usage.completion_tokens_details?.reasoning_tokens ?? 0),
+      ...(vote && { agreed: vote.agreed, counted: vote.counted }),
     };
   }
 }
