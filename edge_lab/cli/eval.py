@@ -117,8 +117,30 @@ def evaluation_options(command: Command) -> Command:
     help="Generated answers of a task that are written together; default 1. More are faster, and "
     "where two tokens are nearly as likely an answer may be another one than by itself.",
 )
+@option(
+    "Task",
+    "--ways",
+    metavar="LIST",
+    help="Answer in each of these ways, and compare right answers per minute, per step and per kJ: "
+    "one,stop,vote,both. See docs/vote.md. Temperature: 0.6 by default.",
+)
+@option(
+    "Task",
+    "--stop-when-sure",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Confidence of the ways stop and both; default 0.9.",
+)
+@option("Task", "--vote", type=int, help="Samples at most of the ways vote and both; default 8.")
 @click.pass_context
-def evaluate(ctx: click.Context, /, batch: int | None, **options: Any) -> None:
+def evaluate(
+    ctx: click.Context,
+    /,
+    batch: int | None,
+    ways: str | None,
+    stop_when_sure: float | None,
+    vote: int | None,
+    **options: Any,
+) -> None:
     """Measure BUNDLEs on held-out text, or on a task, with --against also what they lost.
 
     Text: perplexity, KL divergence, top-1 agreement and cosine of the logits, error by layer.
@@ -127,6 +149,16 @@ def evaluate(ctx: click.Context, /, batch: int | None, **options: Any) -> None:
 
     from .evaluation import run_evaluation
 
+    if ways is not None:
+        from .ways import run_ways
+
+        if batch is not None:
+            raise ConfigError("--batch does not go with --ways; leave one of them out")
+        run_ways(ways, stop_when_sure, vote, **options)
+        return
+    for flag, value in (("--stop-when-sure", stop_when_sure), ("--vote", vote)):
+        if value is not None:
+            raise ConfigError(f"{flag} needs --ways; leave one of them out")
     if batch is not None and options["task_file"] is None:
         raise ConfigError("--batch needs --task; leave one of them out")
     run_evaluation(ctx, ThisMachine(batch or 1), **options)

@@ -240,6 +240,65 @@ def html_task_report(results: Sequence[dict[str, Any]]) -> str:
     return _page(f"Answers to {task['name']}", body)
 
 
+def way_cells(result: dict[str, Any]) -> list[list[str]]:
+    """The table of `measure_ways`, here and on a terminal: headings, then a row per way."""
+    energy = result["energy"] is not None
+    headings = ["way", "right", "tokens", "steps", "seconds", "right per minute"]
+    headings += [
+        "right per 1,000 steps",
+        "right per kJ" if energy else "",
+        "points over one answer",
+    ]
+    rows = [headings]
+    for way in result["ways"]:
+        low, high = way["gain_interval"]
+        rows.append(
+            [
+                way["way"],
+                f"{way['correct']} of {way['questions']}",
+                f"{way['tokens']:,}",
+                f"{way['steps']:,.0f}",
+                f"{way['seconds']:.1f}",
+                f"{way['right_per_minute']:.2f}",
+                f"{way['right_per_1000_steps']:.2f}",
+                f"{way['right_per_kj']:.2f}" if energy else "",
+                f"{100 * way['gain']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
+            ]
+        )
+    return rows if energy else [row[:7] + row[8:] for row in rows]
+
+
+def html_ways_report(results: Sequence[dict[str, Any]]) -> str:
+    """A whole HTML document of ways to answer, with the frontier of each bundle.
+
+    Raises:
+        DependencyError: vl-convert-python is not installed.
+    """
+    task = results[0]["task"]
+    body = [
+        f"<h1>Ways to answer {escape(task['name'])}</h1>",
+        "<p>A step is a call of the engine; one of n rows counts 1 + 0.1 (n - 1). Intervals are "
+        "95 %, by a bootstrap over the questions, against one answer to the same ones. "
+        f"Temperature {results[0]['temperature']:g}.</p>",
+    ]
+    for result in results:
+        ways = result["ways"]
+        table = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in way_cells(result)
+        )
+        points = [[(way["steps"] / way["questions"], way["accuracy"])] for way in ways]
+        labels = [way["way"] for way in ways]
+        body += [
+            f'<h2>{escape(_label(result))}</h2><div class="wide"><table>{table}</table></div>',
+            _chart(plot.points, labels, points, "steps per question", "share of right answers"),
+        ]
+        if result["energy"] is None:
+            body.append("<p>No rail of the module can be read here, so steps stand for energy.</p>")
+    body.append(f"<p>Task file: SHA-256 <code>{escape(task['sha256'])}</code>.</p>")
+    return _page(f"Ways to answer {task['name']}", body)
+
+
 def _page(title: str, body: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
