@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import click
 
+from edge.adapters.library import library
 from edge.bundle.engine_file import find_engines
 from edge.bundle.library import CATALOGUE, bundle_directories, roots
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
@@ -68,7 +70,7 @@ def _line(bundle: dict[str, Any]) -> str:
 @click.argument("bundle", type=BundlePath())
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def remove(bundle: Path, yes: bool) -> None:
-    """Remove BUNDLE with its engines from this machine."""
+    """Remove BUNDLE with its engines and adapters from this machine."""
     if not (bundle / MANIFEST_NAME).is_file():
         raise BundleError(
             f"{bundle} has no {MANIFEST_NAME}, so it is no bundle; nothing was removed"
@@ -77,11 +79,14 @@ def remove(bundle: Path, yes: bool) -> None:
         raise BundleError(
             f"{bundle} is a link to {bundle.resolve()}; remove the link with rm, or name the bundle"
         )
-    num_bytes = sum(path.lstat().st_size for path in bundle.rglob("*"))
+    adapters = library(bundle)
+    found = [path for each in (bundle, adapters) for path in each.rglob("*")]
+    num_bytes = sum(path.lstat().st_size for path in found)
+    what = f"{bundle} and {adapters}" if os.path.lexists(adapters) else f"{bundle}"
     if not yes:
         if not sys.stdin.isatty():
-            raise ConfigError(f"removing {bundle} needs --yes where standard input is no terminal")
-        if not click.confirm(f"remove {bundle} ({num_bytes / 1e6:,.0f} MB)?", err=True):
+            raise ConfigError(f"removing {what} needs --yes where standard input is no terminal")
+        if not click.confirm(f"remove {what} ({num_bytes / 1e6:,.0f} MB)?", err=True):
             click.echo("nothing was removed", err=True)
             return
     # Under its name there is all of the bundle or nothing, however this ends.
@@ -90,11 +95,13 @@ def remove(bundle: Path, yes: bool) -> None:
         if doomed.exists():
             shutil.rmtree(doomed)
         bundle.rename(doomed)
+        if os.path.lexists(adapters):
+            adapters.rename(doomed / adapters.name)
         shutil.rmtree(doomed)
     except OSError as error:
         left = f"; what is left of it is in {doomed}" if doomed.exists() else ""
         raise ConfigError(
-            f"cannot remove {bundle}: {error.strerror} ({error.filename}){left}; remove it as a "
+            f"cannot remove {what}: {error.strerror} ({error.filename}){left}; remove it as a "
             "user who may"
         ) from error
-    click.echo(f"removed {bundle}, {num_bytes / 1e6:,.0f} MB")
+    click.echo(f"removed {what}, {num_bytes / 1e6:,.0f} MB")

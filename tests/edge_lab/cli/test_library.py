@@ -87,6 +87,27 @@ def test_rm_removes_the_whole_bundle_and_no_other(edge_llm: EdgeLlm, shelf: Path
     assert list(shelf.iterdir()) == []
 
 
+def test_rm_takes_the_adapters_along(edge_llm: EdgeLlm, shelf: Path, tmp_path: Path):
+    """And none of what a link among them leads to."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "kept").write_bytes(b"x")
+    for bundle in ("tiny-1.5b-fp16", "broken"):
+        (shelf / f"{bundle}.adapters" / "legal").mkdir(parents=True)
+        (shelf / f"{bundle}.adapters" / "legal" / "weights").write_bytes(bytes(5_000_000))
+        (shelf / f"{bundle}.adapters" / "linked").symlink_to(tmp_path / "outside")
+    asked = error_line(edge_llm("rm", "1.5b"), 64)
+    assert f"tiny-1.5b-fp16 and {shelf / 'tiny-1.5b-fp16.adapters'} needs --yes" in asked
+    removed = edge_llm("rm", "1.5b", "--yes")
+    assert int(removed.out.split(", ")[1].split()[0]) >= 5
+    assert sorted(path.name for path in shelf.iterdir()) == ["broken", "broken.adapters"]
+    assert (tmp_path / "outside" / "kept").is_file()
+    (shelf / "broken.adapters").rename(tmp_path / "moved")
+    (shelf / "broken.adapters").symlink_to(tmp_path / "moved")
+    assert edge_llm("rm", "broken", "--yes").code == 0
+    assert list(shelf.iterdir()) == []
+    assert (tmp_path / "moved" / "legal" / "weights").is_file()
+
+
 def test_rm_asks_and_touches_only_bundles(edge_llm: EdgeLlm, shelf: Path):
     assert "needs --yes where" in error_line(edge_llm("rm", "1.5b"), 64)
     (shelf / "notes").mkdir()
