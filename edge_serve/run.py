@@ -113,6 +113,7 @@ class Service:
             rules=inputs.rules,
             splits=inputs.splits,
             stall_s=settings.stall_s,
+            trusted_keys=settings.trusted_keys,
         )
         self.metrics = Metrics(
             self.models.stats,

@@ -13,10 +13,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from edge.errors import ConfigError, RequestError, ResourceError
-from edge.files import is_directory, list_directory
+from edge.files import is_directory, is_file, list_directory
 
 from .peft_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .peft_file import adapter_files
+from .trust import SIGNATURE_NAME
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 
@@ -67,6 +68,8 @@ def add_adapter(bundle: Path, source: Path, name: str) -> Path:
         staging.mkdir(parents=True)
         for file, kept in zip(files, (ADAPTER_CONFIG, ADAPTER_WEIGHTS), strict=True):
             shutil.copyfile(file, staging / kept)
+        if is_file(signature := files[1].with_name(SIGNATURE_NAME)):
+            shutil.copyfile(signature, staging / SIGNATURE_NAME)
         staging.rename(target)
     except OSError as error:
         raise ResourceError(

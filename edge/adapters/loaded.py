@@ -27,10 +27,17 @@ class Adapters:
         bundle: directory of the bundle.
         manifest: its description.
         backend: name of the engine, whose floats decide the type of what stays in memory.
+        trusted_keys: see `edge.adapters.trust`.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: str = "ort-cpu") -> None:
-        self._bundle, self._manifest = bundle, manifest
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        backend: str = "ort-cpu",
+        trusted_keys: Path | None = None,
+    ) -> None:
+        self._bundle, self._manifest, self._keys = bundle, manifest, trusted_keys
         is_half = backend != "ort-cpu" and manifest.dtype == "fp16"
         self._dtype = np.float16 if is_half else np.float32
         self._lock = threading.Lock()
@@ -55,8 +62,9 @@ class Adapters:
                 f"{self._bundle} takes no adapters; export it with --adapters RANK, or merge this "
                 "one with --lora"
             )
+        keys, known = self._keys, (self._manifest, section.rank)
         return read_adapter(
-            path, name, self._manifest, section.rank, bundle=self._bundle, dtype=self._dtype
+            path, name, *known, bundle=self._bundle, trusted_keys=keys, dtype=self._dtype
         )
 
     def load(self, path: Path, name: str | None = None) -> str:

@@ -24,6 +24,7 @@ from edge.files import MALFORMED, is_file, read_file
 
 from .peft_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PAIR, PREFIX, PeftConfig, parse_config
 from .safetensors_header import TensorEntry, read_header
+from .trust import check_trusted
 from .weights import AdapterWeights, Floats
 
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -67,6 +68,7 @@ def read_adapter(
     most_rank: int,
     *,
     bundle: Path | None = None,
+    trusted_keys: Path | None = None,
     dtype: type[np.float16] | type[np.float32] = np.float32,
 ) -> AdapterWeights:
     """Read an adapter and hold it against the bundle that it is for.
@@ -77,11 +79,13 @@ def read_adapter(
         manifest: of the bundle.
         most_rank: the rank that the bundle was exported for.
         bundle: its directory, whose tokenizer is compared where the adapter has one of its own.
+        trusted_keys: see `edge.adapters.trust`.
         dtype: of the tensors.
 
     Raises:
         CheckpointError: no plain LoRA of linear layers, or one for another base, of a higher rank,
-            or with values that ``dtype`` cannot hold.
+            or with values that ``dtype`` cannot hold, or not signed where it must be.
+        ConfigError: the file of trusted keys cannot be used.
     """
     config_path, weights_path = adapter_files(path)
     try:
@@ -93,6 +97,8 @@ def read_adapter(
         linears = [each for each in linear_layers(manifest.model) if each.name != "lm_head"]
         most = sum(len(each.rows) * each.shape[0] + each.shape[1] for each in linears) * most_rank
         data = read_file(weights_path, 4 * most + _MOST_HEADER_BYTES)
+        hashes = [hashlib.sha256(each) for each in (config_bytes, data)]
+        check_trusted(path, weights_path, hashes, trusted_keys)
         entries = read_header(io.BytesIO(data), weights_path, _ITEM_BYTES)
     except OSError as error:
         raise CheckpointError(f"cannot read the adapter {path}: {error.strerror}") from error
@@ -103,7 +109,7 @@ def read_adapter(
         for each in linears
         if found[each.name]
     }
-    digest = hashlib.sha256(hashlib.sha256(config_bytes).digest() + hashlib.sha256(data).digest())
+    digest = hashlib.sha256(b"".join(each.digest() for each in hashes))
     return AdapterWeights(name, digest.hexdigest(), rank, tensors)
 
 

@@ -13,10 +13,10 @@ import hashlib
 import os
 from pathlib import Path
 
-from edge.errors import BundleError, ConfigError, DependencyError, IntegrityError
-from edge.files import read_file, read_guarded_file
+from edge.errors import BundleError, ConfigError
+from edge.files import read_guarded_file
 
-from .minisign import MAX_BYTES, check_signature, parse_signature, read_public_keys
+from .minisign import PublicKey, find_signer
 
 ENGINE_SIGNATURE = "engine.json.minisig"
 RECORDS_VARIABLE = "EDGE_LLM_ENGINE_RECORDS"
@@ -82,24 +82,13 @@ def who_vouches(directory: Path, data: bytes, trusted_keys: Path) -> str:
     unrecorded = why_unrecorded(data)
     if unrecorded is None:
         return "this machine, which built it"
-    keys = read_public_keys(trusted_keys)
-    path = directory / ENGINE_SIGNATURE
-    try:
-        signature = parse_signature(read_file(path, MAX_BYTES), str(path))
-        key = check_signature(data, signature, keys)
-        if not key.names:
-            return f"the trusted key {key.name}"
-        unsigned = f"the key {key.name} signs bundles of some names only, and engines have none"
-    except FileNotFoundError:
-        unsigned = "it is not signed"
-    except OSError as error:
-        unsigned = f"{path} cannot be read ({error.strerror})"
-    except (IntegrityError, DependencyError) as error:
-        unsigned = str(error)
+    signer = find_signer(directory / ENGINE_SIGNATURE, data, trusted_keys, "engines")
+    if isinstance(signer, PublicKey):
+        return f"the trusted key {signer.name}"
     bundle = directory.parent.parent
     raise UnvouchedError(
         f"the engine {directory} is passed over: nobody vouches for it, as {trusted_keys} demands "
-        f"({unrecorded}; {unsigned}); build it on this machine with: edge-llm build {bundle}, or "
+        f"({unrecorded}; {signer}); build it on this machine with: edge-llm build {bundle}, or "
         f"sign it with: edge-llm bundle sign {bundle} --engine {directory.name} --key FILE"
     )
 

@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from edge.errors import ConfigError, DependencyError, IntegrityError, install_command
-from edge.files import read_guarded_file
+from edge.files import read_file, read_guarded_file
 
 MAX_BYTES = 1 << 16
 """Longest file of keys, and longest signature."""
@@ -196,6 +196,36 @@ def read_public_keys(path: Path) -> list[PublicKey]:
         return parse_public_keys(read_guarded_file(path, MAX_BYTES).decode("utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read public keys of {path}: {error}") from error
+
+
+def find_signer(path: Path, data: bytes, trusted_keys: Path, what: str) -> PublicKey | str:
+    """Find the trusted key that signed bytes to which no release gives a name.
+
+    Args:
+        path: file of the signature.
+        data: the bytes.
+        trusted_keys: file of public keys.
+        what: such bytes, in the plural, for messages.
+
+    Returns:
+        The key, or why there is none.
+
+    Raises:
+        ConfigError: the file of trusted keys cannot be used.
+    """
+    keys = read_public_keys(trusted_keys)
+    try:
+        signature = parse_signature(read_file(path, MAX_BYTES), str(path))
+        key = check_signature(data, signature, keys)
+        if not key.names:
+            return key
+        return f"the key {key.name} signs bundles of some names only, and {what} have none"
+    except FileNotFoundError:
+        return "it is not signed"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    except (IntegrityError, DependencyError) as error:
+        return str(error)
 
 
 def key_name(key_id: bytes) -> str:

@@ -181,7 +181,7 @@ class LLM:
         """The adapters that answers may ask for by name (`AnswerOptions.adapter`)."""
         from edge.adapters.loaded import Adapters
 
-        return Adapters(self.bundle, self.manifest, self.backend.name)
+        return Adapters(self.bundle, self.manifest, self.backend.name, self.config.trusted_keys)
 
     def adapter_of(self, ask: Ask) -> AdapterWeights | None:
         """Find the adapter that is asked for; see `Adapters.find`."""

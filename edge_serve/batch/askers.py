@@ -345,7 +345,10 @@ class LocalAsker:
             raise
         settings = self._settings
         self._registry = ModelRegistry(
-            open_llm(settings.engine), default=settings.default_model, stall_s=settings.stall_s
+            open_llm(settings.engine),
+            default=settings.default_model,
+            stall_s=settings.stall_s,
+            trusted_keys=settings.trusted_keys,
         )
         metrics = Metrics(self._registry.stats, engines=self._registry.engines)
         self._app = create_app(self._registry, settings, metrics, None)

@@ -50,10 +50,13 @@ class ServedAdapters:
 
     Args:
         entries: returns the registry's models.
+        trusted_keys: see `edge.adapters.trust`.
     """
 
-    def __init__(self, entries: Callable[[], Sequence[Entry]]) -> None:
-        self._entries = entries
+    def __init__(
+        self, entries: Callable[[], Sequence[Entry]], trusted_keys: Path | None = None
+    ) -> None:
+        self._entries, self._keys = entries, trusted_keys
         self._open: dict[str, tuple[Manifest, Adapters]] = {}
         self._given: dict[tuple[str, str], Path] = {}
         self._lock = threading.RLock()
@@ -138,7 +141,8 @@ class ServedAdapters:
             known = self._open.get(entry.name)
             if known is None or known[0] is not entry.manifest:
                 backend = entry.served.llm.backend.name if entry.served else "ort-cpu"
-                known = entry.manifest, Adapters(entry.bundle, entry.manifest, backend)
+                adapters = Adapters(entry.bundle, entry.manifest, backend, self._keys)
+                known = entry.manifest, adapters
                 self._open[entry.name] = known
             return known[1]
 

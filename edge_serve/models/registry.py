@@ -313,6 +313,7 @@ class ModelRegistry:
         rules: the rules of the model ``auto``.
         splits: A/B splits by name.
         stall_s: see `ServerSettings`; None is `Heartbeat.patience_s`.
+        trusted_keys: of adapters; see `edge.engine_config.EngineConfig`.
 
     Attributes:
         is_draining: whether the server is about to stop.
@@ -330,6 +331,7 @@ class ModelRegistry:
         rules: list[Rule] | None = None,
         splits: Mapping[str, Split] | None = None,
         stall_s: float | None = None,
+        trusted_keys: Path | None = None,
     ) -> None:
         self._open_llm = open_llm
         self._default = default
@@ -339,7 +341,7 @@ class ModelRegistry:
         self._entries: dict[str, ModelEntry] = {}
         self._retired: set[ServedModel] = set()
         self._held: dict[str, asyncio.Event] = {}
-        self.adapters = ServedAdapters(self.entries)
+        self.adapters = ServedAdapters(self.entries, trusted_keys)
         self.is_draining = False
         self.is_loading = True
         self.load_for: Callable[[ModelEntry, float], Awaitable[None]] | None = None

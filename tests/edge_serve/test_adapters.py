@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import pytest
 from edge import LLM, SamplingParams
 from edge.adapters.library import add_adapter, library, remove_adapter
 from edge.errors import ConfigError
+from edge_fleet.signing import sign_bundle
 from edge_serve.settings import ServerSettings
 from export.pipeline import ExportConfig, export_checkpoint
+from tests.edge.adapters.test_trust import sign
 from tests.edge_serve.scripted import Live, ScriptedEngine, running
+from tests.keys import make_key
 from tests.tiny_adapters import write_adapter
 from tests.tiny_models import write_checkpoint
 
@@ -212,6 +216,51 @@ def test_keys_decide_who_loads_and_who_uses(root: Path, expected: dict[str | Non
                     assert said(answer) == expected[name]
         body = {"lora_name": "first"}
         assert live.ask("/v1/unload_lora_adapter", body, headers=BOB).status == 403
+
+
+def test_of_two_models_a_bare_name_is_the_only_one_that_has_it(
+    root: Path, tmp_path: Path, expected: dict[str | None, str]
+):
+    other = tmp_path / "other"
+    shutil.copytree(root / "bundle", other)
+    for name, source in (("only", "dir/first"), ("kept", "dir/second"), ("tiny", "dir/second")):
+        add_adapter(other, root / source, name)
+    meant = {
+        "only": "first",
+        "other:kept": "second",
+        "tiny:kept": "kept",
+        "tiny": None,  # a model's own name comes before an adapter's
+        "other:tiny": "second",
+    }
+    models = {"tiny": root / "bundle", "other": other}
+    with running(root / "bundle", RealEngine(), model=models) as live:
+        for name, adapter in meant.items():
+            assert said(live.chat(**{**FIELDS, "model": name})) == expected[adapter], name
+        assert live.chat(**{**FIELDS, "model": "kept"}).status == 404
+        both = live.ask("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "first"})
+        assert both.status == 400, "which model it is for has to be said"
+
+
+def test_where_keys_are_trusted_only_signed_adapters_answer(
+    root: Path, tmp_path: Path, expected: dict[str | None, str]
+):
+    key, keys, bundle = make_key(), tmp_path / "trusted-keys", tmp_path / "bundle"
+    keys.write_text(key.public_text)
+    keys.chmod(0o644)
+    shutil.copytree(root / "bundle", bundle)
+    shutil.copytree(root / "dir/first", tmp_path / "dir/first")
+    sign_bundle(bundle, key, "of a test")
+    add_adapter(bundle, root / "kept", "kept")
+    settings: dict[str, Any] = {"trusted_keys": keys, "adapter_dir": tmp_path / "dir"}
+    with running(bundle, RealEngine(), **settings) as live:
+        refused = load(live, "first")
+        assert refused.status == 400
+        assert "it is not signed" in refused.json["error"]["message"]
+        answer = live.chat(**{**FIELDS, "model": "tiny:kept"})
+        assert (answer.status, answer.json["error"]["code"]) == (503, "adapter_failed")
+        sign(tmp_path / "dir/first", key)
+        assert load(live, "first").status == 200
+        assert said(live.chat(**{**FIELDS, "model": "tiny:first"})) == expected["first"]
 
 
 def test_one_that_is_removed_ends_its_answers_as_they_began(
