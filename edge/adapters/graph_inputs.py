@@ -21,7 +21,7 @@ factors, and `Basis` brings an adapter to what the graph computes with.
 
 from __future__ import annotations
 
-import json
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,8 +36,10 @@ from edge.bundle.io_spec import BATCH, TensorSpec
 from edge.bundle.linears import LinearSpec, linear_layers
 from edge.bundle.manifest import FloatType, HeadManifest, Line, Manifest, ModelSpec
 from edge.bundle.sizes import ALIGNMENT, ENGINE_FLOAT_BYTES, ProfileName
-from edge.errors import BundleError, ConfigError
+from edge.errors import BundleError, CheckpointError, ConfigError
 from edge.files import MALFORMED
+
+from .safetensors_header import read_header
 
 SECTION = "adapters"
 """Of the manifest, see `read_section`."""
@@ -187,17 +189,14 @@ def read_basis(bundle: Path, manifest: Manifest) -> Basis:
     widths = {layer.name: layer.shape[0] for layer in adapted_linears(manifest.model)}
     try:
         data = path.read_bytes()
-        start = 8 + int.from_bytes(data[:8], "little")
-        header: dict[str, Any] = json.loads(data[8:start])
         factors = {}
-        for name, entry in header.items():
-            first, end = (start + at for at in entry["data_offsets"])
-            factors[name] = np.frombuffer(data[first:end], "<f4")
-            if entry["dtype"] != "F32" or factors[name].shape != (widths[name],):
+        for name, entry in read_header(io.BytesIO(data), path, {"F32": 4}).items():
+            factors[name] = np.frombuffer(data[entry.begin : entry.end], "<f4")
+            if factors[name].shape != (widths[name],):
                 raise ValueError(f"{name} is not the {widths[name]} factors of a linear")
             if not (np.isfinite(factors[name]) & (factors[name] != 0)).all():
                 raise ValueError(f"a factor of {name} is not finite, or 0")
-    except (OSError, *MALFORMED) as error:
+    except (OSError, CheckpointError, *MALFORMED) as error:
         raise BundleError(
             f"{path} has no factors of linears: {error}; export the bundle again"
         ) from error
