@@ -16,6 +16,9 @@ from .library import check_name, stored_adapters, unknown_adapter
 from .peft_file import adapter_files, read_adapter
 from .weights import AdapterWeights
 
+MOST_BYTES = 1 << 30
+"""Of adapters beside the bundle, in memory; the least recently used ones go, and are read again."""
+
 
 class Adapters:
     """Adapters by name; one that is kept beside the bundle is read when it is first asked for.
@@ -116,10 +119,16 @@ class Adapters:
                 self._stored.pop(name, None)
                 raise unknown_adapter(name, [*known, *self._given])
             stamp = [_stamp(file) for file in adapter_files(known[name])]
-            before = self._stored.get(name)
-            if before is None or before[0] != stamp:
-                self._stored[name] = stamp, self.read(known[name], name)
-            return self._stored[name][1]
+            kept, weights = self._stored.pop(name, (None, None))
+            if weights is None or kept != stamp:
+                weights = self.read(known[name], name)
+            self._stored[name] = stamp, weights  # behind those that were used before it
+            while len(self._stored) > 1 and self._stored_bytes() > MOST_BYTES:
+                del self._stored[next(iter(self._stored))]
+            return weights
+
+    def _stored_bytes(self) -> int:
+        return sum(each.num_bytes for _, each in self._stored.values())
 
     def take(self, name_or_path: str) -> str:
         """Return the name of an adapter, which is loaded where a path is given.

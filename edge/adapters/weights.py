@@ -33,3 +33,8 @@ class AdapterWeights:
     digest: str
     rank: int
     tensors: Mapping[str, tuple[Floats, Floats]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the tensors take."""
+        return sum(each.nbytes for pair in self.tensors.values() for each in pair)

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from edge import LLM, SamplingParams
+from edge.adapters import loaded
 from edge.adapters.library import add_adapter, check_name, library
 from edge.adapters.loaded import Adapters
 from edge.bundle.manifest import read_manifest
@@ -30,6 +31,7 @@ from tests.tiny_models import write_checkpoint
 
 RANK = 8
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FP32_ATOL = 1e-4
 OPTIONS: Any = {"num_threads": 1, "int8_activations": False}
@@ -131,6 +133,24 @@ def test_eight_answers_with_five_adapters_are_each_as_alone(bundle: Path, adapte
     assert len({tuple(ids) for ids in alone[:4]}) == 4, "adapters that change nothing prove nothing"
 
 
+def test_drafts_change_no_answer_with_an_adapter(bundle: Path, adapters: list[Path]):
+    names = ["a0", None, "a1", "a0"]
+
+    def answers(**options: Any) -> tuple[list[list[int]], int]:
+        with LLM(bundle, num_slots=4, **OPTIONS, **options) as llm:
+            for path in adapters[:2]:
+                llm.load_adapter(path)
+            coming = [llm.submit("again and again", LONG, adapter=name) for name in names]
+            found = [[token.id for token in each.result().tokens] for each in coming]
+            return found, llm.scheduler.stats().accepted_tokens
+
+    plain, _ = answers()
+    drafted, accepted = answers(speculative=3)
+    assert drafted == plain
+    assert accepted, "drafts that are never right prove nothing"
+    assert plain[0] == plain[3] != plain[2]
+
+
 def test_an_adapter_that_is_taken_away_ends_its_answers_as_they_began(
     bundle: Path, adapters: list[Path]
 ):
@@ -211,6 +231,26 @@ def test_what_changes_on_disk_counts_from_the_next_answer_on(bundle: Path, adapt
             ids_of(llm, "go", "mine")
         add_adapter(bundle, adapters[1], "mine")
         assert ids_of(llm, "go", "mine") != first
+
+
+def test_of_those_beside_the_bundle_the_last_used_stay_in_memory(
+    bundle: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    for number in range(3):
+        add_adapter(bundle, adapters[number], f"a{number}")
+    opened = Adapters(bundle, read_manifest(bundle))
+    first = opened.find("a0")
+    monkeypatch.setattr(loaded, "MOST_BYTES", 2 * first.num_bytes)
+    second = opened.find("a1")
+    assert opened.find("a0") is first
+    opened.find("a2")  # for which a1 goes, whose last use is the longest ago
+    assert opened.find("a0") is first
+    again = opened.find("a1")
+    assert again is not second
+    assert again.digest == second.digest
+    monkeypatch.setattr(loaded, "MOST_BYTES", 0)
+    assert opened.find("a1") is opened.find("a1"), "one stays, however large"
+    assert opened.find("a2") is opened.find("a2")
 
 
 @pytest.mark.parametrize(
