@@ -31,7 +31,8 @@ def main() -> None:
 def records() -> list[dict[str, Any]]:
     """All that was recorded: a model first, and then the same off its grid."""
     paths = sorted(RECORDS.glob("*.json"), key=lambda path: path.stem)
-    return [json.loads(path.read_text("utf-8")) for path in paths]
+    found = [json.loads(path.read_text("utf-8")) for path in paths]
+    return [each for each in found if "rows" in each]  # others have pages of their own
 
 
 def page(text: str, found: Sequence[dict[str, Any]]) -> str:

@@ -279,7 +279,7 @@ def resolves(machine: Machine, version: str, target: Target, *, is_offline: bool
     """
     own = (machine.folder / OWN_LOCK).read_text("utf-8")
     with_extras = machine.home / f"{target.lock}.txt"
-    extras = "[cpu,export,serve,registry]=="
+    extras = "[cpu,export,images,serve,registry]=="
     with_extras.write_text(own.replace(f"{DISTRIBUTION}==", f"{DISTRIBUTION}{extras}"), "utf-8")
     where = ["--find-links", "."]
     if is_offline:

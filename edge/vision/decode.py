@@ -21,7 +21,7 @@ import numpy as np
 from edge.errors import DependencyError, RequestError, install_command
 from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
 
-from .decode_task import Answer, Task
+from .decode_task import Decoded, Task
 from .layout import Layout, plan_layout
 from .picture import MAX_PIXELS, Picture, as_picture, too_large
 
@@ -111,7 +111,7 @@ def picture_size(picture: Picture | bytes) -> tuple[int, int]:
     return answer.width, answer.height
 
 
-def _ask(picture: Picture, section: VisionSection | None, tiles: int | None) -> Answer:
+def _ask(picture: Picture, section: VisionSection | None, tiles: int | None) -> Decoded:
     _require_pillow()
     task = Task(picture.data, picture.format, picture.size, section, tiles)
     width, height = picture.size or (0, 0)
@@ -128,11 +128,11 @@ def _ask(picture: Picture, section: VisionSection | None, tiles: int | None) -> 
 
 def _ask_child(
     child: LimitedChild, limits: Limits, max_pixels: int, picture: Picture, task: Task
-) -> Answer:
+) -> Decoded:
     task.max_pixels = max_pixels
     try:
         data = child.ask(msgspec.msgpack.encode(task))
-        answer = msgspec.msgpack.decode(data, type=Answer)
+        answer = msgspec.msgpack.decode(data, type=Decoded)
     except LimitError:
         raise RequestError(
             f"{_name(picture)} takes more than {limits} to decode; make it smaller, or save it "
@@ -147,7 +147,7 @@ def _ask_child(
     return answer
 
 
-def _damaged(picture: Picture, why: str, answer: Answer | None = None) -> RequestError:
+def _damaged(picture: Picture, why: str, answer: Decoded | None = None) -> RequestError:
     why = re.sub(r"[^ -~]", "?", why)  # may quote the picture
     return RequestError(
         f"{_name(picture, answer)} is damaged or cut off ({why}); send the whole file, or save it "
@@ -155,7 +155,7 @@ def _damaged(picture: Picture, why: str, answer: Answer | None = None) -> Reques
     )
 
 
-def _name(picture: Picture, answer: Answer | None = None) -> str:
+def _name(picture: Picture, answer: Decoded | None = None) -> str:
     size = f" of {answer.width:,} x {answer.height:,} pixels" if answer and answer.width else ""
     return f"a picture ({picture.format or 'pixels'}{size})"
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from PIL import Image, UnidentifiedImageError
 
-from .decode_task import Answer, Task
+from .decode_task import Decoded, Task
 from .layout import Layout, plan_layout
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def prepare() -> None:
 
 
 def work(data: bytes) -> bytes:
-    """Do a `Task`; returns an `Answer`, both in MessagePack."""
+    """Do a `Task`; returns a `Decoded`, both in MessagePack."""
     task = msgspec.msgpack.decode(data, type=Task)
-    answer = Answer()
+    answer = Decoded()
     try:
         _do(task, answer)
     except MemoryError:
@@ -69,7 +69,7 @@ def work(data: bytes) -> bytes:
     return msgspec.msgpack.encode(answer)
 
 
-def _do(task: Task, answer: Answer) -> None:
+def _do(task: Task, answer: Decoded) -> None:
     may_turn, has_late_exif = False, False
     if task.raw is not None:
         image: Image.Image = Image.frombytes("RGB", task.raw, task.data)

@@ -28,7 +28,7 @@ class Task(msgspec.Struct, array_like=True):
     max_pixels: int = 0
 
 
-class Answer(msgspec.Struct, array_like=True):
+class Decoded(msgspec.Struct, array_like=True):
     """What a picture is.
 
     Attributes:

@@ -219,7 +219,7 @@ def openapi() -> dict[str, Any]:
     for path, (summary, request, response) in _POSTS.items():
         content = {"application/json": _content(response)}
         if path in _STREAMS:
-            content[_STREAMS[path]] = {"schema": {"type": "string"}}
+            content[_STREAMS[path]] = {"schema": {"description": "JSON objects, one per event"}}
         paths[path] = {
             "post": {
                 "summary": summary,

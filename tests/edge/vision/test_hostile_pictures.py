@@ -25,7 +25,7 @@ from edge.errors import DependencyError, RequestError, ResourceError
 from edge.limited_child import ChildError, LimitedChild, Limits
 from edge.vision import decode
 from edge.vision.decode import MIN_PILLOW, decode_picture, picture_size
-from edge.vision.decode_task import Answer, Task
+from edge.vision.decode_task import Decoded, Task
 from edge.vision.picture import MAX_BYTES, MAX_PIXELS, as_picture
 
 from .pictures import LOSSLESS, LOSSY, TINY_SMOLVLM, chunk, encode, picture, png
@@ -223,7 +223,7 @@ def test_a_picture_whose_size_is_not_that_of_its_header_is_refused(
     monkeypatch.setattr(decode_child, "upright_rgb", lambda image: Image.new("RGB", (3, 4)))
     task = Task(GOOD["PNG"], "PNG", section=TINY_SMOLVLM, max_pixels=MAX_PIXELS)
     answer = decode_child.work(msgspec.msgpack.encode(task))
-    found = msgspec.msgpack.decode(answer, type=Answer)
+    found = msgspec.msgpack.decode(answer, type=Decoded)
     assert (found.why, found.pixels) == ("its size is not what its header says", b"")
 
 
@@ -271,12 +271,12 @@ def test_every_decoder_works_in_the_confined_child():
     [
         b"",
         b"\xc1",
-        msgspec.msgpack.encode(Answer(4, 4, b"")),
-        msgspec.msgpack.encode(Answer(4, 4, bytes(32 * 32 * 3 - 1))),
-        msgspec.msgpack.encode(Answer(0, 4, bytes(32 * 32 * 3))),
-        msgspec.msgpack.encode(Answer(-4, -4, bytes(32 * 32 * 3))),
-        msgspec.msgpack.encode(Answer(1 << 62, 1 << 62, bytes(32 * 32 * 3))),
-        msgspec.msgpack.encode(Answer(4, 4, why="\x1b[2J")),
+        msgspec.msgpack.encode(Decoded(4, 4, b"")),
+        msgspec.msgpack.encode(Decoded(4, 4, bytes(32 * 32 * 3 - 1))),
+        msgspec.msgpack.encode(Decoded(0, 4, bytes(32 * 32 * 3))),
+        msgspec.msgpack.encode(Decoded(-4, -4, bytes(32 * 32 * 3))),
+        msgspec.msgpack.encode(Decoded(1 << 62, 1 << 62, bytes(32 * 32 * 3))),
+        msgspec.msgpack.encode(Decoded(4, 4, why="\x1b[2J")),
     ],
 )
 def test_a_child_that_was_taken_over_is_not_believed(

@@ -66,7 +66,7 @@ class Script:
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     script = Script()
 
-    def submit(llm: LLM, prompt: Any, params: Any) -> ScriptedGeneration:
+    def submit(llm: LLM, prompt: Any, params: Any, **_: Any) -> ScriptedGeneration:
         return ScriptedGeneration(script.stream(llm, prompt, params))
 
     monkeypatch.setattr(LLM, "submit", submit)
@@ -240,7 +240,7 @@ def test_ctrl_c_stops_an_answer_whose_prompt_is_still_read(
 
 
 def test_ctrl_c_twice_ends_what_cannot_be_stopped(bundle: Path, monkeypatch: pytest.MonkeyPatch):
-    def submit(*_: Any) -> Any:
+    def submit(*_: Any, **__: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("it went on")
@@ -277,7 +277,7 @@ def stream(self, prompt, params=None):
     stats = GenerationStats(prompt_tokens=10, completion_tokens=5, context_left=50)
     yield GenerationChunk(finish_reason="stop", stats=stats)
 
-LLM.submit = lambda *arguments: ScriptedGeneration(stream(*arguments))
+LLM.submit = lambda *arguments, **_: ScriptedGeneration(stream(*arguments))
 sys.argv = ["edge-llm", *arguments]
 main()
 """

@@ -293,7 +293,7 @@ def test_malformed_texts_beside_calls_are_refused(live: Live, content: Any):
     body = {"model": "tiny", "messages": [*QUESTION, {**PAST[1], "content": content}]}
     answer = live.ask("/v1/chat/completions", {**body, "tools": TOOLS})
     assert answer.status == 400
-    assert "messages[1].content: must be text" in answer.json["error"]["message"]
+    assert answer.json["error"]["message"].startswith("messages[1].content")
 
 
 def test_a_template_with_a_place_for_tools_gets_them():

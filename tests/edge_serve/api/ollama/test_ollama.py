@@ -84,7 +84,7 @@ def test_a_whole_answer(live: Live):
 
 def test_the_time_in_the_queue_is_no_time_of_the_prompt():
     stats = GenerationStats(queue_s=5.0, ttft_s=7.0, total_s=10.0)
-    turn: Any = SimpleNamespace(model=SimpleNamespace(name="tiny"), waited_s=0.0)
+    turn: Any = SimpleNamespace(model_name="tiny", waited_s=0.0)
     render = ollama_text.OllamaRender(turn, GenerateRequest(), None)
     usage = Usage(3, 4, 7, PromptDetails(), CompletionDetails())
     found = render.body([Piece(finish_reason="stop", stats=stats)], usage)
