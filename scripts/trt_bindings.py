@@ -111,7 +111,7 @@ _USES_TENSORRT = re.compile(r"\btrt\.[A-Z]|\b_?module\.[A-Z]")
 _CUDA = ROOT / "edge" / "backends" / "cuda"  # its modules are those of CUDA
 _ELSEWHERE = {
     *("get_available_providers", "get_providers", "preload_dlls", "InferenceSession"),
-    *("reshape", "tobytes", "nbytes", "decompress", "hexdigest"),
+    *("reshape", "astype", "tobytes", "nbytes", "decompress", "hexdigest", "callback"),
     *("VERSION_TEXT", "CUresult", "CUDA_SUCCESS"),
 }
 """Of other libraries and of Python, in the files that use TensorRT too."""
