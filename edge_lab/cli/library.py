@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from edge.adapters.library import library
 from edge.bundle.engine_file import find_engines
 from edge.bundle.library import CATALOGUE, bundle_directories, roots
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
@@ -79,6 +78,8 @@ def remove(bundle: Path, yes: bool) -> None:
         raise BundleError(
             f"{bundle} is a link to {bundle.resolve()}; remove the link with rm, or name the bundle"
         )
+    from edge.adapters.library import library
+
     adapters = library(bundle)
     found = [path for each in (bundle, adapters) for path in each.rglob("*")]
     num_bytes = sum(path.lstat().st_size for path in found)

@@ -175,6 +175,7 @@ def test_every_room_that_opens_a_bundle_comes_through_the_one_door():
         "edge_lab/cli/inspect.py",
         "edge_lab/cli/inspect_engine.py",
         "edge_lab/cli/library.py",
+        "edge_lab/cli/ways.py",
         "edge_lab/doctor/software.py",
         "edge_lab/planner/models.py",
         "edge_fleet/registry/pull.py",
