@@ -27,9 +27,18 @@ class MirroredSlots(AdapterSlots):
     """
 
     def __init__(
-        self, model: ModelSpec, rank: int, basis: Basis, num_slots: int, cache: Any, store: Store
+        self,
+        model: ModelSpec,
+        rank: int,
+        basis: Basis,
+        num_slots: int,
+        *,
+        cache: Any,
+        store: Store,
+        idle_rank: int,
     ) -> None:
-        super().__init__(model, rank, basis, num_slots, store(np.zeros(1, np.float32)).dtype)
+        dtype = store(np.zeros(1, np.float32)).dtype
+        super().__init__(model, rank, basis, num_slots, dtype, idle_rank=idle_rank)
         self._store, self._upload = store, cache.upload
         self._there: dict[str, Any] = {}
         self._nowhere = cache.upload(self._nothing)

@@ -1,7 +1,7 @@
 """Each slot's own adapter in memory, of which a step binds the part of its slots, as of the cache.
 
 Memory is taken when the first adapter comes; until then, and whenever no slot of a step has one,
-steps run at rank 0 and read nothing.
+steps run at rank 0 and read nothing, or at rank 1 and read zeros where the engine needs that.
 """
 
 from __future__ import annotations
@@ -40,10 +40,18 @@ class AdapterSlots:
         basis: the bundle's.
         num_slots: as many as the cache has.
         dtype: of the graph's floats.
+        idle_rank: rank of a step in which no slot has one; above 0 it multiplies zeros.
     """
 
     def __init__(
-        self, model: ModelSpec, rank: int, basis: Basis, num_slots: int, dtype: Any = np.float32
+        self,
+        model: ModelSpec,
+        rank: int,
+        basis: Basis,
+        num_slots: int,
+        dtype: Any = np.float32,
+        *,
+        idle_rank: int = 0,
     ) -> None:
         self.rank, self._basis, self._dtype = rank, basis, np.dtype(dtype)
         self._layers = adapted_linears(model)
@@ -52,7 +60,9 @@ class AdapterSlots:
         self._held = [""] * num_slots  # digest of what a slot's memory has; zeros have none
         self._active = [False] * num_slots
         self._blocks: dict[str, NDArray[Any]] = {}
-        self._nothing = np.zeros(64, np.float32)  # what inputs of rank 0 point at
+        self._idle_rank = idle_rank
+        largest = max(int(np.prod(shape)) for _, shape in self._shapes(num_slots, idle_rank))
+        self._nothing = np.zeros(max(largest, 64), np.float32)  # what idle inputs point at
 
     @property
     def num_bytes(self) -> int:
@@ -88,7 +98,7 @@ class AdapterSlots:
 
     def inputs(self, first: int, batch: int, rank: int) -> Iterator[tuple[str, Shape, int]]:
         """Name, shape and address of every input of such slots."""
-        for name, shape in self._shapes(batch, rank):
+        for name, shape in self._shapes(batch, rank or self._idle_rank):
             yield name, shape, self._address(name, first) if rank else self._empty()
 
     def _shapes(self, batch: int, rank: int) -> Iterator[tuple[str, Shape]]:
@@ -211,7 +221,7 @@ def adapt(
     manifest: Manifest,
     trial: Callable[[], None] | None = None,
     place: tuple[Any, ...] = ("cpu", 0, np.float32),
-    kind: Callable[[ModelSpec, int, Basis, int], AdapterSlots] = AdapterSlots,
+    kind: Callable[..., AdapterSlots] = AdapterSlots,
 ) -> None:
     """Let a backend of ONNX Runtime take adapters, where its bundle does.
 
@@ -234,7 +244,12 @@ def adapt(
             trial()
         return
     basis = read_basis(bundle, manifest)
-    slots = kind(manifest.model, section.rank, basis, backend.num_slots)
+    import onnxruntime
+
+    # Before, tried from 1.23 on, a batch of transposed products over nothing stays unwritten.
+    is_sound = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 32)
+    idle_rank = 0 if is_sound else 1
+    slots = kind(manifest.model, section.rank, basis, backend.num_slots, idle_rank=idle_rank)
     bind = runner.bind
 
     def bind_adapted(shape: Any, outputs: Any) -> AdaptedStep:

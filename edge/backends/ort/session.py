@@ -223,12 +223,8 @@ def import_onnxruntime(manifest: Manifest, need: str, extra: str) -> ModuleType:
         raise DependencyError(f"{need}; install it with: {install_command(extra)}") from error
     int8_cache = manifest.kv_cache is not None
     needed = io_spec.needed_onnxruntime(manifest.dialect, int8_cache=int8_cache)
-    takes_adapters = "adapters" in manifest.extras
-    if takes_adapters:  # 1.23 multiplies the second slot of a batch by something else
-        needed = max(needed, io_spec.needed_onnxruntime("native", int8_cache=False))
     if onnxruntime_version(ort) < needed:
         what = f"dialect {manifest.dialect}{' with an 8-bit KV cache' if int8_cache else ''}"
-        what += " with adapters" if takes_adapters else ""
         raise DependencyError(
             f"this bundle ({what}) needs onnxruntime >= "
             f"{needed[0]}.{needed[1]}, found {ort.__version__}; upgrade it, or export with "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from export.sources.opening import open_checkpoint
 from export.sources.safetensors_file import SafetensorsFile
 from tests.conftest import (
     FEW_TOKENS,
+    RUNNABLE,
     TINY_KV_CAPACITY,
     Checkpoints,
     require_even_rows,
@@ -34,13 +36,6 @@ from tests.edge.backends.ort.test_gpu import CudaRunner
 from tests.edge.backends.runner import Runner, random_ids
 from tests.run_time_adapters import random_adapter
 from tests.tiny_adapters import GOLDEN, golden_ids, write_case
-
-
-@pytest.fixture(autouse=True)
-def newer_onnxruntime() -> None:
-    """Skip all where ONNX Runtime is too old for adapters, in either dialect."""
-    require_kernels("native")
-
 
 RANK = 8
 SLOTS = 4
@@ -53,7 +48,8 @@ def pair(tiny_checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
     """The same bundle, without adapters and with; each is made once."""
     made: dict[str, tuple[Path, Path]] = {}
 
-    def bundles(quant: str, dialect: str = "native", kind: Any = "qwen2") -> tuple[Path, Path]:
+    def bundles(quant: str, dialect: str = RUNNABLE, kind: Any = "qwen2") -> tuple[Path, Path]:
+        require_kernels(dialect)
         key = f"{quant}-{dialect}-{kind}"
         if key not in made:
             root = tmp_path_factory.mktemp("adapters")
@@ -134,6 +130,18 @@ def test_each_slot_has_its_own_adapter_and_the_others_none(quant: str, dialect: 
         assert_array_equal(run(runner), expected)
 
 
+def test_an_onnxruntime_that_leaves_empty_products_unwritten_multiplies_zeros(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+):
+    plain, adapted = pair("fp16")
+    with Runner(plain) as without:
+        expected = run(without)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.31.0")
+    with Runner(adapted, num_slots=SLOTS) as runner:
+        assert not any(0 in shape for _, shape, _ in slots_of(runner).inputs(0, SLOTS, 0))
+        assert_array_equal(run(runner), expected)
+
+
 # ------------------------------------------------------------------------------- what peft makes
 
 
@@ -166,6 +174,7 @@ def all_logits(runner: Runner) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize(("rank", "dialect"), [(4, "native"), (RANK, "portable")])
 def test_logits_in_floats_are_pefts(rank: int, dialect: Any, tmp_path: Path):
+    require_kernels(dialect)
     model, adapter = peft_case(tmp_path)
     bundle = tmp_path / "bundle"
     export_checkpoint(
@@ -188,7 +197,8 @@ def test_an_adapter_changes_an_int4_bundle_as_peft_changes_the_model(method: Any
         bundle = tmp_path / name
         few = {"calibration_tokens": FEW_TOKENS} if "a" in str(options.get("method")) else {}
         config: dict[str, Any] = {**options, **few}
-        export_checkpoint(ExportConfig(source=str(model), output=bundle, adapters=RANK, **config))
+        config |= {"dialect": RUNNABLE, "adapters": RANK}
+        export_checkpoint(ExportConfig(source=str(model), output=bundle, **config))
         with Runner(bundle, int8_activations=None if name == "float" else False) as runner:
             before = all_logits(runner)
             runner.backend.set_adapter(0, adapter)
