@@ -246,9 +246,10 @@ def adapt(
     basis = read_basis(bundle, manifest)
     import onnxruntime
 
-    # Before, tried from 1.23 on, a batch of transposed products over nothing stays unwritten.
+    # Before, tried from 1.23 on, a batch of transposed products over nothing stays unwritten. What
+    # a GPU makes of them nobody has tried.
     is_sound = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 32)
-    idle_rank = 0 if is_sound else 1
+    idle_rank = 0 if is_sound and kind is AdapterSlots else 1
     slots = kind(manifest.model, section.rank, basis, backend.num_slots, idle_rank=idle_rank)
     bind = runner.bind
 
