@@ -230,7 +230,8 @@ class _VoteStream(OutputStream):
         self, vote: VoteResult, best: GenerationResult, reason: FinishReason, stats: GenerationStats
     ) -> None:
         """Queue the last chunk: the best sample, and what all of them took."""
-        said = f"{vote.agreed} of {vote.counted} answers agree\n"
+        end = "" if vote.decided else ": undecided, the likeliest is shown"
+        said = f"{vote.agreed} of {vote.counted} answers agree{end}\n"
         reasoning = said + best.reasoning
         self._put(GenerationChunk(best.text, reasoning, best.tokens, reason, stats, vote=vote))
 

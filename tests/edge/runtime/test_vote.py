@@ -113,6 +113,10 @@ def test_the_most_samples_end_an_open_vote(voters: Voters):
     voters.say_answers("1", "2", "3", "4")
     vote = voters.llm.vote(QUESTION, SEEDED, vote=VoteRule(most=4))
     assert (vote.answer, vote.agreed, vote.counted, vote.decided) == ("1", 1, 4, False)
+    voters.say_answers("1", "2", "3", "4")
+    *_, last = voters.llm.stream(QUESTION, SEEDED, vote=VoteRule(most=4))
+    said = last.reasoning.splitlines()[0]
+    assert said == "1 of 4 answers agree: undecided, the likeliest is shown"
 
 
 def test_samples_without_an_answer_come_back(voters: Voters):

@@ -83,6 +83,7 @@ export default {
   "model": "Model",
   "model_own": "model's own",
   "n_agree": "{n} of {all} answers agree",
+  "n_agree_open": "only {n} of {all} answers agree: undecided",
   "n_per_second": "{n} tokens/s",
   "n_tokens": "{n} tokens",
   "new_chat": "New chat",

@@ -83,6 +83,7 @@ export default {
   "model": "模型",
   "model_own": "模型默认",
   "n_agree": "{all} 个答案中有 {n} 个一致",
+  "n_agree_open": "{all} 个答案中只有 {n} 个一致：未能决定",
   "n_per_second": "{n} token/秒",
   "n_tokens": "{n} 个 token",
   "new_chat": "新对话",

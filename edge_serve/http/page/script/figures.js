@@ -12,7 +12,7 @@ export const bytes = (n) => n < 1000 ? `${n} B` : n < 1e6 ? `${(n / 1e3).toFixed
 export function factsOf(turn, isNamed) {
   const { figures = {}, ended } = turn;
   const list = [];
-  if (figures.counted) list.push(t("n_agree", { n: count(figures.agreed), all: count(figures.counted) }));
+  if (figures.counted) list.push(t(figures.decided === false ? "n_agree_open" : "n_agree", { n: count(figures.agreed), all: count(figures.counted) }));
   if (figures.completion_tokens) list.push(t("n_tokens", { n: count(figures.completion_tokens) }));
   if (figures.completion_tokens > 1 && figures.decode_ms > 0) {
     const rate = (figures.completion_tokens - 1) / figures.decode_ms * 1000;

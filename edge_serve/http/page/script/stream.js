@@ -51,7 +51,7 @@ export async function readInto(response, turn, startedAt, { onPiece, onProgress 
       cached_tokens: before.prompt_tokens ? before.cached_tokens : cached,
       completion_tokens: begun + (usage.completion_tokens ?? 0),
       reasoning_tokens: (before.reasoning_tokens ?? 0) + (usage.completion_tokens_details?.reasoning_tokens ?? 0),
-      ...(vote && { agreed: vote.agreed, counted: vote.counted }),
+      ...(vote && { agreed: vote.agreed, counted: vote.counted, decided: vote.decided }),
     };
   }
 }
