@@ -12,6 +12,13 @@ from tests.tiny_vision import write_vision_checkpoint
 
 
 @pytest.fixture(scope="session")
+def installed_transformers() -> None:
+    """What the judge asks; hypothesis adds an example to the reason of a skip within its test."""
+    for module in ("torch", "transformers"):
+        pytest.importorskip(module, reason="live parity needs torch and transformers")
+
+
+@pytest.fixture(scope="session")
 def vision_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle in SmolVLM's layout; treat it as read-only."""
     from export.pipeline import ExportConfig, export_checkpoint

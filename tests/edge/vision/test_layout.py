@@ -51,6 +51,7 @@ def test_a_layout_keeps_to_its_limit_and_its_text_has_its_rows(
 
 
 @pytest.mark.parity
+@pytest.mark.usefixtures("installed_transformers")
 @given(edges, edges, limits, names)
 @settings(max_examples=150, deadline=None)
 @example(10_000, 1, None, "smolvlm")
@@ -58,8 +59,6 @@ def test_a_layout_keeps_to_its_limit_and_its_text_has_its_rows(
 def test_layout_and_text_are_those_of_the_installed_transformers(
     width: int, height: int, limit: int | None, name: str
 ):
-    pytest.importorskip("torch", reason="live parity needs torch and transformers")
-    pytest.importorskip("transformers", reason="live parity needs torch and transformers")
     section = SECTIONS[name]
     options = judge.settings((width, height), section, limit)
     found = judge.grid((width, height), section, options)

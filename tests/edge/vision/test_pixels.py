@@ -63,10 +63,9 @@ def test_tiles_of_published_models_are_those_that_transformers_made(section: str
 
 
 @pytest.mark.parity
+@pytest.mark.usefixtures("installed_transformers")
 @pytest.mark.parametrize("name", [*LOSSLESS, *LOSSY])
 def test_tiles_are_those_of_the_installed_transformers(name: str):
-    pytest.importorskip("torch", reason="live parity needs torch and transformers")
-    pytest.importorskip("transformers", reason="live parity needs torch and transformers")
     data = (LOSSLESS | LOSSY)[name]()
     for section in SMALL:
         for limit in LIMITS:
@@ -79,10 +78,9 @@ def test_tiles_are_those_of_the_installed_transformers(name: str):
 
 
 @pytest.mark.parity
+@pytest.mark.usefixtures("installed_transformers")
 @pytest.mark.parametrize("section", ["smolvlm", "internvl"])
 def test_tiles_of_published_models_are_those_of_the_installed_transformers(section: str):
-    pytest.importorskip("torch", reason="live parity needs torch and transformers")
-    pytest.importorskip("transformers", reason="live parity needs torch and transformers")
     for name in ("photo", "tall", "large", "a line"):
         data = LOSSLESS[name]()
         wanted = judge.pixel_values(data, SECTIONS[section], None)
