@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = {
     "edge": 16_921,
-    "edge_lab": 12_227,
+    "edge_lab": 12_260,
     "edge_serve": 11_309,
     "edge_fleet": 4_855,
     "engines": 7_280,
@@ -99,15 +99,17 @@ ALLOWANCES = {
         ),
     ),
     "stop and vote": Allowance(
-        1_000,
+        1_170,
         (
             "edge.votes",
             "edge.cli.vote_options",
             "edge.runtime.best_of",
             "edge.runtime.stop_when_sure",
             "edge.runtime.vote",
+            "edge_lab.cli.planned_ways",
             "edge_lab.cli.ways",
             "edge_lab.measure.ways",
+            "edge_lab.planner.ways",
             "edge_serve.api.voting",
         ),
     ),

@@ -14,6 +14,7 @@ from edge.cli.sections import SectionCommand, option
 from edge.engine_config import EAGLE3
 from edge.errors import ConfigError
 
+from .planned_ways import planned_ways, print_planned_ways
 from .tables import FigureTable, make_table
 
 if TYPE_CHECKING:
@@ -41,6 +42,15 @@ calibrate_option = option(
     type=click.Path(path_type=Path, dir_okay=False),
     help="Take the efficiency from this JSON of edge-llm bench, or from the report.json of "
     "scripts/gpu-check, instead of published figures.",
+)
+
+
+ways_option = option(
+    "Wishes",
+    "--ways",
+    "ways_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Predict what each way to answer costs here, from this JSON of edge-llm eval --ways.",
 )
 
 
@@ -87,6 +97,7 @@ calibrate_option = option(
     multiple=True,
     help="Predict speed with this many tokens of context; may be repeated.",
 )
+@ways_option
 @calibrate_option
 @option(
     "Expert",
@@ -112,6 +123,7 @@ def plan(
     quants: tuple[str, ...],
     draft: str | None,
     contexts: tuple[int, ...],
+    ways_file: Path | None,
     calibrate: Path | None,
     no_engine: bool,
     svg: Path | None,
@@ -175,11 +187,18 @@ def plan(
         except OSError as error:
             raise ConfigError(f"--svg {svg} cannot be written: {error.strerror}") from error
     pictures = plan_pictures(planned.manifest, on_cpu=target.name == CPU)
+    ways = [] if ways_file is None else planned_ways(ways_file, result)
     if as_json:
-        more = {} if pictures is None else {"pictures": dataclasses.asdict(pictures)}
+        more: dict[str, Any] = {}
+        if pictures is not None:
+            more["pictures"] = dataclasses.asdict(pictures)
+        if ways:
+            more["ways"] = [dataclasses.asdict(way) for way in ways]
         echo_json({**result.as_dict(), **more})
         return
     _print(result)
+    if ways:
+        print_planned_ways(ways, result.options[0].speeds[0].context)
     if pictures is not None:
         speeds = result.options[0].speeds
         click.echo(pictures.describe(speeds[0].prefill_tps if speeds else None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,9 @@ from .plan import (
     making,
     power_mode_option,
     take_device,
+    ways_option,
 )
+from .planned_ways import chosen_way, describe_way
 from .tables import make_table
 
 if TYPE_CHECKING:
@@ -86,6 +89,13 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
     show_default=True,
     help="Prompt of --ttft-ms.",
 )
+@option(
+    "Wishes",
+    "--joules",
+    type=Finite(min=0, min_open=True),
+    help="Energy of a question at most: choose among the --ways the one with most right answers.",
+)
+@ways_option
 @option("Wishes", "--quality", type=Finite(0, 100), help="Score on --benchmark at least, percent.")
 @option(
     "Wishes",
@@ -126,6 +136,8 @@ def recommend(
     /,
     latency_ms: float | None,
     ttft_ms: float | None,
+    joules: float | None,
+    ways_file: Path | None,
     models: tuple[str, ...],
     device: str | None,
     power_mode: str | None,
@@ -163,11 +175,15 @@ def recommend(
         "all" if kv_cache == "int8" else (),
     )
     found = choose(wish, target, deployment, efficiency, models or tuple(BUILT_IN))
+    way = chosen_way(ways_file, joules, target, found.taken)
     if as_json:
-        echo_json(_as_dict(found))
+        answer = {} if joules is None else {"way": None if way is None else asdict(way)}
+        echo_json({**_as_dict(found), **answer})
     else:
         _print(found, target.name, wish.benchmark, efficiency.source, verbose=verbose)
-    if found.taken is None:
+        if joules is not None and found.taken is not None:
+            click.echo(describe_way(way, joules))
+    if found.taken is None or (joules is not None and way is None):
         ctx.exit(EXIT_GATE_MISSED)
 
 

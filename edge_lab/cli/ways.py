@@ -13,7 +13,8 @@ from edge.errors import ConfigError
 from edge.runtime.sampling_params import SamplingParams
 from edge.votes.tally import VoteRule
 from edge_lab.measure.report import html_ways_report, way_cells
-from edge_lab.measure.ways import WAYS, Run, measure_ways
+from edge_lab.measure.ways import Run, measure_ways
+from edge_lab.planner.ways import WAYS
 from edge_lab.plot import load_renderer
 
 from .options import check_writable

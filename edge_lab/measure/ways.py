@@ -24,13 +24,13 @@ from edge.runtime.scheduler.request import SchedulerStats
 from edge.runtime.stream import join_chunks
 from edge.votes.numbers import find_number, parse_number
 from edge.votes.tally import VoteRule
+from edge_lab.planner.devices import identify
 from edge_lab.progress import Progress, prefixed, silent
-from edge_lab.telemetry import EnergyMeter
+from edge_lab.telemetry import EnergyMeter, read_snapshot
 
 from .evaluate import read_text
 from .tasks import _NEXT_QUESTION, NumberItem, _prompt, _question, check_item, read_task
 
-WAYS = ("one", "stop", "vote", "both")
 _ROW = 0.1  # what a row beside others costs, of a step
 _RESAMPLES = 4000
 
@@ -71,7 +71,8 @@ def measure_ways(
         progress: is called with the steps ``WAY: answer``.
 
     Returns:
-        ``energy`` (``rails`` or None) and ``ways``: of each `summarize_way`.
+        ``device`` and ``power_mode`` of an Orin, ``energy`` (``rails`` or None), and ``ways``: of
+        each `summarize_way`.
 
     Raises:
         ConfigError: the questions have no numbers, or one does not fit into the KV cache.
@@ -97,8 +98,12 @@ def measure_ways(
                     found.append(_answer(llm, item, run, way))
                     told("answer", done, len(numbers), "questions")
             rows[way], joules[way] = np.array(found, np.float64), meter.joules
+    here = read_snapshot()
+    module = identify(here.module, here.memory_total_bytes)
     return {
         "bundle": str(run.bundle),
+        "device": None if module is None else module.name,
+        "power_mode": here.power_mode,
         "task": {
             "name": task_file.name,
             "sha256": hashlib.sha256(read_text(task_file).encode()).hexdigest(),

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from edge.bundle.manifest import read_manifest
 from edge.errors import EXIT_GATE_MISSED, ConfigError
+from edge_lab.cli.eval import evaluate
 from edge_lab.cli.plan import plan
 from edge_lab.cli.recommend import parse_size, recommend
 from edge_lab.prove.checkpoint import CONFIG
@@ -169,3 +170,47 @@ def test_the_json_has_every_candidate():
     dropped = [row for row in found["candidates"] if row["dropped"]]
     assert {row["quant"] for row in dropped} == {"int4"}
     assert found["tutorial"]["leaf"] == "8B"
+
+
+@pytest.fixture
+def ways(tiny_bundles: Bundles, tmp_path: Path) -> Path:
+    """What ``eval --ways`` itself prints."""
+    task, path = tmp_path / "task.jsonl", tmp_path / "ways.json"
+    task.write_text(json.dumps({"question": "hello", "answer": "#### 1"}))
+    given = ("--task", str(task), "--ways", "one,vote", "--vote", "3", "--max-tokens", "4")
+    bundle = str(tiny_bundles("qwen2", "portable"))
+    path.write_text(run_verb(evaluate, bundle, *given, "--json").stdout)
+    return path
+
+
+def test_ways_that_were_measured_are_planned(tiny_bundles: Bundles, ways: Path):
+    given = (str(tiny_bundles("qwen2")), "--power-mode", "30W", "--ways", str(ways))
+    found = json.loads(run_verb(plan, *given, "--json").stdout)
+    measured = json.loads(ways.read_text())["ways"]
+    tpot_s = found["options"][0]["speeds"][0]["tpot_s"]
+    for way, of in zip(found["ways"], measured, strict=True):
+        assert way["seconds"] == pytest.approx(tpot_s * of["steps"])
+        assert way["joules"] == pytest.approx(30 * way["seconds"])
+    printed = run_verb(plan, *given).stdout
+    assert "Ways to answer" in printed
+    assert "0 of 1" in printed
+    with pytest.raises(ConfigError, match="give one --quant"):
+        run_verb(plan, "deepseek-r1:1.5b", "--ways", str(ways))
+    with pytest.raises(ConfigError, match="give --calibrate"):
+        run_verb(plan, given[0], "--device", "cpu", "--ways", str(ways))
+
+
+def test_a_way_is_recommended_by_its_energy(ways: Path):
+    given = ("--power-mode", "30W", "--ways", str(ways), "--joules")
+    found = json.loads(run_verb(recommend, *given, "1e6", "--json").stdout)
+    assert found["way"]["way"] == "one"  # none was right, and it takes least
+    assert (
+        "Answer with no further option (one): 0 of 1 right"
+        in run_verb(recommend, *given, "1e6").stdout
+    )
+    little = run_verb(recommend, *given, "1e-6")
+    assert little.exit_code == EXIT_GATE_MISSED
+    assert "No way of --ways answers a question with 1e-06 J" in little.stdout
+    for one in (("--joules", "5"), ("--ways", str(ways))):
+        with pytest.raises(ConfigError, match="give both"):
+            run_verb(recommend, *one)
