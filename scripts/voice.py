@@ -78,8 +78,9 @@ def sentences(docstring: str) -> Iterator[tuple[int, str]]:
         if is_new or _HEADING.match(line):
             for sentence in _END.split(" ".join(paragraph)):
                 yield start, sentence
-            start, paragraph = at, []
+            paragraph = []
         if line.strip() and not _HEADING.match(line):
+            start = start if paragraph else at
             paragraph.append(line.strip())
             indent = width
 
