@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,29 @@ def test_boundaries_are_paragraphs_apart_from_each_other_and_from_the_end(llm: L
     (first, *rest) = answer_pool.boundaries(llm, ids)
     assert first == len(paragraph)
     assert rest == ([len(ids) - len(end)] if len(end) > answer_pool.TRIAL_TOKENS else [])
+
+
+def test_answers_are_drawn_by_fixed_seeds_and_packed(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(answer_pool, "LIMIT", 24)
+    monkeypatch.setattr(answer_pool, "ANSWERS", 3)
+    problem = {"question": "How many is 2 and 2?", "answer": "#### 4"}
+    one, again = (answer_pool.answer(llm, 7, problem) for _ in range(2))
+    for each, other in zip(one["answers"], again["answers"], strict=True):
+        assert each["ids"] == other["ids"]  # probabilities end in other digits beside other rows
+    ids = [answer_pool.unpacked(each["ids"], np.uint32).tolist() for each in one["answers"]]
+    assert len({tuple(each) for each in ids}) == 3, "the seeds are the same"
+    assert [len(each) for each in ids] == [each["tokens"] for each in one["answers"]]
+    logprobs = answer_pool.unpacked(one["greedy"]["logprobs"], np.float16)
+
+    output, raw = tmp_path / "pool.jsonl.xz", tmp_path / "0.5b.jsonl"
+    raw.write_text(json.dumps(one) + "\n")
+    answer_pool.pack(tmp_path, output)
+    raw.write_text(raw.read_text() + json.dumps({**one, "number": 8}) + "\n")
+    answer_pool.pack(tmp_path, output)
+    packed = answer_pool.read_packed(output)
+    assert [(each["size"], each["number"]) for each in packed] == [("0.5b", 7), ("0.5b", 8)]
+    greedy = packed[0]["greedy"]
+    assert greedy["logprob"] == pytest.approx(logprobs.astype(np.float32).mean(), abs=1e-3)
+    assert not {"ids", "logprobs", "margins"} & greedy.keys()
