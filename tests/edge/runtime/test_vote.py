@@ -222,9 +222,11 @@ def test_a_vote_cannot_be_put_away(voters: Voters):
     voters.gate.clear()
     vote = voters.llm.submit(QUESTION, SEEDED, vote=VoteRule(most=2))
     other = voters.llm.submit(QUESTION, replace(SEEDED, seed=7))
-    with pytest.raises(RequestError, match="a vote cannot be put away"):
-        voters.llm.put_away([other, vote], 5)
-    voters.gate.set()
+    try:
+        with pytest.raises(RequestError, match="a vote cannot be put away"):
+            voters.llm.put_away([other, vote], 5)
+    finally:
+        voters.gate.set()
     assert vote.result().finish_reason == "stop"
     assert other.result().finish_reason == "stop"
 

@@ -66,6 +66,15 @@ def test_confidence_chooses_between_equal_votes_and_delays_a_decision_against_it
     assert (tally.leader, tally.is_decided) == ("4", True)
 
 
+def test_equal_votes_decide_nothing_whatever_the_error():
+    tally = Tally(VoteRule(error=0.5))
+    tally.add("1", 0.9)
+    tally.add("2", 0.5)
+    assert not tally.is_decided
+    tally.add("1", 0.1)
+    assert tally.is_decided
+
+
 @pytest.mark.parametrize("error", [0.15, 0.05])
 def test_the_stated_error_holds_over_questions_of_all_kinds(error: float):
     draw, rule, wrong, decided = random.Random(2), VoteRule(error=error, most=32), 0, 0
