@@ -158,18 +158,22 @@ def try_answers(
 ) -> list[list[tuple[int, str | None, list[float]]]]:
     """The trials of each answer: where, what was answered, log-probabilities of its tokens.
 
-    The last boundaries come first: a slot whose tail is given up keeps the rows of earlier ones.
+    All answers try their last boundary at once, then the one before: each goes on in the slot that
+    has its rows, and gives up the tail.
     """
     suffix = llm.tokenizer.encode(TRIAL, goes_on=True)
     params = SamplingParams(
         temperature=0.0, repetition_penalty=1.0, max_tokens=TRIAL_TOKENS, logprobs=0, stop=("}",)
     )
     found: list[list[tuple[int, str | None, list[float]]]] = [[] for _ in results]
-    for index, result in enumerate(results):
-        ids = [token.id for token in result.tokens]
-        places = list(boundaries(llm, ids))[::-1]
-        generations = [llm.submit([*prompt, *ids[:at], *suffix], params) for at in places]
-        for at, generation in zip(places, generations, strict=True):
+    all_ids = [[token.id for token in result.tokens] for result in results]
+    places = [list(boundaries(llm, ids)) for ids in all_ids]
+    while any(places):
+        tries = [(index, left.pop()) for index, left in enumerate(places) if left]
+        generations = [
+            llm.submit([*prompt, *all_ids[index][:at], *suffix], params) for index, at in tries
+        ]
+        for (index, at), generation in zip(tries, generations, strict=True):
             tried = generation.result()
             text = tried.text.strip()
             number = text if parse_number(text) is not None else None
