@@ -223,6 +223,8 @@ def alternative(family: str, task: Task = "generate") -> str:
         family: name of its class, or of its architecture in a GGUF file.
         task: what the model is for.
     """
+    if family == "InternVLChatModel":
+        return "take the same model as transformers has it, whose name ends in -hf"
     kind = "take a model of one of these"
     for pattern, other in _OTHER_KINDS:
         if pattern.search(family):

@@ -27,7 +27,7 @@ from .graph.linear_nodes import StoredLinear
 from .quantize.linear import convert
 from .quantize.plan import LinearPlan, nearest_rows
 from .sources.checkpoint import Checkpoint, Transformed
-from .sources.idefics3 import PATCHES, POSITIONS, Vision
+from .sources.picture_encoder import Vision
 
 Array = NDArray[np.float32]
 _INT8 = TensorScheme("int8")  # one scale for each output, which every TensorRT takes
@@ -93,7 +93,7 @@ def _write(
 ) -> int:
     """Write graphs of one encoder, the first of which holds the weights; returns their bytes."""
     scale_type = NUMPY_TYPE[types[0]]
-    flat = _Flat(checkpoint)
+    flat = _Flat(checkpoint, f"{vision.patches}.weight")
     with ExitStack() as stack:
         outputs = [
             Output(stack.enter_context(open_data_file(path.with_name(f"{path.name}.data"))), kind)
@@ -107,7 +107,7 @@ def _write(
             for each, one in zip(linears, stored, strict=True):
                 each[layer.name] = one
         parts = [
-            EncoderTensors(own, _store_norms(checkpoint, vision, output), _positions(flat, output))
+            EncoderTensors(own, *_store_floats(checkpoint, vision, output))
             for own, output in zip(linears, outputs, strict=True)
         ]
         weight_bytes = outputs[0].file.sync()
@@ -116,27 +116,34 @@ def _write(
     return weight_bytes
 
 
-def _store_norms(checkpoint: Checkpoint, vision: Vision, output: Output) -> Any:
-    return {
+def _store_floats(checkpoint: Checkpoint, vision: Vision, output: Output) -> Any:
+    """Store what is no linear layer: the other arguments of `EncoderTensors`."""
+    positions = output.add("positions", vision.positions(checkpoint))
+    norms = {
         name: tuple(
             output.add(f"{name}.{part}", checkpoint.tensor(f"{module}.{part}"))
             for part in ("weight", "bias")
         )
         for name, module in vision.norms().items()
     }
-
-
-def _positions(checkpoint: Checkpoint, output: Output) -> Any:
-    return output.add("positions", checkpoint.tensor(POSITIONS))
+    scales = {
+        name: output.add(f"{name}.scale", checkpoint.tensor(tensor))
+        for name, tensor in vision.scales().items()
+    }
+    return norms, positions, scales
 
 
 class _Flat(Transformed):
     """A model whose convolution of patches is the matrix of a linear layer."""
 
+    def __init__(self, checkpoint: Checkpoint, convolution: str) -> None:
+        super().__init__(checkpoint)
+        self._convolution = convolution
+
     def tensor(self, name: str) -> NDArray[Any]:
         """Read a tensor; see `Checkpoint.tensor`."""
         tensor = super().tensor(name)
-        return tensor.reshape(len(tensor), -1) if name == PATCHES else tensor
+        return tensor.reshape(len(tensor), -1) if name == self._convolution else tensor
 
 
 def with_vision(manifest: Manifest, section: VisionSection, legal: Sequence[str]) -> Manifest:

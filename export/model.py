@@ -15,9 +15,9 @@ from .quantize.from_source import is_quantized
 from .sources.checkpoint import Checkpoint
 from .sources.download import Preview
 from .sources.eagle3 import Eagle3Head
-from .sources.idefics3 import Vision
 from .sources.lora import LoraCheckpoint
 from .sources.opening import open_checkpoint
+from .sources.picture_encoder import Vision
 from .sources.vocabulary import ReducedCheckpoint
 
 

@@ -27,11 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = {
     "edge": 16_921,
-    "edge_lab": 12_260,
+    "edge_lab": 12_262,
     "edge_serve": 11_309,
     "edge_fleet": 4_855,
     "engines": 7_280,
-    "export": 8_660,
+    "export": 8_665,
 }
 """Code lines of each package, without what an allowance covers."""
 
@@ -72,7 +72,7 @@ class Allowance:
 
 ALLOWANCES = {
     "pictures": Allowance(
-        2_250,
+        2_500,
         (
             "edge.vision",
             "edge.runtime.scheduler.picturing",
@@ -86,6 +86,8 @@ ALLOWANCES = {
             "export.encoder_files",
             "export.graph.encoder",
             "export.sources.idefics3",
+            "export.sources.internvl",
+            "export.sources.picture_encoder",
         ),
     ),
     "adapters": Allowance(

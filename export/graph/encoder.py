@@ -17,7 +17,7 @@ from edge._version import __version__
 from edge.bundle import io_spec
 from edge.bundle.manifest import FloatType
 from edge.vision.section import IMAGE_ROWS, PIXEL_VALUES
-from export.sources.idefics3 import EncoderSpec
+from export.sources.picture_encoder import PROJECTOR_NORM, EncoderSpec
 
 from .data_file import StoredTensor
 from .graph_builder import ONNX_TYPE, GraphBuilder
@@ -26,6 +26,8 @@ from .linear_nodes import LinearNodes, StoredLinear
 _OPSET = io_spec.DIALECTS["portable"].opset
 _FP32 = ONNX_TYPE["fp32"]
 _TILES = "tiles"
+_PROJECTOR_EPS = 1e-5  # PyTorch's own
+_WITHOUT_FIRST = (("starts", 1), ("ends", 1 << 31), ("axes", 1))
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,18 @@ class EncoderTensors:
     """Everything stored outside the graph.
 
     Attributes:
-        linears: by name, see `export.sources.idefics3.Vision.linears`.
+        linears: by name, see `export.sources.picture_encoder.Vision.linears`.
         norms: weight and bias of each LayerNorm, by name.
-        positions: ``[N, hidden]``.
+        positions: ``[N, hidden]``, with a class token ``[N + 1, hidden]``, which the first one has
+            in it.
+        scales: what the sums that a layer adds are multiplied with ``[hidden]``, by the name of the
+            linear layer that makes them; empty in a family without.
     """
 
     linears: Mapping[str, StoredLinear]
     norms: Mapping[str, tuple[StoredTensor, StoredTensor]]
     positions: StoredTensor
+    scales: Mapping[str, StoredTensor]
 
 
 def build_encoder(
@@ -66,10 +72,21 @@ class _Encoder(LinearNodes):
         """Write all nodes; see `build_encoder`."""
         g, spec = self.g, self.spec
         x = self.linear(self.patches(), "patches")
+        if spec.class_token:  # its row, still empty
+            ahead = g.constant("pads.class", [0, 1, 0, 0, 0, 0])
+            x = g.node("Pad", [x, ahead], "patches.after_class")
         x = g.node("Add", [x, g.floats(self.tensors.positions)], "embedded")
         for i in range(spec.num_layers):
             x = self.layer(i, x)
-        x = self.joined(self.norm(x, "final_norm"))
+        if "final_norm" in self.tensors.norms:
+            x = self.norm(x, "final_norm")
+        if spec.class_token:
+            bounds = [g.constant(f"class.{name}", [value]) for name, value in _WITHOUT_FIRST]
+            x = g.node("Slice", [x, *bounds], "patches.alone")
+        x = self.joined(x)
+        if PROJECTOR_NORM in self.tensors.norms:
+            x = self.norm(x, PROJECTOR_NORM, _PROJECTOR_EPS)
+            x = self.gelu(self.linear(x, "projector.up"), "projector.gelu")
         self.linear(x, "projector", output=IMAGE_ROWS)
         px = spec.side * spec.patch_px
         kind = g.float_type
@@ -99,10 +116,18 @@ class _Encoder(LinearNodes):
         g, name = self.g, f"layers.{i}"
         h = self.linear(self.norm(x, f"{name}.input_norm"), f"{name}.qkv")
         x = g.node(
-            "Add", [x, self.linear(self.attention(name, h), f"{name}.o")], f"{name}.attended.added"
+            "Add", [x, self.scaled(self.attention(name, h), f"{name}.o")], f"{name}.attended.added"
         )
         h = self.gelu(self.linear(self.norm(x, f"{name}.post_norm"), f"{name}.up"), f"{name}.gelu")
-        return g.node("Add", [x, self.linear(h, f"{name}.down")], f"{name}.out")
+        return g.node("Add", [x, self.scaled(h, f"{name}.down")], f"{name}.out")
+
+    def scaled(self, x: str, name: str) -> str:
+        """Add a linear layer, and the factor of each of its outputs in a family that has them."""
+        x = self.linear(x, name)
+        if name not in self.tensors.scales:
+            return x
+        scale = self.g.floats(self.tensors.scales[name])
+        return self.g.node("Mul", [x, scale], f"{name}.scaled")
 
     def attention(self, name: str, qkv: str) -> str:
         """Let every patch of a tile see all of them; returns ``[T, N, hidden]``."""
@@ -126,10 +151,23 @@ class _Encoder(LinearNodes):
         )
 
     def gelu(self, x: str, name: str) -> str:
-        """Add ``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``.
+        """Add ``0.5 x (1 + erf(x / sqrt(2)))``, or what the other form has instead of erf.
 
-        In FP16 the square overflows from 256 on, which leaves tanh at 1 and the value right.
+        That is ``tanh(sqrt(2 / pi) (x + 0.044715 x^3))``. In FP16 its square overflows from 256 on,
+        which leaves tanh at 1 and the value right.
         """
+        g = self.g
+        if self.spec.exact_gelu:
+            inner = g.node("Mul", [x, g.scalar("gelu.inner", math.sqrt(0.5))], f"{name}.inner")
+            share = g.node("Erf", [inner], f"{name}.erf")
+        else:
+            share = self.tanh_share(x, name)
+        share = g.node("Add", [share, g.scalar("one", 1.0)], f"{name}.share")
+        half = g.node("Mul", [x, g.scalar("half", 0.5)], f"{name}.half")
+        return g.node("Mul", [half, share], f"{name}.out")
+
+    def tanh_share(self, x: str, name: str) -> str:
+        """Add the hyperbolic tangent in `gelu`."""
         g = self.g
         square = g.node("Mul", [x, x], f"{name}.square")
         factor = g.scalar("gelu.cubic", 0.044715 * math.sqrt(2 / math.pi))
@@ -138,12 +176,9 @@ class _Encoder(LinearNodes):
             "Add", [inner, g.scalar("gelu.linear", math.sqrt(2 / math.pi))], f"{name}.sum"
         )
         inner = g.node("Mul", [inner, x], f"{name}.inner")
-        share = g.node("Tanh", [inner], f"{name}.tanh")
-        share = g.node("Add", [share, g.scalar("one", 1.0)], f"{name}.share")
-        half = g.node("Mul", [x, g.scalar("half", 0.5)], f"{name}.half")
-        return g.node("Mul", [half, share], f"{name}.out")
+        return g.node("Tanh", [inner], f"{name}.tanh")
 
-    def norm(self, x: str, name: str) -> str:
+    def norm(self, x: str, name: str, eps: float | None = None) -> str:
         """Add a LayerNorm over the last axis, whose statistics are in FP32."""
         weight, bias = (self.g.floats(each) for each in self.tensors.norms[name])
         return self.g.node(
@@ -151,7 +186,7 @@ class _Encoder(LinearNodes):
             [x, weight, bias],
             f"{name}.out",
             axis=-1,
-            epsilon=self.spec.eps,
+            epsilon=self.spec.eps if eps is None else eps,
             stash_type=_FP32,
         )
 

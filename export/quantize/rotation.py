@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from edge.bundle.linears import TOKEN_TABLE
 from export.graph.block_rotation import hadamard, rotate_blocks
 from export.sources.checkpoint import Checkpoint, Transformed
-from export.sources.idefics3 import PROJECTOR, TOWER
 
 Array = NDArray[np.float32]
 _HEAD = "lm_head.weight"
@@ -81,13 +80,18 @@ class RotatedCheckpoint(Transformed):
         self.spec = msgspec.structs.replace(model, tied_embeddings=False)
         self._residual = Rotation(model.hidden_size, seed)
         self._head = Rotation(model.head_dim, seed + 1)
+        vision = checkpoint.vision
+        self._encoder = {} if vision is None else vision.tensors()
+        self._projector = "" if vision is None else vision.projector
 
     def tensor(self, name: str) -> NDArray[Any]:
         """Read a rotated tensor; see `Checkpoint.tensor`."""
-        if name == PROJECTOR:
-            return self._write_stream(self.original.tensor(name).astype(np.float32))
-        if name.startswith(TOWER):
-            return self.original.tensor(name)
+        if name in self._encoder:
+            tensor = self.original.tensor(name)
+            if name.rpartition(".")[0] != self._projector:
+                return tensor
+            columns = tensor.astype(np.float32).reshape(len(tensor), -1)  # a bias is one
+            return self._write_stream(columns).reshape(tensor.shape)
         if name == TOKEN_TABLE:
             return self._read_stream(self.original.tensor(name), None)
         if name == _HEAD:

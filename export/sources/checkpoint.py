@@ -11,7 +11,7 @@ from edge.bundle.manifest import Embedding, ModelSpec, Reranking, Source
 from edge.text.chat_template import ChatTemplate
 
 from .checkpoint_text import CheckpointText
-from .idefics3 import Vision
+from .picture_encoder import Vision
 from .quantization_config import WeightFormat
 from .quantized_weight import QuantizedWeight
 

@@ -16,7 +16,7 @@ from edge_lab.model_config import parse_config
 
 from .checkpoint import Checkpoint
 from .checkpoint_text import read_json, read_licence, read_text
-from .idefics3 import decoder_name, read_vision
+from .picture_encoder import read_vision
 from .pooling import read_embedding
 from .quantization_config import WeightFormat, read_quantization
 from .quantized_module import QuantizedModule
@@ -80,7 +80,8 @@ class HfDirectory(Checkpoint):
         self._files, found = _open_weights(directory, quantized=is_quantized)
         # Saved without the class that has a head.
         prefix = _PREFIX if task == "embed" and TOKEN_TABLE not in found else ""
-        self._stored = {prefix + decoder_name(name): name for name in found}
+        rename = str if self.vision is None else self.vision.decoder_name
+        self._stored = {prefix + rename(name): name for name in found}
         self._owner = {name: found[stored] for name, stored in self._stored.items()}
         self._modules = self._quantized_modules()
         self._check_tensors()

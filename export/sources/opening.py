@@ -22,7 +22,7 @@ from .download import Download, Preview
 from .gguf_source import GgufCheckpoint
 from .hf_directory import HfDirectory
 from .hub import TEXT_FILES, download
-from .idefics3 import read_vision
+from .picture_encoder import read_vision
 from .pooling import Judge, find_task
 from .quantization_config import QuantizationConfig, read_quantization
 

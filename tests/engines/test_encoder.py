@@ -29,6 +29,7 @@ from engines.rules.table import VERSIONS
 from engines.trtexec import TrtexecResult
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.manifests import replace_file
+from tests.tiny_internvl import write_internvl_checkpoint
 from tests.tiny_vision import write_vision_checkpoint
 
 pytest.importorskip("tensorrt_rtx")
@@ -73,6 +74,16 @@ def test_both_graphs_are_compiled_and_audited(exported: Path, monkeypatch: pytes
     monkeypatch.setattr(encoder, "read_vision", other)
     (problem,) = check_bundle(config(exported)).problems
     assert "the encoder's outputs are [('image_rows', 'fp16', (-1, 4, 64))], expected" in problem
+
+
+@pytest.mark.parametrize("quant", ["fp16", "int8"])
+def test_an_internvl_compiles_and_is_legal_for_every_version(tmp_path: Path, quant: str):
+    checkpoint = write_internvl_checkpoint(tmp_path / "checkpoint", "qwen3", mean_pooling=False)
+    bundle = tmp_path / "bundle"
+    options: Any = {"quant": "fp16", "vision_quant": quant, "dialect": "portable"}
+    export_checkpoint(ExportConfig(str(checkpoint), output=bundle, **options))
+    assert check_bundle(config(bundle)).problems == ()
+    assert all(verdict.legal for verdict in check_bundle_rules(bundle, list(VERSIONS)))
 
 
 def test_the_plan_is_beside_the_decoders_and_vouched_for_with_it(bundle: Path):
