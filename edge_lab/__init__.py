@@ -1,4 +1,6 @@
-"""Measures, plans and diagnoses: what a bundle is worth, what it will take, what a machine lacks.
+"""Measures bundles, plans for devices, and diagnoses machines.
 
-It stands on `edge`. Servers, fleets, the exporter and the engine builder stand on it.
+`measure` has quality, speed and drift; `planner` predicts memory and speed; `doctor` checks a
+machine; `prove` does all of it in one run on a device; `cli` has the verbs. This package may import
+`edge` and nothing above it: servers, fleets, the exporter and the engine builder stand on it.
 """

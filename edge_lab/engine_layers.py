@@ -1,12 +1,12 @@
-"""The layers of a compiled engine, as TensorRT's engine inspector lists them.
+"""Reads the layers of a compiled engine, as TensorRT's engine inspector lists them.
 
 The inspector's JSON (``IEngineInspector::getEngineInformation``) has a list ``Layers``: names
-alone, or with the profiling verbosity ``DETAILED`` an object per layer. What is read of it:
+alone, or with the profiling verbosity ``DETAILED`` an object per layer. These keys are read:
 
 ===================  ===========================================================================
 ``Name``             layers of the second and later profiles end with ``[profile 1]``, ...
 ``LayerType``        ``gemm``, ``kgen`` (a kernel that the compiler wrote), ``Reformat``, ...
-``Inputs``           of each tensor ``Name``, and ``Format/Datatype`` (TensorRT 10) or ``Datatype``
+``Inputs``           per tensor ``Name`` and ``Format/Datatype`` (TensorRT 10) or ``Datatype``
 ``Outputs``          the same
 ``Weights``          ``Type`` of weights that belong to the layer; not every kind of layer has it
 ``TacticName``       the kernel
@@ -45,7 +45,7 @@ _NARROWEST_FIRST = ("int4", "fp4", "int8", "fp8", "fp16", "bf16", "fp32")
 _PACKED = ("int4", "fp4", "int8", "fp8")
 _PRODUCT = re.compile(r"gemm|gemv|matrixmultiply|\bfc\b", re.IGNORECASE)
 _FUSED_ATTENTION = re.compile(r"mha", re.IGNORECASE)  # _gemm_mha_v2, _gemv_mha_v1, fmha_...
-# As `export.graph.decoder` names them: not what inputs or rows of the cache are dequantized by.
+# Names of `export.graph.decoder`; nodes that dequantize inputs or cache rows do not match.
 _WEIGHT_NODE = re.compile(r"(?P<linear>.+)\.(?:high_)?dequantized/DequantizeLinear")
 _OWN_PRODUCT = "/w4_linear"  # of engines.own_kernels: a plugin, whose INT4 weights are words
 _OWN_ATTENTION = re.compile(r"\.attention/attention_(?:parts|join)\Z")  # of engines.own_attention
@@ -58,10 +58,10 @@ class _LayerStruct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CompiledLayer(_LayerStruct, frozen=True):
-    """One layer of an engine: what the GPU runs, mostly one kernel.
+    """One layer of an engine, which the GPU mostly runs as one kernel.
 
     Attributes:
-        name: without the mark of its profile; it is the name that a profiler reports, too.
+        name: its name without the mark of its profile, as a profiler reports it.
         profile: index of its optimization profile.
         kind: TensorRT's ``LayerType``.
         reads, writes: element types of its inputs and weights, and of its outputs.
@@ -81,7 +81,7 @@ class CompiledLayer(_LayerStruct, frozen=True):
 
     @property
     def dtype(self) -> str:
-        """The narrowest number type that it reads, else writes; ``-`` if it has no numbers."""
+        """The narrowest number type that it reads, else writes; ``-`` if it handles no numbers."""
         if self._is_own:
             return "int4"
         for found in (self.reads, self.writes):
@@ -92,7 +92,7 @@ class CompiledLayer(_LayerStruct, frozen=True):
 
     @property
     def kernel(self) -> str:
-        """Its kernel's name, or its own where TensorRT names none."""
+        """Name of its kernel, or of the layer where TensorRT names no kernel."""
         return self.tactic or self.name
 
     @property
@@ -138,7 +138,7 @@ class LayerTable(_LayerStruct, frozen=True):
         return [layer for layer in self.layers if layer.profile == index]
 
     def unpacked(self, profile: str) -> list[str]:
-        """Linear layers whose weights a profile unpacks; one of two planes is there for each."""
+        """List the linear layers whose weights a profile unpacks, one entry per plane."""
         nodes = dict.fromkeys(
             node for layer in self.of(profile) if layer.unpacks for node in layer.nodes
         )
@@ -174,7 +174,7 @@ def told_profiles(text: str) -> set[int]:
     """Indices of the profiles whose layers a text of the inspector lists.
 
     Raises:
-        BundleError: as `parse_inspector`.
+        BundleError: the text is not what `parse_inspector` reads.
     """
     return {layer.profile for layer in _parse_text(text)}
 
@@ -202,7 +202,7 @@ def _parse_text(text: str) -> tuple[CompiledLayer, ...]:
 
 
 def layers_path(plan: Path) -> Path:
-    """Where the table of a plan's layers is kept: beside it."""
+    """Return where the table of a plan's layers is kept: beside it."""
     return plan.with_suffix(_SUFFIX)
 
 
@@ -212,7 +212,7 @@ def is_layers_file(name: str) -> bool:
 
 
 def read_layers(plan: Path) -> LayerTable | None:
-    """The table of a plan's layers; None if the build left none.
+    """Read the table of a plan's layers; None if the build left none.
 
     Raises:
         BundleError: it is damaged.
@@ -229,7 +229,7 @@ def read_layers(plan: Path) -> LayerTable | None:
 
 
 def _linear_of(node: str) -> str | None:
-    """The linear layer whose weight a node dequantizes; None where it does something else."""
+    """Return the linear layer whose weight a node dequantizes; None if it does something else."""
     match = _WEIGHT_NODE.fullmatch(node)
     return None if match is None or match["linear"].endswith(".input") else match["linear"]
 
@@ -255,7 +255,7 @@ def _parse_layer(layer: dict[str, Any]) -> CompiledLayer:
 
 
 def _dtype(tensor: dict[str, Any]) -> str | None:
-    """Element type of a tensor; None where the inspector does not tell (``N/A``)."""
+    """Return the element type of a tensor; None where the inspector does not tell (``N/A``)."""
     for key in ("Datatype", "DataType", "Format/Datatype"):
         match = _TYPE.search(str(tensor.get(key, "")))
         if match is not None and match.lastindex is not None:
@@ -286,7 +286,7 @@ def _is_fused(layer: CompiledLayer) -> bool:
 
 
 def _attention(layers: list[CompiledLayer]) -> AttentionKind:
-    """Whether attention runs in kernels of its own: those have ``mha`` in their names."""
+    """Tell whether attention runs in kernels of its own: those have ``mha`` in their names."""
     own = any(_OWN_ATTENTION.search(node) for layer in layers for node in layer.nodes)
     if own:
         return "mixed" if any(map(_attends, layers)) else "own"
@@ -313,7 +313,7 @@ def _attention(layers: list[CompiledLayer]) -> AttentionKind:
 
 
 def engine_dtype(scheme: TensorScheme, float_type: FloatType) -> str:
-    """The type in which an engine stores the weights of a scheme, e.g. ``int4`` for both planes."""
+    """Return the type of a scheme's weights in an engine, e.g. ``int4`` for both planes."""
     if scheme.planes:
         return "int4"
     return {"float": float_type, "w8a8": "int8"}.get(scheme.kind, scheme.kind)

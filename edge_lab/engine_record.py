@@ -1,7 +1,7 @@
-"""Writes records of the engines that this machine built, which `edge` reads, and hashes engines.
+"""Writes the records that `edge` reads of engines that this machine built, and hashes engines.
 
 A record is what ``sha256sum`` writes, so ``sha256sum -c /var/lib/edge-llm/engine-records/*`` tells
-which engines are as they were built. To take one away is to vouch for its engine no longer.
+which engines are unchanged since their build. Removing a record ends the trust in its engine.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ _PROBE = f"probe-{os.getpid()}"
 
 
 def record_engine(path: Path, data: bytes) -> None:
-    """Vouch for a file that this machine wrote: an engine's ``engine.json``, which has the rest.
+    """Vouch for an ``engine.json`` that this machine wrote; it has the hashes of the other files.
 
     Args:
-        path: where it is, or is about to be; for whoever reads the record.
+        path: where it is, or is about to be; the record tells it to its readers.
         data: its bytes.
 
     Raises:
-        ConfigError: no record can be written, or none that would count, as where others may write.
+        ConfigError: no record can be written, or it would not count, as where others may write.
     """
     sha256 = hashlib.sha256(data).hexdigest()
     _write(sha256, f"{sha256}  ".encode() + os.fsencode(path.resolve()) + b"\n")
 
 
 def check_recording() -> None:
-    """See whether a build could be recorded.
+    """Check that a build could be recorded.
 
     Raises:
-        ConfigError: it could not, see `record_engine`.
+        ConfigError: it could not; `record_engine` would raise the same.
     """
     _write(_PROBE, b"")
     forget_engine(_PROBE)
 
 
 def forget_engine(sha256: str) -> None:
-    """Vouch no longer for the file with this hash, if a build of this user wrote it."""
+    """Stop vouching for the file with this hash, if a build of this user wrote it."""
     with suppress(OSError):
         (record_directories()[0] / sha256).unlink()
 
@@ -57,7 +57,7 @@ def _write(name: str, line: bytes) -> None:
         missing = [each for each in (directory, *directory.parents) if not each.exists()]
         for each in reversed(missing):
             each.mkdir(exist_ok=True)
-            each.chmod(0o755)  # the server is another user than who builds
+            each.chmod(0o755)  # the server runs as another user than the builder
         replace_durably(directory / name, lambda file: file.write(line), mode=0o644)
         read_guarded_file(directory / name, len(line))
     except OSError as error:

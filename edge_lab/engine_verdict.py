@@ -1,4 +1,4 @@
-"""What makes an engine slow, by the layers that TensorRT made of it, in sentences for people."""
+"""Says in sentences why an engine is slow, from the layers that TensorRT made of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from edge.bundle.engine_file import EngineInfo
 
 
 def slow_parts(info: EngineInfo) -> tuple[str, ...]:
-    """What costs an engine speed; empty where nothing is seen, or its layers are not known.
+    """List what costs an engine speed; empty if nothing is seen or its layers are not known.
 
     Args:
         info: its ``engine.json``.
@@ -33,7 +33,7 @@ def slow_parts(info: EngineInfo) -> tuple[str, ...]:
 
 
 def how_to_mend(info: EngineInfo) -> str:
-    """What to do about `slow_parts`.
+    """Say what to do about the parts that `slow_parts` lists.
 
     Args:
         info: the engine's ``engine.json``.

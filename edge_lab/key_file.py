@@ -1,7 +1,7 @@
 """Reads files of API keys, and makes keys: one ``NAME:KEY`` or ``NAME:sha256:HEX`` per line.
 
-A key that `make_key` makes has 256 random bits, so one SHA-256 of it tells nothing: what makes
-hashes of passwords slow guards against guessing, and there is nothing to guess.
+A key of `make_key` has 256 random bits, so a plain SHA-256 is enough to store: slow hashes of
+passwords guard against guessing, and such a key cannot be guessed.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class KeyEntry:
 
 
 def read_key_file(path: Path, environ: Mapping[str, str] | None = None) -> list[KeyEntry]:
-    """Read the keys of a file; empty lines and those that begin with ``#`` count for nothing.
+    """Read the keys of a file; empty lines and those that begin with ``#`` are skipped.
 
     The file must be readable by its owner alone. Credentials of systemd are exempt: their directory
     is closed to others, and the access list that lets the service in shows as rights of the group.
 
     Args:
         path: the file.
-        environ: instead of ``os.environ``; ``CREDENTIALS_DIRECTORY`` in it is systemd's.
+        environ: used instead of ``os.environ``; systemd sets ``CREDENTIALS_DIRECTORY`` in it.
 
     Raises:
         ConfigError: it cannot be read, others can read it, it is too large or has no key, or a key
@@ -82,7 +82,7 @@ def hashed_line(name: str, key: str) -> str:
     """Write the line of a key file that holds only the hash of a key.
 
     Raises:
-        ConfigError: the name or the key cannot stand in a file of keys.
+        ConfigError: the name or the key cannot be written in a key file.
     """
     if not _NAME.fullmatch(name) or name.startswith("#"):
         raise ConfigError(
@@ -97,7 +97,7 @@ def hashed_line(name: str, key: str) -> str:
 
 
 def key_digest(key: bytes) -> bytes:
-    """Hash a key as a file of keys does."""
+    """Hash a key as it is hashed in a key file."""
     return hashlib.sha256(key).digest()
 
 
@@ -107,7 +107,7 @@ def _parse(text: str, number: int) -> KeyEntry | None:
     if hashed is not None:
         return KeyEntry(hashed[1] or f"key-{number}", bytes.fromhex(hashed[2]))
     name, _, key = text.rpartition(":")
-    # A hash with a slip in it would else become a key that anybody who reads the file can use.
+    # Otherwise a mistyped hash would become a key that anybody who reads the file can use.
     damaged = f"{name}:".lower().endswith("sha256:")
     if damaged or len(key) < MIN_KEY_CHARS or not key.isascii():
         return None

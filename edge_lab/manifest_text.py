@@ -1,4 +1,4 @@
-"""What a manifest says, in lines for a person."""
+"""Describes a manifest in lines for a person."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def describe_sampling(sampling: SamplingDefaults) -> str:
 
 
 def describe_from_source(manifest: Manifest) -> str | None:
-    """One line for a person on what became of a quantized checkpoint; None for a float one."""
+    """Say in a line what became of a quantized checkpoint; None for a float one."""
     quantized = manifest.source.quantization
     if quantized is None:
         return None
@@ -51,7 +51,7 @@ def describe_from_source(manifest: Manifest) -> str | None:
 
 
 def describe_kv_cache(manifest: Manifest) -> str:
-    """One phrase for a person, e.g. ``int8, layers 0, 27 in float``.
+    """Describe the KV cache in a phrase, e.g. ``int8, layers 0, 27 in float``.
 
     Which float is the backend's choice: FP16 on a GPU, FP32 on the CPU.
     """
@@ -63,8 +63,8 @@ def describe_kv_cache(manifest: Manifest) -> str:
 
 
 def describe_vision(manifest: Manifest) -> str | None:
-    """One line for a person on the pictures that a model reads; None for one of text alone."""
-    if "vision" not in manifest.extras:  # what it names is not loaded for a text bundle
+    """Describe in a line the pictures that a model reads; None for one of text alone."""
+    if "vision" not in manifest.extras:  # do not import for a text bundle what comes next
         return None
     from edge.vision.section import read_vision
 
@@ -78,7 +78,7 @@ def describe_vision(manifest: Manifest) -> str | None:
 
 
 def describe_tensorrt(manifest: Manifest) -> str:
-    """One line for a person on the versions that take the graph, e.g. ``legal for 10.16, 11.1``."""
+    """Say in a line which versions take the graph, e.g. ``legal for 10.16, 11.1``."""
     if manifest.tensorrt is None:
         return "not checked at export (edge-llm check BUNDLE --trt all)"
     versions = ", ".join(manifest.tensorrt) or "none"

@@ -1,6 +1,6 @@
-"""``config.json`` of a Hugging Face checkpoint to `ModelSpec`, for the exporter and the planner.
+"""Reads a Hugging Face checkpoint's ``config.json`` into a `ModelSpec`, for exporter and planner.
 
-What changes the arithmetic and is not supported is refused by name; nothing is assumed that the
+Unsupported settings that change the arithmetic are refused by name. Nothing is assumed that the
 stock ``transformers`` class does not assume too.
 """
 
@@ -36,13 +36,13 @@ _OTHER_KINDS = (
         "a model of more than text take one of text alone",
     ),
 )
-"""What else models are, by names of their architectures, and what to take."""
+"""Other kinds of models by their architectures' names, and which model to take instead."""
 _WITHOUT_HEAD: dict[str, Architecture] = {
     "Qwen2Model": "qwen2",
     "LlamaModel": "llama",
     "Qwen3Model": "qwen3",
 }
-"""The same without an lm_head, which is enough for a model that embeds."""
+"""Architectures without an lm_head, which is enough for a model that embeds."""
 # ``rope_theta`` may be absent from the oldest Llama configs; all three classes default to this.
 _DEFAULT_ROPE_THETA = 10_000.0
 _KEYS = {
@@ -50,7 +50,7 @@ _KEYS = {
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
 }
-"""Keys of ``config.json`` that the manifest names otherwise."""
+"""Keys of ``config.json`` that have another name in the manifest."""
 BIDIRECTIONAL = "tokens that see those after them are not supported"
 
 
@@ -62,7 +62,7 @@ class _Config:
         self.where = where
 
     def get(self, key: str) -> Any:
-        """The raw value; absent and ``null`` are the same, as in ``transformers``."""
+        """Return the raw value; absent and ``null`` are the same, as in ``transformers``."""
         return self._values.get(key)
 
     def error(self, key: str, problem: str) -> CheckpointError:
@@ -120,7 +120,7 @@ def parse_config(
     Args:
         config: the parsed JSON object.
         where: path for error messages.
-        task: what the model is to be used for; one that embeds needs no lm_head.
+        task: use of the model; one that embeds needs no lm_head.
 
     Raises:
         CheckpointError: an unsupported architecture or feature, a missing key, a wrong type or a
@@ -147,8 +147,8 @@ def parse_config(
         rms_norm_eps=reader.number("rms_norm_eps"),
         max_position_embeddings=reader.integer("max_position_embeddings"),
         rope=_rope(reader),
-        # Qwen2's class has them whatever the key says. Those that `attention_bias` gives o in the
-        # other two are looked for in the weights.
+        # Qwen2's class has these biases whatever the key says. In the other two, `attention_bias`
+        # gives o a bias as well, which is looked for in the weights.
         qkv_bias=reader.boolean("attention_bias") or architecture == "qwen2",
         qk_norm=architecture == "qwen3",
         tied_embeddings=reader.boolean("tie_word_embeddings"),
@@ -184,7 +184,7 @@ def check_spec(spec: ModelSpec, where: str) -> None:
 def yarn_attention_factor(
     factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
 ) -> float:
-    """Scale on cos and sin that YaRN implies (https://arxiv.org/abs/2309.00071, eq. 22).
+    """Compute YaRN's scale on cos and sin (https://arxiv.org/abs/2309.00071, eq. 22).
 
     With both ``mscale`` keys it is DeepSeek's quotient, as ``transformers`` computes it.
     """
@@ -221,7 +221,7 @@ def alternative(family: str, task: Task = "generate") -> str:
 
     Args:
         family: name of its class, or of its architecture in a GGUF file.
-        task: what the model is for.
+        task: use of the model.
     """
     if family == "InternVLChatModel":
         return "take the same model as transformers has it, whose name ends in -hf"
@@ -235,7 +235,7 @@ def alternative(family: str, task: Task = "generate") -> str:
 
 
 def _refuse_unsupported(config: _Config) -> None:
-    # What no other class computes comes before auto_map, whose advice is to take the stock one.
+    # Check this before auto_map, whose advice to take the stock class would not help here.
     if not config.boolean("is_causal", default=True):
         raise config.error("is_causal", f"is false: {BIDIRECTIONAL}")
     for key, advice in (
@@ -330,9 +330,9 @@ def _yarn(rope: _Config, theta: float, original: int) -> RopeSpec:
     fast, slow = rope.number("beta_fast", 32.0), rope.number("beta_slow", 1.0)
     if fast < slow:
         raise rope.error("beta_fast", f"({fast}) must not be below beta_slow ({slow})")
-    # R1-0528-Qwen3-8B has `attn_factor`, the inverse of what YaRN implies: its attention is that of
-    # Qwen3-8B. SGLang multiplies by it, as vLLM did when the model was published; transformers and
-    # later versions of vLLM know no such key and ignore it.
+    # R1-0528-Qwen3-8B has `attn_factor`, the inverse of the factor that YaRN implies, so that its
+    # attention is Qwen3-8B's. SGLang multiplies by it, as vLLM did when the model was published;
+    # transformers and later versions of vLLM ignore the key.
     scale = rope.number("attn_factor", 1.0)
     mscale = [rope.number(key) if rope.get(key) else None for key in ("mscale", "mscale_all_dim")]
     return RopeSpec(

@@ -21,14 +21,14 @@ def reads_pictures(config: Mapping[str, Any]) -> bool:
 
 
 def decoder_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the config of the decoder alone, as if it had been published so.
+    """Return the config of the decoder alone, as if it had been published alone.
 
     Args:
-        config: of a model that `reads_pictures`.
+        config: config of a model that `reads_pictures`.
         where: path for error messages.
 
     Raises:
-        CheckpointError: there is no ``text_config``, or it is of another arithmetic.
+        CheckpointError: there is no ``text_config``, or its arithmetic is not supported.
     """
     text = config.get("text_config")
     if not isinstance(text, dict):

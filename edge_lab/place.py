@@ -1,9 +1,9 @@
-"""Putting what is finished where a bundle is: whole, old or new, whenever a process is killed.
+"""Puts a finished bundle in its place: whole, old or new, whenever a process is killed.
 
 On Linux two directories trade places in one step (``renameat2(2)`` with ``RENAME_EXCHANGE``). Where
-the file system refuses that (some network and FUSE mounts) the old bundle is renamed aside first; a
-kill between these two renames leaves no target until `recover` puts the old bundle back, which
-whoever holds the target's lock calls first.
+the file system refuses that (some network and FUSE mounts), the old bundle is renamed aside first.
+A kill between these two renames leaves no target until `recover` puts the old bundle back; whoever
+holds the target's lock calls `recover` first.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from edge_lab.target import beside, locked, resolve_target, write_durably
 _log = logging.getLogger(__name__)
 
 ORIGIN_NAME = ".origin.json"
-"""In a bundle that came from a registry: the registry's own manifest, which lists its pieces."""
+"""File in a bundle from a registry: the registry's own manifest, which lists the pieces."""
 _MANIFEST_TEMP = f".{MANIFEST_NAME}.tmp"
-_MARGIN_BYTES = 64 << 20  # what a caller's estimate leaves out: block sizes, directories, manifest
+_MARGIN_BYTES = 64 << 20  # for block sizes, directories and manifest, which estimates leave out
 _AT_FDCWD = -100  # linux/fcntl.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def put_in_place(staging: Path, target: Path) -> None:
-    """Swap: afterwards ``target`` is what ``staging`` was, and the old bundle, if any, is aside.
+    """Make ``staging`` the new ``target`` and put the old bundle, if any, aside.
 
-    It is then at ``staging``, or at `aside` where the file system exchanges no directories.
+    The old bundle is then at ``staging``, or at `aside` where the file system cannot exchange.
 
     Raises:
-        OSError: it cannot be done; `recover` undoes what was.
+        OSError: it failed; `recover` undoes a first half.
     """
     try:
         staging.rename(target)  # works if nothing or an empty directory is there
@@ -71,7 +71,7 @@ def put_in_place(staging: Path, target: Path) -> None:
 
 
 def aside(target: Path) -> Path:
-    """The hidden path beside ``target`` that holds the old bundle between two renames."""
+    """Return the hidden path beside ``target`` that holds the old bundle between two renames."""
     return beside(target, "old")
 
 
@@ -83,17 +83,17 @@ def recover(target: Path) -> None:
         return
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            return  # the target is taken: the swap was finished
+            return  # there is a target: the swap was finished
         raise
     fsync(target.parent)
     _log.warning("put back %s, which an interrupted export had moved aside", target)
 
 
 def sweep(target: Path, staging: Path) -> None:
-    """Remove a staging directory, what a swap left aside, and what earlier sweeps did not end.
+    """Remove a staging directory, what a swap left aside, and what earlier sweeps left.
 
-    Half a directory must not be where `recover` puts back a whole bundle, nor where a pull goes on:
-    it would write into files that a server still reads. So each has another name before.
+    A half removed directory must not be where `recover` finds a whole bundle, nor where a pull
+    resumes, which would write into files that a server still reads. So each is renamed first.
     """
     for directory in (staging, aside(target)):
         with contextlib.suppress(FileNotFoundError):
@@ -105,7 +105,7 @@ def sweep(target: Path, staging: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Remove a directory, if it is there; what cannot be removed is logged."""
+    """Remove a directory, if it exists; log what cannot be removed."""
     try:
         shutil.rmtree(directory)
     except FileNotFoundError:
@@ -156,7 +156,7 @@ class _AnyManifest(msgspec.Struct):
 
 
 def own_entries(bundle: Path) -> set[str]:
-    """Names of the entries that an export or a build wrote; empty if this is not a bundle."""
+    """Name the entries that an export or a build wrote; empty if this is not a bundle."""
     try:
         manifest = msgspec.json.decode(
             read_file(bundle / MANIFEST_NAME, 1 << 24), type=_AnyManifest
@@ -218,10 +218,10 @@ def check_free_space(directory: Path, required_bytes: int, what: str = "the bund
     Args:
         directory: a directory on it.
         required_bytes: room that is needed.
-        what: what needs it, for the message.
+        what: name of what needs it, for the message.
 
     Raises:
-        ResourceError: it is.
+        ResourceError: there is less room.
     """
     free = shutil.disk_usage(directory).free
     if free < required_bytes + _MARGIN_BYTES:

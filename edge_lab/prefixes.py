@@ -1,4 +1,4 @@
-"""Prefixes to store: what a prompt begins with, its rows of the cache, and where they are kept."""
+"""Computes prefixes to store: tokens that prompts begin with, and their rows of the cache."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def default_directory() -> Path:
 
 
 def stable_prefix(encode: Callable[[str], list[int]]) -> list[int]:
-    """Find the tokens that a prompt begins with, whatever its variable part says.
+    """Find the tokens that a prompt begins with, whatever its variable part is.
 
-    The last tokens before that part may merge with it, so two parts that have nothing in common are
-    tried, and what both prompts share is taken.
+    The last tokens before that part may merge with it. So two parts that have nothing in common
+    are tried, and the tokens that both prompts share are taken.
 
     Args:
         encode: turns a variable part into the tokens of the whole prompt.

@@ -1,4 +1,4 @@
-"""Names what hubs have of the models of `edge.bundle.library.CATALOGUE`."""
+"""Lists what hubs have for the models of `edge.bundle.library.CATALOGUE`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ REVISIONS = {
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": "6a6f4aa4197940add57724a7707d069478df56b1",
     "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": "6e8885a6ff5c1dc5201574c8fd700323f23c25fa",
 }
-"""Commit of the Hugging Face hub that a name of the `CATALOGUE` means.
+"""Commit of the Hugging Face hub for each name of the `CATALOGUE`.
 
-Each is the one that public projects which pin these models name, independently of each other
-(searched in November 2026); the hub was not asked. A hub that does not have it refuses it.
+Public projects that pin these models name these commits independently of each other (searched in
+November 2026); the hub was not asked. A hub that does not have the commit refuses it.
 """
 PUBLISHED = {
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "RedHatAI/DeepSeek-R1-Distill-Qwen-1.5B-"
@@ -22,7 +22,7 @@ PUBLISHED = {
     "quantized.w4a16",
     "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": "Intel/DeepSeek-R1-0528-Qwen3-8B-int4-AutoRound",
 }
-"""Checkpoint with 4-bit integers that ``--quant source`` of a name of the `CATALOGUE` takes.
+"""Checkpoint with 4-bit integers that ``--quant source`` takes for a name of the `CATALOGUE`.
 
 Red Hat's are GPTQ by llm-compressor (symmetric, groups of 128), by their model cards and Neural
 Magic's "Quantized DeepSeek-R1 Models" of February 2025; Intel's is the example of vLLM's and

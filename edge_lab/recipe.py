@@ -1,4 +1,4 @@
-"""Recipes: a quantization as it is asked for, and the scheme that each layer gets by it."""
+"""Recipes: a quantization as the user asks for it, and the scheme that each layer gets."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Clip = Literal["absmax", "mse"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A quantization as asked for; `schemes` resolves it for a model.
+    """A quantization as the user asks for it; `schemes` resolves it for a model.
 
     Attributes:
         quant: scheme of the linear layers, by `RULES`; ``fp16`` and ``bf16`` leave the weights as
             floats.
         group_size: weights that share a scale; None is 32 for INT4 layers, and for INT8 the largest
             of 128, 64, 32 that divides every layer's input width.
-        keep: ``(pattern, scheme)`` overrides in the order given, the last match wins. The
-            pattern is a shell wildcard on layer names, the scheme a key of `SCHEMES`, with a group
-            size of its own as in ``int4-g64`` if ``group_size`` is not to decide.
+        keep: ``(pattern, scheme)`` overrides in the order given; the last match wins. The pattern
+            is a shell wildcard on layer names. The scheme is a key of `SCHEMES`, with a group size
+            of its own as in ``int4-g64`` if ``group_size`` is not to decide.
         clip: how a group's scale is chosen.
     """
 
@@ -38,7 +38,7 @@ class Recipe:
     clip: Clip = "mse"
 
     def schemes(self, model: ModelSpec) -> dict[str, TensorScheme]:
-        """The scheme of every linear layer, by name and in the order of the graph.
+        """Resolve the scheme of every linear layer, by name and in the order of the graph.
 
         Raises:
             ConfigError: an unknown ``quant``, a group size that TensorRT or the model's shapes do
@@ -51,14 +51,14 @@ class Recipe:
         if model.task == "embed":
             rules = tuple(rule for rule in rules if rule[0] != "lm_head")
         elif model.task == "rerank":
-            rules = (*rules, ("lm_head", "float"))  # two rows: nothing to gain
+            rules = (*rules, ("lm_head", "float"))  # an lm_head of two rows: nothing to gain
         result = self._matching(model, (*rules, *self.keep))
         if all(scheme.kind == "float" for scheme in result.values()):
             self._refuse_idle_options()
         return result
 
     def overrides(self, model: ModelSpec) -> dict[str, TensorScheme]:
-        """The schemes that ``keep`` alone gives to layers, by name; see `schemes`."""
+        """Return the schemes that ``keep`` alone gives to layers, by name."""
         return self._matching(model, self.keep)
 
     def _matching(
@@ -89,7 +89,7 @@ class Recipe:
                 raise ConfigError(f"{option} has no effect: every layer stays float; leave it out")
 
     def _scheme(self, kind: str, widths: Sequence[int], own: Sequence[int]) -> TensorScheme:
-        """A scheme as ``keep`` says it; an own group size must fit the ``own`` widths only."""
+        """Resolve a scheme of ``keep``; its own group size must fit only the ``own`` widths."""
         name, grouped, size = kind.partition("-g")
         if name not in SCHEMES or (grouped and not re.fullmatch("[0-9]+", size)):
             *most, last = SCHEMES
@@ -109,7 +109,7 @@ class Recipe:
         return TensorScheme(kind=facts.kind, group_size=group, planes=facts.planes)
 
     def export_options(self) -> list[str]:
-        """The options of ``edge-llm export`` that ask for this recipe."""
+        """Return the options of ``edge-llm export`` that ask for this recipe."""
         options = ["--quant", self.quant]
         if self.group_size is not None:
             options += ["--group-size", str(self.group_size)]
@@ -119,12 +119,12 @@ class Recipe:
 
 
 def kind_of(scheme: str) -> str:
-    """The kind of a scheme as ``keep`` says it, without a group size."""
+    """Return the kind of a scheme of ``keep``, without a group size."""
     return scheme.partition("-g")[0]
 
 
 def _group_size(facts: SchemeFacts, widths: Sequence[int], size: int | None, asked: str) -> int:
-    """The group size that was asked for, or the default; it must divide all input widths."""
+    """Return the group size asked for, or the default; it must divide all input widths."""
     fitting = [g for g in facts.group_sizes if g and all(width % g == 0 for width in widths)]
     if size is None:
         if not fitting:
@@ -154,7 +154,7 @@ VARIANTS: dict[str, Recipe] = {
     "int4-head-fp16": Recipe("int4", keep=(("lm_head", "float"),)),
     "int4-head-int4": Recipe("int4", keep=(("lm_head", "int4"),)),
 }
-"""Side by side in a plan, by the names that the user sees."""
+"""Recipes that a plan shows side by side, by the names that the user sees."""
 
 
 def find_variant(name: str) -> Recipe:
@@ -173,7 +173,7 @@ def recipe_linears(model: ModelSpec, recipe: Recipe) -> list[Linear]:
     """List the linear layers of a model in a quantization.
 
     Raises:
-        ConfigError: see `Recipe.schemes`.
+        ConfigError: `Recipe.schemes` refuses the recipe for this model.
     """
     schemes = recipe.schemes(model)
     return [Linear(layer.name, layer.shape, schemes[layer.name]) for layer in linear_layers(model)]

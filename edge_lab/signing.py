@@ -1,4 +1,4 @@
-"""Makes keys and signs by the program ``minisign``; `edge.bundle.minisign` checks."""
+"""Makes keys and signs with the program ``minisign``; `edge.bundle.minisign` checks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from edge.errors import ConfigError, DependencyError
 
 @dataclass(frozen=True)
 class Signer:
-    """A secret key, with what opens it.
+    """A secret key, and the password that opens it.
 
     Attributes:
         path: the key's file.
-        password: empty if the key is not encrypted; it does not show where this is printed.
+        password: empty if the key is not encrypted; left out of the repr.
         public_key: the half that devices get.
     """
 
@@ -50,14 +50,14 @@ class Signer:
 
 
 def open_signer(path: Path, ask_password: Callable[[], str]) -> Signer:
-    """Open a secret key of minisign's, and see that it signs.
+    """Open a secret key of minisign, and check that it signs.
 
     Args:
         path: its file.
-        ask_password: asked where the key is encrypted.
+        ask_password: called if the key is encrypted.
 
     Raises:
-        ConfigError: it cannot be read, is none, or the password is wrong.
+        ConfigError: the file cannot be read or is no key, or the password is wrong.
         DependencyError: minisign is not installed.
     """
     with tempfile.TemporaryDirectory(prefix="edge-llm-") as place:
@@ -82,7 +82,7 @@ def make_key_pair(secret: Path, public: Path, password: str) -> PublicKey:
             if it is empty.
 
     Raises:
-        ConfigError: one is there already, or cannot be written.
+        ConfigError: one file exists already, or cannot be written.
         DependencyError: minisign is not installed.
     """
     for path in (secret, public):
@@ -96,7 +96,7 @@ def make_key_pair(secret: Path, public: Path, password: str) -> PublicKey:
 
 
 def write_signature(path: Path, signature: bytes) -> None:
-    """Write a signature; one that was there is replaced.
+    """Write a signature; an existing one is replaced.
 
     Raises:
         ConfigError: it cannot be written.

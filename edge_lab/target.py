@@ -1,4 +1,4 @@
-"""The directory of a bundle that others may read or replace meanwhile: its lock and new files."""
+"""Locks a bundle's directory, which others may read or replace meanwhile, and writes its files."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def resolve_target(target: Path) -> Path:
 
 
 def beside(target: Path, role: str) -> Path:
-    """The hidden path next to ``target`` that plays ``role`` (lock, staging, old)."""
+    """Return the hidden path next to ``target`` that plays ``role`` (lock, staging, old)."""
     return target.with_name(f".{target.name}.edge-llm-{role}")
 
 
 @contextlib.contextmanager
 def locked(target: Path, what: str = "export") -> Iterator[None]:
-    """Hold the target's lock; the kernel lets go of it however the process ends.
+    """Hold the target's lock; the kernel releases it however the process ends.
 
     Args:
-        target: what is held.
-        what: work of this kind holds it, as another one is told.
+        target: the directory to lock.
+        what: the kind of work, which another process that wants the lock is told.
 
     Raises:
         ConfigError: another process holds it, or it cannot be made.
@@ -68,7 +68,7 @@ def _acquire(path: Path, target: Path, what: str) -> int:
             if os.path.samestat(os.fstat(descriptor), path.lstat()):
                 return descriptor
         except FileNotFoundError:
-            pass  # unlinked: take the next one
+            pass  # it was unlinked: lock the new one
         except BlockingIOError as error:
             writer = os.read(descriptor, 20).decode("ascii", "replace") or "unknown"
             os.close(descriptor)
@@ -84,9 +84,9 @@ def _acquire(path: Path, target: Path, what: str) -> int:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a file whose content a power cut cannot take back.
+    """Write a file that survives a power cut.
 
-    It is a new one: what was at ``path``, such as a link that a bundle came with, is taken away.
+    It is always a new file: whatever was at ``path``, such as a link from a bundle, is removed.
     """
     path.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

@@ -1,8 +1,8 @@
 """Reads what a Jetson reports through sysfs: clocks, temperatures, power, throttling, memory.
 
-Plain files only: no root, no ``tegrastats``, no subprocess. Every file is optional. What is missing
-or garbled is None, or absent from a mapping; nothing here raises, so the same call works on a
-laptop, in a container and on every JetPack:
+It reads plain files only: no root, no ``tegrastats``, no subprocess. Every file is optional. A
+missing or garbled value is None, or absent from a mapping. Nothing here raises, so the same call
+works on a laptop, in a container and on every JetPack:
 
 ====================  ==============================================================================
 GPU                   ``/sys/class/devfreq/17000000.gpu`` on Orin (``.ga10b`` on JetPack 5),
@@ -48,7 +48,7 @@ _ARM_CORE = ("CPU implementer", "CPU part", "CPU variant", "CPU revision")
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """One look at the device; None or an absent key is what could not be read.
+    """One look at the device; None or an absent key means that it could not be read.
 
     Attributes:
         module: e.g. ``NVIDIA Jetson AGX Orin Developer Kit``.
@@ -56,17 +56,17 @@ class Snapshot(msgspec.Struct, frozen=True):
         jetpack: version of the package ``nvidia-jetpack``.
         power_mode: name of the nvpmodel mode, e.g. ``MAXN``; its number where it has no name.
         gpu_load_ratio: 0 to 1, as the driver averages it.
-        gpu_clock_hz, gpu_clock_max_hz, gpu_clock_min_hz: now, and the limits set at present.
+        gpu_clock_hz, gpu_clock_max_hz, gpu_clock_min_hz: the clock now, and the limits set now.
         temperatures_celsius: temperatures by thermal zone, without ``-thermal``; zones that are
-            off are absent, a second one of a name is ``NAME-1``.
-        power_watts: power by rail; likewise.
+            off are absent, and a second zone of the same name is ``NAME-1``.
+        power_watts: power by rail; a second rail of the same name is ``NAME-1``.
         module_power_watts: power of the whole module, not of the carrier board.
-        throttled: a temperature limit holds clocks down now; None where nothing says.
+        throttled: whether a temperature limit holds clocks down now; None if nothing tells.
         throttled_by: the cooling devices that do, e.g. ``gpu-throttle-alert``.
-        over_current_events: since boot; each one cuts the clocks for a moment.
+        over_current_events: number since boot; each one cuts the clocks for a moment.
         memory_total_bytes, memory_available_bytes: system memory, which on Orin is the GPU's too.
-        memory_room_bytes: what this process can have: the available bytes, or less where a control
-            group limits it.
+        memory_room_bytes: memory that this process can have: the available bytes, or less where a
+            control group limits it.
         process_rss_bytes: resident memory of this process.
     """
 
@@ -94,7 +94,7 @@ def read_snapshot(root: Path = Path("/")) -> Snapshot:
     """Look at everything once: some sixty small reads, a few milliseconds.
 
     Args:
-        root: where ``sys``, ``proc``, ``etc`` and ``var`` are.
+        root: directory that holds ``sys``, ``proc``, ``etc`` and ``var``.
     """
     gpu = _find_gpu(root)
     load = _number(gpu / "device" / "load") if gpu else None
@@ -123,7 +123,7 @@ def read_snapshot(root: Path = Path("/")) -> Snapshot:
 
 
 def moving_clocks(snapshot: Snapshot) -> str | None:
-    """Say that the GPU's clocks follow the load; None where they stand still, or are not known."""
+    """Say that the GPU's clocks follow the load; None if they stand still or are not known."""
     low, high = snapshot.gpu_clock_min_hz, snapshot.gpu_clock_max_hz
     if low is None or high is None or low >= high:
         return None
@@ -148,12 +148,12 @@ def read_cpu_name(path: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def read_module(root: Path = Path("/")) -> str | None:
-    """The device tree's name of the board."""
+    """Return the device tree's name of the board."""
     return _text(root / "proc/device-tree/model")
 
 
 def read_l4t(root: Path = Path("/")) -> str | None:
-    """Version of Jetson Linux, e.g. ``36.4.3``."""
+    """Return the version of Jetson Linux, e.g. ``36.4.3``."""
     text = _text(root / "etc/nv_tegra_release") or ""
     match = re.search(r"R(\d+) .*?REVISION: ([\d.]+)", text)
     if match:
@@ -164,18 +164,18 @@ def read_l4t(root: Path = Path("/")) -> str | None:
 
 
 def read_target() -> str | None:
-    """Read which ``--target`` of an export this machine is; None if it is of none."""
+    """Return the ``--target`` of an export that this machine is; None if it is none of them."""
     release = (read_l4t() or "").partition(".")[0]
     return {"36": "jetpack6", "38": "jetpack7", "39": "jetpack7"}.get(release)
 
 
 def read_jetpack(root: Path = Path("/")) -> str | None:
-    """Version of the package ``nvidia-jetpack``, which is not always installed."""
+    """Return the version of the package ``nvidia-jetpack``, which is not always installed."""
     return _package_version(root, "nvidia-jetpack")
 
 
 def read_power_mode(root: Path = Path("/")) -> str | None:
-    """Name of the active nvpmodel mode; its number if the configuration does not name it."""
+    """Return the name of the active nvpmodel mode; its number if the configuration has no name."""
     match = re.search(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status") or "")
     if match is None:
         return None
@@ -184,19 +184,19 @@ def read_power_mode(root: Path = Path("/")) -> str | None:
 
 
 def read_power_modes(root: Path = Path("/")) -> dict[int, str]:
-    """Names of the nvpmodel modes of this board, by their numbers."""
+    """Return the names of the nvpmodel modes of this board, by their numbers."""
     text = _text(root / "etc/nvpmodel.conf") or ""
     found = re.findall(r"^\s*<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+?)\s*>", text, re.MULTILINE)
     return {int(number): name for number, name in found}
 
 
 def read_module_power_watts(root: Path = Path("/")) -> float | None:
-    """Power of the whole module now; None where no sensor says."""
+    """Return the power of the whole module now; None if no sensor tells."""
     return _module_power(read_power_watts(root))
 
 
 class EnergyMeter:
-    """Energy over a span of time: a thread samples the power, trapezoids integrate it.
+    """Measures energy over a span of time: a thread samples the power, trapezoids integrate it.
 
     ::
 
@@ -208,15 +208,15 @@ class EnergyMeter:
     interval has a figure too. If any sample is missing, its neighbours bridge the gap.
 
     Args:
-        read_power_watts: gives watts, or None where there is no reading.
-        interval_s: between samples; the sensors average over some milliseconds themselves.
+        read_power_watts: returns watts, or None where there is no reading.
+        interval_s: seconds between samples; the sensors average over some milliseconds themselves.
         clock: a monotonic clock in seconds.
-        wait: waits for this many seconds, or until the event is set; gives whether it is.
+        wait: waits for this many seconds, or until the event is set; returns whether it is.
 
     Attributes:
         joules: energy of the span; None before its end, or with less than two readings.
-        mean_watts: over the time between the first and the last reading; None where ``joules`` is.
-        samples: readings that were taken.
+        mean_watts: mean power between the first and the last reading; None where ``joules`` is.
+        samples: number of readings taken.
         duration_s: time between the first and the last reading.
     """
 
@@ -244,7 +244,7 @@ class EnergyMeter:
         self.duration_s = 0.0
 
     def start(self) -> None:
-        """Begin a span; the figures of an earlier one are gone."""
+        """Begin a span; the figures of an earlier one are lost."""
         if self._thread is not None:
             raise RuntimeError("the meter is running already")
         self._stop.clear()
@@ -296,7 +296,7 @@ class EnergyMeter:
 
 
 def _text(path: Path) -> str | None:
-    """A small file, stripped (the device tree ends strings with NUL); None if unreadable."""
+    """Read a small file, stripped (the device tree ends strings with NUL); None if unreadable."""
     try:
         return path.read_text("utf-8", "replace").strip().strip("\0").strip()
     except OSError:  # missing, forbidden, or a sensor that is switched off (EAGAIN, EINVAL)
@@ -310,7 +310,7 @@ def _number(path: Path) -> int | None:
 
 
 def _directories(parent: Path, prefix: str = "") -> Iterator[Path]:
-    """Directories in ``parent``, by number where their names end in one."""
+    """List the directories in ``parent``, by number where their names end in one."""
     try:
         found = [path for path in parent.iterdir() if path.name.startswith(prefix)]
     except OSError:
@@ -333,7 +333,7 @@ def _hwmon(root: Path, name: str) -> Iterator[Path]:
 
 
 def read_power_watts(root: Path = Path("/")) -> dict[str, float]:
-    """Power now, by rail; empty where no sensor says."""
+    """Return the power now by rail; empty if no sensor tells."""
     rails: dict[str, float] = {}
     for path in _hwmon(root, "ina3221"):
         for channel in (1, 2, 3):  # the others are sums of shunt voltages
@@ -351,7 +351,7 @@ def read_power_watts(root: Path = Path("/")) -> dict[str, float]:
 
 
 def _add(values: dict[str, float], name: str, value: float) -> None:
-    """Add a value; a second one of a name is called ``NAME-1``."""
+    """Add a value; a second one of the same name is called ``NAME-1``."""
     names = (name, *(f"{name}-{number}" for number in range(1, len(values) + 1)))
     values[next(free for free in names if free not in values)] = value
 
@@ -376,7 +376,7 @@ def _read_temperatures(root: Path) -> dict[str, float]:
 
 
 def _read_alerts(root: Path) -> tuple[str, ...] | None:
-    """Active ``*-throttle-alert`` cooling devices; None where the kernel has none of them."""
+    """List active ``*-throttle-alert`` cooling devices; None where the kernel has none of them."""
     known, active = False, []
     for path in _directories(root / "sys/class/thermal", "cooling_device"):
         name, state = _text(path / "type"), _number(path / "cur_state")
@@ -408,7 +408,7 @@ def _package_version(root: Path, package: str) -> str | None:
 
 @functools.lru_cache(maxsize=4)
 def _package_versions(path: Path, _stamp: int) -> dict[str, str]:
-    """Versions of NVIDIA's packages: the file has megabytes, so it is read once per change."""
+    """Return versions of NVIDIA's packages; the file is large, so it is read once per change."""
     found: dict[str, str] = {}
     package = ""
     try:

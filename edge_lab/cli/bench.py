@@ -152,7 +152,7 @@ def _check_before_loading(
     *,
     layers: bool,
 ) -> None:
-    """Refuse what would be refused, or fail, after the minutes that a model takes to load."""
+    """Refuse early what would only fail after the minutes that a model takes to load."""
     from edge.bundle.engine_file import find_engines
     from edge.bundle.manifest import read_manifest
     from edge_lab.measure.bench import check_room
@@ -292,7 +292,7 @@ def _print(result: dict[str, Any], changes: list[Change]) -> None:
     console = Console(markup=False, highlight=False)
     device = result["device"]
     place = device["module"] or device["name"] or "this machine"
-    # What it ran in, which the table of modes may not have.
+    # The mode it ran in, which the table of modes may not list.
     mode = f", {device['nvpmodel']}" if device["nvpmodel"] else ""
     table = make_table(
         f"{result['bundle']} ({result['quantization']}) with {result['backend']} on {place}{mode}: "

@@ -71,7 +71,7 @@ def build(
     check_task(read_manifest(bundle), "generate")
     with LLM(bundle, take_engine(options, num_slots=1)) as llm:
         if system is not None:
-            # Editors end a file with a line end that nobody sends: $(cat FILE) has none either.
+            # Editors end a file with a newline that is not meant to be sent; $(cat) drops it, too.
             ids = _system_ids(llm, _read(system).removesuffix("\n"))
         else:
             ids = _text_ids(llm, _read(text))

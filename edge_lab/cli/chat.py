@@ -54,8 +54,8 @@ _HELP = """\
 Three double quotes begin a message of several lines, three more end it.
 Ctrl-C stops an answer; the conversation goes on."""
 _QUOTES = '"""'
-_NEARLY_FULL = 0.1  # of the KV capacity
-_LOOK_S = 0.1  # between two looks at whether Ctrl-C was pressed
+_NEARLY_FULL = 0.1  # share of the KV capacity
+_LOOK_S = 0.1  # seconds between two checks for Ctrl-C
 
 
 @click.command(cls=SectionCommand)
@@ -122,14 +122,14 @@ class Conversation:
                 else:
                     self._ask(text)
             except EdgeError as error:
-                # A message too long, say: the conversation before it is still good.
+                # For example a message that is too long: the conversation before it is still good.
                 click.echo(f"error: {error}", err=True)
 
     def command(self, text: str) -> bool:
         """Run a slash command; False leaves the chat.
 
         Raises:
-            EdgeError: it cannot be done; the conversation is what it was.
+            EdgeError: the command failed; the conversation is unchanged.
         """
         name, _, rest = text.strip().partition(" ")
         rest = rest.strip()
@@ -166,10 +166,10 @@ class Conversation:
         return True
 
     def answer(self, content: Content) -> None:
-        """Stream an answer; what was said so far counts as said, also when it is stopped.
+        """Stream an answer; if it is stopped, what came so far stays in the conversation.
 
         Args:
-            content: a text, or parts, of which some are pictures.
+            content: a text, or a list of parts with pictures among them.
         """
         question = {"role": "user", "content": content}
         printer = answer_printer()
@@ -195,7 +195,7 @@ class Conversation:
         return [{"role": "system", "content": self.system}] if self.system else []
 
     def _show(self, path: Path) -> None:
-        """Have a picture go with the next message."""
+        """Attach a picture to the next message."""
         if not self.llm.reads_images:
             raise RequestError(f"{self.llm.manifest.name} reads text only")
         from .pictures import picture_part
@@ -204,7 +204,7 @@ class Conversation:
         click.echo(f"{path.name} goes with the next message.")
 
     def _ask(self, text: str) -> None:
-        """Answer a message, with the pictures that were shown for it."""
+        """Answer a message together with the pictures attached to it."""
         pictures = self.pictures
         self.answer([*pictures, {"type": "text", "text": text}] if pictures else text)
         self.pictures = []
@@ -216,7 +216,7 @@ class Conversation:
         return question
 
     def _answer_instead(self, content: Content) -> None:
-        """Answer it in the place of the last message; if that fails, all stays as it was."""
+        """Replace the last message by this one and answer it; change nothing if that fails."""
         before = self.messages
         self.messages = before[:-2]
         try:
@@ -280,14 +280,14 @@ class Conversation:
             click.echo(f"  {knob:18} {shown if found is None else found}{'' if own else '  (set)'}")
 
     def _tokens_left(self) -> int:
-        """Room for what follows, in tokens; reasoning is not repeated."""
+        """Return how many tokens still fit; earlier reasoning is not sent again."""
         if self.last.stats is None:
             return self.llm.kv_capacity
         said = self.last.stats.prompt_tokens + len(self.llm.tokenizer.encode(self.last.text))
         return max(self.llm.kv_capacity - said, 0)
 
     def _tell_room(self) -> None:
-        """Say on stderr how much room is left: always in a terminal, elsewhere if it is little."""
+        """Print on stderr how much room is left: always in a terminal, else if it is little."""
         if self.last.stats is None:
             return
         left, capacity = self._tokens_left(), self.llm.kv_capacity
@@ -362,7 +362,7 @@ def _line_history() -> Iterator[None]:
         yield
         return
     path = state / "edge-llm" / "history"
-    # A home that cannot be written, or a history of another library, is no reason not to talk.
+    # Chat even if the home cannot be written or the history is another library's.
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if path.exists():

@@ -56,7 +56,7 @@ def _content(message: _Message) -> Any:
 
 
 def write_conversation(path: Path, messages: list[dict[str, Any]]) -> None:
-    """Write a conversation, whole or not at all; only another conversation is replaced.
+    """Write a conversation, whole or not at all; replace no file but another conversation.
 
     Raises:
         RequestError: the file is there and is no conversation, or cannot be written.
@@ -72,7 +72,7 @@ def write_conversation(path: Path, messages: list[dict[str, Any]]) -> None:
         messages = list(map(as_sent, messages))
     data = msgspec.json.format(msgspec.json.encode(messages), indent=1) + b"\n"
     try:
-        # What was said is nobody else's business.
+        # Only the owner may read what was said.
         replace_durably(path, lambda file: file.write(data), mode=0o600)
     except OSError as error:
         raise RequestError(f"{path} cannot be written: {error.strerror}") from error

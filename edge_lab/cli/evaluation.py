@@ -1,4 +1,4 @@
-"""Evaluates as the options of ``edge-llm eval`` say: prints, saves and judges what was found."""
+"""Runs the evaluation that ``edge-llm eval`` asks for: prints, saves and judges the results."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def run_evaluation(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Evaluate as `evaluation_options` say, and print, save and judge what was found.
+    """Evaluate with the options of `evaluation_options`; print, save and judge the results.
 
-    The context ends with `EXIT_GATE_MISSED` where a threshold was missed, and the computer is
-    entered once the options are found sound.
+    The context exits with `EXIT_GATE_MISSED` if a threshold is missed. The computer is entered only
+    once the options are known to be sound.
     """
     _refuse_idle_options(task_file, options)
     check_writable(html_file, "--html")
@@ -107,7 +107,7 @@ def run_evaluation(
             measured = result if task_file is None else result["against"]
             missed = list(evaluation.missed_thresholds(limits, measured))
             result["gate"] = {"name": gate, "missed": missed}
-    # First of all: what cannot be saved is not lost.
+    # Print first: a result that cannot be saved is then not lost.
     if as_json:
         for result in results:
             echo_json(result)
@@ -160,7 +160,7 @@ def _reference(against: str, dialect: Dialect, stack: ExitStack) -> Path:
     # A process of its own gives all its memory back before the models are loaded.
     command = [sys.executable, "-m", "edge.cli", "export", against, "-o", str(bundle)]
     command += ["--quant", "fp16", "--dialect", dialect]
-    # SIGTERM that comes while the export starts is heard once that can be ended.
+    # A SIGTERM that arrives while the export starts is acted on once there is a child to end.
     early: list[int] = []
     leave = signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
@@ -181,9 +181,9 @@ def _reference(against: str, dialect: Dialect, stack: ExitStack) -> Path:
 
 @contextmanager
 def _sigterm_exits() -> Iterator[None]:
-    """While active, SIGTERM ends this process as an exit does, which removes what is temporary.
+    """While active, turn SIGTERM into an ordinary exit, so that temporary files are removed.
 
-    A second one acts as ever.
+    A second SIGTERM ends the process as usual.
     """
 
     def leave(number: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Options of the verbs that ask a golden set: what is asked, and with which engine."""
+"""Options of the verbs that ask a golden set: which prompts, and which engine answers."""
 
 from __future__ import annotations
 

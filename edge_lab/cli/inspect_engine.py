@@ -72,7 +72,7 @@ def inspect_engine(directory: Path, as_json: bool, layers: bool, verify: bool) -
 
 
 def why_unknown(directory: Path, info: EngineInfo) -> str:
-    """Why an engine has no table of its layers, and what makes one."""
+    """Say why an engine has no table of its layers, and how to make one."""
     reason = info.compiled_unknown or "an older edge-llm built the engine, or its file is gone"
     return f"not known: {reason}; build it on its device: {rebuild_command(directory, info)}"
 
@@ -96,7 +96,7 @@ def weights_as_exported(info: EngineInfo, manifest: Manifest) -> bool | None:
 
 
 def describe_profile(found: ProfileLayers) -> str:
-    """A profile's layers in one line."""
+    """Describe a profile's layers in one line."""
     products = ", ".join(f"{count} {dtype}" for dtype, count in found.products.items())
     text = (
         f"{found.layers} layers, {found.fused} of several nodes, {found.reformats} reformats; "
@@ -108,7 +108,7 @@ def describe_profile(found: ProfileLayers) -> str:
 
 
 def describe_trial(tried: TunedRung) -> str:
-    """What came out where a variant was tried."""
+    """Describe how the trial of a variant ended."""
     if tried.decode_s is None:
         return tried.problem or "not timed"
     text = f"{tried.decode_s * 1e3:.2f} ms per decode step"

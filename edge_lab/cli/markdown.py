@@ -1,7 +1,8 @@
 """Shows an answer as Markdown while it streams: headings, lists, tables, code in colour.
 
-What can no longer change is printed once and stays; only the last block, which may still grow, is
-drawn again, and of a tall one its last lines, since a terminal can redraw only what it shows.
+A block that can no longer change is printed once and stays. Only the last block, which may still
+grow, is drawn again. If it is taller than the screen, only its last lines are drawn, since a
+terminal can redraw only what it shows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from rich.markdown import Markdown
 
 _REDRAW_S = 0.1
-_MARGIN = 2  # rows: a line that is written into the last row scrolls
+_MARGIN = 2  # rows kept free: writing into the last row scrolls
 
 
 def shows_markdown() -> bool:
@@ -37,7 +38,7 @@ class MarkdownPrinter(StreamPrinter):
     """A printer that shows the answer as Markdown, and the reasoning as it comes.
 
     Args:
-        console: where to; by default standard output, which must be a terminal.
+        console: the console to print to; by default standard output, which must be a terminal.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -72,7 +73,7 @@ class MarkdownPrinter(StreamPrinter):
 
     def _print_finished(self) -> None:
         """Print all blocks but the last, which may go on."""
-        # Of a line that is not whole nobody knows to which block it belongs: "2" may become "2. b".
+        # An unfinished line may still change its block: "2" may become "2. b".
         whole, newline, begun = self._tail.text.rpartition("\n")
         *finished, last = _blocks(whole + newline)
         if not finished:
@@ -96,7 +97,7 @@ class MarkdownPrinter(StreamPrinter):
 
 
 class _Tail:
-    """A piece of Markdown; unless it is whole, its last lines as far as the screen shows them."""
+    """A piece of Markdown; while it is unfinished, only its last lines that fit on the screen."""
 
     def __init__(self, text: str, *, is_first: bool, is_whole: bool = False) -> None:
         self.text = text
@@ -117,7 +118,7 @@ class _Tail:
             if not filled:
                 continue
             rows = rows[filled[0] : filled[-1] + 1]
-            # One empty line between any two blocks, however each would stand off the next.
+            # Put exactly one empty line between two blocks, whatever spacing each asks for.
             lines += [[], *rows] if lines or not self.is_first else rows
         if not self.is_whole:
             lines = lines[-max(options.size.height - _MARGIN, 1) :]
@@ -144,7 +145,7 @@ def _parse(text: str) -> Markdown:
     from markdown_it import MarkdownIt
     from rich.markdown import Markdown
 
-    # Code in the colours of the terminal itself; the address of a link beside its text.
+    # Use the terminal's own colours for code, and print a link's address beside its text.
     markdown = Markdown("", code_theme="ansi_dark", hyperlinks=False)
     markdown.markup = text
     parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])

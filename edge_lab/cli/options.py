@@ -49,10 +49,10 @@ def given_flag(*names: str) -> str | None:
 
 
 def check_writable(path: Path | None, option: str) -> None:
-    """Refuse a file that could not be written after the hours that its content takes.
+    """Refuse a file that cannot be written, before the hours that its content takes.
 
     Raises:
-        ConfigError: it is not there, and its directory is not either, or is not writable.
+        ConfigError: the file does not exist and neither does its directory, or is not writable.
     """
     if path is None or os.access(path, os.W_OK):
         return

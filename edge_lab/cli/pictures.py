@@ -64,7 +64,7 @@ def _read_url(url: str) -> bytes:
 
 
 def describe_picture(found: dict[str, Any]) -> str:
-    """Say what `edge_lab.measure.picture_bench.bench_picture` found."""
+    """Describe a result of `edge_lab.measure.picture_bench.bench_picture`."""
     decode, vision, prefill, ttft = (
         f"{found[key] * 1e3:,.1f}" for key in ("decode_s", "vision_s", "prefill_s", "ttft_s")
     )

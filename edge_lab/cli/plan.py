@@ -149,7 +149,7 @@ def plan(
         kv_capacity = engine.kv_capacity
         max_prefill = max_prefill or min(DEFAULT_MAX_PREFILL, engine.max_prefill)
     if kv_capacity is None:
-        # What the export would take; of a config.json nobody knows whether the model reasons.
+        # Use the export's default; a config.json does not say whether the model reasons.
         kv_capacity = (
             default_kv_capacity(
                 reasons=planned in BUILT_IN.values(),
@@ -213,7 +213,7 @@ def take_device(
     """Find the device of the options; the memory of ``cpu`` is what this machine has left now.
 
     Raises:
-        ConfigError: see `find_device` and `calibrated`.
+        ConfigError: `find_device` or `calibrated` refuses the options.
     """
     from edge.device.memory import read_available_memory_bytes
     from edge_lab.planner.calibration import calibrated
@@ -232,7 +232,7 @@ def take_device(
 def _find_engine(
     planned: PlannedModel, target: PlanDevice, asked: Asked, no_engine: bool
 ) -> PlannedEngine | str | None:
-    """The bundle's engine, or why there is none to go by; None where none could be."""
+    """Return the bundle's engine, or why there is none to go by; None where there can be none."""
     from edge_lab.planner.engine import find_engine
     from edge_lab.planner.plan import CPU
 
@@ -246,7 +246,7 @@ def _find_engine(
 
 
 def _find_draft(draft: str, planned: PlannedModel, backend: str) -> PlannedModel:
-    """The model or the head that ``--draft`` names."""
+    """Return the model or the head that ``--draft`` names."""
     from edge_lab.planner.models import check_tokenizers, find_head, find_model
 
     if draft == str(EAGLE3):
@@ -262,7 +262,7 @@ def _find_draft(draft: str, planned: PlannedModel, backend: str) -> PlannedModel
 
 
 def int8_dialect(backend: str, kv_cache: str | None) -> Dialect:
-    """The dialect to plan for where there is no bundle: TensorRT has an 8-bit cache in one only."""
+    """Return the dialect to plan for without a bundle; TensorRT has an 8-bit cache in only one."""
     return "portable" if backend == "tensorrt" and kv_cache == "int8" else "native"
 
 
@@ -354,7 +354,7 @@ def _print(result: ModelPlan) -> None:
             "edge-llm bench BUNDLE --draft BUNDLE. Where drafts lose, the policy does not draft."
         )
     factors = result.efficiency
-    # A CPU's arithmetic is in no table, so a share of it would say nothing.
+    # No table has a CPU's peak arithmetic, so a share of it would mean nothing.
     arithmetic = "" if device.name == "cpu" else f", arithmetic at {factors.compute:.0%}"
     per_launch = "" if result.engine is None else f" ({factors.launch_s * 1e6:.1f} us per launch)"
     console.print(
@@ -365,7 +365,7 @@ def _print(result: ModelPlan) -> None:
 
 
 def _print_export(result: ModelPlan) -> None:
-    """Print the lines that make the planned model: in INT4, where that was planned, and fits."""
+    """Print the commands that make the planned model, in INT4 if that was planned and fits."""
     options = [option for option in result.options if option.recipe is not None]
     if not options or result.model.source is None:
         return
@@ -382,13 +382,13 @@ def _print_export(result: ModelPlan) -> None:
 
 
 def making(name: str, target: str) -> str:
-    """Head the lines that make a bundle for a ``--target``."""
+    """Return the heading of the commands that make a bundle for a ``--target``."""
     where = f"JetPack {target[-1]}" if target.startswith("jetpack") else "this CPU"
     return f"To make {name} for {where}:"
 
 
 def _engine_basis(result: ModelPlan) -> str | None:
-    """What is known of the bundle's engine, or why nothing is; None where there is no bundle."""
+    """Say how the bundle's engine is known, or why it is not; None without a bundle."""
     engine = result.engine
     if engine is None:
         unknown = result.engine_unknown
@@ -418,7 +418,7 @@ def _engine_basis(result: ModelPlan) -> str | None:
 
 
 def _draft_table(result: ModelPlan) -> FigureTable:
-    """Speed with the draft model, by quantization and context."""
+    """Make the table of speeds with the draft model, by quantization and context."""
     assert result.draft is not None
     acceptances = sorted({speed.acceptance for speed in result.options[0].drafts})
     table = make_table(

@@ -33,7 +33,7 @@ def planned_ways(file: Path, plan: ModelPlan) -> list[PlannedWay]:
 
 
 def print_planned_ways(ways: Sequence[PlannedWay], context: int) -> None:
-    """Print what `planned_ways` found."""
+    """Print the ways that `planned_ways` predicted."""
     from rich.console import Console
 
     table = make_table(
@@ -78,7 +78,7 @@ def chosen_way(
 
 
 def describe_way(way: PlannedWay | None, joules: float) -> str:
-    """Say which way `chosen_way` found, in a line."""
+    """Describe the way that `chosen_way` found in a line."""
     if way is None:
         return f"No way of --ways answers a question with {joules:g} J."
     options = " ".join(way.options) or "no further option"

@@ -1,7 +1,7 @@
-"""How far a verb is, on stderr: bars in a terminal, a line now and then anywhere else.
+"""Shows how far a verb is, on stderr: bars in a terminal, a line now and then anywhere else.
 
-What takes less than 10 seconds prints no line. A step that takes longer prints one after 10 s, then
-at every 10 % or after 30 s, whichever comes first, also while it reports nothing at all.
+A step shorter than 10 seconds prints no line. A longer one prints a line after 10 s, then every
+10 % or every 30 s, whichever comes first, even while it reports nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edge_lab.progress import Progress
 _QUICK_S = 10.0
 _SILENCE_S = 30.0
 _LEAST_GAP_S = 1.0
-_LEAST_SHARE = 1e-3  # of the work, to judge the pace by
+_LEAST_SHARE = 1e-3  # share of the work that must be done before its pace is judged
 _TICK_S = 1.0
 
 _clock = time.monotonic
@@ -69,7 +69,7 @@ def _is_terminal() -> bool:
 
 @dataclass
 class _Step:
-    first: float  # done when it began
+    first: float  # amount that was done when it began
     began_s: float
     done: float
     total: float
@@ -100,7 +100,7 @@ class ProgressLines:
     def __call__(
         self, step: str, done: float, total: float, unit: str = "", detail: str = ""
     ) -> None:
-        """See `edge_lab.progress.Progress`."""
+        """Take note of a step's progress, as `edge_lab.progress.Progress` describes."""
         with self._lock:
             now = self._clock()
             known = self._steps.get(step)
@@ -118,7 +118,7 @@ class ProgressLines:
                 self._write(_last_line(step, known, now))
 
     def tick(self) -> None:
-        """Tell of steps that have not been heard of; to be called once a second."""
+        """Print a line for each silent step whose line is due; call this once a second."""
         with self._lock:
             now = self._clock()
             for name, step in self._steps.items():
@@ -156,7 +156,7 @@ def _last_line(name: str, step: _Step, now: float) -> str:
 
 
 def _share(step: _Step) -> str:
-    # 100 % is said of what is over, and of nothing else.
+    # Say 100 % only of a step that is finished.
     percent = f"{100 if step.fraction >= 1 else min(int(100 * step.fraction), 99)} %"
     inside = []
     if step.unit and step.total >= 1e7:
@@ -169,7 +169,7 @@ def _share(step: _Step) -> str:
 
 
 def _rate(speed: float, unit: str) -> str:
-    """Write what is done in a second; where that is less than one, what a minute does."""
+    """Write the rate per second, or per minute where a second does less than one unit."""
     if speed >= 1e6:
         return f"{speed / 1e6:.0f} M {unit}/s"
     if speed >= 1:
@@ -215,7 +215,7 @@ class _Bars:
     def __call__(
         self, step: str, done: float, total: float, unit: str = "", detail: str = ""
     ) -> None:
-        """See `edge_lab.progress.Progress`."""
+        """Take note of a step's progress, as `edge_lab.progress.Progress` describes."""
         if step in self._hidden:
             if done < total:
                 self._rich.stop()

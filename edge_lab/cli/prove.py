@@ -79,8 +79,8 @@ def prove(
 
     With REPORTS, which may be of many devices, it runs nothing and prints them as a table.
 
-    Exit codes: 0 all was proven, 3 something was missed or is left for the next run, 69 no GPU with
-    TensorRT (the CPU's part is in the report), 71 too little disk.
+    Exit codes: 0 all was proven; 3 something was missed or is left for the next run; 69 no GPU with
+    TensorRT (the CPU's part is in the report); 71 too little disk.
     """
     if reports:
         _print_table(reports, as_json)

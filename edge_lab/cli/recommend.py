@@ -35,7 +35,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([kmg])(i?)b?", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str) -> int:
-    """Read bytes from ``1GB`` (10^9), ``1GiB`` (2^30) or ``800M``; a number alone says too little.
+    """Read bytes from ``1GB`` (10^9), ``1GiB`` (2^30) or ``800M``; a number needs its unit.
 
     Raises:
         ConfigError: no such size, or 0.

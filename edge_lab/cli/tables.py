@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-_NAME = 32  # columns of a name that is never broken, such as that of a model and its precision
-_FIGURE = 12  # columns for what is said of it
-_GAP = 2  # that rich adds to each column, the last included
+_NAME = 32  # columns: a name up to this long, such as a model and its precision, is never broken
+_FIGURE = 12  # columns for a figure beside the name
+_GAP = 2  # columns that rich adds to each column, the last included
 
 
 class FigureTable:
     """A plain table for rich's console.
 
-    Nothing is cut off: where the columns do not fit side by side, headings are broken at spaces,
-    and then the table is, into several with the first columns in each.
+    Nothing is cut off. Where the columns do not fit side by side, headings are broken at spaces. If
+    that is not enough, the table is split into several, each with the key columns first.
 
     Args:
         title: printed above.
         columns: their headings; all but the first hold figures.
-        keys: first columns that say what a row is about.
+        keys: number of first columns that say what a row is about.
         left: headings of columns that hold words.
     """
 
@@ -45,7 +45,7 @@ class FigureTable:
         from rich.table import Table
 
         cells = list(zip(self._columns, *self._rows, strict=True))
-        # How narrow a column can be: its longest word, and of a key the longest cell.
+        # A column is at least as wide as its longest word, a key column as its longest cell.
         least = [
             max(
                 cell_len(word)
@@ -56,7 +56,7 @@ class FigureTable:
         ]
         wishes = [max(map(cell_len, column)) for column in cells]
         room = options.max_width
-        # What is longer than that, such as the name of a kernel, is broken within a word.
+        # A longer cell, such as the name of a kernel, is broken within a word.
         most_key = max(room // 2, min(_NAME, room - _FIGURE)) // self._keys - _GAP
         keys = [min(width, most_key) for width in least[: self._keys]]
         most = max(room - sum(keys) - _GAP * (self._keys + 1), 1)
@@ -85,7 +85,7 @@ class FigureTable:
             yield table
 
     def _groups(self, widths: list[int], room: int) -> list[list[int]]:
-        """Columns of each of the tables that this one is cut into."""
+        """Return the columns of each table that this one is split into."""
         keys = list(range(self._keys))
         groups: list[list[int]] = []
         used = room
@@ -100,7 +100,7 @@ class FigureTable:
 
 
 def _fit(group: list[int], least: list[int], wishes: list[int], room: int) -> dict[int, int]:
-    """Widths of the columns of one table: as wished, less what there is no room for."""
+    """Return the column widths of one table: the wishes, shrunk to the room that there is."""
     widths = {index: wishes[index] for index in group}
     excess = sum(widths.values()) + _GAP * len(group) - room
     for index in sorted(group, key=lambda index: least[index] - wishes[index]):

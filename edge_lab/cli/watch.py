@@ -148,7 +148,7 @@ def _check_use(
     traffic: Path | None,
     options: dict[str, Any],
 ) -> None:
-    """Refuse what cannot be done before anything is opened."""
+    """Refuse options that do not go together, before anything is opened."""
     server, stats = options["server"], options["stats_file"]
     if baseline is None and against is None and traffic is None:
         raise ConfigError("nothing to compare with; give --baseline, --against or --traffic")

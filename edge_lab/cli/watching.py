@@ -1,4 +1,4 @@
-"""Asks, counts and compares what ``edge-llm watch`` says, and reports what is another now."""
+"""Runs ``edge-llm watch``: asks, counts, compares with the baseline, and reports what changed."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ def watch_all(
     textfile: Path | None,
     as_json: bool,
 ) -> int:
-    """Watch as the options of the verb say, which were found sound; return the exit code."""
+    """Watch with the verb's options, which were checked before; return the exit code."""
 
     def records(path: Path) -> bool:
         return record or (record_missing and not exists(path))
 
-    # What is wrong with a file is said before hours of asking.
+    # Report a bad file before hours of asking.
     before = None if baseline is None or records(baseline) else read_baseline(baseline)
     usual = None if traffic is None or records(traffic) else read_counts(traffic)
     state_file: Path | None = options["state_file"]
@@ -106,7 +106,7 @@ def watch_all(
     try:
         _ask_models(outcome, bundle, baseline, against, before, options)
     except EdgeError as error:
-        failure = error  # the clients' traffic says something of its own
+        failure = error  # what clients ask for is still worth comparing
     if traffic is not None and counters is not None:
         _watch_traffic(outcome, traffic, counters, usual, thresholds, state)
         if state_file is not None:
@@ -116,7 +116,7 @@ def watch_all(
             outcome.notes.append(
                 f"if that is how it should be now, remove {path}; --record-missing writes it anew"
             )
-    # After a failure the old file stays, whose time tells of it.
+    # After a failure the old file stays: its time shows that it is old.
     if textfile is not None and failure is None:
         write_atomic(textfile, _prometheus(outcome))
     if traffic is not None or failure is None:
@@ -149,7 +149,7 @@ def _ask_models(
             outcome.checks, facts = _compare_bundles(bundle, against, options, progress)
         outcome.notes.append(facts)
     elif baseline is not None:
-        if before is not None:  # said before hours of asking, too
+        if before is not None:  # refuse before hours of asking, too
             items, sha256 = read_golden(options["golden"])
             ids = [item.id for item in items]
             check_asked(before, sha256, ids, options["max_tokens"], thinking=options["thinking"])
@@ -255,7 +255,7 @@ def _watch_traffic(
     thresholds: Thresholds,
     state: TrafficState,
 ) -> None:
-    """Compare what came between two runs with what is usual, which None records."""
+    """Compare the traffic between two runs with the usual one; record it if ``usual`` is None."""
     window = now.since(state.seen).plus(state.pending)
     outcome.requests = window.requests
     state.pending = Counts()
@@ -267,7 +267,7 @@ def _watch_traffic(
         outcome.notes.append(f"recorded {window.requests} requests in {traffic}")
     else:
         outcome.drift = compare_traffic(usual, window, thresholds)
-    # As of the start: clients went on asking since, and the server does not count the watch.
+    # The counts of the start: clients went on asking since, and the server does not count us.
     state.seen = now
 
 

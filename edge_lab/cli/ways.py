@@ -1,4 +1,4 @@
-"""Measures ways to answer as the options of ``edge-llm eval --ways`` say, and prints them."""
+"""Measures the ways to answer that ``edge-llm eval --ways`` lists, and prints them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _IDLE = {
 
 
 def run_ways(listed: str, confidence: float | None, most: int | None, **options: Any) -> None:
-    """Measure each bundle, and print and write what was found.
+    """Measure each bundle; print and write the results.
 
     Raises:
         ConfigError: an unknown way, or an option that does not go with ways.

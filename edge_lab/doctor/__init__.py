@@ -1,15 +1,15 @@
-"""The checks of ``edge-llm doctor``: what can keep a bundle from answering, in order of cause.
+"""Runs the checks of ``edge-llm doctor``: what can keep a bundle from answering, causes first.
 
 `run_checks` asks a `Machine` and judges; it changes nothing. The first failed check is usually the
-reason for all that fail after it, so its exit code is that of the verb:
+reason for all that fail after it, so its exit code becomes the verb's:
 
 ====  =============================================================================================
-0     nothing failed; warnings are allowed
-65    the bundle or an engine's file is damaged
-69    driver, GPU or a library is missing, too old or does not start; may change without an edit
-71    too little memory is free
-77    this user may not open the GPU's device nodes
-78    no engine of the bundle is for this TensorRT and this GPU
+0     nothing failed; warnings are allowed.
+65    the bundle or an engine's file is damaged.
+69    driver, GPU or a library is missing, too old or does not start; may change without an edit.
+71    too little memory is free.
+77    this user may not open the GPU's device nodes.
+78    no engine of the bundle is for this TensorRT and this GPU.
 ====  =============================================================================================
 """
 
@@ -44,8 +44,8 @@ from .software import (
 __all__ = ["Check", "exit_code", "run_checks", "summary", "wait_for_gpu"]
 
 _POLL_S = 1.0
-# In order of cause; TensorRT and ONNX Runtime leave in the facts what the bundle's checks need, and
-# its engines how much memory is needed.
+# Causes first. The checks of TensorRT and ONNX Runtime store facts that the bundle's checks need,
+# and the check of its engines stores how much memory is needed.
 _MACHINE = (
     check_system,
     check_device_nodes,
@@ -104,12 +104,12 @@ def wait_for_gpu(machine: Machine, seconds: float) -> CudaProbe:
 
 
 def exit_code(checks: Sequence[Check]) -> int:
-    """The exit code of the first failure; 0 if there is none."""
+    """Return the exit code of the first failure; 0 if there is none."""
     return next((check.exit_code for check in checks if check.status == "fail"), 0)
 
 
 def summary(checks: Sequence[Check]) -> str:
-    """What the checks found, in one sentence."""
+    """Sum up the checks in one sentence."""
     failed = [check for check in checks if check.status == "fail"]
     if failed:
         return f"{failed[0].name} is what to repair first: {failed[0].cause or failed[0].detail}"

@@ -1,4 +1,4 @@
-"""What every check shares: its result, exit codes, and what the machine answered so far."""
+"""Defines the result of a check, its exit codes, and the facts that checks hand to each other."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Check:
     """One step of the diagnosis.
 
     Attributes:
-        name: what was looked at.
-        status: ``skip`` is what does not apply here.
-        detail: what was found.
-        cause, cure: why it warns or fails, and what to do about it; else empty.
-        exit_code: what the verb exits with if this failed first; 0 without a failure.
+        name: the thing that was checked.
+        status: how it went; ``skip`` means that the check does not apply here.
+        detail: the finding.
+        cause, cure: why it warns or fails, and how to mend it; else empty.
+        exit_code: exit code of the verb if this check fails first; 0 without a failure.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Check:
 
 @dataclass
 class MachineFacts:
-    """What the machine answered so far, and the bundle's engine that would run here."""
+    """Facts that the machine told so far, and the bundle's engine that would run here."""
 
     machine: Machine
     snapshot: Snapshot
@@ -49,22 +49,22 @@ class MachineFacts:
 
     @property
     def jetson(self) -> bool:
-        """Whether this is a Jetson: makers of other boards name their device trees as they like.
+        """Whether this is a Jetson; its device tree alone does not tell, as makers name it freely.
 
-        A container may have the device nodes and none of the files that say so.
+        A container may have the device nodes but none of the files that say so.
         """
         nodes = any(name in JETSON_SIGNS for name in self.nodes)
         return nodes or self.snapshot.l4t is not None or "Jetson" in (self.snapshot.module or "")
 
     @property
     def gpu_expected(self) -> bool:
-        """Whether something here points to an NVIDIA GPU, or the caller says that there is one."""
+        """Whether anything here points to an NVIDIA GPU, or the caller says that there is one."""
         nodes = any(name in GPU_NODES for name in self.nodes)
         return self.gpu_required or self.jetson or nodes or self.cuda.library_error is None
 
 
 def version_numbers(version: str) -> tuple[int, int]:
-    """The first two numbers of a version."""
+    """Return the first two numbers of a version."""
     parts = [part for part in version.split(".") if part.isdigit()]
     major, minor = (*map(int, parts[:2]), 0, 0)[:2]
     return major, minor

@@ -1,4 +1,4 @@
-"""Checks of what the runner calls CUDA with, and of two packages that both are ``onnxruntime``."""
+"""Checks which package calls CUDA, and that only one package is ``onnxruntime``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .check import UNAVAILABLE, Check, MachineFacts, version_numbers
 
 
 def check_cuda_calls(facts: MachineFacts) -> Check:
-    """Which of PyCUDA and cuda-bindings calls CUDA, and are there CUDA graphs?"""
+    """Check whether PyCUDA or cuda-bindings calls CUDA, and whether there are CUDA graphs."""
     name = "CUDA in Python"
     if not facts.cuda.works:
         return Check(name, "skip", "no GPU that works")
@@ -57,7 +57,7 @@ def check_cuda_calls(facts: MachineFacts) -> Check:
 
 
 def check_onnxruntime_packages(facts: MachineFacts) -> Check:
-    """Is there one ONNX Runtime only? Each of its packages is ``onnxruntime`` when imported."""
+    """Check that one ONNX Runtime is installed: every one of its packages is ``onnxruntime``."""
     name, found = "ONNX Runtime packages", facts.machine.onnxruntime_packages()
     detail = ", ".join(f"{package} {version}" for package, version, _ in found) or "none"
     if len(found) < 2:

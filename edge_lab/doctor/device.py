@@ -1,4 +1,4 @@
-"""Checks of the device: board, device nodes, driver, GPU, power and clocks."""
+"""Checks the device: board, device nodes, driver, GPU, power and clocks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _INIT_CODES: dict[int, tuple[str, str]] = {
 
 
 def check_system(facts: MachineFacts) -> Check:
-    """Board and Jetson Linux."""
+    """Check the board and its Jetson Linux."""
     name, snapshot = "system", facts.snapshot
     if not facts.jetson:
         return Check(name, "ok", f"{facts.machine.architecture()}, not a Jetson")
@@ -82,11 +82,11 @@ def check_system(facts: MachineFacts) -> Check:
 
 
 def check_device_nodes(facts: MachineFacts) -> Check:
-    """May this process open what the driver opens?"""
+    """Check that this process may open the device nodes that the driver opens."""
     name, nodes = "device nodes", facts.nodes
     if not facts.gpu_expected:
         return Check(name, "skip", "no NVIDIA GPU here")
-    if facts.cuda.works:  # whatever is missing or closed is not needed, as in WSL
+    if facts.cuda.works:  # a missing or closed node is then not needed, as in WSL
         return Check(name, "ok", f"{sum(node.usable for node in nodes.values())} open to this user")
     missing = _missing_nodes(facts)
     if missing:
@@ -134,7 +134,7 @@ def _missing_nodes(facts: MachineFacts) -> list[str]:
 
 
 def check_driver(facts: MachineFacts) -> Check:
-    """Does ``libcuda.so.1`` load, and is it new enough?"""
+    """Check that ``libcuda.so.1`` loads and is new enough."""
     name, cuda = "driver", facts.cuda
     if not facts.gpu_expected:
         return Check(name, "skip", "no NVIDIA driver, which is fine without an NVIDIA GPU")
@@ -173,7 +173,7 @@ def check_driver(facts: MachineFacts) -> Check:
 
 
 def check_init(facts: MachineFacts) -> Check:
-    """Does the driver start?"""
+    """Check that the driver starts."""
     name, code = "cuInit", facts.cuda.init_code
     if not facts.gpu_expected:
         return Check(name, "skip", "no NVIDIA GPU here")
@@ -188,7 +188,7 @@ def check_init(facts: MachineFacts) -> Check:
 
 
 def check_gpu(facts: MachineFacts) -> Check:
-    """Can a context be made on a GPU?"""
+    """Check that a context can be made on a GPU."""
     name, cuda = "GPU", facts.cuda
     if cuda.init_code != 0:
         return Check(name, "skip", "no driver that works")
@@ -223,7 +223,7 @@ def check_gpu(facts: MachineFacts) -> Check:
 
 
 def check_power(facts: MachineFacts) -> Check:
-    """Power mode, clocks, heat and power supply."""
+    """Check power mode, clocks, heat and power supply."""
     name, snapshot = "power and clocks", facts.snapshot
     if not facts.jetson:
         return Check(name, "skip", "not a Jetson")

@@ -1,6 +1,6 @@
-"""The machine as ``edge-llm doctor`` asks it: every access to the system that a check needs.
+"""The machine that ``edge-llm doctor`` asks: every access to the system that a check needs.
 
-Tests put another object with these methods in its place and plant faults.
+Tests pass an object with the same methods instead, which has planted faults.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from .scheme_probe import WIDE, Verdict
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours
 # Packages of PyPI and of NVIDIA's index for Jetson that all are ``onnxruntime`` when imported.
 _ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
-_NOT_LOADED = re.compile(r"Failed to load library \S+ with error: ")  # of ONNX Runtime
-_PLUGIN_PROBE = "engines.plugin_probe"  # by its name: it stands on this package
+_NOT_LOADED = re.compile(r"Failed to load library \S+ with error: ")  # ONNX Runtime's words
+_PLUGIN_PROBE = "engines.plugin_probe"  # run by name, since that package imports this one
 _TIMEOUT_S = 120.0  # the first use of CUDA on a Jetson may take half a minute
 
 
 class Node(msgspec.Struct, frozen=True):
-    """A device node that exists: may this process read and write it, and whose is it?"""
+    """A device node that exists: its group, and whether this process may read and write it."""
 
     usable: bool
     group: str
@@ -44,7 +44,7 @@ class Node(msgspec.Struct, frozen=True):
 
 
 class CudaProbe(msgspec.Struct, frozen=True):
-    """What `probe.probe_cuda` found; ``failure`` says why it found nothing."""
+    """Result of `probe.probe_cuda`; ``failure`` says why there is none."""
 
     failure: str | None = None
     library_error: str | None = None
@@ -68,9 +68,9 @@ class Library(msgspec.Struct, frozen=True):
     """A library that was imported and tried.
 
     Attributes:
-        missing: it is not installed.
+        missing: whether it is not installed.
         error: what went wrong; None if it works.
-        version: its own.
+        version: the library's version.
         providers: ONNX Runtime's execution providers.
     """
 
@@ -108,7 +108,7 @@ class Machine:
         return any((self.root / mark).exists() for mark in marks)
 
     def unconfined(self) -> str | None:
-        """Why the child that reads strangers' templates could open files; None if it cannot."""
+        """Say why the child that reads strangers' templates could open files; None if it cannot."""
         limits = Limits(5.0, 256 << 20, confined=True)
         try:
             with LimitedChild("builtins:bytes", limits) as child:
@@ -159,7 +159,7 @@ class Machine:
         found = [
             (name, one.version, os.path.realpath(str(one.locate_file(""))))
             for one in metadata.distributions()
-            # A broken installation has no name.
+            # A broken installation may have no name.
             if (name := str(one.name)).lower().replace("_", "-") in _ONNXRUNTIMES
         ]
         return list(dict.fromkeys(found))  # a directory may be on the path under two names
@@ -168,7 +168,7 @@ class Machine:
         """Build an engine of one layer per scheme, in a child process.
 
         Args:
-            widths: see `scheme_probe.probe_schemes`.
+            widths: inputs and outputs of the INT4 layers, as for `scheme_probe.probe_schemes`.
 
         Returns:
             The verdicts, and why there are no more if the process failed on the way.
@@ -179,10 +179,10 @@ class Machine:
         """Build an engine of one plugin per kind of own plugins, in a child process.
 
         Args:
-            widths: of the layer.
+            widths: inputs and outputs of the layer.
 
         Returns:
-            As `schemes`.
+            The verdicts and the failure, as `schemes` returns them.
         """
         return _run_verdicts(_PLUGIN_PROBE, *map(str, widths))
 
@@ -207,13 +207,13 @@ def _group_name(gid: int) -> str:
 
 
 def _run_probe(*arguments: str) -> tuple[dict[str, Any], str | None]:
-    """JSON of a probe, or why there is none."""
+    """Return the JSON of a probe, or why there is none."""
     output, lines, failure = _spawn_probe(*arguments)
     if failure is not None:
         return {}, failure
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
     if "error" in found:
-        # What the library printed says more than we know: the library that it could not load.
+        # The library's own message says more: it names the library that could not be loaded.
         missing = [_NOT_LOADED.split(line)[1] for line in lines if _NOT_LOADED.search(line)]
         found["error"] += "".join(f"; {line}" for line in missing[-1:] or lines[-1:])
     return found, None
@@ -222,7 +222,7 @@ def _run_probe(*arguments: str) -> tuple[dict[str, Any], str | None]:
 def _run_verdicts(module: str, *arguments: str) -> tuple[list[Verdict], str | None]:
     output, _, failure = _spawn_probe(*arguments, module=module)
     lines = output.splitlines(keepends=True)
-    # A process that was ended leaves whole lines, and perhaps a part of one.
+    # A killed process leaves whole lines, and perhaps a part of one.
     whole = [line for line in lines if line.startswith("{") and line.endswith("\n")]
     return [msgspec.json.decode(line, type=Verdict) for line in whole], failure
 
@@ -230,9 +230,9 @@ def _run_verdicts(module: str, *arguments: str) -> tuple[list[Verdict], str | No
 def _spawn_probe(
     *arguments: str, module: str = "edge_lab.doctor.probe"
 ) -> tuple[str, list[str], str | None]:
-    """What a probe printed, the lines of its standard error, and why it failed or None."""
+    """Run a probe; return its output, the lines of its standard error, and why it failed, if so."""
     command = [sys.executable, "-m", module, *arguments]
-    # Where the package is, also if it is not installed.
+    # Let the child find this package even if it is not installed.
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     try:
         done = subprocess.run(

@@ -1,9 +1,9 @@
-"""What the driver, TensorRT and ONNX Runtime say when they are really used, each tried in a child.
+"""Uses the driver, TensorRT and ONNX Runtime for real, each in a child process.
 
 ``python -m edge_lab.doctor.probe NAME`` prints one JSON line; NAME is cuda, tensorrt, pycuda,
-cuda-bindings, or onnxruntime with a PROVIDER after it. For ``schemes`` it prints a line of each. A
-process of its own, since a broken driver may crash or hang, since libraries print what they like,
-and since a ``cuInit`` that failed once fails forever in its process.
+cuda-bindings, or onnxruntime with a PROVIDER after it. For ``schemes`` it prints a line per scheme.
+Each needs its own process: a broken driver may crash or hang, libraries print what they like, and a
+``cuInit`` that failed once fails forever in its process.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def probe_tensorrt() -> dict[str, Any]:
     """
     trt = importlib.import_module("tensorrt")
     found: dict[str, Any] = {"version": loaded_version(trt)}
-    logger = trt.Logger(trt.Logger.WARNING)  # that CUDA does not start is one
+    logger = trt.Logger(trt.Logger.WARNING)  # a CUDA that does not start is a warning
     try:
         builder = trt.Builder(logger)
-    except TypeError:  # pybind11's, where TensorRT makes none
+    except TypeError:  # pybind11 raises it where TensorRT makes no object
         return {**found, "error": "TensorRT does not start"}
     network = builder.create_network(0)
     values = network.add_input("values", trt.float32, (8,))
@@ -164,7 +164,7 @@ def main(arguments: list[str]) -> None:
     os.dup2(2, 1)
     try:
         if arguments[0] == "schemes":
-            # Line by line: a crash then tells which scheme it was.
+            # Print line by line, so that a crash shows at which scheme it came.
             widths = int(arguments[1]), int(arguments[2])
             for verdict in probe_schemes(*arguments[3:], widths=widths):
                 os.write(output, msgspec.json.encode(verdict) + b"\n")

@@ -1,8 +1,8 @@
-"""Which precisions and operators a TensorRT takes: engines of one layer each, built right here.
+"""Tests which precisions and operators a TensorRT takes, by building engines of one layer each.
 
-Each graph is the exporter's own pattern, so a verdict here is one about a bundle: what fails in a
-probe of seconds would fail in a build of minutes. INT4 has the groups that are exported, and a
-bundle's own widths, since which kernel takes it goes by both. Nothing is read or written.
+Each graph is the exporter's own pattern, so a verdict holds for bundles: what fails here in seconds
+would fail in a build of minutes. INT4 layers have the exported group sizes and a bundle's own
+widths, since both decide which kernel takes them. Nothing is read or written.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from edge_lab.engine_layers import parse_inspector
 
 _WIDTH, _OUT = 256, 64
 WIDE = (1536, 8960)
-"""Input and output of the 1.5B's widest layers, where no bundle is named."""
+"""Inputs and outputs of the 1.5B's widest layers; they are used where no bundle is named."""
 _HEADS, _KV_HEADS, _HEAD_DIM, _ROWS = 12, 2, 128, 512  # attention of the 1.5B
 _WORKSPACE_BYTES = 256 << 20
 _FP16_SMALL = 0x2000  # 2^-7
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """What TensorRT said to one graph.
+    """TensorRT's answer to one graph.
 
     Attributes:
-        scheme: name of the graph; see `SCHEMES`.
+        scheme: name of the graph, a key of `SCHEMES`.
         built: whether there is an engine.
-        detail: what its layers are, or the reason from the parser or the builder.
-        seconds: for parsing and building.
+        detail: the engine's layers, or the reason from the parser or the builder.
+        seconds: time for parsing and building.
     """
 
     scheme: str
@@ -55,12 +55,12 @@ class Scheme(NamedTuple):
     """One graph.
 
     Attributes:
-        title: what it is, for people.
-        make: the ONNX file.
-        needed_by: what cannot be built without it.
-        instead: what to do where it is refused.
-        group: of INT4, weights that share a scale; ``make`` then takes it, and the widths, else
-            nothing.
+        title: name of the graph, for people.
+        make: function that makes the ONNX file.
+        needed_by: the exports that cannot be built without it.
+        instead: the way out where it is refused.
+        group: INT4 weights that share a scale; ``make`` then takes it and the widths. 0 is another
+            precision, whose ``make`` takes nothing.
     """
 
     title: str
@@ -71,7 +71,7 @@ class Scheme(NamedTuple):
 
 
 def _weight(name: str, dtype: str, shape: Sequence[int], data: bytes) -> Message:
-    """A TensorProto."""
+    """Make a TensorProto."""
     tensor = Message()
     for size in shape:
         tensor.add(1, size)
@@ -101,7 +101,7 @@ def _float() -> bytes:
 
 
 def _int4(name: str, group: int, widths: tuple[int, int]) -> tuple[Node, list[Message]]:
-    """INT4 in groups along the input, and its scales; every weight is 1."""
+    """Make INT4 weights in groups along the input, and their scales; every weight is 1."""
     depth, columns = widths
     groups = depth // group
     node = Node(
@@ -146,7 +146,7 @@ def _w8a8(scales: Literal["fp16", "fp32"]) -> bytes:
 def _int8_product(
     x: str, y: str, scales: Literal["fp16", "fp32"]
 ) -> tuple[list[Node], list[Message]]:
-    """Inputs and weights on INT8 grids, whose scales may be of another type than the graph."""
+    """Multiply inputs and weights on INT8 grids; their scales may differ in type from the graph."""
     wide, grid = scales == "fp32", ["x.scale", "zero"]
     one, weight = ("x.wide", "w.narrow") if wide else (x, "w.d")
     nodes = [
@@ -179,7 +179,7 @@ def _int8_product(
 
 
 def _per_token() -> bytes:
-    """The same with scales in FP32, of inputs that are rotated and have a range per token."""
+    """Make the same product for rotated inputs with a range per token; scales are FP32."""
     # An entry of a Hadamard matrix is negative where its indices share an odd number of bits.
     odd = ((row & column).bit_count() % 2 for row in range(64) for column in range(64))
     eighths = (0x3000 | sign << 15 for sign in odd)
@@ -226,7 +226,7 @@ def _scales(name: str, dtype: Literal["fp16", "fp32"], shape: Sequence[int]) -> 
 
 
 def _attention() -> bytes:
-    """A decode step of masked attention over as many cache rows as the mask has."""
+    """Make a decode step of masked attention over as many cache rows as the mask has."""
     fp16, boolean = ELEMENT_NUMBERS["fp16"], ELEMENT_NUMBERS["bool"]
     cache = ("batch", _KV_HEADS, "kv", _HEAD_DIM)
     query = ("batch", _HEADS, 1, _HEAD_DIM)
@@ -331,8 +331,8 @@ def probe_schemes(
 
     Args:
         module: name of the TensorRT to import.
-        compute_capability: of the GPU to compile for, e.g. ``8.6``, where the machine may have
-            none (TensorRT for RTX only); None is the GPU here.
+        compute_capability: the GPU to compile for, e.g. ``8.6``, where the machine may have none
+            (TensorRT for RTX only); None is the GPU here.
         widths: inputs and outputs of layers in INT4; inputs are rounded up to whole groups.
     """
     most = max(GROUP_SIZES)
@@ -346,7 +346,7 @@ def probe_schemes(
 
 
 def _try(trt: Any, graph: bytes, compute_capability: str | None) -> tuple[bool, str]:
-    """Build a graph; attention in one kernel if that can be, else in several."""
+    """Build a graph, with attention in one kernel if that is possible, else in several."""
     built, detail, has_attention = _build(trt, graph, compute_capability, decomposable=False)
     if built or not has_attention:
         return built, detail
@@ -359,7 +359,7 @@ def _try(trt: Any, graph: bytes, compute_capability: str | None) -> tuple[bool, 
 def _build(
     trt: Any, graph: bytes, compute_capability: str | None, *, decomposable: bool
 ) -> tuple[bool, str, bool]:
-    """Whether it was built, the engine's layers or the reason, and whether it has attentions."""
+    """Return whether it was built, its layers or the reason, and whether it has attentions."""
     logger = _make_logger(trt)
     builder = trt.Builder(logger)
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -402,7 +402,7 @@ def _attentions(trt: Any, network: Any) -> list[Any]:
 
 
 def _profile(builder: Any, network: Any) -> Any:
-    """One sequence, and up to all rows of the cache."""
+    """Make a profile for one sequence and up to all rows of the cache."""
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
@@ -419,7 +419,7 @@ def _profile(builder: Any, network: Any) -> Any:
 
 
 def _describe(trt: Any, logger: Any, plan: Any) -> str:
-    """What runs, if the plan can be opened here."""
+    """List the engine's layers if the plan can be opened here."""
     engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
     if engine is None:
         return "built"

@@ -1,4 +1,4 @@
-"""Check of what this TensorRT builds: an engine of one layer per precision and operator."""
+"""Checks what this TensorRT builds: an engine of one layer per precision and operator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NATIVE_ONLY = ("attention", "kv-update")
 
 
 def check_schemes(facts: MachineFacts, manifest: Manifest | None = None) -> list[Check]:
-    """Which schemes does TensorRT build on this GPU? One check each, or one that says why not."""
+    """Check which schemes TensorRT builds on this GPU: one check each, or one that says why not."""
     name, widths = "schemes", _widest(manifest)
     if not facts.cuda.works:
         return [Check(name, "skip", "no GPU that works, so nothing was built")]
@@ -39,7 +39,7 @@ def check_schemes(facts: MachineFacts, manifest: Manifest | None = None) -> list
 
 
 def _widest(manifest: Manifest | None) -> tuple[int, int]:
-    """Inputs and outputs of a bundle's largest layer but the lm_head."""
+    """Return inputs and outputs of a bundle's largest layer, the lm_head aside."""
     if manifest is None:
         return WIDE
     layers = manifest.quantization.linears.items()

@@ -1,4 +1,4 @@
-"""Checks of what runs on the device: TensorRT, ONNX Runtime, memory, a bundle and its engines."""
+"""Checks the software on the device: TensorRT, ONNX Runtime, memory, a bundle and its engines."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from .check import (
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _OVERHEAD_BYTES = 400 << 20  # CUDA context, libraries and activations; estimated
-# Reported of Jetson Linux 36 from this release on, and of small modules (llama.cpp pull request
+# Reported for Jetson Linux 36 from this release on, on small modules (llama.cpp pull request
 # 23732): the driver refuses a large block, though page cache could be given up for it.
 _REFUSES_BLOCKS, _NOT_REPORTED, _SMALL_BYTES = (36, 4, 7), (37,), 16 << 30
 
 
 def check_confinement(facts: MachineFacts) -> Check:
-    """Is what strangers wrote read by a process that can open nothing?"""
+    """Check that text from strangers is read by a process that can open nothing."""
     why = facts.machine.unconfined()
     if why is None:
         return Check("confinement", "ok", "strangers' templates and grammars can open nothing")
@@ -52,7 +52,7 @@ def check_confinement(facts: MachineFacts) -> Check:
 
 
 def check_tensorrt(facts: MachineFacts) -> Check:
-    """Does TensorRT build and load an engine?"""
+    """Check that TensorRT builds and loads an engine."""
     name = "TensorRT"
     if not facts.cuda.works:
         return Check(name, "skip", "no GPU that works")
@@ -95,7 +95,7 @@ def check_tensorrt(facts: MachineFacts) -> Check:
 
 
 def check_onnxruntime(facts: MachineFacts) -> Check:
-    """Does ONNX Runtime run a graph, on the GPU if there is one?"""
+    """Check that ONNX Runtime runs a graph, on the GPU if there is one."""
     name = "ONNX Runtime"
     found = facts.machine.onnxruntime(_CUDA if facts.cuda.works else _CPU)
     without_cuda = facts.cuda.works and _CUDA not in found.providers
@@ -139,7 +139,7 @@ def check_onnxruntime(facts: MachineFacts) -> Check:
 
 
 def check_bundle(bundle: Path, facts: MachineFacts) -> tuple[Check, Manifest | None]:
-    """Are the files of a bundle whole? The manifest is None if it cannot be read."""
+    """Check that the files of a bundle are whole; the manifest is None if it cannot be read."""
     name = "bundle"
     try:
         manifest = read_manifest(bundle)
@@ -165,7 +165,7 @@ def check_bundle(bundle: Path, facts: MachineFacts) -> tuple[Check, Manifest | N
 
 
 def check_memory(facts: MachineFacts, manifest: Manifest | None) -> Check:
-    """Is there enough for the bundle?"""
+    """Check that there is enough memory for the bundle."""
     name, free = "memory", facts.snapshot.memory_room_bytes
     unified = facts.cuda.integrated or not facts.cuda.works
     if not unified:
@@ -179,8 +179,8 @@ def check_memory(facts: MachineFacts, manifest: Manifest | None) -> Check:
         detail += _contiguous(facts)
     if manifest is None:
         return Check(name, "ok", detail)
-    # The weights, one slot of the cache, and what the libraries take. Without an engine the cache
-    # is as small as memory asks for.
+    # Count the weights, one slot of the cache, and what the libraries take. Without an engine the
+    # cache is as small as memory asks for.
     capacity, smaller = min(LEAST_CAPACITY, manifest.kv_capacity), ""
     if facts.engine is not None:
         capacity = facts.engine.kv_capacity
@@ -231,7 +231,7 @@ def check_memory(facts: MachineFacts, manifest: Manifest | None) -> Check:
 
 
 def _contiguous(facts: MachineFacts) -> str:
-    """What is kept for blocks that must lie in one piece (CMA), which few drivers need."""
+    """Say how much memory is reserved for contiguous blocks (CMA), which few drivers need."""
     meminfo = facts.machine.root / "proc/meminfo"
     total, free = (read_kib(meminfo, key) for key in ("CmaTotal", "CmaFree"))
     if total is None or free is None:
@@ -246,7 +246,7 @@ def _refuses_blocks(facts: MachineFacts) -> bool:
 
 
 def check_engines(bundle: Path, manifest: Manifest, facts: MachineFacts) -> Check:
-    """Is there an engine for this TensorRT and this GPU?"""
+    """Check that there is an engine for this TensorRT and this GPU."""
     name, directories = "engines", find_engines(bundle)
     if not directories:
         status: Status = "warn" if facts.jetson and facts.tensorrt.version else "skip"
@@ -267,7 +267,7 @@ def check_engines(bundle: Path, manifest: Manifest, facts: MachineFacts) -> Chec
             info = read_engine_info(directory, trusted_keys_file())
             verify_plan(directory, info)
             if compare and info.flavour != "tensorrt":
-                others += 1  # its own library loads it, which was not looked at
+                others += 1  # another library loads it, which was not checked
                 continue
             if compare:
                 check_engine(

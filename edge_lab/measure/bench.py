@@ -32,7 +32,7 @@ _METER_INTERVAL_S = 0.05
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What to measure.
+    """Settings of a benchmark.
 
     Attributes:
         prompt_tokens: tokens of each prompt.

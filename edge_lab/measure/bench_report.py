@@ -36,7 +36,7 @@ from .bench import BenchConfig, Samples
 _log = logging.getLogger(__name__)
 
 LEAST_REPEATS = 5
-"""Of runs that are compared: the bootstrap's interval of fewer is too narrow."""
+"""Least repeats of runs that are compared: with fewer the bootstrap's interval is too narrow."""
 _RESAMPLES = 2000
 _BANDWIDTH_BYTES = 256 << 20
 
@@ -104,7 +104,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """``slower`` or ``faster`` beyond the noise of the repeats, else ``same``."""
+        """``slower`` or ``faster`` if beyond the noise of the repeats, else ``same``."""
         return "slower" if self.low > 1 else "faster" if self.high < 1 else "same"
 
 
@@ -113,7 +113,7 @@ def check_alike(old: dict[str, Any], known: dict[str, Any]) -> None:
 
     Args:
         old: result of `report`.
-        known: values that the new result will have, by their key.
+        known: values that the new result will have, by key.
 
     Raises:
         ConfigError: they differ.
@@ -135,7 +135,7 @@ def refuse_few_repeats(*repeats: int) -> None:
 
 
 def _unlike(old: dict[str, Any], new: dict[str, Any], *keys: str) -> list[str]:
-    """Keys whose values differ; older runs do not have all."""
+    """List the keys whose values differ; older runs do not have all of them."""
     return [key for key in keys if key in old and key in new and old[key] != new[key]]
 
 
@@ -256,14 +256,14 @@ def work_of_bundle(manifest: Manifest, backend: Backend, config: BenchConfig) ->
 
 
 def _engine_work(manifest: Manifest, backend: Backend) -> EngineWork | None:
-    """What the backend's engine says of its steps; None from others, or if it has no table."""
+    """Read what the backend's engine says of its steps; None without one or without its table."""
     info, directory = getattr(backend, "info", None), getattr(backend, "engine_dir", None)
     if not isinstance(info, EngineInfo) or not isinstance(directory, Path):
         return None
     try:
         table = read_layers(directory / info.plan)
         return None if table is None else engine_work(info, table, manifest)
-    except BundleError as error:  # the measurement is worth more than what it is compared with
+    except BundleError as error:  # the measurement matters more than its comparison
         _log.warning("launches are counted by rule: %s", error)
         return None
 
@@ -319,7 +319,7 @@ def report(
         "gpu_wait": getattr(backend, "gpu_wait", None),
         "device": {
             "name": None if device is None else device.name,
-            # None where the table lacks the mode: it was compared with another then.
+            # None if the table lacks the mode: another mode was used for the comparison then.
             "power_mode": mode.name if mode and nvpmodel and mode.is_called(nvpmodel) else None,
             "nvpmodel": nvpmodel,
             "bytes_per_s": None if mode is None else mode.bytes_per_s,

@@ -1,13 +1,13 @@
-"""Runs windows of tokens through a bundle and its reference, and merges what was seen of each.
+"""Runs windows of tokens through a bundle and its reference, and merges the results.
 
-Both models read the same tokens, a chunk of 64 at a time, side by side: their logits are compared
-in float64 while they are there, and only a few numbers per position are kept. So the figures are
-exact over the whole vocabulary and memory is bounded: two chunks of logits (78 MB at a vocabulary
-of 151,936), whatever the text's length.
+Both models read the same tokens side by side, 64 at a time. Their logits are compared in float64 at
+once, and only a few numbers per position are kept. So the figures are exact over the whole
+vocabulary and memory is bounded: two chunks of logits (78 MB at a vocabulary of 151,936), whatever
+the text's length.
 
-A window stands alone, so windows may run anywhere and in any order. `merge` takes them in the order
-of the text: sums of floats depend on it, and so it makes no difference to a single bit where each
-of them was run.
+Windows do not depend on each other, so they may run anywhere and in any order. `merge` takes them
+in the order of the text, since sums of floats depend on the order. So the result is the same to the
+bit wherever each window was run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Vector = NDArray[np.float64]
 
 
 class Model(Protocol):
-    """What a comparison needs of an `edge.runtime.llm.LLM`."""
+    """A model as a comparison needs it; `edge.runtime.llm.LLM` is one."""
 
     backend: Backend
     embeddings: EmbeddingTable
@@ -99,7 +99,7 @@ class CacheSums:
     """Sums over tokens, from which the errors of keys and values are computed.
 
     Attributes:
-        num_tokens: that were counted.
+        num_tokens: number of tokens summed over.
         keys: float64 ``[layers, 2]``: squares of the difference, and of the reference.
         values: float64 ``[layers, 3, kv_heads, head_dim, head_dim]``: products of the reference
             with itself, of the bundle with itself, and of the bundle with the reference.
@@ -136,7 +136,7 @@ class CacheSums:
 
 @dataclass(frozen=True)
 class WindowResult:
-    """What was measured of one window.
+    """Results of one window.
 
     Attributes:
         blocks: scored positions of each bootstrap block, in order.
@@ -151,7 +151,7 @@ class WindowResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that was measured of one bundle."""
+    """Results of one bundle."""
 
     positions: Positions
     layers: list[LayerError]
@@ -201,10 +201,10 @@ def run_window(
     """Run one window.
 
     Args:
-        bundle: see `compare`.
-        reference: see `compare`.
+        bundle: the bundle, as in `compare`.
+        reference: the reference or None, as in `compare`.
         window: its tokens.
-        scored: is called with the number of further positions that were scored.
+        scored: called with the number of further positions that were scored.
     """
     ids = np.asarray(window, dtype=np.int64)
     blocks, columns = [], []
@@ -221,10 +221,10 @@ def run_window(
 
 
 def merge(results: Iterable[WindowResult]) -> Comparison:
-    """Join what was measured of the windows of a text.
+    """Join the results of the windows of a text.
 
     Args:
-        results: of all windows, in the order of the text, at least one.
+        results: results of all windows, in the order of the text, at least one.
     """
     offsets: list[NDArray[np.int64]] = []
     columns: list[Vector] = []

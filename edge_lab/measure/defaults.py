@@ -1,4 +1,4 @@
-"""What is asked and read where nobody says otherwise: the built-in texts, and how much of them."""
+"""Defaults of a measurement: the built-in texts, and how many of their tokens are read."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ DATA = Path(__file__).parent / "data"
 EVAL_TEXT = DATA / "eval_text.txt"
 """Held-out text written for this project; calibration never reads it."""
 GATE_TEXTS = (EVAL_TEXT, DATA / "chinese.txt")
-"""What a new bundle has to predict as well as the old one: English problems, and Chinese."""
+"""Texts that a new bundle must predict as well as the old one: English problems, and Chinese."""
 WINDOW = 512
 """Tokens of a window of the text."""
 GOLDEN_SET = DATA / "golden.jsonl"
-"""Prompts written for this project, which `edge_lab.measure.watch` asks."""
+"""Prompts written for this project; `edge_lab.measure.watch` asks them."""
 MAX_TOKENS = 256
-"""Tokens of an answer to one of them."""
+"""Most tokens of an answer to a golden prompt."""
 TEXT_TOKENS = 2048
-"""Tokens of the text that a watch reads."""
+"""Most tokens of the text that a watch reads."""

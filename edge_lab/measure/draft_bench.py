@@ -1,8 +1,8 @@
 """Benchmarks drafts: answers with and without them in turns, on one engine.
 
 Drafts are right or wrong by the text, so random tokens tell nothing: a question each for code, chat
-and prose is answered, greedily and at temperature 0.6, by the scheduler with its policy. What the
-machine does besides slows both halves of a pair alike, so the ratio of each pair is what counts.
+and prose is answered, greedily and at temperature 0.6, by the scheduler with its policy. Whatever
+else the machine does slows both halves of a pair alike, so the ratio of each pair is what counts.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class DraftPair:
 
     Attributes:
         plain_tps, drafted_tps: tokens per second after the first ones, of all answers together.
-        drafted, accepted: tokens that were guessed and run, and that were right.
+        drafted, accepted: number of guessed tokens that were run, and of those that were right.
         steps: decode steps with guesses.
-        saved_s: see `SchedulerStats.draft_saved_s`.
+        saved_s: seconds saved, as `SchedulerStats.draft_saved_s` estimates them.
         same: whether both gave the same tokens.
     """
 
@@ -54,9 +54,9 @@ def run_draft_bench(
     """Answer each question ``config.repeats`` times with and without drafts.
 
     Args:
-        llm: opened with drafts and ``config.batch`` slots, without reuse of prefixes.
+        llm: an LLM opened with drafts and ``config.batch`` slots, without reuse of prefixes.
         config: answers of a question at once, tokens of each, repeats, warm-ups and seed.
-        progress: told of each pair.
+        progress: called for each pair.
 
     Returns:
         For each text and temperature the medians: ``plain_tps``, ``drafted_tps`` and their
@@ -71,7 +71,7 @@ def run_draft_bench(
     total = len(cases) * (config.warmup + config.repeats)
     done = 0
     pairs: dict[tuple[str, float], list[DraftPair]] = {case: [] for case in cases}
-    # Text after text, so that the policy meets a mixture and no pair is alone with the weather.
+    # Take the texts in turns: the policy meets a mixture, and a slow spell hits all pairs alike.
     for index in range(config.warmup + config.repeats):
         for case in cases:
             progress("drafts", done, total, "pairs")
@@ -110,7 +110,7 @@ def _pair(llm: LLM, config: BenchConfig, text: str, temperature: float, index: i
 def _answers(
     llm: LLM, config: BenchConfig, prompt: Prompt, params: SamplingParams, order: tuple[bool, ...]
 ) -> Iterator[tuple[float, list[list[int]]]]:
-    """Answer once for each entry of ``order``: tokens per second, and the tokens."""
+    """Answer once for each entry of ``order``; yield tokens per second, and the tokens."""
     for drafting in order:
         llm.scheduler.drafting = drafting
         generations = llm.submit(prompt, params, n=config.batch)

@@ -1,24 +1,24 @@
-"""Drift of what clients ask for: prompt length and sampling parameters against a stored baseline.
+"""Finds drift in what clients ask for: prompt lengths and sampling against a stored baseline.
 
 Each value falls into a bin of a fixed, fine grid, so counts of a server, of a file and of another
 day can be added, subtracted and compared. The population stability index of a parameter is::
 
     PSI = sum over bins of (p - q) * ln(p / q)
 
-with the shares p of the baseline and q of the window. Where nothing has changed,
-``PSI / (1/N + 1/M)`` follows a chi-square distribution with (bins - 1) degrees of freedom, N and M
-being the requests of window and baseline (Yurdakul and Naranjo, "Statistical properties of the
-population stability index", Journal of Risk Model Validation 14(4), 2020). The custom of raising an
-alarm above a fixed 0.2 is therefore far too nervous for small windows (of 50 requests in ten bins,
-0.18 is the mean of no change at all) and says nothing about large ones. Here an alarm needs both:
+with the shares p of the baseline and q of the window. If nothing has changed,
+``PSI / (1/N + 1/M)`` follows a chi-square distribution with (bins - 1) degrees of freedom. N and M
+are the requests of window and baseline (Yurdakul and Naranjo, "Statistical properties of the
+population stability index", Journal of Risk Model Validation 14(4), 2020). So the customary alarm
+above a fixed 0.2 is far too nervous for small windows and says nothing about large ones: for 50
+requests in ten bins, 0.18 is the mean without any change. Here an alarm needs both:
 
 - a p-value below ``alpha / number of parameters`` (Bonferroni), so that a window of unchanged
   traffic raises a false alarm with a probability of at most ``alpha``,
-- and a PSI of at least ``min_psi``, so that a large window does not report what does not matter.
+- and a PSI of at least ``min_psi``, so that a large window does not report tiny changes.
 
 Bins for the comparison are made of neighbours of the grid, about `MAX_BINS` of equal share in the
-baseline; what the baseline has never seen keeps bins of its own. Half a request is added to every
-bin, so that an empty one costs no infinity.
+baseline. Values that the baseline has never seen keep bins of their own. Half a request is added to
+every bin, so that an empty one does not make the sum infinite.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ MIN_PSI = 0.2
 """The customary bound of a large shift (Siddiqi, Credit Risk Scorecards, 2006: 0.25; 0.1 small)."""
 MAX_BINS = 10
 MIN_REQUESTS = 50
-"""Below it, ten bins hold too few requests each for the chi-square distribution."""
+"""With fewer, ten bins hold too few requests each for the chi-square distribution."""
 DEFAULT_WINDOW = 500
 WATCH_USER = "edge-llm-watch"
 """Value of ``user`` in the requests of ``edge-llm watch``, which are no client's."""
 ROLLOUT_USER = "edge-llm-rollout"
-"""The same in those of ``bundle rollout``, for which a server loads its model."""
+"""Value of ``user`` in those of ``bundle rollout``, for which a server loads its model."""
 GRID_VERSION = 1
 
 _PSEUDO_COUNT = 0.5
@@ -108,7 +108,7 @@ class Counts(msgspec.Struct, forbid_unknown_fields=True):
             self.bins[name][bisect_left(GRIDS[name], at)] += 1
 
     def since(self, earlier: Counts) -> Counts:
-        """Subtract an earlier look; if the counters began anew in between, keep all of this one."""
+        """Subtract earlier counts; if the counters were reset in between, keep all of these."""
         pairs = {
             name: list(zip(row, earlier.bins[name], strict=True)) for name, row in self.bins.items()
         }
@@ -144,7 +144,7 @@ class Drift(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Bounds above which a drift is an alarm; see the module.
+    """Bounds above which a drift is an alarm; the module's docstring explains them.
 
     Raises:
         ConfigError: a value out of its range.
@@ -188,17 +188,17 @@ def chi_square_tail(x: float, degrees: int) -> float:
 
 
 def merge_bins(expected: Sequence[int], max_bins: int = MAX_BINS) -> list[tuple[int, int]]:
-    """Ranges of neighbouring bins with about equal shares of ``expected``: ``[first, last)``.
+    """Merge neighbouring bins into ranges ``[first, last)`` of about equal shares of ``expected``.
 
-    Where ``expected`` is 0 below its first or above its last value, that is a bin of its own: what
-    the baseline has never seen must not hide beside what it knows.
+    Bins below the first and above the last value of ``expected`` are a range of their own: values
+    that the baseline has never seen must not hide beside those that it knows.
     """
     seen = [at for at, count in enumerate(expected) if count]
     if not seen:
         return [(0, len(expected))]
     total, cuts, sofar = sum(expected), [0, seen[0]], 0
     for at in range(seen[0], seen[-1] + 1):
-        # A single bin with a whole share (everybody's default) is a bin alone.
+        # A bin that holds a whole share (everybody's default) stays alone.
         if expected[at] * max_bins >= total or sofar * max_bins >= total:
             cuts.append(at)
             sofar = 0
@@ -230,7 +230,7 @@ def compare(
     result = {}
     for name, row in baseline.bins.items():
         sums = [(sum(row[a:b]), sum(window.bins[name][a:b])) for a, b in merge_bins(row)]
-        # A bin that nobody fell into is no degree of freedom.
+        # A bin that nobody fell into adds no degree of freedom.
         expected, actual = zip(*(pair for pair in sums if any(pair)), strict=True)
         index = psi(expected, actual)
         p_value = chi_square_tail(index / scale, len(expected) - 1)
@@ -242,12 +242,12 @@ def compare(
 
 
 class DriftMonitor:
-    """A counter of a running server's requests that compares each full window with a baseline.
+    """Counts a running server's requests and compares each full window with a baseline.
 
     Windows do not overlap, so the rate of false alarms is ``alpha`` per window. Not thread-safe.
 
     Args:
-        baseline: what is usual, or None to count only.
+        baseline: the usual counts, or None to count only.
         window: requests per comparison, at least `MIN_REQUESTS`.
         thresholds: when a drift is an alarm.
 
@@ -274,7 +274,7 @@ class DriftMonitor:
         self._thresholds = thresholds
 
     def add(self, values: Mapping[str, float | None]) -> bool:
-        """Count one request; true when a window ended with an alarm."""
+        """Count one request; return True if a window ended with an alarm."""
         self.total.add(values)
         if self._baseline is None:
             return False
@@ -312,7 +312,7 @@ def check_counts(counts: Counts, where: str) -> None:
     """Refuse counts of another grid, and numbers that contradict each other.
 
     Raises:
-        ConfigError: see above; ``where`` says what they came from.
+        ConfigError: the counts are such; ``where`` says what they came from.
     """
     shape = {name: len(edges) + 1 for name, edges in GRIDS.items()}
     if counts.grid_version != GRID_VERSION or shape != {n: len(r) for n, r in counts.bins.items()}:
@@ -345,7 +345,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             writing the file.
     """
     try:
-        # A metrics collector of another user reads it.
+        # A metrics collector that runs as another user reads it.
         replace_durably(path, lambda file: file.write(data), mode=0o644)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error

@@ -1,6 +1,6 @@
-"""Figures of how far a bundle is from its reference, teacher-forced on a text neither has seen.
+"""Computes how far a bundle is from its reference, teacher-forced on a text new to both.
 
-The text is cut into windows that stand alone; `edge_lab.measure.compare` runs them. Confidence
+The text is cut into independent windows, which `edge_lab.measure.compare` runs. Confidence
 intervals are bootstrap percentiles over blocks of up to 64 consecutive positions, since the errors
 of neighbours depend on each other (Künsch, 1989, without overlap).
 """
@@ -41,7 +41,7 @@ def bits_per_weight(manifest: Manifest, *, lm_head: bool) -> float:
 
 
 def summarize(positions: Positions) -> dict[str, float | None]:
-    """Compute the figures of a set of positions; what needs a reference is None without one."""
+    """Compute the figures of a set of positions; some are None without a reference."""
     nll = float(positions.nll.mean())
     figures: dict[str, float | None] = {"perplexity": math.exp(nll)}
     if np.isnan(positions.kl).any():
@@ -61,7 +61,7 @@ def summarize(positions: Positions) -> dict[str, float | None]:
 def confidence_intervals(positions: Positions, seed: int = 0) -> dict[str, tuple[float, float]]:
     """Compute 95 % bootstrap intervals of the figures of `summarize`; a seed fixes them.
 
-    A single block says nothing of its own spread: it has none.
+    A single block has no spread, so it gives no intervals.
     """
     starts = np.flatnonzero(np.diff(positions.block, prepend=-1))
     members = np.split(np.arange(len(positions)), starts[1:])
@@ -137,7 +137,7 @@ def cut_windows(
     Args:
         ids: the text's tokens.
         window: tokens per window; more than the prefix and at least 2.
-        prefix: put before each window.
+        prefix: tokens to put before each window.
         limit: tokens of the text to use at most.
 
     Raises:
@@ -165,22 +165,22 @@ def measure(
     engine: str,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Sum up in plain values, as ``edge-llm eval`` prints and a manifest stores them.
+    """Sum up a comparison in plain values, as ``edge-llm eval`` prints and a manifest stores them.
 
     Args:
-        result: what was compared.
-        manifest: of the bundle.
-        reference: of the reference, if there was one.
-        text: that was read.
-        window: tokens per window, at most.
-        engine: that computed.
-        seed: of the bootstrap.
+        result: the comparison.
+        manifest: manifest of the bundle.
+        reference: manifest of the reference, if there was one.
+        text: the text that was read.
+        window: most tokens of a window.
+        engine: name of the engine that computed.
+        seed: seed of the bootstrap.
 
     Returns:
-        The figures of `summarize`, ``tokens``, ``bits_per_weight`` (linear layers without the
-        lm_head), ``bits_per_weight_with_lm_head``, ``num_bytes`` (linear layers with the lm_head),
-        ``confidence`` (95 % intervals), ``layers``, ``kl_by_position``, and which text, window,
-        seed and engine they were measured with.
+        The figures of `summarize`, and ``tokens``; ``bits_per_weight`` (linear layers without the
+        lm_head) and ``bits_per_weight_with_lm_head``; ``num_bytes`` (linear layers with the
+        lm_head); ``confidence`` (95 % intervals), ``layers`` and ``kl_by_position``; and the text,
+        window, seed and engine they were measured with.
     """
     linears = manifest.quantization.linears.values()
     return {
@@ -210,7 +210,7 @@ def measure(
 
 
 def describe(manifest: Manifest) -> dict[str, str]:
-    """Return what identifies a bundle in a report."""
+    """Return the keys that identify a bundle in a report."""
     return {
         "name": manifest.name,
         "quantization": manifest.quantization.name,
@@ -325,9 +325,9 @@ def check_gate(gate: Gate, *, task: bool, reference: bool) -> None:
 def missed_thresholds(gate: Gate, figures: dict[str, Any]) -> Iterator[str]:
     """Yield a sentence for each threshold that the figures miss; call `check_gate` first.
 
-    A built-in gate says whether an export did damage, and the same of a bundle on every machine: it
-    judges ``bundle_alone`` where that is there. A gate of one's own limits what is served, also one
-    with the thresholds of a built-in gate.
+    A built-in gate says whether an export did damage, and says the same on every machine: it judges
+    ``bundle_alone`` where that exists. A gate from a file limits what is served, even with the same
+    thresholds as a built-in one.
     """
     if any(gate is built_in for built_in in GATES.values()):
         figures = figures.get("bundle_alone", figures)

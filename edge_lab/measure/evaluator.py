@@ -1,8 +1,8 @@
 """Evaluates bundles on a text or on a task, on this machine or wherever else parts of it can run.
 
-A text's windows and a task's questions stand alone, so a `Computer` may run them in any order and
-on several machines. It gives back what each one came to, in order, and all figures are made of that
-here: they are the same to the bit, wherever the parts were computed alike.
+The windows of a text and the questions of a task are independent, so a `Computer` may run them in
+any order and on several machines. It returns the results in order, and all figures are made from
+them here. They are the same to the bit if the parts were computed alike.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from .tasks import (
 
 @dataclass(frozen=True)
 class TextJob:
-    """What opens the models for the windows of a text.
+    """Models to open for the windows of a text.
 
     Attributes:
-        bundle: that is measured.
-        reference: that runs beside it, if any.
+        bundle: the bundle to measure.
+        reference: the reference to run beside it, if any.
         window: the most tokens of a window.
         engine: how the bundle is opened.
     """
@@ -66,11 +66,11 @@ class TaskJob:
     """How a bundle answers questions.
 
     Attributes:
-        bundle: that answers.
+        bundle: the bundle that answers.
         engine: how it is opened.
         scoring: how choices are compared.
         params: how answers are generated.
-        file: of the questions, as errors name it.
+        file: name of the file of questions, for errors.
     """
 
     bundle: Path
@@ -86,21 +86,21 @@ class Computer(Protocol):
     def score(
         self, job: TextJob, windows: Sequence[Sequence[int]], progress: Progress
     ) -> tuple[str, Iterator[WindowResult]]:
-        """Run windows; returns the engine's name, and what each one came to, in order.
+        """Run windows; return the engine's name, and the result of each window in order.
 
-        The progress is that of the steps ``open`` and ``score``, in tokens.
+        The progress has the steps ``open`` and ``score``, in tokens.
         """
         ...
 
     def answer(
         self, job: TaskJob, items: Sequence[tuple[int, Item]], progress: Progress
     ) -> list[ItemResult]:
-        """Answer questions, in order; the steps are ``open`` and ``answer``, in questions."""
+        """Answer questions in order; the steps are ``open`` and ``answer``, in questions."""
         ...
 
 
 class OpenModels:
-    """The models that the parts of a job need, held open until the next job needs others."""
+    """Keeps the models of a job open until the next job needs others."""
 
     def __init__(self) -> None:
         self._open: dict[tuple[object, ...], LLM] = {}
@@ -128,8 +128,8 @@ class OpenModels:
     def single(self, job: TaskJob) -> LLM:
         """Open a bundle that answers.
 
-        Rows of earlier questions are not used again: a prompt that is read from another token on
-        may differ in the last bits, and an answer must not depend on what was asked before it.
+        Prefix reuse is off: a prompt that is read from another token on may differ in the last
+        bits, and an answer must not depend on earlier questions.
         """
         return self._switch([(job.bundle, job.engine.with_options(reuse_prefix=False))])[0]
 
@@ -146,7 +146,7 @@ class ThisMachine:
     """A `Computer` that runs in this process, windows one after the other; close it at the end."""
 
     def __init__(self, batch: int = 1) -> None:
-        """Take the number of questions that are answered together, where answers are generated."""
+        """Take the number of questions to answer together, where answers are generated."""
         self._batch = batch
         self._models = OpenModels()
 
@@ -159,7 +159,7 @@ class ThisMachine:
     def score(
         self, job: TextJob, windows: Sequence[Sequence[int]], progress: Progress
     ) -> tuple[str, Iterator[WindowResult]]:
-        """See `Computer.score`."""
+        """Run windows, as `Computer.score` describes."""
         with uncounted(progress, "open"):
             bundle, reference = self._models.pair(job)
         return bundle.backend.name, self._windows(bundle, reference, windows, progress)
@@ -182,11 +182,12 @@ class ThisMachine:
     def answer(
         self, job: TaskJob, items: Sequence[tuple[int, Item]], progress: Progress
     ) -> list[ItemResult]:
-        """See `Computer.answer`.
+        """Answer questions, as `Computer.answer` describes.
 
         Raises:
-            ConfigError: choices are asked for together, which are compared one by one, or a
-                question does not fit into the KV cache; nothing was answered.
+            ConfigError: several questions with choices are asked at a time, but choices are
+                compared one by one; or a question does not fit into the KV cache. Nothing was
+                answered then.
         """
         if self._batch > 1 and isinstance(items[0][1], ChoiceItem):
             raise ConfigError("--batch has no effect: choices are compared one after the other")
@@ -210,7 +211,7 @@ class ThisMachine:
                 progress("answer", len(results), len(items), "questions")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            self._models.close()  # which ends the answers that are being written
+            self._models.close()  # this ends the answers that are being written
             raise
         finally:
             pool.shutdown()
@@ -218,9 +219,10 @@ class ThisMachine:
 
 
 def engine_of_reference(engine: EngineConfig, reference: Path) -> EngineConfig:
-    """Fit the engine to a reference; a float one stays open while the bundle is opened both ways.
+    """Fit the engine to a reference.
 
-    One with integer weights rounds activations where the bundle beside it does.
+    A float reference stays open while the bundle is opened both ways. One with integer weights
+    rounds activations where the bundle beside it does.
     """
     if engine.int8_activations:
         engine = engine.with_options(backend="ort-cpu", int8_activations=None)
@@ -247,20 +249,20 @@ def evaluate_text(
     """Measure bundles on a text, one after the other, each beside the reference.
 
     Args:
-        computer: where windows run.
+        computer: runs the windows.
         bundles: directories.
         reference: directory of the reference; None measures the perplexity alone.
         engine: how bundles are opened.
         text_file: UTF-8 text; None is the one that comes with edge-llm.
-        tokens: of the text, at most.
+        tokens: most tokens of the text to use.
         window: tokens per window; None is `WINDOW`.
-        seed: of the bootstrap.
-        progress: is called with the steps of each bundle, named ``NAME: open`` and ``NAME: score``.
+        seed: seed of the bootstrap.
+        progress: called with the steps of each bundle, named ``NAME: open`` and ``NAME: score``.
 
     Returns:
-        For each bundle what `measure` returns, with ``bundle``, ``int8_activations`` (whether they
-        were rounded). Where the engine rounds because nothing else was asked for, and there is a
-        reference, ``bundle_alone`` has the figures of `summarize` with float activations.
+        For each bundle what `measure` returns, with ``bundle`` and ``int8_activations`` (whether
+        they were rounded). If the engine rounds by default and there is a reference,
+        ``bundle_alone`` has the figures of `summarize` with float activations.
 
     Raises:
         ConfigError: the text cannot be read, a window is too long, or the reference is another
@@ -324,7 +326,7 @@ def _windows(
 def _shape(manifest: Manifest) -> ModelSpec:
     """Describe the model without what a recipe or a source's format may change.
 
-    A rotation unties the lm_head, and GGUF stores epsilon in float32, as some write it on.
+    A rotation unties the lm_head, and GGUF stores epsilon in float32, which some tools keep.
     """
     model = manifest.model
     epsilon = float(np.float32(model.rms_norm_eps))
@@ -351,17 +353,17 @@ def evaluate_task(
     """Let bundles answer the questions of a file, and compare each with the reference.
 
     Args:
-        computer: where questions are answered.
+        computer: answers the questions.
         bundles: directories.
         reference: directory of the reference, if any.
         engine: how bundles are opened.
-        task_file: JSONL, see `edge_lab.measure.tasks`.
-        limit: questions, at most.
+        task_file: JSONL in a layout of `edge_lab.measure.tasks`.
+        limit: most questions to ask.
         scoring: how choices are compared; None is by letter.
-        max_tokens: of an answer; None is 1024.
-        temperature: of generated answers; None is 0.
-        seed: of sampled answers.
-        progress: is called with the steps of each bundle, named ``NAME: open`` and
+        max_tokens: most tokens of an answer; None is 1024.
+        temperature: temperature of generated answers; None is 0.
+        seed: seed of sampled answers.
+        progress: called with the steps of each bundle, named ``NAME: open`` and
             ``NAME: answer``.
 
     Returns:
@@ -392,7 +394,7 @@ def evaluate_task(
     )
 
     def answers(bundle: Path, engine: EngineConfig) -> list[ItemResult]:
-        # One bundle at a time: the second needs no memory while the first runs.
+        # Open one bundle at a time: the second needs no memory while the first runs.
         job = TaskJob(bundle, engine, scoring or "letter", params, str(task_file))
         return computer.answer(job, items, prefixed(progress, f"{bundle.name}: "))
 

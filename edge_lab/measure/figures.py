@@ -23,7 +23,7 @@ def cosine_similarity(a: Rows, b: Rows) -> Vector:
     """Compute the cosine over the last axis, -1 to 1.
 
     Two rows of zeros give 1, one row of zeros gives 0. A row that holds NaN or an infinity gives
-    NaN, which reaches no threshold.
+    NaN, which fails every threshold.
     """
     x, y = a.astype(np.float64), b.astype(np.float64)
     with np.errstate(invalid="ignore"):  # inf / inf is the NaN that is promised

@@ -1,4 +1,4 @@
-"""Which layers of an engine take the time: TensorRT's profiler beside the table of its layers."""
+"""Times the layers of an engine: TensorRT's profiler beside the table of its layers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _MAX_DECODE_STEPS = 16
 
 @dataclass(frozen=True)
 class LayerTime:
-    """One layer and what it took.
+    """One layer and the time it took.
 
     Attributes:
-        name: as TensorRT's profiler reports it.
+        name: name of the layer, as TensorRT's profiler reports it.
         ms: median of the runs.
-        share: of the sum over all layers of the profile.
+        share: its share of the sum over all layers of the profile.
         kind, dtype, tactic: from the table of layers; None if the engine has none.
     """
 
@@ -45,7 +45,7 @@ class ProfileTimes:
 
     Attributes:
         runs: how often the profile ran.
-        total_ms: sum over the layers, without what overlaps in ordinary use.
+        total_ms: sum over the layers; in ordinary use some of them overlap.
     """
 
     runs: int
@@ -54,7 +54,7 @@ class ProfileTimes:
 
 
 def require_layer_times(backend: Backend) -> TensorRTBackend:
-    """The backend, if it can time its layers.
+    """Return the backend if it can time its layers.
 
     Raises:
         ConfigError: it is not TensorRT.
@@ -85,10 +85,10 @@ def time_layers(
     The backend runs without CUDA graphs and slower afterwards: measure everything else before.
 
     Returns:
-        By profile of the engine; one that no step needed has no layers.
+        Times by profile of the engine; a profile that no step needed has no layers.
 
     Raises:
-        ConfigError, BackendError: as `run_bench`.
+        ConfigError, BackendError: `run_bench` would raise the same.
     """
     steps = min(config.output_tokens, _MAX_DECODE_STEPS + 1)
     short = replace(config, repeats=_REPEATS, warmup=0, output_tokens=steps)

@@ -1,10 +1,10 @@
-"""Finds the decoder layer from which on one way to run a graph drifts from another.
+"""Finds the first decoder layer at which one way to run a graph drifts from another.
 
 Both sides run the same tokens: prompts in chunks, then the reference's own greedy tokens. On the
 CPU they run copies of the graph in memory in which every layer's output is an output of the graph.
-An engine on a GPU shows what its layers wrote into the cache instead: keys and values of a layer
-are a projection of the output of the layer before it. Errors add up from layer to layer, so the
-first layer below the floor counts, not the worst.
+On a GPU the rows that each layer wrote into the cache are compared: its keys and values are a
+projection of the output of the layer before it. Errors add up from layer to layer, so the first
+layer below the floor counts, not the worst.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Compared = Literal["outputs", "cache"]
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """How what a layer made agrees over all positions.
+    """Agreement of a layer over all positions.
 
     Attributes:
         layer: its index.
@@ -56,9 +56,9 @@ class LayerReport:
     Attributes:
         compared: the layers' ``outputs``, or the keys and values that they wrote into the
             ``cache``.
-        positions: that were compared.
-        floor: the least cosine that is wanted.
-        first: index of the first layer below it; None is good.
+        positions: number of positions compared.
+        floor: the least cosine that passes.
+        first: index of the first layer below the floor; None is good.
         layers: in order.
     """
 
@@ -80,7 +80,7 @@ class LayerSource(Protocol):
     Attributes:
         capacity: tokens that its cache holds.
         max_step_tokens: the most tokens that one `run` takes.
-        compared: what it shows of a layer.
+        compared: what it shows of a layer, as in `LayerReport`.
     """
 
     capacity: int
@@ -91,8 +91,8 @@ class LayerSource(Protocol):
         """Run tokens ``[S, hidden]`` from cache row ``start`` on.
 
         Returns:
-            What each layer made, ``[layers, parts, S, width]``, and the logits ``[vocab]`` of the
-            last token. A layer's output is one part, its keys and values are two.
+            The parts of each layer, ``[layers, parts, S, width]``, and the logits ``[vocab]`` of
+            the last token. A layer's output is one part, its keys and values are two.
 
         Raises:
             BackendError: the engine failed.
@@ -110,7 +110,7 @@ class CacheLayers:
         self._backend = backend
 
     def run(self, start: int, embeds: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """See `LayerSource.run`."""
+        """Run tokens, as `LayerSource.run` describes."""
         step = step_after([0], [start], embeds[None], last_token(len(embeds))[None])
         logits = self._backend.forward(step)[0, -1].copy()
         rows = self._backend.read_slot(0, step.end)[:, :, start:]
@@ -127,10 +127,10 @@ class CpuLayers:
         manifest: its manifest.
         capacity: rows of the cache.
         num_threads: None is one per physical core.
-        fuse_attention, int8_activations: as of `edge.backends.ort.cpu.OrtBackend`.
+        fuse_attention, int8_activations: options of `edge.backends.ort.cpu.OrtBackend`.
 
     Raises:
-        DependencyError, BundleError, ConfigError: see `edge.backends.ort.cpu.OrtBackend`.
+        DependencyError, BundleError, ConfigError: `OrtBackend` refuses the bundle or the options.
     """
 
     compared: Compared = "outputs"
@@ -170,7 +170,7 @@ class CpuLayers:
         ]
 
     def run(self, start: int, embeds: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """See `LayerSource.run`."""
+        """Run tokens, as `LayerSource.run` describes."""
         step = step_after([0], [start], embeds[None], last_token(len(embeds))[None])
         shape = RunShape(0, 1, step.seq, 1)
         inputs = make_inputs(self._dialect, self._model.hidden_size, np.float32, shape)
@@ -190,7 +190,7 @@ class CpuLayers:
         return np.stack(found[len(outputs) :]), logits[0, -1]
 
     def _keep(self, rows: list[NDArray[np.float32]], start: int, end: int) -> None:
-        """Keep the step's keys and values: whole caches, or the new rows where these are given."""
+        """Keep the step's keys and values: whole caches, or only new rows where those are given."""
         for cache, new in zip(self._caches, rows, strict=True):
             cache[:, :, start:end] = new[:, :, start:end] if self._dialect.in_place else new
 
@@ -209,13 +209,13 @@ def compare_layers(
     """Run prompts through both and compare the outputs of every layer.
 
     Args:
-        reference: what is taken to be right.
-        candidate: what is measured.
+        reference: the side that is taken to be right.
+        candidate: the side that is measured.
         prompts: token ids.
         table: the bundle's token table.
         decode_steps: steps after each prompt, with the reference's greedy tokens.
         floor: the least cosine that a layer must reach at every position.
-        max_tokens: bounds the steps of a prompt, as both engines do.
+        max_tokens: most tokens of a prompt's step; both engines have limits of their own, too.
         progress: called with the tokens that both have run (step ``compare``).
 
     Raises:
@@ -247,7 +247,7 @@ def compare_layers(
 
 
 def _measure(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Cosine and error of each row, ``[2, layers, parts, S]``; NaN where a row is not finite."""
+    """Return cosine and error of each row, ``[2, layers, parts, S]``; NaN for a row not finite."""
     with np.errstate(invalid="ignore"):
         error = np.abs(ours.astype(np.float64) - theirs).max(axis=-1)
         size = np.sqrt(np.square(ours, dtype=np.float64).mean(axis=-1))
@@ -256,7 +256,7 @@ def _measure(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[
 
 
 def _report(compared: Compared, measured: NDArray[np.float64], floor: float) -> LayerReport:
-    cosines = measured[0].min(axis=(-2, -1))  # it keeps a NaN, and so does `max`
+    cosines = measured[0].min(axis=(-2, -1))  # min and max both keep a NaN
     errors = measured[1].max(axis=(-2, -1))
     below = np.flatnonzero(~(cosines >= floor))
     layers = tuple(

@@ -1,4 +1,4 @@
-"""Holds the numbers that a manifest repeats against what they were counted or copied from."""
+"""Checks the numbers that a manifest repeats: counts them again or reads them at their source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edge.bundle.memory_facts import PARTS, MemoryFacts, read_memory_facts
 from edge.bundle.weights import count_facts, manifest_linears
 from edge.errors import BundleError
 
-_TOLERANCE = 0.05  # by which a later edge-llm, which measured anew, may count otherwise
+_TOLERANCE = 0.05  # a later edge-llm, which measured anew, may count this much differently
 
 
 def check_facts(bundle: Path, manifest: Manifest) -> None:
@@ -44,7 +44,7 @@ def check_facts(bundle: Path, manifest: Manifest) -> None:
 
 
 def _numbers(facts: MemoryFacts) -> dict[str, int]:
-    """Give each number a name; a part that is not listed takes nothing."""
+    """Give each number a name; a part that is not listed takes no memory."""
     numbers = {f"{part} of an engine": facts.weights.get(part, 0) for part in PARTS}
     numbers |= {f"{part} on the CPU": facts.host.get(part, 0) for part in PARTS}
     return {**numbers, "loading on the CPU": facts.host_loading_bytes}

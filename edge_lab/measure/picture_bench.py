@@ -1,4 +1,4 @@
-"""Times what a picture takes before the first token: decoding, the encoder, and the prompt."""
+"""Times a picture up to the first token: decoding, the encoder, and the prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ONE_TOKEN = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
 
 def bench_picture(llm: LLM, image: Path, *, repeats: int, warmup: int) -> dict[str, Any]:
-    """Ask about a picture again and again, each time as if it were new.
+    """Ask about a picture several times, each time as if it were new.
 
     Args:
         llm: an open bundle that reads pictures and reuses no prefix.
@@ -29,8 +29,8 @@ def bench_picture(llm: LLM, image: Path, *, repeats: int, warmup: int) -> dict[s
 
     Returns:
         ``tiles`` and ``rows`` of the picture, ``prompt_tokens``, and medians in seconds:
-        ``decode_s`` to take the file apart, ``vision_s`` of all tiles, ``prefill_s`` of the prompt
-        with its rows and ``ttft_s``, which is all of it.
+        ``decode_s`` for reading the file, ``vision_s`` for all tiles, ``prefill_s`` for the prompt
+        with its rows, and ``ttft_s`` for all of it.
 
     Raises:
         RequestError: the bundle reads text only, or the file is no picture.
@@ -50,7 +50,7 @@ def bench_picture(llm: LLM, image: Path, *, repeats: int, warmup: int) -> dict[s
 
 
 def _ask(llm: LLM, table: PictureTable, messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ask once, and return what it took."""
+    """Ask once, and return the times."""
     table.forget()
     started, tiles, vision_s = time.perf_counter(), table.encoded_tiles, table.encoding_s
     ids: Any = llm.encode(messages, max_tokens=llm.kv_capacity)

@@ -1,4 +1,4 @@
-"""Compares a bundle's vision encoder where it runs with its twin in FP32 on the CPU."""
+"""Compares a bundle's vision encoder where it runs with the same encoder in FP32 on the CPU."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from edge.vision.section import VisionQuant, VisionSection, read_vision
 
 Array = NDArray[np.float32]
 LIMITS: dict[VisionQuant, float] = {"fp16": 0.01, "bf16": 0.05, "int8": 0.05}
-"""Relative error of rows that an encoder may have. Tiny random models have 0.0005 in FP16, and
-0.015 with INT8 weights, whose products ONNX Runtime's CPU gives INT8 inputs as well."""
+"""Largest relative error of an encoder's rows. Tiny random models have 0.0005 in FP16, and 0.015
+with INT8 weights, for which ONNX Runtime's CPU also rounds inputs to INT8."""
 
 
 @dataclass(frozen=True)
 class EncoderReport:
-    """How the rows of a drawn tile agree.
+    """Agreement of two encoders on a drawn tile.
 
     Attributes:
-        error: see `relative_error`.
-        limit: the largest that passes.
+        error: the rows' `relative_error`.
+        limit: the largest error that passes.
     """
 
     error: float
@@ -34,25 +34,25 @@ class EncoderReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the rows agree; no number is as bad as a large one."""
+        """Whether the rows agree; a NaN fails like a large number."""
         return self.error <= self.limit
 
 
 def compare_encoders(
     bundle: Path, manifest: Manifest, backend: Backend, num_threads: int | None
 ) -> EncoderReport | None:
-    """Run a drawn tile through the encoder of a backend and through the CPU's.
+    """Run a drawn tile through a backend's encoder and through the CPU's.
 
-    On the CPU it is the engine's graph that is compared, which ONNX Runtime runs in FP16 alone.
+    On the CPU it compares the engine's graph, which ONNX Runtime runs in FP16 only.
 
     Args:
-        bundle: its directory, the files of which have been checked.
+        bundle: its directory, whose files were checked before.
         manifest: its manifest.
-        backend: where the decoder runs.
-        num_threads: of the CPU; None is one per physical core.
+        backend: runs the decoder.
+        num_threads: CPU threads; None is one per physical core.
 
     Returns:
-        None of a text bundle, and on the CPU of an encoder in BF16.
+        The report; None for a text bundle, and on the CPU for an encoder in BF16.
 
     Raises:
         BundleError: the engine was built without an encoder, or a graph is not what the manifest
@@ -98,6 +98,6 @@ def drawn_tile(px: int) -> Array:
 
 
 def relative_error(found: Array, wanted: Array) -> float:
-    """Root of the summed squared difference over that of what is wanted."""
+    """Return the norm of the difference over the norm of ``wanted``."""
     difference = found.astype(np.float64) - wanted
     return float(np.sqrt((difference**2).sum() / (wanted.astype(np.float64) ** 2).sum()))

@@ -1,4 +1,4 @@
-"""Runs a program that a model wrote, with its tests: what `programs` lets a child do.
+"""Runs a program that a model wrote, with its tests, in the child process of `programs`.
 
 The child is confined before it reads the program, so programs may import `_MODULES` and no others.
 """
@@ -51,7 +51,7 @@ _MAX_ERROR_CHARS = 300
 
 
 def prepare() -> None:
-    """Import what programs may."""
+    """Import the modules that programs may use."""
     for name in _MODULES:
         import_module(name)
 
@@ -59,12 +59,12 @@ def prepare() -> None:
 def work(task: bytes) -> bytes:
     """Run ``{"program", "tests"}`` and return ``{"passed", "error"}``, both JSON.
 
-    A second program of the same process runs in what the first one left; callers start another.
-    Program and tests share a process, so a program that wants to pass can: this judges models, not
-    adversaries, whom the kernel keeps from everything else.
+    A second program in the same process would see what the first one left, so callers start a new
+    child. Program and tests share a process, so a program that wants to pass can: this judges
+    models, not adversaries. The kernel keeps an adversary from everything else.
     """
     asked: dict[str, str] = json.loads(task)
-    sys.stdin = None  # the parent's frames are no input
+    sys.stdin = None  # the parent's messages are not the program's input
     return json.dumps(_run(asked["program"], asked["tests"])).encode()
 
 
@@ -75,7 +75,7 @@ def _run(program: str, tests: str) -> dict[str, Any]:
             exec(compile(source, name, "exec", dont_inherit=True), module.__dict__)
     except MemoryError:
         raise
-    except BaseException as error:  # noqa: BLE001 - also what ends an interpreter
+    except BaseException as error:  # noqa: BLE001 - also those that end an interpreter
         return {"passed": False, "error": _explain(error)}
     return {"passed": True, "error": ""}
 

@@ -1,4 +1,4 @@
-"""The report of `evaluate.measure` as one HTML file: inline CSS and SVG, no links."""
+"""Writes the report of `evaluate.measure` as one HTML file: inline CSS and SVG, no links."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ FIGURES = (
 )
 """Key, heading and format of each figure, here and on a terminal."""
 ALONE = ("kl_mean", "top1_agreement", "perplexity_ratio")
-"""Those that are shown of the bundle alone, too, where what is served loses more."""
+"""Keys also shown for the bundle alone, if it loses more as it is served."""
 
 
 def activations(result: dict[str, Any]) -> str:
-    """What the figures of a result were computed with."""
+    """Say in which activations a result was computed."""
     return "int8, as the CPU serves it" if result["int8_activations"] else "float"
 
 
 def figure_rows(results: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Yield each row's heading, and of each result the figure and its interval, empty if none."""
+    """Yield each row's heading, and per result the figure and its interval, empty if none."""
     for key, heading, form in FIGURES:
         cells = []
         for result in results:
@@ -67,7 +67,7 @@ def figure_rows(results: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[t
 
 
 def format_figure(value: float | None, form: str) -> str:
-    """A figure, or a dash where it was not measured."""
+    """Write a figure, or a dash where it was not measured."""
     return "–" if value is None else form.format(value)
 
 
@@ -115,7 +115,7 @@ def _label(result: dict[str, Any]) -> str:
 
 
 def _table(results: Sequence[dict[str, Any]], labels: Sequence[str]) -> str:
-    """A row per figure and a column per bundle, as on a terminal."""
+    """Make a row per figure and a column per bundle, as on a terminal."""
     head = "".join(
         f"<th>{escape(label)}<small>{escape(result['quantization'])}, "
         f"{result['num_bytes'] / 1e6:,.0f} MB</small></th>"
@@ -175,7 +175,7 @@ def _chart(
     x_label: str,
     y_label: str,
 ) -> str:
-    """A chart with a logarithmic axis, and the names of the curves that have zeros."""
+    """Draw a chart with a logarithmic axis, and name the curves that have zeros."""
     series, zero = [], []
     for label, curve in zip(labels, curves, strict=True):
         measured = [(x, y) for x, y in curve if y is not None]
@@ -194,7 +194,7 @@ def _chart(
 
 
 def html_task_report(results: Sequence[dict[str, Any]]) -> str:
-    """A whole HTML document of task results, as the verb ``eval --task`` prints them."""
+    """Make a whole HTML document of task results, as the verb ``eval --task`` prints them."""
     rows, flips = [], []
     for result in results:
         low, high = result["accuracy_interval"]
@@ -241,7 +241,7 @@ def html_task_report(results: Sequence[dict[str, Any]]) -> str:
 
 
 def way_cells(result: dict[str, Any]) -> list[list[str]]:
-    """The table of `measure_ways`, here and on a terminal: headings, then a row per way."""
+    """Make the table of `measure_ways`, here and on a terminal: headings, then a row per way."""
     energy = result["energy"] is not None
     headings = ["way", "right", "tokens", "steps", "seconds", "right per minute"]
     headings += [
@@ -269,7 +269,7 @@ def way_cells(result: dict[str, Any]) -> list[list[str]]:
 
 
 def html_ways_report(results: Sequence[dict[str, Any]]) -> str:
-    """A whole HTML document of ways to answer, with the frontier of each bundle.
+    """Make a whole HTML document of ways to answer, with the frontier of each bundle.
 
     Raises:
         DependencyError: vl-convert-python is not installed.

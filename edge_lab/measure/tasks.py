@@ -85,15 +85,15 @@ Item = ChoiceItem | NumberItem | ProgramItem
 
 @dataclass(frozen=True)
 class ItemResult:
-    """What a bundle answered to one item.
+    """A bundle's answer to one item.
 
     Attributes:
         line: the item's line in the file, from 1.
-        expected: the right letter or number; ``passes`` of a program.
-        answer: the letter or number that was found, ``passes``, or what is wrong with a program;
-            None if the text holds no number or no program.
+        expected: the right letter or number; ``passes`` for a program.
+        answer: the letter or number that was found, ``passes``, or the failure of a program; None
+            if the text holds no number or no program.
         correct: whether it is right.
-        cut: whether the text ended at its limit of tokens or a full KV cache, and not by itself.
+        cut: whether a limit of tokens or a full KV cache ended the text.
     """
 
     line: int
@@ -179,7 +179,7 @@ def check_item(llm: LLM, item: Item, where: str, scoring: Scoring = "letter") ->
         llm: the bundle.
         item: the question.
         where: its file and line.
-        scoring: see `answer_item`.
+        scoring: how choices are compared, as in `answer_item`.
 
     Raises:
         ConfigError: the question does not fit into the KV cache, or cannot be encoded.
@@ -208,7 +208,7 @@ def answer_item(
 
     Args:
         llm: the bundle.
-        line: the item's, as `read_task` returned it.
+        line: the item's line, as `read_task` returned it.
         item: the question.
         scoring: how choices are compared: their letters, or their texts by log-probability per
             byte.
@@ -247,7 +247,7 @@ def choice_scores(llm: LLM, item: ChoiceItem, scoring: Scoring) -> list[float]:
         shared += 1
 
     def run() -> list[float]:
-        # The token before the first difference is run once more with each choice, for its logits.
+        # Run the token before the first difference again with each choice, for its logits.
         for _, logits in prefill(llm.backend, llm.embeddings, ids[0][: shared - 1]):
             check_finite(logits)
         return [_continuation(llm, row, shared) for row in ids]
@@ -289,13 +289,13 @@ def ask_question(
 ) -> GenerationResult:
     """Let a bundle answer a question, through its chat template where it has one.
 
-    A model without one goes on after the answer and asks the next question, which is left out.
+    A model without one goes on after the answer with the next question; that part is cut off.
 
     Args:
         llm: the bundle.
-        question: what is asked.
+        question: the question.
         params: how the answer is generated.
-        **options: of `LLM.submit`, for a chat.
+        **options: options of `LLM.submit`, for a chat.
 
     Raises:
         ContextLengthError: the question does not fit into the KV cache.
@@ -313,7 +313,7 @@ def _question(item: NumberItem) -> str:
 
 
 def _prompt(llm: LLM, asked: str | ProgramItem) -> Prompt:
-    """Write a chat, or where a bundle has no chat template the text that it goes on with."""
+    """Make a chat, or the text to go on with if the bundle has no chat template."""
     if isinstance(asked, ProgramItem):
         text, message = asked.question.rstrip() + "\n", chat_request(asked)
     else:
@@ -322,7 +322,7 @@ def _prompt(llm: LLM, asked: str | ProgramItem) -> Prompt:
 
 
 def _check_program(item: ProgramItem, text: str, *, is_chat: bool) -> str | None:
-    """What is wrong with the program in an answer, or ``item.expected``; None if there is none."""
+    """Return a program's failure, or ``item.expected``; None if the answer has no program."""
     program = program_of_answer(item, text) if is_chat else program_of_continuation(item, text)
     if program is None:
         return None
@@ -340,7 +340,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     spread = math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
     half = _Z_95 * spread / (1 + z2 / trials)
-    # Exactly 0 and 1 at the ends, where rounding would leave 1e-17.
+    # Return exactly 0 and 1 at the ends, where rounding would leave 1e-17.
     low = 0.0 if successes == 0 else middle - half
     return low, 1.0 if successes == trials else middle + half
 
@@ -369,7 +369,7 @@ def loss_interval(lost: int, won: int, pairs: int) -> tuple[float, float]:
     """Compute the 95 % interval of ``(lost - won) / pairs``, a difference of paired proportions.
 
     Half an item is added to each cell of the table (Agresti and Min, Statistics in Medicine 2005,
-    doi:10.1002/sim.1781), so it does not shrink to nothing where nothing flipped.
+    doi:10.1002/sim.1781), so the interval has a width even if nothing flipped.
     """
     if min(lost, won) < 0 or lost + won > pairs or pairs < 1:
         raise ValueError(f"{lost} lost and {won} won of {pairs} are no counts")
@@ -382,9 +382,9 @@ def loss_interval(lost: int, won: int, pairs: int) -> tuple[float, float]:
 def summarize_task(results: Sequence[ItemResult]) -> dict[str, object]:
     """Compute accuracy with its interval.
 
-    ``unanswered`` counts answers without a number or a program, ``cut`` those that did not end
-    by themselves; ``wrong`` lists the lines of the items that were not right, so that results of
-    separate runs can be paired.
+    ``unanswered`` counts answers without a number or a program, ``cut`` those that a limit ended;
+    ``wrong`` lists the lines of the items that were not right, so that results of separate runs
+    can be paired.
     """
     correct = sum(result.correct for result in results)
     return {

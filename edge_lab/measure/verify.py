@@ -2,7 +2,7 @@
 
 Both sides are a `Backend`, so that a TensorRT engine can be compared with ONNX Runtime on the CPU,
 which runs the very same graph. Decoding is teacher-forced with the reference's own greedy tokens:
-one early difference does not make everything after it incomparable.
+so one early difference does not make everything after it incomparable.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOGITS_PER_CHUNK = 32  # a vocabulary of 150,000 in float32 takes 0.6 MB a posi
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What an engine must reach.
+    """Bounds that an engine must reach.
 
     Attributes:
         cosine: the least cosine of the logits at a position.
@@ -43,25 +43,25 @@ class Thresholds:
 
 
 ROUNDED_ACTIVATIONS = Thresholds(cosine=0.95, top1=0.9, kl=0.02, cache_cosine=0.95)
-"""Thresholds for engines that round each block of activations to INT8 on their own, as ``ort-cpu``
-does for quantized weights: SmolLM2 INT4 measured 0.983, 0.94, 0.006 and 0.977."""
+"""Thresholds for engines that round blocks of activations to INT8 themselves, as ``ort-cpu`` does
+for quantized weights: SmolLM2 INT4 measured 0.983, 0.94, 0.006 and 0.977."""
 _INT8_CACHE_COSINES = {True: 0.85, False: 0.98}
 
 
 def default_thresholds(manifest: Manifest, *, rounds: bool) -> Thresholds:
     """Return the thresholds for an engine.
 
-    A vector has no likeliest token, and of two logits only the difference matters: what means
-    nothing for the bundle's task is not asked for.
+    A vector has no likeliest token, and for two logits only their difference matters: thresholds
+    that mean nothing for the bundle's task are left out.
 
-    Where the cache is in 8 bits, floats that differ a little become neighbouring integers, and in a
-    row that is small beside its scales that is much: SmolLM2 INT8 measured 0.929 for the cache
-    where a float cache has 0.973; the logits are held to the same as without. What an engine on a
-    GPU reaches with such a cache has not been measured.
+    With an 8-bit cache, floats that differ a little become neighbouring integers, which is much in
+    a row that is small beside its scales: SmolLM2 INT8 measured 0.929 for the cache where a float
+    cache has 0.973. The logits are held to the same bounds. What an engine on a GPU reaches with
+    such a cache has not been measured.
 
     Args:
         manifest: the bundle's.
-        rounds: it rounds activations, see `ROUNDED_ACTIVATIONS`.
+        rounds: whether the engine rounds activations, as for `ROUNDED_ACTIVATIONS`.
     """
     usual = ROUNDED_ACTIVATIONS if rounds else Thresholds()
     if manifest.int8_layers:
@@ -73,7 +73,7 @@ def default_thresholds(manifest: Manifest, *, rounds: bool) -> Thresholds:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the logits of some positions agree; see `Thresholds`."""
+    """Agreement of the logits of some positions; `Thresholds` names the figures."""
 
     positions: int
     min_cosine: float
@@ -120,7 +120,7 @@ def compare_backends(
         prompts: token ids; each prompt is prefilled in chunks that both take, then decoded.
         table: the token table of both.
         decode_steps: steps after each prompt.
-        thresholds: what the candidate must reach; None is `Thresholds` with its defaults.
+        thresholds: bounds for the candidate; None is `Thresholds` with its defaults.
         progress: called with the tokens that both have run (step ``compare``).
 
     Raises:
@@ -178,10 +178,10 @@ def _run_both(
     ids: Sequence[int],
     past: int = 0,
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], int]]:
-    """Run tokens in slot 0 of both; yields logits ``[n, vocab]`` of each, and a chunk's tokens."""
+    """Run tokens in slot 0 of both; yield each one's logits ``[n, vocab]`` and a chunk's tokens."""
     chunk = min(reference.max_step_tokens, candidate.max_step_tokens)
     runs = (
-        # Rows are compared as they are.
+        # Compare rows as they are, a NaN included.
         prefill(backend, table, ids, past=past, max_tokens=chunk, wanted=_spread, keep_nan=True)
         for backend in (reference, candidate)
     )
@@ -190,16 +190,16 @@ def _run_both(
 
 
 def _spread(count: int) -> Ints:
-    """Indices of as many tokens of a chunk as are compared, the first and the last included."""
+    """Pick the tokens of a chunk to compare, the first and the last included."""
     places: Ints = np.linspace(0, count - 1, min(count, _LOGITS_PER_CHUNK)).round().astype(np.int64)
     return places
 
 
 def _measure(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Per position: cosine, same likeliest token, KL; ``[n, 3]``.
+    """Compare positions: cosine, same likeliest token, KL; ``[n, 3]``.
 
     Logits that are not finite are a finding here, not an error: cosine and KL are NaN, which
-    reaches no threshold.
+    fails every threshold.
     """
     same = ours.argmax(axis=-1) == theirs.argmax(axis=-1)
     kl = np.full(len(ours), np.nan)

@@ -1,12 +1,12 @@
-"""Is a bundle still what it was? A golden set of prompts, asked on a schedule.
+"""Tells whether a bundle is still what it was, by a golden set of prompts asked on a schedule.
 
-Every prompt is answered greedily, so a bundle on one engine gives the same answers each time; what
-changes after an update of the engine, of the system or of the bundle shows as flips of single
-items. Four things are looked at: whether the expected answer is there, whether the model refuses,
-whether it loops, and how long it writes; besides them the perplexity of a text.
+Every prompt is answered greedily, so a bundle on one engine gives the same answers each time. A
+change after an update of the engine, the system or the bundle shows as flips of single items. Four
+things are judged: whether the expected answer is there, whether the model refuses, whether it
+loops, and how long it writes. The perplexity of a text is judged as well.
 
 A rate is an alarm if it got worse by more than `Limits.rate` and McNemar's exact test, on the items
-that differ, finds that unlikely to be chance (`Limits.p_value`): twenty items decide nothing.
+that differ, finds that unlikely to be chance (`Limits.p_value`). So twenty items decide nothing.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class GoldenItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A line of a golden set.
 
     Attributes:
-        id: names it in reports; unique.
-        prompt: what the user asks.
-        answer: what a right answer holds; None is not judged.
+        id: its name in reports, unique.
+        prompt: the user's message.
+        answer: text that a right answer holds; None is not judged.
     """
 
     id: str
@@ -69,14 +69,14 @@ class GoldenItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelAnswer(msgspec.Struct, frozen=True):
-    """What a model wrote.
+    """A model's answer.
 
     Attributes:
-        text: without the reasoning.
-        reasoning: inside ``<think>``.
-        tokens: how many were sampled.
+        text: the answer without the reasoning.
+        reasoning: the text inside ``<think>``.
+        tokens: number of sampled tokens.
         finish_reason: ``stop`` or ``length``.
-        tpot_s: seconds per token after the first, by a server's own clock; None if it did not say.
+        tpot_s: seconds per token after the first, by the server's clock; None if it did not say.
     """
 
     text: str
@@ -87,7 +87,7 @@ class ModelAnswer(msgspec.Struct, frozen=True):
 
 
 class ItemResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How one item went; ``correct`` is None where nothing was expected."""
+    """Result of one item; ``correct`` is None where no answer was expected."""
 
     id: str
     correct: bool | None
@@ -107,7 +107,7 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         thinking: whether the model was allowed to reason.
         items: results in the order of the file.
         perplexity: perplexity of the text; None where it was not measured.
-        text_sha256, text_tokens: what the perplexity was measured on.
+        text_sha256, text_tokens: hash and length of the text that the perplexity was measured on.
     """
 
     bundle: str
@@ -122,14 +122,14 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What may change before it is an alarm.
+    """Changes that are still no alarm.
 
     Attributes:
         rate: how much worse a rate may get, as a share of the items.
-        p_value: of McNemar's or the sign test, above which a change may be chance.
-        perplexity_ratio: to the baseline's.
-        length_ratio: of an answer's tokens, up or down, as the geometric mean of all answers; it
-            counts where a sign test finds no chance in it, too.
+        p_value: p-value of McNemar's or the sign test above which a change may be chance.
+        perplexity_ratio: largest ratio to the baseline's perplexity.
+        length_ratio: ratio of tokens per answer, up or down, as the geometric mean of all answers;
+            a larger one is an alarm only if a sign test finds it unlikely to be chance.
     """
 
     rate: float = 0.02
@@ -143,8 +143,8 @@ class Check(msgspec.Struct, frozen=True):
 
     Attributes:
         name: the figure's name.
-        value: what it is now.
-        baseline: what it was.
+        value: its value now.
+        baseline: its value in the baseline.
         alarm: whether it is too far off.
         p_value: p-value of McNemar's test; None for a figure that is not a rate.
         flips: ids of the items that got worse.
@@ -171,7 +171,7 @@ class BundleAnswerer:
 
     Args:
         llm: the bundle, opened.
-        thinking: let it reason before it answers; that takes many more tokens.
+        thinking: whether it may reason before it answers; that takes many more tokens.
     """
 
     def __init__(self, llm: LLM, *, thinking: bool = False) -> None:
@@ -219,7 +219,7 @@ def read_golden(path: Path) -> tuple[list[GoldenItem], str]:
 
 
 def is_match(answer: str, expected: str) -> bool:
-    """Return whether an answer gives what is expected.
+    """Return whether an answer gives the expected one.
 
     A number must equal the answer's final number; words must all appear, in order and side by side,
     in its last line that is not empty. Case and punctuation do not count.
@@ -258,13 +258,13 @@ def run_golden(
     """Ask every item.
 
     Args:
-        answerer: what is asked.
+        answerer: the model to ask.
         items: the golden set.
         max_tokens: most tokens of each answer.
-        progress: is called with the prompts answered (step ``ask``).
+        progress: called with the prompts answered (step ``ask``).
 
     Raises:
-        EdgeError: see the answerer.
+        EdgeError: the answerer could not answer.
     """
     results = []
     progress("ask", 0, len(items), "prompts")
@@ -329,10 +329,10 @@ def perplexity(llm: LLM, text: evaluate.EvalText, progress: Progress = silent) -
 def check_asked(
     before: Baseline, sha256: str, ids: Sequence[str], max_tokens: int, *, thinking: bool
 ) -> None:
-    """Refuse to compare a baseline with a run that asks something else; see `Baseline`.
+    """Refuse to compare a baseline with a run that asks something else.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: golden set, items, length of answers or thinking differ from the baseline's.
     """
     asked = (before.golden_sha256, before.max_tokens, before.thinking)
     if asked != (sha256, max_tokens, thinking) or [item.id for item in before.items] != list(ids):
@@ -346,7 +346,7 @@ def compare_runs(now: Baseline, before: Baseline, limits: Limits | None = None) 
     """Compare every figure of a run with the baseline.
 
     Raises:
-        ConfigError: they did not ask the same, so they cannot be compared.
+        ConfigError: they did not ask the same questions.
     """
     bounds = limits or Limits()
     ids = [item.id for item in now.items]
@@ -356,7 +356,7 @@ def compare_runs(now: Baseline, before: Baseline, limits: Limits | None = None) 
         _rate(name, [(bad(a), bad(b), a.id) for a, b in pairs if judged(a)], bounds)
         for name, judged, bad in _BAD
     ]
-    # Each answer beside itself: a few that ramble to their limit decide a ratio of means.
+    # Compare answer by answer: a few that ramble to their limit would decide a ratio of means.
     logs = [math.log(max(a.tokens, 1) / max(b.tokens, 1)) for a, b in pairs]
     p_value = mcnemar_exact(sum(log > 0 for log in logs), sum(log < 0 for log in logs))
     far = abs(sum(logs)) / max(len(logs), 1) > math.log(bounds.length_ratio)
@@ -379,11 +379,11 @@ _BAD: tuple[tuple[str, _Test, _Test], ...] = (
     ("refused", lambda _: True, lambda item: item.refused),
     ("looped", lambda _: True, lambda item: item.looped),
 )
-"""Name of a rate, which items count, and which of them are bad."""
+"""Each rate's name, which items count, and which of those are bad."""
 
 
 def _rate(name: str, pairs: Sequence[tuple[bool, bool, str]], limits: Limits) -> Check:
-    """The share of items that are bad, and its paired test."""
+    """Compute the share of items that are bad, and its paired test."""
     worse = tuple(item for now, before, item in pairs if now and not before)
     better = sum(before and not now for now, before, _ in pairs)
     total = max(len(pairs), 1)
@@ -398,7 +398,7 @@ def _rate(name: str, pairs: Sequence[tuple[bool, bool, str]], limits: Limits) ->
 
 
 def read_baseline(path: Path) -> Baseline:
-    """Read what `write_baseline` wrote.
+    """Read a baseline that `write_baseline` wrote.
 
     Raises:
         ConfigError: it cannot be read, or is not a baseline of this version.

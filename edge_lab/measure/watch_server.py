@@ -1,6 +1,6 @@
 """Asks a running server for its counters and for answers to a golden set.
 
-Only the server that the operator named is asked: no proxy of the environment, no redirect.
+It asks only the server that the operator named: it uses no proxy and follows no redirect.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _TIMING = re.compile(r"(\w+);dur=(\d+(?:\.\d+)?)")
 
 
 class TrafficState(msgspec.Struct, forbid_unknown_fields=True):
-    """What a watch remembers of a server's counters between two runs.
+    """State that a watch keeps of a server's counters between two runs.
 
     Attributes:
-        seen: the counters when the last run started; it has no requests of its own in them.
+        seen: the counters when the last run started, so without that run's requests.
         pending: requests of earlier windows that were too few to be compared.
     """
 
@@ -60,7 +60,7 @@ class ServerAnswerer:
         user: the name that requests give for their user.
 
     Attributes:
-        model: see above; it may be set later.
+        model: the model to ask, as above; it may be set later.
 
     Raises:
         ConfigError: the URL is not that of a server.
@@ -170,7 +170,7 @@ class ServerAnswerer:
         """Turn a text into token ids, and say how many tokens fit into the cache.
 
         Raises:
-            ConfigError, BackendError: see `answer`.
+            ConfigError, BackendError: `answer` would raise the same.
         """
         found = self._ask("/tokenize", self._with_model({"prompt": text}))
         try:
@@ -179,7 +179,7 @@ class ServerAnswerer:
             raise self._other_form(error) from error
 
     def counts(self) -> Counts:
-        """Return what clients asked for since the server started.
+        """Return the counts of what clients asked for since the server started.
 
         Raises:
             ConfigError: the server refuses the key, or counts on another grid.
@@ -206,7 +206,7 @@ class ServerAnswerer:
         return self._exchange(path, body)[0]
 
     def _exchange(self, path: str, body: dict[str, Any] | None) -> tuple[Any, str]:
-        """Send a request; returns the answer and its ``Server-Timing``."""
+        """Send a request; return the answer and its ``Server-Timing``."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data, self._headers)
         try:
@@ -226,7 +226,7 @@ class ServerAnswerer:
 
 
 def _tpot_s(timing: str, tokens: int) -> float | None:
-    """Seconds per token after the first, from a ``Server-Timing`` in ms; None without any."""
+    """Read the seconds per token after the first from a ``Server-Timing`` in ms; None without."""
     found = dict(_TIMING.findall(timing))
     decode_ms = float(found.get("total", 0.0)) - float(found.get("ttft", math.inf))
     return decode_ms / 1e3 / (tokens - 1) if tokens > 1 and decode_ms > 0 else None
@@ -245,7 +245,7 @@ def counts_of_stats(stats: Any, where: str) -> Counts:
 
 
 def read_stats_file(path: Path) -> Counts:
-    """Counters from a saved answer of ``/stats``.
+    """Read the counters from a saved answer of ``/stats``.
 
     Raises:
         ConfigError: it cannot be read, or has none.
@@ -258,7 +258,7 @@ def read_stats_file(path: Path) -> Counts:
 
 
 def read_state(path: Path) -> TrafficState:
-    """Read what the last run left; a fresh state if there was none.
+    """Read the state that the last run left; a fresh one if there was none.
 
     Raises:
         ConfigError: the file cannot be read, or is not a state.
@@ -275,10 +275,10 @@ def read_state(path: Path) -> TrafficState:
 
 
 def read_api_key(path: Path) -> str:
-    """Read the first key of a file of keys that is there itself, not only as its hash.
+    """Read the first key in a key file that is not given only as its hash.
 
     Raises:
-        ConfigError: see `read_key_file`, or it has only hashes.
+        ConfigError: `read_key_file` refuses the file, or it has only hashes.
     """
     keys = [entry.key for entry in read_key_file(path) if entry.key is not None]
     if not keys:

@@ -1,7 +1,7 @@
-"""Measures ways to answer: once, stopped when sure, by a vote, or both, by right answers per cost.
+"""Measures ways to answer by right answers per cost: once, stopped when sure, by a vote, or both.
 
-The cost is the wall time, the energy where the module's rails can be read, and steps: calls of the
-engine, of which one of n rows counts 1 + 0.1 (n - 1).
+The cost is the wall time, the energy where the module's rails can be read, and steps of the engine.
+A step of n rows counts 1 + 0.1 (n - 1).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from edge_lab.telemetry import EnergyMeter, read_snapshot
 from .evaluate import read_text
 from .tasks import _NEXT_QUESTION, NumberItem, _prompt, _question, check_item, read_task
 
-_ROW = 0.1  # what a row beside others costs, of a step
+_ROW = 0.1  # cost of a further row in a step, as a share of the step
 _RESAMPLES = 4000
 
 
@@ -40,11 +40,11 @@ class Run:
     """How questions are asked.
 
     Attributes:
-        bundle: that answers.
+        bundle: the bundle that answers.
         engine: how it is opened.
-        params: of every sample.
-        confidence: at which a thought is stopped.
-        rule: of votes.
+        params: how every sample is drawn.
+        confidence: confidence at which a thought is stopped.
+        rule: rule of the votes.
     """
 
     bundle: Path
@@ -65,14 +65,14 @@ def measure_ways(
 
     Args:
         run: how they are asked.
-        task_file: JSONL of questions with numbers, see `edge_lab.measure.tasks`.
-        ways: of `WAYS`, ``one`` among them.
-        limit: questions, at most.
-        progress: is called with the steps ``WAY: answer``.
+        task_file: JSONL of questions with numbers, a layout of `edge_lab.measure.tasks`.
+        ways: names in `WAYS`, ``one`` among them.
+        limit: most questions to ask.
+        progress: called with the steps ``WAY: answer``.
 
     Returns:
-        ``device`` and ``power_mode`` of an Orin, ``energy`` (``rails`` or None), and ``ways``: of
-        each `summarize_way`.
+        ``device`` and ``power_mode`` of an Orin, ``energy`` (``rails`` or None), and in ``ways``
+        the result of `summarize_way` for each.
 
     Raises:
         ConfigError: the questions have no numbers, or one does not fit into the KV cache.
@@ -84,7 +84,7 @@ def measure_ways(
         raise ConfigError(f"--ways compares answers that are numbers, and {task_file} has others")
     rows: dict[str, NDArray[np.float64]] = {}
     joules: dict[str, float | None] = {}
-    # A slot more than a vote takes, for a trial. All ways have the same engine, opened anew.
+    # One slot more than a vote takes, for a trial. All ways have the same engine, opened anew.
     engine = run.engine.with_options(num_slots=run.rule.most + 1)
     for way in ways:
         with LLM(run.bundle, engine) as llm:
@@ -120,7 +120,7 @@ def measure_ways(
 
 
 def _answer(llm: LLM, item: NumberItem, run: Run, way: str) -> tuple[float, float, float, float]:
-    """Ask a question: whether it was right, tokens, weighed steps and seconds."""
+    """Ask a question; return whether it was right, tokens, weighed steps and seconds."""
     options: dict[str, Any] = {}
     if way in ("stop", "both"):
         options["stop_when_sure"] = run.confidence
@@ -161,9 +161,9 @@ def summarize_way(
 
     Args:
         rows: ``[questions, 4]``: right, tokens, weighed steps, seconds.
-        base: the same of one answer.
-        joules: of all questions, if known.
-        seed: of the bootstrap.
+        base: the same for one answer.
+        joules: energy of all questions, if known.
+        seed: seed of the bootstrap.
 
     Returns:
         Sums, ``right_per_minute``, ``right_per_1000_steps``, ``right_per_kj``; against one answer

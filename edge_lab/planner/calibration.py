@@ -1,4 +1,4 @@
-"""A device as measured: the JSON of ``edge-llm bench``, or a report of ``scripts/gpu-check``."""
+"""Reads how fast a device was measured: JSON of ``edge-llm bench``, or of ``scripts/gpu-check``."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _MAX_BYTES = 1 << 24
 
 
 class Center(msgspec.Struct, frozen=True):
-    """The middle of repeated measurements; other keys are for people."""
+    """Median of repeated measurements; the other keys in the file are for people."""
 
     median: float
 
 
 class BenchDevice(msgspec.Struct, frozen=True):
-    """Where the benchmark ran.
+    """The device that a benchmark ran on.
 
     Attributes:
         name: a module, ``cpu``, or None for another GPU, or one that a container hid.
-        module: the board's own name; None where nothing said it.
-        l4t: its Jetson Linux; None on what is no Jetson.
-        power_mode: the mode of the table that it was compared with, if that is its own.
-        nvpmodel: what its mode is called there; older files, and containers, do not say.
+        module: the board's own name; None if nothing tells it.
+        l4t: its Jetson Linux; None if it is no Jetson.
+        power_mode: the mode of the table that it was compared with, if it ran in that mode.
+        nvpmodel: nvpmodel's name of its mode; older files and containers do not tell.
     """
 
     name: str | None
@@ -63,7 +63,7 @@ class BenchFile(msgspec.Struct, frozen=True):
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """A cell of the report's matrix; the JSON that its command printed."""
+    """A cell of the report's matrix, with the JSON that its command printed."""
 
     verdict: str
     result: msgspec.Raw = msgspec.Raw(b"null")
@@ -76,7 +76,7 @@ class GpuReport(msgspec.Struct, frozen=True):
 
 
 def read_runs(path: Path) -> dict[str, BenchFile]:
-    """Read a benchmark, or those that passed in a report of ``scripts/gpu-check``, by their names.
+    """Read a benchmark, or by name those that passed in a report of ``scripts/gpu-check``.
 
     Raises:
         ConfigError: it cannot be read, is no such file, or no benchmark in it has passed.
@@ -123,7 +123,8 @@ def calibrated(path: Path, device: str | None, mode: str | None) -> tuple[PlanDe
 
     Args:
         path: JSON of ``edge-llm bench``, or ``report.json`` of ``scripts/gpu-check``.
-        device: what the user asked for; None is the benchmark's. Needed where that is not known.
+        device: the device that the user asked for; None is the benchmark's. Needed where that is
+            not known.
         mode: the power mode that was asked for; None is the benchmark's. Needed where that is not
             known.
 
@@ -164,7 +165,7 @@ def calibrated(path: Path, device: str | None, mode: str | None) -> tuple[PlanDe
 
 
 def _module(path: Path, name: str, mode: str | None, asked: str | None) -> PlanDevice:
-    """Find the module in the mode that it was measured in; where none is known, in ``asked``."""
+    """Find the module in the mode it was measured in, or in ``asked`` if that is not known."""
     if mode is None and asked is None:
         raise ConfigError(
             f"--calibrate {path}: it does not say in which power mode it was measured, as in a "

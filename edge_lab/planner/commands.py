@@ -1,4 +1,4 @@
-"""The command lines that make what was planned."""
+"""Writes the command lines that make a planned bundle and its engine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .plan import CPU, Option, PlanDevice
 
 
 def targets_of(device: PlanDevice) -> tuple[str, ...]:
-    """The values of ``--target`` that a device may be: of an Orin either JetPack.
+    """Return the values of ``--target`` that a device may have; an Orin may have either JetPack.
 
-    Of the very module that this machine is, only its own.
+    If the device is the module that this machine is, only its own is returned.
     """
     if device.name == CPU:
         return (CPU,)
@@ -28,17 +28,17 @@ def targets_of(device: PlanDevice) -> tuple[str, ...]:
 
 
 def bundle_path(model: PlannedModel, option: Option) -> Path:
-    """The bundle of a model under the name that ``edge-llm pull`` gives it."""
+    """Return the path of a model's bundle under the name that ``edge-llm pull`` gives it."""
     return roots()[0] / bundle_name(str(model.source), option.name)
 
 
 def export_commands(
     model: PlannedModel, option: Option, device: PlanDevice, deployment: Deployment
 ) -> dict[str, str]:
-    """The export of a planned model, by its ``--target``.
+    """Return the command that exports a planned model, by its ``--target``.
 
     Args:
-        model: what is exported; no bundle.
+        model: the model to export; not a bundle.
         option: the quantization.
         device: where it will run.
         deployment: capacity and type of the KV cache.

@@ -1,4 +1,4 @@
-"""Orin modules: memory, bandwidth and the GPU's arithmetic, per power mode.
+"""Lists Orin modules: memory, bandwidth and the GPU's arithmetic, per power mode.
 
 Sources: memory, bandwidth, SMs, clocks and TOPS are those of NVIDIA's data sheets (Jetson AGX Orin
 DS-10662-001, Orin NX DS-10712-001, Orin Nano DS-11105-001) and of the "Super" modes of JetPack 6.2;
@@ -35,8 +35,8 @@ class PowerMode:
         name: name of the nvpmodel mode.
         num_sms: streaming multiprocessors that are on.
         gpu_clock_hz: highest clock of the GPU.
-        bytes_per_s: bandwidth of the memory, as the data sheet has it.
-        knows_arithmetic: whether SMs and clock are facts; of a CPU they are a round number.
+        bytes_per_s: bandwidth of the memory, from the data sheet.
+        knows_arithmetic: whether SMs and clock are facts; for a CPU they are a round number.
     """
 
     name: str
@@ -68,8 +68,8 @@ class Module:
         name: name that ``--device`` takes.
         memory_bytes: memory of the module; CPU and GPU share it.
         modes: fastest first; the first is the default.
-        tops: advertised with the first mode: sparse INT8, DLAs included.
-        dla_tops: the DLAs' part of it.
+        tops: advertised TOPS in the first mode: sparse INT8, DLAs included.
+        dla_tops: the DLAs' part of ``tops``.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Module:
     dla_tops: float
 
     def mode(self, name: str | None) -> PowerMode:
-        """Return a power mode by name, see `PowerMode.is_called`; None is the fastest.
+        """Return a power mode by its name or by nvpmodel's; None is the fastest.
 
         Raises:
             ConfigError: the module has no such mode, or the table does not.
@@ -202,10 +202,10 @@ def identify(model_name: str | None, memory_bytes: int | None) -> Module | None:
 
     Args:
         model_name: e.g. ``NVIDIA Jetson AGX Orin Developer Kit``; None on other machines.
-        memory_bytes: what the kernel says; a little less than the module has.
+        memory_bytes: memory as the kernel reports it; a little less than the module has.
 
     Returns:
-        None where the name is not that of an Orin, or the memory is not known.
+        The module; None if the name is not that of an Orin, or the memory is not known.
     """
     if model_name is None or memory_bytes is None or "Orin" not in model_name:
         return None

@@ -1,4 +1,4 @@
-"""Predicts what a draft model gives: the memory of the pair, and tokens per second by acceptance.
+"""Predicts the gain of a draft model: memory of the pair, and tokens per second by acceptance.
 
 A decode step that verifies k guesses is a step of k + 1 tokens per sequence that reads the cache
 once::
@@ -8,9 +8,9 @@ once::
     step(k)   = verify(k) + k * decode of the draft
     tokens(k) = 1 + a + a^2 + ... + a^k
 
-for guesses that are right with probability a, given those before them. The best k is taken, and 0
-is plain decode: a policy that measures does not draft where that loses. Where a drafter stops when
-it is unsure, a step costs less than this and gives a little less.
+for guesses that are right with probability a, given those before them. The best k is taken; 0 is
+plain decode, since a policy that measures does not draft where that loses. A drafter that stops
+when it is unsure costs less per step than this, and gives a little less.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from .speed import Efficiency, Work, decode_s, verify_s, work_of
 
 ACCEPTANCES = (0.6, 0.7, 0.8, 0.9)
 MOST_GUESSES = 8
-_STEPS = 1000  # of the search for the least acceptance that pays
+_STEPS = 1000  # steps of the search for the least acceptance that pays
 
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """A draft model as it is planned beside a target.
+    """A draft model planned beside a target.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         quant: name of its quantization.
-        memory: memory of a process of its own; `memory.plan_process_pair` joins it to the target's.
+        memory: its memory in a process of its own; `memory.plan_process_pair` adds the target's.
         work: bytes and operations of its steps.
     """
 
@@ -57,7 +57,7 @@ class DraftSpeed:
         acceptance: probability that a guess is right, given those before it.
         guesses: guesses per step that give the most tokens per second; 0 if none does.
         decode_tps: tokens per second of all sequences.
-        gain: that over plain decode.
+        gain: ``decode_tps`` over that of plain decode.
     """
 
     context: int
@@ -109,10 +109,10 @@ def draft_speed(
 
 
 def least_acceptance(predict: Callable[[float], DraftSpeed]) -> float | None:
-    """Find the acceptance from which on drafts pay; None where they do not even if all are right.
+    """Find the least acceptance at which drafts pay; None if they never do.
 
     Args:
-        predict: from an acceptance to the speed.
+        predict: function from an acceptance to the speed.
     """
     if predict(1.0).guesses == 0:
         return None

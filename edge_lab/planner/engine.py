@@ -1,4 +1,4 @@
-"""The engine that a bundle has for an Orin, and what the table of its layers says of a step."""
+"""Finds the engine that a bundle has for an Orin, and reads its steps from the table of layers."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _KINDS: tuple[StepKind, StepKind] = ("decode", "prefill")
 
 @dataclass(frozen=True)
 class PlannedEngine:
-    """A built engine that a plan rests on.
+    """A built engine that a plan is based on.
 
     Attributes:
-        name: of its directory.
+        name: name of its directory.
         plan: the plan's file name.
-        plan_bytes: of that file, and of the weights beside it.
+        plan_bytes: bytes of that file and of the weights beside it.
         max_batch: sequences per step.
         max_prefill: tokens per prefill step.
         kv_capacity: tokens per slot.
         kv_read: how attention reads the cache.
-        work: what it says of its steps.
+        work: launches and unpacked weights of its steps.
     """
 
     name: str
@@ -52,12 +52,12 @@ class PlannedEngine:
     work: EngineWork
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; its steps are those of the `Work` that rests on it."""
+        """Return plain values for JSON; its steps are in the `Work` that is based on it."""
         return {name: value for name, value in asdict(self).items() if name != "work"}
 
 
 class Asked(NamedTuple):
-    """What is asked of an engine; None takes what it has."""
+    """Wishes for an engine; None takes the engine's own value."""
 
     batch: int = 1
     kv_capacity: int | None = None
@@ -67,19 +67,20 @@ class Asked(NamedTuple):
 def find_engine(bundle: Path, manifest: Manifest, asked: Asked) -> PlannedEngine | str:
     """Find the engine of a bundle that an Orin would run.
 
-    The runtime's choice, but for the version of TensorRT, which is the device's to know.
+    It is the engine that the runtime would choose, except that the device's version of TensorRT is
+    not known here.
 
     Args:
         bundle: its directory.
         manifest: its manifest.
-        asked: what the plan is for.
+        asked: wishes of the plan.
 
     Returns:
         The engine, or why there is none whose layers are known.
 
     Raises:
-        BundleError: its table of layers is damaged, or of another bundle.
-        ConfigError: its layers are known, and it is too small for what is asked.
+        BundleError: its table of layers is damaged, or belongs to another bundle.
+        ConfigError: its layers are known, but it is too small for the wishes.
     """
     fitting: dict[Path, EngineInfo] = {}
     problems: list[str] = []
@@ -125,7 +126,7 @@ def engine_work(info: EngineInfo, table: LayerTable, manifest: Manifest) -> Engi
     """Count launches and unpacked weights of an engine's decode and prefill.
 
     Returns:
-        None if the table has layers of neither.
+        The counts; None if the table has layers of neither.
 
     Raises:
         BundleError: a layer unpacks a weight that the bundle does not have.

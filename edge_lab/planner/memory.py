@@ -1,4 +1,4 @@
-"""Memory of a running engine by part, and the peaks of loading and building."""
+"""Plans the memory of a running engine by part, and the peaks of loading and building."""
 
 from __future__ import annotations
 
@@ -33,37 +33,37 @@ from edge.bundle.sizes import (
 from edge.bundle.weights import Linear, count_facts
 
 BackendKind = Literal["tensorrt", "ort-cpu"]
-# CUDA's context with cuBLAS, TensorRT's libraries and their scratch. Not measured by us: what is
-# left of the memory that NVIDIA published for Edge-LLM on Orin (docs/planner-published.md).
+# CUDA's context with cuBLAS, TensorRT's libraries and their scratch. Not measured by us: it is the
+# rest of the memory that NVIDIA published for Edge-LLM on Orin (docs/planner-published.md).
 _CUDA_BYTES = 600_000_000
 
 # Peak resident memory of compiling with TensorRT for RTX 1.7 on a CPU, measured: SmolLM2 INT4
 # (87 MB of weights) 0.94 GB, the 1.5B shape INT4 (921 MB) 3.34 GB. That is 0.69 GB and 2.9 times
 # the weights; a little is added to both. NVIDIA tells users of its own builder 3 to 4 times.
 _RTX_BUILD = (800 << 20, 3.2)
-# Predicted, of TensorRT itself on a Jetson: its library of kernels takes 1,227 MiB of the host and
-# 1,235 of the GPU before any layer (OE4T/meta-tegra#2120, 10.13), which are one memory there; and
-# before 10.13 external weights are copied once more (its CHANGELOG: "Decreased memory usage when
+# A prediction for TensorRT itself on a Jetson: its library of kernels takes 1,227 MiB of the host
+# and 1,235 of the GPU before any layer (OE4T/meta-tegra#2120, 10.13), which share one memory there.
+# Before 10.13 external weights are copied once more (its CHANGELOG: "Decreased memory usage when
 # importing models with external weights").
 _BUILD = (2_500_000_000, 3.2)
 _BUILD_BEFORE_10_13 = (2_500_000_000, 4.2)
 
-# What the kernel, its carve-outs and a system without a desktop take of a Jetson's memory.
+# Share of a Jetson's memory for the kernel, its carve-outs and a system without a desktop.
 _SYSTEM_SHARE, _SYSTEM_BYTES = 0.1, 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """How a model is run.
+    """How a model is to run.
 
     Attributes:
         backend: ``tensorrt`` or ``ort-cpu``.
         batch: slots of the cache, all decoded at once.
         kv_capacity: tokens per slot.
         max_prefill: tokens per prefill step.
-        dialect: dialect of the graph, see `edge.bundle.io_spec`.
-        int8_layers: layers whose cache is in 8 bits, see `edge.bundle.manifest.KvCache`.
-            ``all`` plans without a bundle, whose calibration may keep some in float.
+        dialect: dialect of the graph, one of `edge.bundle.io_spec`.
+        int8_layers: layers with an 8-bit cache, as in `edge.bundle.manifest.KvCache`. ``all`` plans
+            without a bundle, whose calibration may keep some layers in float.
     """
 
     backend: BackendKind = "tensorrt"
@@ -74,13 +74,13 @@ class Deployment:
     int8_layers: tuple[int, ...] | Literal["all"] = ()
 
     def cache_row_bytes(self, model: ModelSpec) -> list[int]:
-        """Bytes of a head's row in each cache tensor."""
+        """Return the bytes of a head's row in each cache tensor."""
         layers = range(model.num_layers) if self.int8_layers == "all" else self.int8_layers
         types = io_spec.cache_types(model, self.float_type, layers)
         return [model.head_dim * io_spec.ELEMENT_BYTES[each] for each in types]
 
     def cache_token_bytes(self, model: ModelSpec) -> int:
-        """Bytes of cache that a token takes over all layers."""
+        """Return the bytes of cache that a token takes over all layers."""
         return model.num_kv_heads * sum(self.cache_row_bytes(model))
 
     @property
@@ -91,7 +91,7 @@ class Deployment:
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """Bytes by part. The first six are the engine's, the others those of the process around it.
+    """Bytes by part; the first six are the engine's, the others those of the process around it.
 
     Attributes:
         weights: bytes of the weights by part (`weights.PARTS`).
@@ -100,15 +100,15 @@ class ProcessMemory:
         io: the engine's inputs and outputs besides the cache that the host does not see, with the
             adapters of all slots.
         pinned: bytes in host memory that the GPU reads and writes in place.
-        graphs: the most that captured CUDA graphs take; how much they do take is not predicted.
+        graphs: the most that captured CUDA graphs take; their real size is not predicted.
         embeddings: rows of the token table held in memory; the table itself stays in its file.
         runtime: CUDA and TensorRT, or ONNX Runtime's session.
         python: the interpreter and its libraries.
         tokenizer: vocabulary and merges.
         load_peak: the process while it loads.
         build_peak: ``edge-llm build``; 0 where nothing is built.
-        plan_extra: what the plan of a built engine takes besides the weights as stored: kernels,
-            and weights in another layout for another profile; 0 where the engine is not built.
+        plan_extra: bytes of a built engine's plan besides the weights as stored: kernels, and
+            weights in another layout for another profile; 0 if the engine is not built.
     """
 
     weights: Mapping[Part, int]
@@ -127,23 +127,23 @@ class ProcessMemory:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of all weights."""
+        """Return the bytes of all weights."""
         return sum(self.weights.values())
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that the engine allocates, at most."""
+        """Return the most bytes that the engine allocates."""
         steps = self.activations + self.io + self.pinned + self.graphs
         return self.weights_bytes + self.plan_extra + self.cache + steps
 
     @property
     def process_bytes(self) -> int:
-        """Bytes of the whole process with a full cache."""
+        """Return the bytes of the whole process with a full cache."""
         around = self.embeddings + self.runtime + self.python + self.tokenizer
         return self.device_bytes + around
 
     def as_dict(self) -> dict[str, int | dict[str, int]]:
-        """Plain numbers for JSON."""
+        """Return plain numbers for JSON."""
         return {
             "weights": {str(part): size for part, size in self.weights.items()},
             "weights_bytes": self.weights_bytes,
@@ -167,11 +167,11 @@ class ProcessMemory:
 def plan_process_memory(
     model: ModelSpec, linears: Sequence[Linear], positions: int, deployment: Deployment
 ) -> ProcessMemory:
-    """Plan the memory of one model in one quantization, of which there need be no bundle.
+    """Plan the memory of one model in one quantization; no bundle is needed.
 
     Args:
         model: dimensions.
-        linears: its linear layers (`weights.manifest_linears`, or of a recipe).
+        linears: its linear layers (`weights.manifest_linears`, or those of a recipe).
         positions: rows of the RoPE table.
         deployment: how it is run.
     """
@@ -184,9 +184,9 @@ def plan_bundle_memory(
     """Plan the memory of a bundle, by the numbers of its manifest.
 
     Args:
-        manifest: of the bundle, or of its head.
-        deployment: how it is run.
-        beside: of what drafts for it.
+        manifest: manifest of the bundle, or of its head.
+        deployment: how it is to run.
+        beside: manifest of the bundle or head that drafts for it.
 
     Raises:
         BundleError: the manifest's numbers do not fit this edge-llm.
@@ -200,13 +200,13 @@ def plan_bundle_memory(
 
 
 def adapter_bytes(manifest: Manifest, backend: BackendKind) -> int:
-    """What the adapter of one slot takes, which is as much for every adapter; 0 without any."""
+    """Return the bytes of one slot's adapter, the same for every adapter; 0 without adapters."""
     if "adapters" not in manifest.extras:
         return 0
     from edge.adapters.graph_inputs import read_section, slot_values
 
     section = read_section(manifest)
-    if section is None:  # of a head
+    if section is None:  # the manifest of a head
         return 0
     element_bytes = 4 if backend == "ort-cpu" else ENGINE_FLOAT_BYTES
     return element_bytes * slot_values(manifest.model, section.rank)
@@ -248,7 +248,7 @@ def _plan(model: ModelSpec, facts: MemoryFacts, deployment: Deployment) -> Proce
         load_peak=0,
         build_peak=plan_build_memory(stored, release=release).peak_bytes,
     )
-    # TensorRT reads the plan from a mapped file into the device's memory: nothing is held twice.
+    # TensorRT reads the plan from a mapped file into the device's memory: no copy is held.
     return dataclasses.replace(plan, load_peak=plan.process_bytes)
 
 
@@ -278,7 +278,7 @@ def plan_process_pair(target: ProcessMemory, draft: ProcessMemory | None) -> Pro
         draft: the one that drafts; None leaves the plan as it is. It is loaded after the target.
 
     Returns:
-        The sum by part. A build is that of one engine after the other.
+        The sum by part. ``build_peak`` is that of one engine after the other.
     """
     if draft is None:
         return target
@@ -296,13 +296,13 @@ def plan_process_pair(target: ProcessMemory, draft: ProcessMemory | None) -> Pro
         embeddings=target.embeddings + draft.embeddings,
         build_peak=max(target.build_peak, draft.build_peak),
     )
-    # Plans of one process count the cache at its peak only once it is full, as this does.
+    # A process's peak includes the cache only once it is full, and so does this sum.
     peak = max(target.load_peak, both.process_bytes, target.process_bytes + own + loading)
     return dataclasses.replace(both, load_peak=peak)
 
 
 def cache_bytes(model: ModelSpec, deployment: Deployment) -> int:
-    """Keys and values of every slot at full capacity."""
+    """Return the bytes of the keys and values of every slot at full capacity."""
     slots = deployment.batch
     if deployment.backend == "tensorrt":
         slots = cache_slots(slots)
@@ -310,14 +310,17 @@ def cache_bytes(model: ModelSpec, deployment: Deployment) -> int:
 
 
 def io_bytes(model: ModelSpec, deployment: Deployment) -> tuple[int, int]:
-    """Inputs and outputs of an engine besides the cache, and the part that the host shares.
+    """Count the bytes of an engine's inputs and outputs besides the cache.
 
-    On Orin the GPU reads and writes pinned host memory in place. Its own are the numbers of the
-    cache's rows and, in dialect ``portable``, the step's keys and values, at strides that take a
-    head more per layer, or several of small ones.
+    On Orin the GPU reads and writes pinned host memory in place.
+
+    Returns:
+        The device's own bytes and those shared with the host. The device's own are the numbers of
+        the cache's rows and, in dialect ``portable``, the step's keys and values. Their strides
+        take one head more per layer, or several small ones.
     """
     tokens = max(min(deployment.max_prefill, deployment.kv_capacity), deployment.batch)
-    # Of prefill and of decode.
+    # Logits of prefill and of decode.
     logits = max(DEFAULT_MAX_LOGITS, deployment.batch) + deployment.batch
     inputs = tokens + deployment.batch
     values = inputs * model.hidden_size + logits * io_spec.output_width(model)
@@ -331,7 +334,7 @@ def io_bytes(model: ModelSpec, deployment: Deployment) -> tuple[int, int]:
 
 
 def _padding_heads(row_bytes: int) -> int:
-    """Heads by which a stride grows until it is aligned."""
+    """Return by how many heads a stride grows until it is aligned."""
     return ALIGNMENT // math.gcd(ALIGNMENT, row_bytes)
 
 
@@ -350,7 +353,7 @@ class BuildMemory:
 
     @property
     def peak_bytes(self) -> int:
-        """Everything at once."""
+        """The sum of the parts."""
         return self.weights_bytes + self.builder_bytes + self.workspace_bytes
 
 
@@ -364,7 +367,7 @@ def plan_build_memory(
     Args:
         weights_bytes: bytes of the graph's weights as they are stored.
         workspace_bytes: scratch memory of the kernels that are tried; 0 where nothing runs.
-        release: of TensorRT; None is TensorRT for RTX.
+        release: TensorRT's release; None is TensorRT for RTX.
     """
     fixed, factor = _RTX_BUILD
     if release is not None:

@@ -1,4 +1,4 @@
-"""Which model: built in by name, a ``config.json``, or a bundle."""
+"""Finds the model to plan for: built in by name, a ``config.json``, or a bundle."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class PlannedModel:
     """A model to plan for.
 
     Attributes:
-        name: shown to the user.
+        name: name to show to the user.
         spec: its dimensions.
-        source: what ``edge-llm export`` takes, or None.
+        source: argument for ``edge-llm export``, or None.
         manifest: manifest of the bundle that it came from, or None.
         bundle: directory of that bundle, or None.
     """
@@ -59,7 +59,7 @@ def decoder_spec(
     """Make a `ModelSpec` from dimensions alone.
 
     Args:
-        architecture: says whether there are biases and q/k norms.
+        architecture: the family, which decides about biases and q/k norms.
         hidden: hidden size.
         layers: number of layers.
         heads: query heads, KV heads, head size.
@@ -96,7 +96,7 @@ BUILT_IN: dict[str, PlannedModel] = {
         "deepseek-r1:8b-0528": decoder_spec("qwen3", 4096, 36, (32, 8, 128), 12288, 151936),
     }.items()
 }
-"""By their names in the `CATALOGUE`."""
+"""Built-in models by their names in the `CATALOGUE`."""
 
 
 def find_model(name: str) -> PlannedModel:
@@ -145,7 +145,7 @@ def find_built_in(name: str) -> PlannedModel | None:
 
 
 def find_head(target: PlannedModel) -> PlannedModel:
-    """The EAGLE-3 head of a bundle, as a model that drafts for it.
+    """Return the EAGLE-3 head of a bundle, as a model that drafts for it.
 
     Raises:
         ConfigError: the model is no bundle, or has no head.
@@ -160,13 +160,13 @@ def find_head(target: PlannedModel) -> PlannedModel:
 
 
 def check_tokenizers(target: PlannedModel, draft: PlannedModel) -> None:
-    """Refuse a draft with another tokenizer, as far as the models are there to be compared.
+    """Refuse a draft with another tokenizer.
 
-    Of two bundles the tokenizers are; otherwise the families, since a model of another one has
-    another tokenizer.
+    The tokenizers of two bundles are compared. Otherwise the families are, since a model of another
+    family has another tokenizer.
 
     Raises:
-        ConfigError: they differ; what differs is named.
+        ConfigError: they differ; the message names the difference.
     """
     difference = None
     if target.bundle is not None and draft.bundle is not None:

@@ -1,4 +1,4 @@
-"""A plan as one SVG file: tokens per second and memory of each quantization."""
+"""Draws a plan as one SVG file: tokens per second and memory of each quantization."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .speed import predict
 
 
 def draw_plan(plan: ModelPlan) -> str:
-    """Draw an SVG of a plan; without speeds (a CPU of unknown bandwidth) it has the memory alone.
+    """Draw an SVG of a plan; without speeds (a CPU of unknown bandwidth) it shows memory only.
 
-    A speed is a bar between two contexts: the time of a token grows linearly from one to the other,
-    so the two ends say all.
+    The time of a token grows linearly between two contexts, so a bar between them shows every speed
+    in between.
 
     Raises:
         DependencyError: vl-convert-python is not installed.

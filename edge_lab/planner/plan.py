@@ -1,4 +1,4 @@
-"""A plan: one model, one device, every quantization side by side."""
+"""Makes a plan: one model, one device, every quantization side by side."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from .speed import FITTED, Efficiency, Speed, Work, predict, work_of
 
 CPU = "cpu"
 DRAFT_QUANT = "int4"
-"""What a draft model is planned in that is no bundle: its errors cost time, and no quality."""
+"""Precision to plan a draft in that is no bundle: its errors cost time, not quality."""
 Basis = Literal["fitted", "carried over", "measured"]
-"""What a prediction rests on: published figures of this very case (module, precision, batch), those
-of others, or the benchmark of ``--calibrate``. A ceiling rests on none of them."""
+"""Basis of a prediction: published figures of this very case (module, precision, batch), figures of
+other cases, or the benchmark of ``--calibrate``. A ceiling is based on none of them."""
 _PRECISIONS: dict[str, Precision] = {"float": "fp16", "int8": "int8", "int4": "int4"}
-# How fast a CPU multiplies is not in any table: a round number that `calibrate` scales.
+# No table tells how fast a CPU multiplies: this is a round number that `calibrate` scales.
 _CPU_NOMINAL_OPS = 100e12
 
 
 @dataclass(frozen=True)
 class PlanDevice:
-    """Where a plan runs.
+    """The device of a plan.
 
     Attributes:
         name: name of a module, or ``cpu``.
@@ -67,15 +67,15 @@ class Option:
 
     Attributes:
         name: name of the variant, or the bundle's own quantization.
-        recipe: what ``edge-llm export`` is asked for; None for a bundle.
+        recipe: recipe for ``edge-llm export``; None for a bundle.
         memory: memory by part, that of a draft model included.
         work: bytes and operations.
         speeds: at each context of the plan; empty where the device's bandwidth is unknown.
-        basis: what the predictions among the speeds rest on.
+        basis: basis of each kind of prediction in ``speeds``.
         fits: whether the device has the memory; None where that is unknown.
         drafts: speed with the draft model by context and acceptance; empty without one.
-        least_acceptance: at the first context, from which acceptance on drafts pay; None without
-            a draft, or where they never do.
+        least_acceptance: acceptance from which on drafts pay at the first context; None without a
+            draft, or if they never pay.
     """
 
     name: str
@@ -90,10 +90,10 @@ class Option:
 
 
 def largest_block(memory: ProcessMemory) -> tuple[str, int]:
-    """What of an engine is the largest that lies in one piece, at most, and its bytes.
+    """Return the engine's largest contiguous allocation, at most: its name and its bytes.
 
-    A Jetson may refuse it where all together would fit (`edge.backends.cuda.pieces`). TensorRT says
-    nothing of how it allocates weights, and the largest of them is the lm_head.
+    A Jetson may refuse it where all together would fit (`edge.backends.cuda.pieces`). TensorRT does
+    not tell how it allocates weights; the largest of them is the lm_head.
     """
     blocks = {
         "the KV cache": memory.cache,
@@ -109,9 +109,9 @@ class ModelPlan:
 
     Attributes:
         options: the quantizations.
-        draft: a model beside each of them.
-        engine: the bundle's own, whose steps are predicted.
-        engine_unknown: why a bundle is planned without one, by rule; None of what is no bundle.
+        draft: a draft model beside each of them.
+        engine: the bundle's own engine, whose steps are predicted.
+        engine_unknown: why a bundle is planned by rule, without an engine; None without a bundle.
     """
 
     model: PlannedModel
@@ -124,7 +124,7 @@ class ModelPlan:
     engine_unknown: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         mode = self.device.mode
         return {
             "model": self.model.name,
@@ -192,7 +192,7 @@ def find_device(
 
 
 def cpu_mode(bytes_per_s: float) -> PowerMode:
-    """Make a power mode of a CPU of measured bandwidth."""
+    """Make a power mode for a CPU of measured bandwidth."""
     per_sm_clock = PowerMode("unit", 1, 1.0, 1.0).int8_ops
     clock_hz = _CPU_NOMINAL_OPS / per_sm_clock
     return PowerMode(CPU, 1, clock_hz, bytes_per_s, knows_arithmetic=False)
@@ -212,10 +212,10 @@ def make_plan(
     """Compute memory and speed of a model.
 
     Args:
-        model: what to plan.
-        device: where.
+        model: the model to plan.
+        device: the device to plan for.
         deployment: backend, batch, capacity.
-        efficiency: what of the device's figures is reached.
+        efficiency: the share of the device's figures that is reached.
         quants: names of variants; empty is all, or the bundle's own.
         contexts: tokens to predict speed at; empty is 512 and the capacity.
         draft: a model that drafts: a bundle, or a model in `DRAFT_QUANT`.
@@ -321,7 +321,7 @@ def _linears(
     for name in VARIANTS:
         try:
             recipe, linears = _variant(model, name)
-        except ConfigError:  # a width that no group size divides: the others still fit
+        except ConfigError:  # no group size divides a width: the other variants still fit
             continue
         if all(linears != other for _, _, other in found):  # g32 may be the largest that fits
             found.append((name, recipe, linears))

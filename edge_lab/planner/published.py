@@ -1,4 +1,4 @@
-"""Published figures of language models on Orin; `tests/edge_lab/planner/fit.py` predicts them.
+"""Lists published figures of models on Orin; `tests/edge_lab/planner/fit.py` predicts them.
 
 Every figure says who published it. ``fitted`` ones come from TensorRT engines on the AGX Orin
 64 GB; all others are held out: they are predicted with the same factors, and the error is reported
@@ -214,13 +214,13 @@ SPEED_FIGURES: tuple[Figure, ...] = (
 def has_fitted(
     kind: Kind, device: str, mode: str, precision: Precision | None, batch: int = 1
 ) -> bool:
-    """Whether the fit has figures of this very case; elsewhere its factors are carried over.
+    """Return whether the fit has figures of this very case; elsewhere its factors carry over.
 
     Args:
-        kind: of the figure.
+        kind: kind of the figure.
         device: name in `devices.MODULES`.
         mode: name of its power mode.
-        precision: of the layers; None is one that nobody published, or several.
+        precision: precision of the layers; None is one that nobody published, or several.
         batch: sequences per decode step; a factor fitted at 1 and 8 holds from one to the other.
     """
     batches = [

@@ -1,10 +1,10 @@
-"""Which model in which precision: the decision tree of the tutorials, with computed numbers.
+"""Chooses a model and its precision by the decision tree of the tutorials, with computed numbers.
 
 Tutorials on DeepSeek-R1 on Orin end in a drawing: under 1 GB of memory, the 1.5B model quantized;
 else under 100 ms, the 7B model quantized; else the 8B model. Here every model in every precision is
 a candidate. It is dropped if its memory, its time per output token (TPOT) with a full KV cache, its
-time to first token or its quality misses what was asked; of what is left the best in quality is
-taken, and of equals the fastest. The drawing's own leaf is checked against the same numbers.
+time to first token or its quality misses the wish. Of the rest the best in quality is taken, and
+among equals the fastest. The drawing's own leaf is checked against the same numbers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ QUALITY: dict[str, dict[Benchmark, float]] = {
 }
 MMLU_MEASURED = 41.0  # R1-Distill-Qwen-1.5B, EdgeReasoning (arXiv 2511.01866), 3,000 questions
 
-# What is left of the score, on average: Neural Magic's evaluation of quantized R1 distills
+# Share of the score that is left, on average: Neural Magic's evaluation of quantized R1 distills
 # (2025-02-27), W8A8 and W4A16 with GPTQ in groups of 128 and a calibrated method. Weight-only INT8
 # and the smaller groups of our INT4 lose no more. Below 7B the models are more fragile.
 _RECOVERY: dict[str, tuple[float, float]] = {
@@ -62,7 +62,7 @@ _RECOVERY: dict[str, tuple[float, float]] = {
     "int8-w8a8": (0.97, 1.0),
     "int4": (0.94, 0.97),
 }
-_LARGE_PARAMETERS = 5e9  # in the layers
+_LARGE_PARAMETERS = 5e9  # parameters in the layers
 
 TUTORIAL_MEMORY_BYTES, TUTORIAL_LATENCY_S = 1_000_000_000, 0.100
 TUTORIAL_TPOT_S = 0.012
@@ -70,7 +70,7 @@ TUTORIAL_TPOT_S = 0.012
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked for; None is no limit.
+    """Wishes for a model; None is no limit.
 
     Attributes:
         memory_bytes: most memory that it may take.
@@ -93,15 +93,15 @@ class Wish:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model in a quantization, and what became of it.
+    """A model in a quantization, and why it was taken or dropped.
 
     Attributes:
         model: the model.
         option: memory and bytes of the quantization.
-        memory_bytes: what is compared with the limit.
-        tpot_s: predicted, with a full KV cache.
-        ttft_s: predicted, for the wished prompt.
-        score: published score times what the quantization leaves; None is not published.
+        memory_bytes: memory to compare with the limit.
+        tpot_s: predicted time per output token with a full KV cache.
+        ttft_s: predicted time to first token for the wished prompt.
+        score: published score times the quantization's recovery; None if it is not published.
         reasons: why it was dropped; empty if it meets every wish.
     """
 
@@ -115,21 +115,21 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Model and quantization."""
+        """Model and quantization, as a name."""
         return f"{self.model.name} {self.option.name}"
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What was found.
+    """The choice, and how it came about.
 
     Attributes:
         taken: the best candidate, or None if none meets every wish.
-        candidates: all, best first among those that meet every wish, then the dropped.
-        leaf: what the tutorials' tree says for the same wish.
-        verdict: what the numbers say about that leaf.
-        commands: export and build of ``taken``, by the ``--target`` that they are for.
-        remark: what a build of ``taken`` lacks, or None.
+        candidates: all of them: those that meet every wish, best first, then the dropped.
+        leaf: leaf of the tutorials' tree for the same wish.
+        verdict: verdict of the numbers on that leaf.
+        commands: export and build of ``taken``, by their ``--target``.
+        remark: remark on what a build of ``taken`` lacks, or None.
     """
 
     taken: Candidate | None
@@ -193,7 +193,7 @@ def _model(name: str) -> PlannedModel:
 
 
 def score(model: str, quant: str, benchmark: Benchmark) -> float | None:
-    """Published score times the recovery of the quantization, in percent; None: not published."""
+    """Return the published score times the quantization's recovery, in percent; None if unknown."""
     published = QUALITY[model].get(benchmark)
     if published is None:
         return None
@@ -233,7 +233,7 @@ def _candidate(wish: Wish, plan: ModelPlan, option: Option) -> Candidate:
 
 
 def tutorial_leaf(wish: Wish) -> tuple[str, tuple[str, ...], bool]:
-    """Where the tutorials' tree ends: its words, the models, and whether quantized."""
+    """Return the leaf of the tutorials' tree: its words, the models, and whether quantized."""
     if wish.memory_bytes is not None and wish.memory_bytes <= TUTORIAL_MEMORY_BYTES:
         return "1.5B quantized", ("deepseek-r1:1.5b",), True
     if wish.tpot_s is not None and wish.tpot_s <= TUTORIAL_LATENCY_S:

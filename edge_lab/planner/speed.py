@@ -1,8 +1,8 @@
-"""The ceiling of speed, and what is predicted below it.
+"""Computes the ceiling of speed, and predicts the speed below it.
 
 A decode step reads every weight and every row of the cache once. A prefill step reads the weights
 too, and multiplies. At a module's bandwidth and at the peak of its tensor cores that takes a time
-which no engine undercuts: the ceiling (`ceiling`). It is computed, nothing in it is fitted.
+that no engine can undercut: the ceiling (`ceiling`). It is computed; nothing in it is fitted.
 
 A prediction takes shares of these figures that engines were seen to reach::
 
@@ -14,8 +14,8 @@ A prediction takes shares of these figures that engines were seen to reach::
 The five words in capital letters are `Efficiency`. The defaults are fitted to published figures of
 Orin (`tests/edge_lab/planner/fit.py`); ``--calibrate`` measures two or three of them.
 
-Of a built engine (`EngineWork`) the unpacked weights, the rows of the cache that a step reads and
-the launches are known; ``layers`` are then its launches over `LAUNCHES_PER_LAYER`.
+For a built engine (`EngineWork`) the unpacked weights, the cache rows that a step reads and the
+launches are known; ``layers`` are then its launches over `LAUNCHES_PER_LAYER`.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ StepKind = Literal["decode", "prefill"]
 # one kernel of what is between two: the norm; q, k and v joined; the sum and the norm; SiLU and its
 # product.
 LAUNCHES_PER_LAYER = 12
-"""Kernels of a decoder layer in the engines that `FITTED` is from, so what a launch takes."""
+"""Kernels of a decoder layer in the engines that `FITTED` is based on."""
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What of a module's figures an engine reaches.
+    """The shares of a module's figures that an engine reaches.
 
     Attributes:
         weights: share of the bandwidth while weights are read.
@@ -56,7 +56,7 @@ class Efficiency:
             nor multiplying (launches, norms, RoPE).
         cache: share of the bandwidth while the cache is read.
         compute: share of the tensor cores' dense operations in prefill.
-        batch: what each further sequence of a decode step adds, as a share of the first.
+        batch: cost of each further sequence of a decode step, as a share of the first.
         source: where the numbers come from.
     """
 
@@ -69,11 +69,11 @@ class Efficiency:
 
     @property
     def launch_s(self) -> float:
-        """The share of ``layer_s`` of one launch."""
+        """Time of one launch, a part of ``layer_s``."""
         return self.layer_s / LAUNCHES_PER_LAYER
 
 
-# `fit.fit` computes weights, layer_s, compute and batch; a test holds them together. The
+# `fit.fit` computes weights, layer_s, compute and batch; a test checks that they agree. The
 # cache's share is the slope of decode time over context that EdgeReasoning measured: 191 GB/s.
 FITTED = Efficiency(
     weights=0.861,
@@ -87,14 +87,14 @@ FITTED = Efficiency(
 
 @dataclass(frozen=True)
 class EngineStep:
-    """A step of an engine's profile, by the table of its layers.
+    """A step of an engine's profile, from the table of its layers.
 
     Attributes:
         launches: layers that the GPU runs.
-        unpacked_weights: stored weights that are written as floats; two planes are two.
-        unpacked_bytes: what is written and read for them on top of the packed weights.
+        unpacked_weights: stored weights that are written as floats; two planes count as two.
+        unpacked_bytes: bytes written and read for them on top of the packed weights.
         reformats: launches that only change a layout or a type.
-        attention: as `edge_lab.engine_layers.ProfileLayers` has it.
+        attention: kind of attention, as in `edge_lab.engine_layers.ProfileLayers`.
     """
 
     launches: int
@@ -106,12 +106,12 @@ class EngineStep:
 
 @dataclass(frozen=True)
 class EngineWork:
-    """What a built engine says of its steps.
+    """Steps of a built engine, from its own tables.
 
     Attributes:
-        decode, prefill: None if its table has no layers of the profile.
-        kv_buckets: numbers of cache rows that a decode step reads, ascending; empty if it reads
-            what there is.
+        decode, prefill: the steps; None if its table has no layers of the profile.
+        kv_buckets: numbers of cache rows that a decode step can read, ascending; empty if it reads
+            as many as there are.
     """
 
     decode: EngineStep | None
@@ -121,19 +121,19 @@ class EngineWork:
 
 @dataclass(frozen=True)
 class Work:
-    """What one model in one quantization costs.
+    """Cost of one model in one quantization.
 
     Attributes:
         step_bytes: weights that a step reads, packed, with scales, norms and biases.
         num_layers: decoder layers.
-        kv_bytes_per_token: cache that a token of context costs to read.
+        kv_bytes_per_token: cache bytes to read per token of context.
         linear_ops: operations of the layers' matrix products per token. On a GPU the two planes of
             an INT8 weight are two products.
         head_ops: operations of the lm_head per token that gets logits.
         attention_ops: operations of attention per pair of tokens.
         int8_share: share of ``linear_ops`` that runs in INT8.
-        unpacked_bytes: what a step writes and reads on top because weights are unpacked, by rule.
-        engine: what the built engine says in place of rules; None without one.
+        unpacked_bytes: further bytes that a step moves because weights are unpacked, by rule.
+        engine: the built engine's own numbers, used in place of rules; None without one.
     """
 
     step_bytes: int
@@ -147,33 +147,33 @@ class Work:
     engine: EngineWork | None = None
 
     def engine_step(self, kind: StepKind) -> EngineStep | None:
-        """What the engine's table says of such a step; None if there is none."""
+        """Return such a step from the engine's table; None if there is none."""
         if self.engine is None:
             return None
         return self.engine.decode if kind == "decode" else self.engine.prefill
 
     def weights_bytes(self, kind: StepKind) -> int:
-        """Bytes that a step moves for the weights, unpacked copies among them."""
+        """Return the bytes that a step moves for the weights, unpacked copies included."""
         step = self.engine_step(kind)
         return self.step_bytes + (self.unpacked_bytes if step is None else step.unpacked_bytes)
 
     def launched_layers(self, kind: StepKind) -> float:
-        """Decoder layers of `LAUNCHES_PER_LAYER` that make the step's launches."""
+        """Return how many decoder layers of `LAUNCHES_PER_LAYER` make up the step's launches."""
         step = self.engine_step(kind)
         return self.num_layers if step is None else step.launches / LAUNCHES_PER_LAYER
 
     def rows_read(self, rows: float) -> float:
-        """Rows of the cache that a decode step reads of a sequence that has this many."""
+        """Return how many cache rows a decode step reads for a sequence that has this many."""
         buckets = () if self.engine is None else self.engine.kv_buckets
         return next((bucket for bucket in buckets if bucket >= rows), rows)
 
     def read_bytes(self, batch: int, rows: float, kind: StepKind = "decode") -> float:
-        """Bytes that a step moves: the weights once, and what it reads of the cache.
+        """Return the bytes that a step moves: the weights once, and the cache rows that it reads.
 
         Args:
             batch: sequences.
-            rows: of the cache, that each of them has.
-            kind: of the step.
+            rows: cache rows that each of them has.
+            kind: kind of the step.
         """
         rows = self.rows_read(rows) if kind == "decode" else rows
         return self.weights_bytes(kind) + batch * rows * self.kv_bytes_per_token
@@ -214,13 +214,13 @@ def work_of(
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The least time of a step, by a module's figures alone.
+    """The least time of a step, by a module's figures only.
 
     Attributes:
         read_bytes: bytes that the step moves.
-        step_s: the longer of moving them and multiplying.
-        tokens_per_s: over all sequences.
-        bound: which of the two it is.
+        step_s: the longer of the times to move them and to multiply.
+        tokens_per_s: tokens of all sequences per second.
+        bound: which of the two times is longer.
     """
 
     read_bytes: int
@@ -237,15 +237,15 @@ def ceiling(
     rows: float,
     kind: StepKind = "decode",
 ) -> Ceiling:
-    """Compute what no engine exceeds: activations, launches and the cache's writing cost nothing.
+    """Compute a bound that no engine exceeds: activations, launches and cache writes cost nothing.
 
     Args:
         work: bytes and operations.
-        mode: bandwidth and arithmetic; where the latter is not known the former decides.
+        mode: bandwidth and arithmetic; if the arithmetic is not known, the bandwidth decides.
         batch: sequences of the step.
-        tokens: of each sequence; each gets logits for one.
-        rows: of the cache that each sequence reads, its own tokens among them.
-        kind: of the step, where an engine tells them apart.
+        tokens: tokens of each sequence; one of them gets logits.
+        rows: cache rows that each sequence reads, its own tokens among them.
+        kind: kind of the step, for an engine that tells them apart.
     """
     read = work.read_bytes(batch, rows, kind)
     reading_s, multiplying_s = read / mode.bytes_per_s, 0.0
@@ -261,7 +261,7 @@ def ceiling(
 def prefill_ceiling_s(
     work: Work, mode: PowerMode, tokens: int, max_prefill: int | None = None
 ) -> float:
-    """Least seconds of a prompt, chunk by chunk; see `prefill_s`."""
+    """Return the least seconds of a prompt, chunk by chunk as in `prefill_s`."""
     size = max_prefill or tokens
     ends = [*range(size, tokens, size), tokens]
     starts = [0, *ends[:-1]]
@@ -275,13 +275,13 @@ class Speed:
 
     Attributes:
         context: tokens in the cache of each sequence.
-        tpot_s: one decode step.
+        tpot_s: time of one decode step.
         decode_tps: tokens per second over all sequences.
-        decode_ceiling_tps: the most that this can be (`ceiling`).
-        prefill_s: a prompt of ``context`` tokens, one sequence.
+        decode_ceiling_tps: the most that ``decode_tps`` can be (`ceiling`).
+        prefill_s: time of a prompt of ``context`` tokens, one sequence.
         prefill_tps: its tokens per second.
-        prefill_ceiling_tps: the most that this can be; None where the arithmetic is not known.
-        ttft_s: the same and the first token; no queue, no tokenizer.
+        prefill_ceiling_tps: the most that ``prefill_tps`` can be; None if arithmetic is unknown.
+        ttft_s: time of that prompt and the first token; without queue and tokenizer.
     """
 
     context: int
@@ -302,7 +302,7 @@ def predict(
     context: int,
     max_prefill: int | None = None,
 ) -> Speed:
-    """Speed at a context, see the top of this module; ``max_prefill`` as in `prefill_s`."""
+    """Predict the speed at a context, as the module explains; ``max_prefill`` as in `prefill_s`."""
     tpot_s = decode_s(work, mode, efficiency, batch, context)
     prefill = prefill_s(work, mode, efficiency, context, max_prefill)
     least_s = prefill_ceiling_s(work, mode, context, max_prefill)
@@ -331,10 +331,10 @@ def decode_s(
 def verify_s(
     work: Work, mode: PowerMode, efficiency: Efficiency, batch: int, guesses: int, context: float
 ) -> float:
-    """Predict the seconds of a decode step that verifies so many guesses of each sequence.
+    """Predict the seconds of a decode step that verifies this many guesses per sequence.
 
-    The cache is read once per sequence, and each token costs what a further sequence does. An
-    engine's decode profile takes one token of a sequence, so with guesses it is a step of prefill.
+    The cache is read once per sequence, and each token costs as much as a further sequence. An
+    engine's decode profile takes one token per sequence, so with guesses it is a step of prefill.
     """
     rows = batch * (1 + guesses)
     weights_s = _weights_s(work, mode, efficiency, "prefill" if guesses else "decode")
@@ -350,9 +350,9 @@ def prefill_s(
     tokens: int,
     max_prefill: int | None = None,
 ) -> float:
-    """Seconds from the first prompt token to logits, one sequence.
+    """Predict the seconds from the first prompt token to logits, for one sequence.
 
-    A longer prompt than ``max_prefill`` goes in chunks, and each reads the weights again; None is
+    A prompt longer than ``max_prefill`` goes in chunks, and each reads the weights again; None is
     one chunk.
     """
     arithmetic = _at_peak_s(work, mode, tokens, tokens) / efficiency.compute
@@ -377,7 +377,7 @@ def _cache_s(
 
 
 def _at_peak_s(work: Work, mode: PowerMode, tokens: int, rows: float) -> float:
-    """Seconds of a sequence's products, where its last token sees this many rows."""
+    """Return the seconds of a sequence's products if its last token sees this many rows."""
     linear = tokens * work.linear_ops
     int8 = linear * work.int8_share / mode.int8_ops
     pairs = tokens * (rows - (tokens - 1) / 2)
@@ -387,17 +387,17 @@ def _at_peak_s(work: Work, mode: PowerMode, tokens: int, rows: float) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a benchmark says, for `calibrate`.
+    """A benchmark's results, for `calibrate`.
 
     Attributes:
-        work: what its model costs.
+        work: cost of its model.
         batch: sequences per decode step.
         context: mean tokens in the cache of a sequence while it decoded.
         tpot_s: median decode step.
         prompt_tokens: tokens of a prompt.
         max_prefill: tokens per prefill step.
         prefill_s: median time of its prefill.
-        where: the file, and what of it, for error messages.
+        where: the file and the place in it, for error messages.
     """
 
     work: Work
@@ -415,15 +415,15 @@ def calibrate(
 ) -> Efficiency:
     """Replace ``weights`` and ``compute`` so that the predictions meet the measurements.
 
-    One benchmark cannot tell reading from launching, so the time per layer stays, or is dropped
-    where it alone predicts more than was measured. Several models or precisions can, and give that
-    time, too: least squares of relative errors, as in the fit of the defaults.
+    One benchmark cannot tell reading from launching, so the time per layer stays, or is dropped if
+    it alone predicts more than was measured. Several models or precisions can tell, and then that
+    time is fitted too: least squares of relative errors, as in the fit of the defaults.
 
     Args:
         mode: the module's figures.
         base: the factors that are not measured.
         runs: one benchmark or more, all of this module in this mode.
-        source: what the result says of itself.
+        source: description of the result's source.
 
     Raises:
         ConfigError: a measurement is faster than the memory can be: another model, another device
@@ -436,7 +436,7 @@ def calibrate(
         chunks = _chunks(run.prompt_tokens, run.max_prefill)
         rest = run.prefill_s - chunks * _weights_s(run.work, mode, found, "prefill")
         peak = _at_peak_s(run.work, mode, run.prompt_tokens, run.prompt_tokens)
-        # A prompt so short says nothing of the arithmetic: its prefill is all reading.
+        # A prompt this short tells nothing about the arithmetic: its prefill only reads.
         if rest > peak:
             squares += (peak / run.prefill_s) ** 2
             products += peak * rest / run.prefill_s**2
@@ -467,7 +467,7 @@ def _fit_reading(
     if apart > 1e-3 * rr * ll:  # they differ in bytes per layer by more than noise
         layer_s = max((rr * lw - rl * rw) / apart, 0.0)
     inverse = (rw - rl * layer_s) / rr
-    # Reading cannot take less, but for rounding: one benchmark leaves the layers nothing.
+    # Reading cannot take less, rounding aside: one benchmark leaves no time for the layers.
     if inverse < 1.0 - 1e-9:
         layer_s = max((lw - rl) / ll, 0.0) if len(runs) > 1 else 0.0
         inverse = max((rw - rl * layer_s) / rr, 1.0)

@@ -1,4 +1,4 @@
-"""What the pictures of a bundle take: rows of the prompt, and memory beside the decoder's."""
+"""Plans the pictures of a bundle: rows of the prompt, and memory beside the decoder's."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from edge.bundle.manifest import Manifest
 
 @dataclass(frozen=True)
 class PicturePlan:
-    """What a picture takes; see `plan_pictures`.
+    """Cost of a picture, as `plan_pictures` computes it.
 
     Attributes:
-        rows_per_tile: rows of the prompt.
-        default_rows: of a square picture, cut as by default.
-        most_rows: of one that is cut into all tiles of the family.
-        encoder_bytes: weights of the encoder, of the engine's graph.
-        kept_bytes: rows and pixels that are kept, and pixels that wait, at most.
+        rows_per_tile: rows of the prompt per tile.
+        default_rows: rows of a square picture that is cut by default.
+        most_rows: rows of a picture that is cut into all tiles of the family.
+        encoder_bytes: weights of the encoder in the engine's graph.
+        kept_bytes: the most bytes of rows and pixels that are kept, and of pixels that wait.
     """
 
     rows_per_tile: int
@@ -26,7 +26,7 @@ class PicturePlan:
     kept_bytes: int
 
     def describe(self, prefill_tps: float | None) -> str:
-        """Say it in a few sentences.
+        """Describe it in a few sentences.
 
         Args:
             prefill_tps: tokens per second of a prompt, where they are predicted.
@@ -50,7 +50,7 @@ def plan_pictures(manifest: Manifest | None, *, on_cpu: bool) -> PicturePlan | N
     """Plan the pictures of a bundle; None without a bundle that reads them.
 
     Args:
-        manifest: of the bundle.
+        manifest: manifest of the bundle.
         on_cpu: whether ONNX Runtime's CPU will run it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Predicts what ways to answer, which `edge_lab.measure.ways` measured, cost on an Orin."""
+"""Predicts on an Orin the cost of ways to answer that `edge_lab.measure.ways` measured."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from edge.errors import ConfigError
 from .devices import MODULES
 from .plan import PlanDevice
 
-# The most that a module draws in its fastest mode, W: the data sheets that `devices` names, and
-# those of the "Super" modes. A mode that is called 30W has this as its budget.
+# The most watts that a module draws in its fastest mode: the data sheets that `devices` names, and
+# those of the "Super" modes. A mode that is called 30W has 30 W as its budget.
 _MOST_WATTS = {
     "agx-orin-64": {"MAXN": 60.0},
     "agx-orin-32": {"MAXN": 40.0},
@@ -25,7 +25,7 @@ _MOST_WATTS = {
     "orin-nano-4": {"MAXN_SUPER": 25.0},
 }
 WAYS = ("one", "stop", "vote", "both")
-"""To answer: once, stopped when sure, by a vote, or both."""
+"""Ways to answer: once, stopped when sure, by a vote, or both."""
 _FIGURES = ("accuracy", "correct", "questions", "steps")
 
 
@@ -34,15 +34,15 @@ class PlannedWay:
     """A way to answer on a device; figures are those of one question.
 
     Attributes:
-        bundle: with which it was measured.
+        bundle: the bundle that it was measured with.
         way: one of `WAYS`.
-        options: of ``edge-llm run`` that answer so.
+        options: options of ``edge-llm run`` that answer this way.
         correct: right answers that were measured.
-        questions: that were asked.
-        seconds: predicted: the measured steps, each as long as the plan says.
-        joules: at most; None where neither rails nor a power budget are known.
-        joules_are: ``measured`` by the rails of such a module in this power mode, or ``predicted``:
-            the mode's budget all the time.
+        questions: questions that were asked.
+        seconds: predicted time: the measured steps, each as long as the plan says.
+        joules: the most energy; None if neither rails nor a power budget are known.
+        joules_are: ``measured`` by the rails of such a module in this power mode, or ``predicted``
+            as the mode's budget all the time.
     """
 
     bundle: str
@@ -66,7 +66,7 @@ class PlannedWay:
 
 
 def power_limit_watts(device: PlanDevice) -> float | None:
-    """Find what a module draws at most in its power mode; None where no data sheet has it."""
+    """Return the most watts of a module in its power mode; None if no data sheet has it."""
     if device.mode is None or device.name not in MODULES:
         return None
     budget = re.fullmatch(r"(\d+)W", device.mode.name)
@@ -76,10 +76,10 @@ def power_limit_watts(device: PlanDevice) -> float | None:
 
 
 def read_ways(path: Path) -> list[dict[str, Any]]:
-    """Read what ``edge-llm eval --ways --json`` printed: a line for each bundle.
+    """Read the lines that ``edge-llm eval --ways --json`` printed, one for each bundle.
 
     Raises:
-        ConfigError: the file cannot be read, or has something else.
+        ConfigError: the file cannot be read, or holds something else.
     """
     try:
         results = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
@@ -108,9 +108,9 @@ def plan_ways(
     """Predict each measured way.
 
     Args:
-        results: see `read_ways`.
-        device: that answers.
-        tpot_s: time of a step of one row there, predicted.
+        results: lines from `read_ways`.
+        device: the device that answers.
+        tpot_s: predicted time of a step of one row there.
     """
     return [_plan(result, way, device, tpot_s) for result in results for way in result["ways"]]
 
@@ -150,7 +150,7 @@ def _is_of(result: dict[str, Any], device: PlanDevice) -> bool:
 def best_within(ways: Sequence[PlannedWay], joules: float) -> PlannedWay | None:
     """Choose the way with the largest share of right answers for at most ``joules`` a question.
 
-    Of equals the one that takes less energy is chosen. None: no way is known to take so little.
+    Among equals it takes the one with less energy. None: no way is known to take so little.
     """
     within = [way for way in ways if way.joules is not None and way.joules <= joules]
     return max(

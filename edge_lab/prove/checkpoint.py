@@ -1,4 +1,4 @@
-"""A checkpoint of a real model's exact shape with random weights: for speed and memory, not text.
+"""Writes a checkpoint of a real model's shape with random weights: for speed and memory, not text.
 
 ``python -m edge_lab.prove.checkpoint DIRECTORY [--shape 1.5b] [--layers N]`` writes the dimensions
 of DeepSeek-R1-Distill-Qwen-1.5B in bf16 (3.5 GB), of the 7B (15 GB) or of Distill-Llama-8B (16 GB):
@@ -66,10 +66,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "rope_theta": 500000,
-        "vocab_size": 151936,  # the real 128,256 is less than the made-up tokenizer has
+        "vocab_size": 151936,  # the real one, 128,256, is smaller than the made-up tokenizer
     },
 }
-"""What differs from `CONFIG`, by the name of a shape; tiny is no real one, and takes a second."""
+"""Differences from `CONFIG` by the name of a shape; tiny is no real one, and takes a second."""
 _CONTROL = (
     "<｜end▁of▁sentence｜>",
     "<｜User｜>",
@@ -182,7 +182,7 @@ def _write_tokenizer(directory: Path, first_control: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write one, as the top of this module says."""
+    """Write a checkpoint with the options that the module's docstring names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--shape", choices=list(SHAPES), default="1.5b")

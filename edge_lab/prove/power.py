@@ -1,9 +1,9 @@
-"""Power modes of a Jetson that need no reboot, and how to change them and back.
+"""Finds a Jetson's power modes that need no reboot, changes to them and back.
 
 A mode that switches off other parts of the GPU than the present one (``TPC_PG_MASK`` and the like
-of ``/etc/nvpmodel.conf``) takes a reboot, for which nvpmodel asks; it is left out here, and
-nvpmodel gets no answer. nvpmodel keeps a mode over a reboot, so the one that was found is written
-down before it is left.
+in ``/etc/nvpmodel.conf``) needs a reboot, for which nvpmodel asks. Such modes are left out, and
+nvpmodel gets no answer. nvpmodel keeps a mode over a reboot, so the mode that was found is written
+to a file before it is left.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TIMEOUT_S = 60.0
 
 
 def modes_without_reboot(root: Path = Path("/")) -> dict[int, str]:
-    """Names of the power modes that can be had now, by number, without the present one.
+    """Return the power modes that can be set now without a reboot, the present one left out.
 
     Raises:
         DependencyError: this machine has no nvpmodel, or does not say which mode it is in.
@@ -55,7 +55,7 @@ def check_rights() -> list[str]:
     """Find out how nvpmodel can be called as root.
 
     Returns:
-        What stands before its name.
+        The words to put before its name.
 
     Raises:
         ConfigError: this user cannot, without a password.
@@ -75,7 +75,7 @@ def check_rights() -> list[str]:
 
 
 def set_mode(before: list[str], number: int, root: Path = Path("/")) -> str | None:
-    """Change the mode; return None if the machine is in it, else what was said."""
+    """Change the mode; return None if the machine is in it, else nvpmodel's message."""
     try:
         done = subprocess.run(
             [*before, NVPMODEL, "-m", str(number)],
@@ -98,13 +98,13 @@ def set_mode(before: list[str], number: int, root: Path = Path("/")) -> str | No
 def mode_restored(
     note: Path, before: list[str], say: Callable[[str], None], root: Path = Path("/")
 ) -> Iterator[None]:
-    """Go back to the mode that was found, also one that a killed run had left in ``note``.
+    """Restore the mode that was found at the end, and first one that a killed run left in ``note``.
 
     Args:
         note: file that holds the number of the mode to go back to while another one is set.
-        before: of `check_rights`.
-        say: told how it went if that fails.
-        root: where ``etc`` and ``var`` are.
+        before: words before ``nvpmodel``, as `check_rights` returns them.
+        say: called with a message if the mode cannot be restored.
+        root: directory that holds ``etc`` and ``var``.
     """
     restore(note, before, say, root)
     names, now = read_power_modes(root), read_power_mode(root)
@@ -119,7 +119,7 @@ def mode_restored(
 def restore(
     note: Path, before: list[str], say: Callable[[str], None], root: Path = Path("/")
 ) -> None:
-    """Set the mode that ``note`` names, and forget it; nothing without a note."""
+    """Set the mode that ``note`` names and remove the note; do nothing without one."""
     try:
         number = int(note.read_text())
     except (OSError, ValueError):

@@ -1,9 +1,9 @@
-"""The report of a proof: sealed by a hash, read again with suspicion, shown as a table.
+"""Writes the report of a proof, reads one that a stranger sent, and shows reports as a table.
 
 A report is one JSON object of two members: ``content``, and ``sha256`` of the content written with
 sorted keys and no spaces (`canonical`). The hash tells a report that was cut or edited on its way
-from a whole one; it vouches for nobody. Whose report it is a signature beside it says, made by a
-key that the reader knows before: one made on the spot would prove nothing more than the hash.
+from a whole one; it vouches for nobody. A signature beside the file says whose report it is, if the
+reader knew the key before: a key made on the spot would prove no more than the hash.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _NOT_A_REPORT = "it is no report of edge-llm prove"
 
 
 def canonical(content: dict[str, Any]) -> bytes:
-    """Write the bytes that are hashed."""
+    """Return the bytes to hash."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return text.encode()
 
 
 def seal(content: dict[str, Any]) -> dict[str, Any]:
-    """Put the content's hash beside it."""
+    """Add the content's hash."""
     return {"content": content, "sha256": hashlib.sha256(canonical(content)).hexdigest()}
 
 
@@ -39,8 +39,8 @@ def read_report(path: Path) -> dict[str, Any]:
     """Read the content of a report.
 
     Raises:
-        ConfigError: it cannot be read, or is none that this version reads.
-        IntegrityError: it is not as it was written.
+        ConfigError: it cannot be read, or is not a report that this version reads.
+        IntegrityError: it was changed after it was written.
     """
     try:
         found = json.loads(read_file(path, _MAX_BYTES).decode("utf-8"))
@@ -83,7 +83,7 @@ def table(reports: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Make a row of `COLUMNS` per engine of each report.
 
     Raises:
-        ConfigError: a report lacks what every report has.
+        ConfigError: a report lacks a part that every report has.
     """
     try:
         return [row for content in reports for row in _rows(content)]
@@ -134,7 +134,7 @@ def _number(value: Any) -> str:
 
 
 def _text(value: Any, most: int = 60) -> str:
-    """A stranger's text in a cell: one line, short, and no column of its own."""
+    """Fit a stranger's text into a cell: one line, short, and without column marks."""
     text = "-" if value is None else str(value)[:most]
     return "".join(c if c.isprintable() and c not in "|<>`[]" else " " for c in text)
 

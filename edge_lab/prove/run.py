@@ -1,8 +1,8 @@
-"""What ``edge-llm prove`` does: the plan of its steps, the run that goes on, the report.
+"""Runs ``edge-llm prove``: plans its steps, resumes an earlier run, and writes the report.
 
-A finished step leaves its answer in ``work/steps``, so a run that was interrupted, or whose time
-was over, goes on with what is missing; a step that failed is tried again. The answers are thrown
-away if they are of another machine, JetPack, power mode or edge-llm. Once every step has passed,
+A finished step leaves its answer in ``work/steps``. A run that was interrupted or ran out of time
+goes on with the missing steps; a step that failed is tried again. The answers are thrown away if
+they come from another machine, JetPack, power mode or edge-llm. Once every step has passed,
 ``work`` is removed.
 """
 
@@ -48,7 +48,7 @@ from .steps import (
 
 REPORT, PAGE = "report.json", "report.md"
 DISK_BYTES = 5_000_000_000
-"""Disk for the checkpoint, the bundle and its engines, of `ProofPlan.layers` layers of the 1.5B."""
+"""Disk for the checkpoint, the bundle and its engines, with `ProofPlan.layers` layers of 1.5B."""
 LAYERS, SHAPE = 4, "1.5b"
 ENGINES: dict[str, tuple[str, ...]] = {
     "tensorrt": ("--kernels", "tensorrt"),
@@ -56,19 +56,19 @@ ENGINES: dict[str, tuple[str, ...]] = {
     "own": ("--kernels", "own"),
 }
 """Options of ``edge-llm build`` for each engine; the last one is measured in every power mode."""
-_AHEAD_OF_TIME = (10, 13)  # since then TensorRT takes plugins compiled into the engine, too
+_AHEAD_OF_TIME = (10, 13)  # since then TensorRT also takes plugins compiled into the engine
 CPU = "cpu"
 _CPU_PROMPTS, _CPU_TOKENS, _CPU_SECONDS = 120, 32, 400
 
 
 @dataclass(frozen=True)
 class ProofStep:
-    """A step, and what it is expected to take.
+    """A step, and the time that it may take.
 
     Attributes:
-        name: of its log and its answer.
-        minutes: expected on an AGX Orin; predicted, since none has run it yet.
-        limit_s: it is ended after that.
+        name: name of its log and its answer.
+        minutes: expected minutes on an AGX Orin; predicted, since none has run it yet.
+        limit_s: seconds after which it is ended.
     """
 
     name: str
@@ -78,14 +78,14 @@ class ProofStep:
 
 @dataclass(frozen=True)
 class ProofPlan:
-    """What is run.
+    """Settings of a run.
 
     Attributes:
         output: directory of the report.
         gpu: whether engines are built; else the CPU proves what it can.
-        minutes: no step begins later.
-        power_modes: also measure in every mode that needs no reboot.
-        shape, layers: of the model; see `edge_lab.prove.checkpoint`.
+        minutes: time after which no step begins.
+        power_modes: whether to measure in every mode that needs no reboot, too.
+        shape, layers: shape and layers of the model, as in `edge_lab.prove.checkpoint`.
     """
 
     output: Path
@@ -97,7 +97,7 @@ class ProofPlan:
 
     @property
     def steps(self) -> list[ProofStep]:
-        """Every step in order, but for the power modes'."""
+        """Every step in order, those of the power modes aside."""
         engines = ENGINES if self.gpu else (CPU,)
         return [
             ProofStep("doctor", 0.5, 600),
@@ -113,7 +113,7 @@ class ProofPlan:
         ]
 
     def limit_s(self, step: str) -> float:
-        """Return after how many seconds a step is ended, one of the power modes' too."""
+        """Return after how many seconds a step is ended; steps of power modes have a limit, too."""
         return {each.name: each.limit_s for each in self.steps}.get(step, _OTHER_LIMIT_S)
 
 
@@ -129,14 +129,14 @@ _OTHER_LIMIT_S = 600.0
 
 
 def has_tensorrt() -> bool:
-    """Whether TensorRT's Python package is installed; it is not imported."""
+    """Return whether TensorRT's Python package is installed, without importing it."""
     from importlib.util import find_spec
 
     return find_spec("tensorrt") is not None
 
 
 def engines_of(tensorrt: str | None) -> tuple[str, ...]:
-    """Name the engines to prove: before 10.13 own kernels are Python's plugins, and one engine."""
+    """Name the engines to prove; before 10.13 own kernels are Python plugins in any case."""
     parts = (tensorrt or "").split(".")[:2]
     both = [int(part) for part in parts if part.isdigit()] >= [*_AHEAD_OF_TIME]
     return tuple(name for name in ENGINES if both or name != "own-python")
@@ -161,12 +161,12 @@ def prove(plan: ProofPlan, say: Callable[[str], None], run: Run | None = None) -
     """Run what is missing, write the report, and return its content.
 
     Args:
-        plan: what to run.
-        say: told every step and what is noteworthy, a line each.
-        run: runs a step, for tests.
+        plan: the steps to run.
+        say: called with a line for every step and for anything noteworthy.
+        run: function that runs a step, for tests.
 
     Raises:
-        ConfigError: another run writes there, or the modes cannot be changed.
+        ConfigError: another run writes there, or the power modes cannot be changed.
         ResourceError: the disk is too full.
     """
     before = power.check_rights() if plan.power_modes else []
@@ -195,14 +195,14 @@ def prove(plan: ProofPlan, say: Callable[[str], None], run: Run | None = None) -
 
 
 def exit_code(content: dict[str, Any]) -> int:
-    """0 if all was proven, 69 if nothing of a GPU could be, else 3."""
+    """Return 0 if all was proven, 69 if nothing could be proven on a GPU, else 3."""
     if not content["gpu"]:
         return DependencyError.exit_code
     return 0 if content["passed"] else EXIT_GATE_MISSED
 
 
 def _begin(plan: ProofPlan, work: Path, say: Callable[[str], None]) -> None:
-    """Keep the answers of an earlier run, or throw them away if they are of another machine."""
+    """Keep the answers of an earlier run, or delete them if they come from another machine."""
     mark = work / "of.json"
     is_of = {**_versions(), "plan": [plan.gpu, plan.shape, plan.layers], **_present()}
     try:
@@ -243,7 +243,7 @@ def _present() -> dict[str, str | None]:
 
 
 class _Resumed:
-    """A `Run` that knows the answers of an earlier run, and begins nothing when time is over.
+    """A `Run` that knows the answers of an earlier run, and begins no step when time is over.
 
     Attributes:
         left: steps that did not begin or failed.
@@ -286,7 +286,7 @@ class _Resumed:
         return done
 
     def records(self) -> list[dict[str, Any]]:
-        """What each step took and how the machine was after it, without what it printed."""
+        """List each step's code, time and the machine's state after it, without its output."""
         found = []
         for name in self._names:
             record = _read_answer(self._answers / f"{name}.json")
@@ -297,7 +297,7 @@ class _Resumed:
 
 
 def _read_answer(path: Path) -> dict[str, Any] | None:
-    """Read a step's answer; one that a power cut spoilt is none."""
+    """Read a step's answer; None if a power cut spoilt it."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, *MALFORMED):
@@ -385,7 +385,7 @@ def _measure_mode(
 
 
 def find_problems(content: dict[str, Any]) -> list[str]:
-    """Say what was missed, a sentence each; empty if everything was proven."""
+    """Say what was missed in a sentence each; empty if everything was proven."""
     problems = []
     doctor = content["doctor"]
     if doctor["verdict"] != "passed":
@@ -409,7 +409,7 @@ def find_problems(content: dict[str, Any]) -> list[str]:
 
 
 def _without_places(content: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Take out where the sender keeps files, which names people; numbers that are none are null."""
+    """Remove the sender's paths, which may name people; make numbers that are not finite null."""
     text = to_json(content)
     for path, short in (
         (output.resolve(), "OUTPUT"),

@@ -1,15 +1,15 @@
-"""Many random prompts in one process, and whether memory grows with them.
+"""Runs many random prompts in one process, and tells whether memory grows with them.
 
-``python -m edge_lab.prove.soak BUNDLE`` opens a bundle once, answers prompts of random lengths one
-after the other, and reads after each what is left: the free bytes of ``cuMemGetInfo``, the kernel's
+``python -m edge_lab.prove.soak BUNDLE`` opens a bundle once and answers prompts of random lengths
+one after the other. After each it reads the free bytes of ``cuMemGetInfo``, the kernel's
 ``MemAvailable``, and the process's resident memory. It prints one JSON line, and exits with 3 if
 memory grows.
 
-What grows is the slope of the bytes in use over the prompts, by Theil and Sen: the median of the
-slopes of all pairs, which a few outliers do not bend. It is taken of both halves of the prompts,
-and the lesser one counts: a leak goes on, while a program that begins makes one step. The first
+Growth is the slope of the bytes in use over the prompts, by Theil and Sen: the median of the slopes
+of all pairs, which a few outliers do not bend. It is computed for both halves of the prompts, and
+the lesser one counts: a leak goes on, while a program that starts makes one step. The first
 prompts, which fill caches, are left out. On a Jetson GPU and CPU share the memory, and the driver
-counts the page cache as used, so there the kernel's figure decides. Both see other programs, too.
+counts the page cache as used, so there the kernel's figure decides. Both also see other programs.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from edge_lab.telemetry import EnergyMeter, read_power_watts, read_snapshot
 
 PROMPTS, ANSWER_TOKENS = 500, 16
 LEAST_PROMPTS = 100
-"""With fewer there is no verdict."""
+"""Fewest prompts for a verdict."""
 _WARM = 0.2
 _METER_S = 0.2
 _MOST_TOKENS = 1024
 _KEPT = 50
 MAX_GROWTH_BYTES = 64 << 10
-"""Per prompt. A plugin's module that leaks with each shape is 3 MB per prompt of the 1.5B."""
+"""Most growth per prompt. A plugin that leaks its module with each shape loses 3 MB per prompt."""
 
 
 @dataclass
 class Memory:
-    """Bytes after each prompt; None is what could not be read.
+    """Bytes after each prompt; None if they could not be read.
 
     Attributes:
-        device_free: of ``cuMemGetInfo``.
-        available: of the kernel.
+        device_free: free bytes by ``cuMemGetInfo``.
+        available: ``MemAvailable`` of the kernel.
         rss: resident memory of this process.
     """
 
@@ -66,10 +66,10 @@ class Growth:
     """How memory changed over the prompts that count.
 
     Attributes:
-        source: whose bytes: ``device_free``, ``available`` or ``rss``.
-        bytes_per_prompt: the lesser slope of both halves; above 0 where memory is lost.
-        prompts: that counted.
-        grows: more than `MAX_GROWTH_BYTES` per prompt; None if too few counted.
+        source: the bytes that decide: ``device_free``, ``available`` or ``rss``.
+        bytes_per_prompt: the lesser slope of both halves; above 0 if memory is lost.
+        prompts: number of prompts that counted.
+        grows: whether it is more than `MAX_GROWTH_BYTES`; None if too few prompts counted.
     """
 
     source: str
@@ -82,7 +82,7 @@ def judge(memory: Memory, *, integrated: bool) -> Growth:
     """Tell whether memory grows with the prompts.
 
     Args:
-        memory: what was read after each prompt.
+        memory: the bytes after each prompt.
         integrated: whether CPU and GPU share the memory, or there is no GPU.
     """
     source, sign = "rss", 1
@@ -97,7 +97,7 @@ def judge(memory: Memory, *, integrated: bool) -> Growth:
 
 
 def theil_sen(values: Sequence[float]) -> float:
-    """Compute the median slope of all pairs of a series; 0 of fewer than two values."""
+    """Compute the median slope of all pairs of a series; 0 for fewer than two values."""
     if len(values) < 2:
         return 0.0
     array = np.asarray(values, dtype=np.float64)
@@ -122,14 +122,14 @@ def soak(
         backend: the engine; its first slot is used.
         table: the bundle's token table.
         vocab_size: tokens to draw prompts from.
-        prompts: how many.
-        seconds: no prompt begins later.
-        most_tokens: of a prompt.
-        read_device_free: free bytes of the GPU; None where there is none.
-        clock: in seconds.
+        prompts: most prompts to answer.
+        seconds: time after which no prompt begins.
+        most_tokens: most tokens of a prompt.
+        read_device_free: reads the free bytes of the GPU; None where there is none.
+        clock: gives the time in seconds.
 
     Returns:
-        The memory, and what was done: prompts, tokens, seconds, the clocks that were seen.
+        The memory, and a summary: prompts, tokens, seconds, and the clocks that were seen.
     """
     random = np.random.default_rng(0)
     most = max(1, min(most_tokens, backend.capacity - ANSWER_TOKENS))
@@ -166,7 +166,7 @@ def soak(
 
 
 def run(bundle: Path, backend_name: str, prompts: int, seconds: float, most: int) -> dict[str, Any]:
-    """Open a bundle and soak it: the JSON that is printed.
+    """Open a bundle and soak it; return the JSON to print.
 
     Raises:
         EdgeError: the bundle or its engine cannot be opened, or failed.
@@ -212,7 +212,7 @@ def _rail_reader(name: str) -> Callable[[], float | None]:
 
 
 def _device_reader(backend_name: str) -> tuple[Callable[[], int | None], bool]:
-    """Make what reads the GPU's free bytes, and tell whether they are the system's."""
+    """Make a reader of the GPU's free bytes, and tell whether they are the system's."""
     if backend_name == "ort-cpu":
         return lambda: None, True
     from edge.backends.cuda import Device
@@ -228,7 +228,7 @@ def _device_reader(backend_name: str) -> tuple[Callable[[], int | None], bool]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run as the top of this module says; return the exit code."""
+    """Run as the module's docstring says; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m edge_lab.prove.soak")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--backend", default="auto")

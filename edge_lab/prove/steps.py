@@ -1,6 +1,6 @@
-"""Steps of a proof: a command in a process of its own, its verdict, and an engine's four cells.
+"""Runs the steps of a proof: a command in a process of its own, its verdict, an engine's cells.
 
-``edge-llm prove`` and ``scripts/gpu-check`` are made of them.
+``edge-llm prove`` and ``scripts/gpu-check`` are built on them.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def logged_run(
 ) -> Run:
     """Make a `Run` that writes what a step prints to ``<step>.log``.
 
-    A step that takes too long is ended with all that it started, and so is one whose caller is
-    interrupted.
+    A step that takes too long, or whose caller is interrupted, is ended with all processes that it
+    started.
 
     Args:
         output: existing directory of the logs.
-        say: told each step's name before it begins.
+        say: called with each step's name before it begins.
         directory: where commands run; None is the working directory.
-        limit_s: from a step's name to the seconds that it may take; None is no limit.
+        limit_s: function from a step's name to the seconds it may take; None is no limit.
     """
 
     def run(step: str, command: Sequence[str]) -> Done:
@@ -105,7 +105,7 @@ def cell(done: Done, json_needed: bool = False) -> dict[str, Any]:
 
 
 def last_json(output: str) -> Any:
-    """Read the JSON of the last line that is an object; None if none is."""
+    """Return the JSON of the last line that is an object; None if none is."""
     for line in reversed(output.splitlines()):
         if line.startswith("{"):
             try:
@@ -127,15 +127,15 @@ def check_engine(
 ) -> dict[str, dict[str, Any]]:
     """Build an engine, compare it with the CPU, measure it and look into it: a verdict each.
 
-    The engine that was built last is the one that runs, so engines of a bundle are checked one
-    after the other.
+    The engine that was built last is the one that runs, so check the engines of a bundle one after
+    the other.
 
     Args:
-        name: of the row, which names the logs.
-        bundle: where it is.
+        name: name of the row, which names the logs.
+        bundle: directory of the bundle.
         run: runs a step.
-        options: of ``edge-llm build``.
-        directory: where commands run.
+        options: options for ``edge-llm build``.
+        directory: directory in which commands run.
     """
     row: dict[str, dict[str, Any]] = {}
     build = run(f"{name}-build", ["edge-llm", "build", str(bundle), *options, "--json"])
@@ -167,7 +167,7 @@ def read_scratch(log: Path) -> list[int]:
 def skip_rest(
     row: dict[str, dict[str, Any]], reason: str, cells: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Mark the cells that a failed one leaves out."""
+    """Mark the cells that are skipped because an earlier one failed."""
     for name in cells:
         row.setdefault(name, {"verdict": "skipped", "reason": reason})
     return row
