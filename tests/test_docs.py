@@ -73,8 +73,18 @@ def all_flags() -> frozenset[str]:
 
 
 def test_the_documents_show_every_verb():
-    shown = {shlex.split(line)[1] for name, line in commands() if name == README.name}
+    shown = {shlex.split(line)[1] for _, line in commands()}
     assert set(verbs()) <= shown
+
+
+def test_the_readme_shows_eight_verbs_and_names_no_other_that_is_not_there():
+    text = README.read_text("utf-8")
+    table = [cells[0] for cells in rows(text) if cells[0].startswith("`edge-llm ")]
+    assert len(table) == 8
+    [others] = re.findall(r"`edge-llm --help` lists the others:(.*?)\n\n", text, re.DOTALL)
+    named = {span for span in SPAN.findall(others) if " " not in span and span[0] != "-"}
+    assert len(named) > 10
+    assert named | {cell.strip("`").split()[1] for cell in table} <= set(verbs())
 
 
 @pytest.mark.parametrize(("document", "line"), commands())
