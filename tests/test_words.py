@@ -19,6 +19,7 @@ from scripts import words
         ('<img alt="A page" src="a.png">\n\n# A heading', 2),
         ("- one → two -- three", 3),
         ("把模型转换成包 with ONNX", 2 + 4),
+        ("见[量化](docs/quantization.md)。", 2),
     ],
 )
 def test_words_are_those_that_a_reader_reads(text: str, number: int):
