@@ -1,4 +1,4 @@
-"""What TensorRT's errors come down to, and what to do about them."""
+"""Reduce TensorRT's errors to their causes, and say what to do about each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BUILD_MINUTES, _MINUTES_PER_GB, _COMPARE_MINUTES = 1.0, 1.5, 1.0
 
 
 def parser_cause(problems: list[Any]) -> str:
-    """The check that failed first: operator, error code, and the line of the parser's source."""
+    """Name the check that failed first: operator, error code, and line of the parser's source."""
     if not problems:
         return ""
     first = problems[0]
@@ -20,18 +20,18 @@ def parser_cause(problems: list[Any]) -> str:
 
 
 def builder_cause(error: str) -> str:
-    """A message of the builder without names, numbers and lists of nodes."""
+    """Strip names, numbers and lists of nodes from a message of the builder."""
     return re.sub(r"\{.*\}|\[.*?\]|'[^']*'|\"[^\"]*\"|\d+", "", error).strip()
 
 
 def what_auto_takes(manifest: Manifest) -> str:
-    """What ``--kernels auto`` is about to do, and how long.
+    """Say what ``--kernels auto`` is about to do, and how long it takes.
 
-    The minutes are a prediction, no measurement: a builder's own start, the tactics of a model, and
-    what goes up with the weights, which are written, read and laid out anew.
+    The minutes are predicted, not measured: the builder's start, the tactics of a model, and the
+    part that grows with the weights, which are written, read and laid out anew.
 
     Args:
-        manifest: of the bundle.
+        manifest: the bundle's manifest.
     """
     file = manifest.files.get(f"{manifest.graphs.decoder}.data")
     weights_bytes = file.num_bytes if file else 0
@@ -44,7 +44,7 @@ def what_auto_takes(manifest: Manifest) -> str:
 
 
 def build_advice(error: str, workspace_bytes: int) -> str:
-    """What to do where the builder has made no engine."""
+    """Say what to do when the builder has made no engine."""
     asked = re.search(r"Requested size was (\d+) bytes", error)
     if asked and int(asked[1]) > workspace_bytes:
         # The workspace is short, not the machine's memory: INT8 weights may be unpacked into it.
@@ -56,7 +56,7 @@ def build_advice(error: str, workspace_bytes: int) -> str:
 
 
 def parser_advice(operator: str) -> str:
-    """What to do about a graph whose operator the parser refuses; empty is the graph as a whole."""
+    """Say what to do when the parser refuses an operator; an empty name is the whole graph."""
     if operator in ("Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter"):
         return "this operator needs TensorRT >= 10.15: export with --dialect portable"
     if not operator:

@@ -1,8 +1,8 @@
 """Checks that a parsed network is the decoder that was exported: pure functions of a `NetworkView`.
 
-Each check is for a fault that gives no error and wrong or slow answers: an attention that TensorRT
-imported as causal from the first key on, a mask that was lost, a cache that is not updated in
-place, weights that were unpacked.
+Each check is for a fault that raises no error but gives wrong or slow answers: an attention that
+TensorRT imported as causal from the first key on, a lost mask, a cache that is not updated in
+place, unpacked weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BITS = {"int4": 4, "int8": 8, "fp16": 16, "bf16": 16, "fp32": 32, "int32": 32}
 _FLOAT_PRODUCT, _HIGH_PRODUCT = ".float_product", ".high_product"
 _ROTATED, _DIVISOR = ".input.blocks.rotated", ".input.divisor"
 _OFFSET_PRODUCT = ".offset_product"
-_PARTIAL = ".partial"  # of `engines.own_attention`
+_PARTIAL = ".partial"  # the suffix that `engines.own_attention` gives its partial sums
 _PASSED_THROUGH = ("shuffle", "cast", "identity")
 
 
@@ -40,9 +40,9 @@ class Audit:
     """The result of an audit.
 
     Attributes:
-        problems: one sentence each; empty is good.
-        weights: the linear layers' weights by the type that they are stored in.
-        layers: layers by kind and type of their output.
+        problems: one sentence for each problem; empty if the network passed.
+        weights: stored type of each linear layer's weights, counted by type.
+        layers: number of layers by kind and output type.
         attentions: number of attentions.
     """
 
@@ -65,14 +65,14 @@ def audit_network(
     """Compare a network with the manifest and the contract of `edge.bundle.io_spec`.
 
     Args:
-        network: as parsed.
-        manifest: the bundle's.
-        shapes: what was asked for.
+        network: the network as TensorRT parsed it.
+        manifest: the bundle's manifest.
+        shapes: the shapes that the build asked for.
         kv_read: how attention reads the cache.
-        own_linears: linear layers that are to be plugins (`engines.own_kernels`).
-        own_attentions: attentions that are to be (`engines.own_attention`).
-        own_top_k: whether the search for the best logits is to be (`engines.own_top_k`).
-        outside: inputs that are weights (`engines.outside`).
+        own_linears: linear layers that must be plugins (`engines.own_kernels`).
+        own_attentions: attentions that must be plugins (`engines.own_attention`).
+        own_top_k: whether the search for the best logits must be one (`engines.own_top_k`).
+        outside: weights that must be inputs of the network (`engines.outside`).
     """
     stored = _stored_weights(network)
     own = _plugin_weights(network, outside)
@@ -114,17 +114,18 @@ def check_plan_bytes(
     kernels_bytes: int = 0,
     own_linears: Collection[str] = (),
 ) -> list[str]:
-    """Check that a plan has about the bytes of its packed weights; unpacked they take 2 to 4 times.
+    """Check that a plan is about as large as its packed weights; unpacked they take 2 to 4 times.
 
-    A plan may hold float and W8A8 weights once per profile, in other layouts, and all weights once
-    more for a third profile; that is no unpacking (measured with TensorRT for RTX 1.7: W8A8 once
-    with one profile, twice with two; INT8 in planes 188 MB with two, 351 MB with three).
+    A plan may hold float and W8A8 weights once per profile, in different layouts, and all weights
+    once more for a third profile. That does not count as unpacking (measured with TensorRT for RTX
+    1.7: W8A8 once with one profile, twice with two; INT8 in planes 188 MB with two, 351 MB with
+    three).
 
     Args:
-        plan_bytes: of the plan.
-        manifest: the bundle's.
-        num_profiles: optimization profiles of the engine.
-        kernels_bytes: that own kernels may add for each profile.
+        plan_bytes: size of the plan.
+        manifest: the bundle's manifest.
+        num_profiles: number of optimization profiles in the engine.
+        kernels_bytes: the most bytes that own kernels may add for each profile.
         own_linears: linear layers whose weights are not in the plan (`engines.outside`).
 
     Returns:
@@ -233,7 +234,7 @@ def _check_attentions(
 def _check_own_attentions(
     network: NetworkView, manifest: Manifest, own_attentions: Sequence[str]
 ) -> list[str]:
-    """Whether each plugin reads the rows of its own layer, and knows the positions."""
+    """Check that each plugin reads the rows of its own layer, and knows the positions."""
     plugins = [each for each in network.layers if each.kind == "plugin_v3" and each.outputs]
     parts = {
         each.outputs[0].name.removesuffix(_PARTIAL): each
@@ -263,7 +264,7 @@ def _check_own_attentions(
 
 
 def _check_own_top_k(network: NetworkView, own_top_k: bool) -> list[str]:
-    """Whether two plugins find the best of the logits that are put out, and nothing else does."""
+    """Check that two plugins find the best logits among those put out, and nothing else does."""
     best = (io_spec.BEST_VALUES, io_spec.BEST_IDS, io_spec.BEST_REST)
     problems = []
     for reads, writes in (((io_spec.LOGITS,), (KEYS, STATS)), ((KEYS, STATS), best)):
@@ -287,7 +288,7 @@ def _check_own_top_k(network: NetworkView, own_top_k: bool) -> list[str]:
 
 
 def _rows_of(network: NetworkView, manifest: Manifest, layer: int) -> tuple[str, ...]:
-    """Keys and values of a layer's cache, and those of the step."""
+    """List a layer's cached keys and values, and those of the step."""
     if manifest.dialect != "native":
         new = io_spec.DIALECTS[manifest.dialect].cache_outputs(layer)
         return (*io_spec.cache_inputs(layer), *new)
@@ -296,13 +297,13 @@ def _rows_of(network: NetworkView, manifest: Manifest, layer: int) -> tuple[str,
 
 
 def _updating(layer: LayerView | None) -> str:
-    """What a layer writes into a cache."""
+    """Describe what a layer writes into a cache."""
     rows = None if layer is None or len(layer.inputs) < 2 else layer.inputs[1]
     return "" if rows is None else rows.name
 
 
 def _live_attentions(network: NetworkView) -> list[AttentionView]:
-    """The attentions that feed an output; one that was replaced feeds nothing any more."""
+    """List the attentions that feed an output; a replaced one no longer feeds anything."""
     return [each for each in network.attentions if each.output in network.live]
 
 
@@ -330,7 +331,7 @@ def _check_cache(network: NetworkView, manifest: Manifest) -> list[str]:
 
 
 def _stored_weights(network: NetworkView) -> dict[str, TensorView]:
-    """The constants in the matrix products that reach an output, by their linear layer's name."""
+    """Find the constants in matrix products that reach an output, by linear layer name."""
     found = {}
     for layer in network.layers:
         if layer.kind != "matrix_multiply" or not layer.outputs:
@@ -352,7 +353,7 @@ def _linear_of(output: str) -> str:
 def _plugin_weights(
     network: NetworkView, outside: Mapping[str, OutsideTensor]
 ) -> dict[str, TensorView]:
-    """The packed weights of the plugins that reach an output, by their linear layer's name."""
+    """Find the packed weights of plugins that reach an output, by linear layer name."""
     found = {}
     for layer in network.layers:
         if layer.kind != "plugin_v3" or not layer.outputs:
@@ -361,7 +362,7 @@ def _plugin_weights(
             continue
         weight = layer.inputs[1]
         if weight is not None and weight.name in outside:
-            # Its output is that of the last node that it replaced: a product or a sum.
+            # Its output has the name of the last node it replaced: a product or a sum.
             name = layer.outputs[0].name.removesuffix(f"{_HIGH_PRODUCT}.added")
             name = name.removesuffix(f"{ADAPTER}.added")
             found[_linear_of(name)] = weight
@@ -436,7 +437,7 @@ def _check_weights(
 def _check_inputs(
     network: NetworkView, stored: dict[str, TensorView], manifest: Manifest
 ) -> list[str]:
-    """Whether inputs are rotated, and divided and multiplied again, as their weights need it."""
+    """Check that inputs are rotated, or divided and multiplied again, as their weights need it."""
     uses: Counter[str] = Counter()
     for layer in network.layers:
         if layer.outputs and layer.outputs[0].name in network.live:

@@ -1,4 +1,4 @@
-"""One engine, decided before TensorRT is loaded: options that fit the bundle, and the profiles."""
+"""Plans one engine before TensorRT is loaded: options that fit the bundle, and the profiles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .profiles import Profile, make_profiles
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What is built of which bundle; made once per build by `plan_build` and passed on.
+    """A bundle and everything decided about its engine; `plan_build` makes one for each build.
 
     Attributes:
         config: the options as given.
@@ -33,17 +33,17 @@ class BuildPlan:
 
     @property
     def kv_read(self) -> KvRead:
-        """How attention reads the cache; of ``auto`` the first that is tried."""
+        """How attention reads the cache; with ``auto``, the way that is tried first."""
         return KV_READS[0] if self.config.kv_read == "auto" else self.config.kv_read
 
     @property
     def kernels(self) -> Kernels:
-        """Whose kernels compute products and attention; of ``auto`` the first that is tried."""
+        """Whose kernels compute products and attention; with ``auto``, those tried first."""
         return "own" if self.config.kernels == "own" else "tensorrt"
 
     @property
     def attention(self) -> Attention | None:
-        """What is asked of attention; None if the dialect has none of TensorRT's, nor own."""
+        """How attention must build; None if the dialect has neither TensorRT's nor our own."""
         if self.config.attention == "own":
             return "own"
         if self.manifest.dialect != "native":
@@ -52,15 +52,15 @@ class BuildPlan:
 
     @property
     def changes_graph(self) -> bool:
-        """Whether the engine's graph is another one than the bundle's (`graph.prepare_graph`)."""
+        """Whether the engine's graph differs from the bundle's (`graph.prepare_graph`)."""
         capacity = self.manifest.kv_capacity
         if self.manifest.head is not None:
-            return True  # it has an output more
+            return True  # it has one more output
         found = (self.shapes.capacity, self.kv_read, self.scales, self.shapes.best_logits)
         return found != (capacity, "slice", "stored", 0)
 
     def rebuild_options(self) -> dict[str, Any]:
-        """Options of ``edge-llm build`` that give this engine again."""
+        """Options of ``edge-llm build`` that build this engine again."""
         config, shapes = self.config, self.shapes
         return {
             "max_batch": shapes.max_batch,
@@ -73,17 +73,17 @@ class BuildPlan:
             "workspace": config.workspace_bytes,
             "opt_level": config.opt_level,
             **({"best_logits": shapes.best_logits} if shapes.best_logits else {}),
-            "kernels": config.kernels,  # on a Jetson the default is another one
+            "kernels": config.kernels,  # the default differs on a Jetson
             **({"plugins": config.plugins} if config.plugins != "auto" else {}),
         }
 
 
 def plan_build(config: BuildConfig, manifest: Manifest) -> BuildPlan:
-    """Fill in the options for a bundle, check them against it, and make the profiles.
+    """Fill in the options for a bundle, check them, and make the profiles.
 
     Raises:
-        ConfigError: see `config.resolve` and `check_aligned`.
-        BundleError: see `read_section`.
+        ConfigError: an option does not fit the model, as `config.resolve` and `check_aligned` find.
+        BundleError: a section of the manifest cannot be read (`read_section`).
     """
     shapes = resolve(config, manifest)
     section = read_section(manifest)

@@ -1,4 +1,4 @@
-"""A bundle becomes an engine: hash check, parse, audit, compile, put in place."""
+"""Turns a bundle into an engine: check hashes, parse, audit, compile, put in place."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class BuildResult:
 
 @dataclass(frozen=True)
 class Target:
-    """What an engine is built with and for."""
+    """The TensorRT that builds an engine, and the GPU that it is built for."""
 
     rt: TensorRT
     gpu: Gpu | None
@@ -90,11 +90,11 @@ class Target:
 
 
 def find_target(compute_capability: str | None = None, rt: TensorRT | None = None) -> Target:
-    """TensorRT and the GPU to build for.
+    """Find TensorRT and the GPU to build for.
 
     Args:
-        compute_capability: build for this GPU (``8.6``) on a machine that may have none; needs
-            TensorRT for RTX. None is the GPU that is here.
+        compute_capability: GPU to build for (``8.6``), even on a machine without one; needs
+            TensorRT for RTX. None means this machine's GPU.
         rt: a TensorRT that is already loaded.
 
     Raises:
@@ -124,26 +124,26 @@ def build_engine(
     on_line: Callable[[str], None] = lambda _line: None,
     waiting: Callable[[], None] = lambda: None,
 ) -> BuildResult:
-    """Build the engine of a bundle, or find that it is there.
+    """Build the engine of a bundle, or return the one that is already there.
 
     Args:
         config: what to build.
-        target: with what and for which GPU; None is what this machine has.
+        target: TensorRT and the GPU to build for; None finds this machine's.
         via: TensorRT's Python API, or NVIDIA's ``trtexec``, whose network cannot be audited.
         compile_variant: compiles one of the variants that the options leave open; by default the
-            first that builds (`compile_ladder`). Where ``config.measures``, it has to be
-            `tune.compile_fastest`.
+            first that builds (`compile_ladder`). It must be `tune.compile_fastest` if
+            ``config.measures``.
         progress: called in each step: hashing, parsing and compiling, or ``trtexec``.
-        on_line: given each line of ``trtexec``.
+        on_line: called with each line of ``trtexec``.
         waiting: called if another build holds the bundle's lock.
 
     Raises:
-        ConfigError: options that do not fit the model; or keys are trusted here, and no record of
+        ConfigError: options do not fit the model; or this machine trusts keys, and no record of
             the engine can be written.
         IntegrityError: a file of the bundle is damaged.
-        ResourceError: too little memory or disk.
-        DependencyError: no TensorRT, one that is too old, no GPU.
-        BuildError: TensorRT refused the graph, failed, or made something else of it.
+        ResourceError: there is too little memory or disk.
+        DependencyError: there is no TensorRT, it is too old, or there is no GPU.
+        BuildError: TensorRT refused the graph, failed, or changed what the graph computes.
     """
     if compile_variant is None:
         if config.measures:
@@ -181,14 +181,14 @@ def build_engine(
 
 @dataclass(frozen=True)
 class _Order:
-    """A build that is decided: what its steps need, under the lock of the bundle's engines.
+    """A build that is decided: what its steps need while they hold the bundle's engine lock.
 
     Attributes:
-        build: what is built of which bundle.
-        target: with what and for which GPU.
-        via: by which way.
+        build: the plan of the build.
+        target: TensorRT and the GPU to build for.
+        via: TensorRT's Python API or ``trtexec``.
         key: hash of everything that the engine depends on.
-        store: where it goes.
+        store: store that the engine goes into.
     """
 
     build: BuildPlan
@@ -199,7 +199,7 @@ class _Order:
 
 
 def _found(order: _Order) -> BuildResult | None:
-    """Find the engine that was built already, and tell its layers if nobody could before."""
+    """Find an engine that is already built, and add its layer table if it has none yet."""
     target, store = order.target, order.store
     found = None if order.build.config.again else store.find(order.key)
     if found is None:
@@ -248,7 +248,7 @@ def _built(
 
 
 def _release(target: Target) -> tuple[int, int] | None:
-    """Of TensorRT, as estimates of memory take it: None is TensorRT for RTX."""
+    """Return TensorRT's release as memory estimates take it; None means TensorRT for RTX."""
     return target.rt.release if target.rt.flavour == "tensorrt" else None
 
 
@@ -258,12 +258,12 @@ def read_compiled_layers(
     """Ask TensorRT's engine inspector what a plan consists of.
 
     Args:
-        target: with what and for which GPU it was built.
-        directory: the engine's.
+        target: TensorRT and GPU that the plan was built with.
+        directory: the engine's directory.
         info: its ``engine.json``.
 
     Returns:
-        The table of layers, or None and why it is not known.
+        The table of layers; or None and the reason why it is unknown.
     """
     if target.gpu is None:
         return None, "it was compiled without a GPU, and TensorRT opens a plan on its GPU only"
@@ -273,7 +273,7 @@ def read_compiled_layers(
             texts = compat.inspect_plan(target.rt, plan, len(info.profiles))
         return parse_inspector(texts, [profile.name for profile in info.profiles]), None
     except (BuildError, BundleError, DependencyError) as error:
-        reason = str(error)  # the error has the loaded engine in its frames
+        reason = str(error)  # keep no error: its frames hold the loaded engine
         _log.warning("the engine's layers are not known: %s", reason)
         return None, reason
 
@@ -283,11 +283,11 @@ def read_exported_layers(
 ) -> tuple[LayerTable | None, str | None]:
     """Read the layers that ``trtexec`` wrote.
 
-    It asks the same inspector, for the engine without an execution context. So a TensorRT that
-    tells of later profiles only in a context tells of the first one here.
+    ``trtexec`` asks the same inspector, but without an execution context. A TensorRT that shows
+    later profiles only in a context therefore shows just the first one here.
 
     Returns:
-        The table of layers, or None and why it is not known.
+        The table of layers; or None and the reason why it is unknown.
     """
     if text is None:
         return None, "trtexec wrote no table of layers"
@@ -301,7 +301,7 @@ def read_exported_layers(
 def make_recorder(
     climbed: Climbed, target: Target, via: Via, key: str, compiled: Compiled
 ) -> Callable[[str, int, str], EngineInfo]:
-    """Make the ``engine.json`` of a build once its file's name, size and SHA-256 are known."""
+    """Make the ``engine.json`` of a build; its file's name, size and SHA-256 come last."""
     build = climbed.build
     shapes, files = build.shapes, build.manifest.files
     board = telemetry.read_snapshot()
@@ -359,21 +359,22 @@ def make_recorder(
 
 @dataclass(frozen=True)
 class Compiled:
-    """A plan that is in no file yet, and what was seen on the way.
+    """A compiled plan that is not yet written to a file, and what was seen on the way.
 
     Attributes:
-        plan: a buffer.
+        plan: the plan, a buffer.
         timings: TensorRT's timing cache, or None.
         audit: audit of the parsed network and of the plan's size.
         scratch_bytes: scratch memory of each profile by name; empty if TensorRT did not say.
         build_s: seconds of parsing and compiling.
-        peak_memory_bytes: the most resident memory; None if it was not measured.
+        peak_memory_bytes: highest resident memory; None if it was not measured.
         own_linears: linear layers that own kernels compute.
-        left_linears: with own kernels, the others, and why; attentions and `own_top_k.TOP_K` too.
+        left_linears: linear layers, attentions and `own_top_k.TOP_K` that own kernels were asked to
+            compute and do not, each with the reason.
         own_attentions: attentions that own kernels compute.
         own_top_k: whether own kernels find the best logits.
-        plugins: with own kernels, which kind of plugin they are.
-        python_kernels: the kernels, where that is not compiled into the plan.
+        plugins: kind of plugin that the own kernels are.
+        python_kernels: the own kernels themselves, unless they are compiled into the plan.
         skipped_tactics: kernels that TensorRT did not try for lack of memory.
         outside: weights that go into a file beside the plan; none of them is read yet.
     """
@@ -405,19 +406,19 @@ def compile_ladder(
     progress: Progress = silent,
     keep_log: Callable[[str], None] = lambda _text: None,
 ) -> tuple[Compiled, Climbed]:
-    """Compile what was asked for, and where it leaves a choice, the first variant that builds.
+    """Compile what was asked for; where it leaves a choice, take the first variant that builds.
 
     Args:
-        asked: from `plan_build`.
-        target: with what and for which GPU.
-        timings: a timing cache.
-        progress: told the steps of `compile_bundle`, again for each variant.
-        keep_log: given the log of all variants so far.
+        asked: plan from `plan_build`.
+        target: TensorRT and the GPU to build for.
+        timings: timing cache.
+        progress: called in the steps of `compile_bundle`, again for each variant.
+        keep_log: called with the log of all variants so far.
 
     Raises:
         DependencyError: TensorRT is too old for what was asked.
         IntegrityError: a file of the bundle is damaged.
-        BuildError: no variant was built.
+        BuildError: no variant could be built.
     """
     rungs = make_rungs(asked, target.rt)
     logs: list[str] = []
@@ -447,13 +448,13 @@ def compile_bundle(
 ) -> Compiled:
     """Check the bundle's hashes, parse it, audit the network and compile it.
 
-    A network that fails the audit is still compiled: the report is the caller's.
+    A network that fails the audit is still compiled; the caller reports the faults.
 
     Raises:
         IntegrityError: a file of the bundle is damaged.
-        DependencyError: own kernels are asked for, which this TensorRT does not take.
-        BuildError: this TensorRT does not take the graph (`rules`), refused it, or failed; or own
-            kernels compute nothing in it.
+        DependencyError: own kernels are asked for, and this TensorRT cannot use them.
+        BuildError: the graph breaks a rule of this TensorRT (`rules`); TensorRT refused it or
+            failed; or own kernels can compute nothing in it.
     """
     config, manifest = build.config, build.manifest
     kernels_bytes, plugins = 0, None
@@ -493,7 +494,7 @@ def compile_bundle(
             found.top_k,
             outside,
         )
-        # A parser that maps the weights keeps them; TensorRT 10.3 has copied them.
+        # A parser that maps the weights still needs them; TensorRT 10.3 has copied them.
         make_memory_free(read, manifest, workspace, release, build.kernels)
         progress(STEP, 0, 1)  # TensorRT may work for a while before it names a phase
         plan, written = compiler.build(
@@ -541,7 +542,7 @@ def _check_size(
     kernels_bytes: int = 0,
     own_linears: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """Faults of a plan's size. The bounds are TensorRT for RTX's; for another they are warnings."""
+    """Find faults in a plan's size; errors with TensorRT for RTX, warnings with any other."""
     num_profiles = len(build.profiles)
     found = check_plan_bytes(plan_bytes, build.manifest, num_profiles, kernels_bytes, own_linears)
     if target.rt.flavour == "tensorrt-rtx":
@@ -558,7 +559,7 @@ def _check_size(
 
 
 def parsed_graph(build: BuildPlan, graph: bytes, plugins: Plugins | None = None) -> OwnGraph:
-    """What is parsed, with the own kernels that were asked for."""
+    """Return the graph that is parsed, with the own kernels that were asked for."""
     bundle, manifest = build.config.bundle.resolve(), build.manifest
     if build.kernels == "tensorrt":
         return OwnGraph(graph, bundle / manifest.graphs.decoder, (), {})
@@ -567,14 +568,14 @@ def parsed_graph(build: BuildPlan, graph: bytes, plugins: Plugins | None = None)
 
 
 def _refuse_illegal(build: BuildPlan, target: Target, graph: bytes) -> list[str]:
-    """Check the graph before any parser; returns lines for the log."""
+    """Check the graph by the rules, before any parser; return lines for the log."""
     version = version_of(target.rt.flavour, target.rt.release)
     warnings = refuse_illegal(graph, build.config.bundle, build.manifest, version)
     return [f"warning: {line}" for line in warnings]
 
 
 def _trtexec_target() -> TensorRT:
-    """The TensorRT of ``trtexec``; nothing is imported."""
+    """Describe the TensorRT of ``trtexec`` without importing it."""
     return TensorRT(None, "tensorrt", full_version(find_trtexec()))
 
 
@@ -587,7 +588,7 @@ def _climb_with_trtexec(
     keep_log: Callable[[str], None],
     on_line: Callable[[str], None],
 ) -> tuple[Compiled, Climbed]:
-    """Build with the scales as stored, else in FP32; ``trtexec`` decides all else itself."""
+    """Build with the scales as stored, else in FP32; ``trtexec`` decides everything else."""
     with uncounted(progress, "hash"):
         verify_files(asked.config.bundle, asked.manifest, graph_files(asked.manifest))
     config = asked.config
@@ -611,7 +612,7 @@ def _climb_with_trtexec(
 
 
 def _timings_of_this_gpu(order: _Order) -> bytes | None:
-    """The timing cache for ``trtexec``, which would take one of any GPU (``ignoreMismatch``)."""
+    """Return this GPU's timing cache: ``trtexec`` would take any GPU's (``ignoreMismatch``)."""
     file, gpu = order.build.config.timing_cache, order.target.gpu
     timings = order.store.read_timings()
     if timings is None:
@@ -690,7 +691,7 @@ def _compile_with_trtexec(
 
 
 def engine_name(build: BuildPlan, target: Target) -> str:
-    """Directory of an engine, e.g. ``sm87-trt10.16-int4-b1-kv4096``."""
+    """Name the directory of an engine, e.g. ``sm87-trt10.16-int4-b1-kv4096``."""
     parts = [
         f"sm{target.compute_capability.replace('.', '')}",
         target.rt.label,
@@ -714,13 +715,13 @@ def engine_name(build: BuildPlan, target: Target) -> str:
 def _key_parts(build: BuildPlan, target: Target) -> dict[str, Any]:
     files = build.manifest.files
     return {
-        "producer": __version__,  # what is done to the graph may change with it
+        "producer": __version__,  # how the graph is edited may change with it
         "sources": {name: files[name].sha256 for name in source_files(build.manifest)},
         "flavour": target.rt.flavour,
         "tensorrt": target.rt.version,
         "compute_capability": target.compute_capability,
         "device": target.gpu.name if target.gpu else None,
-        "num_sms": target.gpu.num_sms if target.gpu else None,  # for which kernels are timed
+        "num_sms": target.gpu.num_sms if target.gpu else None,  # kernels are timed for them
         "capacity": build.shapes.capacity,
         "buckets": build.shapes.kv_buckets,
         "options": build.rebuild_options(),

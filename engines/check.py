@@ -1,4 +1,4 @@
-"""Compile a bundle with TensorRT for RTX on a machine without a GPU, and audit the result."""
+"""Compiles a bundle with TensorRT for RTX on a machine without a GPU, and audits the result."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ COMPUTE_CAPABILITIES = {80: "8.0", 86: "8.6", 89: "8.9", 120: "12.0"}
 
 @dataclass(frozen=True)
 class OwnBytes:
-    """Where the weights of an engine with own kernels are.
+    """Bytes of weights inside and outside of an engine with own kernels.
 
     Attributes:
-        outside_bytes: beside the plan, in a file that the engine's inputs come from.
-        inside_bytes: of all constants that TensorRT still has.
-        large: those of at least `own_kernels.LARGE_BYTES` by name, the largest first.
+        outside_bytes: weights in a file beside the plan, which feeds the engine's inputs.
+        inside_bytes: all constants that TensorRT still holds.
+        large: constants of at least `own_kernels.LARGE_BYTES` by name, the largest first.
         left: layers that own kernels do not compute, each with the reason.
     """
 
@@ -49,19 +49,19 @@ class CheckReport:
     """The result of a compilation and its audit.
 
     Attributes:
-        problems: one sentence each; empty is good.
-        attentions: their number in the parsed network.
-        kv_read, attention: what was compiled, where a choice was left.
-        refused: variants before it, with TensorRT's reasons.
-        weights: the linear layers' weights by stored type.
+        problems: one sentence for each problem; empty if there is none.
+        attentions: number of attentions in the parsed network.
+        kv_read, attention: the variant that was compiled, where the options leave a choice.
+        refused: variants that failed before it, with TensorRT's reasons.
+        weights: stored type of the linear layers' weights, counted by type.
         layers: layers of the parsed network by kind and type.
-        encoder_plan_bytes: of the vision encoder's plan; None of a text bundle.
-        scratch_bytes: of each profile by name; empty if TensorRT did not say.
-        decode_scratch: of one sequence, beside what it is with float weights; None without packed
-            weights.
-        steps: what a step of each profile reads, and how fast each module can be at best.
-        own: what TensorRT would have of the weights with own kernels, which it is not asked about;
-            None if they compute nothing here.
+        encoder_plan_bytes: size of the vision encoder's plan; None for a text bundle.
+        scratch_bytes: scratch memory of each profile by name; empty if TensorRT did not say.
+        decode_scratch: scratch memory to decode one sequence, next to that with float weights;
+            None without packed weights.
+        steps: bytes that a step of each profile reads, and how fast each module can be at best.
+        own: weights that TensorRT would hold with own kernels, counted without compiling; None if
+            own kernels can compute nothing here.
     """
 
     bundle: str
@@ -85,21 +85,21 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether there are no problems."""
+        """Whether the check found no problems."""
         return not self.problems
 
 
 def check_bundle(config: BuildConfig, sm: int = 86, progress: Progress = silent) -> CheckReport:
-    """Compile every profile for a GPU that need not be here; nothing is written.
+    """Compile every profile for a GPU that need not be present; write nothing.
 
     Args:
-        config: what would be built.
+        config: options of the build to check.
         sm: compute capability without the dot; a key of `COMPUTE_CAPABILITIES`.
         progress: called in the steps of `builder.compile_ladder`, and in ``scratch``.
 
     Raises:
         DependencyError: TensorRT for RTX is missing.
-        ResourceError: too little memory.
+        ResourceError: there is too little memory.
         BuildError: TensorRT refused the graph or failed to compile it.
     """
     build = plan_build(config, open_manifest(config.bundle))
@@ -140,13 +140,13 @@ def check_bundle(config: BuildConfig, sm: int = 86, progress: Progress = silent)
 
 
 def own_bytes(build: BuildPlan) -> OwnBytes | None:
-    """Rewrite a graph for own kernels and count what stays in it; nothing is compiled.
+    """Rewrite a graph for own kernels and count what stays in it, without compiling.
 
     Args:
-        build: of what.
+        build: the plan of the build.
 
     Returns:
-        None if own kernels compute nothing in it.
+        The counts, or None if own kernels can compute nothing in the graph.
     """
     bundle, manifest = build.config.bundle, build.manifest
     try:

@@ -48,7 +48,7 @@ _SIZE = re.compile(r"(\d+) *([kmg])?(i?b)?\Z", re.IGNORECASE)
 
 
 class _Sm(click.Choice[str]):
-    """A GPU that TensorRT for RTX compiles for; of the Orin's it says what to do instead."""
+    """A GPU that TensorRT for RTX compiles for; an Orin is refused with advice."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Take the choice, or end with an error."""
@@ -317,7 +317,7 @@ def build(
 
 
 def _compile_measured(asked: BuildPlan, target: Target, **options: Any) -> tuple[Compiled, Climbed]:
-    """Say how long it takes, now that there is something to build."""
+    """Say how long a measured build takes, now that there is something to build."""
     from .advice import what_auto_takes
     from .tune import compile_fastest
 
@@ -327,7 +327,7 @@ def _compile_measured(asked: BuildPlan, target: Target, **options: Any) -> tuple
 
 
 def _default_kernels(bundle: Path) -> KernelChoice:
-    """On a Jetson the faster ones, where there are decode steps to time."""
+    """Choose the faster kernels on a Jetson, where there are decode steps to time."""
     on_jetson = read_target() is not None
     return "auto" if on_jetson and read_manifest(bundle).model.task == "generate" else "tensorrt"
 

@@ -1,9 +1,9 @@
-"""The one door to TensorRT on the host: what differs between TensorRT 10, 11 and RTX is here.
+"""Hides on the host what differs between TensorRT 10, 11 and RTX; nothing else imports TensorRT.
 
-Which of them takes what at all is in `support`.
+`support` says which version takes which feature.
 
 =======================  ============================================================
-since                    what
+since                    feature
 =======================  ============================================================
 10.0                     strongly typed networks, INT4 weights, progress monitor, ``IPluginV3``
 10.13                    plugins in Python that are compiled into the engine: own kernels
@@ -78,13 +78,13 @@ class TensorRT:
 
     @property
     def label(self) -> str:
-        """Its part of the name of an engine's directory: ``trt10.16``, ``rtx1.7``."""
+        """Short name for engine directories: ``trt10.16``, ``rtx1.7``."""
         short = "trt" if self.flavour == "tensorrt" else "rtx"
         return f"{short}{self.release[0]}.{self.release[1]}"
 
     @property
     def keeps_timings(self) -> bool:
-        """Whether there is a timing cache (RTX picks kernels without timing them)."""
+        """Whether it has a timing cache (RTX picks kernels without timing them)."""
         return self.flavour == "tensorrt"
 
 
@@ -92,7 +92,7 @@ def load(flavour: Flavour | None = None) -> TensorRT:
     """Import TensorRT.
 
     Args:
-        flavour: which one; None takes ``tensorrt``, else ``tensorrt-rtx``.
+        flavour: package to import; None tries ``tensorrt``, then ``tensorrt-rtx``.
 
     Raises:
         DependencyError: it is not installed, or cannot be loaded.
@@ -122,7 +122,7 @@ def load(flavour: Flavour | None = None) -> TensorRT:
 
 
 def plugins_of(rt: TensorRT, choice: PluginChoice = "auto") -> Plugins:
-    """Which kind of plugin own kernels are.
+    """Choose the kind of plugin that own kernels become.
 
     Raises:
         DependencyError: this TensorRT compiles no plugins into its engines.
@@ -140,26 +140,26 @@ def plugins_of(rt: TensorRT, choice: PluginChoice = "auto") -> Plugins:
 
 
 def pack_own_kernels(rt: TensorRT, used: Iterable[tuple[str, int]]) -> tuple[bytes, ...]:
-    """Own kernels as ``engine.json`` has them.
+    """Pack own kernels as ``engine.json`` stores them.
 
     Args:
-        rt: after `register_own_kernels`.
-        used: plugins, see `own_kernels.OwnGraph`.
+        rt: TensorRT after `register_own_kernels`.
+        used: plugins in use, from `own_kernels.OwnGraph`.
     """
     return plugin_v3.registered_kernels(rt.module, used)
 
 
 def register_own_kernels(rt: TensorRT, compute_capability: str, kind: Plugins | None = None) -> int:
-    """Make own kernels known to TensorRT as plugins.
+    """Register own kernels with TensorRT as plugins.
 
-    Plugins of Python are given machine code of the GPU, where there is some: then no start waits
-    for the driver's compiler. Those that TensorRT compiles into engines are PTX, the one form that
-    it takes (``tensorrt.plugin.aot_impl``: "Presently, only PTX is supported").
+    Python plugins get the GPU's machine code where we ship it, so that no start waits for the
+    driver's compiler. Plugins that TensorRT compiles into engines are PTX, the only form that it
+    takes (``tensorrt.plugin.aot_impl``: "Presently, only PTX is supported").
 
     Args:
-        rt: that `check_own_kernels` takes.
-        compute_capability: of the GPU, e.g. ``8.7``.
-        kind: of plugin; None is that of `plugins_of`.
+        rt: a TensorRT that passed `check_own_kernels`.
+        compute_capability: the GPU's compute capability, e.g. ``8.7``.
+        kind: kind of plugin; None means the one that `plugins_of` chooses.
 
     Returns:
         The most bytes that each use of a kernel may add to a plan.
@@ -188,11 +188,11 @@ def _machine_code(compute_capability: str) -> dict[str, Cubin] | None:
     try:
         return load_cubins(compute_capability)
     except DependencyError:
-        return None  # none was compiled for it
+        return None  # we ship none for this GPU
 
 
 def has_lengths(rt: TensorRT) -> bool:
-    """Whether its attention takes each sequence's length."""
+    """Whether TensorRT's attention takes the length of each sequence."""
     return rt.flavour == "tensorrt-rtx" or rt.release >= LENGTHS_SINCE
 
 
@@ -200,9 +200,9 @@ class Compiler:
     """One network from parsing to a plan.
 
     Args:
-        rt: from `load`.
-        log: receives every message of TensorRT: severity (``error``, ``warning``, ``info``) and
-            text.
+        rt: TensorRT from `load`.
+        log: called with the severity (``error``, ``warning``, ``info``) and text of every message
+            of TensorRT.
 
     Raises:
         BuildError: TensorRT does not start.
@@ -230,11 +230,11 @@ class Compiler:
             graph: the ONNX file.
             path: the graph's path, which need not exist: external weights are found beside it.
             kv_read: ``lengths`` replaces each masked attention by one with lengths.
-            attention: ``fused`` lets the build fail where no kernel does all of an attention,
-                ``decomposed`` lets TensorRT take several (10.16 on sm_87 has shapes without one).
+            attention: ``fused`` fails the build unless one kernel does all of an attention;
+                ``decomposed`` lets TensorRT use several (10.16 on sm_87 has none for some shapes).
 
         Raises:
-            BuildError: the parser refuses it; node, operator and advice are named.
+            BuildError: the parser refuses the graph; the message names node, operator and advice.
         """
         trt = self.rt.module
         with self._listener, stoppable():
@@ -263,19 +263,19 @@ class Compiler:
 
         Args:
             profiles: optimization profiles in the engine's order.
-            workspace_bytes: scratch memory of a kernel.
-            opt_level: 0 to 5.
-            timings: a timing cache of an earlier build, or None.
-            compute_capability: of the GPU to compile for, e.g. ``8.6``; None is the GPU here. Only
-                RTX compiles for another GPU.
-            progress: is called with the fraction done and, as its detail, TensorRT's phase.
+            workspace_bytes: scratch memory that a kernel may use.
+            opt_level: optimization level, 0 to 5.
+            timings: timing cache of an earlier build, or None.
+            compute_capability: GPU to compile for, e.g. ``8.6``; None is the GPU here. Only RTX
+                compiles for another GPU.
+            progress: called with the fraction done and, as its detail, TensorRT's phase.
 
         Returns:
-            The plan (a buffer) and the timing cache, None where there is none.
+            The plan (a buffer), and the timing cache or None.
 
         Raises:
-            BuildError: TensorRT failed; its last error is in the message.
-            ConfigError: no such GPU.
+            BuildError: TensorRT failed; the message has its last error.
+            ConfigError: RTX does not compile for such a GPU.
         """
         trt = self.rt.module
         with self._listener, stoppable() as stopped:
@@ -298,7 +298,7 @@ class Compiler:
                     )
             if self.rt.keeps_timings:
                 cache = config.create_timing_cache(timings or b"")
-                # One that is damaged, or of another version or GPU, only saves time: start afresh.
+                # A damaged cache, or another version's or GPU's, costs only time: start afresh.
                 if cache is None or not config.set_timing_cache(cache, False):
                     config.set_timing_cache(config.create_timing_cache(b""), False)
             monitor = _make_monitor(trt, progress, stopped)
@@ -320,7 +320,7 @@ class Compiler:
             return plan, written
 
     def view(self) -> NetworkView:
-        """The network as plain data."""
+        """Read the network as plain data."""
         network = self._network
         layers = tuple(
             LayerView(
@@ -359,7 +359,7 @@ class Compiler:
             yield self._network.get_layer(i)
 
     def _attentions(self) -> dict[str, Any]:
-        """Attentions by their output; a network lists only their two ends."""
+        """Find attentions by their output; a network lists only their two ends."""
         found: dict[str, Any] = {}
         trt = self.rt.module
         if not hasattr(trt, "IAttention"):
@@ -466,20 +466,20 @@ class Compiler:
 
 
 def inspect_plan(rt: TensorRT, plan: Any, num_profiles: int) -> list[str]:
-    """JSON of the engine inspector about a plan, which is loaded for it and freed again.
+    """Return the engine inspector's JSON for a plan, which is loaded for it and freed again.
 
     Args:
-        rt: that built it.
-        plan: its bytes, any buffer; see `edge.bundle.engine_file.open_plan`.
-        num_profiles: optimization profiles of the engine.
+        rt: the TensorRT that built the plan.
+        plan: the plan's bytes in any buffer, e.g. from `edge.bundle.engine_file.open_plan`.
+        num_profiles: number of optimization profiles in the engine.
 
     Returns:
-        One text that has the layers of all profiles, or one text per profile.
+        One text with the layers of all profiles, or one text per profile.
 
     Raises:
-        BuildError: this TensorRT does not start, cannot load the plan here, or has no memory for an
-            execution context, with its reason.
-        BundleError: the inspector lists no layers, or without details.
+        BuildError: this TensorRT does not start, cannot load the plan here, or lacks the memory
+            for an execution context; the message has its reason.
+        BundleError: the inspector lists no layers, or lists them without details.
     """
     trt = rt.module
     with Listener(trt, lambda _severity, _message: None) as listener, stoppable():
@@ -492,14 +492,14 @@ def inspect_plan(rt: TensorRT, plan: Any, num_profiles: int) -> list[str]:
         whole = str(inspector.get_engine_information(form))
         if len(told_profiles(whole)) == num_profiles:
             return [whole]
-        # Some versions tell of the profiles after the first one only in an execution context.
+        # Some versions show the profiles after the first one only in an execution context.
         texts = []
         for profile in range(num_profiles):
             strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
             context = engine.create_execution_context(strategy)
             try:
                 ready = context is not None and context.set_optimization_profile_async(profile, 0)
-            except RuntimeError:  # how the bindings say no
+            except RuntimeError:  # the bindings' way to refuse
                 ready = False
             if not ready:
                 raise BuildError(listener.last_error)
@@ -516,20 +516,20 @@ def _known(tensor: Any) -> TensorView:
     name = tensor.dtype.name
     try:
         shape = tuple(tensor.shape)
-    except ValueError:  # of unknown rank
+    except ValueError:  # its rank is unknown
         shape = (-1,)
     return TensorView(tensor.name, _DTYPES.get(name, name.lower()), shape)
 
 
 def _start(kind: Any, listener: Listener, version: str) -> Any:
-    """Make a builder or a runtime, with which TensorRT starts CUDA.
+    """Make a builder or a runtime; this is when TensorRT starts CUDA.
 
     Raises:
-        BuildError: it makes none.
+        BuildError: TensorRT cannot make it.
     """
     try:
         return kind(listener.logger)
-    except TypeError as error:  # pybind11's, where TensorRT makes none; the reason is logged
+    except TypeError as error:  # pybind11 raises it where TensorRT makes none; see the log
         raise BuildError(
             f"TensorRT {version} does not start: {listener.said or error}; edge-llm doctor looks "
             "for the cause"

@@ -1,4 +1,4 @@
-"""Options of a build; every number is checked before TensorRT is loaded."""
+"""Holds the options of a build; every number is checked before TensorRT is loaded."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ KernelChoice = Literal["auto", "own", "tensorrt"]
 PluginChoice = Literal["auto", "aot", "python"]
 PLUGINS: tuple[PluginChoice, ...] = ("auto", "aot", "python")
 KERNELS: tuple[Kernels, ...] = ("tensorrt", "own")
-"""In the order in which they are tried: a fault of ours on the GPU spoils no earlier engine."""
+"""Whose kernels, in the order they are tried: our fault on the GPU spoils no earlier engine."""
 TIMINGS = 8
-"""Of each tactic, as ``trtexec`` has it: TensorRT's own default is one, which picks by lot where
-clocks follow the load."""
+"""How often each tactic is timed, as in ``trtexec``. TensorRT's default of one picks tactics by
+chance on a machine whose clocks follow the load."""
 
 _MIN_WORKSPACE_BYTES = 1 << 20
 _MAX_BATCH = 64
@@ -39,32 +39,33 @@ class BuildConfig:
         bundle: the bundle's directory.
         max_batch: the most sequences per step.
         max_prefill: the most tokens per sequence and prefill step; longer prompts go in chunks.
-        kv_capacity: rows of the cache per sequence; None is the bundle's own.
-        kv_buckets: how many cache rows a step may read, ascending, the last one the capacity. The
-            runtime rounds up to them, so that one CUDA graph per bucket serves all steps. Empty:
-            the powers of two from 256 on, and the capacity.
+        kv_capacity: cache rows per sequence; None takes the bundle's own.
+        kv_buckets: numbers of cache rows that a step may read, ascending; the last one is the
+            capacity. The runtime rounds up to them, so that one CUDA graph per bucket serves all
+            steps. Empty means the powers of two from 256 on, and the capacity.
         kv_read: how attention reads the cache: ``slice`` (the first rows, up to the bucket),
-            ``full`` (all rows, under the mask: one shape), ``lengths`` (each sequence's own length,
-            inside TensorRT's attention; from TensorRT 11 on), or ``auto``, the first of these that
-            TensorRT builds.
-        attention: ``fused``, one kernel or no engine; ``decomposed``, several kernels where
-            TensorRT has no such kernel; ``own``, with own kernels, edge-llm's (docs/kernels.md);
-            ``auto``, with own kernels the first of ``own`` and ``decomposed`` that builds, else
-            ``decomposed``.
-        kernels: ``own`` has the products of few bits, and what ``attention`` says, computed by
-            edge-llm's own kernels (docs/kernels.md), ``tensorrt`` by TensorRT's; ``auto`` builds
-            one engine with each, and keeps the faster that answers right on the GPU that is here.
-        plugins: how own kernels are in the engine: ``aot`` compiled into it, which TensorRT takes
-            from 10.13 on, ``python`` launched by Python, or ``auto``, the first of these.
+            ``full`` (all rows under a mask, with one shape), ``lengths`` (each sequence's own
+            length, inside TensorRT's attention; from TensorRT 11 on), or ``auto``, the first of
+            these that TensorRT builds.
+        attention: ``fused`` demands one kernel for all of an attention; ``decomposed`` allows
+            several where TensorRT has no such kernel; ``own`` uses edge-llm's kernels and needs
+            ``kernels="own"`` (docs/kernels.md); ``auto`` takes ``decomposed``, or with own kernels
+            the first of ``own`` and ``decomposed`` that builds.
+        kernels: ``own`` computes low-bit products, and attention as ``attention`` says, with
+            edge-llm's kernels (docs/kernels.md); ``tensorrt`` uses TensorRT's; ``auto`` builds one
+            engine with each, and keeps the faster one that answers right on this machine's GPU.
+        plugins: how own kernels get into the engine: ``aot`` compiles them into it, which TensorRT
+            supports from 10.13 on; ``python`` launches them from Python; ``auto`` takes the first
+            of these that works.
         tune: build every variant that ``kv_read``, ``attention`` and ``kernels`` leave open, and
-            keep the fastest in the same way.
-        workspace_bytes: scratch memory that a kernel may ask for.
+            keep the fastest one that answers right.
+        workspace_bytes: scratch memory that a kernel may use.
         opt_level: 0 (fast build) to 5 (slow build, perhaps a faster engine).
         timing_cache: file with the timings of earlier builds; None is the one beside the engine.
-        best_logits: put out this many of the best logits of each row by themselves, so that the
-            others stay on the device until someone asks; 0 for none.
-        force: build although the memory plan says that it will not fit.
-        again: build although the same engine is there already.
+        best_logits: number of best logits of each row to put out by themselves, so that the others
+            stay on the device until someone asks; 0 puts out none.
+        force: build even if the memory plan says that the engine will not fit.
+        again: build even if the same engine is there already.
     """
 
     bundle: Path
@@ -86,7 +87,7 @@ class BuildConfig:
 
     @property
     def measures(self) -> bool:
-        """Whether engines are built and timed to choose from."""
+        """Whether several engines are built and timed, to choose from."""
         return self.tune or self.kernels == "auto"
 
     def __post_init__(self) -> None:
@@ -136,9 +137,10 @@ class BuildShapes:
     """The numbers of a `BuildConfig` that depend on the model, filled in and checked.
 
     Attributes:
-        capacity: rows of the cache.
-        kv_buckets: see `BuildConfig`; never empty, the last one is ``capacity``.
-        best_logits: of each row, no more than it has; 0 for none.
+        capacity: cache rows per sequence.
+        kv_buckets: numbers of cache rows that a step may read; never empty, the last is
+            ``capacity``.
+        best_logits: number of best logits put out for each row, at most its length; 0 is none.
     """
 
     max_batch: int
@@ -152,9 +154,9 @@ def resolve(config: BuildConfig, manifest: Manifest) -> BuildShapes:
     """Fill in the options for a model and check them against it.
 
     Raises:
-        ConfigError: a capacity that the RoPE table cannot serve, or whose slots TensorRT could not
-            be given; a prefill step or a bucket that does not fit the cache; a way to read the
-            cache that the dialect does not have; what is for drawing tokens where none are drawn.
+        ConfigError: the capacity exceeds the RoPE table, or its slots exceed what TensorRT takes; a
+            prefill step or a bucket does not fit the cache; the dialect cannot read the cache in
+            this way; or the model draws no tokens, and an option is about drawing them.
     """
     capacity = manifest.kv_capacity if config.kv_capacity is None else config.kv_capacity
     io_spec.check_capacity(capacity, manifest.rope_positions)
@@ -200,7 +202,7 @@ def resolve(config: BuildConfig, manifest: Manifest) -> BuildShapes:
 
 
 def default_kv_buckets(capacity: int) -> tuple[int, ...]:
-    """Powers of two from 256 on below the capacity, then the capacity itself."""
+    """Return the powers of two from 256 on below the capacity, then the capacity itself."""
     buckets = []
     size = _SMALLEST_BUCKET
     while size < capacity:

@@ -31,7 +31,7 @@ _STEP = "vision encoder"
 
 
 def source_files(manifest: Manifest) -> tuple[str, ...]:
-    """The files that an engine is built from: each graph and its weights."""
+    """List the files that an engine is built from: each graph and its weights."""
     section = read_vision(manifest)
     return graph_files(manifest) + (() if section is None else _files(section))
 
@@ -41,7 +41,7 @@ def _files(section: VisionSection) -> tuple[str, str]:
 
 
 def encoder_profile(section: VisionSection) -> Profile:
-    """Any number of tiles of a picture, tuned for one: other answers wait for a tile at most."""
+    """Make a profile for any number of tiles, tuned for one: other answers wait a tile at most."""
     tile = (3, section.tile_px, section.tile_px)
     tiles = ShapeRange((1, *tile), (1, *tile), (section.max_tiles, *tile))
     return Profile("prefill", {PIXEL_VALUES: tiles})
@@ -50,13 +50,13 @@ def encoder_profile(section: VisionSection) -> Profile:
 def compile_encoder(
     build: BuildPlan, rt: TensorRT, compute_capability: str, progress: Progress = silent
 ) -> EncoderPlan | None:
-    """Check, parse and compile the encoder; None of a text bundle.
+    """Check, parse and compile the encoder; return None for a text bundle.
 
     Args:
-        build: what is built of which bundle; its workspace and optimization level.
-        rt: the TensorRT.
-        compute_capability: of the GPU, e.g. ``8.7``.
-        progress: told of the step.
+        build: the plan of the build, for its workspace and optimization level.
+        rt: the TensorRT to compile with.
+        compute_capability: the GPU's compute capability, e.g. ``8.7``.
+        progress: called in this step.
 
     Raises:
         IntegrityError: a file of the bundle is damaged.
@@ -89,7 +89,7 @@ def compile_encoder(
 
 
 def audit_encoder(network: NetworkView, section: VisionSection, manifest: Manifest) -> list[str]:
-    """Find what a parser has made another network of."""
+    """Find where the parser changed the network."""
     px, width = section.tile_px, manifest.model.hidden_size
     problems = []
     for what, found, name, shape in (
@@ -120,14 +120,14 @@ def encoder_command(
     plan: Path | None = None,
     timing_cache: Path | None = None,
 ) -> list[str]:
-    """Make the ``trtexec`` line of the encoder.
+    """Make the ``trtexec`` command for the encoder.
 
     Args:
-        build: what is built of which bundle.
-        section: of its encoder.
-        version: TensorRT's.
-        plan: where the plan goes; ``vision.plan`` in the current directory by default.
-        timing_cache: see `trtexec_command`.
+        build: the plan of the build.
+        section: the manifest's section of the encoder.
+        version: TensorRT's version.
+        plan: file to write the plan to; ``vision.plan`` in the current directory by default.
+        timing_cache: file for ``trtexec``'s timings; by default as in `trtexec_command`.
     """
     return trtexec_command(
         build,
@@ -140,7 +140,7 @@ def encoder_command(
 
 
 def encoder_for_bundle(config: BuildConfig, version: Release) -> list[str]:
-    """Make the encoder's line of ``--print-trtexec``; empty of a text bundle.
+    """Make the encoder's command for ``--print-trtexec``; empty for a text bundle.
 
     Raises:
         BundleError: there is no bundle.
@@ -155,10 +155,10 @@ def encoder_for_bundle(config: BuildConfig, version: Release) -> list[str]:
 def encoder_by_trtexec(
     build: BuildPlan, rt: TensorRT, on_line: Callable[[str], None], progress: Progress
 ) -> EncoderPlan | None:
-    """Build the encoder with ``trtexec``; None of a text bundle.
+    """Build the encoder with ``trtexec``; return None for a text bundle.
 
     Raises:
-        BackendError: see `run_trtexec`.
+        BackendError: ``trtexec`` is missing or failed (`run_trtexec`).
         BuildError: this TensorRT does not take the graph.
     """
     section = read_vision(build.manifest)
@@ -182,7 +182,7 @@ def encoder_by_trtexec(
 def _checked_graph(
     build: BuildPlan, section: VisionSection, rt: TensorRT
 ) -> tuple[Path, list[str]]:
-    """Hash the encoder's files and hold the graph against the rules; its path, and warnings."""
+    """Hash the encoder's files and check its graph by the rules; return its path and warnings."""
     bundle = build.config.bundle.resolve()
     verify_files(bundle, build.manifest, _files(section))
     graph = bundle / section.graph

@@ -1,4 +1,4 @@
-"""Adapts the bundle's graph to the engine: capacity, a way to read the cache, types of scales.
+"""Adapts the bundle's graph to the engine: its capacity, how it reads the cache, scale types.
 
 Only the small ``decoder.onnx`` is edited, in memory; its weights stay where they are.
 """
@@ -21,10 +21,10 @@ from .rules.facts import QUANTIZING
 
 
 def graph_of(build: BuildPlan) -> bytes:
-    """The graph of a build, from its bundle.
+    """Read a bundle's graph and adapt it to the build.
 
     Raises:
-        BundleError: see `prepare_graph` and `widen_scales`.
+        BundleError: the graph is not one that `prepare_graph` or `widen_scales` can edit.
     """
     bundle = build.config.bundle
     data = (bundle / build.manifest.graphs.decoder).read_bytes()
@@ -33,11 +33,11 @@ def graph_of(build: BuildPlan) -> bytes:
 
 
 def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
-    """Re-shape a decoder.
+    """Change a decoder's shapes to those of an engine.
 
     Args:
         data: bytes of ``decoder.onnx``.
-        shapes: the capacity wanted, and how many of the best logits are put out by themselves.
+        shapes: the capacity wanted, and how many best logits to put out by themselves.
         kv_read: ``slice`` keeps the graph; ``full`` and ``lengths`` let attention read the cache
             itself instead of a slice of it.
 
@@ -45,7 +45,7 @@ def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
         BundleError: the graph has no slices of the cache to remove.
     """
     graph = OnnxFile(data)
-    graph.remove_values([io_spec.HIDDEN_STATES])  # no runner of engines binds it
+    graph.remove_values([io_spec.HIDDEN_STATES])  # nothing that runs engines binds it
     names = [value.name for value in [*graph.inputs, *graph.outputs]]
     prefixes = (io_spec.PAST_PREFIX, io_spec.PRESENT_PREFIX)
     caches = [name for name in names if name.startswith(prefixes)]
@@ -59,15 +59,15 @@ def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
 
 
 def write_graph(build: BuildPlan, directory: Path) -> Path:
-    """Write the graph of a build as a file, for a reader that takes nothing else.
+    """Write the graph of a build to a file, for a reader that takes nothing else.
 
-    Readers look for the weights beside the graph, so a symbolic link to them is put there. A hard
-    link would save nothing, and the ``onnx`` package refuses weights with several hard links as an
-    attack.
+    Readers look for the weights beside the graph, so this puts a symbolic link to them there. A
+    hard link would save nothing, and the ``onnx`` package takes weights with several hard links
+    for an attack.
 
     Args:
-        build: the bundle, whose files the caller has verified, and the shapes.
-        directory: where the files go; made if missing. Files of the same names are replaced.
+        build: the plan of the build; the caller has verified the bundle's files.
+        directory: directory to write to; made if missing. Files of the same names are replaced.
 
     Returns:
         The path of the graph.
@@ -85,12 +85,12 @@ def write_graph(build: BuildPlan, directory: Path) -> Path:
 
 
 def graph_files(manifest: Manifest) -> tuple[str, str]:
-    """The files that an engine is built from: the graph and its weights."""
+    """Name the files that an engine is built from: the graph and its weights."""
     return manifest.graphs.decoder, f"{manifest.graphs.decoder}.data"
 
 
 def has_half_scales(data: bytes) -> bool:
-    """Whether inputs are rounded to INT8 with scales of 16 bits."""
+    """Whether inputs are rounded to INT8 with 16-bit scales."""
     graph = OnnxFile(data)
     constants = Constants(graph)
     rounding = (node for node in graph.nodes if node.op_type == "QuantizeLinear")
@@ -98,14 +98,14 @@ def has_half_scales(data: bytes) -> bool:
 
 
 def widen_scales(data: bytes, directory: Path) -> bytes:
-    """Give INT8 its scales in FP32 where they have 16 bits, as some TensorRT need them.
+    """Convert 16-bit scales of INT8 to FP32, which some TensorRT versions need.
 
-    Inputs are cast to FP32 before they are rounded, and what is dequantized is cast back, so all
+    Inputs are cast to FP32 before they are rounded, and dequantized values are cast back, so all
     other types stay. Both operands of a product get scales of one type (rule ``operand-scales``).
 
     Args:
-        data: a decoder.
-        directory: where its weights are.
+        data: bytes of a decoder.
+        directory: directory of its weights.
 
     Raises:
         BundleError: a scale cannot be read.
@@ -159,9 +159,9 @@ def _add_best_logits(graph: OnnxFile, keep: int) -> None:
     """Add the outputs of `io_spec.best_outputs`, in FP32 and standard operators.
 
     The greatest logit is the first of the best, so the row is read once for ``TopK`` and once for
-    the sum, which is made in two levels, see `io_spec.sum_parts`. The sum of the best is taken from
-    it here and not by the host, since both may be sums of logits that are not rounded to the type
-    of the row yet (`edge.backends.best.BestLogits.rest_bound`).
+    the sum, which is made in two levels (`io_spec.sum_parts`). The graph, not the host, subtracts
+    the sum of the best: both sums may be of logits that are not yet rounded to the type of the row
+    (`edge.backends.best.BestLogits.rest_bound`).
     """
     logits = next(info for info in graph.outputs if info.name == io_spec.LOGITS)
     vocab_size = logits.shape[2]

@@ -1,13 +1,13 @@
-"""What a build tries, one after the other, where the user leaves a choice to it.
+"""Lists the variants that a build tries in turn where the user leaves it a choice.
 
-TensorRT's attention may be decomposed at once: it is where no fused kernel supports it and nowhere
-else (NvInfer.h of 10.16, ``IAttention::setDecomposable``), so there is nothing to try before, and
-a prefill that can be fused is, beside a decode that cannot. With ``--kv-read auto`` there are ways
-to read the cache. Where inputs are rounded to INT8 with scales of 16 bits, all of this is tried
-again with these scales in FP32, since some TensorRT may take no others (NVIDIA/TensorRT#4832). With
-``--kernels auto`` all of this is tried with TensorRT's kernels and with our own, in which attention
-in own kernels comes before TensorRT's; `tune` says what is built of it. What the user names
-is not varied: it is built, or it fails with TensorRT's reason.
+TensorRT decomposes an attention only where no fused kernel supports it (NvInfer.h of 10.16,
+``IAttention::setDecomposable``). So decomposition may be allowed from the start: a prefill that can
+be fused is, even beside a decode that cannot. With ``--kv-read auto`` the rungs are ways to read
+the cache. Where inputs are rounded to INT8 with 16-bit scales, all of these come again with FP32
+scales, since some TensorRT versions take no others (NVIDIA/TensorRT#4832). With ``--kernels auto``
+all of these come with TensorRT's kernels and with our own, and attention in own kernels comes
+before TensorRT's; `tune` decides which of them it builds. A choice that the user names is never
+varied: it builds, or it fails with TensorRT's reason.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Climbed:
-    """What a ladder came to.
+    """The variant that a ladder ended with, and how it got there.
 
     Attributes:
         build: the rung that was built.
         refused: rungs before it, with TensorRT's reasons.
-        options: of ``edge-llm build``, as the user gave them.
-        tuned: variants that were built and tried on the device, if they were.
+        options: options of ``edge-llm build``, as the user gave them.
+        tuned: variants that were built and tried on the device, if any.
     """
 
     build: BuildPlan
@@ -48,11 +48,11 @@ class Climbed:
 
 
 def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
-    """The builds to try, in order; one if nothing is left to choose.
+    """Make the builds to try, in order; there is one if nothing is left to choose.
 
     Raises:
         DependencyError: TensorRT is too old for the dialect or for what was asked.
-        IntegrityError: see `scales_to_try`.
+        IntegrityError: the graph is missing or damaged.
     """
     config, manifest = asked.config, asked.manifest
     reads: list[KvRead] = [asked.kv_read]
@@ -85,10 +85,10 @@ def make_rungs(asked: BuildPlan, rt: TensorRT) -> list[BuildPlan]:
 
 
 def scales_to_try(asked: BuildPlan) -> tuple[Scales, ...]:
-    """``fp32`` after ``stored`` where inputs, or the cache, are INT8 with scales of 16 bits.
+    """Return ``stored``, then ``fp32`` if inputs or the cache are INT8 with 16-bit scales.
 
     Raises:
-        IntegrityError: the graph, which is looked into for that, is missing or damaged.
+        IntegrityError: the graph, which has to be read for that, is missing or damaged.
     """
     linears = asked.manifest.quantization.linears.values()
     rounds_inputs = any(SCHEMES[linear.scheme.kind].int8_inputs for linear in linears)
@@ -112,10 +112,10 @@ def climb(
     Args:
         asked: what the user asked for.
         rungs: from `make_rungs`.
-        attempt: builds one.
+        attempt: builds one rung.
 
     Raises:
-        BuildError: none was built; every reason is in the message.
+        BuildError: no rung could be built; the message has every reason.
     """
     refused: list[RefusedRung] = []
     last = BuildError("nothing was tried")
@@ -127,21 +127,21 @@ def climb(
             if len(rungs) == 1:
                 raise
             refused.append(refused_rung(rung, error))
-            # Not the error itself: its frames have the builder, and with it all weights.
+            # Do not keep the error itself: its frames hold the builder, and so all weights.
             last = BuildError(error.message, error.cause)
     if len({rung.reason for rung in refused}) == 1:
-        raise last  # it is not about what was varied
+        raise last  # it has nothing to do with what was varied
     reasons = "; ".join(f"{describe(rung)}: {rung.reason}" for rung in refused)
     raise BuildError(f"TensorRT built none of {len(refused)} variants. {reasons}")
 
 
 def refused_rung(rung: BuildPlan, reason: Exception) -> RefusedRung:
-    """The record of a rung that was not built."""
+    """Make the record of a rung that was not built."""
     return RefusedRung(rung.kv_read, rung.attention, str(reason), rung.scales, rung.kernels)
 
 
 def describe(rung: RefusedRung | TunedRung | BuildPlan | EngineInfo) -> str:
-    """A rung in words."""
+    """Describe a rung in words."""
     wide = ", scales in FP32" if rung.scales == "fp32" else ""
     own = ", own kernels" if rung.kernels == "own" else ""
     attention = rung.attention or "of primitive operators"

@@ -1,4 +1,4 @@
-"""Will the build fit in memory? Asked before it starts: a killed build says nothing."""
+"""Checks before a build that it fits in memory: a killed build says nothing."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def check_memory(
 
     Args:
         manifest: the bundle's manifest.
-        workspace_bytes: scratch memory of the kernels that are tried; 0 where nothing runs.
-        available_bytes: memory that can be had without swapping, on a Jetson the GPU's too; None
-            where the system does not say, and then nothing is refused.
-        release: of TensorRT, None is TensorRT for RTX.
-        kernels: ``own`` if the weights that own kernels read are not TensorRT's to hold.
+        workspace_bytes: scratch memory of the kernels that are tried; 0 if none runs.
+        available_bytes: memory that is available without swapping, which on a Jetson is the GPU's
+            too; None if the system does not say, and then nothing is refused.
+        release: TensorRT's release; None is TensorRT for RTX.
+        kernels: ``own`` if TensorRT does not hold the weights that own kernels read.
 
     Raises:
         ResourceError: the estimated peak exceeds what is available.
@@ -55,16 +55,16 @@ def make_memory_free(
     release: tuple[int, int] | None,
     kernels: Kernels = "tensorrt",
 ) -> None:
-    """On a Jetson, have as much memory free at once as a build is estimated to take.
+    """Free as much memory on a Jetson as a build is estimated to need at its peak.
 
-    TensorRT skips a tactic that needs more than that, and files that were just read fill it.
+    TensorRT skips a tactic that needs more memory than is free, and cached files take up memory.
 
     Args:
-        directories: whose files were read.
+        directories: directories whose files were just read.
         manifest: the bundle's manifest.
         workspace_bytes: scratch memory of the kernels that are tried.
-        release: of TensorRT, None is TensorRT for RTX.
-        kernels: see `check_memory`.
+        release: TensorRT's release; None is TensorRT for RTX.
+        kernels: ``own`` if TensorRT does not hold the weights that own kernels read.
     """
     if not is_jetson():
         return
@@ -77,7 +77,7 @@ def make_memory_free(
 def _plan(
     manifest: Manifest, workspace_bytes: int, release: tuple[int, int] | None, kernels: Kernels
 ) -> BuildMemory:
-    """With own kernels TensorRT does not get the weights that only they read."""
+    """Plan the memory of a build; TensorRT does not hold weights that only own kernels read."""
     data = manifest.files.get(f"{manifest.graphs.decoder}.data")
     weights = data.num_bytes if data else 0
     if kernels == "own" and manifest.dtype == "fp16":

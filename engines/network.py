@@ -1,4 +1,4 @@
-"""A parsed network as plain data: what TensorRT understood, apart from TensorRT."""
+"""Holds a parsed network as plain data: what TensorRT understood, without TensorRT."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class TensorView:
-    """Name, element type (``fp16``, ``int4``, ...) and shape (-1 is dynamic)."""
+    """A tensor's name, element type (``fp16``, ``int4``, ...) and shape (-1 is dynamic)."""
 
     name: str
     dtype: str
@@ -54,7 +54,7 @@ class AttentionView:
 
 @dataclass(frozen=True)
 class NetworkView:
-    """Layers in network order, attentions, inputs and outputs."""
+    """A network's layers in network order, attentions, inputs and outputs."""
 
     layers: tuple[LayerView, ...]
     attentions: tuple[AttentionView, ...]
@@ -63,7 +63,7 @@ class NetworkView:
 
     @cached_property
     def producers(self) -> dict[str, LayerView]:
-        """The layer that makes each tensor, by the tensor's name."""
+        """Map each tensor's name to the layer that makes it."""
         return {out.name: layer for layer in self.layers for out in layer.outputs}
 
     @cached_property
@@ -72,7 +72,7 @@ class NetworkView:
         return frozenset(self.ancestors(*(out.name for out in self.outputs)))
 
     def ancestors(self, *names: str) -> Iterator[str]:
-        """The tensors themselves and everything that they are computed from."""
+        """Yield these tensors and everything that they are computed from."""
         seen: set[str] = set()
         todo = list(names)
         while todo:

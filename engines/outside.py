@@ -1,9 +1,9 @@
-"""Weights that only own kernels read: inputs of the engine, in a file beside its plan.
+"""Turns weights that only own kernels read into inputs of the engine, in a file beside its plan.
 
-TensorRT would copy them into the plan, hold them several times while it builds, and load them with
-each engine anew. As inputs it sees their shapes alone. Inputs of an engine have static shapes and
-types that TensorRT takes there: words of INT4 are INT32 (NvInferRuntimeBase.h, DataType: INT4 and
-UINT8 have limits of their own), scales and tables FP16. Any tensor may be a plugin's input
+TensorRT would copy such weights into the plan, hold them several times while it builds, and load
+them again with each engine. Of inputs it sees only the shapes. An engine's inputs have static
+shapes and types that TensorRT takes there: words of INT4 are INT32 (NvInferRuntimeBase.h, DataType:
+INT4 and UINT8 have limits of their own), scales and tables FP16. Any tensor may be a plugin's input
 (INetworkDefinition::addPluginV3), and one of fewer than 2^31 elements an engine's.
 """
 
@@ -49,20 +49,19 @@ _log = logging.getLogger(__name__)
 SUFFIX = ".weights"
 PRODUCER = f"edge-llm {__version__}"
 _CHUNK = 1 << 22
-"""Weights that are re-ordered, or bytes that are copied, at once; a weight takes some ten bytes
-meanwhile."""
+"""Weights to re-order, or bytes to copy, in one go; a weight takes some ten bytes meanwhile."""
 
 
 @dataclass(frozen=True)
 class Outside:
-    """What an engine takes as inputs; nothing is written yet.
+    """Weights that an engine takes as inputs; nothing is written yet.
 
     Attributes:
-        directory: where the graph's weights are.
-        sources: what each tensor is made of: a constant as it is, or the planes of INT4 that
+        directory: directory of the graph's weights.
+        sources: constants that each tensor is made of: one as it is, or the planes of INT4 that
             `pack_weights` joins.
-        tensors: as ``engine.json`` has them.
-        num_bytes: of the file.
+        tensors: description of each tensor, as ``engine.json`` stores it.
+        num_bytes: size of the file.
     """
 
     directory: Path
@@ -74,11 +73,11 @@ class Outside:
         """Write the file, some rows at a time.
 
         Returns:
-            Its SHA-256.
+            The file's SHA-256.
 
         Raises:
             BundleError: the graph's weights end too early.
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         digest, at = hashlib.sha256(), 0
         for name, tensor in self.tensors.items():
@@ -91,11 +90,11 @@ class Outside:
 
 
 def lay_out(directory: Path, sources: Mapping[str, tuple[Constant, ...]]) -> Outside:
-    """Give each tensor its place.
+    """Give each tensor its place in the file.
 
     Args:
-        directory: where the graph's weights are.
-        sources: see `Outside`.
+        directory: directory of the graph's weights.
+        sources: constants that each tensor is made of, as in `Outside`.
     """
     tensors, end = {}, 0
     for name, constants in sources.items():
@@ -111,17 +110,17 @@ def lay_out(directory: Path, sources: Mapping[str, tuple[Constant, ...]]) -> Out
 
 
 def constants_inside(graph: bytes) -> dict[str, int]:
-    """Bytes of each constant that a graph still has, the largest first.
+    """Return the bytes of each constant that a graph still has, the largest first.
 
     Raises:
-        BundleError: not a valid graph.
+        BundleError: the graph is not valid.
     """
     found = {each.name: each.num_bytes for each in map(read_constant, OnnxFile(graph).initializers)}
     return dict(sorted(found.items(), key=lambda each: -each[1]))
 
 
 def make_inputs(graph: OnnxFile, outside: Outside) -> None:
-    """Make the tensors inputs of a graph; constants of their names leave it."""
+    """Make the tensors inputs of a graph; constants of the same names are removed."""
     graph.add_inputs(
         tensor_info(name, ELEMENT_NUMBERS[each.dtype], each.shape)
         for name, each in outside.tensors.items()
@@ -131,20 +130,20 @@ def make_inputs(graph: OnnxFile, outside: Outside) -> None:
 def place(outside: Outside, directory: Path, sources: Mapping[str, str]) -> OutsideWeights:
     """Put the weights beside an engine's plan.
 
-    Another engine of the bundle that this machine built may have the same: then both share the
+    If another engine that this machine built for the bundle has the same weights, both share the
     file by a hard link, on the disk and in the page cache.
 
     Args:
         outside: the weights.
-        directory: of the engine.
+        directory: the engine's directory.
         sources: SHA-256 of the graph and of its weights.
 
     Returns:
-        As ``engine.json`` has them.
+        The description that ``engine.json`` stores.
 
     Raises:
         BundleError: the graph's weights end too early.
-        ResourceError: too little room.
+        ResourceError: there is too little room on the disk.
         OSError: the file cannot be written.
     """
     for record in sorted(directory.parent.glob(f"*/{ENGINE_JSON}")):
@@ -198,7 +197,7 @@ def _write(outside: Outside, directory: Path) -> OutsideWeights:
 
 
 def _pieces(constants: tuple[Constant, ...], directory: Path) -> Iterator[bytes | memoryview]:
-    """The bytes of a tensor, some at a time."""
+    """Yield the bytes of a tensor in pieces."""
     first = constants[0]
     if first.raw is not None:
         yield first.raw
@@ -216,16 +215,16 @@ def _pieces(constants: tuple[Constant, ...], directory: Path) -> Iterator[bytes 
 
 
 def _row_ranges(depth: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows, each a multiple of a block."""
+    """Yield ranges of rows, each a multiple of a block."""
     step = max(_CHUNK // columns // BLOCK, 1) * BLOCK
     for begin in range(0, depth, step):
         yield begin, min(begin + step, depth)
 
 
 def _read_rows(plane: Constant, source: BinaryIO, begin: int, end: int) -> NDArray[np.int8]:
-    """Rows of INT4 as ONNX packs them: row by row, the first of two elements in the low nibble."""
+    """Read rows of INT4, packed by ONNX row by row, the first of two in the low nibble."""
     columns = plane.shape[1]
-    # Rows come in blocks, so no byte is of two of them.
+    # Rows come in whole blocks, so no byte belongs to two ranges.
     data = _read(source, plane, begin * columns // 2, (end - begin) * columns // 2)
     pairs = np.frombuffer(data, np.uint8)
     nibbles = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(end - begin, columns)

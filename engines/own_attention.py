@@ -1,9 +1,9 @@
-"""Puts edge-llm's own attention into a graph: two nodes of plugins for the attention of a layer.
+"""Puts edge-llm's own attention into a graph: two plugin nodes replace the attention of a layer.
 
-What the plugins compute is in the graph one operator, or some twenty, with
-a mask (`export.graph.decoder`). The plugins take queries, keys and values as they are there, the
-whole cache, and the positions instead of the mask. In dialect ``native`` the step's rows are in the
-cache already, and are read beside it all the same: so both dialects have one kernel.
+In the graph of an export an attention is one operator, or about twenty with a mask
+(`export.graph.decoder`). The plugins take its queries, keys and values, the whole cache, and the
+positions instead of the mask. In dialect ``native`` the step's rows are in the cache already; the
+plugins still read them from beside it, so that both dialects share one kernel.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _POSITIONS = "own_attention.positions"
 
 @dataclass(frozen=True)
 class _Attention:
-    """What the plugins of a layer read and write.
+    """Tensors that the plugins of a layer read and write.
 
     Attributes:
         query: ``[B, H, S, D]``.
@@ -41,25 +41,25 @@ class _Attention:
 
 
 def attention_name(layer: int) -> str:
-    """The attention of a layer, for people and as the name of its nodes."""
+    """Name the attention of a layer, for people and for its nodes."""
     return f"layers.{layer}.attention"
 
 
 def use_own_attention(
     graph: OnnxFile, manifest: Manifest, plugins: Plugins = "compiled"
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Replace what the kernels compute; nodes that nothing needs any more go when it is serialized.
+    """Replace the attentions that the kernels compute; unused nodes go on serialization.
 
     Args:
-        graph: of `engines.graph.graph_of`, is changed.
-        manifest: the bundle's.
-        plugins: which kind the engine has, see `edge.bundle.engine_file.EngineInfo`.
+        graph: graph from `engines.graph.graph_of`; it is changed.
+        manifest: the bundle's manifest.
+        plugins: kind of plugin that the engine has (`edge.bundle.engine_file.EngineInfo`).
 
     Returns:
-        Names of the attentions that own kernels compute, and of the others, each with the reason.
+        Names of the attentions that own kernels compute; and of the others, each with the reason.
 
     Raises:
-        BundleError: not a valid graph.
+        BundleError: the graph is not valid.
     """
     finder = _Finder(graph, manifest)
     found: dict[str, _Attention] = {}
@@ -103,10 +103,10 @@ class _Finder:
         self._makers, self._readers = makers_and_readers(graph)
 
     def find(self, layer: int) -> _Attention:
-        """The attention of a layer.
+        """Find the attention of a layer.
 
         Raises:
-            MisfitError: the kernels do not compute it.
+            MisfitError: the kernels cannot compute it.
         """
         manifest, model = self._manifest, self._manifest.model
         if manifest.dtype != "fp16":
@@ -127,7 +127,7 @@ class _Finder:
         return _Attention(query, rows, output)
 
     def _merged(self, attended: str) -> str:
-        """``[B, H, S, D]`` with the heads of a token one behind the other."""
+        """Follow ``[B, H, S, D]`` to the tensor in which each token's heads are adjacent."""
         (transposed,) = self._only_reader(attended, "Transpose").outputs
         if self._perm(transposed) != (0, 2, 1, 3):
             raise strange(transposed)
@@ -138,7 +138,7 @@ class _Finder:
         return merged
 
     def _of_operator(self, layer: int, attended: str) -> tuple[str, tuple[str, str, str, str]]:
-        """Of dialect ``native``: the query and the rows."""
+        """Find the query and the rows in dialect ``native``."""
         node = self._maker(attended, "Attention")
         attributes = node_attributes(node)
         self._check_scale(attended, attributes.pop("scale", None))
@@ -163,7 +163,7 @@ class _Finder:
         return node.inputs[0], (*cache, new[0], new[1])
 
     def _of_primitives(self, layer: int, attended: str) -> tuple[str, tuple[str, str, str, str]]:
-        """Of dialect ``portable``: the query and the rows."""
+        """Find the query and the rows in dialect ``portable``."""
         total = self._maker(self._maker(attended, "Reshape").inputs[0], "Add")
         products = [self._maker(name, "MatMul") for name in total.inputs]
         split = self._maker(products[0].inputs[0], "Split")
@@ -203,7 +203,7 @@ class _Finder:
         return grouped_query.inputs[0], (*past, *new)
 
     def _check_read(self, read: str, rows: str) -> None:
-        """Whether the rows that attention reads are those of a tensor, or its first ones."""
+        """Check that attention reads all rows of a tensor, or its first ones."""
         if read == rows:
             return
         node = self._maker(read, "Slice")
@@ -213,7 +213,7 @@ class _Finder:
             raise strange(read)
 
     def _check_mask(self, mask: str, part: str) -> None:
-        """Whether a mask is that of the cache's rows, or that of the step's."""
+        """Check that a mask is the one for the cache's rows, or for the step's."""
         axes = [1, 2, 3] if part == "past" else [1, 2]
         where = self._maker(self._unsqueezed(mask, axes), "Where")
         keep, drop = map(self._scalar, where.inputs[1:])

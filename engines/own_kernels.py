@@ -1,9 +1,9 @@
-"""Puts edge-llm's own kernels into a graph: a product of few bits becomes one node of a plugin.
+"""Puts edge-llm's own kernels into a graph: a low-bit product becomes one plugin node.
 
-What the plugin `w4_linear` computes is a product with INT4 weights, or INT8 in two planes, and
-the bias behind it. In the graph that is up to six nodes (`export.graph.decoder`); they and the
-weights as ONNX has them leave it. The weights become inputs of the engine, in the kernels' order
-(`outside`), and with them all else that only these plugins read, and the tables of positions.
+The plugin `w4_linear` computes a product with INT4 weights, or INT8 in two planes, and adds the
+bias. It replaces up to six nodes of the graph (`export.graph.decoder`) and the weights as ONNX
+stores them. The weights become inputs of the engine, in the kernels' order (`outside`). So does
+everything else that only these plugins read, and so do the tables of positions.
 
 Attention is replaced by `own_attention`, the search for the best logits by `own_top_k`.
 """
@@ -41,24 +41,24 @@ from .plugin_nodes import MisfitError, makers_and_readers, plugin_node, strange
 
 _NO_BIAS = "own_kernels.no_bias"
 LARGE_BYTES = 64 << 10
-"""From which on a table is worth an input of its own."""
-_Sources = dict[str, tuple[Constant, ...]]  # see `Outside`
+"""Size from which on a table is worth an input of its own."""
+_Sources = dict[str, tuple[Constant, ...]]  # as in `Outside`
 
 
 @dataclass(frozen=True)
 class OwnGraph:
-    """A graph with own kernels, and where it is.
+    """A graph with own kernels, and the path that it is parsed at.
 
     Attributes:
         data: the ONNX file.
-        path: where a parser is to think it is: the weights that stay in it are beside that.
+        path: path to tell the parser; the weights that stay in the graph are beside it.
         linears: linear layers that own kernels compute, in the graph's order.
-        left: the others, which TensorRT computes, each with the reason; attentions too, where own
-            ones were asked for, and `own_top_k.TOP_K`, where there are best logits.
-        attentions: those that own kernels compute (`own_attention.attention_name`).
-        plugins: those of the nodes, each by its name and the value of its rule's attribute.
+        left: linear layers that TensorRT computes, each with the reason; attentions, too, if own
+            ones were asked for, and `own_top_k.TOP_K`, if the graph puts out best logits.
+        attentions: attentions that own kernels compute (`own_attention.attention_name`).
+        plugins: plugins in the graph, each by its name and the value of its rule's attribute.
         top_k: whether own kernels find the best logits.
-        outside: what became inputs of the graph; None if nothing did.
+        outside: weights that became inputs of the graph; None if there are none.
     """
 
     data: bytes
@@ -76,9 +76,9 @@ class _Product:
     """Nodes that one plugin replaces.
 
     Attributes:
-        name: of the linear layer.
-        nodes: all of them; the last one makes the output.
-        x: the input.
+        name: name of the linear layer.
+        nodes: all nodes; the last one makes the output.
+        x: name of the input.
         planes: constants of the weights ``[depth, columns]``, the low one first.
         scales: name of the low plane's scales.
         bias: name of the bias; None without one.
@@ -100,18 +100,18 @@ def use_own_kernels(
     *,
     attention: bool = False,
 ) -> OwnGraph:
-    """Replace what the kernels compute, and make inputs of the weights that only they read.
+    """Replace the products that the kernels compute, and turn their weights into inputs.
 
     Args:
-        graph: of `engines.graph.graph_of`.
-        manifest: the bundle's.
-        bundle: where the graph's weights are; the caller has hashed them.
-        plugins: which kind the engine has, see `edge.bundle.engine_file.EngineInfo`.
-        attention: whether attentions are replaced too.
+        graph: bytes from `engines.graph.graph_of`.
+        manifest: the bundle's manifest.
+        bundle: directory of the graph's weights; the caller has hashed them.
+        plugins: kind of plugin that the engine has (`edge.bundle.engine_file.EngineInfo`).
+        attention: whether to replace attentions, too.
 
     Raises:
-        BuildError: the kernels compute nothing in this graph, or no attention that they should.
-        BundleError: not a valid graph, or its weights cannot be read.
+        BuildError: the kernels can compute nothing in this graph, or no attention if asked to.
+        BundleError: the graph is not valid, or its weights cannot be read.
     """
     onnx = OnnxFile(graph)
     _put_adapters_last(onnx)
@@ -167,18 +167,18 @@ def use_own_kernels(
 
 
 def _put_adapters_last(onnx: OnnxFile) -> None:
-    """Add biases before adapters, so that a plugin finds the bias behind its product."""
+    """Add biases before adapters, so that a plugin finds the bias right after its product."""
     _, readers = makers_and_readers(onnx)
     for node in onnx.nodes:
         if node.op_type == "Add" and node.inputs[1].endswith(ADAPTER):
             for reader in readers.get(node.outputs[0], []):
-                # After a bias comes no further sum of the linear; after a plane's comes none here.
+                # No sum of the linear follows a bias; here none follows that of a plane either.
                 if reader.op_type == "Add" and reader.inputs[0] == node.outputs[0]:
                     node.inputs[1], reader.inputs[1] = reader.inputs[1], node.inputs[1]
 
 
 def _replace_products(onnx: OnnxFile, products: list[_Product], plugins: Plugins) -> _Sources:
-    """Put plugins where products are; returns what their weights are made of."""
+    """Replace products by plugins; return the constants that their weights are made of."""
     replaced: dict[int, Node] = {}
     packed: _Sources = {_NO_BIAS: (Constant(_NO_BIAS, "fp16", (1,), bytes(2)),)}
     for product in products:
@@ -202,7 +202,7 @@ def _replace_products(onnx: OnnxFile, products: list[_Product], plugins: Plugins
 
 
 def _find_outside(onnx: OnnxFile, constants: Constants, packed: _Sources) -> _Sources:
-    """What only own products read, of any size, and large tables of which rows are taken."""
+    """Find constants of any size that only own products read, and large tables of rows."""
     onnx.prune()
     _, readers = makers_and_readers(onnx)
     found: _Sources = {}
@@ -236,10 +236,10 @@ class _Finder:
         self._outputs = {info.name for info in graph.outputs}
 
     def find(self, name: str, linear: LinearInfo) -> _Product:
-        """The nodes of a linear layer.
+        """Find the nodes of a linear layer.
 
         Raises:
-            MisfitError: the kernels do not compute it.
+            MisfitError: the kernels cannot compute it.
         """
         scheme = linear.scheme
         if scheme.kind == "float":
@@ -283,7 +283,7 @@ class _Finder:
         )
 
     def _product(self, weight: str, group: int) -> tuple[Node, Constant, str]:
-        """The product with a dequantized weight, the weight and its scales' name."""
+        """Find the product with a dequantized weight, the weight, and its scales' name."""
         maker, product = self._makers.get(weight), self._only_reader(weight)
         if maker is None or maker.op_type != "DequantizeLinear" or product is None:
             raise strange(weight)
@@ -310,7 +310,7 @@ class _Finder:
         return readers[0] if len(readers) == 1 and name not in self._outputs else None
 
     def _bias(self, output: str, columns: int) -> tuple[Node, str] | None:
-        """The sum of a product and a bias, and the bias's name."""
+        """Find the sum of a product and a bias, and the bias's name."""
         node = self._only_reader(output)
         if node is None or node.op_type != "Add":
             return None
@@ -328,7 +328,7 @@ class _Finder:
 
 
 def _input(node: Node, place: int) -> str:
-    """Name of an input; empty if the node has none there."""
+    """Name an input of a node; empty if the node has no such input."""
     return node.inputs[place] if place < len(node.inputs) else ""
 
 

@@ -1,8 +1,8 @@
-"""Puts edge-llm's own search for the best logits into a graph: two nodes of plugins for twenty.
+"""Puts edge-llm's own search for the best logits into a graph: two plugin nodes for twenty.
 
-What the kernels compute is in the graph standard operators (`engines.graph`). The plugins sum up
-the mass of the others, where the graph takes that of the best from that of all; so its rounding is
-less (`edge.bundle.io_spec.sum_error`, `engines.kernels.reference.top_k_error`).
+They replace standard operators (`engines.graph`). The plugins sum the mass of the other logits
+directly, where the graph subtracts that of the best from that of all. So they round less
+(`edge.bundle.io_spec.sum_error`, `engines.kernels.reference.top_k_error`).
 """
 
 from __future__ import annotations
@@ -22,26 +22,28 @@ from .kernels.top_k import MOST_COLUMNS
 from .plugin_nodes import MisfitError, plugin_node
 
 TOP_K = "top_k"
-"""What people and `OwnGraph.left` call it; its nodes' names begin with it."""
+"""Name of the search for people and in `OwnGraph.left`; its nodes' names begin with it."""
 KEYS, STATS = f"{TOP_K}.keys", f"{TOP_K}.stats"
-"""What the first plugin hands to the second."""
+"""Tensors that the first plugin hands to the second."""
 _KEEP = f"{TOP_K}.keep"
 _PLACES = {"axis": -1, "largest": 1, "sorted": 1}
 
 
 def use_own_top_k(graph: OnnxFile, manifest: Manifest, plugins: Plugins) -> tuple[int, str]:
-    """Replace the search; nodes that nothing needs any more go when the graph is serialized.
+    """Replace the search; unused nodes go when the graph is serialized.
 
     Args:
-        graph: of `engines.graph.graph_of`, with the outputs of `io_spec.best_outputs`; is changed.
-        manifest: the bundle's.
-        plugins: which kind the engine has.
+        graph: graph from `engines.graph.graph_of`, with the outputs of `io_spec.best_outputs`; it
+            is changed.
+        manifest: the bundle's manifest.
+        plugins: kind of plugin that the engine has.
 
     Returns:
-        How many logits of each row the plugins keep; or 0, and why TensorRT does it all the same.
+        How many logits of each row the plugins keep, and an empty text; or 0, and why TensorRT
+        keeps the search.
 
     Raises:
-        BundleError: not a valid graph.
+        BundleError: the graph is not valid.
     """
     try:
         keep = _find(graph, manifest)
@@ -61,10 +63,10 @@ def use_own_top_k(graph: OnnxFile, manifest: Manifest, plugins: Plugins) -> tupl
 
 
 def _find(graph: OnnxFile, manifest: Manifest) -> int:
-    """How many logits the graph keeps of each row.
+    """Return how many logits of each row the graph keeps.
 
     Raises:
-        MisfitError: the kernels do not compute what it does.
+        MisfitError: the kernels cannot compute this search.
     """
     vocab_size = manifest.model.vocab_size
     if manifest.dtype != "fp16":
@@ -77,7 +79,7 @@ def _find(graph: OnnxFile, manifest: Manifest) -> int:
     constants = Constants(graph)
 
     def source(name: str, *op_types: str) -> Node:
-        """The last of a chain of nodes, backwards, through their first inputs."""
+        """Follow a chain of nodes backwards through their first inputs; return its start."""
         first, *others = op_types
         node = makers.get(name)
         if node is None or node.op_type != first or node.domain:

@@ -1,4 +1,4 @@
-"""A plugin's node in a graph, as the parser's import of plugins reads it, and what it replaces."""
+"""Makes a plugin's node as the parser's plugin importer reads it, and finds nodes to replace."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .kernels.plugin import VERSION
 
 
 class MisfitError(Exception):
-    """Why something is left to TensorRT."""
+    """Own kernels cannot compute a part of the graph, and TensorRT keeps it; says why."""
 
 
 def strange(name: str) -> MisfitError:
-    """The error of nodes around a tensor that no export of ours makes."""
+    """Make the error for nodes around a tensor that none of our exports makes."""
     return MisfitError(f"the nodes around {name} are not those of this edge-llm's export")
 
 
 def makers_and_readers(graph: OnnxFile) -> tuple[dict[str, Node], dict[str, list[Node]]]:
-    """The node that makes each tensor of a graph, and those that read it."""
+    """Map each tensor of a graph to the node that makes it, and to those that read it."""
     makers = {name: node for node in graph.nodes for name in node.outputs}
     readers: dict[str, list[Node]] = {}
     for node in graph.nodes:
@@ -39,22 +39,22 @@ def plugin_node(
     plugins: Plugins,
     value: int,
 ) -> Node:
-    """Make a node.
+    """Make a plugin's node.
 
-    Its attributes are those that FallbackPluginImporter of onnx-tensorrt reads (10.1-GA): it takes
-    inputs and outputs of any number and type, and an input of INT32 as a tensor like the others
-    unless ``tensorrt_plugin_shape_input_indices`` names it.
+    It has the attributes that FallbackPluginImporter of onnx-tensorrt reads (10.1-GA). That takes
+    inputs and outputs of any number and type; an INT32 input is a tensor like the others unless
+    ``tensorrt_plugin_shape_input_indices`` names it.
 
     Args:
-        rule: of the plugin.
-        inputs: names of tensors.
-        outputs: names of tensors.
-        layer: which the node is for; the node's name begins with it.
-        plugins: which kind the engine has, see `edge.bundle.engine_file.EngineInfo`.
-        value: of the rule's attribute.
+        rule: the plugin's rule.
+        inputs: names of the input tensors.
+        outputs: names of the output tensors.
+        layer: layer that the node is for; the node's name begins with it.
+        plugins: kind of plugin that the engine has (`edge.bundle.engine_file.EngineInfo`).
+        value: value of the rule's attribute.
     """
     if plugins == "compiled":
-        # `aot` asks for the compiled kind and no other (createPlugin, from 10.13 on).
+        # `aot` demands the compiled kind and takes no other (createPlugin, from 10.13 on).
         own = [attribute("plugin_version", VERSION), attribute("aot", 1)]
     else:
         own = [attribute("plugin_version", PYTHON_VERSION), attribute(rule.attribute, value)]

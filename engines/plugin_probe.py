@@ -1,8 +1,8 @@
-"""Whether TensorRT builds edge-llm's own kernels here: an engine of one plugin for each kind.
+"""Tests whether TensorRT builds edge-llm's own kernels here, by one small engine per plugin kind.
 
-``edge-llm doctor`` runs it in a process of its own, since a library may end that:
-``python -m engines.plugin_probe DEPTH COLUMNS`` prints a line of JSON per kind. A builder times a
-plugin's kernels, so what is built has run on this GPU.
+``edge-llm doctor`` runs ``python -m engines.plugin_probe DEPTH COLUMNS`` in a process of its own,
+because a library may crash it. It prints a line of JSON per kind. A builder times a plugin's
+kernels, so whatever is built has run on this GPU.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _HALF = 0x3800
 
 
 def probe_plugins(target: Target, widths: tuple[int, int]) -> Iterator[Verdict]:
-    """Build a product with INT4 weights, in the groups that an export has, for one row.
+    """Build a product of one row with INT4 weights, in the groups that an export uses.
 
     Args:
-        target: with what and for which GPU.
-        widths: inputs, which are rounded up to whole groups, and outputs.
+        target: TensorRT and the GPU to build for.
+        widths: number of inputs, which is rounded up to whole groups, and of outputs.
 
     Yields:
-        A verdict for each kind of plugin that this TensorRT has, by the name of the kind.
+        A verdict for each kind of plugin that this TensorRT has, named after the kind.
     """
     kinds: tuple[Plugins, ...] = ("python",)
     if compat.plugins_of(target.rt) == "compiled":
@@ -58,10 +58,10 @@ def probe_plugins(target: Target, widths: tuple[int, int]) -> Iterator[Verdict]:
 
 
 def _build(target: Target, kind: Plugins, widths: tuple[int, int]) -> str:
-    """The kernel that a plugin came to, if the engine's inspector says.
+    """Build a plugin; return the kernel that it became, if the engine's inspector says.
 
     Raises:
-        EdgeError: there is none.
+        EdgeError: the build failed.
     """
     rt = target.rt
     support.check_own_kernels(rt.flavour, rt.version, target.compute_capability)
@@ -81,7 +81,7 @@ def _build(target: Target, kind: Plugins, widths: tuple[int, int]) -> str:
     )
     try:
         table = parse_inspector(compat.inspect_plan(rt, plan, 1), [profile.name])
-    except BundleError:  # it lists nothing
+    except BundleError:  # the inspector lists no layers
         return "built"
     return f"built as {', '.join(layer.kernel for layer in table.layers if not layer.reformats)}"
 
@@ -114,7 +114,7 @@ def _tensor(name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> Messa
 
 
 def main(arguments: list[str]) -> None:
-    """Print a line of JSON per kind; what libraries print goes to standard error."""
+    """Print a line of JSON per kind; output of libraries goes to standard error."""
     depth, columns = map(int, arguments)
     output = os.dup(1)
     os.dup2(2, 1)

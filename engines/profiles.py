@@ -1,6 +1,6 @@
-"""The optimization profiles: for every input, the least, the usual and the largest shape.
+"""Makes the optimization profiles: the least, the usual and the largest shape of every input.
 
-`edge.bundle.sizes.profile_limits` says which there are. TensorRT picks kernels per profile, so that
+`edge.bundle.sizes.profile_limits` says which profiles exist. TensorRT picks kernels per profile, so
 decode gets matrix-vector kernels.
 """
 
@@ -24,7 +24,7 @@ _USUAL_BATCH_TOKENS = 16
 
 @dataclass(frozen=True)
 class ShapeRange:
-    """Least, usual (what kernels are tuned for) and largest shape of an input."""
+    """The least, usual (what kernels are tuned for) and largest shape of an input."""
 
     min: Shape
     opt: Shape
@@ -36,7 +36,7 @@ class Profile:
     """One optimization profile.
 
     Attributes:
-        name: see `edge.bundle.sizes.ProfileName`.
+        name: one of `edge.bundle.sizes.ProfileName`.
         inputs: every input of the graph in graph order.
     """
 
@@ -51,10 +51,10 @@ def make_profiles(
     shapes: BuildShapes,
     adapter_rank: int = 0,
 ) -> tuple[Profile, ...]:
-    """The profiles, in the order in which the engine has them.
+    """Make the profiles, in the order in which the engine has them.
 
-    With adapters each comes at rank 0, where TensorRT drops what adapters need, and then at their
-    rank: one number, since a range of ranks takes twice the launches.
+    With adapters each profile comes twice: at rank 0, where TensorRT drops the adapters' nodes, and
+    at their rank. A range of ranks would double the launches.
     """
     buckets = shapes.kv_buckets
     kv = (buckets[0], buckets[len(buckets) // 2], buckets[-1])
@@ -64,7 +64,7 @@ def make_profiles(
 
     def profile(limits: StepLimits, rank: int) -> Profile:
         seq = min(limits.seq, _USUAL_BATCH_TOKENS) if limits.profile == "batch" else limits.seq
-        # A prompt wants the logits of its last token; scoring and drafts want all.
+        # A prompt needs the logits of its last token; scoring and drafts need all.
         sizes = {
             io_spec.BATCH: (1, limits.batch, limits.batch),
             io_spec.SEQ: (1, seq, limits.seq),

@@ -1,4 +1,4 @@
-"""How far a build is: TensorRT's nested phases as one fraction."""
+"""Turns TensorRT's nested phases into one fraction: how far a build is."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class PhaseTree:
     """Adds up phases: a phase fills one step of its parent. TensorRT calls from several threads.
 
     Args:
-        progress: is called after every event with the fraction of `STEP` and, as its detail, the
-            phase; the fraction never goes down.
+        progress: called after every event with the fraction of `STEP` and, as its detail, the
+            phase; the fraction never falls.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -33,7 +33,7 @@ class PhaseTree:
         self._reached = 0.0
 
     def start(self, name: str, parent: str | None, num_steps: int) -> None:
-        """A phase begins."""
+        """Note that a phase begins."""
         with self._lock:
             above = self._phases.get(parent) if parent else None
             share = above.share / max(above.num_steps, 1) if above else 1.0
@@ -41,7 +41,7 @@ class PhaseTree:
             self._tell(name)
 
     def step(self, name: str, step: int) -> None:
-        """A phase has completed its step number ``step``, counted from 0."""
+        """Note that a phase has completed its step number ``step``, counted from 0."""
         with self._lock:
             phase = self._phases.get(name)
             if phase is not None:
@@ -49,7 +49,7 @@ class PhaseTree:
                 self._tell(name)
 
     def finish(self, name: str) -> None:
-        """A phase is over."""
+        """Note that a phase is over."""
         with self._lock:
             phase = self._phases.pop(name, None)
             if phase is not None and phase.parent is None:

@@ -1,9 +1,9 @@
-"""The smallest part of a decoder that TensorRT refuses as it refuses the whole, as a file to send.
+"""Cuts a decoder to the smallest part that TensorRT refuses for the same cause, for a bug report.
 
-Polygraphy cuts the parts out of the graph, by its Python API: its tool ``debug reduce`` starts a
-process and writes all weights anew for every part. Parts are tried in this process, with the
-weights left where they are. A part counts if TensorRT refuses it for the same cause
-(`edge.errors.BuildError`), so an error that only a cut makes is not taken for the fault.
+Polygraphy's Python API cuts parts out of the graph. (Its tool ``debug reduce`` would start a
+process and write all weights again for every part.) Parts are tried in this process, and the
+weights stay where they are. A part counts only if TensorRT refuses it for the same cause
+(`edge.errors.BuildError`), so an error that the cut itself causes is not taken for the fault.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from .config import BuildConfig
 from .graph import graph_files, graph_of
 from .ladder import make_rungs
 
-_INLINE_BYTES = 16 << 20  # of weights; more go into a file beside the graph
-_EXTERNAL_FROM_BYTES = 1024  # of a tensor
+_INLINE_BYTES = 16 << 20  # weights larger than this go into a file beside the graph
+_EXTERNAL_FROM_BYTES = 1024  # size from which on a tensor goes there
 
 Fails = Callable[[Sequence[int]], bool]
 
 
 @dataclass(frozen=True)
 class ReducedGraph:
-    """A graph that TensorRT refuses as it refuses the bundle's.
+    """A part of a graph that TensorRT refuses as it refuses the bundle's.
 
     Attributes:
         path: the ONNX file.
-        weights: the file with its weights beside it, which goes with it; None if they are inside.
-        num_bytes: of both files.
-        tensorrt: flavour and version that refuse it.
-        step: what fails: the parser, or the builder.
+        weights: the file beside it with its weights, to send along; None if they are inside.
+        num_bytes: size of both files.
+        tensorrt: flavour and version that refuse the graph.
+        step: step that fails: the parser, or the builder.
         error: TensorRT's message for this graph.
-        nodes_before: nodes of the whole graph.
+        nodes_before: number of nodes of the whole graph.
         nodes: operator and name of each node.
         inputs, outputs: name, type and shape of each.
-        sizes: what dynamic dimensions of the whole were fixed to; empty if they were kept.
-        command: reproduces the refusal with Polygraphy.
+        sizes: sizes that replaced dynamic dimensions of the whole graph; empty if none did.
+        command: Polygraphy command that reproduces the refusal.
     """
 
     path: str
@@ -72,11 +72,11 @@ def reduce_bundle(
 ) -> ReducedGraph:
     """Write the smallest part of a bundle's graph that TensorRT refuses for the same cause.
 
-    A graph that the parser takes and the builder refuses is reduced with the sizes of a profile
-    instead of dynamic dimensions, since a part has no profiles.
+    If the parser takes the graph and the builder refuses it, dynamic dimensions are replaced by the
+    sizes of a profile, since a part has no profiles.
 
     Args:
-        config: what would be built. Of several variants (`ladder`) the last is reduced.
+        config: options of the build. If there are several variants (`ladder`), the last is reduced.
         output: the ONNX file to write; neither it nor ``<output>.data`` may exist.
         sm: compute capability without the dot that TensorRT for RTX compiles for; None takes the
             TensorRT and the GPU of this machine.
@@ -131,15 +131,15 @@ def reduce_bundle(
 
 
 def shrink(num_nodes: int, fails: Fails, progress: Progress = silent) -> list[int]:
-    """Drop nodes of a failing graph for as long as the rest fails: halves, quarters, single ones.
+    """Drop nodes of a failing graph while the rest still fails: halves, quarters, single ones.
 
     Args:
-        num_nodes: of the graph, which fails as a whole.
-        fails: whether a graph of these nodes, in ascending order, fails alike.
-        progress: called with the nodes that are gone (step ``reduce``).
+        num_nodes: number of nodes of the graph, which fails as a whole.
+        fails: whether a graph of these nodes, in ascending order, fails in the same way.
+        progress: called with the number of nodes dropped so far (step ``reduce``).
 
     Returns:
-        Nodes that fail, and do not without any one of them.
+        Nodes that fail together, but not without any one of them.
     """
     kept = list(range(num_nodes))
     size = max(num_nodes // 2, 1)
@@ -160,7 +160,7 @@ def shrink(num_nodes: int, fails: Fails, progress: Progress = silent) -> list[in
 
 
 class _Trial:
-    """Asks TensorRT for its refusal of a graph, and whether it is the known one."""
+    """Asks TensorRT whether it refuses a graph, and whether for the known cause."""
 
     def __init__(self, build: BuildPlan, target: Target) -> None:
         self._build, self._target = build, target
@@ -171,12 +171,12 @@ class _Trial:
     def refusal(
         self, graph: bytes, path: Path | None = None, *, dynamic: bool = False
     ) -> BuildError | None:
-        """Parse a graph, and compile it if that is the step; None if TensorRT takes it.
+        """Parse a graph, and compile it if that is the failing step; None if TensorRT takes it.
 
         Args:
             graph: the ONNX file.
-            path: where its weights are; None is the bundle.
-            dynamic: the graph is the whole one, whose inputs are those of the profiles.
+            path: path beside which its weights are; None is the bundle's.
+            dynamic: whether this is the whole graph, with the profiles' dynamic inputs.
         """
         build = self._build
         compiler = Compiler(self._target.rt, lambda _severity, _text: None)
@@ -238,7 +238,7 @@ def _try_whole(build: BuildPlan, target: Target) -> tuple[_Trial, bytes, BuildEr
 
 
 class _Cutter:
-    """Polygraphy and what it needs, imported together.
+    """Polygraphy and the packages it needs, imported together.
 
     Attributes:
         onnx: the package.
@@ -257,15 +257,15 @@ class _Cutter:
         self._metadata, self._logger = TensorMetadata, G_LOGGER
 
     def load(self, model: Any) -> Any:
-        """The model with every shape that can be inferred."""
+        """Infer all shapes of a model that can be inferred."""
         with self._logger.verbosity(self._logger.CRITICAL):
             return self._infer(model, allow_onnxruntime=False)
 
     def bind(self, model: Any, float_type: FloatType) -> Callable[[Sequence[int]], Any]:
-        """Make a function from indices of nodes to their graph as a model, None if it has none.
+        """Make a function from node indices to their graph as a model, or None if it has none.
 
-        A tensor that is cut needs a known type and rank to become an input. An output's type may be
-        unknown after an operator that nobody knows: it is declared with the decoder's float type.
+        A tensor at a cut needs a known type and rank to become an input. The type of an output may
+        be unknown after an unknown operator: it is declared with the decoder's float type.
         """
         known = {
             value.name: value.type.tensor_type
@@ -303,7 +303,7 @@ class _Cutter:
     def fix_sizes(
         self, model: Any, shapes: Mapping[str, Sequence[int]]
     ) -> tuple[Any, dict[str, int]]:
-        """A copy whose dynamic dimensions have the sizes of these inputs, and the sizes by name."""
+        """Copy a model with these inputs' sizes for its dynamic dimensions; return both."""
         fixed = self.onnx.ModelProto()
         fixed.CopyFrom(model)
         sizes: dict[str, int] = {}
@@ -319,7 +319,7 @@ class _Cutter:
         return fixed, sizes
 
     def describe(self, value: Any) -> str:
-        """Name, type and shape of an input or output."""
+        """Describe an input or output by name, type and shape."""
         kind = value.type.tensor_type
         name = self.onnx.TensorProto.DataType.Name(kind.elem_type).lower()
         shape = _shape(kind) if kind.HasField("shape") else "unknown shape"
@@ -374,7 +374,7 @@ def _write(onnx: Any, model: Any, weights: Path, output: Path) -> list[Path]:
             written.write_bytes(model.SerializeToString())
         _refuse_existing(output)
         files = [output, data] if apart else [output]
-        for file in reversed(files):  # the graph last: it names the other
+        for file in reversed(files):  # the graph last, since it names the other
             written.with_name(file.name).rename(file)
     return files
 

@@ -1,17 +1,17 @@
-"""Scratch memory of a compiled engine: does a step unpack weights?
+"""Detects by scratch memory whether a step of a compiled engine unpacks weights.
 
-A plan of packed weights may still unpack them while it runs: the compiler then reserves room for
-the unpacked copy, writes it and reads it again in every step. That shows in its log only.
+An engine with packed weights may still unpack them while it runs: the compiler then reserves room
+for the unpacked copy, and every step writes and reads it. Only the compiler's log shows that.
 
-So a decode step of one sequence is compiled twice, as it is and with float weights, and the scratch
-memory of both is compared. One sequence, since the kernels for more take room of their own, which
-differs with the type of the weights: by up to 30 % for a legal graph, measured with TensorRT for
-RTX 1.7.1 in the shapes of SmolLM2, where with one sequence the two agree within 0.1 %. A layer of
-every kind and the lm_head are enough, since with one sequence 1, 4 and 30 layers take the same
-within 0.2 %. So this takes seconds and the memory of one layer in floats, where compiling the whole
-model in floats would take twice to four times the memory of the check itself. A bound from the
-dimensions is no substitute: what eight sequences of dialect ``portable`` take (185 MB with four
-layers, in floats and INT4 alike) follows from nothing but the compiler.
+So a decode step of one sequence is compiled twice, as it is and with float weights, and the two
+amounts of scratch memory are compared. One sequence is best, because kernels for more take room of
+their own that differs with the type of the weights: by up to 30 % for a legal graph, measured with
+TensorRT for RTX 1.7.1 in the shapes of SmolLM2. With one sequence the two agree within 0.1 %.
+A layer of every kind and the lm_head are enough, since with one sequence 1, 4 and 30 layers take
+the same within 0.2 %. So this takes seconds and the memory of one layer in floats; to compile the
+whole model in floats would take two to four times the memory of the check itself. A bound from the
+dimensions would not do: eight sequences in dialect ``portable`` take 185 MB with four layers, in
+floats and INT4 alike, and only the compiler knows why.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from .profiles import Profile
 from .rules.facts import GraphFacts
 
 EXCESS = 0.05
-"""What a decode step may take beyond its scratch memory with float weights, as a share of it."""
+"""How far a decode step may exceed its scratch memory with float weights, as a share of it."""
 LEAST_BYTES = 16 << 20
-"""Taken for that where it is less: room for two kernels that share the sums of a product, 8.2 MB
-each. Products of a few hundred columns have none of them in floats and up to two with packed
-weights, measured; they would hide an unpacked weight of so few bytes."""
+"""Scratch memory to assume with float weights if they take less: room for two kernels that share
+the sums of a product, 8.2 MB each. Products of a few hundred columns use none of them in floats and
+up to two with packed weights, by measurement. Unpacked weights of so few bytes would go unseen."""
 _REPORTED = re.compile(r"Max Scratch Memory: (\d+) bytes")
 _ROUNDS, _HIGH_PRODUCT = "QuantizeLinear", ".high_product"
 _ZEROS, _ALIGNMENT = "zeros", 4096
 
 
 def scratch_by_profile(log: Sequence[str], profiles: Sequence[Profile]) -> dict[str, int]:
-    """Bytes by profile, from the messages of a build; empty if it does not name each one."""
+    """Read the bytes of each profile from a build's messages; empty if one is not named."""
     found = [int(match[1]) for line in log if (match := _REPORTED.search(line))]
     if len(found) != len(profiles):
         return {}
@@ -58,8 +58,8 @@ class DecodeScratch:
     """Scratch memory of a decode step of one sequence, in bytes.
 
     Attributes:
-        packed: with the weights of the bundle.
-        floats: with float weights in their place.
+        packed: bytes with the weights of the bundle.
+        floats: bytes with float weights in their place.
     """
 
     packed: int
@@ -67,7 +67,7 @@ class DecodeScratch:
 
     @property
     def problems(self) -> list[str]:
-        """Whether weights are unpacked: one sentence, or none."""
+        """Say in one sentence that weights are unpacked; empty if they are not."""
         most = (1 + EXCESS) * max(self.floats, LEAST_BYTES)
         if self.packed <= most:
             return []
@@ -83,15 +83,16 @@ def compare_decode_scratch(
     """Compile a decode step with the bundle's weights and with floats.
 
     Args:
-        build: what is checked; its bundle's files are verified already.
-        rt: compiles.
-        compute_capability: of the GPU to compile for.
+        build: the plan to check; its bundle's files are verified already.
+        rt: the TensorRT to compile with.
+        compute_capability: compute capability of the GPU to compile for.
 
     Returns:
-        None if no weight is packed, or if TensorRT does not say how much scratch memory it takes.
+        The scratch memory of both; None if no weight is packed, or if TensorRT does not say how
+        much it takes.
 
     Raises:
-        BuildError: it does not compile.
+        BuildError: a step does not compile.
     """
     single = plan_build(replace(build.config, max_batch=1), build.manifest)
     path = build.config.bundle.resolve() / build.manifest.graphs.decoder
@@ -140,10 +141,10 @@ def one_of_each_kind(data: bytes) -> bytes:
     """Leave out decoder layers whose weights are stored like those of an earlier layer.
 
     Args:
-        data: a decoder.
+        data: bytes of a decoder.
 
     Returns:
-        A decoder of fewer layers, whose weights are where they were.
+        A decoder with fewer layers that reads the same weight files.
     """
     graph, facts = OnnxFile(data), GraphFacts(OnnxFile(data))
     kinds: set[frozenset[tuple[object, ...]]] = set()
@@ -168,7 +169,7 @@ def one_of_each_kind(data: bytes) -> bytes:
 
 
 def _kind(facts: GraphFacts, layer: int) -> frozenset[tuple[object, ...]]:
-    """How the weights of a layer are stored."""
+    """Describe how the weights of a layer are stored."""
     prefix = f"layers.{layer}."
     quantized = (
         (
@@ -187,17 +188,17 @@ def _kind(facts: GraphFacts, layer: int) -> frozenset[tuple[object, ...]]:
 
 
 def in_floats(data: bytes) -> tuple[bytes, int]:
-    """Put floats in the place of packed weights.
+    """Replace packed weights by floats.
 
-    Two planes become one product, and inputs in INT8 are floats, too. All values are read from a
-    file of zeros: with these a step takes the same scratch memory as with others.
+    Two planes become one product, and INT8 inputs become floats, too. All values are read from a
+    file of zeros: the scratch memory does not depend on values.
 
     Args:
-        data: a decoder.
+        data: bytes of a decoder.
 
     Returns:
-        The other decoder, and the bytes that the file ``zeros`` beside it must have. Without packed
-        weights the decoder is the same.
+        The other decoder, and the size that the file ``zeros`` beside it must have. A decoder
+        without packed weights is returned as it is.
     """
     graph, facts = OnnxFile(data), GraphFacts(OnnxFile(data))
     floats = {
@@ -215,7 +216,7 @@ def in_floats(data: bytes) -> tuple[bytes, int]:
     for name, (dtype, shape) in {**tensors, **floats}.items():
         assert dtype is not None
         assert shape is not None
-        # TensorRT refuses weights of different sizes at one place.
+        # TensorRT refuses weights of different sizes in one place.
         num_bytes = (math.prod(shape) * ELEMENT_BITS[dtype] + 7) // 8
         graph.put_in_file(name, dtype, shape, (_ZEROS, end, num_bytes))
         end += num_bytes + -num_bytes % _ALIGNMENT
@@ -235,7 +236,7 @@ def _keep_inputs(graph: OnnxFile) -> None:
 
 
 def _join_planes(graph: OnnxFile) -> None:
-    """Drop the high planes' products; what they were added to takes the sum's name."""
+    """Drop the high planes' products; the low plane's product takes the name of the sum."""
     makers = {name: node for node in graph.nodes for name in node.outputs}
     kept = []
     for node in graph.nodes:

@@ -1,7 +1,8 @@
-"""Tactics that TensorRT did not try, since too little of the GPU's memory was free, from its log.
+"""Finds tactics in TensorRT's log that it did not try, because too little GPU memory was free.
 
-It logs a request with what is available (whole MiB), a line that names the tactic, or both, by
-release: NVIDIA-ISAAC-ROS/isaac_ros_common#223 (10.3), ultralytics/ultralytics#17338 and #17640.
+Depending on the release it logs a request with the memory available (whole MiB), a line that names
+the tactic, or both: NVIDIA-ISAAC-ROS/isaac_ros_common#223 (10.3), ultralytics/ultralytics#17338 and
+#17640.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ CURE = (
 
 
 def skipped_tactics(log: Iterable[str]) -> SkippedTactics | None:
-    """Count them, with the largest that was asked for and the least that was available then.
+    """Count them; also find the largest request and the least memory that was available then.
 
     Returns:
-        None if there are none.
+        The count and sizes; None if no tactic was skipped.
     """
     requests: list[tuple[int, int]] = []
     sizes: list[int] = []
@@ -33,7 +34,7 @@ def skipped_tactics(log: Iterable[str]) -> SkippedTactics | None:
             requests.append((int(request[1]) * _MIB, int(request[2]) * _MIB))
         if tactic := _TACTIC.search(line):
             size = int(tactic[1])
-            sizes.append(size if size > _MIB else size * _MIB)  # some releases say MiB
+            sizes.append(size if size > _MIB else size * _MIB)  # some releases log MiB
     if not requests and not sizes:
         return None
     asked, available = zip(*requests, strict=True) if requests else ((), ())

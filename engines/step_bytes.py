@@ -1,7 +1,7 @@
-"""What a step reads by its graph, and how fast each module can be at best.
+"""Counts the bytes that a step reads by its graph, and how fast each module can be at best.
 
 The planner computes the same bytes from dimensions and schemes (`edge.bundle.weights`), before
-there is a graph; tests hold both together. Operations are the planner's in both cases.
+there is a graph; tests compare the two. Operations come from the planner in both cases.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from .config import BuildShapes
 from .rules.facts import QUANTIZING, FactNode, GraphFacts
 
 _INT8 = ("int8",)
-# Of these a step looks up rows: operator and the inputs that are tables.
+# Operators of which a step reads only some rows, and their inputs that are tables.
 _TABLES = {"Gather": (0,), "RotaryEmbedding": (1, 2)}
 
 
 @dataclass(frozen=True)
 class GraphBytes:
-    """Bytes by the graph alone.
+    """Bytes that a graph alone determines.
 
     Attributes:
         parts: bytes of its constants, as they are stored (`edge.bundle.weights.PARTS`).
-        unpacked: what TensorRT writes and reads on top in every step, because it unpacks weights
-            (rules ``int8-weight-only`` and ``block-int8-unpacked``).
-        cache_row: keys and values of one token, all layers.
+        unpacked: bytes that TensorRT also writes and reads in every step, because it unpacks
+            weights (rules ``int8-weight-only`` and ``block-int8-unpacked``).
+        cache_row: bytes of the keys and values of one token, in all layers.
     """
 
     parts: Mapping[Part, int]
@@ -48,10 +48,10 @@ class GraphBytes:
 
 
 def read_graph_bytes(facts: GraphFacts) -> GraphBytes:
-    """Count what a decoder holds and what of it is unpacked.
+    """Count the bytes that a decoder holds, and those of them that TensorRT unpacks.
 
     Raises:
-        BundleError: a constant that belongs to no linear layer multiplies.
+        BundleError: a product reads a constant that belongs to no linear layer.
     """
     roles: dict[str, Part] = {}
     for node in facts.nodes:
@@ -68,7 +68,7 @@ def read_graph_bytes(facts: GraphFacts) -> GraphBytes:
 
 
 def _role(node: FactNode, index: int, name: str, facts: GraphFacts) -> Part | None:
-    """Where a constant counts; None for what is no weight: shapes, axes, zero points, rotations."""
+    """Say where a constant counts; None for shapes, axes, zero points and rotations."""
     constant = facts.constant(name)
     if constant is None or (constant.location is None and len(constant.shape) == 0):
         return None
@@ -79,7 +79,7 @@ def _role(node: FactNode, index: int, name: str, facts: GraphFacts) -> Part | No
     if node.op_type in QUANTIZING:
         return _linear(name) if index == 0 else "scales" if index == 1 else None
     if name.rpartition(".")[0] == ROTATION:
-        return None  # a few KB for all layers, which stay in the cache
+        return None  # a few KB for all layers, which stay in the GPU's cache
     return _linear(name) if node.op_type in ("MatMul", "Gemm") else "norms"
 
 
@@ -94,7 +94,7 @@ def _linear(weight: str) -> Part:
 
 
 def _unpacked(facts: GraphFacts) -> int:
-    """Each weight once, whatever reads it."""
+    """Count each unpacked weight once, however often it is read."""
     found = {quant.data for _, quant in facts.weight_only_products(_INT8)}
     found |= {
         quant.data
@@ -106,7 +106,7 @@ def _unpacked(facts: GraphFacts) -> int:
 
 
 def _cache_row(facts: GraphFacts) -> int:
-    """Heads and head size of every cache input; the shape is ``[batch, heads, rows, size]``."""
+    """Add up heads and head size of all caches; their shape is ``[batch, heads, rows, size]``."""
     total = 0
     for name, info in facts.inputs.items():
         if name.startswith(PAST_PREFIX):
@@ -118,7 +118,7 @@ def _cache_row(facts: GraphFacts) -> int:
 
 
 def work_of_graph(facts: GraphFacts, manifest: Manifest) -> Work:
-    """Bytes and operations of a step: the bytes of the graph, the operations of its dimensions."""
+    """Combine the graph's bytes with the operations that its dimensions give."""
     found = read_graph_bytes(facts)
     linears = manifest_linears(manifest)
     work = work_of(manifest.model, linears, found.parts, Deployment(dialect=manifest.dialect))
@@ -129,13 +129,13 @@ def work_of_graph(facts: GraphFacts, manifest: Manifest) -> Work:
 
 @dataclass(frozen=True)
 class ModuleCeiling:
-    """What a module can do at best with a step, which no engine exceeds.
+    """The best that a module can do with a step; no engine exceeds it.
 
     Attributes:
         device, power_mode: names in `edge_lab.planner.devices.MODULES`.
-        bytes_per_s: its bandwidth.
-        short: with the fewest cache rows that the step reads.
-        full: with a full cache.
+        bytes_per_s: the module's memory bandwidth.
+        short: ceiling with the fewest cache rows that the step reads.
+        full: ceiling with a full cache.
     """
 
     device: str
@@ -147,17 +147,17 @@ class ModuleCeiling:
 
 @dataclass(frozen=True)
 class StepCost:
-    """A step of an optimization profile.
+    """Bytes that a step of an optimization profile reads, and its ceilings.
 
     Attributes:
-        profile: its name.
-        batch: sequences.
-        tokens: of each sequence.
+        profile: name of the profile.
+        batch: number of sequences.
+        tokens: tokens of each sequence.
         rows: fewest and most cache rows that each sequence reads.
-        packed_bytes: weights as they are stored, with scales, norms and biases.
-        unpacked_bytes: written and read on top because weights are unpacked.
-        cache_bytes: with the fewest and with the most rows.
-        ceilings: of every module and power mode.
+        packed_bytes: bytes of weights as they are stored, with scales, norms and biases.
+        unpacked_bytes: bytes that are also written and read because weights are unpacked.
+        cache_bytes: bytes of the cache with the fewest and with the most rows.
+        ceilings: the best that every module and power mode can do.
     """
 
     profile: ProfileName
@@ -179,7 +179,7 @@ class StepCost:
 
 
 def step_costs(work: Work, shapes: BuildShapes, kv_read: KvRead) -> tuple[StepCost, ...]:
-    """The largest step of every profile, and decode of one sequence before that of all."""
+    """Cost the largest step of every profile, and before them the decode of one sequence."""
     steps = []
     for step in profile_limits(shapes.max_batch, shapes.max_prefill):
         if step.profile == "decode" and step.batch > 1:
@@ -190,7 +190,7 @@ def step_costs(work: Work, shapes: BuildShapes, kv_read: KvRead) -> tuple[StepCo
 
 def _cost(work: Work, step: StepLimits, shapes: BuildShapes, kv_read: KvRead) -> StepCost:
     few = step.seq
-    if kv_read != "lengths":  # which reads what a sequence has; the others read whole buckets
+    if kv_read != "lengths":  # it reads a sequence's own rows; the others read whole buckets
         few = next(rows for rows in shapes.kv_buckets if rows >= step.seq)
     rows = few, shapes.capacity
     few_bytes, many_bytes = (step.batch * each * work.kv_bytes_per_token for each in rows)

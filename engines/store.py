@@ -1,8 +1,8 @@
-"""Putting an engine into its bundle so that a killed build leaves the old one.
+"""Puts an engine into its bundle so that a killed build leaves the old one intact.
 
-A plan is written under a name that carries its hash; ``engine.json`` names it and is replaced in
+A plan is written under a name that contains its hash; ``engine.json`` names it and is replaced by
 one ``rename(2)``. So a directory holds the whole old engine or the whole new one, on any file
-system. Whatever else is there when a build takes the lock was left by a killed one and is swept.
+system. A build that takes the lock deletes whatever else a killed one has left there.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ _log = logging.getLogger(__name__)
 BUILD_LOG = "build.log"
 TIMING_CACHE = "timing.cache"
 TUNE_SCRATCH, TRTEXEC_SCRATCH = ".tune-", ".trtexec-"
-"""How the names of a build's directories for a while begin, beside those of the engines."""
+"""How a build's temporary directories begin, beside those of the engines."""
 _LOCK = ".lock"
 
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """A plan that is in no file yet.
+    """An encoder's plan that is not yet in a file.
 
     Attributes:
-        plan: a buffer.
+        plan: the plan, a buffer.
         num_bytes: its size.
-        max_tiles: tiles of a run at most.
+        max_tiles: the most tiles per run.
         build_s: seconds of parsing and compiling.
-        problems: faults of the parsed network, one sentence each; ``trtexec`` shows none.
+        problems: one sentence for each fault of the parsed network; ``trtexec`` shows none.
     """
 
     plan: Any
@@ -71,7 +71,7 @@ class EncoderPlan:
 
 
 def engine_key(parts: dict[str, Any]) -> str:
-    """Hash of everything that an engine depends on; the order of ``parts`` does not matter."""
+    """Hash everything that an engine depends on; the order of ``parts`` does not matter."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -80,8 +80,8 @@ class EngineStore:
 
     Args:
         bundle: the bundle's directory.
-        name: the engine's, e.g. ``sm87-trt10.16-int4-b1-kv4096``.
-        timing_cache: the file of timings that the user named; None is the one beside the engine.
+        name: the engine's name, e.g. ``sm87-trt10.16-int4-b1-kv4096``.
+        timing_cache: file of timings that the user named; None is the one beside the engine.
     """
 
     def __init__(self, bundle: Path, name: str, timing_cache: Path | None = None) -> None:
@@ -91,15 +91,15 @@ class EngineStore:
 
     @contextlib.contextmanager
     def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
-        """Hold the lock of all engines of the bundle: a second build waits for the first.
+        """Hold the lock of all engines of the bundle; a second build waits for the first.
 
-        What killed builds left beside the engines is swept: nobody uses it now.
+        Also deletes what killed builds left beside the engines, since nobody uses it now.
 
         Args:
-            waiting: called once if somebody else holds it.
+            waiting: called once if another process holds the lock.
 
         Raises:
-            ConfigError: the bundle cannot be written, or its engines are elsewhere by a link.
+            ConfigError: the bundle cannot be written, or its engines are a link to elsewhere.
         """
         root = self.directory.parent
         for directory in (root, self.directory):
@@ -127,9 +127,10 @@ class EngineStore:
             os.close(descriptor)
 
     def find(self, key: str) -> EngineInfo | None:
-        """The engine in this directory, if it has this key and is whole.
+        """Find the engine in this directory, if it has this key and is whole.
 
-        Where keys are trusted, it has to be vouched for: anybody can compute a key.
+        If this machine trusts keys, the engine must be signed or recorded: anybody can compute an
+        engine's key.
         """
         try:
             info = read_engine_info(self.directory, trusted_keys_file())
@@ -149,9 +150,9 @@ class EngineStore:
         return why_unrecorded(read_engine_bytes(self.directory)) is None
 
     def read_timings(self) -> bytes | None:
-        """The timing cache of the last build here, or of a file that the user named.
+        """Read the timing cache of the last build here, or of a file that the user named.
 
-        Where keys are trusted, one that came with the bundle is not given to TensorRT.
+        If this machine trusts keys, TensorRT does not get one that came with the bundle.
         """
         path = self._elsewhere or self.directory / TIMING_CACHE
         try:
@@ -165,13 +166,13 @@ class EngineStore:
         return data
 
     def write_timings(self, timings: bytes) -> None:
-        """Keep a timing cache for the next build; if that fails, it is a warning."""
+        """Keep a timing cache for the next build; a failure is only a warning."""
         path = self._elsewhere or self.directory / TIMING_CACHE
         with self._recorded(path, timings) if self._elsewhere is None else contextlib.nullcontext():
             _keep(path, timings)
 
     def write_log(self, text: str) -> None:
-        """Keep what TensorRT said; if that fails, it is a warning."""
+        """Keep TensorRT's log; a failure is only a warning."""
         _keep(self.directory / BUILD_LOG, text.encode())
 
     def commit(
@@ -184,10 +185,10 @@ class EngineStore:
         """Put a plan in place.
 
         Args:
-            plan: its bytes, any buffer.
+            plan: the plan's bytes, in any buffer.
             describe: makes the record from the plan's file name, size and SHA-256.
-            outside: weights that go beside it.
-            encoder: a second plan, of the vision encoder.
+            outside: weights to put beside it.
+            encoder: a second plan, for the vision encoder.
 
         Raises:
             BundleError: the graph's weights end too early.
@@ -219,7 +220,7 @@ class EngineStore:
         return info
 
     def _add_encoder(self, info: EngineInfo, encoder: EncoderPlan) -> EngineInfo:
-        """Write the encoder's plan under a name with its hash, and put it into the record."""
+        """Write the encoder's plan under a name with its hash, and add it to the record."""
         view = memoryview(encoder.plan).cast("B")
         sha256 = hashlib.sha256(view).hexdigest()
         plan = VisionPlan(f"vision-{sha256[:12]}.plan", view.nbytes, sha256, encoder.max_tiles)
@@ -230,12 +231,12 @@ class EngineStore:
     def add_layers(
         self, info: EngineInfo, layers: LayerTable | None, unknown: str | None
     ) -> EngineInfo:
-        """Record what the engine in place consists of; if that fails, it is a warning.
+        """Record the layers of the engine in place; a failure is only a warning.
 
         Args:
-            info: its record.
-            layers: kept beside the plan; None if they are not known.
-            unknown: why they are not.
+            info: the engine's record.
+            layers: table to keep beside the plan; None if the layers are unknown.
+            unknown: why they are unknown.
         """
         compiled = layers.summary() if layers is not None else ()
         told = msgspec.structs.replace(info, compiled=compiled, compiled_unknown=unknown)
@@ -253,11 +254,11 @@ class EngineStore:
         data = msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n"
         with self._recorded(self.directory / ENGINE_JSON, data) as path:
             _replace(path, data)
-            (self.directory / ENGINE_SIGNATURE).unlink(missing_ok=True)  # it was of the old one
+            (self.directory / ENGINE_SIGNATURE).unlink(missing_ok=True)  # the old engine's
 
     @contextlib.contextmanager
     def _recorded(self, path: Path, data: bytes) -> Iterator[Path]:
-        """Vouch for what is about to be written, and then no longer for what was there before."""
+        """Record a file as built here before it is written, and drop the old one's record after."""
         sha256 = hashlib.sha256(data).hexdigest()
         built_here.add(sha256)
         old = sha256_file(path).sha256 if path.is_file() else sha256
@@ -293,12 +294,12 @@ def _sweep_scratch(root: Path) -> None:
         for leftover in root.glob(f"{prefix}*"):
             try:
                 shutil.rmtree(leftover)
-            except OSError as error:  # such as that of another user
+            except OSError as error:  # such as another user's directory
                 _log.warning("%s of a killed build stays: %s", leftover, error.strerror)
 
 
 def _keep(path: Path, data: bytes) -> None:
-    """Write what an engine does without, and whose loss must not cost it."""
+    """Write a file that an engine can do without; a failure to write it is only a warning."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, data)

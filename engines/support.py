@@ -1,4 +1,4 @@
-"""Which TensorRT takes a graph, and which takes own kernels; nothing of it is imported."""
+"""Says which TensorRT takes which graph and own kernels, without importing TensorRT."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from edge.errors import ConfigError, DependencyError
 
 _RTX_MINIMUM = (1, 3)
 LENGTHS_SINCE = (11, 0)
-_OWN_KERNELS_SINCE = (8, 0)  # compute capability: that of the PTX
+_OWN_KERNELS_SINCE = (8, 0)  # the compute capability that the PTX is for
 
 
 def parse_release(version: str) -> tuple[int, int]:
-    """Major and minor of ``10.16.2.10``.
+    """Parse major and minor version from a text such as ``10.16.2.10``.
 
     Raises:
-        ConfigError: not a version.
+        ConfigError: the text is not a version.
     """
     parts = version.split(".")
     try:
@@ -28,10 +28,10 @@ def parse_release(version: str) -> tuple[int, int]:
 def check_support(
     flavour: Flavour, version: str, dialect: Dialect, kv_read: KvRead = "slice"
 ) -> None:
-    """Check that a TensorRT takes a graph; pure, so that another machine's can be asked about.
+    """Check that a TensorRT takes a graph; it need not be this machine's.
 
     Raises:
-        DependencyError: it is too old for the dialect or for the way to read the cache.
+        DependencyError: it is too old for the dialect or for this way to read the cache.
     """
     found = parse_release(version)
     if flavour == "tensorrt-rtx":
@@ -60,13 +60,13 @@ def check_support(
 
 
 def check_own_kernels(flavour: Flavour, version: str, compute_capability: str) -> None:
-    """Check that a TensorRT takes own kernels, and that a GPU runs them.
+    """Check that a TensorRT can use own kernels, and that a GPU can run them.
 
-    The oldest TensorRT is the oldest whose bindings our plugin is held against
+    The oldest TensorRT allowed is the oldest whose bindings our plugin is checked against
     (`scripts/trt-bindings`).
 
     Raises:
-        DependencyError: it does not.
+        DependencyError: this TensorRT or GPU cannot.
     """
     instead = "build with --kernels tensorrt"
     if flavour == "tensorrt-rtx":

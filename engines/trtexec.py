@@ -1,4 +1,4 @@
-"""Makes the line of NVIDIA's ``trtexec`` that builds the same engine as our builder, and runs it.
+"""Makes and runs the command of NVIDIA's ``trtexec`` that builds the same engine as our builder.
 
 Order matters in one place: each ``--profile=N`` is followed directly by its ``--minShapes``,
 ``--optShapes`` and ``--maxShapes``. A name in a list may hold one ``*``, which stands for anything;
@@ -36,7 +36,7 @@ from .rules.table import Release
 from .trtexec_options import TRT_VERSIONS, show
 
 _MIB = 1 << 20
-# Where JetPack, the TensorRT packages and NVIDIA's containers put it; not always on the PATH.
+# Where JetPack, the TensorRT packages and NVIDIA's containers install it; often not on the PATH.
 _PLACES = ("/usr/src/tensorrt/bin", "/opt/tensorrt/bin", "/usr/bin")
 _CACHE_PATTERN = f"{io_spec.PAST_PREFIX}*"
 _ADAPTER = re.compile(r"^(adapters\.layers\.)\d+(\..*)$")
@@ -49,7 +49,7 @@ def parse_version(text: str) -> Release:
     """Read the value of ``--trt``, one of the versions that Jetsons have.
 
     Raises:
-        ConfigError: the text is none of them.
+        ConfigError: the text is none of these versions.
     """
     if text not in TRT_VERSIONS:
         raise ConfigError(f"--trt {text} is none of {', '.join(TRT_VERSIONS)}")
@@ -66,21 +66,22 @@ def trtexec_command(
     layers: Path | None = None,
     profiles: Sequence[Profile] | None = None,
 ) -> list[str]:
-    """Make the ``trtexec`` line of a build.
+    """Make the ``trtexec`` command of a build.
 
     Args:
-        build: what to build.
+        build: the plan of the build.
         version: TensorRT's version, 10.0 or newer.
-        onnx: the graph; the bundle's own by default. Its weights must be beside it. Another
-            capacity or ``kv_read`` than the bundle's needs the graph of `write_graph` here.
-        plan: where the engine goes; ``engine.plan`` in the current directory by default.
-        timing_cache: the config's by default, else ``timing.cache`` beside ``plan``.
-        layers: where the engine inspector's JSON of the layers goes; by default nowhere.
-        profiles: of another graph than the decoder's.
+        onnx: the graph, with its weights beside it; the bundle's own by default. A capacity or
+            ``kv_read`` that differs from the bundle's needs the graph from `write_graph` here.
+        plan: file to write the engine to; ``engine.plan`` in the current directory by default.
+        timing_cache: file of timings; the config's by default, else ``timing.cache`` beside
+            ``plan``.
+        layers: file to write the engine inspector's JSON of the layers to; None writes none.
+        profiles: profiles for a graph that is not the decoder.
 
     Raises:
-        ConfigError: options that contradict the version, or another capacity than the bundle's
-            without its graph.
+        ConfigError: the options contradict the version, or the capacity is not the bundle's and
+            `onnx` is missing.
     """
     config, manifest = build.config, build.manifest
     _check_version(config, manifest, version)
@@ -121,19 +122,19 @@ def trtexec_command(
 
 
 def format_command(line: Sequence[str]) -> str:
-    """A line to paste into a shell: quoted, one option per row; a profile's shapes stay with it."""
+    """Quote a command for a shell, one option per row; a profile's shapes stay with it."""
     return " \\\n  ".join(shlex.quote(part) for part in line)
 
 
 @dataclass(frozen=True)
 class TrtexecResult:
-    """What a run of ``trtexec`` said.
+    """The report of a run of ``trtexec``.
 
     Attributes:
         seconds: wall time of the whole run.
         version: TensorRT's version as ``trtexec`` names it (``10.16.1``); None if it does not.
         build_s: seconds that it took to build the engine.
-        peak_host_bytes: peak of the host memory while building (not every version says).
+        peak_host_bytes: peak host memory of the build (not every version reports it).
     """
 
     seconds: float
@@ -146,7 +147,7 @@ def find_trtexec(places: Sequence[str] = _PLACES) -> Path:
     """Find the binary, on the PATH or where NVIDIA's packages put it.
 
     Raises:
-        DependencyError: there is none.
+        DependencyError: it is in none of these places.
     """
     found = shutil.which("trtexec") or shutil.which("trtexec", path=os.pathsep.join(places))
     if found is None:
@@ -159,7 +160,7 @@ def find_trtexec(places: Sequence[str] = _PLACES) -> Path:
 
 
 def trtexec_version(binary: Path) -> Release:
-    """Ask a ``trtexec`` for its release, see `full_version`."""
+    """Ask a ``trtexec`` for its release (`full_version`)."""
     major, minor = full_version(binary).split(".")[:2]
     return int(major), int(minor)
 
@@ -168,7 +169,7 @@ def full_version(binary: Path) -> str:
     """Ask a ``trtexec`` for its version, e.g. ``10.16.1``; needs no GPU.
 
     Raises:
-        BackendError: it does not run, or does not say.
+        BackendError: it does not run, or does not name its version.
     """
     try:
         answer = subprocess.run(
@@ -200,11 +201,11 @@ class CrashError(BackendError):
 
 
 def run_trtexec(argv: Sequence[str], on_line: Callable[[str], None]) -> TrtexecResult:
-    """Run a ``trtexec`` line to its end.
+    """Run a ``trtexec`` command to its end.
 
     Args:
-        argv: the line; if it starts with plain ``trtexec``, the binary is looked for.
-        on_line: gets each line of the output as it comes. If it raises, or the caller is
+        argv: the command; if it starts with plain ``trtexec``, `find_trtexec` finds the binary.
+        on_line: called with each line of the output as it comes. If it raises, or the caller is
             interrupted, ``trtexec`` is stopped.
 
     Raises:
@@ -279,7 +280,7 @@ def _check_version(config: BuildConfig, manifest: Manifest, version: Release) ->
 
 
 def _shapes(shapes: Iterable[tuple[str, Shape]]) -> str:
-    """``name:1x2x3,...`` with one entry for what has one shape in all layers."""
+    """Format ``name:1x2x3,...`` with one entry for inputs of the same shape in all layers."""
     entries: dict[str, str] = {}
     for name, shape in shapes:
         pattern = _CACHE_PATTERN if name.startswith(_CACHE_PATTERN[:-1]) else name
@@ -334,13 +335,13 @@ class _Log:
 
 
 def _decode_version(number: int) -> str:
-    """``NV_TENSORRT_VERSION``: 8601 is 8.6.1, from 10 on 101600 is 10.16.0."""
+    """Decode ``NV_TENSORRT_VERSION``: 8601 is 8.6.1; from 10 on 101600 is 10.16.0."""
     base = 1000 if number < 10000 else 10000
     return f"{number // base}.{number % base // 100}.{number % 100}"
 
 
 def _failure(code: int, log: _Log) -> EdgeError:
-    """Make the error of a run that did not pass."""
+    """Make the error of a run that failed."""
     shown = log.errors or list(log.last)
     details = "".join(f"\n  {text}" for text in shown[:_MAX_SHOWN])
     if len(shown) > _MAX_SHOWN:
@@ -388,14 +389,14 @@ def _advice(text: str, version: str | None) -> str:
 
 
 def command_for_bundle(config: BuildConfig, version: Release) -> list[str]:
-    """Make the line of ``--print-trtexec``, ready to run.
+    """Make the command of ``--print-trtexec``, ready to run.
 
-    For another capacity or way to read the cache than the bundle's, the graph is written first,
-    into a folder ``trtexec-...`` among the bundle's engines.
+    If capacity or ``kv_read`` differ from the bundle's, the graph is first written into a folder
+    ``trtexec-...`` among the bundle's engines.
 
     Raises:
         BundleError: there is no bundle, or its graph is damaged.
-        ConfigError: see `trtexec_command` and `plan_build`.
+        ConfigError: the options do not fit `trtexec_command` or `plan_build`.
     """
     manifest = open_manifest(config.bundle)
     _check_version(config, manifest, version)

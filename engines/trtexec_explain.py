@@ -1,4 +1,4 @@
-"""``edge-llm trtexec-explain``: what is wrong with an old ``trtexec`` line, and what to use.
+"""``edge-llm trtexec-explain``: finds what is wrong with an old ``trtexec`` line, and what to use.
 
 Most lines in tutorials are for TensorRT 8 or older; ``trtexec`` of TensorRT 10 stops at the options
 that are gone.
@@ -24,7 +24,7 @@ from .trtexec_options import TRT_VERSIONS, lifetime, options, show
 
 State = Literal["works", "deprecated", "no effect", "not yet", "removed", "unknown"]
 
-# What an option did, and what replaces it now.
+# What each option did, and what replaces it now.
 _MEANING: dict[str, tuple[str, str]] = {
     "onnx": ("the graph to build from", ""),
     "saveEngine": ("where the engine goes", ""),
@@ -104,10 +104,10 @@ class ExplainedOption:
     """One option of the line.
 
     Attributes:
-        text: as it is in the line.
-        state: what ``trtexec`` of the asked version makes of it.
+        text: the option as written in the line.
+        state: what ``trtexec`` of the asked version does with it.
         note: one sentence for people.
-        replacement: what to write instead; empty if it stays.
+        replacement: what to write instead; empty if the option stays.
     """
 
     text: str
@@ -118,14 +118,14 @@ class ExplainedOption:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a whole line does, and what to use instead.
+    """The meaning of a whole line, and what to use instead.
 
     Attributes:
-        version: the version of TensorRT that the answer is for.
+        version: TensorRT's version that the answer is for.
         options: each option in order.
         verdict: whether the line runs, and why not.
         translated: the same line for the same file, in options of that version.
-        steps: what to run for a language model: the export if needed, then the build.
+        steps: commands to run for a language model: the export if needed, then the build.
     """
 
     version: str
@@ -263,7 +263,7 @@ def trtexec_explain(line: tuple[str, ...], trt: str, as_json: bool) -> None:
     first, *rest = line
     if rest and len(first.split()) > 1:
         raise ConfigError(f"{rest[0]!r} follows the quoted line; put it into the quotes")
-    # As it is where it was quoted; otherwise the shell has taken the quotes within it.
+    # A quoted line arrives whole; otherwise the shell has removed the quotes within it.
     explanation = explain(shlex.join(line) if rest else first, TRT_VERSIONS[trt])
     if as_json:
         echo_json(asdict(explanation))

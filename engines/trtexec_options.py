@@ -1,11 +1,11 @@
-"""The options that each version of ``trtexec`` knows.
+"""Lists the options that each version of ``trtexec`` knows.
 
 Source: the option parser in ``samples/common/sampleOptions.cpp`` of github.com/NVIDIA/TensorRT, on
 the branches ``release/8.6``, ``release/10.0`` to ``release/10.16``, ``release/11.0`` and
-``release/11.1``. 11.1 is the newest one that was public: what is said here of a later version is
-what holds for 11.1.
+``release/11.1``. 11.1 is the newest public one; a later version is taken to have the options of
+11.1.
 
-``trtexec`` stops at an option that it does not know, so the right set matters.
+``trtexec`` stops at an unknown option, so the right set matters.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from .rules.table import Release
 
-# The versions that a line can be asked for: JetPack 6.1 and 6.2, JetPack 7.2, JetPack 7.2.2.
+# The versions that a user can ask about: JetPack 6.1 and 6.2, JetPack 7.2, JetPack 7.2.2.
 TRT_VERSIONS: dict[str, Release] = {"10.3": (10, 3), "10.16": (10, 16), "11.4": (11, 4)}
 
 _IN_8_6 = """
@@ -87,11 +87,11 @@ _CHANGES: tuple[tuple[Release, str, str], ...] = (
 
 @dataclass(frozen=True)
 class Lifetime:
-    """When an option came and went.
+    """The versions in which an option came and went.
 
     Attributes:
-        added: the version that brought it; None: 8.6 had it already.
-        removed: the version without it; None: it is still there.
+        added: the version that brought it; None if 8.6 had it already.
+        removed: the first version without it; None if it still exists.
     """
 
     added: Release | None
@@ -124,5 +124,5 @@ def lifetime(option: str) -> Lifetime | None:
 
 
 def show(version: Release) -> str:
-    """Write a version as people do, e.g. ``10.16``."""
+    """Format a version for people, e.g. ``10.16``."""
     return f"{version[0]}.{version[1]}"

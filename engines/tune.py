@@ -1,8 +1,9 @@
 """``edge-llm build --tune`` and ``--kernels auto``: build, time here, keep the fastest right one.
 
-A variant is a rung of `ladder`: all of them with ``--tune``, else of each kind of kernels the first
-that is built and answers right. Each is put into a directory of its own that no reader of engines
-sees, held against the graph on the CPU, and timed in decode through the runner that will run it.
+A variant is a rung of `ladder`. ``--tune`` tries all of them; ``--kernels auto`` tries, for each
+kind of kernels, the first one that builds and answers right. Each goes into a directory of its own
+that no reader of engines sees. It is compared with the graph on the CPU, and its decode is timed
+through the runner that will run it.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ _log = logging.getLogger(__name__)
 _PROMPT_TOKENS, _OUTPUT_TOKENS, _REPEATS = 256, 33, 3
 _VERIFY_TOKENS, _VERIFY_STEPS = (1, 24, 64), 8
 _ANSWER_STEPS = 256
-"""Decode steps that one prefill is weighed with: answers of a model that reasons are long."""
+"""Decode steps to count per prefill when speeds are compared: reasoning models answer at length."""
 
 
 class Measured(NamedTuple):
-    """What a variant does on the device.
+    """Speed and answers of a variant on the device.
 
     Attributes:
-        decode_s: seconds of a decode step of all slots, the median; None where it is not timed.
+        decode_s: median seconds of a decode step of all slots; None if it is not timed.
         problem: what is wrong with its answers; None if nothing is.
-        prefill_s: seconds of a prompt of 256 tokens, or of what the cache has room for, the median.
+        prefill_s: median seconds of a prompt of 256 tokens, or as many as the cache has room for.
     """
 
     decode_s: float | None
@@ -67,7 +68,7 @@ class _Candidate:
 
     @property
     def answer_s(self) -> float:
-        """Seconds of a prompt and its answer; infinite if it is of no use."""
+        """Seconds of a prompt and its answer; infinite if the variant is unusable."""
         if self.found.decode_s is None:
             return math.inf
         return (self.found.prefill_s or 0.0) + _ANSWER_STEPS * self.found.decode_s
@@ -84,16 +85,17 @@ def compile_fastest(
     """Compile variants of what was asked for, and return the fastest that answers right.
 
     Args:
-        asked: from `plan_build`.
-        target: with what and for which GPU, which must be here.
-        timings: a timing cache, which later variants extend.
-        progress: told the steps of each variant: hashing, parsing, compiling, comparing, timing.
-        keep_log: given the log of all variants so far.
+        asked: plan from `plan_build`.
+        target: TensorRT and the GPU, which must be this machine's.
+        timings: timing cache, which later variants extend.
+        progress: called in the steps of each variant: hashing, parsing, compiling, comparing,
+            timing.
+        keep_log: called with the log of all variants so far.
 
     Raises:
-        DependencyError: TensorRT is too old, or what runs an engine is missing.
+        DependencyError: TensorRT is too old, or the runner of engines is missing a package.
         IntegrityError: a file of the bundle is damaged.
-        BuildError: no variant was built and answered right; every reason is in the message.
+        BuildError: no variant was built and answered right; the message has every reason.
     """
     root = asked.config.bundle / ENGINES_DIR
     verify_files(asked.config.bundle, asked.manifest)
@@ -122,13 +124,13 @@ def compile_fastest(
             except DependencyError as error:
                 if asked.kernels == rung.kernels:
                     raise
-                refused.append(refused_rung(rung, error))  # this TensorRT takes no own kernels
+                refused.append(refused_rung(rung, error))  # this TensorRT cannot use own kernels
                 continue
             timings = compiled.timings or timings
             store = EngineStore(rung.config.bundle, f"{TUNE_SCRATCH}{number}")
             problem = _put(rung, compiled, target, store)
-            # Its plan is in the file: beside a loaded engine, or a builder, it would not fit into a
-            # Jetson's memory.
+            # The plan is in its file. In memory as well, beside a loaded engine or a builder, it
+            # would not fit on a Jetson.
             compiled = replace(compiled, plan=b"")
             tried = _try(rung, compiled, store.directory, problem, progress)
             tuned.append(tried.found)
@@ -139,7 +141,7 @@ def compile_fastest(
     except BaseException:
         _sweep(root)
         raise
-    # Weights outside the plan are linked from there; a plan would need its room twice.
+    # Weights outside the plan are linked from the kept variant; a plan would take its room twice.
     _sweep(root, best if chosen[0].outside is not None else None)
     return chosen
 
@@ -151,7 +153,7 @@ def _sweep(root: Path, keep: _Candidate | None = None) -> None:
 
 
 def _put(rung: BuildPlan, compiled: Compiled, target: Target, store: EngineStore) -> str | None:
-    """Put a variant where it can be loaded; returns what is wrong with it."""
+    """Put a variant where it can be loaded; return what is wrong with it."""
     if compiled.audit.problems:
         return "; ".join(compiled.audit.problems[:3])
     describe_engine = make_recorder(Climbed(rung, (), {}), target, "api", TUNE_SCRATCH, compiled)
@@ -190,7 +192,7 @@ def measure(rung: BuildPlan, directory: Path, progress: Progress = silent) -> Me
 
     Raises:
         BackendError, DeviceMemoryError: the engine does not load or run.
-        DependencyError: what runs engines is missing.
+        DependencyError: a package that runs engines is missing.
     """
     bundle, manifest = rung.config.bundle, rung.manifest
     batch = rung.shapes.max_batch
@@ -253,5 +255,5 @@ def _choose(
 
 
 def _map(path: Path) -> Any:
-    with path.open("rb") as file:  # the map lives on when the file is removed
+    with path.open("rb") as file:  # the map outlives the file
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

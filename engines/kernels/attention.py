@@ -1,4 +1,4 @@
-"""From the shapes of an attention to the two kernels that are launched for it."""
+"""Turns the shapes of an attention into the two kernel launches that compute it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from .variants import (
 
 
 def part_tactics(width: int) -> tuple[Tactic, ...]:
-    """The ways to compute the parts: few tokens first, then many.
+    """List the kernels that compute parts: the one for few tokens first, then for many.
 
-    TensorRT's number of a tactic is its place here plus one, and engines keep it: the order stays.
+    TensorRT numbers a tactic by its place here plus one, and engines keep the number. So the order
+    must not change.
 
     Raises:
-        ConfigError: a width of heads that no kernel is for.
+        ConfigError: no kernel takes heads of this width.
     """
     _check_width(width)
     return tuple(
@@ -33,24 +34,24 @@ def part_tactics(width: int) -> tuple[Tactic, ...]:
 
 
 def join_tactics(width: int) -> tuple[Tactic, ...]:
-    """The ways to join parts: of few tokens with many parts first, then of many.
+    """List the kernels that join parts: few tokens with many parts first, then many tokens.
 
-    For the order see `part_tactics`.
+    Engines depend on the order here, too (`part_tactics`).
 
     Raises:
-        ConfigError: a width of heads that no kernel is for.
+        ConfigError: no kernel takes heads of this width.
     """
     _check_width(width)
     return tuple(Tactic(BY_NAME[join_name(rows, width)], rows, width) for rows in JOIN_ROWS)
 
 
 def part_place(rows: int) -> int:
-    """Place in `part_tactics` of the one that fits so many heads of tokens of a group."""
+    """Place in `part_tactics` of the kernel that fits this many (head, token) pairs of a group."""
     return 0 if rows <= ATTENTION_ROWS[0] else 1
 
 
 def join_place(rows: int) -> int:
-    """Place in `join_tactics` of the one that fits so many heads of tokens of all sequences."""
+    """Place in `join_tactics` of the kernel that fits this many (head, token) pairs in all."""
     return 0 if number_of_parts(rows) > 1 else 1
 
 
@@ -70,21 +71,22 @@ def attention(
     tile: int | None = None,
     join: int | None = None,
 ) -> Job:
-    """Attention of a step's tokens over the cache before them and over one another.
+    """Compute attention of a step's tokens over the cache before them and over one another.
 
     Args:
-        batch: sequences.
-        groups: key and value heads.
-        heads: query heads of each.
-        tokens: per sequence.
-        width: of a head, 64 or 128.
-        capacity: rows of the cache.
-        tile: place in `part_tactics`; None is the first that has a token's heads of all tokens, or
-            the last.
-        join: place in `join_tactics`; None is the first where parts are several, else the last.
+        batch: number of sequences.
+        groups: number of key and value heads.
+        heads: query heads per group.
+        tokens: tokens per sequence.
+        width: values per head, 64 or 128.
+        capacity: cache rows per sequence.
+        tile: place in `part_tactics`; None takes the first kernel that holds all (head, token)
+            pairs of a group, else the last.
+        join: place in `join_tactics`; None takes the first if there are several parts, else the
+            last.
 
     Raises:
-        ConfigError: the kernels do not serve this.
+        ConfigError: the kernels do not support these sizes.
     """
     tiles, joins = part_tactics(width), join_tactics(width)
     if min(batch, groups, heads, tokens, capacity) < 1:

@@ -1,4 +1,4 @@
-"""From the shapes of an operation to the kernels that are launched for it, and their buffers."""
+"""Turns the shapes of an operation into kernel launches and their buffers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .variants import (
 )
 
 GROUPS = (32, 64, 128)
-_COLUMNS = 64  # of a program of w4_gemv: 32 lanes, two each
+_COLUMNS = 64  # per program of w4_gemv: 32 lanes with two columns each
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Launch:
     """One kernel on the grid.
 
     Attributes:
-        variant: what is launched.
-        grid: programs along x, y and z.
-        arguments: by position: the name of a buffer of the `Job`, or a number.
+        variant: kernel to launch.
+        grid: number of programs along x, y and z.
+        arguments: the arguments in order, each the name of a buffer of the `Job` or a number.
     """
 
     variant: Variant
@@ -46,9 +46,9 @@ class Job:
     """An operation: kernels in order, on one stream, and the device memory that they take.
 
     Attributes:
-        launches: in order.
+        launches: the kernels in the order they run.
         buffers: shape and type by name; inputs, scratch and outputs, each 16 bytes aligned.
-        outputs: which of them are.
+        outputs: names of the buffers that are outputs.
     """
 
     launches: tuple[Launch, ...]
@@ -58,12 +58,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Tactic:
-    """One way to compute what a plugin does, right for any size.
+    """One way to run a plugin; each is correct for any size.
 
     Attributes:
-        variant: what is launched.
-        rows: of the output, that a program computes; of an attention, heads of tokens.
-        columns: of the output, that a program computes.
+        variant: kernel to launch.
+        rows: output rows that a program computes; for attention, (head, token) pairs.
+        columns: output columns that a program computes.
     """
 
     variant: Variant
@@ -72,15 +72,16 @@ class Tactic:
 
 
 def w4_tactics(planes: int) -> tuple[Tactic, ...]:
-    """The ways to compute a product, each right for any number of rows: few first, then many.
+    """List the kernels that compute a product, each right for any number of rows: few rows first.
 
-    TensorRT's number of a tactic is its place here plus one, and engines keep it: the order stays.
+    TensorRT numbers a tactic by its place here plus one, and engines keep the number. So the order
+    must not change.
 
     Args:
-        planes: 1 or 2.
+        planes: planes of the weights, 1 or 2.
 
     Raises:
-        ConfigError: another number of planes.
+        ConfigError: there are no kernels for this number of planes.
     """
     if planes not in (1, 2):
         raise ConfigError(f"w4_gemv takes one or two planes of weights, not {planes}")
@@ -92,15 +93,15 @@ def w4_tactics(planes: int) -> tuple[Tactic, ...]:
 
 
 def w4_places(usual: int, largest: int) -> tuple[int, ...]:
-    """Places in `w4_tactics` that are worth timing for so many rows.
+    """Choose the places in `w4_tactics` that are worth timing for this many rows.
 
-    Of few rows it is the product that reads the weights once for all of them. Where one row is
-    usual and more may come, as of logits, which drafts want several of, that is the one for these
-    too: a timing by one row alone would read the weights of the lm_head anew for each.
+    For few rows that is the kernel that reads the weights once for all of them. An lm_head usually
+    has one row, but drafts want several: timing it with one row alone would choose a kernel that
+    reads the weights again for each further row.
 
     Args:
-        usual: rows that an engine is tuned for.
-        largest: rows of its largest step.
+        usual: rows that the profile is tuned for.
+        largest: rows of the profile's largest step.
     """
     few = (1, 2, 4, MAX_ROWS)
     if usual > MAX_ROWS:
@@ -116,14 +117,14 @@ def w4_gemv(
 
     Args:
         rows: 1 to 8.
-        columns: of the weights.
-        depth: a multiple of the group.
+        columns: columns of the weights.
+        depth: rows of the weights, a multiple of the group.
         group: weights that share a scale: 32, 64 or 128.
         planes: 1 for INT4, 2 for INT8 in two planes, whose high scale is 16 times the low one.
-        bias: whether one is added; without, buffer ``bias`` is one element that nobody reads.
+        bias: whether to add a bias; without, buffer ``bias`` is one element that nobody reads.
 
     Raises:
-        ConfigError: the kernel does not serve this.
+        ConfigError: the kernel does not support these sizes.
     """
     if not 1 <= rows <= MAX_ROWS:
         raise ConfigError(f"w4_gemv takes 1 to {MAX_ROWS} rows, not {rows}")
@@ -134,18 +135,18 @@ def w4_gemv(
 def w4_gemm(
     rows: int, columns: int, depth: int, *, group: int, planes: int = 1, bias: bool = False
 ) -> Job:
-    """`w4_gemv` for many rows, on tensor cores.
+    """Compute `w4_gemv` for many rows, on tensor cores.
 
     Args:
         rows: any number.
-        columns: see `w4_gemv`.
-        depth: see `w4_gemv`.
-        group: see `w4_gemv`.
-        planes: see `w4_gemv`.
-        bias: see `w4_gemv`.
+        columns: columns of the weights.
+        depth: rows of the weights, a multiple of the group.
+        group: weights that share a scale: 32, 64 or 128.
+        planes: 1 for INT4, 2 for INT8 in two planes.
+        bias: whether to add a bias.
 
     Raises:
-        ConfigError: the kernel does not serve this.
+        ConfigError: the kernel does not support these sizes.
     """
     return product(w4_tactics(planes)[-1], rows, columns, depth, group=group, bias=bias)
 
@@ -153,18 +154,18 @@ def w4_gemm(
 def product(
     tactic: Tactic, rows: int, columns: int, depth: int, *, group: int, bias: bool = False
 ) -> Job:
-    """A product by one of `w4_tactics`.
+    """Compute a product by one of `w4_tactics`.
 
     Args:
-        tactic: which also says how many planes the weights have.
+        tactic: kernel to use; it determines the number of planes, too.
         rows: any number.
-        columns: see `w4_gemv`.
-        depth: see `w4_gemv`.
-        group: see `w4_gemv`.
-        bias: see `w4_gemv`.
+        columns: columns of the weights.
+        depth: rows of the weights, a multiple of the group.
+        group: weights that share a scale: 32, 64 or 128.
+        bias: whether to add a bias.
 
     Raises:
-        ConfigError: the kernel does not serve this.
+        ConfigError: the kernel does not support these sizes.
     """
     name, planes = tactic.variant.function, int(tactic.variant.constants["PLANES"])
     if group not in GROUPS:
@@ -182,18 +183,18 @@ def product(
         "bias": ((columns if bias else 1,), half),
         "y": ((rows, columns), half),
     }
-    # A plugin of one column reads its bias in any case; here nobody does where there is none.
+    # A plugin with one column always reads a bias; a product without one reads none here.
     shapes = [buffers[name][0] if name != "bias" or bias else (0,) for name in PRODUCT.inputs]
     return Job((launch_of(PRODUCT, tactic, shapes),), buffers, ("y",))
 
 
 def launch_of(rule: PluginRule, tactic: Tactic, shapes: Sequence[Shape]) -> Launch:
-    """The launch of a plugin's kernel.
+    """Make the launch of a plugin's kernel.
 
     Args:
-        rule: of the plugin.
-        tactic: one of its kernels.
-        shapes: of its inputs.
+        rule: the plugin's rule.
+        tactic: one of the plugin's kernels.
+        shapes: shapes of the plugin's inputs.
     """
     grid, numbers = rule.launch(shapes, tactic, NUMBERS)
     counts: list[str | int] = [int(number) for number in numbers]

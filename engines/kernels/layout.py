@@ -1,11 +1,11 @@
-"""The order in which `w4_gemv` reads weights.
+"""Packs weights in the order in which `w4_gemv` reads them.
 
 ONNX stores a weight ``[depth, columns]`` row by row, two columns in a byte. A thread of the kernel
-owns columns and walks down the depth, so there 32 weights of one column lie together: 16 bytes,
-which it reads at once, beside those of the next column, which its neighbour reads. Within the four
-words of such a line, bits ``4 * j`` to ``4 * j + 3`` of word ``q`` are the weight ``4 * j + q``: so
-the four inputs that one shift of all words needs are neighbours, too. The nibble is ``v + 8``,
-which saves the kernel the sign. Bytes are as many as before.
+owns columns and walks down the depth. So here 32 weights of one column are adjacent: 16 bytes that
+the thread reads at once, followed by those of the next column, which its neighbour reads. Within
+the four words of such a line, bits ``4 * j`` to ``4 * j + 3`` of word ``q`` are the weight
+``4 * j + q``; the four inputs that one shift of all words needs are then neighbours, too. A nibble
+is stored as ``v + 8``, which saves the kernel the sign. The size does not change.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from edge.errors import ConfigError
 
 
 def pack_weights(planes: Sequence[NDArray[np.int8]]) -> NDArray[np.int32]:
-    """Put weights into the order of the kernel.
+    """Pack weights in the kernel's order.
 
     Args:
         planes: one array [depth, columns] of -8 to 7, or two: the low and the high plane of
             weights ``16 * high + low`` (docs/quantization.md).
 
     Returns:
-        [depth / 32, planes, columns, 4] words.
+        Words [depth / 32, planes, columns, 4].
 
     Raises:
-        ConfigError: a depth that is no multiple of 32, other than one or two planes, or planes of
-            different shapes.
+        ConfigError: the depth is no multiple of 32, there are not one or two planes, or the planes
+            have different shapes.
     """
     shapes = {plane.shape for plane in planes}
     if len(planes) not in (1, 2) or len(shapes) != 1:

@@ -1,6 +1,6 @@
-"""The plugins that an engine can have, each with its kernels: what both kinds are made of.
+"""Lists the plugins that an engine can have with the kernels of each; both kinds are made of them.
 
-Another one is a rule in `edge.backends.tensorrt.launch_rules` and a line here.
+To add one, write a rule in `edge.backends.tensorrt.launch_rules` and add a line here.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ TACTICS: dict[PluginRule, Callable[[int], tuple[Tactic, ...]]] = {
     TOP_K_PARTS: top_k_parts_tactics,
     TOP_K_MERGE: top_k_merge_tactics,
 }
-"""The kernels of each plugin by the value of its attribute, which raise ConfigError if there are
-none for that. TensorRT's number of a tactic is its place plus one."""
+"""The kernels of each plugin by the value of its attribute. A function raises ConfigError if there
+are no kernels for a value. TensorRT numbers a tactic by its place plus one."""
 _Shapes = Sequence[Shape]
 _PLACES: dict[PluginRule, Callable[[_Shapes, _Shapes], tuple[int, ...]]] = {
     PRODUCT: lambda usual, largest: w4_places(math.prod(usual[0][:-1]), math.prod(largest[0][:-1])),
@@ -44,21 +44,22 @@ _PLACES: dict[PluginRule, Callable[[_Shapes, _Shapes], tuple[int, ...]]] = {
 
 
 def fitting_tactics(rule: PluginRule, usual: _Shapes, largest: _Shapes) -> tuple[int, ...]:
-    """Numbers of the one or two tactics that are worth timing in an optimization profile.
+    """Return the numbers of the one or two tactics worth timing in an optimization profile.
 
-    Each is right for any shapes. Where a launch takes as long as a kernel, or clocks move, a
-    timing of all of them picks at random: that of 128 rows for one, or that of one row for 512.
+    Every tactic is right for any shapes. But timing them all picks one at random where a launch
+    takes as long as the kernel, or where clocks move: the one for 128 rows to do one, or the one
+    for one row to do 512.
 
     Args:
-        rule: of the plugin.
-        usual: shapes of its inputs that the profile is tuned for.
-        largest: the largest of the profile.
+        rule: the plugin's rule.
+        usual: input shapes that the profile is tuned for.
+        largest: largest input shapes of the profile.
     """
     return tuple(place + 1 for place in _PLACES[rule](usual, largest))
 
 
 def element_types(trt: Any) -> dict[ElementType, Any]:
-    """TensorRT's names of what plugins take and give.
+    """Map the element types that plugins take and return to TensorRT's.
 
     Args:
         trt: the module ``tensorrt``.

@@ -1,4 +1,4 @@
-"""The compiled kernels that come with the package, for the GPU that is here."""
+"""Loads the compiled kernels that come with the package for the GPU that is here."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from edge.errors import DependencyError, IntegrityError
 
 DATA = Path(__file__).parent / "data"
 _TEGRA = (87, 110)
-"""Of Jetsons, whose machine code runs there only (CUDA C++ Programming Guide, binary
-compatibility: not between desktop and Tegra)."""
+"""Compute capabilities, times ten, of Jetsons. Their machine code runs on Jetsons only (CUDA C++
+Programming Guide, binary compatibility: not between desktop and Tegra)."""
 _CURE = "install edge-llm again; in a checkout, scripts/kernels makes them"
 
 
@@ -23,9 +23,9 @@ class Cubin:
     """A compiled kernel.
 
     Attributes:
-        image: for ``cuModuleLoadData``.
-        entry: name of the function in it.
-        threads: of a program.
+        image: bytes for ``cuModuleLoadData``.
+        entry: name of the kernel's function in the image.
+        threads: threads per program.
         shared_bytes: dynamic shared memory of a program.
     """
 
@@ -39,13 +39,13 @@ class Cubin:
 class Ptx:
     """A kernel as PTX for compute capability 8.0, which every later GPU compiles for itself.
 
-    Its parameters are those of its variant and no more, as an ahead-of-time plugin of TensorRT
-    passes them.
+    Its parameters are exactly those of its variant, since an ahead-of-time plugin of TensorRT
+    passes no others.
 
     Attributes:
-        text: the module.
-        entry: name of the function in it, no other's.
-        threads: of a program.
+        text: the PTX module.
+        entry: name of the only function in the module.
+        threads: threads per program.
         shared_bytes: dynamic shared memory of a program.
     """
 
@@ -56,14 +56,14 @@ class Ptx:
 
 
 def choose_architecture(compute_capability: str, there: list[int]) -> int:
-    """Whose machine code a GPU runs: its own, or that of the nearest older one of its generation.
+    """Choose the machine code for a GPU: its own, else the nearest older one of its generation.
 
     Args:
-        compute_capability: e.g. ``8.7``.
-        there: compute capabilities times ten.
+        compute_capability: the GPU's compute capability, e.g. ``8.7``.
+        there: compute capabilities that have machine code, times ten.
 
     Raises:
-        DependencyError: none of them.
+        DependencyError: the GPU runs none of them.
     """
     major, minor = map(int, compute_capability.split("."))
     wanted = major * 10 + minor
@@ -81,7 +81,7 @@ def choose_architecture(compute_capability: str, there: list[int]) -> int:
 
 
 def load_cubins(compute_capability: str, data: Path = DATA) -> dict[str, Cubin]:
-    """All kernels for a GPU, by the names of their variants.
+    """Load all kernels for a GPU, by the names of their variants.
 
     Raises:
         DependencyError: there are none for this GPU.
@@ -102,7 +102,7 @@ def load_cubins(compute_capability: str, data: Path = DATA) -> dict[str, Cubin]:
 
 
 def load_ptx(data: Path = DATA) -> dict[str, Ptx]:
-    """The kernels that TensorRT takes into an engine, by the names of their variants.
+    """Load the kernels that TensorRT compiles into an engine, by the names of their variants.
 
     Raises:
         IntegrityError: the package's files are missing or damaged.

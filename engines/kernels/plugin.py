@@ -1,9 +1,9 @@
-"""Own kernels as plugins of TensorRT from 10.13 on: what its builder asks about them, answered.
+"""Answers what TensorRT's builder asks about own kernels as plugins, from 10.13 on.
 
 The plugins are compiled ahead of time: TensorRT puts the PTX and the launch rule into the engine,
 which then needs neither Python nor a plugin library (NVIDIA's Python API, ``tensorrt.plugin`` and
-its ``aot_impl``). They have no attributes: all numbers follow from shapes, so none has to survive a
-way through ONNX, the parser and NumPy.
+its ``aot_impl``). They have no attributes: all numbers follow from shapes, so no number has to
+survive ONNX, the parser and NumPy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VERSION = "1"
 
 
 def register(trtp: Any, ptx: Mapping[str, Ptx], types: Mapping[ElementType, Any]) -> None:
-    """Make the plugins known to TensorRT, once per process.
+    """Register the plugins with TensorRT, once per process.
 
     Args:
         trtp: the module ``tensorrt.plugin``.
@@ -54,8 +54,8 @@ def _register(
         )
         return found if len(found) > 1 else found[0]
 
-    # Of each plugin of a network, whatever profile it was asked about: NVIDIA's class keeps the
-    # last answer for all (`_plugin_class.py`), and nothing says in which order it is asked.
+    # Collect the tactics of all profiles: NVIDIA's class keeps only the last answer for a plugin
+    # (`_plugin_class.py`), and nothing says in which order it asks about profiles.
     fitting: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
 
     def tune(*arguments: Any) -> Any:
@@ -76,7 +76,7 @@ def _register(
         )
         return kernel.entry, kernel.text, launch, trtp.SymIntExprs.from_tuple(numbers)
 
-    # TensorRT reads these signatures; the types in them are its own.
+    # TensorRT reads these signatures and expects its own types in them.
     inputs = dict.fromkeys(rule.inputs, trtp.TensorDesc)
     outputs = GenericAlias(tuple, (trtp.TensorDesc,) * len(rule.outputs))
     text = str | bytes

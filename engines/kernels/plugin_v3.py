@@ -1,8 +1,8 @@
-"""The plugins of `edge.backends.tensorrt.plugins` as TensorRT builds with them, before 10.13.
+"""Adds to the plugins of `edge.backends.tensorrt.plugins` what builds before 10.13 need.
 
 Their tactics are those of the plugins that are compiled into engines (`plugin`), in the same order.
-Which variants of a kernel a plugin has is an attribute in the graph, since all that a plugin is
-made of must be known when it is made: what it serializes, and by what TensorRT finds its timings
+An attribute in the graph says which variants of a kernel a plugin has, because everything about a
+plugin must be known when it is created: what it serializes, and how TensorRT finds its timings
 again (NvInferRuntime.h of 10.3, ``getTimingCacheID``).
 """
 
@@ -32,15 +32,15 @@ _TACTICS = {rule.name: tactics for rule, tactics in TACTICS.items()}
 
 
 def register(trt: Any, kernels: Kernels, ptx: Mapping[str, Ptx]) -> None:
-    """Make the plugins known to TensorRT, for builds too.
+    """Register the plugins with TensorRT, for builds as well as for running.
 
     Args:
         trt: the module ``tensorrt``.
-        kernels: by variant, from `package.load_cubins` where there are some for the GPU.
-        ptx: what is taken where the driver loads none of these, from `package.load_ptx`.
+        kernels: machine code by variant, from `package.load_cubins`; empty if the GPU has none.
+        ptx: code to use if the driver loads none of these, from `package.load_ptx`.
 
     Raises:
-        DependencyError: this TensorRT takes no such plugin, or cuda-bindings is missing.
+        DependencyError: this TensorRT cannot use such plugins, or cuda-bindings is missing.
     """
     own_kernels = plugins.register(trt)
 
@@ -64,22 +64,22 @@ def register(trt: Any, kernels: Kernels, ptx: Mapping[str, Ptx]) -> None:
 
 
 def registered_kernels(trt: Any, used: Iterable[tuple[str, int]]) -> tuple[bytes, ...]:
-    """The kernels of plugins as they were built with.
+    """Return the kernels of plugins as they were built.
 
     Args:
         trt: the module ``tensorrt``, after `register`.
-        used: plugins, each by its name and the value of its attribute.
+        used: name and attribute value of each plugin.
     """
     pack_of = _packs[plugins.register(trt)]
     return tuple(pack_of(name, value) for name, value in sorted(used))
 
 
 def pack_kernels(used: Iterable[tuple[str, int]], kernels: Kernels) -> tuple[bytes, ...]:
-    """The kernels of plugins; a tactic's number is the place plus one.
+    """Pack the kernels of plugins; a tactic's number is its place plus one.
 
     Args:
-        used: plugins, each by its name and the value of its attribute.
-        kernels: by variant.
+        used: name and attribute value of each plugin.
+        kernels: kernels by variant.
     """
     return tuple(_pack(name, value, kernels) for name, value in sorted(used))
 
@@ -103,13 +103,13 @@ def _pack(name: str, value: int, kernels: Kernels) -> bytes:
 
 
 class _Size:
-    """``IDimensionExpr`` with an operator, where TensorRT has ``IExprBuilder`` for them."""
+    """An ``IDimensionExpr`` with operators; TensorRT has only ``IExprBuilder`` for them."""
 
     def __init__(self, trt: Any, builder: Any, expression: Any) -> None:
         self._trt, self._builder, self.expression = trt, builder, expression
 
     def with_(self, operation: Any, other: _Size | int) -> _Size:
-        """A ``DimensionOperation`` on it and another size."""
+        """Apply a ``DimensionOperation`` to this size and another."""
         second = other.expression if isinstance(other, _Size) else self._builder.constant(other)
         made = self._builder.operation(operation, self.expression, second)
         return _Size(self._trt, self._builder, made)
@@ -138,7 +138,7 @@ def _build_class(trt: Any, rule: PluginRule) -> Any:
             trt.IPluginV3OneBuild.__init__(self)
             self.num_outputs = len(rule.outputs)
             self.tactics = tuple(place + 1 for place, _ in enumerate(unpack(packed)))
-            # Without it TensorRT would time each layer anew, those of the same shapes too.
+            # Without it TensorRT would time every layer, even those of the same shapes.
             self.timing_cache_id = hashlib.sha256(packed).hexdigest()
 
         @told
@@ -176,8 +176,8 @@ def _build_class(trt: Any, rule: PluginRule) -> Any:
 
         @told
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
-            # What follows may be captured: TensorRT 10.10 was seen to time plugins in a CUDA graph
-            # (autowarefoundation/autoware_universe#13158), where the driver loads nothing.
+            # The next calls may be captured: TensorRT 10.10 was seen to time plugins in a CUDA
+            # graph (autowarefoundation/autoware_universe#13158), where the driver loads nothing.
             if self.own_kernels.in_context:
                 self.load()
             usual, largest = (

@@ -1,4 +1,4 @@
-"""What the kernels are to compute, in NumPy and FP64."""
+"""Computes in NumPy and FP64 what the kernels must compute."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ def w4_gemv(
     scales: NDArray[np.float16],
     bias: NDArray[np.float16] | None,
 ) -> tuple[Floats, Floats]:
-    """``x @ (planes * scales) + bias``.
+    """Compute ``x @ (planes * scales) + bias``.
 
     Args:
-        x: [rows, depth].
-        planes: as for `layout.pack_weights`.
-        scales: [groups, columns]; of the low plane if there are two.
+        x: inputs [rows, depth].
+        planes: planes of the weights, as in `layout.pack_weights`.
+        scales: scales [groups, columns]; with two planes, those of the low one.
         bias: [columns], or None.
 
     Returns:
-        The product [rows, columns], and a bound of its error by rounding sums to FP32 and the
+        The product [rows, columns], and a bound on its error from rounding sums to FP32 and the
         result to FP16.
     """
-    # Each nibble is summed 24 too large, and that is taken off: the bound is of what is added.
+    # The kernel sums each nibble 24 too large and subtracts that; the bound includes both.
     exact, size = _product(x, planes, scales, bias, 24.0 * sum(16**n for n in range(len(planes))))
     # A thread adds at most 8 products per block, then blocks, warps and planes: 64 roundings and
-    # one per 8 blocks is more than all of them.
+    # one per 8 blocks bound all of them.
     return exact, _bound(exact, size, 64 + x.shape[1] / 256)
 
 
@@ -41,13 +41,13 @@ def w4_gemm(
     scales: NDArray[np.float16],
     bias: NDArray[np.float16] | None,
 ) -> tuple[Floats, Floats]:
-    """As `w4_gemv`, with the bound of the tensor cores.
+    """Compute as `w4_gemv` does, with the error bound of the tensor cores.
 
     Args:
-        x: see `w4_gemv`, as all others.
-        planes: see there.
-        scales: see there.
-        bias: see there.
+        x: inputs [rows, depth].
+        planes: planes of the weights, as in `layout.pack_weights`.
+        scales: scales [groups, columns]; with two planes, those of the low one.
+        bias: [columns], or None.
     """
     exact, size = _product(x, planes, scales, bias, 0.0)
     # FP16 times an integer of 8 bits is exact in FP32. A block of 32 is two tensor operations, each
@@ -63,7 +63,7 @@ def _product(
     bias: NDArray[np.float16] | None,
     excess: float,
 ) -> tuple[Floats, Floats]:
-    """The product, and the sum of the sizes of all that is added, each weight `excess` larger."""
+    """Return the product, and the sum of the sizes of all terms, each weight `excess` larger."""
     weights = sum(plane.astype(np.float64) * 16**n for n, plane in enumerate(planes))
     wide = np.repeat(scales.astype(np.float64), x.shape[1] // len(scales), axis=0)
     exact = x.astype(np.float64) @ (weights * wide)
@@ -86,14 +86,14 @@ def attention(
     new_values: NDArray[np.float16],
     positions: NDArray[np.int32],
 ) -> Floats:
-    """Attention of a step's tokens over the cache before them and over one another.
+    """Compute attention of a step's tokens over the cache before them and over one another.
 
     Args:
         query: [batch, groups * heads of a group, tokens, width].
-        keys: [batch, groups, capacity, width]; the rows before a sequence's first position count.
-        values: the same.
+        keys: [batch, groups, capacity, width]; only rows before a sequence's first position count.
+        values: shaped like `keys`.
         new_keys: [batch, groups, tokens, width].
-        new_values: the same.
+        new_values: shaped like `new_keys`.
         positions: [batch, tokens], rising by one.
 
     Returns:
@@ -121,15 +121,15 @@ def attention(
 def top_k(
     logits: NDArray[np.float16], keep: int
 ) -> tuple[NDArray[np.float16], NDArray[np.int64], Floats]:
-    """The largest logits of each row, falling, the first place first among equals.
+    """Find the largest logits of each row in falling order; among equals the first place leads.
 
     Args:
-        logits: [rows, columns]; a NaN is greater than infinity, and equal to any other.
-        keep: how many, of each row no more than it has.
+        logits: [rows, columns]; a NaN is greater than infinity, and equal to any other NaN.
+        keep: number of logits to keep, at most the columns.
 
     Returns:
-        Values [rows, keep] of no negative zero, places [rows, keep], and the sums of
-        ``exp(x - greatest)`` over all others [rows], NaN where the greatest is no finite number.
+        Values [rows, keep] without negative zeros, places [rows, keep], and the sums of
+        ``exp(x - greatest)`` over all others [rows], NaN if the greatest is not finite.
     """
     ordered = np.where(np.isnan(logits), np.inf, logits.astype(np.float64))
     order = np.lexsort((-ordered, ~np.isnan(logits)))
@@ -141,14 +141,15 @@ def top_k(
 
 
 def top_k_error() -> float:
-    """Bound on the error of the kernels' sums of `top_k`, relative to them.
+    """Bound the relative error of the sums that the kernels of `top_k` make.
 
-    An exponential is CUDA's quick one: wrong by 2 units in the last place, and one for each 0.85 of
-    its argument (CUDA C++ Programming Guide, "Intrinsic Functions"), which is rounded before. Below
-    2**-126 it is 0, so what is beyond 88 counts for nothing. A part's sum is multiplied by a second
-    one, whose argument makes up for the first one's: together 2 units more, and the product's
-    rounding. A number passes through at most 48 additions: 15 in a thread, 5 in a warp and 3
-    between them for a part, 6 for all parts; or 32 from block to block, and 15 in a block; and 1.
+    The kernels use CUDA's fast exponential. It is wrong by 2 units in the last place, and one for
+    each 0.85 of its argument (CUDA C++ Programming Guide, "Intrinsic Functions"), which is rounded
+    first. Below 2**-126 it is 0, so arguments beyond 88 count for nothing. A part's sum is
+    multiplied by a second exponential, whose argument makes up for the first one's: together 2
+    units more, and the product's rounding. A number passes through at most 48 additions: 15 in a
+    thread, 5 in a warp and 3 between them for a part, 6 for all parts; or 32 from block to block,
+    and 15 in a block; and 1.
     """
     units = 4 + 88 / 0.85
     return (2 * units + 88 + 1 + 48) * 2.0**-24

@@ -1,4 +1,4 @@
-"""From the shape of logits to the two kernels that find the largest of each row."""
+"""Turns the shape of logits into the two kernel launches that find the largest of each row."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _DTYPES: dict[str, type[Any]] = {"fp16": np.float16, "fp32": np.float32, "int32"
 
 
 def top_k_parts_tactics(keep: int) -> tuple[Tactic, ...]:
-    """The one way to find the largest of each part.
+    """Return the only kernel that finds the largest of each part.
 
     Raises:
-        ConfigError: more are kept than a kernel can.
+        ConfigError: `keep` is more than a kernel can keep.
     """
     _check_keep(keep)
     return (Tactic(BY_NAME[TOP_K_PARTS.name], 1, PART_LOGITS),)
 
 
 def top_k_merge_tactics(keep: int) -> tuple[Tactic, ...]:
-    """The one way to find the largest of what all parts kept.
+    """Return the only kernel that finds the largest among those that all parts kept.
 
     Raises:
-        ConfigError: more are kept than a kernel can.
+        ConfigError: `keep` is more than a kernel can keep.
     """
     _check_keep(keep)
     variant = BY_NAME[merge_name(keep)]
@@ -43,15 +43,15 @@ def _check_keep(keep: int) -> None:
 
 
 def top_k(rows: int, columns: int, keep: int) -> Job:
-    """The largest logits of each row, their places, and the mass of all others.
+    """Find the largest logits of each row, their places, and the mass of all others.
 
     Args:
-        rows: of logits.
-        columns: of the vocabulary, up to 262,144.
-        keep: how many, up to 1,024 and no more than there are.
+        rows: rows of logits.
+        columns: size of the vocabulary, up to 262,144.
+        keep: number of logits to keep, up to 1,024 and at most `columns`.
 
     Raises:
-        ConfigError: the kernels do not serve this.
+        ConfigError: the kernels do not support these sizes.
     """
     if rows < 1 or not keep <= columns <= MOST_COLUMNS:
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""Which kernels are compiled, and with what: data, without Triton.
+"""Lists the kernels to compile and their constants: data, without Triton.
 
-A variant is one Triton function with its compile-time constants. Its name is that of its cubin and
-of its record in the manifest.
+A variant is one Triton function with its compile-time constants. Its cubin and its record in the
+manifest have its name.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Literal
 from edge.backends.tensorrt.launch_rules import MOST_CACHE_PARTS, PART_LOGITS
 
 ARCHITECTURES = (80, 87, 90, 100, 110, 120)
-"""Compute capabilities, times ten. 80 is Ampere, and runs on other desktop GPUs of 8.x, Ada too; 87
+"""Compute capabilities, times ten. 80 is Ampere, and runs on other desktop GPUs of 8.x and Ada; 87
 is the Orin; 90 is Hopper; 100 and 120 are Blackwell, for data centres and desktops; 110 is Thor."""
 MAX_ROWS = 8
-"""Of a product by `w4_gemv`: beyond that tensor cores win."""
+"""The most rows of a product by `w4_gemv`; beyond that tensor cores are faster."""
 HEAD_WIDTHS = (64, 128)
 ATTENTION_ROWS, JOIN_ROWS = (16, 64), (1, 8)
-"""Heads of tokens that a program of attention does, and one that joins parts."""
+"""Numbers of (head, token) pairs that a program of attention computes, and one that joins parts."""
 LEAST_PART = 128
-"""Rows of a sequence that are worth a program."""
+"""Fewest rows of a sequence that are worth a program."""
 KEPT = (256, 1024)
-"""Logits of a row that are kept at most, by the kernel that sorts them."""
+"""Sizes of the kernel that sorts the kept logits: each is the most logits of a row it keeps."""
 MOST_PARTS = 64
-"""Of `PART_LOGITS` logits of a row, so its length is at most 262,144."""
+"""The most parts, of `PART_LOGITS` logits each, in a row; so a row has at most 262,144 logits."""
 
 Type = Literal["*fp16", "*fp32", "*i32", "i32"]
 
@@ -35,13 +35,13 @@ class Variant:
     """One kernel to compile.
 
     Attributes:
-        name: of the variant.
+        name: name of the variant.
         source: module under `sources`.
-        function: in it; the entry point has the variant's name.
+        function: function in that module; the entry point has the variant's name instead.
         parameters: names and types in order: inputs, numbers, outputs.
         constants: compile-time constants.
-        warps: threads of a program, by 32.
-        stages: how deep loads of a loop are put ahead through shared memory; 1 is not at all.
+        warps: threads per program, in units of 32.
+        stages: how many iterations ahead a loop prefetches into shared memory; 1 prefetches none.
         aligned: numbers that are multiples of 16, which wide loads need. Pointers always are.
     """
 
@@ -56,27 +56,27 @@ class Variant:
 
 
 def gemv_name(rows: int, planes: int) -> str:
-    """Variant for this many rows (up to 8) and planes of weights (1 or 2)."""
+    """Name the variant for this many rows (up to 8) and planes of weights (1 or 2)."""
     return f"w4_gemv_rows{_power(rows, 1)}_planes{planes}"
 
 
 def gemm_name(planes: int) -> str:
-    """Variant for many rows and planes of weights (1 or 2)."""
+    """Name the variant for many rows and this many planes of weights (1 or 2)."""
     return f"w4_gemm_planes{planes}"
 
 
 def attention_name(rows: int, width: int) -> str:
-    """Variant with this many heads of tokens (16 or 64) of this width in a program."""
+    """Name the variant with this many (head, token) pairs (16 or 64) of this width per program."""
     return f"attention_parts_rows{rows}_width{width}"
 
 
 def join_name(rows: int, width: int) -> str:
-    """Variant that joins the parts of this many heads of tokens (1 or 8) in a program."""
+    """Name the variant that joins the parts of this many (head, token) pairs (1 or 8)."""
     return f"attention_join_rows{rows}_width{width}"
 
 
 def merge_name(keep: int) -> str:
-    """Variant that sorts this many of the largest logits (up to 1024)."""
+    """Name the variant that sorts this many of the largest logits (up to 1024)."""
     return f"top_k_merge_most{next(most for most in KEPT if most >= keep)}"
 
 
@@ -99,7 +99,7 @@ _PRODUCT: dict[str, Type] = {
 
 
 def _gemv(rows: int, planes: int) -> Variant:
-    # Eight rows in one loop of all eight nibbles would spill: inputs are loaded too far ahead.
+    # Eight rows in one loop of all eight nibbles would spill: inputs are prefetched too far.
     warps, unroll = {1: (8, 8), 2: (8, 8), 4: (4, 2), 8: (4, 2 if planes == 1 else 1)}[rows]
     return Variant(
         gemv_name(rows, planes),
@@ -147,7 +147,7 @@ def _attention(rows: int, width: int) -> Variant:
         {
             "ROWS": rows,
             "WIDTH": width,
-            # Of 64 rows of 128 values, two stages are more than the 48 KiB that a launch may have.
+            # With 64 rows of 128 values, two stages exceed the 48 KiB that a launch may have.
             "BLOCK": 64 if rows == 16 or width == 64 else 32,
             "LEAST": LEAST_PART,
             "SCALE": math.log2(math.e) / math.sqrt(width),

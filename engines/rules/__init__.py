@@ -1,1 +1,1 @@
-"""What each TensorRT takes of an ONNX graph, as data with sources; TensorRT need not be here."""
+"""Rules that say, with sources, which ONNX graphs each TensorRT takes; needs no TensorRT."""

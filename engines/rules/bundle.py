@@ -1,4 +1,4 @@
-"""The rules on a bundle: what ``check --trt``, ``build`` and ``export`` ask."""
+"""Checks bundles against the rules, for ``check --trt``, ``build`` and ``export``."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _RELEASE = re.compile(r"(\d{1,3})\.(\d{1,3})(\.\d+)*\Z")
 
 
 def parse_versions(text: str) -> list[Version]:
-    """The versions of ``--trt``: releases such as ``10.3``, ``rtx`` or ``all``, between commas.
+    """Parse the value of ``--trt``: releases such as ``10.3``, ``rtx`` or ``all``, with commas.
 
     Raises:
-        ConfigError: none of these, or a release older than the table.
+        ConfigError: a part is none of these, or a release older than the table.
     """
     found: list[Version] = []
     for name in text.split(","):
@@ -51,13 +51,13 @@ def _parse_version(name: str) -> Version:
 
 
 def check_bundle_rules(bundle: Path, versions: list[Version]) -> list[Verdict]:
-    """Hold a bundle's graphs against the rules of some versions.
+    """Check a bundle's graphs against the rules of some versions.
 
-    They are hashed first. The weights are not: of them only scales are read. What a vision encoder
-    breaks follows what the decoder does.
+    The graphs are hashed first. The weights are not, since only scales are read from them. Findings
+    about a vision encoder follow those about the decoder.
 
     Raises:
-        BundleError: no bundle, or a graph that is not valid.
+        BundleError: there is no bundle, or a graph is not valid.
         IntegrityError: the graph differs from its hash in the manifest.
     """
     manifest = read_manifest(bundle)
@@ -78,16 +78,17 @@ def refuse_illegal(graph: bytes, bundle: Path, manifest: Manifest, version: Vers
 
     Args:
         graph: the graph to build, e.g. with another capacity than the bundle's.
-        bundle: where its weights are.
-        manifest: the bundle's.
-        version: the TensorRT that is here.
+        bundle: directory of its weights.
+        manifest: the bundle's manifest.
+        version: the TensorRT that will parse it.
 
     Returns:
         Warnings, one line each.
 
     Raises:
-        BuildError: this TensorRT does not take it; rule, node and the command that helps are named.
-        BundleError: not a valid graph.
+        BuildError: this TensorRT does not take it; the message has rule, node and the command that
+            helps.
+        BundleError: the graph is not valid.
     """
     (verdict,) = check_graph(graph, bundle, [version])
     if not verdict.legal:
@@ -102,7 +103,7 @@ def refuse_illegal(graph: bytes, bundle: Path, manifest: Manifest, version: Vers
 
 
 def verdict_as_dict(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as ``--json`` prints it."""
+    """Convert a verdict to what ``--json`` prints."""
     return {
         "tensorrt": verdict.version.name,
         "where": verdict.version.where,

@@ -1,4 +1,4 @@
-"""Hold a graph against the rules of one or many versions of TensorRT."""
+"""Checks a graph against the rules of one or many versions of TensorRT."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Finding:
     """A rule that a graph breaks.
 
     Attributes:
-        rule: its name.
-        refused: whether the graph is illegal for it; else it is a warning.
-        nodes: every node (or tensor) where it is broken, in the graph's order.
-        found: what the first one has.
+        rule: name of the rule.
+        refused: whether the graph is illegal because of it; else this is a warning.
+        nodes: every node (or tensor) that breaks it, in the graph's order.
+        found: what the first of them has.
         says: what TensorRT takes.
-        source: where that is written.
+        source: where NVIDIA writes that.
         instead: what to export instead.
-        note: where sources disagree, or what is not confirmed; may be empty.
+        note: a disagreement of sources, or what is not confirmed; may be empty.
     """
 
     rule: str
@@ -47,12 +47,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A graph and one version.
+    """The findings of one version of TensorRT's rules about a graph.
 
     Attributes:
         version: the TensorRT.
         findings: refusals and warnings.
-        confirmed: whether the rules of this very release were read at NVIDIA's.
+        confirmed: whether the rules of exactly this release were read in NVIDIA's sources.
     """
 
     version: Version
@@ -66,27 +66,27 @@ class Verdict:
 
     @property
     def refusals(self) -> tuple[Finding, ...]:
-        """The findings that make the graph illegal."""
+        """Findings that make the graph illegal."""
         return tuple(finding for finding in self.findings if finding.refused)
 
 
 def check_graph(data: bytes, directory: Path | None, versions: Iterable[Version]) -> list[Verdict]:
-    """Hold a graph against the rules.
+    """Check a graph against the rules.
 
     Args:
         data: the ONNX file.
-        directory: where its weights are; None leaves the values of scales unchecked.
-        versions: for which TensorRT.
+        directory: directory of its weights; None leaves the values of scales unchecked.
+        versions: versions of TensorRT to check for.
 
     Raises:
-        BundleError: no valid graph, or its weights cannot be read.
+        BundleError: the graph is not valid, or its weights cannot be read.
     """
     facts = GraphFacts(OnnxFile(data), directory)
     return [check_facts(facts, version) for version in versions]
 
 
 def check_facts(facts: GraphFacts, version: Version) -> Verdict:
-    """The verdict on a graph that is already read."""
+    """Check a graph that is already read."""
     findings = []
     for rule in RULES:
         step = rule.at(version)

@@ -1,4 +1,4 @@
-"""A graph as the rules look at it: who makes a tensor, its type, its rank, its values."""
+"""Reads a graph for the rules: which node makes a tensor, its type, its rank, its values."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _FIRST_INPUTS_TYPE = (
     *("MatMul", "Gemm", "Reshape", "Unsqueeze", "Squeeze", "Gather", "GatherND", "ReduceMean"),
     *("ReduceSum", "ReduceMax", "Expand", "Tile", "Pad", "ScatterND"),
 )
-# Our plugins of attention: type and rank of what they put out.
+# Our plugins of attention: type and rank of their outputs.
 _OWN_ATTENTION = {"attention_parts": ("fp32", 2), "attention_join": ("fp16", 3)}
-# Our plugins of the best logits: types of what they put out, and by how much its rank is above that
-# of their first input.
+# Our plugins of the best logits: types of their outputs, and by how much an output's rank exceeds
+# that of the first input.
 _OWN_TOP_K = {
     "top_k_parts": (("int32", "fp32"), 1),
     "top_k_merge": (("fp16", "int32", "fp32"), -1),
@@ -43,7 +43,7 @@ _COUNTS = ("Shape", "Size", "NonZero", "ArgMax", "ArgMin")
 
 
 def _all_usable(values: NDArray[Any]) -> bool:
-    """Whether all are above zero and finite; FP16 by its bits, in one pass."""
+    """Whether all values are positive and finite; FP16 by its bits, in one pass."""
     if values.dtype == np.float16:
         return bool((values.view(np.uint16) - np.uint16(1) < np.uint16(0x7BFF)).all())
     return bool((np.isfinite(values) & (values > 0)).all())
@@ -51,14 +51,14 @@ def _all_usable(values: NDArray[Any]) -> bool:
 
 @dataclass(frozen=True)
 class FactNode:
-    """A node with its attributes as values, and a name that people know it by."""
+    """A node with its attributes as values and a readable name."""
 
     node: Node
     attributes: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """Its name, else that of its first output."""
+        """The node's name, or that of its first output if it has none."""
         return self.node.name or (self.node.outputs[0] if self.node.outputs else "without a name")
 
     @property
@@ -68,11 +68,11 @@ class FactNode:
 
     @property
     def plugin(self) -> str:
-        """Which of our plugins it is; an empty string if it is none."""
+        """Name of our plugin that the node is; empty if it is none."""
         return self.op_type if self.node.domain == NAMESPACE else ""
 
     def input(self, index: int) -> str:
-        """An input's tensor, or an empty string where it is left out."""
+        """Name the tensor of an input; empty if the input is left out."""
         return self.node.inputs[index] if index < len(self.node.inputs) else ""
 
 
@@ -81,10 +81,10 @@ class QuantNode:
     """A ``QuantizeLinear`` or ``DequantizeLinear``.
 
     Attributes:
-        dtype: of the quantized side; None if unknown.
-        data_shape: of a constant; None elsewhere.
-        scale_shape: likewise, of the scale.
-        blocked: whether the scale has a number per block of weights.
+        dtype: type of the quantized side; None if unknown.
+        data_shape: shape of quantized data that are constant; None elsewhere.
+        scale_shape: shape of a constant scale; None elsewhere.
+        blocked: whether the scale has a number for each block of weights.
     """
 
     node: FactNode
@@ -98,18 +98,18 @@ class QuantNode:
 
     @property
     def dequantizes(self) -> bool:
-        """Whether it goes from the quantized type to floats."""
+        """Whether it turns the quantized type into floats."""
         return self.node.op_type == "DequantizeLinear"
 
     @property
     def axis(self) -> int:
-        """The attribute, which ONNX has as 1 where it is left out."""
+        """The attribute ``axis``; ONNX's default is 1."""
         axis = self.node.attributes.get("axis", 1)
         return axis if isinstance(axis, int) else 1
 
     @property
     def block_size(self) -> int | None:
-        """Weights per block, by the attribute or else by the shapes; None if unknown."""
+        """Weights per block, by the attribute, else by the shapes; None if unknown."""
         size = self.node.attributes.get("block_size")
         if isinstance(size, int) and size:
             return size
@@ -121,15 +121,15 @@ class QuantNode:
 
 
 class GraphFacts:
-    """What is known of a graph.
+    """Types, ranks and constants of a graph, as far as they are known.
 
     Args:
         graph: the graph.
-        directory: of the graph's file, where its weights are.
+        directory: directory of the graph's file and its weights.
 
     Raises:
-        BundleError: no valid graph: a tensor that two nodes make, or that a node reads before
-            anything makes it, as in a circle.
+        BundleError: the graph is not valid: two nodes make one tensor, or a node reads a tensor
+            before any node makes it, as in a cycle.
     """
 
     def __init__(self, graph: OnnxFile, directory: Path | None = None) -> None:
@@ -163,25 +163,25 @@ class GraphFacts:
             self._types[name], self._ranks[name] = kind, rank
 
     def dtype(self, name: str) -> str | None:
-        """Element type of a tensor; None if unknown."""
+        """Return the element type of a tensor; None if unknown."""
         if name in self.inputs:
             return self.inputs[name].dtype
         constant = self.constants.get(name)
         return constant.dtype if constant is not None else self._types.get(name)
 
     def rank(self, name: str) -> int | None:
-        """Number of dimensions of a tensor; None if unknown."""
+        """Return the number of dimensions of a tensor; None if unknown."""
         if name in self.inputs:
             return len(self.inputs[name].shape)
         constant = self.constants.get(name)
         return len(constant.shape) if constant is not None else self._ranks.get(name)
 
     def constant(self, name: str) -> Constant | None:
-        """A constant; None if something makes the tensor."""
+        """Return a constant; None if a node makes the tensor."""
         return self.constants.get(name)
 
     def scale_fault(self, name: str) -> str | None:
-        """What is wrong with the values of a constant scale; None if nothing, or unknown."""
+        """Say what is wrong with the values of a constant scale; None if nothing, or unknown."""
         if name not in self._scale_faults:
             self._scale_faults[name] = self._find_scale_fault(name)
         return self._scale_faults[name]
@@ -205,7 +205,7 @@ class GraphFacts:
         return None
 
     def all_zero(self, name: str) -> bool | None:
-        """Whether a constant holds zeros only; None if it cannot be read as numbers."""
+        """Whether a constant is all zeros; None if it cannot be read as numbers."""
         constant = self.constants.get(name)
         if constant is None:
             return None
@@ -216,11 +216,11 @@ class GraphFacts:
 
     @cached_property
     def quant_nodes(self) -> list[QuantNode]:
-        """Every node that quantizes or dequantizes, in the graph's order."""
+        """List every node that quantizes or dequantizes, in the graph's order."""
         return [self._quant_node(node) for node in self.nodes if node.op_type in QUANTIZING]
 
     def weight_only_products(self, types: tuple[str, ...]) -> Iterator[tuple[FactNode, QuantNode]]:
-        """Every product of a weight in one of these types, without blocks, and an input in none.
+        """Find products of a block-free weight in one of these types with an input in none.
 
         Args:
             types: quantized types.
@@ -268,7 +268,7 @@ class GraphFacts:
         )
 
     def _quantized_type(self, node: FactNode) -> str | None:
-        """The output type of a ``QuantizeLinear``, by ONNX: UINT8 where nothing states another."""
+        """Return the output type of a ``QuantizeLinear``; ONNX's default is UINT8."""
         if node.input(2):
             return self.dtype(node.input(2))
         stated = node.attributes.get("output_dtype", 0)
@@ -325,7 +325,7 @@ class GraphFacts:
         return None
 
     def infos(self) -> Iterator[tuple[str, ValueInfo]]:
-        """Inputs and outputs, each with ``input`` or ``output``."""
+        """Yield inputs and outputs, each with ``input`` or ``output``."""
         for info in self.inputs.values():
             yield "input", info
         for info in self.outputs.values():

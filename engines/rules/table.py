@@ -1,14 +1,14 @@
-"""The rules, per version of TensorRT, each with where it was read.
+"""Lists the rules for each version of TensorRT, each with its source.
 
-A `Rule` has steps: from a release on, a value holds, until the next step. So the table answers for
-releases between the columns of `VERSIONS` too. Where sources disagree, the stricter one is taken
-and the rule's ``note`` says so; a rule whose source is not NVIDIA's says so there as well.
+A `Rule` has steps: a value holds from a release on, until the next step. So the table also answers
+for releases between the columns of `VERSIONS`. Where sources disagree, the rule takes the stricter
+one and its ``note`` says so. The note also says if the source is not NVIDIA's.
 
 Sources: ``NvInfer.h`` is include/NvInfer.h of github.com/NVIDIA/TensorRT at a tag, with its lines;
-``operators.md`` and ``onnxOpImporters.cpp`` are of github.com/onnx/onnx-tensorrt at the commit that
-the tag names as its parser. Of the parser's source, 10.1 and 10.16 were read, of its list of
-operators 11.1 too. Of 11.2 and newer only release notes were: their steps are those of 11.1, with
-the operator DFT from 11.2 on and opset 25 from 11.5 on.
+``operators.md`` and ``onnxOpImporters.cpp`` are from github.com/onnx/onnx-tensorrt at the commit
+that the tag names as its parser. The parser's source was read at 10.1 and 10.16, its list of
+operators at 11.1 too. For 11.2 and newer only release notes were read: their steps are those of
+11.1, with the operator DFT from 11.2 on and opset 25 from 11.5 on.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Release = tuple[int, int]
 
 @dataclass(frozen=True)
 class Version:
-    """A TensorRT.
+    """A version of TensorRT.
 
     Attributes:
-        name: ``10.3``, or ``rtx``.
-        release: major and minor.
-        where: on which device it is.
+        name: release such as ``10.3``, or ``rtx``.
+        release: major and minor version.
+        where: device that has this version.
     """
 
     name: str
@@ -54,7 +54,7 @@ LAST_CONFIRMED: Release = (11, 1)
 
 
 def version_of(flavour: Flavour, release: Release) -> Version:
-    """The column of a TensorRT that was found, or one of its own between two columns."""
+    """Find the column of an installed TensorRT, or make one between two columns."""
     if flavour == "tensorrt-rtx":
         return VERSIONS[-1]
     for version in VERSIONS:
@@ -65,12 +65,12 @@ def version_of(flavour: Flavour, release: Release) -> Version:
 
 @dataclass(frozen=True)
 class Step:
-    """From a release on, until the next step.
+    """A value of a rule that holds from a release on, until the next step.
 
     Attributes:
         since: the first release.
-        value: what the rule's check compares with; None: the rule does not hold.
-        source: where it is written.
+        value: value that the rule's check compares with; None if the rule does not hold.
+        source: where NVIDIA writes it.
     """
 
     since: Release
@@ -80,15 +80,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule.
+    """One rule about the graphs that TensorRT takes.
 
     Attributes:
-        name: for people and for ``--json``.
+        name: name for people and for ``--json``.
         says: what TensorRT takes; ``{value}`` is the step's value.
         instead: what to export instead.
-        steps: by release, ascending.
-        rtx: the same for TensorRT for RTX; None: the rule does not hold there.
-        refuses: False for a rule whose breach may still work; it is told as a warning.
+        steps: steps by release, ascending.
+        rtx: step for TensorRT for RTX; None if the rule does not hold there.
+        refuses: False if a graph that breaks the rule may still work; it is then a warning.
         note: disagreement between sources, or what could not be confirmed.
     """
 
@@ -101,13 +101,13 @@ class Rule:
     note: str = ""
 
     def sentence(self, step: Step) -> str:
-        """What TensorRT takes, with the value of a step."""
+        """Say what TensorRT takes, with the value of a step."""
         value = step.value
         shown = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         return self.says.replace("{value}", shown)
 
     def at(self, version: Version) -> Step | None:
-        """What holds for a version; None if the rule does not."""
+        """Find the step that holds for a version; None if the rule does not."""
         if version.flavour == "tensorrt-rtx":
             return self.rtx
         found = None
@@ -132,7 +132,7 @@ def _everywhere(value: Any, source: str) -> tuple[tuple[Step, ...], Step]:
     return _always(value, source), Step(_RTX, value, f"{source}; taken for RTX too")
 
 
-# ``Y`` in operators.md of TensorRT 10.0, and but for DeformConv in that of 10.1 (96e7811).
+# Marked ``Y`` in operators.md of TensorRT 10.0; all but DeformConv also in 10.1's (96e7811).
 _OPERATORS_10_0 = """
 Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast
 CastLike Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum
@@ -162,7 +162,7 @@ OPERATOR_SINCE: dict[str, Release] = {
     **dict.fromkeys(_OPERATORS_10_0.split(), (10, 0)),
     **{name: since for since, names in _NEWER_OPERATORS for name in names.split()},
 }
-"""ONNX's own operators, and the first TensorRT whose parser has them."""
+"""ONNX operators, and the first TensorRT whose parser has them."""
 
 _BLOCK_INT8_INSTEAD = "export the bundle again: INT8 weights are two INT4 planes since then"
 _HEADER_10_3_BLOCK = "NvInfer.h v10.3.0:5332-5334, 5496 (v10.7.0:5468-5472, 5506)"
@@ -530,4 +530,4 @@ _OPERATOR_RULES = (
 )
 
 RULES: tuple[Rule, ...] = (*_GRAPH_RULES, *_QUANTIZE_RULES, *_OPERATOR_RULES)
-"""All rules, in the order in which they are checked and told."""
+"""All rules, in the order in which they are checked and reported."""

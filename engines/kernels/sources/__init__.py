@@ -1,1 +1,1 @@
-"""The kernels' Triton sources; only `scripts/kernels` and the interpreter's tests import them."""
+"""Holds the kernels' Triton sources; only `scripts/kernels` and interpreter tests import them."""

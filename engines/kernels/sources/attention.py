@@ -1,9 +1,9 @@
 """Attention over a cache of fixed size and a step's own rows, in two kernels (flash attention).
 
 ``attention_parts`` takes some rows of the cache per program, so that one sequence with few groups
-of heads still keeps all of a GPU busy; ``attention_join`` adds up what they found.
+of heads still keeps a whole GPU busy; ``attention_join`` adds up their results.
 
-Triton: imported where kernels are compiled or interpreted, never where they run.
+Imports Triton: use it to compile or interpret kernels, never to run them.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def rows_of_part(past, tokens, parts, LEAST: tl.constexpr):
-    """Rows that a part of a sequence has: as many as all others, and a multiple of `LEAST`."""
+    """Return the rows per part of a sequence: the same for all, and a multiple of `LEAST`."""
     each = tl.cdiv(past + tokens, parts)
     return tl.maximum(tl.cdiv(each, LEAST) * LEAST, LEAST)
 
@@ -37,35 +37,35 @@ def attention_parts(
     LEAST: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """One part of a sequence's rows, for some tokens and all heads of one group.
+    """Compute one part of a sequence's rows, for some tokens and all heads of one group.
 
-    Heads of a group and tokens are rows of one matrix product, the heads of a token one behind the
-    other, so each key and each value is read once for all of them. A sequence's rows are those of
-    the cache before its first token, and then the step's own; token ``t`` sees as many as its
+    The (token, head) pairs of a group are the rows of one matrix product, so each key and each
+    value is read once for all of them; the heads of a token are adjacent. A sequence's rows are
+    those of the cache before its first token, then the step's own. Token ``t`` sees as many as its
     position says, itself included. Blocks that none of a program's tokens sees are not read; a
-    program with none but such returns at once and writes nothing.
+    program with only such blocks returns at once and writes nothing.
 
     Args:
         query_ptr: [batch, groups * heads, tokens, WIDTH] FP16.
-        keys_ptr: [batch, groups, capacity, WIDTH] FP16, as the cache lies in memory.
-        values_ptr: the same.
+        keys_ptr: [batch, groups, capacity, WIDTH] FP16, the cache as it is in memory.
+        values_ptr: [batch, groups, capacity, WIDTH] FP16.
         new_keys_ptr: [batch, groups, tokens, WIDTH] FP16, the step's own.
-        new_values_ptr: the same.
+        new_values_ptr: [batch, groups, tokens, WIDTH] FP16.
         positions_ptr: [batch, tokens] INT32, rising by one; only the first of a sequence is read.
         groups: key and value heads.
-        heads: query heads of each.
-        tokens: of a step and sequence.
-        capacity: rows that the cache has.
+        heads: query heads per group.
+        tokens: tokens per sequence in this step.
+        capacity: cache rows per sequence.
         partial_ptr: [parts, batch, tokens, groups * heads, WIDTH] FP32: sums of weighted values.
         stats_ptr: [parts, batch, tokens, groups * heads, 2] FP32: greatest score times log2(e), and
             the sum of weights.
-        ROWS: a power of two of at least 16.
-        WIDTH: of a head, 64 or 128.
+        ROWS: (token, head) pairs per program; a power of two of at least 16.
+        WIDTH: values per head, 64 or 128.
         BLOCK: rows of a sequence that are read at once.
-        LEAST: see `rows_of_part`; a multiple of `BLOCK`.
-        SCALE: of scores, times log2(e).
+        LEAST: fewest rows of a part (`rows_of_part`); a multiple of `BLOCK`.
+        SCALE: factor on scores, times log2(e).
     """
-    # The last tokens see the most rows: they begin first.
+    # The last tokens see the most rows, so start with them.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     pair = tl.program_id(1)
     part, parts = tl.program_id(2), tl.num_programs(2)
@@ -98,7 +98,7 @@ def attention_parts(
         there = position < end
         old = position < past
         line = (tl.where(old, in_cache, in_step) + position) * WIDTH
-        # Of a choice of two pointers the compiler does not see that rows lie in one piece.
+        # With a choice of two pointers the compiler would not see that rows are contiguous.
         keys_at = tl.where(old, keys_ptr, new_keys_ptr) + line
         keys_at = tl.multiple_of(keys_at[:, None] + lane[None, :], (1, 16))
         keys_at = tl.max_contiguous(keys_at, (1, WIDTH))
@@ -111,7 +111,7 @@ def attention_parts(
         visible = there[None, :] & (position[None, :] < seen[:, None])
         scores = tl.where(visible, scores, float("-inf"))
         new = tl.maximum(greatest, tl.max(scores, 1))
-        # A row that has seen nothing yet keeps -inf, whose difference would be NaN.
+        # A row that has seen nothing yet is still -inf, and a difference of two would be NaN.
         base_score = tl.where(new == float("-inf"), 0.0, new)
         weights = tl.exp2(scores - base_score[:, None])
         fade = tl.exp2(greatest - base_score)
@@ -143,23 +143,23 @@ def attention_join(
     PARTS: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    """Join what the programs of `attention_parts` found, of all parts that a token sees.
+    """Join the results of `attention_parts` over all parts that a token sees.
 
     Args:
-        partial_ptr: [parts, rows, WIDTH] FP32, see `attention_parts`.
-        stats_ptr: [parts, rows, 2] FP32, see there.
-        positions_ptr: see there.
+        partial_ptr: [parts, rows, WIDTH] FP32 from `attention_parts`.
+        stats_ptr: [parts, rows, 2] FP32 from `attention_parts`.
+        positions_ptr: [batch, tokens] INT32, as in `attention_parts`.
         query_ptr: not read; a plugin knows the number of heads by its shape.
-        rows: heads of tokens of all sequences.
-        tokens: of a step and sequence.
-        heads: query heads, of all groups.
-        parts: of a sequence, at most `PARTS`.
+        rows: number of (token, head) pairs of all sequences.
+        tokens: tokens per sequence in this step.
+        heads: query heads of all groups.
+        parts: parts of a sequence, at most `PARTS`.
         output_ptr: [batch, tokens, heads, WIDTH] FP16.
-        ROWS: that a program does.
-        WIDTH: of a head.
+        ROWS: (token, head) pairs per program.
+        WIDTH: values per head.
         STEP: parts that are read at once.
         PARTS: a power of two.
-        LEAST: see `rows_of_part`.
+        LEAST: fewest rows of a part (`rows_of_part`).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mine = row < rows
@@ -174,7 +174,7 @@ def attention_join(
     line = part.to(tl.int64) * rows + row[None, :]
     found = tl.load(stats_ptr + line * 2, mask=part < used[None, :], other=float("-inf"))
     weight = tl.load(stats_ptr + line * 2 + 1, mask=part < used[None, :], other=0.0)
-    # Everyone sees the first part, so only rows that are not there have no greatest score.
+    # Every token sees the first part, so only missing rows have no greatest score.
     greatest = tl.where(mine, tl.max(found, 0), 0.0)
     total = tl.sum(weight * tl.exp2(found - greatest[None, :]), 0)
     lane = tl.arange(0, WIDTH)

@@ -1,6 +1,6 @@
 """``w4_gemv``: few rows of FP16 times weights of 4 bits, or of 8 bits as two planes of 4.
 
-Triton: imported where kernels are compiled or interpreted, never where they run.
+Imports Triton: use it to compile or interpret kernels, never to run them.
 """
 
 import triton
@@ -25,7 +25,7 @@ def w4_gemv(
     SLICES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """``y = x @ dequantized + bias``, sums in FP32, rounded once.
+    """Compute ``y = x @ dequantized + bias`` with sums in FP32, rounded once.
 
     A program owns ``32 * PARTS`` columns of `ROWS` rows. Its warps share the depth among them: warp
     ``i`` takes the blocks of 32 weights ``i``, ``i + SLICES``, ...; the sums of the warps are added
@@ -34,7 +34,7 @@ def w4_gemv(
     Args:
         x_ptr: [rows, depth] FP16.
         weights_ptr: [depth / 32, PLANES, columns, 4] 32-bit words of `layout.pack_weights`.
-        scales_ptr: [depth / (32 << group_shift), columns] FP16; of the low plane if there are two.
+        scales_ptr: [depth / (32 << group_shift), columns] FP16; with two planes, the low one's.
         bias_ptr: [columns] FP16, read if `has_bias`.
         rows: any number.
         columns: any number.
@@ -44,11 +44,11 @@ def w4_gemv(
         y_ptr: [rows, columns] FP16.
         ROWS: a power of two.
         PLANES: 1 or 2.
-        PARTS: columns of a thread.
+        PARTS: columns per thread.
         SLICES: number of warps.
-        UNROLL: nibbles of a word whose inputs are loaded ahead: what registers allow.
+        UNROLL: nibbles of a word whose inputs are prefetched, as far as registers allow.
     """
-    # The order of the axes is that in which Triton hands out lanes, warps, and at last registers.
+    # Triton hands out lanes, warps, and at last registers in the order of the axes.
     part = tl.arange(0, PARTS)[:, None, None]
     warp = tl.arange(0, SLICES)[None, :, None]
     lane = tl.arange(0, 32)[None, None, :]
@@ -58,7 +58,7 @@ def w4_gemv(
     blocks = depth // 32
     first_row = tl.program_id(1) * ROWS
     x_at = x_ptr + first_row.to(tl.int64) * depth
-    # Zero from a value that the compiler does not know keeps the exponent in a register: with two
+    # A zero that the compiler does not recognize keeps the exponent in a register: with two
     # constants, "and" and "or" would be two instructions.
     exponent = 0x41800000 + (rows >> 31)
     sums = ()
@@ -72,14 +72,14 @@ def w4_gemv(
         ).to(tl.float32)
         totals = ()
         for row in tl.static_range(ROWS):
-            # A row that is not there has no blocks.
+            # A missing row has no blocks.
             here = block < tl.where(first_row + row < rows, blocks, 0)
             inputs = tl.load(x_at + row * depth + block * 32 + lane, mask=here, other=0.0)
             # Every nibble will be 24 too large.
             excess = 24.0 * (17 if PLANES == 2 else 1) * tl.sum(inputs.to(tl.float32), 2)
             totals += (tl.zeros((PARTS, SLICES, 32), tl.float32) - excess[:, :, None],)
         for plane in tl.static_range(PLANES):
-            # In 64 bits: an lm_head of 8 bits passes 2 GiB of addresses sooner than it seems.
+            # Use 64 bits: an lm_head of 8 bits soon exceeds 2 GiB of addresses.
             line = (block * PLANES + plane).to(tl.int64) * columns + column
             words = tl.load(
                 weights_ptr + line[:, :, :, None] * 4 + word, mask=valid[:, :, :, None], other=0
@@ -88,7 +88,7 @@ def w4_gemv(
             for _ in tl.static_range(ROWS):
                 dots += (tl.zeros((PARTS, SLICES, 32, 4), tl.float32),)
             for place in tl.range(0, 8, loop_unroll_factor=UNROLL):
-                # A nibble v + 8 as the upper bits of the mantissa of 16.0 is the float 24 + v.
+                # A nibble v + 8 in the upper mantissa bits of 16.0 is the float 24 + v.
                 value = (((words << 19) & 0x780000) | exponent).to(tl.float32, bitcast=True)
                 words = words >> 4
                 k = block[:, :, :, None] * 32 + place * 4 + word

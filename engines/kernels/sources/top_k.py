@@ -1,45 +1,45 @@
-"""The largest logits of a row, their places, and the mass of all others.
+"""Finds the largest logits of a row, their places, and the mass of all others.
 
-What a sampler needs of 151,936 logits. Two kernels: ``top_k_parts`` keeps the largest of a part of
-a row, ``top_k_merge`` the largest of what all parts kept.
+A sampler needs no more of 151,936 logits. ``top_k_parts`` keeps the largest of a part of a row,
+``top_k_merge`` the largest of those from all parts.
 
-Both select, and only what is kept in the end is sorted. An FP16 is a 16-bit integer of the same
-order, so 16 steps of a binary search find the least one that is kept, by counting those that are no
-smaller. What is kept is stored in order of place, by which equals are told apart.
+Both select, and only the logits that are kept in the end are sorted. An FP16 maps to a 16-bit
+integer of the same order. So 16 steps of binary search find the least one to keep, by counting
+those no smaller. Kept logits are stored in order of place, which tells equals apart.
 
-Triton: imported where kernels are compiled or interpreted, never where they run.
+Imports Triton: use it to compile or interpret kernels, never to run them.
 """
 
 import triton
 import triton.language as tl
 
 NOTHING = tl.constexpr(-0x8000)
-"""Stands for a logit that is not there; the integers of those that are, are greater."""
+"""Marks a missing logit; the integers of all others are greater."""
 GREATER = tl.constexpr(11)
-"""Bits for how many logits are greater than another; 20 are left for those that are equal."""
+"""Bits that count how many logits are greater than another; 20 are left to count its equals."""
 
 
 @triton.jit
 def as_half(ordered):
-    """The FP16 of an integer of the same order. Negative floats fall where their integers rise."""
+    """Return the FP16 of an integer of the same order; negative floats fall as integers rise."""
     bits = tl.where(ordered < 0, ordered ^ 0x7FFF, ordered).to(tl.int16)
     return bits.to(tl.float16, bitcast=True)
 
 
 @triton.jit
 def slots(ordered, least, above, keep, before):
-    """Where each of the largest is stored, in order of place, and -1 for all others.
+    """Assign a slot to each of the largest, in order of place, and -1 to all others.
 
     Args:
         ordered: INT32, in order of place.
-        least: the least of the largest; of its equals, the first ones are among them.
-        above: how many are greater, fewer than `keep`.
-        keep: how many are the largest.
-        before: how many in front of these are greater, in the lowest `GREATER` bits, and above
-            them how many are equal.
+        least: the least of the largest; the first of its equals are among them.
+        above: number of logits greater than `least`, fewer than `keep`.
+        keep: number of the largest.
+        before: number of greater logits before these, in the lowest `GREATER` bits, and above them
+            the number of equal ones.
 
     Returns:
-        The slots, and `before` for what comes next.
+        The slots, and `before` for the next block.
     """
     equal = (ordered == least) & (ordered > NOTHING)
     ones = tl.where(ordered > least, 1, equal.to(tl.int32) << GREATER)
@@ -61,17 +61,17 @@ def top_k_parts(
     PART: tl.constexpr,
     MOST: tl.constexpr,
 ):
-    """The largest logits of `PART`, in order of place.
+    """Keep the largest logits of a `PART`, in order of place.
 
-    A key has the FP16 as an integer of the same order in the upper half, and the place in the part
-    in the lower one. The two zeros are equal, and a NaN of either sign is greater than infinity.
+    A key has the FP16 as an integer of the same order in its upper half, and the place in the part
+    in its lower half. The two zeros are equal, and a NaN of either sign is greater than infinity.
 
     Args:
         logits_ptr: [rows, columns] FP16.
         keep_ptr: not read; TensorRT knows `keep` by its shape.
-        columns: of a row.
-        keep: how many are kept, at most `MOST`.
-        keys_ptr: [rows, parts, keep] INT32; `NOTHING` in the upper half where a part has fewer.
+        columns: logits per row.
+        keep: number of logits to keep, at most `MOST`.
+        keys_ptr: [rows, parts, keep] INT32; `NOTHING` in the upper half if a part has fewer.
         stats_ptr: [rows, parts, 2] FP32: the greatest logit, and the sum of ``exp(x - greatest)``
             over those that are not kept.
         PART: a power of two, at most 32,768.
@@ -125,21 +125,21 @@ def top_k_merge(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The largest of what all parts of a row kept, falling; places rise among equals.
+    """Find the largest among those that all parts kept, falling; places rise among equals.
 
     Args:
-        keys_ptr: see `top_k_parts`.
-        stats_ptr: see `top_k_parts`.
-        parts: of a row, at most `PARTS`.
-        keep: how many, at most `MOST` and as many as a row has logits.
+        keys_ptr: [rows, parts, keep] INT32 from `top_k_parts`.
+        stats_ptr: [rows, parts, 2] FP32 from `top_k_parts`.
+        parts: parts per row, at most `PARTS`.
+        keep: number of logits to keep, at most `MOST` and at most the logits of a row.
         values_ptr: [rows, keep] FP16.
         places_ptr: [rows, keep] INT32.
-        rest_ptr: [rows] FP32: the sum of ``exp(x - greatest)`` of all others; NaN where the
-            greatest is no number.
-        PART: see `top_k_parts`.
+        rest_ptr: [rows] FP32: the sum of ``exp(x - greatest)`` of all others; NaN if the greatest
+            is not a number.
+        PART: logits per part, as in `top_k_parts`.
         MOST: a power of two.
         PARTS: a power of two.
-        BLOCK: keys that are looked at together.
+        BLOCK: keys that are compared together.
     """
     row = tl.program_id(0).to(tl.int64)
     each = tl.arange(0, PARTS)
@@ -177,13 +177,13 @@ def top_k_merge(
         mass = tl.exp(value.to(tl.float32) - greatest)
         others += tl.where((slot < 0) & (ordered > NOTHING), mass, 0.0)
     tl.store(rest_ptr + row, total + tl.sum(others, 0))
-    tl.debug_barrier()  # other threads stored what is sorted here
+    tl.debug_barrier()  # other threads stored the keys that are sorted here
     mine = tl.arange(0, MOST)
     there = mine < keep
     bits = tl.load(values_ptr + row * keep + mine, mask=there, other=0.0)
     bits = bits.to(tl.int16, bitcast=True).to(tl.int32)
     ordered = tl.where(bits < 0, bits ^ 0x7FFF, bits)
-    # Their order is that of their places.
+    # They are already in the order of their places.
     keys = tl.where(there, (ordered << 16) | (0xFFFF - mine), NOTHING << 16)
     keys = tl.sort(keys, descending=True)
     slot = 0xFFFF - (keys & 0xFFFF)
