@@ -1,4 +1,7 @@
-"""Serves bundles over HTTP: the OpenAI-compatible API, metrics, the page, and batches of requests.
+"""Serves bundles over HTTP: OpenAI's API and others, metrics, the chat page, and batches.
 
-It stands on `edge` and `edge_lab`. What carries bundles to devices stands on it, in `edge_fleet`.
+Everything about requests is here: protocols, queues and limits of clients, stored answers, and the
+verbs ``serve``, ``batch``, ``config`` and ``key``. It builds on `edge` and `edge_lab`. What runs a
+model belongs in `edge`, what measures one in `edge_lab`, and what carries bundles to devices in
+`edge_fleet`, which builds on this package.
 """

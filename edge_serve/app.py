@@ -100,11 +100,11 @@ def create_app(
 
     Args:
         models: the models that are served.
-        settings: limits.
+        settings: limits of the server.
         metrics: counts requests, choices of models and rejections.
-        keys: of those who may call; None lets everyone on this machine.
-        arrivals: bounds what one address may send.
-        stored: the responses that are stored; None stores none.
+        keys: keys that clients may use; None lets everyone on this machine in.
+        arrivals: limits how much one address may send.
+        stored: the stored responses; None stores none.
         loader: loads and unloads models; None leaves them as they are.
     """
     stored = stored or StoredResponses(models, settings, metrics, None)
@@ -149,7 +149,7 @@ class _Endpoints:
         self._fetcher = fetcher(settings)
 
     def routes(self) -> list[BaseRoute]:
-        """List every path; those of the API with and without ``/v1``."""
+        """List every path; those of the API come with and without ``/v1``."""
         get: dict[str, Endpoint] = {
             **dict.fromkeys(page_files(), self._page),
             "/health": self._health,
@@ -159,7 +159,7 @@ class _Endpoints:
             "/openapi.json": self._openapi,
             "/tokenizer_info": self._tokenizer_info,
         }
-        both: dict[str, tuple[str, Endpoint]] = {  # by path its methods
+        both: dict[str, tuple[str, Endpoint]] = {  # paths with their methods
             "/models": ("GET", self._list_models),
             "/models/{id:path}": ("GET", self._show_model),
             "/models/load": ("POST", self._load_model),
@@ -203,7 +203,7 @@ class _Endpoints:
         ]
 
     async def _read(self, request: Request, kind: type[_Body]) -> tuple[_Body, Lane]:
-        """Read the body of a request; returns it, and the lane in which to encode its texts."""
+        """Read the body of a request; return it, and the lane in which to encode its texts."""
         body = await read_long_body(request, self._settings, self._models.entries())
         lane = self._lanes.lane(lane_bytes(body))
         ignores = self._settings.unknown_fields == "ignore"
@@ -264,7 +264,7 @@ class _Endpoints:
         render: Callable[[Turn, _TextBody], Render],
         names: Mapping[str, str] = _AS_IN_CHATS,
     ) -> Response:
-        """Answer a request for text; ``names`` are for its errors, see `renamed`."""
+        """Answer a request for text; ``names`` renames fields in its errors (`renamed`)."""
         body, lane = await self._read(request, kind)
         return await self._answer(request, body, lane, plan, render, names)
 
@@ -374,10 +374,10 @@ class _Endpoints:
         return json_response(listing(self._models.entries()))
 
     def _keep_alive_s(self, body: object, request: Request) -> float | None:
-        """Return how long a request of Ollama's API wants its model to stay, if it may say that.
+        """Return how long a request of Ollama's API wants its model to stay, if it may say so.
 
         Raises:
-            APIError: 400, it is no time.
+            APIError: 400, it is not a time.
         """
         given = getattr(body, "keep_alive", None)
         seconds = None if given is None else _read_keep_alive(given)
@@ -413,7 +413,7 @@ class _Endpoints:
         return json_response(tokenizer_info(await self._text_of(entry, request)))
 
     async def _text_of(self, entry: ModelEntry, request: Request) -> LLM | BundleText:
-        """Return what a bundle has for texts; to ask about a model does not load it."""
+        """Return what a bundle has for texts, without loading the model."""
         if entry.served is not None:
             return entry.served.llm
         lane = self._lanes.lane(LARGE_BYTES)  # a tokenizer may take seconds to read
@@ -431,7 +431,7 @@ class _Endpoints:
         for card in self._cards(request):
             if card.id == name:
                 return json_response(card)
-        return json_response(_card(self._models.entry(request.path_params["id"])))  # there is none
+        return json_response(_card(self._models.entry(request.path_params["id"])))  # raises
 
     async def _load_model(self, request: Request) -> Response:
         body, _ = await self._read(request, LoadRequest)
@@ -468,7 +468,7 @@ class _Endpoints:
         return json_response(LoadResponse())
 
     def _with_adapters(self, name: str | None, request: Request) -> ModelEntry:
-        """Return the model whose adapters an administrator changes: the only one by default."""
+        """Return the model whose adapters an administrator changes; the only one by default."""
         self._may_load(request)
         entries = self._models.entries()
         return entries[0] if name is None and len(entries) == 1 else self._models.find(name)
@@ -479,10 +479,10 @@ class _Endpoints:
             entry.served.keep_alive_s = 0.0
 
     def _may_load(self, request: Request) -> Loader:
-        """Return what loads models, for a client that may ask it.
+        """Return the loader of models, for a client that may use it.
 
         Raises:
-            APIError: 403, this client may not; or 503 while models cannot be loaded by hand.
+            APIError: 403, this client may not; or 503, models cannot be loaded by hand now.
         """
         if not request.scope["is_admin"]:
             raise APIError(
@@ -499,7 +499,7 @@ class _Endpoints:
         return self._loader
 
     def _cards(self, request: Request) -> list[ModelCard]:
-        """Describe the models, names that stand for one of several once they are open, adapters."""
+        """Describe the models, the aliases of open models, and the adapters."""
         cards = list(map(_card, self._models.entries()))
         if not self._models.is_loading:
             first, least = cards[0].created, min(card.max_model_len for card in cards)
@@ -544,10 +544,10 @@ class _Endpoints:
 
 
 def _read_keep_alive(given: str | float) -> float:
-    """Read a field ``keep_alive``; infinite for ever.
+    """Read a field ``keep_alive``; infinity keeps the model forever.
 
     Raises:
-        APIError: 400, it is no time.
+        APIError: 400, it is not a time.
     """
     try:
         return parse_keep_alive(given)

@@ -5,8 +5,8 @@ variables ``EDGE_LLM_SERVE_<KEY>`` and, of those with a section, the flags ``--<
 accepted and ignored: an unknown key, or an unknown variable with that prefix, is refused with the
 nearest known one. The origin of each value is kept, for ``edge-llm config show --origin``.
 
-A relative path in the file is relative to the file, elsewhere to the working directory. An empty
-variable counts as not set, since systemd units write it that way.
+A relative path in the file is relative to the file; elsewhere it is relative to the working
+directory. An empty variable counts as not set, since systemd units write it that way.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def load_settings(
     environ: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Resolved[Settings]:
-    """Put the layers of settings together.
+    """Merge the layers of settings.
 
     Args:
         cls: a frozen dataclass with a default for every field.
         file: a TOML file, or None.
-        environ: e.g. ``os.environ``; only names with `ENV_PREFIX` are looked at.
+        environ: e.g. ``os.environ``; only names with `ENV_PREFIX` count.
         flags: flags by field name; None and an empty tuple mean that a flag was not given.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Reads what the settings name, but for the bundles: what can refuse a start at once."""
+"""Reads the files that the settings name, except bundles, so that errors stop a start at once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .settings import ServerSettings
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a service needs beside bundles and a port.
+    """The inputs of a service besides bundles and a port.
 
     Attributes:
         rules: rules of the model ``auto``, in order.
         splits: A/B splits by their name.
-        keys: who may call; None is everyone.
+        keys: keys that clients may use; None lets everyone in.
         drift: counts requests and compares them with the baseline, if there is one.
     """
 
@@ -33,9 +33,9 @@ def read_inputs(settings: ServerSettings) -> Inputs:
     """Check the settings against each other and read the files that they name.
 
     Raises:
-        ConfigError: there is no model, the default is none of them, ``admin_keys`` or
-            ``key_adapters`` names a key that is not there, or the rules, splits, keys or the
-            baseline cannot be used.
+        ConfigError: there is no model; the default model is not one of them; ``admin_keys`` or
+            ``key_adapters`` names an unknown key; or the rules, splits, keys or the baseline cannot
+            be used.
     """
     if not settings.model:
         raise ConfigError("no model to serve; give a bundle, or --model BUNDLE for each one")

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-# What `str.splitlines`, and with it httpx, takes for line ends; JSON escapes all others itself.
+# Characters that `str.splitlines`, and so httpx, takes for line ends; JSON escapes all others.
 _ENDS = {end.encode(): f"\\u{ord(end):04x}".encode() for end in "\x85\u2028\u2029"}
 _encode = msgspec.json.Encoder().encode
 

@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("edge_serve")
 _BEAT_S = 0.25
 _THERMAL_S = 5.0
-_COOLER_CELSIUS = 5.0  # how far below the limit it must be before requests come again
+_COOLER_CELSIUS = 5.0  # how far below the limit it must cool before requests are taken again
 _CLOSE_S = 5.0
-_EXTEND_S = 10  # how often systemd hears that loading or draining goes on
+_EXTEND_S = 10  # how often systemd hears that loading or draining continues
 FORCED_EXIT = 130
 HUNG_EXIT = 70
 
@@ -71,7 +71,7 @@ class Service:
     """One server process.
 
     Args:
-        settings: what the operator has set.
+        settings: the operator's settings.
         open_llm: function that opens a bundle.
         notifier: connection to systemd.
         reread: function that reads the settings again, on SIGHUP; None ignores the signal.
@@ -82,11 +82,11 @@ class Service:
         metrics: counters of what is served.
         port: TCP port on which the service listens, once `run` has begun.
         probes: the listener of ``probe_port``, if there is one.
-        is_clean: false if an engine did not stop; the process should then end at once.
+        is_clean: False if an engine did not stop; the process should then end at once.
 
     Raises:
-        ConfigError, DependencyError: see `read_inputs`, `Metrics`, `ResponseStore` and
-            `check_decoding`.
+        ConfigError, DependencyError: the settings or packages do not suffice for `read_inputs`,
+            `Metrics`, `ResponseStore` or `check_decoding`.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Service:
             self._loop.call_soon_threadsafe(self._on_stop)
 
     async def run(self) -> int:
-        """Serve until `stop`; returns the exit code.
+        """Serve until `stop`; return the exit code.
 
         Raises:
             EdgeError: a model could not be opened.
@@ -202,7 +202,7 @@ class Service:
     # ------------------------------------------------------------------------------- phases
 
     async def _load(self) -> bool:
-        """Open the models; returns false if `stop` was called first.
+        """Open the models; return False if `stop` was called first.
 
         Raises:
             EdgeError: a model could not be opened.
@@ -230,24 +230,24 @@ class Service:
         self._notifier.send(ready=1, status="serving")
         self._loaded.set()
         self._resuming = asyncio.create_task(self._stored.resume())
-        # systemd takes a reload during the start for a part of it, and sends no signal.
+        # systemd counts a reload during the start as part of it, and sends no signal.
         paths = self._settings.model.items()
         if any(self.models.entry(name).bundle != path.resolve() for name, path in paths):
             self._on_reload()
         return True
 
     def _extend(self) -> None:
-        """Ask systemd for more time than passes until it is asked again, or until `_close` ends."""
+        """Ask systemd for enough time until it is asked again, or until `_close` ends."""
         self._notifier.send(extend_timeout_usec=int(3e6 * _EXTEND_S))
 
     def _check_room(self) -> None:
-        """Compare what the control groups leave with what the bundles take.
+        """Compare the memory that the control groups leave with what the bundles take.
 
         Raises:
-            ResourceError: they cannot be opened in it.
+            ResourceError: there is too little to open them.
         """
         room, swap = read_room_bytes(), read_swap_bytes()
-        # The first is opened whatever the room; others are asked about one by one.
+        # The first bundle is opened whatever the room; others are checked one by one.
         first = dict(list(self._settings.model.items())[:1])
         if room is not None:
             hard = read_room_bytes(is_hard=True)
@@ -284,12 +284,12 @@ class Service:
             self.models.abort_all(
                 APIError(503, "shutdown", "the server was shut down", retry_after_s=5, close=True)
             )
-            await asyncio.sleep(0.1)  # their last events go out
+            await asyncio.sleep(0.1)  # sends their last events
 
     async def _close(self) -> None:
         """Close the models; an engine that hangs must not keep the process."""
         patience_s = 1.0 if self._forced.is_set() else _CLOSE_S
-        if self._loader.lock.locked():  # a model that is being opened or closed
+        if self._loader.lock.locked():  # a model is being opened or closed
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._loader.lock.acquire(), patience_s)
                 self._loader.lock.release()
@@ -306,7 +306,7 @@ class Service:
     # ------------------------------------------------------------------------------- watching
 
     async def _watch(self) -> None:
-        """Watch the engines and feed systemd's watchdog, for ever; waits for nothing else."""
+        """Watch the engines and feed systemd's watchdog, forever; wait for nothing else."""
         feed_s = None if self._notifier.watchdog_s is None else self._notifier.watchdog_s / 3
         fed = -float("inf")
         while True:
@@ -330,7 +330,7 @@ class Service:
             self.probes.publish(self._readiness())
 
     async def _watch_heat(self) -> None:
-        """Read temperatures, for ever, one look at a time; until one ends, the last one counts."""
+        """Read temperatures forever, one reading at a time; the last finished one counts."""
         while True:
             with self._survived("a look at the temperatures"):
                 self._judge_heat(await in_thread(self._telemetry))
@@ -338,7 +338,7 @@ class Service:
 
     @contextlib.contextmanager
     def _survived(self, what: str) -> Iterator[None]:
-        """Log each kind of error the first time: the loop around it must go on."""
+        """Log each kind of error the first time, so that the loop around it continues."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 - logged
@@ -371,7 +371,7 @@ class Service:
     async def reload(self) -> None:
         """Read keys and settings again and replace every model whose bundle has changed.
 
-        An error is logged and ends the reload; what is not yet replaced stays as it is.
+        An error is logged and ends the reload; models not yet replaced stay as they are.
         """
         if self._reread is None:
             return
@@ -409,7 +409,7 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_stop)
         loop.add_signal_handler(signal.SIGHUP, self._on_reload)
-        # The command line holds them back until here.
+        # The command line holds the signals back until here.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP, signal.SIGTERM})
         try:
             yield
@@ -421,7 +421,7 @@ class Service:
         if self._reloading is None or self._reloading.done():
             self._reloading = asyncio.create_task(self._reload_till_done())
         else:
-            # What it was sent for may have changed after the other one had looked.
+            # Its cause may have changed after the running reload had looked.
             self._reload_again = True
             _log.info("a reload is under way; another one follows it")
 
@@ -444,10 +444,10 @@ def serve(
     open_one: Callable[[Path], LLM] | None = None,
     reread: Callable[[], ServerSettings] | None = None,
 ) -> int:
-    """Run the service in this process until a signal; returns the exit code.
+    """Run the service in this process until a signal; return the exit code.
 
     Args:
-        settings: what the operator has set.
+        settings: the operator's settings.
         open_one: function that opens a bundle; by default as the settings say.
         reread: function that reads the settings again, on SIGHUP.
 
@@ -461,5 +461,5 @@ def serve(
     code = asyncio.run(service.run())
     if not service.is_clean:
         logging.shutdown()
-        os._exit(code)  # the threads of a hung engine would keep the process for ever
+        os._exit(code)  # the threads of a hung engine would keep the process forever
     return code

@@ -1,4 +1,4 @@
-"""What an operator may set about the service: limits, times, who may call."""
+"""Defines the settings of the service: limits, times, who may call."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class ServerSettings(EngineConfig):
             "unknown_fields", "image_urls",
         ),
     }  # fmt: skip
-    """Where the help of a verb shows each option; what is in no section is a key only."""
+    """Sections of a verb's help with their options; a setting in no section is a key only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -210,16 +210,16 @@ class ServerSettings(EngineConfig):
 
     @property
     def most_body_bytes(self) -> int:
-        """The longest body where a model reads pictures, which come in base64."""
+        """The longest body if a model reads pictures, which come in base64."""
         longest = self.max_body_bytes + -(-self.max_image_bytes // 3) * 4
         return min(longest, self.max_inflight_body_bytes)
 
     @property
     def keep_alive_s(self) -> float:
-        """``keep_alive`` in seconds; infinite where no time unloads a model.
+        """``keep_alive`` in seconds; infinite if no time unloads a model.
 
         Raises:
-            ConfigError: it is no time.
+            ConfigError: it is not a time.
         """
         if self.keep_alive is None:
             return math.inf
@@ -233,7 +233,7 @@ class ServerSettings(EngineConfig):
         """The addresses in ``trusted_proxies``.
 
         Raises:
-            ConfigError: one is no address.
+            ConfigError: one is not an address.
         """
         try:
             return [ipaddress.ip_network(proxy) for proxy in self.trusted_proxies]
@@ -245,7 +245,7 @@ class ServerSettings(EngineConfig):
 
     @property
     def engine(self) -> EngineConfig:
-        """The part of the settings with which each bundle is opened."""
+        """The part of the settings that opens each bundle."""
         return EngineConfig(
             **{field.name: getattr(self, field.name) for field in fields(EngineConfig)}
         )

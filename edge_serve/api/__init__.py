@@ -1,1 +1,1 @@
-"""The endpoints: from a request's body to prompts, and from tokens to its answer."""
+"""Implements the endpoints: from a request's body to prompts, and from tokens to its answer."""

@@ -1,4 +1,4 @@
-"""Answers of the HTTP API, as types; `edge_serve.api.openapi` shows them to clients."""
+"""Defines the answers of the HTTP API as types; `edge_serve.api.openapi` shows them to clients."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class PromptProgress(Struct):
 
 
 class Delta(Struct, omit_defaults=True):
-    """What a chunk adds to an answer."""
+    """The text or calls that a chunk adds to an answer."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
@@ -148,7 +148,7 @@ class ChatChunk(Struct):
 
 
 class TextLogprobs(Struct):
-    """Log-probabilities in the form of completions; None at the very first token."""
+    """Log-probabilities in the form of completions; the very first token has None."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -203,13 +203,13 @@ class EmbeddingList(Struct):
 
 
 class RankedDocument(Struct):
-    """A document that was judged."""
+    """A document that was ranked."""
 
     text: str
 
 
 class RankedResult(Struct):
-    """The probability that a document is what the query asks for, by its place in the request."""
+    """How probably a document is what the query asks for, with its place in the request."""
 
     index: int
     relevance_score: float
@@ -227,18 +227,18 @@ class RerankResponse(Struct):
 
 
 class ModelState(Struct):
-    """Whether a model is loaded, as llama.cpp's router says it; ``failed`` has the reason."""
+    """Whether a model is loaded, in the words of llama.cpp's router; ``failed`` has the reason."""
 
     value: Literal["loaded", "loading", "unloaded", "failed"]
     failed: str | UnsetType = UNSET
 
 
 class ModelCard(Struct):
-    """A model that is served; ``sampling`` has what a request takes that leaves a field open.
+    """A model that is served; ``sampling`` has the defaults for fields that a request leaves out.
 
     ``reasons`` says whether its answers to chats may begin with reasoning, which can then be
     limited or skipped; for a name that stands for several models, whether all of them do.
-    ``size_bytes`` is what the bundle's files take. ``architecture`` says what it reads, as
+    ``size_bytes`` is the size of the bundle's files. ``architecture`` says what it reads, as
     llama.cpp's router and OpenRouter do. ``parent`` is the model that an adapter is for.
     """
 
@@ -270,7 +270,7 @@ class LoadResponse(Struct):
 
 
 class TokenizeResponse(Struct):
-    """The tokens of a text; prompt and answer may take ``max_model_len`` tokens together."""
+    """The tokens of a text; prompt and answer together may have ``max_model_len`` tokens."""
 
     count: int
     max_model_len: int
@@ -285,7 +285,7 @@ class DetokenizeResponse(Struct):
 
 
 class ErrorBody(Struct):
-    """What went wrong."""
+    """An error: its message, type and code, and the field at fault."""
 
     message: str
     type: str
@@ -294,6 +294,6 @@ class ErrorBody(Struct):
 
 
 class ErrorResponse(Struct):
-    """Any answer but 200."""
+    """Any answer other than 200."""
 
     error: ErrorBody

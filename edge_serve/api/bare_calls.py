@@ -1,7 +1,7 @@
-"""Finds a call that a model writes without the marks that its template teaches.
+"""Finds a tool call that a model writes without the marks that its template teaches.
 
-Qwen2.5-Coder answers with tools by the JSON object of a call alone, mostly in a fence. An answer
-that begins with such an object, of the name of an offered tool, is a call, and so is each that
+Qwen2.5-Coder often answers with the bare JSON object of a call, mostly in a fence. An answer that
+begins with such an object, with the name of an offered tool, is a call. So is each object that
 follows directly; anything else is text.
 """
 
@@ -37,21 +37,21 @@ _DECODER = json.JSONDecoder(parse_constant=_no_json, parse_float=_finite)
 
 
 class BareCallParser(ToolParser):
-    """A `ToolParser` that takes a bare object at the beginning of an answer for a call, too.
+    """A `ToolParser` that also takes bare objects at the beginning of an answer for calls.
 
     Args:
-        syntax: the model's family.
-        names: names of the tools that are offered.
+        syntax: how the model's family writes calls.
+        names: names of the offered tools.
     """
 
     def __init__(self, syntax: ToolSyntax, names: Collection[str]) -> None:
         super().__init__(syntax)
         self._names = names
         self._gap = re.compile(rf"\A(?:\s|{re.escape(syntax.end)})+")
-        self._start: str | None = ""  # what may still become a bare call
+        self._start: str | None = ""  # text that may still become a bare call
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
-        """Add text; see `ToolParser.push`."""
+        """Add text, as in `ToolParser.push`."""
         if self._start is None:
             return super().push(text)
         self._start += text
@@ -73,7 +73,7 @@ class BareCallParser(ToolParser):
         return plain, [*calls, *marked]
 
     def flush(self, *, is_cut: bool = False) -> tuple[str, list[ToolCall]]:
-        """End the text; see `ToolParser.flush`."""
+        """End the text, as in `ToolParser.flush`."""
         start, self._start = self._start or "", None
         plain, calls = super().push(start)
         rest, last_calls = super().flush(is_cut=is_cut)
@@ -81,14 +81,14 @@ class BareCallParser(ToolParser):
 
 
 def _split(text: str) -> tuple[str, str]:
-    """The fence that a text begins with, if any, and what follows it."""
+    """Split off the fence that a text begins with, if any."""
     text = text.lstrip()
     fence = next(fence for fence in _FENCES if text.startswith(fence))
     return fence, text[len(fence) :].lstrip()
 
 
 def _may_become(text: str, names: Collection[str]) -> bool:
-    """Whether more text can make a bare call of this one."""
+    """Whether more text can turn this one into a bare call."""
     fence, body = _split(text)
     if not body or (fence == "```" and "json".startswith(body)) or "```json".startswith(body):
         return True
@@ -102,7 +102,7 @@ def _may_become(text: str, names: Collection[str]) -> bool:
 
 
 def _read(text: str, names: Collection[str]) -> tuple[str, str, str] | None:
-    """Name, arguments and the rest of a text that begins with a whole bare call."""
+    """Read name, arguments and the rest of a text that begins with a whole bare call."""
     fence, body = _split(text)
     try:
         call, end = _DECODER.raw_decode(body)
@@ -120,5 +120,5 @@ def _read(text: str, names: Collection[str]) -> tuple[str, str, str] | None:
         return None
     try:
         return name, msgspec.json.encode(arguments).decode(), rest
-    except UnicodeEncodeError:  # an escape of half a character
+    except UnicodeEncodeError:  # it escapes half of a surrogate pair
         return None

@@ -44,8 +44,8 @@ from .sse import DONE, event
 from .tool_use import read_tools
 from .voting import read_vote, shown_vote
 
-# Tokens of reasoning for OpenAI's efforts; R1 and Qwen3 know none, so they are budgets here.
-_EFFORT_TOKENS = {"minimal": 256, "low": 1024, "medium": 4096}  # more has no limit
+# Tokens of reasoning for OpenAI's efforts. R1 and Qwen3 know no efforts, so they are budgets here.
+_EFFORT_TOKENS = {"minimal": 256, "low": 1024, "medium": 4096}  # higher efforts have no limit
 
 
 def plan_chat(turn: Turn, body: ChatRequest, *, capacity: int | None = None) -> Plan:
@@ -53,8 +53,8 @@ def plan_chat(turn: Turn, body: ChatRequest, *, capacity: int | None = None) -> 
 
     Args:
         turn: the request's context.
-        body: the request; other protocols make one of theirs.
-        capacity: tokens that fit; None is the context.
+        body: the request; other protocols convert theirs to one.
+        capacity: tokens that fit; None takes the context.
 
     Raises:
         APIError, RequestError: the fields contradict each other or do not fit the model.
@@ -78,7 +78,7 @@ def plan_chat(turn: Turn, body: ChatRequest, *, capacity: int | None = None) -> 
     make_parser = use.make_parser
     if continues:
         make_parser = use.parser_after(messages, reasons=llm.reasons)
-    # What users write is part of every prompt; templates may drop other messages.
+    # User messages are part of every prompt; templates may drop other messages.
     check_length(llm, user_texts(messages), "messages", capacity=capacity)
     ask = Ask(
         messages,
@@ -114,10 +114,10 @@ def _check_fields(body: ChatRequest) -> None:
 
 
 def _thinking(body: ChatRequest, *, reasons: bool) -> tuple[bool | None, int | None]:
-    """Return whether to reason at all, None where nothing says so, and for how many tokens.
+    """Return whether to reason (None leaves it to the model), and for how many tokens.
 
     Raises:
-        APIError: fields that contradict each other.
+        APIError: fields contradict each other.
     """
     said = {}
     if body.enable_thinking is not None:
@@ -133,7 +133,7 @@ def _thinking(body: ChatRequest, *, reasons: bool) -> tuple[bool | None, int | N
         raise invalid(f"{names}: one turns the reasoning on, the other off", next(iter(said)))
     thinking = next(iter(said.values()), None)
     budget = body.thinking_token_budget
-    # A model that does not reason keeps to any effort.
+    # A model that does not reason complies with any effort.
     if budget is None and body.reasoning_effort is not None and thinking is not False and reasons:
         budget = _EFFORT_TOKENS.get(body.reasoning_effort)
     if budget is not None and thinking is False:
@@ -153,7 +153,7 @@ class ChatRender(Render):
         self._greeted: set[int] = set()
 
     def events(self, index: int, piece: Piece) -> bytes:
-        """See `Render.events`."""
+        """Implement `Render.events`."""
         choices = []
         if index not in self._greeted:
             self._greeted.add(index)
@@ -172,11 +172,11 @@ class ChatRender(Render):
         return b"".join(self._event([choice], None) for choice in choices)
 
     def last_events(self, usage: Usage) -> bytes:
-        """See `Render.last_events`."""
+        """Implement `Render.last_events`."""
         return self._event([], usage) + DONE if self._usage else DONE
 
     def body(self, choices: Sequence[Piece], usage: Usage) -> ChatCompletion:
-        """See `Render.body`."""
+        """Implement `Render.body`."""
         return ChatCompletion(
             **self._head,
             choices=[self._choice(index, piece) for index, piece in enumerate(choices)],
@@ -221,7 +221,7 @@ def _delta(piece: Piece, reasoning: str) -> Delta:
 
 
 def _token_logprob(tokenizer: Tokenizer, token: SampledToken) -> TokenLogprob:
-    """Return a sampled token in OpenAI's form."""
+    """Write a sampled token in OpenAI's form."""
 
     def text_and_bytes(token_id: int) -> tuple[str, list[int]]:
         data = tokenizer.token_bytes(token_id)

@@ -70,11 +70,11 @@ def plan_completion(turn: Turn, body: CompletionRequest) -> Plan:
 
 
 def _check_suffix(llm: LLM, prompts: Sequence[str | list[int]], body: CompletionRequest) -> None:
-    """Refuse a suffix that nothing can be put before.
+    """Refuse a suffix if the server cannot fill in text before it.
 
     Raises:
-        APIError, RequestError: ids as prompt, an echo of a prompt that has two ends, or a model
-            without the tokens.
+        APIError, RequestError: the prompt is token ids, it should be echoed despite its two ends,
+            or the model lacks the tokens.
     """
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise invalid("suffix: needs prompts that are texts, not token ids", "suffix")
@@ -84,7 +84,7 @@ def _check_suffix(llm: LLM, prompts: Sequence[str | list[int]], body: Completion
 
 
 def _split_prompts(prompt: str | list[Any], *, may_be_empty: bool = False) -> list[str | list[int]]:
-    """Return the prompts of a request: one text, one list of ids, or a list of either.
+    """Split a request's prompt: one text, one list of ids, or a list of either.
 
     Raises:
         APIError: 400 for a mixture, or an empty prompt.
@@ -106,35 +106,35 @@ def _split_prompts(prompt: str | list[Any], *, may_be_empty: bool = False) -> li
 
 
 class CompletionRender(Render):
-    """Writes the answer to a completion in OpenAI's form; see `Render`."""
+    """Writes the answer to a completion in OpenAI's form; a `Render`."""
 
     def __init__(self, turn: Turn, body: CompletionRequest) -> None:
         self._head = answer_head("cmpl", turn)
         self._tokenizer = turn.model.llm.tokenizer
         self._logprobs = body.logprobs
         self._usage = body.stream_options is not None and body.stream_options.include_usage
-        # By choice: its text up to the next token, in whole characters, as the answer has them.
+        # Text of each choice up to the next token, in whole characters, as the answer has it.
         self._texts: defaultdict[int, Detokenizer] = defaultdict(
             lambda: Detokenizer(self._tokenizer, goes_on=not body.echo)
         )
-        self._offsets: Counter[int] = Counter()  # and its length
-        self._echoed: dict[int, str] = {}  # prompts that are texts
+        self._offsets: Counter[int] = Counter()  # the length of that text
+        self._echoed: dict[int, str] = {}  # prompts that came as texts
 
     def begin(self, plan: Plan, prompt_tokens: int) -> None:
-        """See `Render.begin`."""
+        """Implement `Render.begin`."""
         if not plan.echo:
             return
         asks = [ask for ask in plan.asks for _ in range(plan.n)]
         for index, ask in enumerate(asks):
             if isinstance(ask.prompt, str):
                 self._echoed[index] = ask.prompt
-                bos = self._tokenizer.tokens.bos  # comes before the text and is none of it
+                bos = self._tokenizer.tokens.bos  # precedes the text and is not part of it
                 self._texts[index] = Detokenizer(
                     self._tokenizer, skip=() if bos is None else (bos,)
                 )
 
     def events(self, index: int, piece: Piece) -> bytes:
-        """See `Render.events`."""
+        """Implement `Render.events`."""
         choice = self._choice(index, piece)
         if piece.progress is not None:
             chunk = self._chunk([choice])
@@ -145,11 +145,11 @@ class CompletionRender(Render):
         return self._event([choice], None)
 
     def last_events(self, usage: Usage) -> bytes:
-        """See `Render.last_events`."""
+        """Implement `Render.last_events`."""
         return self._event([], usage) + DONE if self._usage else DONE
 
     def body(self, choices: Sequence[Piece], usage: Usage) -> TextCompletion:
-        """See `Render.body`."""
+        """Implement `Render.body`."""
         shown = [self._choice(index, piece) for index, piece in enumerate(choices)]
         return TextCompletion(**self._head, choices=shown, usage=usage)
 
@@ -176,7 +176,7 @@ class CompletionRender(Render):
                 result.top_logprobs.append(self._top(token))
             self._offsets[index] += len(self._texts[index].push(token.id))
             if index in self._echoed and number <= piece.echoed:
-                # Tokens may spell a text otherwise, e.g. in NFC; the answer begins where it ends.
+                # Tokens may spell a text differently, e.g. in NFC; the answer begins at its end.
                 end = len(self._echoed[index])
                 self._offsets[index] = min(self._offsets[index], end)
                 if number == piece.echoed:
@@ -187,13 +187,13 @@ class CompletionRender(Render):
     def _top(self, token: SampledToken) -> dict[str, float] | None:
         if token.logprob is None:
             return None
-        # The sampled token is listed even where it is not one of the likeliest.
+            # The sampled token is listed even if it is not one of the likeliest.
         top = {self._text(id_): logprob for id_, logprob in token.top_logprobs or ()}
         top.setdefault(self._text(token.id), token.logprob)
         return top
 
     def _text(self, token_id: int) -> str:
-        """Return a token's text; bytes that are no text are spelled as OpenAI does."""
+        """Return a token's text; incomplete bytes are spelled as OpenAI does."""
         data = self._tokenizer.token_bytes(token_id)
         try:
             return data.decode()

@@ -1,4 +1,4 @@
-"""Decides by the path in whose form an error is written: OpenAI's, unless it is another's path."""
+"""Chooses by the path whose form an error is written in: OpenAI's, except on other APIs' paths."""
 
 from __future__ import annotations
 

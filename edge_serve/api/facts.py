@@ -1,4 +1,4 @@
-"""Reads from a request what decides which model answers it; see `edge_serve.models.route`."""
+"""Reads the facts of a request that decide which model answers it (`edge_serve.models.route`)."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ TextRequest = (
 def facts_of(
     request: TextRequest, request_id: str, prompt_tokens: Mapping[str, int] | None = None
 ) -> Facts:
-    """Return what rules and splits may know about a request.
+    """Return the facts that rules and splits may know about a request.
 
     Args:
         request: the request.
-        request_id: stands for a user that the request does not name.
-        prompt_tokens: see `count_tokens`.
+        request_id: takes the place of a user that the request does not name.
+        prompt_tokens: tokens of the prompt by model, from `count_tokens`.
     """
     return Facts(prompt_tokens or {}, _kind_of(request), _user_of(request) or request_id)
 
@@ -73,21 +73,21 @@ def count_tokens(
 ) -> dict[str, int]:
     """Count the tokens of a request's texts for each of some models.
 
-    Texts are what the client wrote, without what a chat template puts around it.
+    Only text that the client wrote counts, without what a chat template adds.
 
     Args:
         request: the request.
-        limits: models, and the number up to which each count must be exact; a larger one may be
-            less than it is, but not less than the limit. So a long text costs no more than it must.
-        on_piece: called after each piece of a long text; what it raises ends the count.
+        limits: models, and the number up to which each count must be exact. A larger count may be
+            too low, but not below the limit, so that a long text costs no more than it must.
+        on_piece: called after each piece of a long text; an exception from it ends the count.
 
     Returns:
-        The counts by the models' names.
+        The counts by model name.
     """
     pieces = list(prompt_pieces(request))
     texts = [piece for piece in pieces if isinstance(piece, str)]
     num_ids = len(pieces) - len(texts)
-    most: dict[str, int] = {}  # models of one family have the same tokenizer
+    most: dict[str, int] = {}  # models of one family share a tokenizer
     for model, limit in limits.items():
         key = _tokenizer_key(model)
         most[key] = max(limit, most.get(key, 0))
@@ -119,12 +119,12 @@ def _count(tokenizer: Tokenizer, texts: list[str], limit: int, on_piece: OnPiece
 
 
 def prompt_pieces(request: TextRequest) -> Iterator[str | int]:
-    """Texts and token ids that the client wrote for the model to read."""
+    """Yield the texts and token ids that the client wrote for the model to read."""
     return _pieces(_prompt_of(request))
 
 
 def _prompt_of(request: TextRequest) -> list[Any]:
-    """What a request has in the places of its texts."""
+    """Collect the values of a request's text fields."""
     if isinstance(request, CompletionRequest):
         return [request.prompt, request.suffix]
     if isinstance(request, CountTokensRequest):
@@ -141,7 +141,7 @@ def _prompt_of(request: TextRequest) -> list[Any]:
 
 
 def _pieces(value: Any) -> Iterator[str | int]:
-    """Texts and token ids in a prompt, a message or its content."""
+    """Yield the texts and token ids in a prompt, a message or its content."""
     if isinstance(value, str | int):
         yield value
     elif isinstance(value, list):

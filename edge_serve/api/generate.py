@@ -1,4 +1,4 @@
-"""Helpers that the plans and renders of chats and completions share."""
+"""Collects helpers that the plans and renders of chats and completions share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KNOBS = KNOBS.keys() - {"max_tokens"}  # chats have two names for it
 def sampling_params(
     request: Sampling, llm: LLM, *, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParams:
-    """Return resolved parameters: what a request leaves open comes from the bundle.
+    """Resolve sampling parameters: the bundle has defaults for what a request leaves open.
 
     Raises:
         APIError, RequestError: a value does not fit the model.
@@ -43,7 +43,7 @@ def sampling_params(
                 )
     stop = request.stop
     knobs = {name: value for name in _KNOBS if (value := getattr(request, name)) is not None}
-    if request.top_k == -1:  # other servers' word for "off"
+    if request.top_k == -1:  # means "off" for other servers
         knobs["top_k"] = 0
     params = SamplingParams(
         **knobs,
@@ -61,17 +61,17 @@ def check_choices(n: int, prompts: int, limit: int) -> None:
     """Refuse more answers than one request may have.
 
     Raises:
-        APIError: 400.
+        APIError: 400, they are too many.
     """
     if n * prompts > limit:
         raise invalid(f"n: {n} times {prompts} prompts exceeds {limit} answers per request", "n")
 
 
 def check_stream(request: Sampling) -> None:
-    """Refuse what only a stream can give where the answer comes as a whole.
+    """Refuse options of a stream for an answer that comes as a whole.
 
     Raises:
-        APIError: 400.
+        APIError: 400, such an option is set.
     """
     for name, wanted in (
         ("stream_options", request.stream_options is not None),
@@ -82,10 +82,10 @@ def check_stream(request: Sampling) -> None:
 
 
 def check_messages(num: int, settings: ServerSettings) -> None:
-    """Refuse a chat of more messages than the settings allow.
+    """Refuse a chat with more messages than the settings allow.
 
     Raises:
-        APIError: 400.
+        APIError: 400, they are too many.
     """
     if num > settings.max_messages:
         raise invalid(
@@ -96,16 +96,16 @@ def check_messages(num: int, settings: ServerSettings) -> None:
 def check_length(
     llm: LLM, texts: Sequence[str], param: str, *, capacity: int | None = None
 ) -> None:
-    """Refuse texts of one prompt that cannot fit, before seconds are spent on encoding them.
+    """Refuse texts that cannot fit into a prompt, before seconds are spent on encoding them.
 
     Args:
         llm: the model.
         texts: parts of the prompt.
-        param: the field that is named.
-        capacity: tokens that fit; None is the context.
+        param: field that an error names.
+        capacity: tokens that fit; None takes the context.
 
     Raises:
-        APIError: 400.
+        APIError: 400, they cannot fit.
     """
     least = sum(map(llm.tokenizer.least_tokens, texts))
     capacity = llm.kv_capacity if capacity is None else capacity
@@ -121,19 +121,19 @@ def check_length(
 
 
 def check_texts(llm: LLM, values: Any, param: str, *, capacity: int | None = None) -> None:
-    """Refuse a request with more text than the context could hold if all of it were long tokens.
+    """Refuse a request with more text than the context could hold even if all tokens were long.
 
-    Every text counts, also of messages that a chat template may leave out: all of them are copied
-    and rendered. `LLM.encode` looks at what is left of them more closely.
+    Every text counts, even in messages that a chat template may leave out: all of them are copied
+    and rendered. `LLM.encode` looks more closely at the text that is left.
 
     Args:
         llm: the model.
         values: plain JSON data, and types of `edge_serve.api.protocol`.
-        param: the field that is named.
-        capacity: tokens that fit; None is the context.
+        param: field that an error names.
+        capacity: tokens that fit; None takes the context.
 
     Raises:
-        APIError: 400.
+        APIError: 400, there is too much text.
     """
     found, longest = count_chars(values), llm.tokenizer.longest_token
     capacity = llm.kv_capacity if capacity is None else capacity
@@ -163,7 +163,7 @@ def count_chars(value: Any) -> int:
 
 
 def shown_progress(progress: generation.PromptProgress) -> PromptProgress:
-    """Return the progress of a prompt as llama-server writes it, and the place in the queue."""
+    """Write the progress of a prompt as llama-server does, with its place in the queue."""
     shown = PromptProgress(
         progress.total, progress.cached, progress.processed, round(1000 * progress.prefill_s)
     )
@@ -173,7 +173,7 @@ def shown_progress(progress: generation.PromptProgress) -> PromptProgress:
 
 
 def answer_head(prefix: str, turn: Turn) -> dict[str, Any]:
-    """Return the fields that every event of an answer begins with, a fresh id among them."""
+    """Return the fields that every event of an answer begins with, including a fresh id."""
     return {
         "id": f"{prefix}-{secrets.token_hex(12)}",
         "created": int(time.time()),

@@ -1,4 +1,4 @@
-"""Gives tools to a model whose chat template has no place for them, as text of its messages.
+"""Gives tools to a model whose chat template cannot take them, as text in its messages.
 
 The list of tools and the form of a call go into the system message, in Hermes' form, which
 `edge_serve.api.tools` reads; past calls and their results become text in the same form.
@@ -34,17 +34,17 @@ def place_tools(
     tools: list[dict[str, Any]] | None,
     template: ChatTemplate | None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """Return messages and tools for a template, the tools within the messages if it has no place.
+    """Prepare messages and tools for a template; tools go into messages if it cannot take them.
 
     Args:
-        messages: see `edge_serve.api.messages.prepare_messages`.
-        tools: see `edge_serve.api.tool_use.template_tools`; None gives the model none.
-        template: the model's.
+        messages: messages from `edge_serve.api.messages.prepare_messages`.
+        tools: tools from `edge_serve.api.tool_use.template_tools`; None gives the model none.
+        template: the model's chat template.
 
     Raises:
-        APIError: 400, a past call that is malformed.
+        APIError: 400, a past call is malformed.
     """
-    # One without a place may write past calls, but not all: R1's only those without a text.
+    # Such a template may write some past calls, but not all: R1's writes only those without text.
     if template is None or "tools" in template.variables:
         return list(messages), tools
     written: list[dict[str, Any]] = []
@@ -57,7 +57,7 @@ def place_tools(
 
 
 def _as_text(index: int, message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose calls, or whose result of one, are text."""
+    """Turn a message with calls, or with the result of one, into text."""
     if message.get("role") == "tool":
         result = _text(index, message.get("content"))
         return {"role": "user", "content": _RESULT.format(result), "is_result": True}
@@ -74,7 +74,7 @@ def _as_text(index: int, message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(index: int, content: object) -> str:
-    """Return a content's text; parts are joined as the template's reader joins them."""
+    """Return a content's text; parts are joined as the template's reader does."""
     parts = content if isinstance(content, list) else [{"text": content}]
     texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
     if not all(isinstance(text, str) for text in texts):
@@ -100,7 +100,7 @@ def _call_text(index: int, call: object) -> str:
 
 
 def _join_results(written: list[dict[str, Any]]) -> None:
-    """Put the results of several calls into one message: roles must take turns in templates."""
+    """Put the results of several calls into one message: templates want roles to alternate."""
     if len(written) > 1 and written[-1].get("is_result") and written[-2].get("is_result"):
         last = written.pop()
         written[-1] = {
@@ -110,7 +110,7 @@ def _join_results(written: list[dict[str, Any]]) -> None:
 
 
 def _instruct(written: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
-    """Put the tools after the system message's own text, or into one of their own."""
+    """Put the tools after the system message's own text, or into a system message of their own."""
     lines = "\n".join(msgspec.json.encode(tool["function"]).decode() for tool in tools)
     text = f"{_HEAD}{lines}{_TAIL}"
     first = written[0] if written else {}

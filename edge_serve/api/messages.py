@@ -1,8 +1,8 @@
-"""Reads the messages of a chat request, and whether the last is an answer to go on with.
+"""Reads the messages of a chat request, and whether the answer continues the last one.
 
-Three ways of asking for it are in use: ``continue_final_message`` (vLLM, SGLang, transformers),
-``prefix`` in the message (DeepSeek, Mistral), and simply a last message of the assistant
-(Anthropic, Ollama), for which those protocols set the first.
+Clients ask for that in three ways: by ``continue_final_message`` (vLLM, SGLang, transformers), by
+``prefix`` in the message (DeepSeek, Mistral), or by a last message from the assistant (Anthropic,
+Ollama), for which those protocols set the first field.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from .protocol import ChatRequest
 
 
 def read_messages(body: ChatRequest) -> tuple[list[dict[str, Any]], bool]:
-    """Return the prepared messages, and whether the answer goes on with the last one.
+    """Return the prepared messages, and whether the answer continues the last one.
 
     Raises:
-        APIError: 400, fields that contradict each other, or a ``prefix`` elsewhere.
+        APIError: 400, fields contradict each other, or ``prefix`` is in another message.
     """
     last = len(body.messages) - 1
     for index, message in enumerate(body.messages):
@@ -51,10 +51,10 @@ def read_messages(body: ChatRequest) -> tuple[list[dict[str, Any]], bool]:
 
 
 def check_prompt_end(continues: bool, add_generation_prompt: bool | None) -> None:
-    """Refuse a prompt that is to end in two ways.
+    """Refuse a prompt that should end in two ways.
 
     Raises:
-        APIError: 400.
+        APIError: 400, both are asked for.
     """
     if continues and add_generation_prompt:
         raise invalid(
@@ -65,10 +65,10 @@ def check_prompt_end(continues: bool, add_generation_prompt: bool | None) -> Non
 
 
 def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Turn the messages that OpenAI's clients send into those that `edge.text.chat_template` takes.
+    """Turn messages of OpenAI's clients into those that `edge.text.chat_template` takes.
 
     A client that appends the server's own answer also sends empty keys (``refusal``,
-    ``annotations``). Texts may have hints for a cache.
+    ``annotations``). Texts may carry hints for a cache, which are dropped.
     """
     result = []
     for message in messages:
@@ -88,7 +88,7 @@ def _without_hint(part: Any) -> Any:
 
 
 def user_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what users wrote, whole or in parts; what is malformed is left for the template."""
+    """Return the texts of users, whole or in parts; the template reports malformed ones."""
     texts: list[str] = []
     for message in messages:
         if message.get("role") == "user":

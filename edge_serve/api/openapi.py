@@ -1,4 +1,4 @@
-"""Makes ``/openapi.json`` from the types that requests are read with, so that it cannot differ."""
+"""Makes ``/openapi.json`` from the types that requests are read with, so that the two agree."""
 
 from __future__ import annotations
 
@@ -123,13 +123,13 @@ _GETS: dict[str, tuple[str, type | str]] = {
     "/openapi.json": ("This document", dict),
     "/": ("The page", "text/html"),
 }
-# Those that have an id in their path, and no body.
+# Paths with an id in them and no body.
 _STORED: dict[tuple[str, str], tuple[str, type]] = {
     ("get", "/v1/responses/{id}"): ("A stored response as it stands", ResponseObject),
     ("delete", "/v1/responses/{id}"): ("Remove a stored response", DeletedResponse),
     ("post", "/v1/responses/{id}/cancel"): ("End one in the background", ResponseObject),
 }
-# Where a field without effect is, by the part of its path that is above it.
+# Types that hold a field without effect, by the part of its path above it.
 _HOLDERS: dict[str, tuple[str, ...]] = {
     "": ("ChatRequest", "CompletionRequest"),
     "response_format.json_schema": ("JSONSchema",),
@@ -189,7 +189,7 @@ _ERRORS |= dict.fromkeys(
 
 @cache
 def openapi() -> dict[str, Any]:
-    """Return the document, OpenAPI 3.1."""
+    """Return the OpenAPI 3.1 document."""
     types = [kind for _, *kinds in _POSTS.values() for kind in kinds]
     types += [kind for _, kind in _GETS.values() if isinstance(kind, type) and kind is not dict]
     types += [kind for _, kind in _STORED.values()]
@@ -265,7 +265,7 @@ def openapi() -> dict[str, Any]:
 def _describe(
     components: dict[str, Any], ignored: Mapping[str, str], holders: Mapping[str, Sequence[str]]
 ) -> None:
-    """Say of each field without effect that it has none, and why."""
+    """Describe each field without effect: that it has none, and why."""
     for path, why in ignored.items():
         above, _, name = path.rpartition(".")
         for holder in holders.get(above, ()):  # messages of a chat are free-form objects

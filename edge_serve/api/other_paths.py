@@ -1,4 +1,4 @@
-"""Paths of other servers that are none here, and what is asked for there instead."""
+"""Answers paths of other servers that do not exist here with the path to use instead."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ OTHER_PATHS = {
     "/infill": "POST /v1/completions with suffix",
     "/embedding": "POST /v1/embeddings",
     "/apply-template": "POST /tokenize with messages",
-    # FastAPI's, and so vLLM's
+    # FastAPI, and so vLLM
     "/docs": "GET /openapi.json describes the API, and Swagger UI and Redoc show it",
     "/redoc": "GET /openapi.json describes the API, and Swagger UI and Redoc show it",
     "/version": "GET /stats has the version",
-    # of Text Generation Inference
+    # Text Generation Inference
     "/generate": "POST /v1/completions",
     "/generate_stream": "POST /v1/completions with stream",
     "/info": "GET /v1/models",
 }
-"""By path what to take instead."""
+"""Paths of other servers, and what to use instead."""
 
 
 def other_path(path: str) -> APIError:
-    """Make the answer to a path of `OTHER_PATHS`."""
+    """Make the error for a path of `OTHER_PATHS`."""
     return APIError(404, "not_found", f"{path} is not served; instead: {OTHER_PATHS[path]}")

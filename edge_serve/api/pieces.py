@@ -1,4 +1,4 @@
-"""Defines `Piece`: what a chunk of text adds to one answer, tool calls separate from text."""
+"""Defines `Piece`: the part that a chunk of text adds to one answer, with tool calls apart."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Piece:
     Attributes:
         text: text of the answer, without tool calls.
         reasoning: text of the reasoning.
-        calls: tool calls that became complete.
-        tokens: the tokens sampled for it, after those of an echoed prompt.
+        calls: tool calls that are now complete.
+        tokens: tokens of this piece: those of an echoed prompt, then the sampled ones.
         finish_reason: on the last piece: ``stop``, ``length``, ``cancelled`` or ``tool_calls``.
-        progress: of the prompt, if the request wants it.
+        progress: progress of the prompt, if the request wants it.
         stop: on the last piece, the stop string that ended the answer, if one did.
-        stats: on the last piece, what the answer took.
-        echoed: how many of the tokens are the prompt's.
-        vote: on the last piece, what a vote came to.
+        stats: on the last piece, time and tokens that the answer took.
+        echoed: how many of the tokens belong to the prompt.
+        vote: on the last piece, the result of a vote.
     """
 
     text: str = ""
@@ -64,12 +64,12 @@ def join_pieces(pieces: Sequence[Piece]) -> Piece:
 
 
 class ChoiceReader:
-    """Reads one answer as it comes.
+    """Turns the chunks of one answer into pieces as they come.
 
     Args:
         make_parser: makes the parser that finds tool calls; None leaves the text alone.
         one_call: whether the answer ends with its first call.
-        echo: what the answer begins with.
+        echo: piece that the answer begins with.
 
     Attributes:
         is_cut: whether the one call has come, so that the rest is not needed.

@@ -64,13 +64,13 @@ async def read_vectors(
     prompt_name: str | None = None,
     truncate: bool = False,
 ) -> tuple[NDArray[np.float32], list[Pooled]]:
-    """Turn texts into vectors ``[n, dimensions]``; also returns what each took.
+    """Turn texts into vectors ``[n, dimensions]``; also return what each text took.
 
     Args:
-        turn: the request's.
-        texts: each a text or its ids, none empty.
-        dimensions: of a vector; None is all.
-        prompt_name: of the prompt before each text; None is the model's default.
+        turn: the request's context.
+        texts: texts or lists of token ids, none empty.
+        dimensions: length of a vector; None is the model's full length.
+        prompt_name: name of the prompt before each text; None is the model's default.
         truncate: cut texts that do not fit instead of refusing them.
 
     Raises:
@@ -97,7 +97,7 @@ async def read_vectors(
 
 
 async def rerank(turn: Turn, body: RerankRequest) -> Response:
-    """Answer a request to judge documents.
+    """Answer a request to rank documents.
 
     Raises:
         EdgeError, APIError: the request is wrong, cannot be served now, or failed.
@@ -130,7 +130,7 @@ async def rerank(turn: Turn, body: RerankRequest) -> Response:
 async def _prepare(
     turn: Turn, prepare: Callable[[OnPiece], tuple[_Prepared, list[list[int]]]], param: str
 ) -> tuple[_Prepared, list[list[int]]]:
-    """Encode the texts in the lane of the request, and refuse what does not fit."""
+    """Encode the texts in the lane of the request, and refuse those that do not fit."""
     try:
         reader, ids = await turn.lane.run(prepare, turn.receive)
         check_lengths(ids, turn.model.llm.kv_capacity)
@@ -148,7 +148,7 @@ async def _prepare(
 
 
 async def _run(turn: Turn, ids: Sequence[list[int]]) -> list[Pooled]:
-    """Run texts, a few at a time, until all are done, the client leaves or the time is up."""
+    """Run texts, a few at a time, until all are done, the client leaves or time runs out."""
     check_there(turn.receive)
     model, metrics = turn.model, turn.metrics
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -182,10 +182,10 @@ async def _run(turn: Turn, ids: Sequence[list[int]]) -> list[Pooled]:
 
 
 async def _feed(turn: Turn, ids: Sequence[list[int]], deadline_s: float | None) -> list[Pooled]:
-    """Keep a group of texts with the engine, and the next while half of the queue is free.
+    """Keep one group of texts in the engine, and the next one while half of the queue is free.
 
-    So a long request leaves room for others. A full queue refuses its first group; later ones wait,
-    and so do texts that had to make room in it for another client's.
+    So a long request leaves room for others. A full queue refuses only the first group; later ones
+    wait, and so do texts that made room in the queue for another client's.
     """
     scheduler = turn.model.llm.scheduler
     found: list[Pooled | None] = [None] * len(ids)
@@ -223,7 +223,7 @@ async def _feed(turn: Turn, ids: Sequence[list[int]], deadline_s: float | None) 
             await collect()
     finally:
         for sequence in sequences:
-            sequence.cancelled = True  # those that have ended do not mind
+            sequence.cancelled = True  # has no effect on ended ones
         for _, futures in flying:
             for future in futures:
                 future.add_done_callback(lambda each: each.cancelled() or each.exception())
@@ -233,7 +233,7 @@ async def _feed(turn: Turn, ids: Sequence[list[int]], deadline_s: float | None) 
 async def _submit(
     turn: Turn, ids: list[list[int]], deadline_s: float | None, *, may_wait: bool
 ) -> tuple[list[SequenceState], list[RowSink]]:
-    """Queue texts; while there is no room for them, wait or raise."""
+    """Queue texts; if there is no room for them, wait or raise."""
     while True:
         try:
             return submit(
@@ -251,7 +251,7 @@ async def _submit(
 
 
 def _split_input(given: str | list[Any]) -> list[str | list[int]]:
-    """Return the texts of a request: one text, one list of ids, or a list of either.
+    """Split a request's input: one text, one list of ids, or a list of either.
 
     Raises:
         APIError: 400 for a mixture, an empty text, or too many.
@@ -278,14 +278,14 @@ def check_number(texts: Sequence[Any]) -> None:
     """Refuse more texts than a request may have.
 
     Raises:
-        APIError: 400 for more.
+        APIError: 400, they are too many.
     """
     if len(texts) > MAX_TEXTS:
         raise invalid(f"input: has {len(texts)} texts; at most {MAX_TEXTS} are taken", "input")
 
 
 def encoded(vector: NDArray[np.float32], form: str | None) -> list[float] | str:
-    """Write a vector as numbers or, as ``base64``, its float32 in little-endian order."""
+    """Write a vector as numbers, or for ``base64`` as float32 in little-endian order."""
     if form != "base64":
         return cast("list[float]", vector.tolist())
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()

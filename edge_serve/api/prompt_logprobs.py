@@ -27,12 +27,12 @@ async def score_prompt(
 ) -> list[SampledToken]:
     """Return each token of a prompt with its log-probability and the ``top`` likeliest there.
 
-    The first token has no log-probability. Scoring waits its turn and runs beside answers, as one
-    of them. When the client leaves or the time is up, it ends with the running step.
+    The first token has no log-probability. Scoring waits in the queue and runs beside answers, like
+    one of them. If the client leaves or time runs out, it ends with the running step.
 
     Args:
         model: the model that scores.
-        ask: whose prompt it is, encoded; who asks, and how long it may take.
+        ask: the encoded prompt, the client, and how long it may take.
         top: how many of the likeliest tokens to return.
         receive: reads from the client's connection.
 
@@ -41,7 +41,7 @@ async def score_prompt(
         OverloadError: the queue is full.
         DeadlineError: the time is up.
         BackendError: the engine failed, or its logits are not finite.
-        APIError: the engine hangs, or the server is shut down.
+        APIError: the engine hangs, or the server shuts down.
         ClientGoneError: the client left.
     """
     ids = ask.ids or ()
@@ -97,7 +97,7 @@ def _token(logits: NDArray[np.float32], token_id: int, top: int) -> SampledToken
     logprobs = log_softmax(logits)
     likeliest: tuple[tuple[int, float], ...] = ()
     if top:
-        # Of equal tokens the lower id comes first, as everywhere else.
+        # Among equal tokens the lower id comes first, as everywhere.
         candidates = np.argpartition(-logprobs, min(top, logprobs.size - 1))[: top + 1]
         floor = logprobs[candidates].min()
         ids = np.flatnonzero(logprobs >= floor)

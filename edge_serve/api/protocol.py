@@ -1,9 +1,9 @@
-"""Requests of the HTTP API, as types: a field that is not here is refused.
+"""Defines requests of the HTTP API as types; an unknown field is refused.
 
 Unknown fields, wrong types and values out of range are errors that name the field. ``IGNORED`` has
-the few fields that are accepted without effect, since they ask for nothing that a device could do
-differently, and ``NEUTRAL`` those of which only the value that asks for nothing is taken. Ranges of
-sampling parameters come from `edge.runtime.sampling_params.KNOBS`.
+the few fields that are accepted without effect, because no device could do anything about them.
+``NEUTRAL`` has those that accept only the value that asks for nothing. Ranges of sampling
+parameters come from `edge.runtime.sampling_params.KNOBS`.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ NEUTRAL = {
     "separate_reasoning": "reasoning has a field of its own; include_reasoning leaves it out",
     "stream_reasoning": "reasoning is streamed as it comes",
 }
-"""Fields that gateways write into every request, which take the value that asks for nothing."""
+"""Fields that gateways write into every request; only the value that asks for nothing is taken."""
 
 RERANK_NEUTRAL = {
     "rid": "the id of a request is the header x-request-id",
     "top_k": "top_n bounds the documents that come back",
 }
-"""Likewise, into every request to rerank."""
+"""Fields that gateways write into every request to rerank, with the same rule."""
 
 MAX_TEXTS = 2048
-"""Texts of one request that embeds or reranks; OpenAI's limit."""
+"""The most texts of one request that embeds or reranks; OpenAI's limit."""
 
 Request = TypeVar("Request")
 _type_info = cache(msgspec.inspect.type_info)
 
 
 def range_of(name: str) -> Meta:
-    """Return the range of a sampling knob."""
+    """Return the range of a sampling parameter."""
     knob = KNOBS[name]
     return Meta(ge=knob.low, le=knob.high)
 
@@ -100,12 +100,12 @@ class FunctionTool(Struct, forbid_unknown_fields=True):
 
 
 def no_tools(*more: str) -> Meta:
-    """Return what an error says, beside the types of tools that there are, of any other."""
+    """Return metadata of a tool's type; an error about any other type adds its hints."""
     return Meta(extra={"hints": ["this server has no tools of its own to run", *more]})
 
 
 NO_TOOLS = no_tools()
-"""Of the type of a tool; an error says so."""
+"""Metadata of the type of a tool; an error about any other type adds its hint."""
 
 
 class Tool(Struct, forbid_unknown_fields=True):
@@ -129,7 +129,7 @@ class NamedTool(Struct, forbid_unknown_fields=True):
 
 
 class JSONSchema(Struct, forbid_unknown_fields=True):
-    """The schema of a ``response_format``; of a strict one, no ``format`` is passed over."""
+    """The schema of a ``response_format``; a strict one must not have an unsupported ``format``."""
 
     name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     schema: dict[str, Any] = {}
@@ -153,19 +153,19 @@ class TemplateOptions(Struct, forbid_unknown_fields=True):
 
 
 class Sampling(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Fields that chats and completions share; absent ones are the model's own defaults."""
+    """Fields that chats and completions share; the model has its own defaults for absent ones."""
 
     model: ModelName | None = None
     temperature: Annotated[float, range_of("temperature")] | None = None
     top_p: Annotated[float, range_of("top_p")] | None = None
-    # -1 is other servers' word for "off".
+    # -1 means "off" for other servers.
     top_k: Annotated[int, Meta(ge=-1, le=KNOBS["top_k"].high)] | None = None
     min_p: Annotated[float, range_of("min_p")] | None = None
     repetition_penalty: Annotated[float, range_of("repetition_penalty")] | None = None
     presence_penalty: Annotated[float, range_of("presence_penalty")] | None = None
     frequency_penalty: Annotated[float, range_of("frequency_penalty")] | None = None
     logit_bias: Annotated[dict[_TokenKey, _Bias], Meta(max_length=1024)] | None = None
-    # Not the whole range of the knob: an int64 is what JSON readers have.
+    # Narrower than the parameter's range: JSON readers have an int64.
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     max_tokens: MaxTokens | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
@@ -212,7 +212,7 @@ class ChatRequest(Sampling, forbid_unknown_fields=True, kw_only=True):
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
     modalities: list[Literal["text"]] | None = None
-    verbosity: Literal["medium"] | None = None  # no model here has another than its own
+    verbosity: Literal["medium"] | None = None  # models here have only their own
     moderation: None = None
 
 
@@ -307,18 +307,18 @@ _PLACE = re.compile(r" - at (?:`key` in )?`\$(.*)`$")
 _STEP = re.compile(r"\[[^]]*\]|[^.\[]+")
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
 _RANGE = re.compile(r"expected `(int|float)` [<>]=? ")
-_MOST_LETTERS = 64  # of an unknown name that are compared with those of fields
+_MOST_LETTERS = 64  # letters of an unknown name to compare with those of fields
 _MISSING = re.compile(r"missing required field `([^`]*)`")
 
 
 def nesting(body: bytes) -> int:
-    """Count the levels of arrays and objects in a JSON text, valid up to where it is not."""
+    """Count the levels of arrays and objects in a JSON text; an invalid text counts up to there."""
     deepest = level = start = 0
     in_string = False
     while start < len(body):  # in parts, between which other threads get the interpreter
         end = start + _SCAN_BYTES
         while end < len(body) and body[end - 1] == _BACKSLASH:
-            end += 1  # what it escapes belongs to it
+            end += 1  # the escaped character belongs to this part
         part = (b'"' if in_string else b"") + body[start:end]
         in_string = _ESCAPE.sub(b"", part).count(b'"') % 2 == 1
         # The closing quote is optional in the pattern, so that it never backtracks.
@@ -341,16 +341,16 @@ def decode(
     """Read a request.
 
     Args:
-        body: JSON.
-        kind: the type of the request.
-        max_nesting: levels of arrays and objects at most.
-        on_unknown: is told how many fields of the request are unknown, which are then left out;
-            None refuses them.
+        body: the body, JSON.
+        kind: type of the request.
+        max_nesting: the most levels of arrays and objects.
+        on_unknown: called with the number of unknown fields, which are then left out; None refuses
+            them.
 
     Raises:
         APIError: 400; it names the field at fault, if there is one.
     """
-    # Counting them all takes a moment; most bodies have fewer brackets than levels are allowed.
+    # Counting takes a moment; most bodies have fewer brackets than the levels allowed.
     num_opened = body.count(b"[") + body.count(b"{")
     deep = nesting(body) if num_opened > max_nesting else num_opened
     if deep > max_nesting:
@@ -378,7 +378,7 @@ def convert(value: Any, kind: type[Request], where: str) -> Request:
     Args:
         value: the data.
         kind: the type.
-        where: the path of the data in the request.
+        where: path of the data in the request.
 
     Raises:
         APIError: 400; it names the field at fault.
@@ -424,19 +424,19 @@ def _wrong_field(message: str, kind: Any, above: str = "") -> APIError:
 
 
 def _instead(name: str, info: Any, steps: list[str]) -> str:
-    """Say which field of the object at a place was meant by an unknown one."""
+    """Say which field of the object at a place an unknown one probably means."""
     known = [
         field.encode_name
         for each in _types_at(info, steps)
         if isinstance(each, msgspec.inspect.StructType)
         for field in each.fields
     ]
-    # A comparison with a name of megabytes would take the interpreter from the others.
+    # To compare a name of megabytes would keep the interpreter from other threads.
     return instead_of(name[:_MOST_LETTERS], known, "remove it, or see the list of fields")
 
 
 def _numbers(what: str, types: list[Any]) -> str | None:
-    """Say in words which numbers a place takes; None where ``what`` is about something else."""
+    """Say in words which numbers a place takes; None if ``what`` is about something else."""
     if {type(each) for each in types} == {msgspec.inspect.NoneType}:
         return "nothing is computed by it here; leave it out"
     if what.endswith("multiple of 1.0"):
@@ -458,7 +458,7 @@ def _types_at(info: Any, steps: list[str]) -> Iterator[Any]:
     """Find the types that a place of a request may have, metadata among them.
 
     Args:
-        info: the type of what the steps begin at.
+        info: type that the steps begin at.
         steps: keys and indices, the latter in brackets.
     """
     if not steps:
@@ -477,7 +477,7 @@ def _types_at(info: Any, steps: list[str]) -> Iterator[Any]:
 
 
 def _is_tagged(info: Any, steps: list[str]) -> bool:
-    """Whether a type is chosen by the field that the steps end in; the lenient have own errors."""
+    """Whether the steps end in the field that chooses a type; lenient types have own errors."""
     return (
         isinstance(info, msgspec.inspect.StructType)
         and info.forbid_unknown_fields

@@ -1,6 +1,6 @@
-"""Answers a request for text, whatever its endpoint; an endpoint is a plan and a render.
+"""Answers a request for text on any endpoint; an endpoint is a plan and a render.
 
-The plan says what the body of a request asks of the engine, the render writes what comes back.
+The plan says what the body of a request wants from the engine, and the render writes the answer.
 Everything between the two is the same for all endpoints and is here, in `respond`.
 """
 
@@ -56,18 +56,18 @@ class Turn:
 
     Attributes:
         model: the model that answers.
-        client: who asks.
+        client: the client that asks.
         settings: limits of the server.
-        metrics: counts every end.
+        metrics: counts how requests end.
         receive: reads from the client's connection.
-        lane: where its texts are encoded.
-        form_lane: where the form of its answer is compiled.
+        lane: lane that encodes its texts.
+        form_lane: lane that compiles the form of its answer.
         headers: headers of the response.
         arm: the arm of the A/B split that chose the model, if any.
         priority: lower runs first.
-        waited_s: seconds for which it has waited for the model to be loaded.
+        waited_s: seconds that the request has waited for the model to load.
         picture_models: names of the served models that take pictures.
-        adapter: what answers besides the model, if anything does.
+        adapter: the adapter that answers with the model, if any.
     """
 
     model: ServedModel
@@ -86,22 +86,22 @@ class Turn:
 
     @property
     def model_name(self) -> str:
-        """What answers, as a request names it."""
+        """Name of what answers, as a request gives it."""
         return f"{self.model.name}:{self.adapter.name}" if self.adapter else self.model.name
 
     def deadline_s(self) -> float | None:
-        """When the answer must have ended if it begins now, on the monotonic clock."""
+        """Monotonic time by which an answer that begins now must end; None sets no limit."""
         most_s = self.settings.request_timeout_s
         return None if most_s is None else clock() + most_s - self.waited_s
 
 
 @dataclass(frozen=True)
 class Fallback:
-    """What becomes of a form that cannot be compiled: some of its parts are loosened.
+    """Looser forms of an answer, for a form that cannot be compiled.
 
     Attributes:
-        names: of the parts that may be; one at least.
-        alone: returns the form that a part alone has.
+        names: names of the parts that may be loosened; at least one.
+        alone: returns the form with only this part.
         without: returns the form with these parts loosened.
     """
 
@@ -112,17 +112,17 @@ class Fallback:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a request asks of the engine.
+    """Everything that a request wants from the engine.
 
     Attributes:
-        asks: one for each prompt, at least one; they differ in that alone.
+        asks: one for each prompt, at least one; they differ only in the prompt.
         n: answers per prompt.
         stream: whether the answer is sent while it is generated.
-        echo: whether each answer begins with its prompt, scored if its log-probabilities are
+        echo: whether each answer begins with its prompt, which is scored if log-probabilities are
             wanted.
-        user: the user that the request names.
-        cache_salt: the request's salt, besides the client's own.
-        fallback: what takes the place of a form that cannot be compiled.
+        user: user that the request names.
+        cache_salt: the request's salt, in addition to the client's own.
+        fallback: looser forms to use if the form cannot be compiled.
         make_parser: makes the parser that finds tool calls in one answer; None looks for none.
         one_call: whether an answer ends with its first tool call.
     """
@@ -146,11 +146,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where an answer goes on that a server had begun.
+    """State from which an answer continues that an earlier server began.
 
     Attributes:
         prompt: token ids of the prompt.
-        state: what the engine had of the answer.
+        state: the engine's state of the answer.
         left_s: seconds that it may still take; None sets no limit.
     """
 
@@ -160,26 +160,26 @@ class Resumed:
 
 
 class Render(StreamForm, Protocol):
-    """Writes one answer in the form of its endpoint; what is not overridden is OpenAI's form.
+    """Writes one answer in the form of its endpoint; methods not overridden write OpenAI's form.
 
     A choice is one answer to one prompt; choices are numbered prompt by prompt.
 
     Attributes:
-        media_type: of a stream.
+        media_type: media type of a stream.
     """
 
     media_type: str = "text/event-stream"
 
     def begin(self, plan: Plan, prompt_tokens: int) -> None:
-        """Take the plan, and the tokens of all prompts, before the first piece."""
+        """Take the plan, and the number of tokens of all prompts, before the first piece."""
         return
 
     def ping(self) -> bytes:
-        """Return what fills a silence in a stream; empty if nothing may."""
+        """Return bytes to fill a silence in a stream; empty if the form has none."""
         return PING
 
     def failed(self, error: APIError) -> bytes:
-        """Return the last bytes of a stream that fails after its first."""
+        """Return the last bytes of a stream that fails after its first bytes."""
         return event(error.envelope())
 
     def events(self, index: int, piece: Piece) -> bytes:
@@ -214,19 +214,20 @@ async def respond(turn: Turn, make_plan: Callable[[], Plan], render: Render) -> 
 async def begin(
     turn: Turn, make_plan: Callable[[], Plan], render: Render, resumed: Resumed | None = None
 ) -> Answer:
-    """Queue the answer to a request; nothing of it is read yet.
+    """Queue the answer to a request without reading any of it yet.
 
     Args:
-        turn: see `respond`.
-        make_plan: see `respond`.
-        render: see `respond`.
-        resumed: the answer goes on from there.
+        turn: the request's context.
+        make_plan: makes the plan; called in a thread.
+        render: writes the answer; made for this request.
+        resumed: state to continue from; None begins a new answer.
 
     Raises:
-        What `respond` raises.
+        EdgeError, APIError: the request is wrong, cannot be served now, or failed.
+        ClientGoneError: the client left before it had the answer.
     """
     model = turn.model
-    with model.lease(counts=False):  # its flight counts, if it is a client's
+    with model.lease(counts=False):  # a client's flight counts instead
 
         def prepare(on_piece: OnPiece) -> Plan:
             check_task(model.llm.manifest, "generate")
@@ -263,13 +264,13 @@ class Answer:
     """Reads the choices of one request as they come, and lets a render write them.
 
     Args:
-        model: what answers.
-        plan: what was asked of the engine.
-        echoes: what the answers to each prompt begin with.
+        model: the model that answers.
+        plan: the request's plan.
+        echoes: pieces that the answers to each prompt begin with.
         flight: reads the generations.
         render: writes the answer.
         generations: one per choice.
-        deadline_s: when it must have ended, on the monotonic clock; None sets no limit.
+        deadline_s: monotonic time by which it must end; None sets no limit.
     """
 
     def __init__(
@@ -298,11 +299,11 @@ class Answer:
         self._left = len(self._readers)
 
     async def send(self, turn: Turn, written: msgspec.Struct | None = None) -> Response:
-        """Answer the client, as a whole or as a stream; see `respond`.
+        """Answer the client, as a whole or as a stream.
 
         Args:
             turn: the request's context.
-            written: what the render writes piece by piece; the whole answer in the place of
+            written: the whole answer, if the render writes it piece by piece; it replaces
                 `Render.body`.
         """
         flight = self.flight
@@ -349,9 +350,9 @@ class Answer:
 
 
 def _encode(turn: Turn, plan: Plan, ask: Ask, resumed: Resumed | None, on_piece: OnPiece) -> Ask:
-    """Return what is asked with who asks it, and with the prompt's token ids."""
+    """Complete an ask with the client and the prompt's token ids."""
     llm, salt = turn.model.llm, turn.client.salt
-    # Cached prefixes are shared within one key, and within one `cache_salt` of it.
+    # A cached prefix is shared only within one key, and within one `cache_salt` of it.
     salt = f"{salt}/{plan.cache_salt}" if plan.cache_salt else salt
     adapter = turn.adapter and turn.adapter.read()
     ask = replace(
@@ -363,10 +364,10 @@ def _encode(turn: Turn, plan: Plan, ask: Ask, resumed: Resumed | None, on_piece:
 
 
 def left_s(deadline_s: float | None) -> float | None:
-    """Return the seconds until a time of the monotonic clock; None is never.
+    """Return the seconds left until a monotonic time; None means no limit.
 
     Raises:
-        DeadlineError: it has come.
+        DeadlineError: the time has passed.
     """
     if deadline_s is None:
         return None
@@ -376,7 +377,7 @@ def left_s(deadline_s: float | None) -> float | None:
 
 
 async def _echoes(turn: Turn, plan: Plan, deadline_s: float | None) -> list[Piece]:
-    """Return, for each prompt, what its answers begin with."""
+    """Return, for each prompt, the piece that its answers begin with."""
     if not plan.echo:
         return [Piece() for _ in plan.asks]
     tokenizer, echoes = turn.model.llm.tokenizer, []
@@ -391,7 +392,7 @@ async def _echoes(turn: Turn, plan: Plan, deadline_s: float | None) -> list[Piec
 
 
 async def _compile(turn: Turn, plan: Plan, deadline_s: float | None) -> Plan:
-    """Compile the form of an answer, unless that was done before; return the plan that it fits."""
+    """Compile the form of an answer unless it is cached; return the plan with the final form."""
     wanted, fallback, grammars = plan.asks[0].output, plan.fallback, turn.model.llm.grammars
     if wanted is None:
         return plan
@@ -416,7 +417,7 @@ async def _loosened(
     grammars: GrammarCompiler,
     run: Callable[[Callable[[OutputFormat], object], OutputFormat], Awaitable[None]],
 ) -> OutputFormat:
-    """Compile a form without those of its parts that cannot be compiled alone, or without all."""
+    """Compile a form without the parts that fail to compile alone, or else without all."""
     refused = []
     for name in fallback.names if len(fallback.names) > 1 else ():
         try:
@@ -428,7 +429,7 @@ async def _loosened(
         try:
             await run(grammars.compile, form)
         except RequestError:
-            pass  # they cannot be compiled together
+            pass  # the rest cannot be compiled together
         else:
             return form
     form = fallback.without(fallback.names)
@@ -437,7 +438,7 @@ async def _loosened(
 
 
 def _take_out_left(model: ServedModel, num_sequences: int) -> None:
-    """Where the queue has no room for so many, end what is there for clients that have left."""
+    """If the queue has no room for so many, drop sequences of clients that have left."""
     scheduler = model.llm.scheduler
     stats = scheduler.stats()
     if stats.running + stats.waiting + num_sequences > scheduler.max_batch + stats.queue_capacity:

@@ -1,4 +1,4 @@
-"""Decodes a sample of each request before the start."""
+"""Decodes a sample of each request before the server starts."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ SAMPLES: dict[type[Struct], bytes] = {
 
 
 def check_decoding() -> None:
-    """Decode a sample of each request, since msgspec resolves a type when it first meets it.
+    """Decode a sample of each request, since msgspec resolves a type only when it first uses it.
 
     Raises:
-        DependencyError: the installed msgspec cannot; every request would be an error 500.
+        DependencyError: the installed msgspec cannot, and every request would get an error 500.
     """
     for kind, body in SAMPLES.items():
         try:

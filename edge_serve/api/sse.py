@@ -29,7 +29,7 @@ def named_event(name: str, value: Any) -> bytes:
 
 
 class StreamForm(Protocol):
-    """What an `EventStream` asks of a render; see `edge_serve.api.respond.Render`."""
+    """The part of a `edge_serve.api.respond.Render` that an `EventStream` uses."""
 
     media_type: str
 
@@ -39,13 +39,13 @@ class StreamForm(Protocol):
 
 
 class Buffer:
-    """Bytes on their way to one reader; filled and emptied in the same loop.
+    """Bytes on their way to one reader; filled and emptied in the same event loop.
 
     Args:
-        limit_bytes: bytes that may wait.
+        limit_bytes: the most bytes that may wait.
 
     Attributes:
-        total: bytes that were ever put in.
+        total: number of bytes ever put in.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -74,12 +74,12 @@ class Buffer:
             )
 
     def close(self) -> None:
-        """End the stream; what waits can still be taken."""
+        """End the stream; bytes that wait can still be taken."""
         self._closed = True
         self._wake()
 
     async def take(self) -> bytes:
-        """Wait until there are bytes and take all of them; empty at the end."""
+        """Wait for bytes and take all of them; empty at the end."""
         while not self._parts and not self._closed:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -94,12 +94,11 @@ class Buffer:
 
 
 class EventStream(Response):  # type: ignore[misc]
-    """Streams what a flight's choices put into the buffer.
+    """Streams the bytes that a flight's choices put into the buffer.
 
-    The status is sent with the first bytes, so that a request that fails before them is answered
-    with a proper status. Later errors become an event in the protocol's form and the end; with
-    OpenAI's chats ``data: {"error": ...}`` without ``[DONE]``: a clean end would look like a whole
-    answer to its clients.
+    The status is sent with the first bytes, so a request that fails earlier gets a proper status.
+    A later error becomes an event in the protocol's form and ends the stream. For OpenAI's chats
+    that is ``data: {"error": ...}`` without ``[DONE]``: a clean end would look like a whole answer.
     """
 
     def __init__(
@@ -132,7 +131,7 @@ class EventStream(Response):  # type: ignore[misc]
             await self._write(send)
         finally:
             pinger.cancel()
-            gone.cancel()  # also ends the flight, where it has not ended
+            gone.cancel()  # also ends the flight if it still runs
 
     async def _write(self, send: Send) -> None:
         started = False

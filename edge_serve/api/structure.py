@@ -1,4 +1,4 @@
-"""Turns ``response_format`` and the calls of tools into the form that the engine keeps to."""
+"""Turns ``response_format`` and tools into the form that the engine holds an answer to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from edge.runtime.structured_output import OutputFormat
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
-# Those of texts that llguidance keeps to; JSON Schema 2020-12 (7.2) lets others be.
+# Text formats that llguidance enforces; JSON Schema 2020-12 (7.2) allows to ignore others.
 _FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 )
@@ -28,9 +28,8 @@ def output_format(
     Args:
         wanted: the request's ``response_format``.
         must: tools of which one must be called.
-        may: tools that may be called, in a call that is bound: it names one of them, and the
-            arguments of a strict tool keep to its schema. Where the answer has a form, a call comes
-            instead.
+        may: tools that may be called, in a bound call: it names one of them, and the arguments of a
+            strict tool match its schema. If the answer has a form, a call may come instead.
 
     Raises:
         APIError: 400 for fields that contradict each other.
@@ -81,9 +80,9 @@ def call_form(tools: Sequence[Tool], loose: Collection[str] = ()) -> OutputForma
     """Return the form of an answer that must be a call.
 
     Args:
-        tools: those of which one is called, at least one.
-        loose: names of functions that take any object. Another that is not strict has its schema
-            without the formats that nothing here keeps to.
+        tools: tools of which one is called, at least one.
+        loose: names of functions that take any object. Another function that is not strict keeps
+            its schema, but without formats that cannot be enforced.
     """
     from edge.runtime.structured_output import OutputFormat
 
@@ -98,7 +97,7 @@ def _parameters(function: FunctionTool, loose: Collection[str]) -> dict[str, Any
 
 
 def _without_other_formats(schema: Any) -> Any:
-    """Return a schema without the formats of texts that nothing here keeps to."""
+    """Return a schema without the text formats that cannot be enforced."""
     if isinstance(schema, list):
         return [_without_other_formats(each) for each in schema]
     if not isinstance(schema, dict):
@@ -111,9 +110,9 @@ def _without_other_formats(schema: Any) -> Any:
 
 
 def _call_schema(shapes: Sequence[tuple[Tool, dict[str, Any] | None]]) -> dict[str, Any]:
-    """The schema of one call: a tool's name, and arguments by its schema; None allows any object.
+    """Make the schema of one call: a tool's name, and arguments by its schema (None: any object).
 
-    An ``$id`` makes each of these schemas the root that its own references begin at.
+    An ``$id`` makes each of these schemas the root for its own references.
     """
     options = []
     roots = {""}
@@ -121,7 +120,7 @@ def _call_schema(shapes: Sequence[tuple[Tool, dict[str, Any] | None]]) -> dict[s
         arguments = {**_ANY_OBJECT, **(parameters or {})}
         given = arguments.get("$id")
         root = given.rstrip("#") if isinstance(given, str) else ""
-        if root in roots:  # another tool's, or none
+        if root in roots:  # used by another tool, or empty
             arguments["$id"] = f"urn:edge-llm:tool:{index}"
         roots.add(root)
         options.append(

@@ -1,4 +1,4 @@
-"""Serves ``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in the shapes of vLLM."""
+"""Serves ``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in vLLM's form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edge.runtime.llm import LLM
     from edge_serve.models.bundle_text import BundleText
 
-# Who measures a perplexity has a document encoded and cuts it afterwards.
+# To measure perplexity, clients encode a whole document and cut it afterwards.
 _LEAST_ROOM_TOKENS = 32_768
 
 
@@ -32,8 +32,8 @@ def tokenize(
     """Encode a text, in which control tokens stay text, or a chat.
 
     Raises:
-        APIError, RequestError: the body has both or neither, they cannot be encoded, or surely do
-            not fit into the context, or 32,768 tokens where that holds less.
+        APIError, RequestError: the body has both or neither; it cannot be encoded; or it surely
+            exceeds the context, or 32,768 tokens if the context is smaller.
     """
     llm = model.llm
     if (body.prompt is None) == (body.messages is None):
@@ -92,7 +92,7 @@ def detokenize(body: DetokenizeRequest, model: ServedModel) -> DetokenizeRespons
     """Return the text of token ids, control tokens included.
 
     Raises:
-        APIError: 400, more ids than the context holds.
+        APIError: 400, there are more ids than the context holds.
     """
     if len(body.tokens) > model.llm.kv_capacity:
         raise invalid(
@@ -104,7 +104,7 @@ def detokenize(body: DetokenizeRequest, model: ServedModel) -> DetokenizeRespons
 
 
 def tokenizer_info(llm: LLM | BundleText) -> dict[str, Any]:
-    """Return what a client such as ``lm-eval`` with a remote tokenizer needs to know."""
+    """Describe the tokenizer for clients such as ``lm-eval`` with a remote tokenizer."""
     tokens = llm.manifest.tokens
     return {
         "tokenizer_class": type(llm.tokenizer).__name__,

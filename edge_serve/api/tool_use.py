@@ -1,4 +1,4 @@
-"""Decides what the tools of a chat request come to: `ToolUse`."""
+"""Decides how an answer may use the tools of a chat request: `ToolUse`."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ToolUse:
-    """What the tools of one request come to, and the form that its answer must have.
+    """How one request may use its tools, and the form that its answer must have.
 
     Attributes:
-        shown: the tools as chat templates take them; None shows the model none.
-        syntax: how the model writes calls; None where it may write none of its own.
+        shown: tools as chat templates take them; None shows the model none.
+        syntax: how the model writes calls; None if it must not write any freely.
         has_form: whether an answer without a call must have a form.
         make_parser: makes the parser that finds the calls in an answer; None looks for none.
         one_call: whether an answer ends with its first call.
-        fallback: what takes the place of ``output`` where that cannot be compiled.
+        fallback: looser forms to use if ``output`` cannot be compiled.
         output: the form of the answer, calls included; None leaves it free.
     """
 
@@ -50,15 +50,15 @@ class ToolUse:
     def parser_after(
         self, messages: Sequence[dict[str, Any]], *, reasons: bool
     ) -> MakeParser | None:
-        """Return what makes the parser of an answer that goes on with the last message.
+        """Return the maker of a parser for an answer that continues the last message.
 
         Args:
-            messages: as the template gets them.
-            reasons: whether the model does.
+            messages: messages as the template gets them.
+            reasons: whether the model reasons.
 
         Raises:
             APIError: 400, the answer must be a call and has begun as text, or has begun a call.
-            RequestError: see `take_begun_answer`.
+            RequestError: `take_begun_answer` refuses the messages.
         """
         if self.make_parser is None:
             return None
@@ -82,15 +82,15 @@ class ToolUse:
 
 
 def read_tools(body: ChatRequest, template: ChatTemplate | None) -> ToolUse:
-    """Decide what the tools of a request come to.
+    """Decide how an answer may use the tools of a request.
 
     Args:
         body: the request.
-        template: of the model that answers.
+        template: chat template of the model that answers.
 
     Raises:
-        APIError: 400, fields that contradict each other, or calls that cannot be bound.
-        RequestError: nothing here knows how the model writes calls.
+        APIError: 400, fields contradict each other, or calls cannot be bound.
+        RequestError: it is unknown how the model writes calls.
     """
     tools = [] if body.tool_choice == "none" else body.tools or []
     must = _must_call(body)
@@ -116,11 +116,11 @@ def read_tools(body: ChatRequest, template: ChatTemplate | None) -> ToolUse:
 
 
 def call_syntax(template: ChatTemplate | None, *, has_tools: bool) -> ToolSyntax | None:
-    """How a model's calls are written: as its template teaches, else as the generic form does.
+    """Return how a model writes calls: as its template teaches, else in the generic form.
 
     Args:
-        template: the model's.
-        has_tools: whether it is given tools.
+        template: the model's chat template.
+        has_tools: whether the request has tools.
     """
     if template is None:
         return None
@@ -145,7 +145,7 @@ def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
 
 def _must_call(body: ChatRequest) -> list[Tool]:
-    """Return the tools of which the answer must call one; none where it need not be a call."""
+    """Return the tools of which the answer must call one; empty if it need not be a call."""
     choice, tools = body.tool_choice, body.tools or []
     if choice in (None, "none", "auto"):
         return []
@@ -161,9 +161,9 @@ def _must_call(body: ChatRequest) -> list[Tool]:
 
 
 def _binds(body: ChatRequest, tools: Sequence[Tool], syntax: ToolSyntax) -> bool:
-    """Whether the calls that the model is free to make are bound to their schemas.
+    """Whether calls that the model is free to make are bound to their schemas.
 
-    They are where a tool is strict, or where the answer has a form, for which a call comes instead.
+    They are if a tool is strict, or if the answer has a form, which a call may replace.
     """
     wanted = body.response_format
     strict = [index for index, tool in enumerate(tools) if tool.function.strict]
@@ -188,7 +188,7 @@ def _binds(body: ChatRequest, tools: Sequence[Tool], syntax: ToolSyntax) -> bool
 def _parser_of(
     tools: Sequence[Tool], syntax: ToolSyntax | None, has_form: bool
 ) -> MakeParser | None:
-    """Return what makes the parser of an answer that need not be a call."""
+    """Return the maker of a parser for an answer that need not be a call."""
     if syntax is None:
         return None
     if has_form:
@@ -199,7 +199,7 @@ def _parser_of(
 
 
 def _fallback(must: Sequence[Tool]) -> Fallback | None:
-    """Return the forms of a call in which some functions take any object."""
+    """Return looser forms of a call, in which some functions take any object."""
 
     def alone(name: str) -> OutputFormat:
         return call_form([tool for tool in must if tool.function.name == name])

@@ -1,8 +1,8 @@
-"""Finds tool calls in a model's text: which marks a template teaches, and how to read them.
+"""Finds tool calls in a model's text, by the marks that its template teaches.
 
-Two families are known: Hermes (Qwen2.5, Qwen3 and others), where a call is a JSON object between
-``<tool_call>`` and ``</tool_call>``, and DeepSeek's with marks of its own. Which one a model uses
-is read from its chat template, which writes past calls in the same form.
+Two families are known. In Hermes (Qwen2.5, Qwen3 and others) a call is a JSON object between
+``<tool_call>`` and ``</tool_call>``; DeepSeek has marks of its own. The chat template tells which
+one a model uses, because it writes past calls in the same form.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _call(name: str, arguments: str) -> tuple[str, str] | None:
 
 
 def _ends_within_text(begun: str) -> bool:
-    """Whether this is the beginning of a JSON object, up to within one of its texts."""
+    """Whether this is the beginning of a JSON object that breaks off inside a string."""
     begun = begun.lstrip()
     try:
         _DECODER.raw_decode(begun)
@@ -79,7 +79,7 @@ def _ends_within_text(begun: str) -> bool:
 
 
 _DECODER = json.JSONDecoder()
-_QUOTES = re.compile(r'\\.|"', re.DOTALL)  # and what is escaped, which may be one
+_QUOTES = re.compile(r'\\.|"', re.DOTALL)  # quotes, and escaped characters, which may be quotes
 _DEEPSEEK_SEPARATOR = "<｜tool▁sep｜>"
 _XML_CALL = "<function="
 HERMES = ToolSyntax("<tool_call>", "</tool_call>", (), _read_hermes)
@@ -92,7 +92,7 @@ DEEPSEEK = ToolSyntax(
 
 
 def syntax_of(template: str) -> ToolSyntax | None:
-    """Return the family that a chat template's source belongs to; None if it is not known."""
+    """Find the family of a chat template by its source; None if it is unknown."""
     if _XML_CALL in template:  # Qwen3-Coder's, between Hermes' marks
         return None
     for syntax in (DEEPSEEK, HERMES):
@@ -105,7 +105,7 @@ class ToolParser:
     """Finds calls in streamed text; the result does not depend on how the text is cut.
 
     Args:
-        syntax: the model's family.
+        syntax: how the model's family writes calls.
     """
 
     def __init__(self, syntax: ToolSyntax) -> None:
@@ -113,7 +113,7 @@ class ToolParser:
         self._marks = (syntax.start, *syntax.noise)
         self._held = ""
         self._inside = False
-        self._passed = 0  # up to here, end marks are in a text of the call
+        self._passed = 0  # end marks before this place are inside a string of the call
         self._space = ""  # before the mark, dropped if a call follows
         self.found = 0
 
@@ -127,10 +127,10 @@ class ToolParser:
         return "".join(plain), calls
 
     def flush(self, *, is_cut: bool = False) -> tuple[str, list[ToolCall]]:
-        """End the text; return what was held back, and the call in it that lacks its end mark.
+        """End the text; return the text held back, and a call in it that lacks its end mark.
 
         Args:
-            is_cut: whether the model would have gone on, so that what it began stays text.
+            is_cut: whether the model would have continued, so that an unfinished call stays text.
         """
         plain: list[str] = []
         calls: list[ToolCall] = []
@@ -185,10 +185,10 @@ class ToolParser:
         return True
 
     def _is_in_text(self, at: int) -> bool:
-        """Whether the end mark here is in a text of the call's JSON.
+        """Whether the end mark here is inside a string of the call's JSON.
 
-        After the first one, quotes tell, since to read the whole call again for each takes
-        quadratic time; whether it is JSON shows at its end.
+        After the first mark only quotes are counted, since reading the whole call again for each
+        mark would take quadratic time; whether it is JSON shows at its end.
         """
         if self._passed:
             found = _QUOTES.findall(self._held, self._passed, at)
@@ -196,21 +196,21 @@ class ToolParser:
         return _ends_within_text(self._held[: at + len(self._syntax.end)])
 
     def _give_up(self, plain: list[str]) -> None:
-        """Make text of what is no call, up to its first end mark: a call may follow that."""
+        """Treat as text what is no call, up to its first end mark: a call may follow that."""
         at = self._held.find(self._syntax.end)
         plain.append(f"{self._space}{self._syntax.start}{self._held[:at]}{self._syntax.end}")
         self._leave(at)
 
     def _leave(self, at: int) -> None:
-        """End what is between the marks, of which the second is here."""
+        """Leave a call at its end mark, which is here."""
         self._held = self._held[at + len(self._syntax.end) :]
         self._inside, self._passed = False, 0
 
 
 class CallsOrJSON(ToolParser):
-    """A `ToolParser` for an answer that a grammar binds to be calls alone, or JSON and no call.
+    """A `ToolParser` for an answer that a grammar restricts to calls alone, or JSON without calls.
 
-    JSON may have the marks in its texts.
+    The JSON may contain the marks in its strings.
     """
 
     def __init__(self, syntax: ToolSyntax) -> None:
@@ -218,7 +218,7 @@ class CallsOrJSON(ToolParser):
         self._has_calls: bool | None = None  # not known before the first character
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
-        """Add text; see `ToolParser.push`."""
+        """Add text, as in `ToolParser.push`."""
         if self._has_calls is None and text.strip():
             self._has_calls = text.lstrip()[0] == self._syntax.start[0]
         return super().push(text) if self._has_calls else (text, [])
@@ -244,7 +244,7 @@ class WholeCall:
         return "", [make_call(*call, index=0)]
 
     def flush(self, *, is_cut: bool = False) -> tuple[str, list[ToolCall]]:
-        """Return the text that did not become a call; see `ToolParser.flush`."""
+        """Return text that did not become a call, as in `ToolParser.flush`."""
         held, self._text = self._text, ""
         return held, []
 
@@ -255,6 +255,6 @@ def make_call(name: str, arguments: str, *, index: int) -> ToolCall:
 
 
 def _partial(text: str, mark: str) -> int:
-    """Length of the longest end of ``text`` that ``mark`` begins with."""
+    """Return the length of the longest end of ``text`` that ``mark`` begins with."""
     sizes = range(min(len(mark) - 1, len(text)), 0, -1)
     return next((size for size in sizes if text.endswith(mark[:size])), 0)

@@ -1,4 +1,4 @@
-"""The field ``vote`` of a chat, an extension, and what the answer says of it."""
+"""Reads the field ``vote`` of a chat, an extension, and writes the result into the answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class VoteField(Struct, forbid_unknown_fields=True):
-    """How a vote is held; `edge.votes.tally.VoteRule` says more."""
+    """How to hold a vote; `edge.votes.tally.VoteRule` has the details."""
 
     answers: Annotated[str, Meta(min_length=1, max_length=1100)] = "number"
     first: Annotated[int, Meta(ge=2, le=64)] = 2
@@ -37,7 +37,7 @@ class VotedSample(Struct):
 
 
 class VoteAnswer(Struct):
-    """What a vote came to: ``agreed`` of ``counted`` samples gave the answer."""
+    """The result of a vote: ``agreed`` of ``counted`` samples gave the answer."""
 
     answer: str | None
     agreed: int
@@ -47,11 +47,11 @@ class VoteAnswer(Struct):
 
 
 def read_vote(body: ChatRequest, max_choices: int) -> VoteRule | None:
-    """Return how a request votes; None where it does not.
+    """Return how a request votes; None if it does not.
 
     Raises:
-        APIError: a wrong rule, more samples than a request may have choices, or another field that
-            a vote has no place for.
+        APIError: the rule is wrong, it has more samples than a request may have choices, or another
+            field cannot be combined with a vote.
     """
     if (field := body.vote) is None:
         return None
@@ -73,5 +73,5 @@ def read_vote(body: ChatRequest, max_choices: int) -> VoteRule | None:
 
 
 def shown_vote(vote: VoteResult) -> VoteAnswer:
-    """Return what a vote came to for JSON."""
+    """Convert the result of a vote for JSON."""
     return convert(vote, VoteAnswer, from_attributes=True)

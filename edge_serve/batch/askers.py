@@ -1,4 +1,4 @@
-"""Answers one request: by a server of OpenAI's API, or by the server's own application in here."""
+"""Answers one request: by a server of OpenAI's API, or by our own application in this process."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ CONNECT_S = 10.0
 MAX_ANSWER_BYTES = 64 * 2**20
 DEFAULT_CONCURRENCY = 4
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
-"""A server that lost its power is noticed after 90 s, however long an answer may take."""
+"""Notices a server that lost its power after 90 s, however long an answer may take."""
 _BEAT_S = 0.25
 _CLOSE_S = 5.0
 
 
 @dataclass(frozen=True)
 class HttpAnswer:
-    """What came back.
+    """An HTTP answer.
 
     Attributes:
         status: HTTP's status code.
-        headers: by their names in lower case.
-        body: as it came.
+        headers: headers by their names in lower case.
+        body: the body, unchanged.
     """
 
     status: int
@@ -53,12 +53,12 @@ class HttpAnswer:
 
     @property
     def may_retry(self) -> bool:
-        """Whether the server itself says nothing against another try."""
+        """Whether the server does not forbid another try."""
         return self.headers.get("x-should-retry", "").lower() != "false"
 
     @property
     def retry_after_s(self) -> float | None:
-        """Seconds that the server asks to wait; None if it says nothing that can be read."""
+        """Seconds that the server asks to wait; None if it says nothing readable."""
         given = self.headers.get("retry-after", "")
         if given.strip().isdigit():
             return float(given)
@@ -66,7 +66,7 @@ class HttpAnswer:
             until = email.utils.parsedate_to_datetime(given).timestamp()
         except (ValueError, OverflowError, TypeError):
             return None
-        try:  # by the server's own clock, if it says what time it is
+        try:  # relative to the server's own clock, if it sends its time
             now = email.utils.parsedate_to_datetime(self.headers.get("date", "")).timestamp()
         except (ValueError, OverflowError, TypeError):
             now = time.time()
@@ -89,18 +89,18 @@ class Asker(Protocol):
     """Answers requests, several at once.
 
     Attributes:
-        name: of what answers, for messages.
-        concurrency: how many requests keep it busy, once it is ready.
+        name: name of what answers, for messages.
+        concurrency: number of requests that keep it busy, once it is ready.
     """
 
     name: str
     concurrency: int
 
     async def ready(self) -> HttpAnswer | None:
-        """Get ready; returns the answer that says that it is not yet, or None.
+        """Get ready; return None, or the answer that says that it is not ready yet.
 
         Raises:
-            EdgeError: it will never be.
+            EdgeError: it will never be ready.
             NoAnswerError: it cannot be reached now.
         """
         ...
@@ -115,7 +115,7 @@ class Asker(Protocol):
         ...
 
     async def close(self) -> None:
-        """End what is under way."""
+        """End requests in progress."""
         ...
 
 
@@ -123,12 +123,12 @@ class HttpAsker:
     """A server of OpenAI's API.
 
     Args:
-        url: where it is; ``/v1`` at the end may be there or not.
+        url: address of the server, with or without ``/v1`` at the end.
         api_key: sent as a bearer token; None sends none.
         concurrency: requests at once; None asks ``/stats`` of edge-llm for its slots and takes one
             more, so that none idles, or takes `DEFAULT_CONCURRENCY`.
         timeout_s: seconds that an answer may take.
-        priority: the header ``Priority``.
+        priority: value of the header ``Priority``.
 
     Raises:
         ConfigError: the URL is not that of a server, or its path cannot be asked for as it is.
@@ -172,7 +172,7 @@ class HttpAsker:
         self._is_closed = False
 
     async def ready(self) -> HttpAnswer | None:
-        """See `Asker`."""
+        """Implement `Asker.ready`."""
         answer = await asyncio.to_thread(self._exchange, "GET", "/v1/models", None, CONNECT_S)
         if answer.status in (429, 500, 502, 503, 504):
             return answer
@@ -185,7 +185,7 @@ class HttpAsker:
             )
         if self._given is None:
             self.concurrency = await asyncio.to_thread(self._slots)
-        while self._idle:  # each of the workers makes its own
+        while self._idle:  # each worker makes its own
             self._idle.pop().close()
         self._executor = ThreadPoolExecutor(self.concurrency, thread_name_prefix="edge-batch")
         return None
@@ -199,7 +199,7 @@ class HttpAsker:
             return DEFAULT_CONCURRENCY  # another server
 
     async def ask(self, url: str, body: bytes) -> HttpAnswer:
-        """See `Asker`."""
+        """Implement `Asker.ask`."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
             self._executor, self._exchange, "POST", url, body, self._timeout_s
@@ -220,7 +220,7 @@ class HttpAsker:
                 connection = self._idle.pop()
                 readable = select.poll()
                 readable.register(connection.sock, select.POLLIN)
-                if not readable.poll(0):  # nothing comes before a request, but the end
+                if not readable.poll(0):  # only the end can arrive before a request
                     return connection
                 connection.close()
         return None
@@ -262,7 +262,7 @@ class HttpAsker:
                 raise http.client.HTTPException(
                     f"the answer has more than {MAX_ANSWER_BYTES >> 20} MiB"
                 )
-            if response.length:  # a read of at most so many bytes takes an early end for the end
+            if response.length:  # `read` with a size does not notice an early end
                 raise http.client.IncompleteRead(data, response.length)
             headers = {name.lower(): value for name, value in response.getheaders()}
         except BaseException:
@@ -279,7 +279,7 @@ class HttpAsker:
         return HttpAnswer(response.status, headers, data)
 
     async def close(self) -> None:
-        """See `Asker`."""
+        """Implement `Asker.close`."""
         with self._lock:
             self._is_closed = True
             for connection in self._busy:
@@ -304,18 +304,18 @@ def _keep_alive(sock: socket.socket) -> None:
 
 
 def refused_key(name: str, answer: HttpAnswer) -> ConfigError:
-    """Make the error for a server that does not take the key."""
+    """Make the error for a server that refuses the key."""
     return ConfigError(
         f"{name} answered {answer.status}: it does not take the key; give --api-key-file"
     )
 
 
 class LocalAsker:
-    """Bundles that are opened here, asked through the server's own application, without a socket.
+    """Bundles opened in this process, asked through the server's application, without a socket.
 
     Args:
         settings: the server's settings, with the bundles.
-        priority: the header ``Priority``.
+        priority: value of the header ``Priority``.
         concurrency: requests at once; None is one more than there are slots.
     """
 
@@ -331,7 +331,7 @@ class LocalAsker:
         self._beating: asyncio.Task[None] | None = None
 
     async def ready(self) -> HttpAnswer | None:
-        """See `Asker`."""
+        """Implement `Asker.ready`."""
         try:
             from edge_serve.app import create_app
             from edge_serve.models.registry import ModelRegistry
@@ -365,7 +365,7 @@ class LocalAsker:
             await asyncio.sleep(_BEAT_S)
 
     async def ask(self, url: str, body: bytes) -> HttpAnswer:
-        """See `Asker`."""
+        """Implement `Asker.ask`."""
         answer = await self._exchange(url, body)
         if answer.status >= 500:
             self._registry.beat()
@@ -420,7 +420,7 @@ class LocalAsker:
         return HttpAnswer(status, headers, b"".join(parts))
 
     async def close(self) -> None:
-        """See `Asker`."""
+        """Implement `Asker.close`."""
         if self._beating is not None:
             self._beating.cancel()
         if hasattr(self, "_registry"):

@@ -1,7 +1,7 @@
-"""Reads the file of requests, and keeps the files of answers so that any end can be gone on from.
+"""Reads the file of requests, and writes the files of answers so that a batch can resume.
 
-An answer is appended as one line. What a killed process or a power cut left of the last ones is cut
-off, and their requests are asked again; so no row is lost and none is there twice.
+An answer is appended as one line. If a killed process or a power cut left torn lines at the end,
+they are cut off and their requests are asked again. So no row is lost, and none appears twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .rows import PREFIX, Row, RowError, key_of, read_answer, read_lines, read_r
 
 _BLOCK = 1 << 16
 _TODO, _DONE, _BLANK = 0, 1, 2
-_CHUNK = 1 << 20  # rows that are compared at once
+_CHUNK = 1 << 20  # rows to compare at once
 _REPORT_ROWS = 20_000
 
 
@@ -34,14 +34,14 @@ class Journal:
     """A file of answers, which one process at a time appends to.
 
     Args:
-        path: the file; it is made if it is missing, and mended if its last line is torn.
+        path: the file; it is made if it is missing, and repaired if its last line is torn.
 
     Attributes:
-        num_rows: its lines, once `Requests.mark_done` has read them.
+        num_rows: number of its lines, once `Requests.mark_done` has read them.
 
     Raises:
-        ConfigError: it cannot be opened, is no plain file, another process has it, or it is
-            something else than answers of a batch.
+        ConfigError: it cannot be opened, is no plain file, is in use by another process, or is not
+            a file of answers of a batch.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,7 +72,7 @@ class Journal:
         self._is_synced = True
 
     def _mend(self) -> int:
-        """Cut off a torn last line, and all from the first zero byte on; returns the size.
+        """Cut off a torn last line, and everything from the first zero byte on; return the size.
 
         After a power cut a file system may have zeros where the last lines were not on the disk.
         """
@@ -94,10 +94,10 @@ class Journal:
         return end
 
     def answered(self) -> Iterator[tuple[str | None, int | None]]:
-        """Read which rows have an answer here; see `read_answer`.
+        """Read which rows have an answer here, each as `read_answer` returns it.
 
         Raises:
-            ConfigError: a line is no answer.
+            ConfigError: a line is not an answer.
         """
         with os.fdopen(os.dup(self._fd), "rb") as file:
             file.seek(0)
@@ -129,13 +129,13 @@ class Journal:
         self._is_synced = False
 
     def sync(self) -> None:
-        """Bring what was written to the disk."""
+        """Flush written lines to the disk."""
         if not self._is_synced:
             os.fdatasync(self._fd)
             self._is_synced = True
 
     def close(self, *, remove_empty: bool = False) -> None:
-        """Bring what was written to the disk and close the file."""
+        """Flush written lines to the disk and close the file."""
         self.sync()
         if remove_empty and not self._size:
             self.path.unlink(missing_ok=True)
@@ -154,14 +154,14 @@ def read_whole_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 class Requests:
-    """A file of requests, of which only numbers are in memory: about 9 bytes a line.
+    """A file of requests; only numbers are kept in memory, about 9 bytes a line.
 
     Args:
         path: the file.
-        progress: is called with the bytes read (step ``read``).
+        progress: called with the bytes read (step ``read``).
 
     Attributes:
-        num_rows: its lines, without blank ones.
+        num_rows: number of its lines, without blank ones.
 
     Raises:
         RequestError: it cannot be read, or has no line.
@@ -185,7 +185,7 @@ class Requests:
             try:
                 keys.append(0 if blank[-1] else key_of(read_row(line, number).custom_id))
             except RowError:
-                keys.append(0)  # said when its turn comes
+                keys.append(0)  # reported when its turn comes
             if number % _REPORT_ROWS == 0:
                 progress("read", min(done, size - 1), size, "bytes")
         progress("read", size, size, "bytes")
@@ -202,7 +202,7 @@ class Requests:
         return found.st_size, found.st_mtime_ns
 
     def _first_lines(self) -> dict[int, int]:
-        """Find ids that come again: the line of each one's first row, by key."""
+        """Find repeated ids: the line of each one's first row, by key."""
         keys = np.sort(self._keys)
         again = np.unique(keys[1:][(keys[1:] == keys[:-1]) & (keys[1:] != 0)])
         del keys
@@ -213,10 +213,10 @@ class Requests:
         return firsts
 
     def mark_done(self, journal: Journal) -> None:
-        """Take out the rows that have an answer.
+        """Mark the rows that have an answer as done.
 
         Raises:
-            ConfigError: an answer is to a row that is not here.
+            ConfigError: an answer belongs to a row that is not here.
         """
         done, lines = array("Q"), array("Q")
         for custom_id, line in journal.answered():
@@ -253,7 +253,7 @@ class Requests:
             raise self._other(journal, self._describe(journal, answered))
 
     def _is_first(self, start: int, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Tell rows from those that come after one with the same id."""
+        """Tell rows from those that repeat an earlier row's id."""
         first = np.ones(len(keys), bool)
         if self._first:
             again = np.flatnonzero(np.isin(keys, np.array(list(self._first), np.uint64)))
@@ -262,7 +262,7 @@ class Requests:
         return first
 
     def _describe(self, journal: Journal, answered: NDArray[np.uint64]) -> str:
-        """Name one answer that is to no row here, or to one that has another."""
+        """Describe one answer that belongs to no row here, or to one with another answer."""
         twice = answered[1:][answered[1:] == answered[:-1]]
         strange = answered[~np.isin(answered, self._keys)]
         for key in (*strange[:1], *twice[:1]):
@@ -281,10 +281,10 @@ class Requests:
         """Read the rows that have no answer, in the file's order.
 
         Args:
-            refuse: called with the number and the fault of every line that is no request.
+            refuse: called with the number and the fault of every line that is not a request.
 
         Raises:
-            RequestError: the file has changed since it was read first.
+            RequestError: the file has changed since it was first read.
         """
         self._file.seek(0)
         for index, line in enumerate(read_lines(self._file)):

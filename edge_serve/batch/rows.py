@@ -1,4 +1,4 @@
-"""Defines the lines of a batch: requests as OpenAI's Batch API takes them, and its answers.
+"""Defines the lines of a batch, in the format of OpenAI's Batch API: requests and answers.
 
 Both are JSON, one object a line: https://platform.openai.com/docs/api-reference/batch.
 """
@@ -20,7 +20,7 @@ from edge_serve.json_lines import json_line
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line of a batch; a server takes 4 MiB of body by default."""
 PREFIX = b'{"id":"batch_req_'
-"""How every line of an answer begins."""
+"""The beginning of every line of an answer."""
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
 
@@ -37,7 +37,7 @@ class _Streaming(Struct):
 
 
 class RowError(Exception):
-    """A line that is no request; OpenAI's entry in ``errors.data`` of a batch.
+    """A line that is not a request; OpenAI's entry in ``errors.data`` of a batch.
 
     Attributes:
         code: short name of the cause.
@@ -58,9 +58,9 @@ class Row:
 
     Attributes:
         line: number of its line, from 1.
-        custom_id: its id, once in a file.
-        url: the path that answers it.
-        body: JSON, as it was written.
+        custom_id: its id, unique in a file.
+        url: path of the endpoint.
+        body: JSON, unchanged.
     """
 
     line: int
@@ -70,7 +70,7 @@ class Row:
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Read lines without their ends; of one that is too long, `MAX_LINE_BYTES` and one more.
+    """Read lines without their ends; of one that is too long, only `MAX_LINE_BYTES` and one more.
 
     Args:
         file: at its start; a byte-order mark there, as editors on Windows write it, is left out.
@@ -91,7 +91,7 @@ def read_row(line: bytes, number: int) -> Row:
     """Read a line.
 
     Raises:
-        RowError: it is no request.
+        RowError: it is not a request.
     """
     if len(line) > MAX_LINE_BYTES:
         raise RowError("line_too_long", f"the line has more than {MAX_LINE_BYTES >> 20} MiB")
@@ -105,7 +105,7 @@ def read_row(line: bytes, number: int) -> Row:
         raise RowError("invalid_json_line", f"the line is no JSON: {error}") from error
     body = bytes(row.body)
     try:
-        # What the server will say about the body belongs into its answer, so little is read of it.
+        # The server's verdict about the body belongs into its answer, so little is read of it.
         streams = msgspec.json.decode(body, type=_Streaming).stream
     except MALFORMED as error:
         raise RowError("invalid_request", f"body: {error}", row.custom_id) from error
@@ -116,7 +116,7 @@ def read_row(line: bytes, number: int) -> Row:
 
 
 def _id_of(line: bytes) -> str | None:
-    """Return the id of a line that is wrong in another place."""
+    """Return the id of a line that is wrong elsewhere."""
     try:
         found = msgspec.json.decode(line)["custom_id"]
     except (*MALFORMED, TypeError, KeyError):
@@ -125,10 +125,10 @@ def _id_of(line: bytes) -> str | None:
 
 
 def key_of(custom_id: str) -> int:
-    """Return the number by which an id is known: 64 bits of its hash, never 0.
+    """Return the number that stands for an id: 64 bits of its hash, never 0.
 
-    Two of 10 million ids have the same with a probability of 3e-6; the second would be reported as
-    a duplicate, not lost.
+    Two of 10 million ids have the same number with a probability of 3e-6; the second would be
+    reported as a duplicate, not lost.
     """
     digest = hashlib.blake2b(custom_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") or 1
@@ -169,17 +169,17 @@ class _ReadAnswer(Struct):
 
 
 def answer_line(row: Row, status: int, request_id: str, body: bytes) -> bytes:
-    """Write what a server answered to a row."""
+    """Write the line for a server's answer to a row."""
     return _write(row.custom_id, row.line, _Response(status, request_id, Raw(_one_line(body))))
 
 
 def failure_line(row: Row, code: str, message: str) -> bytes:
-    """Write that no server answered to a row."""
+    """Write the line for a row that no server answered."""
     return _write(row.custom_id, row.line, error=_Failure(code, message))
 
 
 def bad_line(line: int, error: RowError) -> bytes:
-    """Write that a line is no request; its ``error.line`` is what it is known by."""
+    """Write the line for a line that is not a request; ``error.line`` identifies it."""
     failure = _Failure(error.code, f"line {line}: {error.message}", line=line)
     return _write(error.custom_id, line, error=failure)
 
@@ -193,7 +193,7 @@ def _write(
 
 
 def _one_line(body: bytes) -> bytes:
-    """Return a body as JSON without line ends; one that is no JSON, in OpenAI's form of errors."""
+    """Return a body as JSON without line ends; a body that is not JSON becomes OpenAI's error."""
     try:
         value = msgspec.json.decode(body)
     except MALFORMED:
@@ -203,7 +203,7 @@ def _one_line(body: bytes) -> bytes:
 
 
 def is_json(body: bytes) -> bool:
-    """Whether a body can be read."""
+    """Whether a body is valid JSON."""
     try:
         msgspec.json.decode(body)
     except MALFORMED:
@@ -212,10 +212,10 @@ def is_json(body: bytes) -> bool:
 
 
 def read_answer(line: bytes) -> tuple[str | None, int | None]:
-    """Read which row an answer is to: its id, or its line where the line was no request.
+    """Read which row an answer belongs to: by its id, or by its line if that was no request.
 
     Raises:
-        MALFORMED: it is no answer.
+        MALFORMED: it is not an answer.
     """
     answer = msgspec.json.decode(line, type=_ReadAnswer)
     number = None if answer.error is None else answer.error.line

@@ -25,7 +25,7 @@ from .files import Journal, Requests
 from .rows import Row, RowError, answer_line, bad_line, failure_line, is_json
 
 ATTEMPTS = 5
-"""Tries of a request whose connection broke or whose answer was a fault of the server."""
+"""Tries of a request whose connection broke or whose answer was a server error."""
 _SYNC_S = 5.0
 _BUSY = (429, 503)
 _FAULTS = (408, 500, 502, 504)
@@ -34,13 +34,13 @@ _FIRST_WAIT_S, _MOST_WAIT_S = 0.5, 30.0
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What a batch came to.
+    """The result of a batch.
 
     Attributes:
         rows: lines of the input, without blank ones.
-        answered: rows in the file of answers, those of earlier runs included.
-        failed: rows in the file of errors, likewise.
-        stopped: whether it was stopped by a signal before its end.
+        answered: rows in the file of answers, including those of earlier runs.
+        failed: rows in the file of errors, including those of earlier runs.
+        stopped: whether a signal stopped it before its end.
     """
 
     rows: int
@@ -68,10 +68,10 @@ def run_batch(
     timeout_s: float | None = None,
     progress: Progress = silent,
 ) -> BatchResult:
-    """Answer a file of requests in OpenAI's Batch format; see docs/batch.md.
+    """Answer a file of requests in OpenAI's Batch format (docs/batch.md).
 
-    Answers are written as they come. A run that ended early, however it did, is gone on with by the
-    same call. In the main thread SIGINT and SIGTERM stop it between two lines.
+    Answers are written as they come. The same call resumes a run that ended early for any reason.
+    In the main thread SIGINT and SIGTERM stop it between two lines.
 
     Args:
         source: JSONL of ``custom_id``, ``method``, ``url`` and ``body``.
@@ -79,16 +79,16 @@ def run_batch(
         models: bundles to open, by the names in the requests.
         url: a server of OpenAI's API to ask instead.
         errors: file of the other rows; by default ``output`` with ``.errors.jsonl``.
-        api_key: of the server.
+        api_key: key for the server.
         engine: how bundles are opened.
         concurrency: requests at once; None is one more than there are slots.
-        wait_s: seconds for which a server that gives no good answer is waited for.
-        timeout_s: seconds that one answer may take; None is `TIMEOUT_S` of a server's, and here as
-            long as it takes.
-        progress: is called with the rows done (step ``batch``).
+        wait_s: seconds to wait for a server that gives no good answer.
+        timeout_s: seconds that one answer may take; None is `TIMEOUT_S` for a server, and no limit
+            in this process.
+        progress: called with the rows done (step ``batch``).
 
     Raises:
-        ConfigError: the arguments, the key, or files that belong to something else.
+        ConfigError: the arguments or the key are wrong, or files belong to something else.
         RequestError: ``source`` cannot be read or has no row.
         OverloadError: the server gave no good answer for ``wait_s``.
         BackendError: the engine in this process failed.
@@ -141,12 +141,12 @@ def run_batch(
 
 
 def default_errors(output: Path) -> Path:
-    """Name the file of errors that belongs to a file of answers."""
+    """Name the file of errors for a file of answers."""
     return output.with_suffix(".errors.jsonl")
 
 
 def _check_files(source: Path, output: Path, errors: Path) -> None:
-    """Refuse to write over the requests, or both kinds of answers into one file."""
+    """Refuse to overwrite the requests, or to write both kinds of answers into one file."""
     paths = [path.resolve() for path in (source, output, errors)]
     if len(set(paths)) < len(paths):
         raise ConfigError(
@@ -174,7 +174,7 @@ class _Batch:
         self._wait_s = wait_s
         self._progress = progress
         self._rows = requests.rows(self._refuse)
-        self._trouble_s: float | None = None  # since when nothing good has come, attempts left out
+        self._trouble_s: float | None = None  # since when there was no good answer, retries apart
         self._under_way: dict[int, float] = {}  # when the request of each line was sent
 
     async def run(self) -> BatchResult:
@@ -238,7 +238,7 @@ class _Batch:
             self._report()
 
     async def _answer(self, row: Row) -> tuple[Journal, bytes]:
-        """Ask a row until there is an answer that stands; returns its line, and where it goes."""
+        """Ask a row until there is a final answer; return its line, and the file for it."""
         tries = attempts = 0
         while True:
             answer: HttpAnswer | None = None
@@ -267,7 +267,7 @@ class _Batch:
             tries += 1
 
     def _stands(self, answer: HttpAnswer) -> bool:
-        """Whether an answer is the row's own, and not one of a server that cannot now.
+        """Whether an answer is final, and not from a server that cannot answer now.
 
         Raises:
             ConfigError: no row will be answered with this key.
@@ -287,13 +287,13 @@ class _Batch:
         """Wait before another try.
 
         Raises:
-            OverloadError: that has gone on for too long.
+            OverloadError: the server has failed for too long.
         """
         now = time.monotonic()
         if self._trouble_s is None:
             self._trouble_s = now
         left_s = self._trouble_s + self._wait_s - now
-        # A long answer that is still being written says that the server is there.
+        # A long answer that is still being written shows that the server is alive.
         if left_s <= 0 and all(sent > self._trouble_s for sent in self._under_way.values()):
             done = self._answers.num_rows + self._failures.num_rows
             raise OverloadError(
@@ -319,7 +319,7 @@ class _Batch:
 
 @contextlib.contextmanager
 def _signals(stopped: asyncio.Event) -> Iterator[None]:
-    """Let SIGINT and SIGTERM set an event once; a second one acts as ever."""
+    """Make SIGINT and SIGTERM set an event once; a second signal acts as usual."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""What verbs that read the service's settings share: ``--config``, and keys without a flag."""
+"""Gives verbs that read the service's settings ``--config``, and errors for keys without a flag."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ config_option = option(
 
 
 class SettingsCommand(SectionCommand):
-    """A verb that says where a setting goes that has no flag."""
+    """A verb that names the key of a setting that has no flag."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuse a flag of such a setting with the name of its key."""
+        """Refuse a flag for such a setting, and name its key."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:

@@ -51,9 +51,9 @@ def man() -> None:
 
 
 def man_page() -> str:
-    """Write the page in man's macros of roff.
+    """Write the page in roff's man macros.
 
-    Nothing in it depends on the machine or on click's own layout, so that two builds of
+    It does not depend on the machine or on click's own layout, so that two builds of
     a release have the same page.
     """
     lines = [
@@ -84,7 +84,7 @@ def man_page() -> str:
 
 
 def _exit_codes() -> dict[int, str]:
-    """Exit codes and what they mean, of errors by what their classes say."""
+    """Collect exit codes with their meanings, for errors from the docstrings of their classes."""
     codes = {code: [text] for code, text in _ALL_CODES.items()}
     for error in EdgeError.__subclasses__():
         summary = (inspect.getdoc(error) or "").partition("\n")[0]

@@ -17,7 +17,7 @@ from edge_serve.settings import ServerSettings
 
 
 class _Serve(SettingsCommand):
-    """Says what takes the place of a flag that other servers have."""
+    """Names the option to use for a flag that other servers have."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:

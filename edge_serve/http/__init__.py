@@ -1,1 +1,1 @@
-"""HTTP below the endpoints: connections, the guard, access, errors, the page."""
+"""Handles HTTP below the endpoints: connections, the guard, access, errors, the page."""

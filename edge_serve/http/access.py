@@ -1,4 +1,4 @@
-"""Decides who calls, who may, and how often: API keys, addresses and rate limits."""
+"""Decides who calls, whether they may, and how often: API keys, addresses and rate limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edge_serve.settings import Network, is_loopback
 
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{0,5})?")
 _MOST_CLIENTS = 4096  # that a rate limit remembers
-_PROXIED = (b"forwarded", b"x-forwarded-for", b"via")  # what proxies add
+_PROXIED = (b"forwarded", b"x-forwarded-for", b"via")  # headers that proxies add
 _SAID = re.compile(rb"[ -~]{1,100}")
 
 
@@ -26,8 +26,8 @@ class Client:
     Attributes:
         name: the name of its key; ``anonymous`` without keys.
         salt: keeps cached prefixes of different keys apart; empty without keys.
-        origin: what shares count as one client: whom a trusted proxy names, else the name of its
-            key, else its address.
+        origin: identity for fair sharing: the client that a trusted proxy names, else the name of
+            the key, else the address.
     """
 
     name: str = "anonymous"
@@ -39,7 +39,7 @@ class APIKeys:
     """The API keys of a file, compared in constant time.
 
     Args:
-        path: the file; see `edge_lab.key_file`.
+        path: the file, in the format of `edge_lab.key_file`.
 
     Raises:
         ConfigError: the file cannot be used.
@@ -50,7 +50,7 @@ class APIKeys:
         self._clients = _read(path)
 
     def reread(self) -> None:
-        """Read the file again; from then on only the keys that are in it now are good.
+        """Read the file again; from then on only the keys in it are valid.
 
         Raises:
             ConfigError: the file cannot be used; the keys stay as they were.
@@ -65,8 +65,8 @@ class APIKeys:
     def find(self, authorization: bytes | None, x_api_key: bytes | None = None) -> Client | None:
         """Return the client of an ``Authorization: Bearer`` or ``X-API-Key`` header, or None.
 
-        The second counts only where the first is absent. Every key is compared, so that the time
-        tells nothing about any of them.
+        The second header counts only without the first. Every key is compared, so that the time
+        reveals nothing about any of them.
         """
         if authorization is None and x_api_key is not None:
             authorization = b"Bearer " + x_api_key
@@ -87,7 +87,7 @@ def _read(path: Path) -> list[tuple[bytes, Client]]:
 
 
 def address_group(address: str) -> str:
-    """Return what limits count as one client's address: of IPv6 the network of 64 bits."""
+    """Return the address that limits apply to: for IPv6 the network of 64 bits."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -100,7 +100,7 @@ def address_group(address: str) -> str:
 
 
 def is_in(address: str, networks: Sequence[Network]) -> bool:
-    """Whether an address is in one of the networks; what is no address is in none."""
+    """Whether an address is in one of the networks; an invalid address is in none."""
     try:
         plain = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -110,11 +110,11 @@ def is_in(address: str, networks: Sequence[Network]) -> bool:
 
 
 class Origins:
-    """Tells clients apart: by address, behind a trusted proxy by what it says.
+    """Tells clients apart by address, or behind a trusted proxy by the proxy's header.
 
     Args:
         trusted: addresses whose header ``x-edge-client`` counts.
-        on_ignored: called where somebody else sends it.
+        on_ignored: called when any other address sends it.
     """
 
     def __init__(self, trusted: Sequence[Network], on_ignored: Callable[[], None]) -> None:
@@ -122,11 +122,12 @@ class Origins:
         self._on_ignored = on_ignored
 
     def find(self, address: str, said: bytes | None) -> str:
-        """Return what counts as the client.
+        """Return the identity of the client.
 
         Args:
             address: the address that the connection comes from; empty if it has none.
-            said: the header, if there is one; what is empty, too long or not printable is as none.
+            said: value of the header; one that is empty, too long or not printable counts as
+                absent.
         """
         group = address_group(address)
         if said is None:
@@ -147,17 +148,18 @@ def is_admin(
     """Whether a client may load and unload models by hand.
 
     Args:
-        client: who asks.
+        client: the client that asks.
         address: where the connection comes from; None is this process.
-        admin_keys: names of the keys that may; None without keys, where this machine may.
+        admin_keys: names of the keys that may; None if there are no keys, and then this machine
+            may.
         header: returns a header of the request by its name in lower case.
     """
     if admin_keys is not None:
         return client.name in admin_keys
     if address is None:
         return True
-    # Behind a trusted proxy of this machine, the client is who the proxy says; others show by their
-    # headers, and a page that has this machine's address for its own name (DNS rebinding) by Host.
+    # Behind a trusted proxy on this machine, the client is the one that the proxy names. Other
+    # proxies show in headers, and a page that rebinds its DNS name to this machine shows in Host.
     return (
         is_loopback(address)
         and client.origin == address_group(address)
@@ -167,21 +169,21 @@ def is_admin(
 
 
 def is_local(host: bytes) -> bool:
-    """Whether a header ``Host`` names this machine, and holds nothing else."""
+    """Whether a header ``Host`` names exactly this machine."""
     found = _HOST.fullmatch(host)
     return found is not None and is_loopback(found[1].decode().lower())
 
 
 def is_cross_site(method: str, header: Callable[[bytes], bytes | None]) -> bool:
-    """Whether a browser says that a page of another site sends this, which may change or compute.
+    """Whether a page of another site sends a request that may change or compute something.
 
-    It goes by ``Sec-Fetch-Site``, which stays true behind a proxy that has another name, and where
-    a browser sends none (an old one; plain HTTP to another machine) by ``Origin`` and ``Host``, as
-    Go's http.CrossOriginProtection does. Programs send neither. An origin of another scheme is an
-    app or a browser's extension, which no page can pass itself off as.
+    The header ``Sec-Fetch-Site`` tells, and stays true behind a proxy with another name. If a
+    browser sends none (an old one; plain HTTP to another machine), ``Origin`` and ``Host`` tell, as
+    in Go's http.CrossOriginProtection. Programs send neither. An origin of another scheme is an app
+    or a browser's extension, which no page can imitate.
 
     Args:
-        method: of the request.
+        method: the request's method.
         header: returns a header by its name in lower case.
     """
     if method in ("GET", "HEAD", "OPTIONS"):
@@ -196,7 +198,7 @@ def is_cross_site(method: str, header: Callable[[bytes], bytes | None]) -> bool:
 
 
 class RateLimit:
-    """A bucket of tokens for each client: a burst, then a steady rate.
+    """A token bucket for each client: a burst, then a steady rate.
 
     Args:
         per_minute: requests that a client may send in a minute; 0 sets no limit.
@@ -214,11 +216,11 @@ class RateLimit:
         self._per_minute = per_minute
         self._burst = float(per_minute if burst is None else burst)
         self._clock = clock
-        # By client, who came last at the end: tokens, and when they were counted.
+        # Tokens of each client and when they were counted; the latest client is at the end.
         self._levels: dict[str, tuple[float, float]] = {}
 
     def take(self, client: str) -> float:
-        """Take a token of this client; returns 0, or the seconds until there is one."""
+        """Take a token of this client; return 0, or the seconds until there is one."""
         if not self._per_minute:
             return 0.0
         now, level = self._clock(), self._level(client)
@@ -229,7 +231,7 @@ class RateLimit:
         return self._wait_s(level)
 
     def wait_s(self, client: str) -> float:
-        """Return what `take` would, and take nothing."""
+        """Return what `take` would return, without taking a token."""
         return self._wait_s(self._level(client)) if client in self._levels else 0.0
 
     def _level(self, client: str) -> float:

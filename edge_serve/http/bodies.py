@@ -1,4 +1,4 @@
-"""Bounds the bytes of request bodies that all clients together have under way."""
+"""Limits the bytes of unfinished request bodies that all clients have together."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections import Counter
 from .errors import APIError
 
 FREE_BYTES = 16 * 2**10
-"""Bytes of each body that are not counted, so that small requests pass whoever fills the budget."""
+"""Bytes of each body that do not count, so that small requests pass even if the budget is full."""
 _SHARES = 4
 
 
 class BodyBudget:
     """Counts bodies from their first byte until their requests have ended.
 
-    One client may have a quarter of it, or one body.
+    One client may have a quarter of the budget, or one body.
 
     Args:
-        limit_bytes: bytes of all bodies.
-        max_body_bytes: bytes of one body.
+        limit_bytes: the most bytes of all bodies.
+        max_body_bytes: the most bytes of one body.
     """
 
     def __init__(self, limit_bytes: int, max_body_bytes: int) -> None:
@@ -52,7 +52,7 @@ class BodyBudget:
 
 
 class BodyAccount:
-    """What one request has of the budget; made by `BodyBudget.account`."""
+    """The bytes of one request in the budget; made by `BodyBudget.account`."""
 
     def __init__(self, budget: BodyBudget, client: str) -> None:
         self._budget = budget
@@ -63,7 +63,7 @@ class BodyAccount:
         """Refuse a body of this length before it is read, if there is no room for it now.
 
         Raises:
-            APIError: 429.
+            APIError: 429, there is no room for it.
         """
         self._budget._check(self._client, max(0, num_bytes - FREE_BYTES) - self._taken)
 

@@ -1,4 +1,4 @@
-"""Bounds open connections and file descriptors; what has waited longest for its client goes."""
+"""Limits open connections and file descriptors; closes those that wait longest for a client."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from edge.errors import ConfigError
 
 _log = logging.getLogger("edge_serve")
 SURPLUS = 32
-"""Connections beyond the limits that are accepted to answer health probes."""
+"""Connections accepted beyond the limits, to answer health probes."""
 _MOST_FILES = 65_536
-_RESERVED_FILES = 64  # for what the process opens besides connections, once it serves
+_RESERVED_FILES = 64  # for everything but connections that the process opens while it serves
 _FILES_PER_MODEL = 32  # files and maps of a bundle, and its engine's
 _LEAST_CONNECTIONS = 8
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _LOG_EVERY_S = 10.0
 _MOST_GONE = 256  # clients that had left when they were accepted, closed in one go
 _LEFT = (7, 8)  # TCP_CLOSE: reset by the client; TCP_CLOSE_WAIT: closed by it (net/tcp_states.h)
-# Linux keeps up to twice this for one client. By itself it would keep 4 MB (tcp_wmem), beside which
-# `stream_buffer_bytes` bounds nothing.
+# Linux keeps up to twice this for one client. Its default of 4 MB (tcp_wmem) would make
+# `stream_buffer_bytes` meaningless.
 _SEND_BUFFER_BYTES = 128 * 2**10
 
 
 class Connection(Protocol):
-    """What `Connections` needs of a connection.
+    """The methods of a connection that `Connections` uses.
 
     Attributes:
         group: the client's address, as limits count it.
@@ -45,7 +45,7 @@ class Connection(Protocol):
 
     @property
     def waits_for_client(self) -> bool:
-        """Whether the client is to send or read something before anything goes on."""
+        """Whether the server waits for the client to send or read something."""
         ...
 
     def abort(self) -> None:
@@ -54,11 +54,11 @@ class Connection(Protocol):
 
 
 class Connections:
-    """The open connections of a server, by address, those that were active last at the end.
+    """The open connections of a server, by address; the latest active ones are at the end.
 
     Args:
-        max_connections: all connections.
-        max_per_address: those of one address.
+        max_connections: the most connections in all.
+        max_per_address: the most connections of one address.
     """
 
     def __init__(self, max_connections: int, max_per_address: int) -> None:
@@ -72,9 +72,9 @@ class Connections:
         return self._total
 
     def add(self, connection: Connection) -> None:
-        """Count a new connection; where there is no place for it, close another, or this one.
+        """Count a new connection; if there is no room for it, close another, or this one.
 
-        One that is beyond the limits, since all others are being answered, is kept as surplus.
+        If all others are being answered, it is kept as surplus beyond the limit.
         """
         group = self._groups.get(connection.group, OrderedDict())
         if len(group) >= self._max_per_address:
@@ -134,7 +134,7 @@ class Connections:
         connection.abort()
 
     def _idlest_of_all(self) -> Connection | None:
-        """Find one of the address that has most of them; a client with one keeps it."""
+        """Find one of the address with the most connections; a client with one keeps it."""
         for group in sorted(self._groups.values(), key=len, reverse=True):
             found = self._idlest(group)
             if found is not None:
@@ -146,17 +146,17 @@ class Connections:
 
 
 class Socket(Protocol):
-    """What `has_left` needs of a socket, which asyncio's and uvloop's transports hand out, too."""
+    """The method of a socket that `has_left` uses; transports of asyncio and uvloop have it."""
 
     def getsockopt(self, level: int, name: int, length: int, /) -> bytes:
-        """See `socket.socket.getsockopt`."""
+        """Return an option of the socket, as `socket.socket.getsockopt` does."""
         ...
 
 
 def has_left(sock: Socket) -> bool:
-    """Whether the client has closed its connection, whatever of it has been read.
+    """Whether the client has closed its connection, even if not all it sent has been read.
 
-    asyncio tells so only after it has read everything, a pass of the event loop or more later.
+    asyncio says so only after it has read everything, one or more passes of the event loop later.
     """
     try:
         # Its first byte is the state. Unlike poll, this does not let another thread have the GIL.
@@ -169,10 +169,10 @@ class Listener(socket.socket):
     """A listening socket that survives a lack of file descriptors, and clients that left at once.
 
     asyncio logs a traceback for each connection that it cannot accept, and tries again at once.
-    Here a spare descriptor serves to accept and close them, with a line in the log now and then.
-    A client that has left again by the time that it is accepted is closed at once, at a tenth of
-    what asyncio takes to find that out; not where it may have asked with GET, whose answer comes
-    at once: some programs close their side of the connection when they have sent a request.
+    This socket uses a spare descriptor to accept and close them, and logs a line now and then.
+    A client that has left before it is accepted is closed at once, in a tenth of the time that
+    asyncio takes to find that out. One that may have sent a GET is answered, since some programs
+    close their side of the connection when they have sent a request.
 
     Attributes:
         on_lack: called when a connection had to be refused.
@@ -190,7 +190,7 @@ class Listener(socket.socket):
 
         Raises:
             BlockingIOError: there is none, it was refused for lack of a descriptor, or `_MOST_GONE`
-                clients have left in a row.
+                clients in a row have left.
         """
         for _ in range(_MOST_GONE):
             found = self._accept_any()
@@ -242,7 +242,7 @@ class Listener(socket.socket):
 
 
 def _asks_nothing(sock: socket.socket) -> bool:
-    """Whether there is no beginning of a GET, of a client that has closed its side."""
+    """Whether a client that has closed its side has not sent the beginning of a GET."""
     try:
         return sock.recv(4, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b"GET "
     except OSError:  # reset
@@ -255,17 +255,17 @@ def listen(host: str, port: int, option: str = "--port") -> Listener:
     Args:
         host: address to bind.
         port: port to bind; 0 takes a free one.
-        option: the option that sets the port, for the error.
+        option: name of the option that sets the port, for the error.
 
     Raises:
         ConfigError: the address cannot be bound.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns off Nagle only where the protocol is named; else answers wait 40 ms for an ACK.
+    # asyncio turns off Nagle only if the protocol is named; else answers wait 40 ms for an ACK.
     sock = Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # What is accepted inherits it.
+        # Accepted connections inherit it.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         # A bare name would lose the interface of fe80::1%eth0.
         found = socket.getaddrinfo(
@@ -300,13 +300,13 @@ def raise_file_limit() -> None:
 
 
 def possible_connections(wanted: int, num_models: int) -> int:
-    """Return how many of these connections the limit of open files leaves room for.
+    """Return how many of these connections the limit of open files allows.
 
-    What is open now is counted, and what the models and the service will open is set aside.
+    Files that are open now count, and those that models and the service will open are reserved.
 
     Args:
         wanted: the setting ``max_connections``.
-        num_models: models that are still to be opened.
+        num_models: number of models still to be opened.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:

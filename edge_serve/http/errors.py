@@ -1,7 +1,7 @@
-"""Turns errors into HTTP answers in OpenAI's envelope, and hides what a client may not see.
+"""Turns errors into HTTP answers in OpenAI's envelope, and hides what clients must not see.
 
 The envelope is ``{"error": {"message", "type", "param", "code"}}`` with ``code`` a string. Messages
-about wrong requests are shown; all others stay in the log, since they hold paths.
+about wrong requests are shown; all others stay in the log, since they may contain paths.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _TYPES = {
     504: "service_unavailable",
     505: "invalid_request_error",
 }
-# What never belongs in an answer, wherever it came from: addresses (CVE-2026-22778) and paths,
-# except those of this API.
+# Parts of a message that never belong in an answer: addresses (CVE-2026-22778), and paths except
+# those of this API.
 _SECRETS = re.compile(
     r"\b0x[0-9a-fA-F]{6,}"
     r"|(?<![\w:/.<])"
@@ -52,15 +52,15 @@ _FIELD = re.compile(r"([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): ")
 
 
 class APIError(Exception):
-    """An answer that is an error.
+    """An error to answer a request with.
 
     Args:
         status: HTTP's status code.
         code: OpenAI's short name of the cause.
         message: what was wrong, what was found and what to do.
         param: the field at fault.
-        retry_after_s: when to try again.
-        should_retry: tells OpenAI's clients to retry or not, whatever the status says.
+        retry_after_s: seconds after which to try again.
+        should_retry: tells OpenAI's clients whether to retry, whatever the status says.
         allow: the methods that this path takes.
         close: whether the connection ends with this answer.
         quoted: part of the message that the client itself wrote, so it is no secret.
@@ -110,7 +110,7 @@ class APIError(Exception):
 
     @property
     def shown(self) -> str:
-        """The message as clients may see it."""
+        """Message that clients may see."""
         parts = self.message.split(self.quoted) if self.quoted else [self.message]
         return (self.quoted or "").join(_SECRETS.sub("…", part) for part in parts)
 
@@ -135,7 +135,7 @@ class APIError(Exception):
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> APIError:
-    """Make a 400: something in the request is wrong."""
+    """Make a 400: the request is wrong."""
     return APIError(400, code, message, param=param)
 
 
@@ -158,11 +158,11 @@ def stalled() -> APIError:
 
 
 def as_api_error(error: BaseException) -> APIError:
-    """Make the answer to any exception; a message that could hold secrets is replaced."""
+    """Turn any exception into an answer; a message that could hold secrets is replaced."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, ContextLengthError):
-        rows = getattr(error, "num_rows", 0)  # of `edge.vision.prompt.PicturesLengthError`
+        rows = getattr(error, "num_rows", 0)  # set by `edge.vision.prompt.PicturesLengthError`
         of_pictures = f" or send fewer pictures, whose rows are {rows} of them" if rows else ""
         return APIError(
             400,
@@ -218,14 +218,14 @@ def as_api_error(error: BaseException) -> APIError:
 
 @contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """Raise errors of the block with a field's name in another protocol than OpenAI's chats.
+    """Rename fields in the errors of the block, for a protocol other than OpenAI's chats.
 
     Args:
-        names: patterns of fields of a chat, as the message may begin with them, and what the
-            protocol calls them; the first that matches counts.
+        names: patterns of a chat's fields, as a message may begin with them, and the protocol's
+            names; the first that matches counts.
 
     Raises:
-        APIError: instead of any `EdgeError`, too.
+        APIError: it also replaces any `EdgeError`.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """Guards the application: who may send requests, how large and how slow they may be.
 
 Everything here reads only the connection's ``scope``, never a URL rebuilt from the Host header
-(CVE-2026-48746). Once keys are set, a path that is not listed as public needs one.
+(CVE-2026-48746). Once keys are set, every path needs one unless it is listed as public.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PUBLIC = frozenset({"/health", "/ready"})
 """Paths that need no key; the application adds the page."""
 
 PROBES = PUBLIC | {"/metrics", "/stats"}
-"""Paths that are polled: logged at DEBUG only, and answered when all connections are in use."""
+"""Paths that are polled: logged only at DEBUG, and answered even if all connections are in use."""
 
 _log = logging.getLogger("edge_serve")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -57,12 +57,12 @@ class Guard:
         settings: limits of the server.
         keys: API keys; None lets everyone in.
         public: paths that need no key, besides `PUBLIC`.
-        is_draining: tells whether the server is about to stop.
-        on_rejection: called with the code of every error that is answered here.
+        is_draining: returns whether the server is about to stop.
+        on_rejection: called with the code of every error that the guard answers.
         on_end: called when a request has ended, with the bytes of its body.
         on_ignored_client: called when ``x-edge-client`` comes from no trusted proxy.
         error_body: writes an error in the form of the path's protocol.
-        arrivals: bounds what one address may send; None makes one of the settings.
+        arrivals: limits how much one address may send; None makes a limit from the settings.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the head of a request, pass it on, answer its errors, and log it."""
         if scope["type"] != "http":
-            return  # no lifespan, no WebSockets
+            return  # lifespan and WebSockets are not supported
         headers = _Headers(scope["headers"])
         _take_absolute(scope, headers)
         request_id = scope["request_id"] = _request_id(headers)
@@ -115,7 +115,7 @@ class Guard:
                     (b"x-content-type-options", b"nosniff"),
                 ]
                 if not body.is_complete:
-                    # Nobody will read the rest, and it could drip in for ever.
+                    # Nobody will read the rest, and it could drip in forever.
                     extra.append((b"connection", b"close"))
                 message["headers"] = [*message.get("headers", ()), *extra]
             await send(message)
@@ -189,14 +189,14 @@ class Guard:
         self._under_way[key] -= 1
 
     def _count(self, scope: Scope, headers: _Headers) -> str:
-        """Count a request of the address that it comes from; returns that, as `Origins` does.
+        """Count a request of the address that it comes from; return that address.
 
         Raises:
             APIError: 429, it sends too many.
         """
         address = scope.get("client")
         origin = self._origins.find(address[0] if address else "", headers.get(b"x-edge-client"))
-        wait_s = self._arrivals.take(origin) if origin else 0.0  # none in this process
+        wait_s = self._arrivals.take(origin) if origin else 0.0  # no address in this process
         if wait_s:
             raise too_fast(self._settings, wait_s)
         return origin
@@ -213,7 +213,7 @@ class Guard:
                 close=True,
             )
         if headers.has(b"transfer-encoding") and headers.has(b"content-length"):
-            # A proxy in front may read one, this server the other (request smuggling).
+            # A proxy in front may read one, and this server the other (request smuggling).
             raise APIError(
                 400,
                 "ambiguous_length",
@@ -245,7 +245,7 @@ class Guard:
                 )
         address = scope.get("client")
         if client is not None and origin != self._origins.find(address[0] if address else "", None):
-            # The key is a trusted proxy's, for all its clients: each has its own turn and prefixes.
+            # A trusted proxy's key serves all its clients: each has its own share and prefixes.
             client = Client(client.name, f"{client.salt}/{origin}", origin)
         client = client or Client(origin=origin)
         scope["client_identity"] = client
@@ -268,10 +268,10 @@ class Guard:
 
 
 def check_host(settings: ServerSettings, keys: APIKeys | None, host: bytes | None) -> None:
-    """Refuse the name of another host; without keys, a web page could use its own DNS name.
+    """Refuse another host's name; without keys, a web page could reach us by its own DNS name.
 
     Raises:
-        APIError: 403.
+        APIError: 403, the header names another host.
     """
     if keys is None and is_loopback(settings.host) and not (host is None or is_local(host)):
         raise APIError(
@@ -283,7 +283,7 @@ def check_host(settings: ServerSettings, keys: APIKeys | None, host: bytes | Non
 
 
 def limit_arrivals(settings: ServerSettings) -> RateLimit:
-    """Make the bound on what one address may send: its rate, and `_BURST_S` of it at once."""
+    """Make the limit on what one address may send: its rate, and `_BURST_S` of it at once."""
     rps = settings.rate_limit_address_rps
     return RateLimit(60 * rps, burst=_BURST_S * rps)
 
@@ -321,7 +321,7 @@ class _Headers:
 
 
 def _take_absolute(scope: Scope, headers: _Headers) -> None:
-    """Read a target in absolute form, whose host counts instead of the header (RFC 9112 3.2.2)."""
+    """Read a target in absolute form, whose host replaces the header (RFC 9112 3.2.2)."""
     found = _ABSOLUTE.match(scope["raw_path"])
     if found:
         headers.put(b"host", found[1])
@@ -330,7 +330,7 @@ def _take_absolute(scope: Scope, headers: _Headers) -> None:
 
 
 def _length(headers: _Headers) -> int:
-    """Return what Content-Length says; 0 where it says nothing, or no number."""
+    """Return the value of Content-Length; 0 if it is missing or no number."""
     length = headers.get(b"content-length") or b"0"
     return int(length) if _LENGTH.fullmatch(length) else 0
 
@@ -369,11 +369,11 @@ def _too_large(limit: int) -> APIError:
 async def read_body(
     scope: Scope, receive: Receive, settings: ServerSettings, most_bytes: int
 ) -> bytes:
-    """Read the body of a request, which must be JSON, of this length at most.
+    """Read the body of a request, which must be JSON of at most this length.
 
     Raises:
-        APIError: 413 where it is too large, 408 where it is too slow, 415 where it is not JSON.
-        ConnectionError: the client left, after the last byte of it at the latest.
+        APIError: 413 if it is too large, 408 if it is too slow, 415 if it is not JSON.
+        ConnectionError: the client left, at the latest after its last byte.
     """
     _check_body_headers(scope, most_bytes)
     parts: list[bytes] = []
@@ -408,7 +408,7 @@ async def read_body(
 
 
 class _Body:
-    """The body of a request as it arrives, and whether it was read to its end: ASGI's `receive`."""
+    """The body of a request as it arrives, with a record of its end; this is ASGI's `receive`."""
 
     def __init__(self, receive: Receive, headers: _Headers, connection: Any = None) -> None:
         self._receive = receive
@@ -420,7 +420,7 @@ class _Body:
 
     @property
     def has_left(self) -> bool:
-        """Whether the client has left; see `check_there`."""
+        """Whether the client has left; `check_there` asks for it."""
         return self._connection is not None and self._connection.has_left
 
     async def __call__(self) -> Message:
@@ -436,7 +436,7 @@ class _Body:
     async def discard(self, limit_bytes: int) -> None:
         """Read what a refused client still sends, within bounds, so that it sees the answer."""
         if self.account is not None:
-            self.account.close()  # nothing is kept of it
+            self.account.close()  # the rest is read and dropped
             self.account = None
 
         async def read() -> None:
@@ -460,7 +460,7 @@ def _as_answer(error: BaseException) -> APIError:
 
 
 async def send_error(send: Send, error: APIError, body: bytes) -> None:
-    """Answer with an error, whose JSON is ``body``."""
+    """Answer with an error; ``body`` is its JSON."""
     headers = error.headers() | {"content-length": str(len(body))}
     await send(
         {

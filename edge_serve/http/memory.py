@@ -1,8 +1,8 @@
-"""Gives the memory of large requests back to the system, where glibc would keep it.
+"""Returns the memory of large requests to the system, which glibc would keep.
 
-glibc makes an arena per thread that allocates, up to eight per core, and none of them shrinks by
-itself once something small and lasting sits at its end. Few arenas and a trim after the large
-requests keep the process at the size that its work needs; see mallopt(3) and malloc_trim(3).
+glibc makes an arena for each thread that allocates, up to eight per core. An arena cannot shrink
+once something small and lasting is at its end. Few arenas and a trim after large requests keep the
+process at the size that its work needs; see mallopt(3) and malloc_trim(3).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _ARENA_MAX = -8  # M_ARENA_MAX of malloc.h
 _ARENAS = 2
 _TRIM_AFTER_S = 0.5
 _LOOK_EVERY_S = 10.0
-_GROWN_BYTES = 16 * 2**20  # by which small requests must have made the process larger
+_GROWN_BYTES = 16 * 2**20  # trim once small requests have made the process this much larger
 _libc = ctypes.CDLL(None)
 _has_trim = hasattr(_libc, "malloc_trim")  # musl has neither
 
 
 def limit_arenas() -> bool:
-    """Let malloc make few arenas, unless the environment says how many; call it before threads.
+    """Let malloc make few arenas, unless the environment sets a number; call it before threads.
 
     Returns:
         Whether this process has the limit now.
@@ -38,14 +38,14 @@ def limit_arenas() -> bool:
 
 
 class Trimmer:
-    """Gives free memory back to the system, now and then; for one event loop."""
+    """Returns free memory to the system now and then; for use in one event loop."""
 
     def __init__(self) -> None:
         self._waits = self._looks = False
-        self._kept_bytes = 0  # what the process had after the last time
+        self._kept_bytes = 0  # size of the process after the last trim
 
     def ended(self, num_bytes: int) -> None:
-        """Note the end of a request; trim in a moment after a large one, and where others add up.
+        """Note the end of a request; trim soon after a large one, or when small ones add up.
 
         Args:
             num_bytes: length of the request's body.
@@ -57,7 +57,7 @@ class Trimmer:
             asyncio.get_running_loop().call_later(_LOOK_EVERY_S, self._look)
 
     def soon(self) -> None:
-        """Trim in a moment, in a thread; calls until then are one."""
+        """Trim soon, in a thread; calls until then are merged."""
         if _has_trim and not self._waits:
             self._waits = True
             asyncio.get_running_loop().call_later(_TRIM_AFTER_S, self._trim)
@@ -77,7 +77,7 @@ class Trimmer:
 
 
 def give_back() -> None:
-    """Give free memory back to the system, at once; stops the process for tens of ms."""
-    gc.collect()  # a traceback, say, holds what it saw in a cycle
+    """Return free memory to the system at once; this stops the process for tens of ms."""
+    gc.collect()  # e.g. a traceback keeps what it saw in a cycle
     if _has_trim:
         _libc.malloc_trim(0)

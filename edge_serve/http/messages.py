@@ -1,8 +1,8 @@
 """Runs uvicorn with the guards that it lacks: slow heads, slow readers, too many connections.
 
-uvicorn waits for ever for the rest of a head and for a reader that does not read, and answers
+uvicorn waits forever for the rest of a head and for a reader that does not read, and answers
 malformed requests in plain text. Hypercorn has read timeouts, but they also end an answer that
-streams for longer than the timeout while the client, as it should, says nothing.
+streams for longer than the timeout, while the client rightly sends nothing.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .guard import App, too_fast
 
 _READ_BYTES = 64 * 2**10
 _PIECE_BYTES = 4 * 2**10
-_FRAMING_BYTES = 16 * 2**10  # what frames the chunks of a body, if it is more than the body
+_FRAMING_BYTES = 16 * 2**10  # the most framing of a chunked body, unless the body is longer
 
 
 class _Protocol(H11Protocol):  # type: ignore[misc]
-    """One connection: uvicorn's protocol with timers for heads and readers, and a bound."""
+    """One connection: uvicorn's protocol with timers for heads and readers, and a limit."""
 
     settings: ServerSettings  # these are set by the subclass that `make_server` makes
     open_connections: Connections
@@ -63,19 +63,19 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
 
     @property
     def waits_for_client(self) -> bool:
-        """See `Connection.waits_for_client`."""
+        """Implement `Connection.waits_for_client`."""
         if self.cycle is None or self.cycle.response_complete or self.flow.write_paused:
             return True
         return self.conn.their_state is h11.SEND_BODY
 
     @property
     def has_left(self) -> bool:
-        """Whether the client has left, also where nothing of it has been read yet."""
+        """Whether the client has left, even if nothing it sent has been read yet."""
         sock = self.transport.get_extra_info("socket")
         return self.transport.is_closing() or sock is None or has_left(sock)
 
     def abort(self) -> None:
-        """See `Connection.abort`."""
+        """Implement `Connection.abort`."""
         if self.cycle is not None:
             self.cycle.disconnected = True  # else uvicorn misses an answer until it hears of it
         self.transport.abort()
@@ -99,9 +99,9 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
             self._start_head_timer()
 
     def _is_too_fast(self) -> bool:
-        """Whether its address has sent too much already; it is told so, and nothing is parsed.
+        """Whether its address has sent too much; if so, answer that and parse nothing.
 
-        The guard counts requests, which knows whom a trusted proxy asks for.
+        The guard counts requests, since it knows which client a trusted proxy asks for.
         """
         wait_s = self.arrivals.wait_s(self.group)
         if not wait_s or (self.client is not None and is_in(self.client[0], self.trusted)):
@@ -112,7 +112,7 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
         return True
 
     def _take(self, piece: bytes) -> None:
-        """Parse what was received, unless it is a body in chunks of a byte: each costs a pass."""
+        """Parse received bytes, unless they are tiny chunks of a body: each costs a whole pass."""
         cycle = self.cycle
         held = 0 if cycle is None else len(cycle.body)
         super().data_received(piece)
@@ -147,7 +147,7 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
             self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer bytes that are no HTTP with the envelope, instead of uvicorn's own text."""
+        """Answer malformed HTTP with the envelope instead of uvicorn's own text."""
         waiting, _ = self.conn.trailing_data
         if len(waiting) > self.settings.max_header_bytes:
             error = APIError(431, "header_too_large", "the request's head is too large; send less")
@@ -156,7 +156,7 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
         self._answer_and_close(error)
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Say nothing: the JDK's client offers h2c with each request and takes HTTP/1.1 as well."""
+        """Log nothing: the JDK's client offers h2c in each request, and takes HTTP/1.1 as well."""
 
     def _late_head(self) -> None:
         self._head_timer = None
@@ -173,7 +173,7 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
     def _answer_and_close(self, error: APIError) -> None:
         body = error.body()
         headers = error.headers() | {"connection": "close", "content-length": str(len(body))}
-        with contextlib.suppress(h11.LocalProtocolError):  # an answer is under way already
+        with contextlib.suppress(h11.LocalProtocolError):  # an answer has already begun
             for event in (
                 h11.Response(status_code=error.status, headers=list(headers.items())),
                 h11.Data(data=body),
@@ -222,10 +222,10 @@ def make_server(
 
     Args:
         app: the application.
-        settings: limits.
-        connections: bounds what is open at once.
-        arrivals: bounds what one address may send; the application's guard counts in it.
-        on_rejection: called with the code of what is refused before it is a request.
+        settings: limits of the server.
+        connections: limits how many connections are open at once.
+        arrivals: limits how much one address may send; the application's guard counts in it.
+        on_rejection: called with the code of each refusal of bytes that are not yet a request.
     """
     fields = {
         "settings": settings,

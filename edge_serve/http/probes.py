@@ -1,9 +1,9 @@
 """Answers `/health` and `/ready` on a port and in a thread of their own.
 
-In a storm of clients the event loop answers a probe after all who came before it, and a load
-balancer or a kubelet takes the server for dead. Nothing here waits for the event loop: it publishes
-its state a few times a second, and what it published last is the answer. When it has published
-nothing for `LOOP_STALL_S`, the answer is that it hangs.
+In a storm of clients the event loop answers a probe after all earlier requests, and a load balancer
+or a kubelet takes the server for dead. So nothing here waits for the event loop: the loop publishes
+its state a few times a second, and probes are answered with the last published state. If nothing
+was published for `LOOP_STALL_S`, the answer is that the loop hangs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .connections import Listener
 from .errors import APIError
 
 HEALTHY = {"status": "ok"}
-"""What `/health` answers."""
+"""The answer of `/health`."""
 LOOP_STALL_S = 10.0
 """Silence after which the event loop counts as hung."""
 _HEAD_S = 2.0
 _LOOK_S = 0.5
-_MOST_WAITING = 64  # connections whose head is not there yet; beyond these the oldest goes
+_MOST_WAITING = 64  # connections whose head is incomplete; beyond these the oldest is closed
 _READ_BYTES = 8 * 2**10
 Ready = Mapping[str, object] | APIError
 
@@ -38,9 +38,9 @@ class Probes:
     """A listener that answers probes, one connection each.
 
     Args:
-        sock: where to listen; it is closed in the end.
-        check_host: refuses a request by its header ``Host``, None where it has none.
-        ready: what `/ready` answers until something else is published.
+        sock: listening socket; it is closed at the end.
+        check_host: refuses a request by its header ``Host``, None if it has none.
+        ready: answer of `/ready` until something else is published.
         clock: returns monotonic seconds.
 
     Attributes:
@@ -66,11 +66,11 @@ class Probes:
         self.port: int = sock.getsockname()[1]
 
     def publish(self, ready: Ready) -> None:
-        """Say what `/ready` answers from now on, and that the event loop goes on."""
+        """Set the answer of `/ready`, and show that the event loop is alive."""
         self._published = (self._clock(), ready)
 
     def start(self) -> None:
-        """Begin to answer.
+        """Start the thread that answers.
 
         Raises:
             ResourceError: no thread could be started.
@@ -93,7 +93,7 @@ class Probes:
         self._selector.close()
 
     def answer(self, path: str, host: bytes | None) -> tuple[int, Mapping[str, str], bytes]:
-        """Answer a GET: status, headers, body; as the server's own port does, as far as it can."""
+        """Answer a GET as the main port does, as far as possible: status, headers, body."""
         try:
             return 200, _PLAIN, msgspec.json.encode(self._find(path, host))
         except APIError as error:
@@ -115,7 +115,7 @@ class Probes:
         if path == "/health":
             return HEALTHY
         if isinstance(ready, APIError):
-            raise ready.with_traceback(None)  # else it would grow with each probe
+            raise ready.with_traceback(None)  # else the traceback would grow with each probe
         return ready
 
     # ------------------------------------------------------------------------- in the thread
@@ -131,7 +131,7 @@ class Probes:
                 if ready is self._listener:
                     self._accept()
                 elif isinstance(ready, socket.socket) and ready in self._waiting:
-                    self._serve(ready)  # one that is not made room for another just now
+                    self._serve(ready)  # unless it was just closed to make room for another
             for sock, (since, _) in list(self._waiting.items()):
                 if self._clock() - since > _HEAD_S:
                     self._drop(sock)
@@ -141,14 +141,14 @@ class Probes:
             sock = self._listener.accept()[0]
             sock.setblocking(False)
             self._waiting[sock] = (self._clock(), h11.Connection(h11.SERVER))
-            if self._serve(sock):  # most heads are there by now
+            if self._serve(sock):  # most heads have arrived by now
                 return
             self._selector.register(sock, selectors.EVENT_READ)
             if len(self._waiting) > _MOST_WAITING:
                 self._drop(next(iter(self._waiting)))
 
     def _serve(self, sock: socket.socket) -> bool:
-        """Read what is there; once the head is whole, answer, close and return true."""
+        """Read what has arrived; once the head is whole, answer, close and return True."""
         _, connection = self._waiting[sock]
         try:
             connection.receive_data(sock.recv(_READ_BYTES))
@@ -159,7 +159,7 @@ class Probes:
                 sock.sendall(self._written(connection, event))  # it fits into an empty buffer
         except BlockingIOError:
             return False
-        except (OSError, h11.ProtocolError):  # no probe
+        except (OSError, h11.ProtocolError):  # not a probe
             pass
         self._drop(sock)
         return True

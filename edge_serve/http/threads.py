@@ -1,4 +1,4 @@
-"""Runs work that takes a while in a thread, beside the event loop."""
+"""Runs slow work in threads, beside the event loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Result = TypeVar("_Result")
 OnPiece = Callable[[], None]
 
 LARGE_BYTES = 32 * 2**10
-"""Bodies from here on are read and encoded apart from shorter ones, one after the other."""
+"""Size from which on bodies are read and encoded apart from shorter ones, one after the other."""
 _SHORT_THREADS = 2
 
 
@@ -34,11 +34,11 @@ class _GivenUpError(Exception):
 
 
 def check_there(receive: Callable[[], Awaitable[Any]]) -> None:
-    """See that the client is still there, before anything is done for it that takes time.
+    """Check that the client is still there, before slow work is done for it.
 
     Args:
         receive: reads from the client's connection. The guard's has the attribute ``has_left``,
-            which knows before the event loop does; what has none belongs to no connection.
+            which knows before the event loop does; one without it belongs to no connection.
 
     Raises:
         ClientGoneError: the client has left.
@@ -56,11 +56,12 @@ async def until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
 async def while_there(
     work: Coroutine[Any, Any, _Result], receive: Callable[[], Awaitable[Any]] | None
 ) -> _Result:
-    """Wait for ``work``, which is cancelled when the client leaves.
+    """Wait for ``work``, and cancel it if the client leaves.
 
     Args:
-        work: what to wait for.
-        receive: reads from the client's connection, whose body has been read; None is nobody's.
+        work: coroutine to wait for.
+        receive: reads from the client's connection, whose body has been read; None if there is no
+            client.
 
     Raises:
         ClientGoneError: the client left.
@@ -83,7 +84,7 @@ async def while_there(
 
 @contextlib.contextmanager
 def _submitting(todo: list[Any]) -> Iterator[None]:
-    """Empty ``todo`` if its job cannot be submitted: the executor has queued it all the same.
+    """Empty ``todo`` if its job cannot be submitted, because the executor has queued it anyway.
 
     Raises:
         ResourceError: no thread could be started for it.
@@ -143,14 +144,14 @@ def in_daemon(work: Callable[[], _Result]) -> asyncio.Future[_Result]:
 
 
 class Lane:
-    """A few threads for what may take seconds, and a bounded queue.
+    """A few threads with a bounded queue, for work that may take seconds.
 
     Args:
-        name: begins the names of the threads.
-        full: says that too many jobs wait.
-        late: says that a job did not end in time.
-        num_threads: how many jobs run at once.
-        queue_capacity: jobs that wait at most.
+        name: prefix of the threads' names.
+        full: message for too many waiting jobs.
+        late: message for a job that did not end in time.
+        num_threads: number of jobs that run at once.
+        queue_capacity: the most jobs that wait.
         timeout_s: seconds that a job may take, its wait included; None sets no limit.
         on_idle: called in the event loop when the last job has ended.
     """
@@ -182,16 +183,16 @@ class Lane:
         timeout_s: float | None = None,
         ended: asyncio.Future[None] | None = None,
     ) -> _Result:
-        """Run ``work`` and return its result; it ends early when the client leaves or time is up.
+        """Run ``work`` and return its result; it ends early if the client leaves or time is up.
 
         Args:
-            work: what to run; it calls its argument often, which raises to end it.
+            work: function to run; it calls its argument often, which raises to end it.
             receive: reads from the client's connection, whose body has been read.
             timeout_s: seconds that this job may take; None is the lane's own limit.
-            ended: fails when there is nothing to wait for any more.
+            ended: future that fails when there is nothing left to wait for.
 
         Raises:
-            OverloadError: too many wait.
+            OverloadError: too many jobs wait.
             ResourceError: no thread could be started.
             APIError: 504, it took too long.
             ClientGoneError: the client left.
@@ -214,7 +215,7 @@ class Lane:
             on_piece()  # it may have waited for this thread
             try:
                 taken = todo.pop()
-            except IndexError:  # given up just now
+            except IndexError:  # it was just given up
                 raise _GivenUpError from None
             return taken(on_piece)
 
@@ -236,13 +237,13 @@ class Lane:
             if gone.done():
                 raise ClientGoneError("the client left")
             raise self._too_late(limit_s)
-        except _GivenUpError:  # the thread saw before this loop that the time is up
+        except _GivenUpError:  # the thread noticed before this loop that time is up
             raise self._too_late(limit_s) from None
         finally:
             left.set()
             todo.clear()  # a cancelled job stays in the executor's queue until its turn
             gone.cancel()
-            job.cancel()  # a thread that has begun goes on to its next piece
+            job.cancel()  # a thread that has begun runs until its next piece
             # An error's traceback leads to this frame: it would keep itself, and the request, until
             # a garbage collection.
             del submitted, job, waiting
@@ -258,7 +259,7 @@ class Lane:
 
     @staticmethod
     def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is gone, and so is its server
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and so has its server
             loop.call_soon_threadsafe(call)
 
     def _ended(self) -> None:
@@ -268,10 +269,10 @@ class Lane:
 
 
 class Lanes:
-    """What costs by what clients send, each kind apart, so that none waits for a longer one.
+    """The lanes of a server, one for each kind of work, so that none waits for a longer one.
 
     Args:
-        settings: length of the queues, and time.
+        settings: lengths of the queues, and time limits.
         on_large: called in the event loop when the last of some long requests has been encoded.
 
     Attributes:
@@ -289,7 +290,7 @@ class Lanes:
             queue_capacity=settings.max_connections,  # each takes milliseconds
             timeout_s=settings.text_timeout_s,
         )
-        # One at a time: a text takes up to 200 times its length in memory for a moment.
+        # One at a time: a text briefly takes up to 200 times its length in memory.
         self._long = Lane(
             "edge-long-text",
             full="too many texts wait to be encoded",

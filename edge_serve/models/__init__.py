@@ -1,1 +1,1 @@
-"""The bundles that one server holds: opening, routing, replacing, requests in flight."""
+"""Manages the bundles of one server: opening, routing, replacing, requests in flight."""

@@ -1,7 +1,7 @@
-"""The adapters of the served models: what ``MODEL:ADAPTER`` stands for, and what comes and goes.
+"""Finds the adapters of the served models by ``MODEL:ADAPTER``, and loads and unloads them.
 
-A name is looked up beside the bundle each time, so that ``edge-llm adapter add`` counts at
-once; what was loaded by path is kept while its model is replaced, unloaded and loaded again.
+A name is looked up beside the bundle each time, so that ``edge-llm adapter add`` takes effect at
+once. An adapter loaded by path stays while its model is replaced, unloaded and loaded again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _log = logging.getLogger("edge_serve")
 
 
 class Entry(Protocol):
-    """What is needed of a model: `edge_serve.models.registry.ModelEntry`."""
+    """The part of a `edge_serve.models.registry.ModelEntry` that this module uses."""
 
     name: str
     bundle: Path
@@ -37,8 +37,8 @@ class ChosenAdapter(NamedTuple):
     """The adapter of a request.
 
     Attributes:
-        name: its name.
-        read: returns its weights; blocks where they are not in memory.
+        name: name of the adapter.
+        read: returns its weights; blocks if they are not in memory.
     """
 
     name: str
@@ -50,7 +50,7 @@ class ServedAdapters:
 
     Args:
         entries: returns the registry's models.
-        trusted_keys: see `edge.adapters.trust`.
+        trusted_keys: file of keys that must have signed adapters (`edge.adapters.trust`).
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class ServedAdapters:
         return sorted({*self._of(entry).names, *given})
 
     def split(self, name: str) -> tuple[str, ChosenAdapter | None]:
-        """Return the model that a request's name stands for, and the adapter.
+        """Split a request's name into the model that it stands for, and the adapter.
 
-        It is ``MODEL:ADAPTER``, or an adapter's own name, as vLLM has it, where one model has it.
-        What is neither comes back as it is.
+        It is ``MODEL:ADAPTER``, or as in vLLM an adapter's own name, if one model has it. Any other
+        name comes back as it is.
         """
         entries = self._entries()
         if any(entry.name == name for entry in entries):
@@ -92,10 +92,10 @@ class ServedAdapters:
         """Take an adapter into memory; blocks.
 
         Args:
-            entry: the model that it is for.
-            name: by which requests choose it.
-            path: see `allowed_path`.
-            replace: whether one of that name may go.
+            entry: the adapter's model.
+            name: name by which requests choose it.
+            path: the adapter, from `allowed_path`.
+            replace: whether it may replace one of that name.
 
         Raises:
             APIError: 400, it does not fit the model, or there is one of that name.
@@ -115,10 +115,10 @@ class ServedAdapters:
         _log.info("model %s has the adapter %s", entry.name, name)
 
     def unload(self, entry: Entry, name: str) -> None:
-        """Forget an adapter that was loaded by path; answers that it gives end as they began.
+        """Forget an adapter that was loaded by path; answers in progress end with it.
 
         Raises:
-            APIError: 404, there is none; or 409, it is kept beside the bundle.
+            APIError: 404, there is no such adapter; or 409, it is kept beside the bundle.
         """
         with self._lock:
             if self._given.pop((entry.name, name), None) is not None:
@@ -163,7 +163,7 @@ class ServedAdapters:
 
 
 def may_use(settings: ServerSettings, client: str, adapter: str) -> bool:
-    """Whether the client of a key may use an adapter."""
+    """Whether a client, named by its key, may use an adapter."""
     given = settings.key_adapters.get(client)
     return given is None or adapter in map(str.strip, given.split(","))
 

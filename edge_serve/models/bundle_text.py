@@ -1,4 +1,4 @@
-"""What a bundle has for texts, read without its engine: of a model that is not loaded."""
+"""Reads the parts of a bundle for texts without its engine, for a model that is not loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TOKENIZER, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
 
 @dataclass(frozen=True)
 class BundleText:
-    """The part of an `edge.runtime.llm.LLM` that needs no engine; its attributes are those."""
+    """The part of an `edge.runtime.llm.LLM` that needs no engine, with the same attributes."""
 
     manifest: Manifest
     tokenizer: Tokenizer
@@ -28,7 +28,7 @@ class BundleText:
 
 
 def read_bundle_text(bundle: Path, manifest: Manifest, kv_capacity: int) -> BundleText:
-    """Read tokenizer and chat template of a bundle, whose bytes are those of the manifest.
+    """Read the tokenizer and chat template of a bundle, and check them against the manifest.
 
     Raises:
         IntegrityError: a file is damaged.

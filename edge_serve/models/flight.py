@@ -23,7 +23,7 @@ OnChunk = Callable[[int, "GenerationChunk"], None]
 
 
 class Carrier(Protocol):
-    """What a flight needs of the model that it runs on: `edge_serve.models.registry.ServedModel`.
+    """The part of a `edge_serve.models.registry.ServedModel` that a flight uses.
 
     Attributes:
         name: the model's name, for metrics and logs.
@@ -34,31 +34,30 @@ class Carrier(Protocol):
     flights: set[Flight]
 
     def leave(self, flight: Flight, *, counts: bool) -> None:
-        """Take a request out that has ended; ``counts`` tells whether it keeps the model."""
+        """Remove a request that has ended; ``counts`` tells whether it keeps the model loaded."""
         ...
 
 
 class Flight:
     """Reads the generations of one request, counts them and ends them together.
 
-    Whatever happens, it reads them to their ends, so that the counts are true and the model is not
-    closed while they run; after `abort` nothing is passed on any more.
+    It always reads them to their ends, so that the counts are true and the model is not closed
+    while they run; after `abort` it passes nothing on.
 
     Args:
         model: the model that they run on.
         generations: one per choice.
         params: resolved sampling parameters, for the metrics.
         metrics: counts every end.
-        user: the user that the request names; it tells a watch's and a roll-out's requests from
-            clients'.
+        user: user that the request names; it tells requests of a watch or a roll-out from clients'.
         arm: the arm of the A/B split that chose the model.
 
     Attributes:
         done: completes when all have ended, or fails with the first error.
         stats: figures of the generations that have ended, by choice.
-        reasoning_tokens: tokens of the reasoning, by choice.
-        receive: reads from the connection of the client whose leaving ends it; None where none
-            does.
+        reasoning_tokens: number of tokens of the reasoning, by choice.
+        receive: reads from the connection of the client whose leaving ends the flight; None if no
+            client's leaving does.
     """
 
     receive: Callable[[], Awaitable[Any]] | None = None
@@ -103,7 +102,7 @@ class Flight:
             generation.cancel()
 
     def end_if_left(self) -> None:
-        """End it if its client has left, also where the event loop has yet to hear of that."""
+        """End it if its client has left, even if the event loop does not know yet."""
         if self.receive is not None:
             try:
                 check_there(self.receive)
@@ -111,7 +110,7 @@ class Flight:
                 self.abort(error)
 
     def cut(self, index: int) -> None:
-        """End one choice, which has all that was wanted, within one step; it counts as ``stop``.
+        """End one choice that is complete within one step; it counts as ``stop``.
 
         Its last piece comes as usual.
         """

@@ -1,4 +1,4 @@
-"""How much memory and how many threads a service may need: limits for its systemd unit."""
+"""Plans how much memory and how many threads a service may need: limits for its systemd unit."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from edge_lab.planner.memory import (
 from edge_serve.settings import ServerSettings
 
 _log = logging.getLogger("edge_serve")
-# The plan is of the engine at its peak. A prompt's text, logits of scores and what malloc keeps of
-# them are not in it, nor is what the plan is wrong by (docs/planner.md).
+# The plan is the engine's at its peak. It includes neither a prompt's text, nor the logits of
+# scores, nor memory that malloc keeps of them, nor the error of the plan (docs/planner.md).
 _PLAN_MARGIN = 1.25
-_PLAN_ERROR = 0.05  # by which a plan is above what is taken, at most
+_PLAN_ERROR = 0.05  # most by which a plan exceeds the real use
 _BODY_FACTOR = 4  # a body, its JSON, its texts, its tokens
-_MAX_FACTOR = 1.25  # from where processes are held up to where they are ended
+_MAX_FACTOR = 1.25  # ratio of the limit that ends processes to the one that slows them
 _TASKS = 128  # the loop, its workers, children, and libraries that start threads of their own
 _TASKS_PER_CORE = 4  # two sessions of a bundle, and of a draft
 
 
 @dataclass(frozen=True)
 class UnitLimits:
-    """What systemd should let a service have.
+    """Limits that systemd should set for a service.
 
     Attributes:
-        memory_high_bytes: more than all that is planned; beyond it the kernel reclaims and waits.
-        memory_max_bytes: the service is ended beyond this.
-        tasks_max: threads and processes.
+        memory_high_bytes: more than all planned memory; beyond it the kernel reclaims and waits.
+        memory_max_bytes: memory beyond which the service is ended.
+        tasks_max: the most threads and processes.
     """
 
     memory_high_bytes: int
@@ -55,7 +55,7 @@ def unit_limits(settings: ServerSettings, num_cores: int | None = None) -> UnitL
     """Plan the limits of a service that has these settings.
 
     Args:
-        settings: of the service, with the bundles that it serves.
+        settings: settings of the service, with the bundles that it serves.
         num_cores: cores that it computes on; None asks the system.
 
     Raises:
@@ -79,14 +79,14 @@ def unit_limits(settings: ServerSettings, num_cores: int | None = None) -> UnitL
 
 
 def opening_bytes(settings: ServerSettings, bundle: Path) -> int:
-    """Plan the memory that this process takes more at most while it opens a bundle on the CPU.
+    """Plan the most memory that this process takes in addition while it opens a bundle on the CPU.
 
     Args:
-        settings: of the service.
-        bundle: the bundle. What a GPU allocates is not counted.
+        settings: settings of the service.
+        bundle: the bundle. GPU memory is not counted.
 
     Raises:
-        BundleError, ConfigError: see `unit_limits`.
+        BundleError, ConfigError: `unit_limits` raises them, too.
     """
     given = replace(settings, model={"one": bundle}, default_model=None, auto={}, split={})
     plans = [plan for plan, on_cpu in _plans(given, LEAST_CAPACITY) if on_cpu]
@@ -101,20 +101,21 @@ def check_room(
 ) -> None:
     """Refuse, before the bundles are opened, a limit of memory that is too small to open them.
 
-    The kernel ends a process that meets the limit of its control group without a word. What is
-    compared is the least that a service on a CPU takes, with caches of `LEAST_CAPACITY` tokens
-    unless the settings say more; what GPUs allocate is not in the group. Where that does not fit
-    but opening does, the log says so, since a cache takes memory as it fills.
+    The kernel kills a process that reaches the limit of its control group without a word. This
+    compares the least that a service on a CPU takes, with caches of `LEAST_CAPACITY` tokens unless
+    the settings say more; GPU memory is not in the group. If that does not fit but opening does,
+    the log says so, since a cache takes memory only as it fills.
 
     Args:
-        settings: of the service.
-        room_bytes: what the groups leave this process, swap included.
-        taken_bytes: what it has by now.
-        hard_room_bytes: what those groups leave whose limit ends processes; None: no group has one.
+        settings: settings of the service.
+        room_bytes: memory that the groups leave this process, swap included.
+        taken_bytes: memory that it has by now.
+        hard_room_bytes: memory left by those groups whose limit kills processes; None if no group
+            has such a limit.
 
     Raises:
-        BundleError, ConfigError: see `unit_limits`.
-        ResourceError: the weights do not fit, or opening the bundles meets a hard limit.
+        BundleError, ConfigError: `unit_limits` raises them, too.
+        ResourceError: the weights do not fit, or opening the bundles exceeds a hard limit.
     """
     plans = [plan for plan, on_cpu in _plans(settings, LEAST_CAPACITY) if on_cpu]
     if not plans:
@@ -157,8 +158,8 @@ def _plans(
     """Plan each bundle, and tell whether it is computed on the CPU.
 
     Args:
-        settings: of the service.
-        most_tokens: of a slot, where the settings do not say.
+        settings: settings of the service.
+        most_tokens: tokens of a slot if the settings do not say.
     """
     draft = None if settings.draft is None else read_manifest(settings.draft)
     plans = []
@@ -196,13 +197,13 @@ def _plan(
 
     beside = None if draft is None else plan(draft, min(capacity, draft.rope_positions))
     planned = plan_process_pair(plan(manifest, capacity), beside)
-    # While the session packs them, they are there twice.
+    # While the session packs the weights, they are in memory twice.
     extra = 2 * int8_bytes(manifest) if settings.prefill == "int8" else 0
     return replace(planned, load_peak=planned.load_peak + extra)
 
 
 def _together(plans: Iterable[ProcessMemory]) -> int:
-    """Bytes of several bundles in one process, opened one after the other."""
+    """Return the bytes of several bundles in one process, opened one after the other."""
     before = most = 0
     for plan in plans:
         most = max(most, before + plan.load_peak)

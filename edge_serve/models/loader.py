@@ -1,8 +1,8 @@
 """Loads models when requests ask for them, and unloads those that are idle.
 
 One model is opened or closed at a time. A model is unloaded `ServedModel.keep_alive_s` after its
-last request, and the one that is idle for longest where another needs its memory; never while a
-request holds it. What was asked of a model that is being unloaded loads it again.
+last request; and if another needs its memory, the longest idle goes first. No model is unloaded
+while a request holds it. A request for a model that is being unloaded loads it again.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("edge_serve")
 _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 60.0
-_BUSY_S = 5.0  # when to ask again where models that answer leave no room
+_BUSY_S = 5.0  # seconds after which to ask again if busy models leave no room
 _FAILED_S = 600.0  # how long no request unloads others for a model that has failed
 _MIB = 2**20
 Reason = Literal["idle", "room", "asked"]
-"""Why a model is unloaded: no request came, another needs its memory, or somebody asked for it."""
+"""Why a model is unloaded: it was idle, another needs its memory, or somebody asked for it."""
 
 
 def need_bytes(
@@ -52,17 +52,17 @@ def need_bytes(
     prefill: Prefill = "plain",
     draft: Manifest | None = None,
 ) -> int:
-    """Compute the memory that a bundle takes at most: its files, the KV cache, prompts' weights.
+    """Compute the most memory of a bundle: its files, the KV cache, prompts' weights.
 
     Args:
-        manifest: of the bundle.
+        manifest: the bundle's manifest.
         num_slots: slots of its cache.
         kv_capacity: tokens of a slot; None is the bundle's own.
         prefill: how prompts are multiplied.
-        draft: of the bundle or head that drafts for it, whose cache is as long.
+        draft: manifest of the bundle or head that drafts for it, whose cache is as long.
 
     Raises:
-        ConfigError: the bundle has no weights for such a ``prefill``.
+        ConfigError: the bundle has no weights for this ``prefill``.
     """
     capacity = kv_capacity or manifest.kv_capacity
     prompts = int8_bytes(manifest) if prefill == "int8" else 0
@@ -84,8 +84,8 @@ class Loader:
     Args:
         models: the registry.
         settings: how models are opened, how long they stay, and their memory.
-        room_bytes: returns the memory that this process can still have; None if it is not known.
-        metrics: counts what is loaded and unloaded.
+        room_bytes: returns the memory that this process can still have; None if it is unknown.
+        metrics: counts loads and unloads.
 
     Attributes:
         lock: held while a model is opened, closed or replaced.
@@ -105,7 +105,7 @@ class Loader:
         self.lock = asyncio.Lock()
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._waiting: Counter[str] = Counter()  # requests that wait for a model, by its name
-        self._pressing: set[str] = set()  # models that are loaded in the place of idle ones
+        self._pressing: set[str] = set()  # models that are loaded in place of idle ones
         self._unloads: set[asyncio.Task[None]] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._stopping: asyncio.Future[None] | None = None
@@ -113,10 +113,10 @@ class Loader:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Hold `lock`, unless the server is about to stop by the time that it is free.
+        """Hold `lock`, unless the server is about to stop by the time it is free.
 
         Raises:
-            APIError: 503, it is.
+            APIError: 503, the server is about to stop.
         """
         async with self.lock:
             if self._models.is_draining:
@@ -126,10 +126,10 @@ class Loader:
     # ------------------------------------------------------------------------------- memory
 
     def need_bytes(self, manifest: Manifest) -> int:
-        """Compute the memory that a bundle takes at most, with what drafts for it; reads files.
+        """Compute the most memory of a bundle and its draft model; reads files.
 
         Raises:
-            EdgeError: the bundle that drafts cannot be read, or see `need_bytes`.
+            EdgeError: the draft's bundle cannot be read, or the bundle lacks weights.
         """
         settings = self._settings
         draft: Manifest | None = None
@@ -141,10 +141,10 @@ class Loader:
         return need_bytes(manifest, *sizes, draft)
 
     def peak_bytes(self, bundle: Path, manifest: Manifest) -> int:
-        """Compute what a bundle takes at most, where that counts also while it is opened.
+        """Compute the most memory of a bundle; without a memory budget also while it is opened.
 
         Raises:
-            What `need_bytes` raises.
+            EdgeError: the draft's bundle cannot be read, or the bundle lacks weights.
         """
         need = self.need_bytes(manifest)
         if self._settings.memory_budget_mb is None:
@@ -152,7 +152,7 @@ class Loader:
         return need
 
     def free_bytes(self) -> int | None:
-        """Return the memory for a model beside the open ones; None if it is not known."""
+        """Return the memory for a model beside the open ones; None if it is unknown."""
         if self._settings.memory_budget_mb is None:
             return self._room_bytes()
         taken = sum(map(self._taken_bytes, self._models.open_models()))
@@ -190,13 +190,13 @@ class Loader:
         """Unload idle models, the longest idle first, until another fits; `lock` is held.
 
         Args:
-            entry: the other one, which is not loaded.
+            entry: the model to make room for, which is not loaded.
             need: bytes that it takes.
             unloads: whether models may be unloaded for it.
 
         Raises:
-            APIError: 503, models that answer leave no room for it, or one would have to be
-                unloaded and may not.
+            APIError: 503, busy models leave no room for it, or one would have to be unloaded and
+                must not be.
         """
         free = await in_daemon(self.free_bytes)
         while free is not None and need > free:  # a request may come while a model is closed
@@ -233,10 +233,10 @@ class Loader:
     async def load_for(self, entry: ModelEntry, asked_s: float) -> None:
         """Load a model for a request, which waits at most as long as it may take.
 
-        One that has just failed gets no other's memory: it may well fail again.
+        A model that has just failed gets no other's memory, since it may well fail again.
 
         Args:
-            entry: the model's.
+            entry: the model's entry.
             asked_s: monotonic seconds at which the request came.
 
         Raises:
@@ -250,15 +250,16 @@ class Loader:
     async def load(
         self, entry: ModelEntry, asked_s: float | None = None, *, unloads: bool = True
     ) -> None:
-        """Load a model if it is not loaded, whether or not that has just failed.
+        """Load a model if it is not loaded, even if that has just failed.
 
         Args:
-            entry: the model's.
-            asked_s: as for `load_for`; None is now.
+            entry: the model's entry.
+            asked_s: monotonic seconds at which the request came; None is now.
             unloads: whether idle models make room for it.
 
         Raises:
-            What `load_for` raises.
+            APIError: 503, it cannot be loaded now; or 504, it takes too long.
+            OverloadError: too many requests wait for it.
         """
         if entry.served is not None:
             return None
@@ -286,7 +287,7 @@ class Loader:
     async def _join(
         self, entry: ModelEntry, stopping: asyncio.Future[None], most_s: float | None
     ) -> None:
-        """Wait for the load of a model, which is begun if it is not under way."""
+        """Wait for the load of a model; start it unless it is already in progress."""
         task = self._loads.get(entry.name)
         if task is None:
             task = self._loads[entry.name] = asyncio.create_task(self._load(entry))
@@ -344,12 +345,12 @@ class Loader:
         _log.info("model %s is loaded after %.1f s", entry.name, took_s)
 
     def put(self, model: ServedModel) -> None:
-        """Serve an open model, and unload it when it has been idle for long enough."""
+        """Serve an open model, and unload it once it has been idle for long enough."""
         self._models.add(model)
         self.watch(model)
 
     def watch(self, model: ServedModel) -> None:
-        """Unload a model when it has been idle for long enough."""
+        """Unload a model once it has been idle for long enough."""
         model.keep_alive_s = self._settings.keep_alive_s
         model.on_rest = partial(self._rests, model)
         model.touch()
@@ -370,9 +371,9 @@ class Loader:
         return model.is_used or self._waiting[model.name] > 0
 
     def _rests(self, model: ServedModel) -> None:
-        """Set the timer of a model that no request holds."""
+        """Start the timer of a model that no request holds."""
         if self._models.entry(model.name).served is not model:
-            return  # it was replaced, and the timer is the new one's
+            return  # it was replaced; the new model has its own timer
         timer = self._timers.pop(model.name, None)
         if timer is not None:
             timer.cancel()
@@ -383,13 +384,13 @@ class Loader:
 
     def _expire(self, model: ServedModel) -> None:
         self._timers.pop(model.name, None)
-        if not self._is_used(model):  # else its last request sets the timer
+        if not self._is_used(model):  # otherwise its last request starts the timer
             task = asyncio.create_task(self._unload_idle(model))
             self._unloads.add(task)  # the loop itself keeps only a weak reference
             task.add_done_callback(self._unloads.discard)
 
     async def unload(self, entry: ModelEntry) -> bool:
-        """Unload a model once what is being loaded and closed is; false if a request holds it.
+        """Unload a model after pending loads and closes; return False if a request holds it.
 
         Raises:
             APIError: 503, the server is about to stop.
@@ -432,7 +433,7 @@ class Loader:
     # ------------------------------------------------------------------------------- the end
 
     def drain(self) -> None:
-        """Load and unload nothing any more; requests that wait for a model are refused."""
+        """Load and unload nothing from now on; refuse requests that wait for a model."""
         if self._stopping is not None and not self._stopping.done():
             self._stopping.set_result(None)
         for timer in self._timers.values():

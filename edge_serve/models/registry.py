@@ -1,7 +1,7 @@
 """Holds the models of a server: chooses one for a request and watches their engines.
 
-An entry is what a name stands for, whether its bundle is loaded or not; a served model is a bundle
-that is open. `edge_serve.models.loader` opens and closes them.
+An entry is what a name stands for, loaded or not; a served model is an open bundle.
+`edge_serve.models.loader` opens and closes them.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger("edge_serve")
 _SWITCH_WAIT_S = 60.0
 LEAST_STALL_S, MOST_STALL_S = 5.0, 120.0
-"""Bounds of the time after which a silent engine counts as hung, where none is set."""
+"""Bounds of the time after which a silent engine counts as hung, if none is set."""
 _STALL_STEPS = 10
 _MOST_NAMED = 5  # models in the error about one that is not served
 TAG = ":latest"
-"""What Ollama's clients expect at the end of a name without a colon, and may add to one."""
+"""Tag that Ollama's clients expect at the end of a name without a colon, and may add to one."""
 OpenLLM = Callable[[Path], "LLM"]
 ModelStatus = Literal["loaded", "loading", "unloaded", "failed"]
 
@@ -59,13 +59,13 @@ class ServedModel:
         llm: the open bundle.
         created: Unix seconds at which it was opened.
         flights: requests that run on it now.
-        leases: requests that hold it and do not run yet.
+        leases: number of requests that hold it and do not run yet.
         scoring: prompts that are scored or wait for it; a failed future ends the wait for one.
         keep_alive_s: seconds without a request after which it is unloaded; infinite for never.
         used_s: monotonic seconds at which a request last came or ended.
         on_rest: called when the last request that held it has ended, or ``keep_alive_s`` changed.
         heartbeat: watches the model's engine.
-        fingerprint: names what answers, from the hash of the manifest.
+        fingerprint: identifies the model in answers, from the hash of the manifest.
     """
 
     name: str
@@ -88,7 +88,7 @@ class ServedModel:
         """Keep the model open while a request is prepared.
 
         Args:
-            counts: whether its end counts as use of the model; no matter where a flight follows.
+            counts: whether its end counts as use of the model; irrelevant if a flight follows.
         """
         self.leases += 1
         try:
@@ -98,7 +98,7 @@ class ServedModel:
             self.touch(counts=counts)
 
     def leave(self, flight: Flight, *, counts: bool) -> None:
-        """Take out a request that has ended; ``counts`` as for `lease`."""
+        """Remove a request that has ended; ``counts`` is that of `lease`."""
         self.flights.discard(flight)
         self.touch(counts=counts)
 
@@ -115,7 +115,7 @@ class ServedModel:
         return (time.monotonic() if self.is_used else self.used_s) + self.keep_alive_s
 
     def engine_info(self) -> EngineInfo:
-        """Return what runs the model."""
+        """Describe the engine that runs the model."""
         manifest, backend = self.llm.manifest, self.llm.backend
         engine_dir: Path | None = getattr(backend, "engine_dir", None)  # TensorRT's
         labels = {
@@ -145,7 +145,7 @@ class ServedModel:
 
 
 class Heartbeat:
-    """Tells an engine that works from one that hangs: while there is work, its steps must go on.
+    """Tells a working engine from one that hangs: while there is work, it must finish steps.
 
     Args:
         stats: asks the scheduler for its state.
@@ -166,7 +166,7 @@ class Heartbeat:
         self.failed: str | None = None
 
     def beat(self) -> None:
-        """Look at the engine; call it a few times a second."""
+        """Check the engine; call it a few times a second."""
         stats = self._stats()
         self.failed = stats.failed
         self._full_step_s = stats.full_step_s
@@ -176,15 +176,15 @@ class Heartbeat:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the engine last did something, while there was something to do."""
+        """Seconds since the engine last did something, while it had work."""
         return self._clock() - self._since
 
     @property
     def patience_s(self) -> float:
         """Silence after which the engine counts as hung: ten full steps at its slowest pace so far.
 
-        It is at least `LEAST_STALL_S` and at most `MOST_STALL_S`, and `MOST_STALL_S` until the
-        engine has ended its first step.
+        It is between `LEAST_STALL_S` and `MOST_STALL_S`, and `MOST_STALL_S` until the engine has
+        finished its first step.
         """
         if self._full_step_s is None:
             return MOST_STALL_S
@@ -200,12 +200,12 @@ class ModelEntry:
         bundle: the bundle's directory.
         manifest: the bundle's description.
         created: Unix seconds at which it was opened last, or listed.
-        kv_capacity: tokens that prompt and answer may take together, as far as is known.
+        kv_capacity: tokens that prompt and answer may take together, as far as known.
         reasons: whether answers to chats may begin with reasoning.
         served: the open bundle; None while it is not loaded.
         is_loading: whether it is being loaded.
         failed: why it could not be loaded; None if it could, or was never tried.
-        failures: how often in a row it could not.
+        failures: number of failures to load it in a row.
         retry_s: monotonic seconds before which no request tries it again.
     """
 
@@ -245,7 +245,7 @@ class ModelEntry:
         self.failures, self.retry_s = 0, 0.0
 
     def text(self) -> BundleText | LLM:
-        """Return what the bundle has for texts; blocks where it is not loaded.
+        """Return the bundle's parts for texts; blocks if it is not loaded.
 
         Raises:
             EdgeError: the bundle cannot be read.
@@ -255,7 +255,7 @@ class ModelEntry:
         return read_bundle_text(self.bundle, self.manifest, self.kv_capacity)
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer, and keep it for the next time; blocks as `text` does."""
+        """Return the tokenizer, and keep it for the next time; may block, as `text` does."""
         if (served := self.served) is not None:
             return served.llm.tokenizer
         if self._text is None:
@@ -263,7 +263,7 @@ class ModelEntry:
         return self._text.tokenizer
 
     def engine_info(self) -> EngineInfo:
-        """Return what runs the model; of one that is not loaded, only which bundle it is."""
+        """Describe the engine of the model; if it is not loaded, only its bundle."""
         if (served := self.served) is not None:
             return served.engine_info()
         manifest = self.manifest
@@ -280,10 +280,10 @@ class Choice(NamedTuple):
 
     Attributes:
         model: the model that answers.
-        rule: the rule of ``auto`` that chose it, as it was written.
-        arm: ``NAME:MODEL`` where an A/B split chose it.
-        waited_s: seconds for which the request has waited for the model.
-        adapter: what the request's name says besides the model; None is the model alone.
+        rule: text of the rule of ``auto`` that chose it.
+        arm: ``NAME:MODEL`` if an A/B split chose it.
+        waited_s: seconds that the request has waited for the model.
+        adapter: adapter that the request names besides the model; None is the model alone.
     """
 
     model: ServedModel
@@ -312,14 +312,14 @@ class ModelRegistry:
         default: name for requests without one; None refuses them.
         rules: the rules of the model ``auto``.
         splits: A/B splits by name.
-        stall_s: see `ServerSettings`; None is `Heartbeat.patience_s`.
-        trusted_keys: of adapters; see `edge.engine_config.EngineConfig`.
+        stall_s: silence after which an engine counts as hung; None is `Heartbeat.patience_s`.
+        trusted_keys: file of keys that must have signed adapters (`EngineConfig`).
 
     Attributes:
         is_draining: whether the server is about to stop.
         is_loading: whether its models are still being opened.
-        load_for: loads the model of an entry for a request, which waits; None where all are loaded.
-        adapters: what requests may name besides a model.
+        load_for: loads the model of an entry for a waiting request; None if all are loaded.
+        adapters: adapters that requests may name besides a model.
         trouble: why the device should get no requests now, e.g. ``thermal``; None if it should.
     """
 
@@ -357,12 +357,12 @@ class ModelRegistry:
         """Open bundles one after the other; blocks.
 
         Args:
-            bundles: by name.
-            later: asked about each bundle after the first; returns the entry of one that is not
+            bundles: bundles by name.
+            later: called for each bundle after the first; returns the entry of one that is not
                 opened now.
 
         Raises:
-            EdgeError: a bundle cannot be opened; those before it stay open until `close`.
+            EdgeError: a bundle cannot be opened; earlier ones stay open until `close`.
         """
         for name, bundle in bundles.items():
             started = time.monotonic()
@@ -390,7 +390,7 @@ class ModelRegistry:
             ) from error
 
     def add(self, model: ServedModel) -> None:
-        """Serve a model; the model that had its name before is retired, but runs on."""
+        """Serve a model; the model that had its name before is retired, but still runs."""
         entry = self._entries.get(model.name)
         if entry is None:
             llm = model.llm
@@ -402,7 +402,7 @@ class ModelRegistry:
         entry.put(model)
 
     def retire(self, entry: ModelEntry) -> ServedModel | None:
-        """Take the open bundle out of an entry, if there is one; it takes memory until `forget`."""
+        """Take the open bundle out of an entry, if there is one; it uses memory until `forget`."""
         old, entry.served = entry.served, None
         if old is not None:
             self._retired.add(old)
@@ -421,7 +421,7 @@ class ModelRegistry:
         return [entry.served for entry in self.entries() if entry.served is not None]
 
     def open_models(self) -> list[ServedModel]:
-        """Return the models that take memory: those, and retired ones that are not closed yet."""
+        """Return the models that use memory: loaded ones, and retired ones not closed yet."""
         return [*self.models(), *list(self._retired)]
 
     def aliases(self) -> list[str]:
@@ -432,7 +432,7 @@ class ModelRegistry:
         """Return the model of this name, which is loaded.
 
         Raises:
-            APIError: 404, there is none; or 503, it is not loaded.
+            APIError: 404, there is no such model; or 503, it is not loaded.
         """
         model = self.entry(name).served
         if model is None:
@@ -440,7 +440,7 @@ class ModelRegistry:
         return model
 
     def entry(self, name: str) -> ModelEntry:
-        """Return what this name stands for.
+        """Return the entry that this name stands for.
 
         Raises:
             APIError: 404, no model has this name.
@@ -451,7 +451,7 @@ class ModelRegistry:
         return entry
 
     def not_served(self, name: str) -> APIError:
-        """Say that no model has this name."""
+        """Make the error for a name that no model has."""
         quoted = repr(name[:80])
         names = [*self._entries, *self.aliases()]
         more = ", ...; GET /v1/models lists all" if names[_MOST_NAMED:] else ""
@@ -465,10 +465,10 @@ class ModelRegistry:
         )
 
     def by_hand(self, name: str) -> ModelEntry:
-        """Return the one model that is loaded or unloaded by this name.
+        """Return the one model that this name loads or unloads.
 
         Raises:
-            APIError: 404, there is none; or 400, the name stands for several.
+            APIError: 404, there is no such model; or 400, the name stands for several.
         """
         name = self.without_tag(name)
         if name in self.aliases():
@@ -482,17 +482,17 @@ class ModelRegistry:
         return self.entry(name)
 
     def find(self, name: str | None) -> ModelEntry:
-        """Return what a request's name stands for, and load nothing.
+        """Return the entry that a request's name stands for, without loading it.
 
         Raises:
-            APIError: 400, 404, or 503 while nothing can be served.
+            APIError: 400 without a name, 404 for an unknown one, 503 while nothing can be served.
         """
         self._check_open()
         return self._pick(self.adapters.split(self._named(name))[0], Facts({}, "chat", ""))[0]
 
     @contextmanager
     def held(self, name: str) -> Iterator[None]:
-        """Let requests for a model wait instead of failing, while it is replaced."""
+        """Make requests for a model wait instead of failing while it is replaced."""
         event = self._held[name] = asyncio.Event()
         try:
             yield
@@ -507,14 +507,14 @@ class ModelRegistry:
         keep_alive_s: float | None = None,
         receive: Callable[[], Awaitable[Any]] | None = None,
     ) -> Choice:
-        """Choose the model for a request; one that is not loaded is loaded, and the request waits.
+        """Choose the model for a request; if it is not loaded, load it while the request waits.
 
         Args:
             name: the name in the request, if any.
-            facts: decide between models that share a name; None stands for an empty chat.
-            keep_alive_s: how long the model stays from then on after its last request; None leaves
-                that as it is.
-            receive: reads from the client's connection; None where there is none.
+            facts: facts that decide between models of one name; None stands for an empty chat.
+            keep_alive_s: how long the model stays from then on after its last request; None changes
+                nothing.
+            receive: reads from the client's connection; None if there is none.
 
         Raises:
             APIError: 400, 404, 504, or 503 while nothing can be served.
@@ -586,7 +586,7 @@ class ModelRegistry:
         return self.without_tag(name)
 
     def token_limits(self, name: str | None) -> dict[ModelEntry, int]:
-        """Return the models whose rules look at a request's tokens, and up to which number.
+        """Return the models whose rules compare a request's tokens, with the largest number.
 
         Args:
             name: the name in the request, if any.
@@ -610,18 +610,18 @@ class ModelRegistry:
             raise _unavailable("loading", "the model is loading")
 
     def without_tag(self, name: str) -> str:
-        """Return a name without the tag that `/api/tags` gives it, unless it is served with one."""
+        """Remove the tag that `/api/tags` adds to a name, unless a model is served with it."""
         return name if name in self._entries else name.removesuffix(TAG)
 
     def _pick(
         self, name: str, facts: Facts, passed: Collection[str] = ()
     ) -> tuple[ModelEntry, str | None, str | None]:
-        """Return what a name stands for, and the rule and the arm that chose it, if any.
+        """Return the entry that a name stands for, and the rule and the arm that chose it, if any.
 
         Args:
             name: the name.
-            facts: decide between models that share it.
-            passed: models that rules do not choose, since they cannot be loaded now.
+            facts: facts that decide between models of this name.
+            passed: models that rules must not choose, since they cannot be loaded now.
         """
         if name in self._splits:
             arm = self._splits[name].arm(facts.key)
@@ -631,7 +631,7 @@ class ModelRegistry:
         for rule in self._rules:
             entry = self.entry(rule.model)
             model = entry.served
-            # A model that cannot serve is passed over, whatever its rule says.
+            # A model that cannot serve is skipped, whatever its rule says.
             healthy = rule.model not in passed and (model is None or self._why_not(model) is None)
             stats = SchedulerStats() if model is None else model.llm.scheduler.stats()
             if healthy and rule.holds(facts, stats):
@@ -643,7 +643,7 @@ class ModelRegistry:
         return {model.name: model.llm.scheduler.stats() for model in self.models()}
 
     def engines(self) -> dict[str, EngineInfo]:
-        """Return what runs each model; of those that are not loaded, only which bundle it is."""
+        """Describe the engine of each model; for those not loaded, only the bundle."""
         return {entry.name: entry.engine_info() for entry in self.entries()}
 
     # ------------------------------------------------------------------------------- health
@@ -658,7 +658,7 @@ class ModelRegistry:
         return next((reason for reason in reasons if reason), self.trouble)
 
     def readiness(self) -> dict[str, object]:
-        """Return what `/ready` answers.
+        """Return the answer of `/ready`.
 
         Raises:
             APIError: 503, the server should get no requests now.
@@ -689,7 +689,7 @@ class ModelRegistry:
         return all(self._why_not(model) is None for model in self.open_models())
 
     def beat(self) -> None:
-        """Look at every engine; requests on one that hangs get an error."""
+        """Check every engine; requests on one that hangs get an error."""
         for model in self.open_models():
             model.heartbeat.beat()
             if self._why_not(model) == "engine_stalled":

@@ -1,8 +1,8 @@
-"""Decides which model answers: rules for the model ``auto``, and shares of an A/B split. Pure.
+"""Decides which model answers, by rules for the model ``auto`` and by shares of an A/B split.
 
 A rule is a condition of one or more comparisons, ``prompt_tokens<=500&kind=chat&waiting<4``;
-``|`` separates alternatives; ``always`` holds always. Rules are tried in order, and the first that
-holds gives its model. Comparisons are about
+``|`` separates alternatives; ``always`` always holds. Rules are tried in order, and the first that
+holds gives its model. Everything here is pure. A comparison is about one of these:
 
 =================  ================================================================================
 ``prompt_tokens``  tokens of all texts of the request as the rule's model counts them, without its
@@ -40,13 +40,13 @@ _COMPARISON = re.compile(r" *(\w+) *(<=|>=|<|>|=) *(\w+) *", re.ASCII)
 
 @dataclass(frozen=True)
 class Facts:
-    """What rules and splits may know about a request.
+    """Facts about a request that rules and splits may use.
 
     Attributes:
         prompt_tokens: tokens of the request's texts, by the model that counts them; needed for the
             models whose rules have a `Rule.most_tokens`.
         kind: one of `KINDS`.
-        key: who asks, for an A/B split: the request's ``user``, else its id.
+        key: identifies the sender for an A/B split: the request's ``user``, else its id.
     """
 
     prompt_tokens: Mapping[str, int]
@@ -60,20 +60,20 @@ class Rule:
 
     Attributes:
         model: the model that it chooses.
-        text: as it was written.
+        text: text of the rule.
     """
 
     model: str
     text: str
 
     def __post_init__(self) -> None:
-        for option in self.text.split("|"):  # every part is read once
+        for option in self.text.split("|"):  # read every part once, to find errors
             for part in option.split("&"):
                 self._compare(part, Facts({}, "chat", ""), SchedulerStats())
 
     @property
     def most_tokens(self) -> int | None:
-        """The largest number that ``prompt_tokens`` is compared with; None if it is with none."""
+        """The largest number that ``prompt_tokens`` is compared with; None if there is none."""
         found = [
             int(match[3])
             for match in map(_COMPARISON.fullmatch, re.split(r"[&|]", self.text))
@@ -82,7 +82,7 @@ class Rule:
         return max(found, default=None)
 
     def holds(self, facts: Facts, stats: SchedulerStats) -> bool:
-        """Return whether the rule chooses its model, whose state is ``stats``.
+        """Whether the rule chooses its model, whose state is ``stats``.
 
         Raises:
             ConfigError: the rule cannot be read.
@@ -122,7 +122,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Split:
-    """A name that stands for several models, by shares.
+    """A name that stands for several models, each with a share of the requests.
 
     Attributes:
         name: the name that requests use.
@@ -153,7 +153,7 @@ class Split:
         return cls(name, tuple(shares))
 
     def arm(self, key: str) -> str:
-        """Choose the model for a key: always the same, and over many keys as the shares say."""
+        """Choose the model for a key: the same every time, and by the shares over many keys."""
         digest = hashlib.sha256(f"{self.name}\0{key}".encode("utf-8", "replace")).digest()
         total = sum(weight for _, weight in self.shares)
         point = int.from_bytes(digest[:8], "big") * total >> 64

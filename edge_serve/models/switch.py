@@ -1,9 +1,9 @@
-"""Replaces a model under load: beside the old one where memory allows, else in its place.
+"""Replaces a model under load: beside the old one if memory allows, else in its place.
 
-A new bundle has to open and to answer before it gets a request. If it does not, the old one goes
-on, or is opened again. No request fails because of a switch: running requests finish on the old
-model, and if there is a gap, new ones wait. A model that is not loaded is loaded with its new
-bundle, since only that shows that it can be served.
+A new bundle has to open and to answer before it gets a request. If it does not, the old one
+continues, or is opened again. No request fails because of a switch: running requests finish on the
+old model, and if there is a gap, new ones wait. If the model is not loaded, its new bundle is
+loaded, since only that shows that it can be served.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Switcher:
     Args:
         models: the registry.
         loader: knows the memory that a second model may take.
-        drain_timeout_s: how long requests may run on a model that must be closed first.
+        drain_timeout_s: seconds that requests may run on a model that must be closed first.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class Switcher:
         """Serve ``bundle`` under ``name`` from now on.
 
         Raises:
-            APIError: 503, the server is about to stop, or there is no room; all is as it was.
-            EdgeError: the bundle cannot be served; all is as it was, but if the old bundle cannot
-                be opened again, the model is not loaded.
-            Whatever else the opening raises, e.g. MemoryError; likewise.
+            APIError: 503, the server is about to stop, or there is no room; nothing has changed.
+            EdgeError: the bundle cannot be served; nothing has changed, except that the model is
+                not loaded if the old bundle cannot be opened again.
+            Exception: opening it raised another error, e.g. MemoryError; the same holds.
         """
         async with self._loader.turn():
             entry = self._models.entry(name)

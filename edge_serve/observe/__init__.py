@@ -1,1 +1,1 @@
-"""What others see of the server: metrics, logs, and messages to systemd."""
+"""Shows the state of the server to others: metrics, logs, and messages to systemd."""

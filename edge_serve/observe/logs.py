@@ -1,7 +1,7 @@
-"""Log lines for journald: JSON objects for machines, or plain lines for people.
+"""Writes log lines for journald: JSON objects for machines, or plain lines for people.
 
-One record is one line, whatever it holds: a line break in a message or a name that a client chose
-cannot make a second one. Fields given by ``logger.info("...", extra={"model": "r1"})`` become keys.
+One record is one line, whatever it contains: a line break in a message or in a name that a client
+chose cannot start a second one. Fields from ``logger.info("...", extra={"model": "r1"})`` are keys.
 
 Plain lines begin with ``<N>``, the priority of syslog, when standard error is the journal
 (sd-daemon(3)), and with the time where it is not: the journal has its own.
@@ -23,15 +23,15 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 OWN = ("edge", "edge_lab", "edge_serve", "edge_fleet")
 CONFIGURED = (*OWN, "asyncio", "uvicorn")
-"""The loggers that have our handler."""
-_MAX_CHARS = 8192  # of one message: a line of the journal holds 48 kB (LineMax=)
+"""Names of the loggers that have our handler."""
+_MAX_CHARS = 8192  # per message: a line of the journal holds 48 kB (LineMax=)
 
 
 class JSONFormatter(logging.Formatter):
-    """Objects ``{"time", "level", "logger", "message", ...}`` with the record's own fields."""
+    """Formats objects ``{"time", "level", "logger", "message", ...}`` with the record's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write one line of JSON, ASCII only: no character of it ends a line or moves a cursor."""
+        """Write one line of ASCII JSON: no character in it ends a line or moves a cursor."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(
                 timespec="milliseconds"
@@ -47,7 +47,7 @@ class JSONFormatter(logging.Formatter):
 
 
 class PlainFormatter(logging.Formatter):
-    """Lines ``level logger: message key=value``, control characters escaped.
+    """Formats lines ``level logger: message key=value`` with control characters escaped.
 
     Args:
         journal: begin with syslog's priority instead of the time.
@@ -78,16 +78,16 @@ def configure_logging(
     stream: TextIO | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> None:
-    """Send every record of edge-llm to one handler on standard error, and warnings of libraries.
+    """Send records of edge-llm, and warnings of libraries, to one handler on standard error.
 
     A full disk or a closed pipe loses lines, never a request.
 
     Args:
-        log_format: ``auto`` is plain.
-        level: level of the loggers in `OWN`: debug, info, warning or error. Of
+        log_format: format of lines; ``auto`` is plain.
+        level: level of the loggers in `OWN`: debug, info, warning or error. From
             ``asyncio`` and ``uvicorn`` nothing below a warning is logged.
-        stream: instead of standard error.
-        environ: instead of ``os.environ``; ``JOURNAL_STREAM`` in it says that systemd listens.
+        stream: stream to use instead of standard error.
+        environ: used instead of ``os.environ``; ``JOURNAL_STREAM`` in it says that systemd listens.
     """
     variables = os.environ if environ is None else environ
     handler = _QuietHandler(stream or sys.stderr)
@@ -114,7 +114,7 @@ class _QuietHandler(_StreamHandler):
     """A handler that prints no tracebacks about the log into the log."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Drop the line: who cannot write cannot complain either."""
+        """Drop the line: if it cannot be written, an error cannot be either."""
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _cut(text: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Escape what would break the line or reach a terminal: control characters, surrogates."""
+    """Escape characters that break the line or control a terminal, and surrogates."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
         for char in text

@@ -1,4 +1,4 @@
-"""Families of metrics whose values are made when somebody looks: scheduler, engine, device."""
+"""Makes the metric families that are computed on each scrape: scheduler, engine, device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-"""Of Prometheus' text format."""
+"""The media type of Prometheus' text format."""
 # vLLM's names (its page "Production Metrics") for those of ours that mean the same.
 VLLM_NAMES = {
     "edgellm_requests_running": "vllm:num_requests_running",
@@ -36,7 +36,7 @@ _VLLM_LABELS = {"model": "model_name"}
 
 
 class Pulled:
-    """A collector whose values are made when somebody looks."""
+    """A collector whose values are computed on each scrape."""
 
     def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
         self._collect = collect
@@ -47,15 +47,15 @@ class Pulled:
 
     def describe(self) -> list[Metric]:
         """Name no families in advance."""
-        # Else the registry would collect once while nothing is loaded yet.
+        # Otherwise the registry would collect once before anything is loaded.
         return []
 
 
 class BulkHistogram:
-    """A histogram by one label that takes thousands of values at once: the gaps of a long answer.
+    """A histogram with one label that takes thousands of values at once: the gaps of a long answer.
 
-    prometheus-client's own takes 2 us for each, in the thread that serves everybody. Not
-    thread-safe.
+    prometheus-client's own takes 2 us for each value, in the thread that serves everybody. This one
+    is not thread-safe.
 
     Args:
         name: name of the metric without the prefix.
@@ -94,7 +94,7 @@ class BulkHistogram:
 
 
 class View:
-    """A registry without the times of creation, which would be a series more per series.
+    """A view of a registry without creation times, which would double the number of series.
 
     With ``names`` it shows only those families, under these names and with vLLM's labels.
     """
@@ -104,7 +104,7 @@ class View:
         self._names = names
 
     def collect(self) -> Iterator[Metric]:
-        """Make the families that are shown."""
+        """Yield the families that are shown."""
         for family in self._registry.collect():
             kept = [sample for sample in family.samples if not sample.name.endswith("_created")]
             if self._names is not None:
@@ -196,13 +196,13 @@ def scheduler_families(schedulers: Mapping[str, SchedulerStats]) -> Iterator[Met
 
 
 class EngineInfo(NamedTuple):
-    """What serves a model.
+    """A description of the engine that serves a model.
 
     Attributes:
-        labels: of ``edgellm_engine_info``: backend, quantization and the like.
-        warning: why the CPU computes on a machine with a GPU, where nobody named it as backend,
-            why sequences take turns, and what makes the engine slow; None if there is nothing.
-        stop_counts: see `edge.LLM`; empty of one that is not loaded.
+        labels: labels of ``edgellm_engine_info``: backend, quantization and the like.
+        warning: why the CPU computes on a machine with a GPU although nobody chose that, why
+            sequences take turns, and what makes the engine slow; None if nothing does.
+        stop_counts: counts of early stops (`edge.LLM`); empty if the model is not loaded.
     """
 
     labels: dict[str, str]
@@ -211,7 +211,7 @@ class EngineInfo(NamedTuple):
 
 
 def engine_families(engines: Mapping[str, EngineInfo]) -> Iterator[Metric]:
-    """Make the families of what serves each model, and of its trials of thoughts."""
+    """Make the families about each model's engine, and about its trials of thoughts."""
     from prometheus_client.core import CounterMetricFamily, InfoMetricFamily
 
     family = InfoMetricFamily("edgellm_engine", "What serves a model.", labels=["model"])
@@ -229,7 +229,7 @@ def _usage(stats: SchedulerStats) -> float:
 
 
 def engine_state(engine: EngineInfo | None) -> dict[str, Any]:
-    """Write what serves a model for JSON; nothing is known of one that is not loaded."""
+    """Describe an engine for JSON; nothing is known about one that is not loaded."""
     if engine is None:
         return {}
     shown = ("backend", "engine", "bundle", "quantization", "fingerprint")
@@ -240,7 +240,7 @@ def engine_state(engine: EngineInfo | None) -> dict[str, Any]:
 def scheduler_state(stats: SchedulerStats | None) -> dict[str, Any]:
     """Write a scheduler's state for JSON.
 
-    The reason why an engine failed may name paths, so it stays in the log.
+    Why an engine failed stays in the log, since the reason may contain paths.
     """
     if stats is None:
         return {"loaded": False}
@@ -257,7 +257,7 @@ def scheduler_state(stats: SchedulerStats | None) -> dict[str, Any]:
 
 
 def device_families(seen: Snapshot) -> Iterator[Metric]:
-    """Make the families of the device's figures; what could not be read is left out."""
+    """Make the families of the device's figures; unreadable ones are left out."""
     for name, text, value in (
         ("gpu_load_ratio", "Load of the GPU.", seen.gpu_load_ratio),
         ("gpu_freq_hz", "Clock of the GPU.", seen.gpu_clock_hz),

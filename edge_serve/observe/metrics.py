@@ -1,10 +1,10 @@
-"""What the server counts: Prometheus text for ``/metrics``, plain JSON for ``/stats``.
+"""Counts what the server does: Prometheus text for ``/metrics``, plain JSON for ``/stats``.
 
 Names follow Prometheus: prefix ``edgellm_``, base units, ``_total`` on counters. Histograms have
-the bucket edges that vLLM uses, so that its dashboards need only other names; ``vllm_names`` adds
-the names themselves. State of the scheduler and of the device is read when somebody looks, never
-copied. Percentiles of ``/stats`` are exact over the last requests (at most `WINDOW_VALUES` values
-that are at most ``window_s`` old), so memory is bounded however long the server runs.
+vLLM's bucket edges, so that its dashboards need only other names; ``vllm_names`` adds the names
+themselves. The state of the scheduler and of the device is read on each scrape, never copied.
+Percentiles of ``/stats`` are exact over the last requests (at most `WINDOW_VALUES` values, at most
+``window_s`` old), so memory is bounded however long the server runs.
 
 One "request" here is one generated sequence: a request with ``n = 3`` counts three times.
 """
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 WINDOW_VALUES = 4096
 """Values kept per model and kind for the percentiles: 32 kB each."""
 MAX_LABELS = 32
-"""Different values of one label; any further one counts as ``other``."""
+"""The most different values of one label; any further one counts as ``other``."""
 
 Outcome = Literal["stop", "length", "abort", "error", "deadline"]
 
@@ -71,9 +71,9 @@ PARAM_BUCKETS: dict[str, tuple[float, ...]] = {
     "repetition_penalty": (0.9, 1.0, 1.05, 1.1, 1.2, 1.5, 2.0),
     "max_tokens": tuple(float(f * 10**e) for e in range(5) for f in (1, 2, 5)),
 }
-"""Upper edges of the histograms of sampling parameters."""
+"""Upper bucket edges of the histograms of sampling parameters."""
 _PERCENTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
-_TELEMETRY_AGE_S = 1.0  # a look takes some 2 ms; scrapes and pages share one
+_TELEMETRY_AGE_S = 1.0  # a reading takes some 2 ms; scrapes and pages share one
 
 
 class Metrics:
@@ -82,14 +82,14 @@ class Metrics:
     All methods may be called from any thread.
 
     Args:
-        scheduler_stats: the schedulers' state by model, asked at each scrape.
-        telemetry: the device's state, asked at most once a second and once at a time; None leaves
-            it out.
-        engines: what serves each model.
-        drift: counts what is asked for; the default counts without a baseline.
-        vllm_names: also expose vLLM's names.
+        scheduler_stats: returns the schedulers' state by model; called on each scrape.
+        telemetry: returns the device's state; called at most once a second and once at a time. None
+            leaves it out.
+        engines: describes the engine of each model.
+        drift: compares requests with a baseline; the default has none.
+        vllm_names: whether to expose vLLM's names, too.
         window_s: age up to which ``/stats`` looks back.
-        clock: monotonic seconds.
+        clock: returns monotonic seconds.
 
     Raises:
         DependencyError: prometheus-client is missing.
@@ -203,16 +203,16 @@ class Metrics:
         is_asked: bool = True,
         arm: str | None = None,
     ) -> bool:
-        """Count a sequence that ended, cancelled ones too.
+        """Count a sequence that ended, even if it was cancelled.
 
         Args:
             model: name under which the sequence's model is served.
             stats: figures of the sequence.
             finish_reason: ``cancelled`` counts as the outcome ``abort``.
-            params: resolved sampling parameters: no knob is None.
+            params: resolved sampling parameters: none is None.
             reasoning_tokens: how many of ``stats.completion_tokens`` are reasoning.
-            is_asked: whether it counts as what clients ask for: not from ``edge-llm watch``, and
-                once for a request of several sequences, since those are no independent requests.
+            is_asked: whether a client asked for it: not ``edge-llm watch``, and once for a request
+                of several sequences, since those are not independent requests.
             arm: arm of an A/B split.
 
         Returns:
@@ -241,10 +241,10 @@ class Metrics:
             return self._drift.add(asked)
 
     def observe_pooled(self, model: str, stats: GenerationStats) -> None:
-        """Count a text that was embedded, or a document that was judged.
+        """Count a text that was embedded, or a document that was ranked.
 
-        Nothing was sampled, so it counts in none of the families about sampling and its times, and
-        not for drift.
+        Nothing was sampled, so it counts in no family about sampling and its times, and not for
+        drift.
 
         Args:
             model: name under which the model is served.
@@ -297,12 +297,12 @@ class Metrics:
         """Count a request that was refused before it became a sequence.
 
         Args:
-            reason: a code of the server, e.g. ``queue_full``; never what a client sent.
+            reason: a code of the server, e.g. ``queue_full``; never text from a client.
         """
         self._rejections.labels(self._label("reason", reason)).inc()
 
     def observe_ignored_fields(self, count: int) -> None:
-        """Count fields of a request that were passed over, see ``unknown_fields``."""
+        """Count fields of a request that were ignored because of ``unknown_fields``."""
         self._ignored_fields.inc(count)
 
     def observe_ignored_client(self) -> None:
@@ -318,14 +318,14 @@ class Metrics:
         self._adapters.labels(self._label("model", model), self._label("adapter", adapter)).inc()
 
     def observe_load(self, model: str, took_s: float | None) -> None:
-        """Count a model that was loaded after the start; None where it could not be."""
+        """Count a model that was loaded after the start; None if loading failed."""
         model = self._label("model", model)
         self._loads.labels(model, "error" if took_s is None else "loaded").inc()
         if took_s is not None:
             self._load_s.labels(model).observe(took_s)
 
     def observe_unload(self, model: str, reason: str) -> None:
-        """Count a model that was unloaded; the reason is the loader's."""
+        """Count a model that was unloaded, with the loader's reason."""
         self._unloads.labels(self._label("model", model), reason).inc()
 
     def observe_arm(self, arm: str, model: str) -> None:
@@ -333,7 +333,7 @@ class Metrics:
         self._arms.labels(self._label("arm", arm), self._label("model", model)).inc()
 
     def _label(self, kind: str, value: str) -> str:
-        """Bound a label's values to `MAX_LABELS`; any further one is ``other``."""
+        """Limit a label's values to `MAX_LABELS`; any further one is ``other``."""
         with self._lock:
             known = self._known.setdefault(kind, set())
             if value not in known and len(known) >= MAX_LABELS:
@@ -344,7 +344,7 @@ class Metrics:
     # --------------------------------------------------------------------------- reading
 
     def render(self) -> bytes:
-        """Write all metrics in Prometheus' text format, see `metric_families.CONTENT_TYPE`."""
+        """Write all metrics in Prometheus' text format (`metric_families.CONTENT_TYPE`)."""
         from prometheus_client import generate_latest
 
         text: bytes = generate_latest(View(self.registry))
@@ -353,7 +353,7 @@ class Metrics:
         return text
 
     def stats_json(self) -> dict[str, Any]:
-        """Write the same for people without Prometheus, with percentiles of the last requests."""
+        """Write them for people without Prometheus, with percentiles of the last requests."""
         schedulers = self._scheduler_stats()
         engines = {} if self._engines is None else self._engines()
         now = self._clock()
@@ -405,7 +405,7 @@ class Metrics:
         if self._telemetry is None:
             return None
         now = self._clock()
-        # A look may hang, and its thread with it: until it ends, the last one counts.
+        # A reading may hang, and its thread with it: until it ends, the last one counts.
         if now - self._snapshot[0] > _TELEMETRY_AGE_S and self._looking.acquire(blocking=False):
             try:
                 self._snapshot = (now, self._telemetry())
@@ -450,7 +450,7 @@ class Metrics:
 
 
 class _Window:
-    """The last values with their times; bounded."""
+    """The latest values with their times, a bounded number of them."""
 
     def __init__(self) -> None:
         self._values: deque[tuple[float, float]] = deque(maxlen=WINDOW_VALUES)
@@ -459,7 +459,7 @@ class _Window:
         self._values.extend((now, value) for value in values)
 
     def summary(self, oldest: float) -> dict[str, float | int | None]:
-        """Count and percentiles (nearest rank) of what is not older than ``oldest``."""
+        """Count the values not older than ``oldest``, with percentiles (nearest rank)."""
         while self._values and self._values[0][0] < oldest:
             self._values.popleft()
         ordered = sorted(value for _, value in self._values)

@@ -1,4 +1,4 @@
-"""sd_notify: tells systemd how the service is, over the datagram socket that it names.
+"""Tells systemd the state of the service (sd_notify), by the datagram socket that it names.
 
 The protocol is that of sd_notify(3): lines ``KEY=VALUE``. Without systemd nothing is sent.
 """
@@ -14,7 +14,7 @@ _log = logging.getLogger("edge_serve")
 
 
 class Notifier:
-    """A sender to ``$NOTIFY_SOCKET``; silent where there is none.
+    """A sender to ``$NOTIFY_SOCKET``; sends nothing if there is none.
 
     Args:
         environ: e.g. ``os.environ``.
@@ -32,7 +32,7 @@ class Notifier:
         self.watchdog_s = int(micros) / 1e6 if micros.isdecimal() and ours else None
 
     def send(self, **fields: str | int) -> None:
-        """Send one message. One that does not arrive is logged, a repeated one the first time."""
+        """Send one message. A failure is logged, repeated ones only the first time."""
         if not self._address:
             return
         address = "\0" + self._address[1:] if self._address[0] == "@" else self._address

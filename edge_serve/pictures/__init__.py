@@ -1,4 +1,4 @@
-"""Pictures of requests: read from each protocol's form, and fetched where an address is given."""
+"""Reads pictures in requests: from each protocol's form, and from addresses if that is allowed."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _MOST_MARKS = 2**18
 
 
 class Modalities(Struct):
-    """What a model reads, and what it writes."""
+    """The kinds of input that a model reads, and of output that it writes."""
 
     input_modalities: list[Literal["text", "image"]]
     output_modalities: list[Literal["text"]]
 
 
 class Entry(Protocol):
-    """What is known of a served model: `edge_serve.models.registry.ModelEntry`."""
+    """The part of a `edge_serve.models.registry.ModelEntry` that this module uses."""
 
     name: str
     manifest: Manifest
 
 
 def reads_images(manifest: Manifest) -> bool:
-    """Whether a bundle's model takes pictures beside text."""
+    """Whether a bundle's model takes pictures besides text."""
     return "vision" in manifest.extras
 
 
 def modalities(manifest: Manifest) -> Modalities:
-    """Return what a bundle's model reads and writes, for the list of models."""
+    """Return the modalities of a bundle's model, for the list of models."""
     return Modalities(["text", "image"] if reads_images(manifest) else ["text"], ["text"])
 
 
@@ -50,7 +50,7 @@ def picture_models(entries: Iterable[Entry]) -> list[str]:
 
 
 def fetcher(settings: ServerSettings) -> PictureFetcher | None:
-    """Return what fetches pictures by their addresses; None where that is not wanted."""
+    """Make the fetcher of pictures by their addresses; None if that is turned off."""
     if not settings.image_urls:
         return None
     from .fetch import PictureFetcher
@@ -61,7 +61,7 @@ def fetcher(settings: ServerSettings) -> PictureFetcher | None:
 async def read_long_body(
     request: Request, settings: ServerSettings, entries: Iterable[Entry]
 ) -> bytes:
-    """Read a body, which may be longer where a model takes pictures; see `read_body`."""
+    """Read a body, as `read_body` does; it may be longer if a model takes pictures."""
     sees = bool(picture_models(entries))
     most_bytes = settings.most_body_bytes if sees else settings.max_body_bytes
     body = await read_body(request.scope, request.receive, settings, most_bytes)
@@ -70,24 +70,24 @@ async def read_long_body(
 
 
 def lane_bytes(body: bytes) -> int:
-    """Return the length by which a request finds its lane: pictures take long, however short.
+    """Return the length that chooses a request's lane: a picture takes long, even a short one.
 
-    A text that only speaks of their fields is read as a long one.
+    A text that only mentions the fields of pictures counts as a long one.
     """
     return max(len(body), LARGE_BYTES) if b'"image' in body or b'_image"' in body else len(body)
 
 
 def check_values(body: bytes, settings: ServerSettings) -> None:
-    """Refuse a body that is longer than texts may be, where it is many small values and no picture.
+    """Refuse a body that exceeds the limit for texts with many small values and no picture.
 
-    Those would take seconds of the interpreter to read.
+    To read those would take seconds of the interpreter.
 
     Args:
         body: JSON.
-        settings: how long a body may be without pictures.
+        settings: settings that limit a body without pictures.
 
     Raises:
-        APIError: 413.
+        APIError: 413, the body is such.
     """
     if len(body) <= settings.max_body_bytes:
         return

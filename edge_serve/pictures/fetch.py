@@ -1,8 +1,8 @@
 """Fetches pictures that requests name by an address, from public machines only.
 
-The server stands within a network that its clients may not see. So a name is resolved here, the
-connection goes to an address that was looked at, and no redirect is followed. A fetched picture
-takes the place of its address in the request, as if the client had sent it.
+The server is in a network that its clients must not see. So names are resolved here, the
+connection goes to an address that was checked, and no redirect is followed. A fetched picture
+replaces its address in the request, as if the client had sent it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from edge_serve.settings import ServerSettings
 from .forms import Base64Source, ImageBlock, URLSource
 
 FETCH_S = 10.0
-"""Seconds that one picture may take, from the look-up of its machine's name to its last byte."""
+"""Seconds that one picture may take, from resolving its machine's name to its last byte."""
 
 _MOST_AT_ONCE = 16
-_CONNECT_S = 3.0  # to one of several addresses of a name
+_CONNECT_S = 3.0  # for one of several addresses of a name
 _READ_BYTES = 64 * 2**10
 _PORTS = {"http": 80, "https": 443}
-# Beside what `ipaddress` of every Python knows as private: the first three stand for an IPv4
-# address (NAT64, 6to4, Teredo), and in the others clouds answer about the machine that asks.
+# Addresses that not every Python's `ipaddress` knows as private. The first three contain an IPv4
+# address (NAT64, 6to4, Teredo); at the others clouds tell a machine about itself.
 _NOT_PUBLIC = [
     ipaddress.ip_network(each)
     for each in ("64:ff9b::/32", "2002::/16", "2001::/23", "192.0.0.0/24", "168.63.129.16")
@@ -43,10 +43,10 @@ _NOT_PUBLIC = [
 
 
 class PictureFetcher:
-    """Puts pictures that requests name by an address in the place of the address.
+    """Replaces addresses of pictures in requests by the pictures.
 
     Args:
-        settings: bounds of pictures.
+        settings: settings that limit pictures.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -54,14 +54,14 @@ class PictureFetcher:
         self._at_once = asyncio.Semaphore(_MOST_AT_ONCE)
 
     async def fetch_all(self, body: object, receive: Receive) -> None:
-        """Change a request that was read, of any type.
+        """Fetch the pictures of a request of any type, and change the request.
 
         Args:
             body: the request.
             receive: reads from the client's connection; the pictures count as its body.
 
         Raises:
-            APIError: 400, one cannot be fetched or may not be; 429, too many bytes are under way.
+            APIError: 400, a picture cannot or must not be fetched; 429, there is no room for it.
             ClientGoneError: the client left.
         """
         places = list(_places(body, ""))
@@ -99,7 +99,7 @@ class PictureFetcher:
         except asyncio.TimeoutError:
             why = f"it took more than {FETCH_S:g} s"
         except (OSError, h11.ProtocolError, UnicodeError) as error:
-            # Its text may have addresses of this network.
+            # The error's text may contain addresses of this network.
             why = f"its machine cannot be reached or breaks off ({type(error).__name__})"
         raise invalid(
             f"{where}: the picture cannot be fetched: {why}; send it as a data URI", where
@@ -107,7 +107,7 @@ class PictureFetcher:
 
 
 def _places(value: Any, where: str) -> Iterator[tuple[Any, str, str, str]]:
-    """Find the addresses of pictures: what holds each, its key there, it, and its path."""
+    """Find the addresses of pictures: the holder of each, its key, the address, and its path."""
     if isinstance(value, list):
         for index, item in enumerate(value):
             yield from _places(item, f"{where}[{index}]")
@@ -132,13 +132,13 @@ async def _get(url: SplitResult, port: int, where: str, most_bytes: int) -> byte
     """Ask a public machine for a picture, with HTTP/1.1.
 
     Raises:
-        APIError: 400; it may not be asked, or answers with something else.
+        APIError: 400, the machine is not public, or answers with something else.
         OSError, h11.ProtocolError: the connection fails.
     """
     host = url.hostname or ""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    # All of them: a name that also has a private one is not a public machine's.
+    # Check all: a name that also has a private address does not belong to a public machine.
     if not addresses or not all(map(_is_public, addresses)):
         raise _not_public(where)
     reader, writer = await _connect(addresses, host, port, is_tls=url.scheme.lower() == "https")

@@ -1,4 +1,4 @@
-"""The forms in which protocols write a picture; a field that is not here is refused."""
+"""Defines the forms in which protocols write a picture; an unknown field is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from msgspec import Struct
 
 
 class ImageURL(Struct, forbid_unknown_fields=True):
-    """OpenAI's field ``image_url``; how many tiles a picture has is the server's choice."""
+    """OpenAI's field ``image_url``; the server chooses how many tiles a picture has."""
 
     url: str
     detail: Literal["auto", "high"] | None = None
@@ -23,7 +23,7 @@ class ImagePart(Struct, forbid_unknown_fields=True):
 
 
 class InputImage(Struct, forbid_unknown_fields=True, tag_field="type", tag="input_image"):
-    """OpenAI's part of a response's input; no files are kept, so none has an id."""
+    """OpenAI's part of a response's input; it has no file id, since no files are kept."""
 
     image_url: str
     detail: Literal["auto", "high"] | None = None
@@ -32,7 +32,7 @@ class InputImage(Struct, forbid_unknown_fields=True, tag_field="type", tag="inpu
 
 
 class Base64Source(Struct, forbid_unknown_fields=True, tag_field="type", tag="base64"):
-    """The bytes of a picture; what it is shows in them, whatever ``media_type`` says."""
+    """The bytes of a picture, which tell its format, whatever ``media_type`` says."""
 
     data: str
     media_type: Literal["image/jpeg", "image/png", "image/gif", "image/webp"]

@@ -1,9 +1,9 @@
-"""Reads the pictures of a request, in whichever protocol's form, to the parts that `LLM` takes.
+"""Reads the pictures of a request, in any protocol's form, into the parts that `LLM` takes.
 
 A protocol puts a `Picture` where the client has one, with the field's name; OpenAI's own
-``image_url`` is read here. `read_pictures` makes bytes of them all, within the server's bounds, and
-before anything else looks at the request's texts. What the bytes are is found out by the engine's
-decoder, which looks at them and not at the type that the client names.
+``image_url`` is read here. `read_pictures` turns them all into bytes, within the server's limits,
+before anything else reads the request's texts. The engine's decoder finds the format in the bytes,
+not in the type that the client names.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Picture(Struct):
     """A picture as the client sent it.
 
     Attributes:
-        given: base64, or an address: a data URI or what was not fetched.
-        where: the field of the request.
+        given: base64, or an address: a data URI or one that was not fetched.
+        where: name of the request's field.
         is_address: whether it is an address.
     """
 
@@ -41,19 +41,19 @@ class Picture(Struct):
 
 
 def part_of(given: str, where: str, *, is_address: bool = True) -> dict[str, Any]:
-    """Return the part of a message that a picture becomes; see `Picture`."""
+    """Make the part of a message for a picture; the arguments are `Picture`'s."""
     return {"type": "image", "image": Picture(given, where, is_address)}
 
 
 def part_of_source(source: Base64Source | URLSource, where: str) -> dict[str, Any]:
-    """Return the part that a block of Anthropic's becomes."""
+    """Make the part of a message for a block of Anthropic's API."""
     if isinstance(source, URLSource):
         return part_of(source.url, f"{where}.url")
     return part_of(source.data, f"{where}.data", is_address=False)
 
 
 def with_images(text: str, images: Sequence[str] | None, where: str) -> str | list[dict[str, Any]]:
-    """Return a content of a text and pictures in base64, which Ollama puts before the text."""
+    """Join a text and pictures in base64 into a content; Ollama puts pictures before the text."""
     if not images:
         return text
     parts = [
@@ -76,7 +76,7 @@ def why_refused(name: str, picture_models: Sequence[str]) -> str | None:
 
 
 def is_picture(part: object) -> bool:
-    """Whether a part of a message is a picture, in OpenAI's form or as a protocol made it."""
+    """Whether a part of a message is a picture, in OpenAI's form or from another protocol."""
     return isinstance(part, dict) and part.get("type") in ("image_url", "image")
 
 
@@ -93,16 +93,16 @@ def read_pictures(
     convert: Callable[[Any, type[ImagePart], str], ImagePart],
     why_not: str | None,
 ) -> list[dict[str, Any]]:
-    """Return the messages with the bytes of each picture in its place.
+    """Return the messages with each picture replaced by its bytes.
 
     Args:
-        messages: as OpenAI's clients send them, or as other protocols make them.
-        settings: bounds of pictures.
+        messages: messages as OpenAI's clients send them, or as other protocols convert them.
+        settings: settings that limit pictures.
         convert: `edge_serve.api.protocol.convert`.
         why_not: why this model takes no pictures; None if it does.
 
     Raises:
-        APIError: 400, the model takes none; or one cannot be read, or there are too many.
+        APIError: 400, the model takes none; one cannot be read; or there are too many.
     """
     bounds = _Bounds(settings)
     read = []
@@ -150,7 +150,7 @@ class _Bounds:
 def _picture(
     part: dict[str, Any], where: str, convert: Callable[[Any, type[ImagePart], str], ImagePart]
 ) -> Picture:
-    if isinstance(part.get("image"), Picture):  # JSON has none
+    if isinstance(part.get("image"), Picture):  # not from JSON, so a protocol made it
         made: Picture = part["image"]
         return made
     if part["type"] == "image":

@@ -1,1 +1,1 @@
-"""Responses that are kept on disk, with what it takes to go on with those that have not ended."""
+"""Keeps responses on disk, with the state that continues those that have not ended."""

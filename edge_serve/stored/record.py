@@ -1,7 +1,7 @@
 """Defines `Record`, one stored response, and the file that holds it.
 
 The layout of a file: `_MAGIC`, the record's length (8 bytes, little-endian), the record (JSON), its
-SHA-256 (32 bytes), and the cache rows of a response that was put away, as `pack_rows` gives them.
+SHA-256 (32 bytes), and the cache rows of a saved unfinished response, packed by `pack_rows`.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class UnusableError(Exception):
-    """A file that is not what it should be; the message says why."""
+    """A file that is damaged or something else; the message says why."""
 
 
 class StoredRows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the rows in a file are.
+    """A description of the cache rows in a file.
 
     Attributes:
         layout: origin and shape.
-        ids: the token of each row.
-        prefilled, shared, shareable: see `edge.runtime.kv_cache.Slot`.
-        sha256: of the packed rows.
+        ids: token id of each row.
+        prefilled, shared, shareable: counts of a slot (`edge.runtime.kv_cache.Slot`).
+        sha256: hash of the packed rows.
     """
 
     layout: Layout
@@ -55,21 +55,21 @@ class StoredRows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Unfinished(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What it takes to go on with a response, in another process too.
+    """The state from which a response continues, even in another process.
 
     Attributes:
-        model: the name under which the model was served.
-        bundle: `bundle_key` of what ran it.
-        seed: of the random numbers.
+        model: name under which the model was served.
+        bundle: `bundle_key` of the bundle that ran it.
+        seed: seed of the random numbers.
         prompt: token ids of the prompt.
         answer: token ids of the answer so far.
-        pending: see `edge.runtime.scheduler.PutAway`.
-        salt, origin: see `edge_serve.http.access.Client`.
-        arm: see `edge_serve.api.respond.Turn`.
-        priority: likewise.
+        pending: pending token of the sequence (`edge.runtime.scheduler.PutAway`).
+        salt, origin: the client's salt and origin (`edge_serve.http.access.Client`).
+        arm: arm of the A/B split that chose the model (`edge_serve.api.respond.Turn`).
+        priority: the request's priority; lower runs first.
         left_s: seconds that it may still take; None sets no limit.
-        begins: how often it was begun anew since it was last put away: by servers that were killed.
-        rows: the cache rows in the file; None where prompt and answer are to be read again.
+        begins: number of starts since it was last saved: each was by a server that was killed.
+        rows: the cache rows in the file; None if prompt and answer have to be read again.
     """
 
     model: str
@@ -92,11 +92,11 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         id: its id, which names its file.
-        client: name of the client that made it, who alone may see it.
+        client: name of the client that made it; only that client may see it.
         created_at: Unix seconds.
         request: the body of its request.
-        response: the answer as it stands, as clients get it.
-        unfinished: what it takes to go on; None at its end.
+        response: the answer so far, as clients get it.
+        unfinished: state to continue from; None once it has ended.
     """
 
     id: str
@@ -108,13 +108,13 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 def head_of(record: Record) -> bytes:
-    """Encode all of a file but the rows."""
+    """Encode a file up to its rows."""
     data = msgspec.json.encode(record)
     return _MAGIC + len(data).to_bytes(8, "little") + data + hashlib.sha256(data).digest()
 
 
 def read_record(path: Path) -> Record:
-    """Read a file but for its rows.
+    """Read a file without its rows.
 
     Raises:
         OSError: it cannot be read.
@@ -125,11 +125,11 @@ def read_record(path: Path) -> Record:
 
 
 def read_rows(path: Path, scales: Scales) -> Floats | None:
-    """Read the rows of a file, for `Backend.write_slot`; None where it has none.
+    """Read the rows of a file, for `Backend.write_slot`; None if it has none.
 
     Args:
         path: the file.
-        scales: of the backend's 8-bit planes, which the layout was compared with.
+        scales: scales of the backend's 8-bit planes; the caller has compared them with the layout.
 
     Raises:
         OSError: it cannot be read.
@@ -148,7 +148,7 @@ def read_rows(path: Path, scales: Scales) -> Floats | None:
 
 
 def rows_sha256(data: NDArray[np.uint8]) -> str:
-    """SHA-256 of packed rows."""
+    """Hash packed rows by SHA-256."""
     return hashlib.sha256(data.data).hexdigest()
 
 

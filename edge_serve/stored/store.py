@@ -1,4 +1,4 @@
-"""Keeps stored responses in a directory: a file each, whole or not there, within bounds."""
+"""Keeps stored responses in a directory, within limits, one file each that is always whole."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ from .record import Record, UnusableError, head_of, read_record, read_rows
 _log = logging.getLogger("edge_serve")
 _ID = re.compile(r"resp_[0-9a-f]{24}\Z")
 _SUFFIX = ".response"
-_CLOCK_IS_SET_S = 1_704_067_200  # 2024: a device without a battery begins at 1970
+_CLOCK_IS_SET_S = 1_704_067_200  # 2024: a device without a battery starts in 1970
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a store holds at most; the oldest that have ended go first, of who has most.
+    """Limits of a store; the oldest ended responses go first, from the client with the most.
 
     Attributes:
-        responses: how many.
-        num_bytes: bytes of all, without the rows of those that were put away.
-        rows_bytes: bytes of these rows; what does not fit is computed again after the restart.
-        age_s: seconds for which a response that has ended is kept; one that was made before the
-            clock was set has no age.
+        responses: the most responses.
+        num_bytes: the most bytes of all, without the rows of unfinished ones.
+        rows_bytes: the most bytes of these rows; a response without them is computed again after a
+            restart.
+        age_s: seconds for which an ended response is kept; one made before the clock was set has no
+            age.
     """
 
     responses: int = 1000
@@ -72,8 +73,8 @@ class ResponseStore:
     A file that is damaged or something else is left alone, with one line in the log.
 
     Args:
-        directory: where they are; made if it is not there. One server at a time may use it.
-        bounds: what it holds at most.
+        directory: directory of the files; made if it is missing. One server at a time may use it.
+        bounds: limits of the store.
         clock: returns Unix seconds.
 
     Raises:
@@ -124,7 +125,7 @@ class ResponseStore:
         return [id_ for _, id_ in sorted(found)]
 
     def load(self, id_: str) -> Record | None:
-        """Read a response; None if there is none of this id."""
+        """Read a response; None if there is none with this id."""
         with self._lock:
             self._expire()
             if id_ not in self._entries:
@@ -138,7 +139,7 @@ class ResponseStore:
                 return None
 
     def load_rows(self, id_: str, scales: Scales) -> Floats | None:
-        """Read the rows that were put away with a response; None if there are none to be had."""
+        """Read the rows that were saved with a response; None if there are none."""
         path = self._path(id_)
         try:
             return read_rows(path, scales)
@@ -151,10 +152,10 @@ class ResponseStore:
 
         Args:
             record: the response.
-            rows: the packed rows that it names; where they have no room it is written without.
+            rows: the packed rows that it names; if they do not fit, it is written without.
 
         Raises:
-            ResourceError: the disk is full, or so is the store, of responses that have not ended.
+            ResourceError: the disk is full, or unfinished responses fill the store.
         """
         with self._lock:
             self._expire()
@@ -202,7 +203,7 @@ class ResponseStore:
                 file.write(rows.data)
 
         try:
-            # Only its owner may read it: it has what a client asked.
+            # Only its owner may read it: it has the client's request.
             replace_durably(path, write, mode=0o600)
         except OSError as error:
             raise ResourceError(
@@ -213,10 +214,10 @@ class ResponseStore:
         self._entries[record.id] = _StoredRecord.of(record, num_bytes)
 
     def _make_room(self, id_: str, num_bytes: int) -> None:
-        """Remove what has ended until one more fits.
+        """Remove ended responses until one more fits.
 
         Raises:
-            ResourceError: what has not ended leaves no room.
+            ResourceError: unfinished responses leave no room.
         """
         bounds = self._bounds
         others = {i: e for i, e in self._entries.items() if i != id_}
@@ -239,7 +240,7 @@ class ResponseStore:
         before = self._clock() - self._bounds.age_s
         for id_, entry in list(self._entries.items()):
             if entry.has_ended and _CLOCK_IS_SET_S <= entry.created_at < before:
-                with contextlib.suppress(ResourceError):  # the next one who looks tries again
+                with contextlib.suppress(ResourceError):  # the next call tries again
                     self._remove(id_)
 
     def _remove(self, id_: str) -> None:
@@ -253,7 +254,7 @@ class ResponseStore:
 
 
 def _open_locked(directory: Path) -> int:
-    """Open a directory that is this process's own; it is locked until it is closed.
+    """Open a directory that belongs to this process; it is locked until it is closed.
 
     Raises:
         OSError: it cannot be opened.

@@ -1,1 +1,1 @@
-"""Anthropic's Messages API on the server's one way to answer."""
+"""Implements Anthropic's Messages API on top of `edge_serve.api.respond`."""

@@ -1,4 +1,4 @@
-"""Answers of Anthropic's Messages API, as types."""
+"""Defines the answers of Anthropic's Messages API as types."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from msgspec import Struct, field
 from .protocol import DirectCaller
 
 SIGNATURE = "unsigned"
-"""Of every reasoning: nothing here signs it, and clients keep only what has a signature."""
+"""Signature of every reasoning: the server signs none, but clients drop reasoning without one."""
 
 
 class OutputDetails(Struct):
@@ -19,7 +19,7 @@ class OutputDetails(Struct):
 
 
 class MessageUsage(Struct):
-    """Tokens of a message; those of the prompt that were in the cache are counted apart."""
+    """Tokens of a message; prompt tokens that were in the cache are counted separately."""
 
     input_tokens: int
     output_tokens: int
@@ -83,14 +83,14 @@ class CountTokensResponse(Struct):
 
 
 class MessagesErrorBody(Struct):
-    """What went wrong."""
+    """An error: its type and message."""
 
     type: str
     message: str
 
 
 class MessagesErrorResponse(Struct):
-    """Any answer but 200."""
+    """Any answer other than 200."""
 
     error: MessagesErrorBody
     request_id: str | None

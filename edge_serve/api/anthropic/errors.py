@@ -26,14 +26,14 @@ NAMES = {
     "thinking_token_budget": "thinking.budget_tokens",
     "user": "metadata.user_id",
 }
-"""Fields of a chat, as patterns, and their names here; see `edge_serve.http.errors.renamed`."""
+"""Fields of a chat, as patterns, and their names here (`edge_serve.http.errors.renamed`)."""
 
 
 def error_envelope(error: APIError, request_id: str | None = None) -> dict[str, Any]:
     """Return an error as plain data."""
     message = error.shown
     if error.code == "context_length_exceeded":
-        # Agents look for these words, to shorten their history.
+        # Agents look for these words to know when to shorten their history.
         message = (
             f"prompt is too long: {error.extra['n_prompt_tokens']} tokens > "
             f"{error.extra['n_ctx']} maximum; {message}"

@@ -64,7 +64,7 @@ from .protocol import (
     ToolUseBlock,
 )
 
-_LEAST_ROOM_TOKENS = 32_768  # of a text that is counted, as for /tokenize
+_LEAST_ROOM_TOKENS = 32_768  # longest text that is always counted, as for /tokenize
 _IN_ROLE: dict[str, tuple[type, ...]] = {
     "user": (TextBlock, ToolResultBlock, ImageBlock),
     "assistant": (TextBlock, ThinkingBlock, RedactedThinkingBlock, ToolUseBlock),
@@ -73,13 +73,13 @@ _IN_ROLE: dict[str, tuple[type, ...]] = {
 
 
 def check_version(version: str | None) -> None:
-    """Refuse a version of the API that is not spoken here.
+    """Refuse a version of the API that this server does not speak.
 
     Args:
-        version: the header ``anthropic-version``.
+        version: value of the header ``anthropic-version``.
 
     Raises:
-        APIError: 400.
+        APIError: 400, the version is unknown.
     """
     if version is not None and version not in VERSIONS:
         raise invalid(
@@ -104,11 +104,11 @@ def plan_messages(turn: Turn, body: MessagesRequest) -> Plan:
 
 
 def count_tokens(turn: Turn, body: CountTokensRequest, on_piece: OnPiece) -> CountTokensResponse:
-    """Count the tokens of a prompt, also of one that is longer than the context.
+    """Count the tokens of a prompt, even if it is longer than the context.
 
     Raises:
-        APIError, RequestError: what `plan_messages` raises; it surely has more tokens than the
-            context, or than 32,768 where that holds less.
+        APIError, RequestError: `plan_messages` would refuse it; or it surely has more tokens than
+            the context, or than 32,768 if the context is smaller.
     """
     llm = turn.model.llm
     capacity = max(llm.kv_capacity, _LEAST_ROOM_TOKENS)
@@ -119,7 +119,7 @@ def count_tokens(turn: Turn, body: CountTokensRequest, on_piece: OnPiece) -> Cou
 
 
 def _chat_of(body: CountTokensRequest) -> ChatRequest:
-    """Return the chat that a request comes to, without what only an answer needs."""
+    """Turn a request into a chat, without the fields that only an answer needs."""
     chat = ChatRequest(model=body.model, messages=list(_messages_of(body)))
     chat.continue_final_message = body.messages[-1].role == "assistant"
     if isinstance(body, MessagesRequest) and body.metadata is not None:
@@ -217,7 +217,7 @@ def _assistant_message(blocks: Sequence[Any]) -> dict[str, Any]:
 
 
 def _given_messages(role: str, blocks: Sequence[Block], index: int) -> Iterator[dict[str, Any]]:
-    """Give each result of a tool as a message of its own, between texts in their order."""
+    """Turn each result of a tool into a message of its own, between texts in their order."""
     parts: list[dict[str, Any]] = []
     for position, block in enumerate(blocks):
         if isinstance(block, TextBlock):
@@ -271,19 +271,19 @@ class MessagesRender(Render):
         self._last = Piece()
 
     def begin(self, plan: Plan, prompt_tokens: int) -> None:
-        """See `Render.begin`."""
+        """Implement `Render.begin`."""
         self._prompt_tokens = prompt_tokens
 
     def ping(self) -> bytes:
-        """See `Render.ping`; a stream begins with its message, so a comment comes before."""
+        """Implement `Render.ping` by a comment, since a stream must begin with its message."""
         return named_event("ping", {"type": "ping"}) if self._started else PING
 
     def failed(self, error: APIError) -> bytes:
-        """See `Render.failed`."""
+        """Implement `Render.failed`."""
         return named_event("error", error_envelope(error))
 
     def events(self, index: int, piece: Piece) -> bytes:
-        """See `Render.events`."""
+        """Implement `Render.events`."""
         parts = []
         if not self._started:
             self._started = True
@@ -305,7 +305,7 @@ class MessagesRender(Render):
         return b"".join(parts)
 
     def last_events(self, usage: Usage) -> bytes:
-        """See `Render.last_events`."""
+        """Implement `Render.last_events`."""
         delta = {
             "stop_reason": self._stop_reason(self._last, usage),
             "stop_sequence": _stop_sequence(self._last),
@@ -315,7 +315,7 @@ class MessagesRender(Render):
         return _event("message_delta", delta=delta, usage=_usage_of(usage)) + _event("message_stop")
 
     def body(self, choices: Sequence[Piece], usage: Usage) -> AnswerMessage:
-        """See `Render.body`."""
+        """Implement `Render.body`."""
         (piece,) = choices
         content: list[AnswerBlock] = []
         if piece.reasoning:
@@ -380,7 +380,7 @@ class MessagesRender(Render):
 
 
 def _stop_sequence(piece: Piece) -> str | None:
-    """The string that ended the turn; one that ended a call, whose use ends it, does not count."""
+    """Return the string that ended the turn; one that ended a tool call does not count."""
     return None if piece.finish_reason == "tool_calls" else piece.stop
 
 

@@ -1,4 +1,4 @@
-"""Requests of Anthropic's Messages API, as types: a field that is not here is refused."""
+"""Defines requests of Anthropic's Messages API as types; an unknown field is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edge_serve.api.protocol import NO_TOOLS, MaxTokens, ModelName, StopString, 
 from edge_serve.pictures.forms import ImageBlock
 
 VERSIONS = ("2026-10-21", "2023-06-01")
-"""What the header ``anthropic-version`` may say, if it is there; both are answered alike."""
+"""Values that the header ``anthropic-version`` may have; both get the same answers."""
 
 IGNORED = {
     "cache_control": "prefixes are cached without it",
@@ -30,7 +30,7 @@ IGNORED = {
 
 
 class TextBlock(Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
-    """A text; ``citations`` of documents cannot come, so there are none."""
+    """A text; ``citations`` must be empty, since no documents can be sent."""
 
     text: str
     citations: None = None
@@ -81,7 +81,7 @@ Media = ImageBlock | DocumentBlock | SearchResultBlock
 
 
 class ToolResultBlock(Struct, forbid_unknown_fields=True, tag_field="type", tag="tool_result"):
-    """What a call came to."""
+    """The result of a call."""
 
     tool_use_id: str
     content: str | list[TextBlock | Media] | None = None
@@ -94,7 +94,7 @@ Block = TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolR
 
 
 class InputMessage(Struct, forbid_unknown_fields=True):
-    """A message; those of the role ``system`` may stand anywhere."""
+    """A message; those of the role ``system`` may come anywhere."""
 
     role: Literal["user", "assistant", "system"]
     content: str | list[Block]
@@ -173,7 +173,7 @@ class OutputConfig(Struct, forbid_unknown_fields=True):
 
 
 class ClearThinking(Struct, forbid_unknown_fields=True):
-    """The one edit of ``context_management`` that is nothing new here."""
+    """The only edit of ``context_management`` that changes nothing here."""
 
     type: Literal["clear_thinking_20251015"]
     keep: Any = None

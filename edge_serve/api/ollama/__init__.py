@@ -1,1 +1,1 @@
-"""Ollama's API on the server's one way to answer."""
+"""Implements Ollama's API on top of `edge_serve.api.respond`."""

@@ -1,4 +1,4 @@
-"""Answers of Ollama's API, as types; times are nanoseconds."""
+"""Defines the answers of Ollama's API as types; times are nanoseconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 
 class AnsweredFunction(Struct):
-    """Name and arguments of a call, which is the how-manieth of its answer."""
+    """Name and arguments of a call; ``index`` counts the calls of its answer."""
 
     name: str
     arguments: dict[str, Any]
@@ -23,7 +23,7 @@ class AnsweredCall(Struct):
 
 
 class OllamaAnswerMessage(Struct, omit_defaults=True):
-    """An answer, or what a line adds to it."""
+    """An answer, or the text that a line adds to it."""
 
     content: str
     role: Literal["assistant"] | UnsetType = UNSET
@@ -32,7 +32,7 @@ class OllamaAnswerMessage(Struct, omit_defaults=True):
 
 
 class OllamaCounts(Struct, kw_only=True):
-    """What every last line has; ``load_duration`` is 0 where the model was loaded before."""
+    """Counts on every last line; ``load_duration`` is 0 if the model was loaded before."""
 
     model: str
     created_at: str
@@ -76,7 +76,7 @@ class EmbeddingsAnswer(Struct):
 
 
 class ModelDetails(Struct):
-    """What a model is."""
+    """The format, family and size of a model."""
 
     family: str
     families: list[str]
@@ -87,7 +87,7 @@ class ModelDetails(Struct):
 
 
 class OllamaModel(Struct):
-    """A model that is served; those of ``/api/ps`` say how long they stay."""
+    """A model that is served; ``/api/ps`` also says how long it stays loaded."""
 
     name: str
     model: str
@@ -124,6 +124,6 @@ class VersionAnswer(Struct):
 
 
 class OllamaErrorResponse(Struct):
-    """Any answer but 200, and the last line of a stream that failed."""
+    """Any answer other than 200, and the last line of a stream that failed."""
 
     error: str

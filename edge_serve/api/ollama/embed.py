@@ -21,7 +21,7 @@ from .text import note_context
 
 
 async def embed(turn: Turn, body: EmbedRequest) -> Response:
-    """Answer a request for vectors; without a text the answer has none.
+    """Answer a request for vectors; a request without text gets none.
 
     Raises:
         EdgeError, APIError: the request is wrong, cannot be served now, or failed.
@@ -49,7 +49,7 @@ async def embed(turn: Turn, body: EmbedRequest) -> Response:
 
 
 async def embed_prompt(turn: Turn, body: EmbeddingsRequest) -> Response:
-    """Answer the older form of the request; without a text the answer is empty.
+    """Answer the older form of the request; a request without text gets an empty vector.
 
     Raises:
         EdgeError, APIError: the request is wrong, cannot be served now, or failed.

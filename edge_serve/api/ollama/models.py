@@ -1,4 +1,4 @@
-"""Serves what Ollama's clients ask about models: ``/api/tags``, ``/api/ps``, ``/api/show``."""
+"""Serves Ollama's endpoints about models: ``/api/tags``, ``/api/ps``, ``/api/show``."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from edge_serve.models.bundle_text import BundleText
 
 API_VERSION = "0.13.4"
-"""The version of Ollama whose API this is: some clients refuse servers of older ones."""
+"""The version of Ollama whose API this is; some clients refuse servers with an older one."""
 
 _NEVER = "9999-12-31T23:59:59Z"
-_LAST_S = 250_000_000_000  # in the year 9892; a time after that may be no date
+_LAST_S = 250_000_000_000  # in the year 9892; a later time may not be a valid date
 _NOT_SERVED = {
     "pull": "edge-llm pull MODEL on the device",
     "push": "nothing; bundles are directories, copy them",
@@ -44,11 +44,11 @@ NOT_SERVED_PATHS = (
     ("/api/blobs/{digest}", "POST"),
     ("/api/blobs/{digest}", "HEAD"),
 )
-"""Paths of Ollama's API that change what is served, with their methods."""
+"""Paths of Ollama's API that would change which models are served, with their methods."""
 
 
 def not_served(path: str) -> APIError:
-    """Make the answer to a path of `NOT_SERVED_PATHS`."""
+    """Make the error for a path of `NOT_SERVED_PATHS`."""
     name = path.split("/")[2]
     return APIError(
         404,
@@ -64,14 +64,14 @@ def list_models(entries: Sequence[ModelEntry]) -> OllamaModels:
 
 
 def list_running(entries: Sequence[ModelEntry]) -> OllamaModels:
-    """List the models that are loaded, and until when."""
+    """List the models that are loaded, and for how long."""
     return OllamaModels(
         [_running(entry, entry.served) for entry in entries if entry.served is not None]
     )
 
 
 def show_model(entry: ModelEntry, llm: LLM | BundleText) -> ShowAnswer:
-    """Describe a model, by what its bundle has for texts."""
+    """Describe a model by the texts in its bundle."""
     spec = llm.manifest.model
     family = spec.architecture
     sampling = msgspec.to_builtins(llm.manifest.sampling)
@@ -122,7 +122,7 @@ def _fills_gaps(tokenizer: Tokenizer) -> bool:
 
 def _describe(entry: ModelEntry) -> OllamaModel:
     manifest = entry.manifest
-    # Older versions of Open WebUI look here for the name with a tag, whatever they were given.
+    # Older versions of Open WebUI look for the name with a tag here, even if they sent none.
     name = entry.name if ":" in entry.name else entry.name + TAG
     return OllamaModel(
         name=name,

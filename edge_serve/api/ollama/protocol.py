@@ -1,4 +1,4 @@
-"""Requests of Ollama's API, as types: a field that is not here is refused."""
+"""Defines requests of Ollama's API as types; an unknown field is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edge_serve.api.protocol import ModelName, StopString, Tool, range_of
 
 _MaybeName = Annotated[str, Meta(max_length=256)]
 _WHOLE = Meta(multiple_of=1)
-_WholeSeed = Annotated[float, _WHOLE, Meta(ge=-1, le=2**53)]  # a larger float has lost digits
+_WholeSeed = Annotated[float, _WHOLE, Meta(ge=-1, le=2**53)]  # larger floats have lost digits
 KeepAlive = Annotated[str, Meta(max_length=64)] | float
 _HARDWARE = "how the engine runs is the server's choice"
 IGNORED = {
@@ -34,9 +34,9 @@ IGNORED = {
 
 
 class OllamaOptions(Struct, forbid_unknown_fields=True):
-    """The field ``options``; of what is not computed here, only the value that turns it off.
+    """The field ``options``; an unsupported option accepts only the value that turns it off.
 
-    A whole number may come as a float, as Ollama reads them all: Home Assistant sends 8192.0.
+    A whole number may come as a float, since Ollama reads them all: Home Assistant sends 8192.0.
     """
 
     num_predict: Annotated[float, _WHOLE, Meta(ge=-2, le=KNOBS["max_tokens"].high)] | None = None
@@ -49,7 +49,7 @@ class OllamaOptions(Struct, forbid_unknown_fields=True):
     repeat_penalty: Annotated[float, range_of("repetition_penalty")] | None = None
     presence_penalty: Annotated[float, range_of("presence_penalty")] | None = None
     frequency_penalty: Annotated[float, range_of("frequency_penalty")] | None = None
-    # The repetition penalty looks at the whole prompt and answer.
+    # The repetition penalty covers the whole prompt and answer.
     repeat_last_n: Annotated[float, Meta(ge=-1, le=-1)] | None = None
     mirostat: Annotated[float, Meta(ge=0, le=0)] | None = None
     mirostat_eta: None = None
@@ -78,7 +78,7 @@ class OllamaCalledFunction(Struct, forbid_unknown_fields=True):
 
 
 class OllamaCall(Struct, forbid_unknown_fields=True):
-    """A call of a past answer; Ollama puts ``index`` in the function, Open WebUI beside it."""
+    """A call in a past answer; Ollama puts ``index`` in the function, Open WebUI beside it."""
 
     function: OllamaCalledFunction
     id: str | None = None
@@ -87,9 +87,9 @@ class OllamaCall(Struct, forbid_unknown_fields=True):
 
 
 class OllamaMessage(Struct, forbid_unknown_fields=True):
-    """A message; ``images`` are a user's, each a picture in base64.
+    """A message; ``images`` are a user's pictures, each in base64.
 
-    Ollama checks no role: Continue sends the reasoning of an answer as a message before it.
+    Ollama does not check roles: Continue sends the reasoning of an answer as a message before it.
     """
 
     role: Literal["system", "user", "assistant", "tool", "thinking"]
@@ -109,7 +109,7 @@ class OllamaRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: OllamaOptions | None = None
     think: bool | Literal["low", "medium", "high", "max"] | None = None
-    # No text is dropped to make place for another, and log-probabilities are OpenAI's chats' own.
+    # No text is dropped to make room for another, and log-probabilities exist in OpenAI's API only.
     truncate: Literal[False] | None = None
     shift: Literal[False] | None = None
     logprobs: Literal[False] | None = None
@@ -118,16 +118,16 @@ class OllamaRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class OllamaChatRequest(OllamaRequest, forbid_unknown_fields=True, kw_only=True):
-    """The body of ``POST /api/chat``; without messages it only asks for the model."""
+    """The body of ``POST /api/chat``; without messages it only loads the model."""
 
     messages: list[OllamaMessage] | None = None
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
 
 
 class GenerateRequest(OllamaRequest, forbid_unknown_fields=True, kw_only=True):
-    """The body of ``POST /api/generate``; without a prompt it only asks for the model.
+    """The body of ``POST /api/generate``; without a prompt it only loads the model.
 
-    Ollama's own client, in Go, sends every text that it was not given as an empty one.
+    Ollama's own client, in Go, sends every missing text as an empty one.
     """
 
     prompt: str | None = None
@@ -144,7 +144,7 @@ class GenerateRequest(OllamaRequest, forbid_unknown_fields=True, kw_only=True):
 class ShowRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """The body of ``POST /api/show``; ``name`` is the older word for ``model``.
 
-    Of ``model`` and ``name`` the Go client sends one, and the other empty.
+    The Go client sends one of ``model`` and ``name``, and leaves the other empty.
     """
 
     model: _MaybeName | None = None
@@ -156,9 +156,9 @@ class ShowRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class EmbedRequest(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The body of ``POST /api/embed``; without a text it only asks for the model.
+    """The body of ``POST /api/embed``; without a text it only loads the model.
 
-    ``options`` are as in chats, since LangChain sends all of them; no text is sampled.
+    It takes the ``options`` of chats, since LangChain sends all of them; no text is sampled.
     """
 
     model: ModelName | None = None
@@ -170,7 +170,7 @@ class EmbedRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class EmbeddingsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The body of ``POST /api/embeddings``, the older form: one text, which is not cut."""
+    """The body of ``POST /api/embeddings``, the older form: one text, which is never truncated."""
 
     model: ModelName | None = None
     prompt: str | None = None

@@ -1,6 +1,6 @@
-"""Serves ``POST /api/chat`` and ``POST /api/generate``: plans, and the render of both.
+"""Serves ``POST /api/chat`` and ``POST /api/generate``: their plans, and one render for both.
 
-A request is turned into a chat or, with ``raw`` or ``suffix``, into a completion, and planned so.
+A request is converted to a chat, or with ``raw`` or ``suffix`` to a completion, and planned as one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ NAMES = {
     "stop": "options.stop",
     "enable_thinking": "think",
 }
-"""Fields of a chat, as patterns, and their names here; see `edge_serve.http.errors.renamed`."""
+"""Fields of a chat, as patterns, and their names here (`edge_serve.http.errors.renamed`)."""
 _log = logging.getLogger("edge_serve")
 
 
@@ -192,7 +192,7 @@ class OllamaRender(Render):
     media_type = "application/x-ndjson"
 
     def __init__(self, turn: Turn, body: OllamaRequest, name: str | None) -> None:
-        # As the client named it, since some look for that name.
+        # Some clients look for exactly the name that they sent.
         self._model = name or turn.model_name
         self._is_chat = isinstance(body, OllamaChatRequest)
         self._waited_s = turn.waited_s
@@ -200,15 +200,15 @@ class OllamaRender(Render):
         self._num_calls = 0
 
     def ping(self) -> bytes:
-        """See `Render.ping`; every line is JSON, so there is nothing to fill a silence with."""
+        """Implement `Render.ping`: every line is JSON, so nothing can fill a silence."""
         return b""
 
     def failed(self, error: APIError) -> bytes:
-        """See `Render.failed`."""
+        """Implement `Render.failed`."""
         return json_line(OllamaErrorResponse(error.shown))
 
     def events(self, index: int, piece: Piece) -> bytes:
-        """See `Render.events`."""
+        """Implement `Render.events`."""
         if piece.finish_reason is not None:
             self._last = piece
         if not (piece.text or piece.reasoning or piece.calls):
@@ -216,11 +216,11 @@ class OllamaRender(Render):
         return json_line(self._answer(piece))
 
     def last_events(self, usage: Usage) -> bytes:
-        """See `Render.last_events`."""
+        """Implement `Render.last_events`."""
         return json_line(self._ended(self._answer(Piece()), self._last, usage))
 
     def body(self, choices: Sequence[Piece], usage: Usage) -> OllamaCounts:
-        """See `Render.body`."""
+        """Implement `Render.body`."""
         (piece,) = choices
         return self._ended(self._answer(piece), piece, usage)
 
@@ -255,10 +255,10 @@ class OllamaRender(Render):
 
 
 def note_context(turn: Turn, num_ctx: float | None) -> None:
-    """Log, once for each model, that a client asks for a longer context than there is.
+    """Log, once for each model, that a client asks for a longer context than the model has.
 
-    Many clients always ask for one. Nothing is lost in silence: a prompt that does not fit is
-    refused, and an answer that fills the context says so.
+    Many clients always do. Nothing is lost in silence: a prompt that does not fit is refused, and
+    an answer that fills the context says so.
     """
     capacity = turn.model.llm.kv_capacity
     if num_ctx is not None and num_ctx > capacity:
@@ -276,7 +276,7 @@ def _note_once(name: str, capacity: int) -> None:
 
 
 def is_load(body: OllamaChatRequest | GenerateRequest) -> bool:
-    """Whether a request has nothing to answer and only asks that the model is there."""
+    """Whether a request has nothing to answer and only wants the model loaded."""
     if isinstance(body, OllamaChatRequest):
         return not body.messages
     return not (body.prompt or body.images) and body.suffix is None
@@ -285,7 +285,7 @@ def is_load(body: OllamaChatRequest | GenerateRequest) -> bool:
 def loaded(
     name: str, body: OllamaChatRequest | GenerateRequest, reason: Literal["load", "unload"]
 ) -> OllamaCounts:
-    """Return the answer to such a request."""
+    """Return the answer to a request that only loads or unloads a model."""
     created_at = timestamp(datetime.now(timezone.utc))
     if isinstance(body, OllamaChatRequest):
         message = OllamaAnswerMessage("", "assistant")
@@ -298,5 +298,5 @@ def loaded(
 
 
 def timestamp(when: datetime) -> str:
-    """Return a time as Ollama writes it (RFC 3339)."""
+    """Format a time as Ollama does (RFC 3339)."""
     return when.strftime("%Y-%m-%dT%H:%M:%S.%fZ")

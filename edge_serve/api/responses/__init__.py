@@ -1,1 +1,1 @@
-"""OpenAI's Responses API on the server's one way to answer."""
+"""Implements OpenAI's Responses API on top of `edge_serve.api.respond`."""

@@ -1,4 +1,4 @@
-"""Answers of OpenAI's Responses API, as types."""
+"""Defines the answers of OpenAI's Responses API as types."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ReasoningText(Struct, tag_field="type", tag="reasoning_text"):
 
 
 class SummaryText(Struct, tag_field="type", tag="summary_text"):
-    """The reasoning in the place of its summary."""
+    """The whole reasoning, in place of a summary."""
 
     text: str
 
@@ -97,7 +97,7 @@ class ResponseError(Struct):
 
 
 class ResponseObject(Struct, kw_only=True):
-    """The answer to ``POST /v1/responses``, with the request's own fields as they were taken."""
+    """The answer to ``POST /v1/responses``, with the request's fields as they were understood."""
 
     id: str
     created_at: int

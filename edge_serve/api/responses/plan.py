@@ -1,4 +1,4 @@
-"""Reads requests of ``POST /v1/responses``: each is turned into a chat, and planned as one."""
+"""Reads requests of ``POST /v1/responses``: each is converted to a chat, and planned as one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ NAMES = {
     "enable_thinking": "reasoning.effort",
     "reasoning_effort": "reasoning.effort",
 }
-"""Fields of a chat, as patterns, and their names here; see `edge_serve.http.errors.renamed`."""
+"""Fields of a chat, as patterns, and their names here (`edge_serve.http.errors.renamed`)."""
 
 
 def plan_response(turn: Turn, body: ResponsesRequest) -> Plan:
@@ -135,7 +135,7 @@ def _messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
 
 
 class _Messages:
-    """Gathers messages: what an answer consists of, one item after the other, is one of them."""
+    """Collects messages; consecutive items of one answer become one message."""
 
     def __init__(self) -> None:
         self._done: list[dict[str, Any]] = []
@@ -201,7 +201,7 @@ def _content(content: str | Sequence[Part], where: str, role: str) -> Any:
 
 
 def _text(part: Part, role: Literal["assistant"] | str) -> str | None:
-    """Return a part's text; None where it has no place in a message of this role."""
+    """Return a part's text; None if a message of this role cannot have it."""
     if isinstance(part, InputText):
         return part.text if role != "assistant" else None
     if role != "assistant":

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's Responses API, as types: a field that is not here is refused."""
+"""Defines requests of OpenAI's Responses API as types; an unknown field is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NEUTRAL = {
     "repetition_penalty": "OpenAI's API has no such field; 1 is off",
     "priority": "all requests have the same one",
 }
-"""Fields that gateways write into every request, which take the value that asks for nothing."""
+"""Fields that gateways write into every request; only the value that asks for nothing is taken."""
 
 REFUSED = {
     "conversation": "no conversations are kept here; send the whole one as input",
@@ -62,7 +62,7 @@ class PastText(Struct, forbid_unknown_fields=True, tag_field="type", tag="output
 
 
 class PastRefusal(Struct, forbid_unknown_fields=True, tag_field="type", tag="refusal"):
-    """The refusal of a past answer, which is a text as any other."""
+    """The refusal in a past answer, which is treated as text."""
 
     refusal: str
 
@@ -99,7 +99,7 @@ class FunctionCallItem(Struct, forbid_unknown_fields=True, tag_field="type", tag
 class FunctionCallOutputItem(
     Struct, forbid_unknown_fields=True, tag_field="type", tag="function_call_output"
 ):
-    """What a call came to."""
+    """The result of a call."""
 
     call_id: str
     output: str | list[Part]
@@ -115,7 +115,7 @@ class ReasoningPart(Struct, forbid_unknown_fields=True):
 
 
 class ReasoningItem(Struct, forbid_unknown_fields=True, tag_field="type", tag="reasoning"):
-    """A past reasoning; its summary counts where the text is absent."""
+    """A past reasoning; if it has no text, its summary counts."""
 
     summary: list[ReasoningPart] = []
     content: list[ReasoningPart] | None = None
@@ -133,7 +133,7 @@ _CODEX = (
 
 
 class ResponsesTool(Struct, forbid_unknown_fields=True):
-    """A function that the model may call; tools that a server runs have other types."""
+    """A function that the model may call; tools that a server would run have other types."""
 
     type: Annotated[Literal["function"], no_tools(_CODEX)]
     name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -160,14 +160,14 @@ class TextFormat(Struct, forbid_unknown_fields=True):
 
 
 class TextConfig(Struct, forbid_unknown_fields=True):
-    """The field ``text``; no model here has another verbosity than its own."""
+    """The field ``text``; models here have only their own verbosity."""
 
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
 class ReasoningConfig(Struct, forbid_unknown_fields=True):
-    """The field ``reasoning``; with ``summary`` the reasoning comes whole in its place."""
+    """The field ``reasoning``; with ``summary`` the whole reasoning is sent as the summary."""
 
     effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None

@@ -39,19 +39,19 @@ _Event = tuple[str, dict[str, Any]]
 class ResponseRender(Render):
     """Writes the answer to a request in the form of OpenAI's Responses; a `Render`.
 
-    A whole answer is built by the same steps as a stream, whose events nobody gets. Written twice
-    from the same tokens, it has the same ids.
+    A whole answer is built by the same steps as a stream, whose events are dropped. Two renders of
+    the same tokens have the same ids.
 
     Args:
         turn: the request's context.
         body: the request.
         id_: the response's id; None makes a fresh one.
-        created_at: Unix seconds at which it was asked for; None is now.
+        created_at: Unix seconds of the request; None is now.
         stored: whether it can be fetched later.
-        previous: the id of the response whose conversation it goes on with.
+        previous: id of the response whose conversation it continues.
 
     Attributes:
-        response: the answer as it stands.
+        response: the answer so far.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ResponseRender(Render):
             self.response.status = "queued"
 
     def begin(self, plan: Plan, prompt_tokens: int) -> None:
-        """See `Render.begin`; the response says with which values it was sampled."""
+        """Implement `Render.begin`; the response names the sampling values that are used."""
         params = plan.params
         for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty"):
             value = getattr(params, name)
@@ -102,33 +102,33 @@ class ResponseRender(Render):
                 setattr(self.response, name, value)
 
     def failed(self, error: APIError) -> bytes:
-        """See `Render.failed`."""
+        """Implement `Render.failed`."""
         first = self._beginning()  # while it is still in progress
         self.response.status = "failed"
         self.response.error = ResponseError(error.code, error.shown)
         return first + self._write([self._state("failed")])
 
     def events(self, index: int, piece: Piece) -> bytes:
-        """See `Render.events`."""
+        """Implement `Render.events`."""
         if piece.progress is None or piece.progress.ahead is None:
             self.response.status = "in_progress"
         return self._beginning() + self._write(self._steps(piece))
 
     def last_events(self, usage: Usage) -> bytes:
-        """See `Render.last_events`."""
+        """Implement `Render.last_events`."""
         self._finish(usage)
         return self._write([self._state(self.response.status)])
 
     def body(self, choices: Sequence[Piece], usage: Usage) -> ResponseObject:
-        """See `Render.body`."""
+        """Implement `Render.body`."""
         for piece in choices:
             for _ in self._steps(piece):
-                pass  # what they say is in the response, too
+                pass  # the response has everything they say, too
         self._finish(usage)
         return self.response
 
     def _beginning(self) -> bytes:
-        """The events that a stream begins with; clients refuse any other as the first."""
+        """Write the events that a stream begins with; clients refuse any other first event."""
         if self._sequence:
             return b""
         return self._write([self._state("created"), self._state("in_progress")])
@@ -147,7 +147,7 @@ class ResponseRender(Render):
         return name, {"response": self.response}
 
     def _steps(self, piece: Piece) -> Iterator[_Event]:
-        """Add a piece to the response; yields the events of it."""
+        """Add a piece to the response; yield its events."""
         if piece.reasoning:
             yield from self._add(OutputReasoning, "rs", piece.reasoning)
         if piece.text:
@@ -197,11 +197,11 @@ class ResponseRender(Render):
         yield "output_item.done", {"output_index": index, "item": item}
 
     def _own_id(self, prefix: str) -> str:
-        """The id of the next item, which follows from that of the response."""
+        """Derive the id of the next item from that of the response."""
         place = f"{self.response.id} {len(self.response.output)}"
         return f"{prefix}_{hashlib.sha256(place.encode()).hexdigest()[:24]}"
 
-    # Where the open item is, and what it consists of.
+    # The place of the open item, and its parts.
 
     def _index(self) -> int:
         return len(self.response.output) - 1
@@ -255,20 +255,20 @@ class ResponseRender(Render):
 
 
 def fail(response: ResponseObject, error: APIError) -> None:
-    """End a response with an error; what it has said stays."""
+    """End a response with an error; its output so far stays."""
     response.status = "failed"
     response.error = ResponseError(error.code, error.shown)
     _end_items(response)
 
 
 def cancel(response: ResponseObject) -> None:
-    """End a response that nobody wants any more; what it has said stays."""
+    """End a response that is cancelled; its output so far stays."""
     response.status = "cancelled"
     _end_items(response)
 
 
 def cut(response: ResponseObject) -> None:
-    """End a response for which the context has no more room; what it has said stays."""
+    """End a response that has filled the context; its output so far stays."""
     response.status = "incomplete"
     response.incomplete_details = IncompleteDetails("max_output_tokens")
     _end_items(response)

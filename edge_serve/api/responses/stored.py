@@ -1,8 +1,9 @@
-"""Stored responses: those that run without a client, go on after a restart and are fetched later.
+"""Stores responses: they can run without a client, continue after a restart, be fetched later.
 
-A response in the background (``background: true``) belongs to the server: it goes on when its
-client leaves. At the end of the server it is put away, with its tokens and its cache rows, and the
-next server goes on with it. What a client waits for (``store: true`` alone) is stored at its end.
+A response in the background (``background: true``) belongs to the server: it continues when its
+client leaves. When the server stops, it saves the response with its tokens and cache rows, and the
+next server continues it. With ``store: true`` alone, a client waits, and the answer is stored at
+its end.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("edge_serve")
 MOST_BEGINS = 3
-"""Servers that may be killed while they run a response, before it is given up."""
+"""How many servers may be killed while they run a response before it is given up."""
 PUT_AWAY_S = 30.0
-"""Seconds after which no more cache rows are written at the end of a server."""
-_ROUND_S = 10.0  # that an engine may take to end a round
+"""Seconds after which a stopping server writes no more cache rows."""
+_ROUND_S = 10.0  # that an engine may take to finish a round
 _MOST_UNSAVED = 100
 _RETRY_S = 1.0
 _OFF = (
@@ -63,19 +64,19 @@ _OFF = (
 
 
 class _CancelledError(Exception):
-    """Nobody wants the response any more."""
+    """The response is no longer wanted."""
 
 
 @dataclass(eq=False)
 class _Live:
-    """A response that runs, waits to go on, or could not be written at its end.
+    """A response that runs, waits to continue, or could not be written at its end.
 
     Attributes:
-        record: as it was stored last.
-        response: the answer as it stands.
-        answer: what computes it; None before it goes on, and at its end.
-        replayed: tokens of the answer that are said again after a restart.
-        is_deleted: whether nothing of it is to be kept.
+        record: the record as last stored.
+        response: the answer so far.
+        answer: the running computation; None before it continues, and at its end.
+        replayed: tokens of the answer that are read again after a restart.
+        is_deleted: whether the response was deleted, so that nothing of it is kept.
         is_unsaved: whether it has ended and could not be written.
     """
 
@@ -92,13 +93,13 @@ class _Live:
 
 
 class StoredResponses:
-    """What the server stores of responses; only the event loop's thread may call it.
+    """The server's stored responses; only the event loop's thread may call it.
 
     Args:
         models: the models that are served.
         settings: limits of the server.
-        metrics: counts the ends of responses that go on after a restart.
-        store: where they are kept; None stores none.
+        metrics: counts the ends of responses that continue after a restart.
+        store: store on disk; None stores none.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class StoredResponses:
         self._metrics = metrics
         self._store = store
         self._live: dict[str, _Live] = {}
-        self._writing = asyncio.Lock()  # in the order of the events
+        self._writing = asyncio.Lock()  # keeps writes in the order of the events
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closing = False
         self._lane, self._form_lane = (
@@ -129,10 +130,10 @@ class StoredResponses:
     # ------------------------------------------------------------------------------- requests
 
     async def read(self, body: ResponsesRequest, client: Client) -> ResponsesRequest:
-        """Check what a request wants of the store, and put the conversation it goes on with before.
+        """Check what a request asks of the store, and prepend the conversation that it continues.
 
         Raises:
-            APIError: 400.
+            APIError: 400, the request cannot be stored or continued.
         """
         if body.background:
             if self._store is None:
@@ -178,16 +179,17 @@ class StoredResponses:
     async def respond(
         self, turn: Turn, body: ResponsesRequest, previous: str | None = None
     ) -> Response:
-        """Answer a request: at once where it runs in the background.
+        """Answer a request; one that runs in the background is answered at once.
 
         Args:
             turn: the request's context.
-            body: what `read` made of the request.
-            previous: the id of the response whose conversation it goes on with.
+            body: the request as `read` returned it.
+            previous: id of the response whose conversation it continues.
 
         Raises:
-            What `edge_serve.api.respond.respond` raises.
-            APIError: 503, it cannot be stored; or the server is about to stop.
+            EdgeError, APIError: the request is wrong, cannot be served or stored now (503), or
+                failed; or the server is about to stop.
+            ClientGoneError: the client left before it had the answer.
         """
         stored = self._store is not None and bool(body.store or body.background)
         render = ResponseRender(turn, body, stored=stored, previous=previous)
@@ -237,10 +239,10 @@ class StoredResponses:
         return json_response(response, turn.headers)
 
     async def retrieve(self, id_: str, client: Client, query: Mapping[str, str]) -> Response:
-        """Answer with a stored response as it stands.
+        """Answer with a stored response in its present state.
 
         Raises:
-            APIError: 400 or 404.
+            APIError: 400 for a wrong query, 404 if there is no such response.
         """
         for name, value in query.items():
             if (name, value) != ("stream", "false"):
@@ -254,10 +256,10 @@ class StoredResponses:
         return json_response(found[1])
 
     async def cancel(self, id_: str, client: Client) -> Response:
-        """End a response in the background; what it has said stays.
+        """End a response in the background; its output so far stays.
 
         Raises:
-            APIError: 400 or 404.
+            APIError: 400 if it is not in the background, 404 if there is no such response.
         """
         found = await self._find(id_, client)
         if found is None:
@@ -273,7 +275,7 @@ class StoredResponses:
         if live is not None and not live.has_ended:
             if live.answer is not None:
                 live.answer.flight.abort(_CancelledError())
-                await asyncio.sleep(0)  # what waits for its end is called
+                await asyncio.sleep(0)  # lets callbacks that wait for its end run
             else:
                 cancel(live.response)
                 self._keep(live)
@@ -281,10 +283,10 @@ class StoredResponses:
         return json_response(response)
 
     async def delete(self, id_: str, client: Client) -> Response:
-        """Remove a response, which ends if it has not.
+        """Remove a response; one that still runs is ended first.
 
         Raises:
-            APIError: 404, or 503 where it cannot be removed.
+            APIError: 404 if there is no such response, 503 if it cannot be removed.
         """
         if await self._find(id_, client) is None:
             self._not_found()
@@ -302,9 +304,9 @@ class StoredResponses:
     # ------------------------------------------------------------------------------- restarts
 
     async def resume(self) -> None:
-        """Go on with what has not ended; call it when the models are open.
+        """Continue responses that have not ended; call it when the models are open.
 
-        It returns when all of them are queued. One that cannot go on ends with the reason.
+        It returns when all of them are queued. One that cannot continue ends with the reason.
         """
         for live in list(self._live.values()):
             if live.answer is not None or live.has_ended or live.is_deleted:
@@ -314,7 +316,7 @@ class StoredResponses:
                     await asyncio.sleep(_RETRY_S)
             except Exception as error:  # noqa: BLE001 - the others go on
                 if self._is_closing:
-                    return  # the next server goes on
+                    return  # the next server continues it
                 answer = as_api_error(error)
                 log = _log.warning if isinstance(error, APIError | EdgeError) else _log.exception
                 log("response %s does not go on: %s", live.record.id, error)
@@ -325,9 +327,9 @@ class StoredResponses:
                 return
 
     async def put_away(self) -> None:
-        """Take what runs in the background out of the engines and write it down, to go on later.
+        """Take background responses out of the engines and save them, to continue later.
 
-        What cannot be put away is computed again from where it was stored last.
+        A response that cannot be saved is computed again from its last stored state.
         """
         self._is_closing = True
         until = monotonic() + PUT_AWAY_S
@@ -337,8 +339,8 @@ class StoredResponses:
             if live.answer is not None and live.response.background and not live.has_ended:
                 which = waiting if live.response.status == "queued" else running
                 which.setdefault(live.answer.model.llm, []).append(live)
-        # What waits goes first and together, or it would start as others leave. Of what runs, one
-        # after the other has its rows in memory.
+        # Save waiting responses first and together, or they would start as others leave. Then save
+        # the running ones one by one, so that only one has its rows in memory.
         for llm, lives in waiting.items():
             await self._put_away(llm, lives, until)
         for llm, lives in running.items():
@@ -347,7 +349,7 @@ class StoredResponses:
                     break
 
     async def close(self) -> None:
-        """Wait until all that has ended is written, and let another server have the directory."""
+        """Wait until all ended responses are written, and release the directory."""
         self._is_closing = True
         while self._tasks:
             await asyncio.wait(self._tasks)
@@ -357,11 +359,10 @@ class StoredResponses:
             await in_thread(self._store.close)
 
     async def _resume(self, live: _Live) -> bool:
-        """Queue one response again; false if there is no room for it now.
+        """Queue one response again; return False if there is no room for it now.
 
         Raises:
-            APIError: it cannot go on.
-            EdgeError: likewise.
+            APIError, EdgeError: it cannot continue.
         """
         unfinished = live.record.unfinished
         assert unfinished is not None
@@ -373,13 +374,13 @@ class StoredResponses:
             )
         try:
             choice = await self._models.choose(unfinished.model)
-        except OverloadError:  # too many requests wait for it
+        except OverloadError:  # too many requests wait for the model
             return False
         except APIError as error:
             if error.code == "no_room":
                 return False
             raise
-        with choice.model.lease():  # it stays loaded until the answer has begun
+        with choice.model.lease():  # keeps it loaded until the answer has begun
             return await self._resume_on(choice, live)
 
     async def _resume_on(self, choice: Choice, live: _Live) -> bool:
@@ -444,10 +445,10 @@ class StoredResponses:
         return True
 
     async def _put_away(self, llm: LLM, lives: list[_Live], until: float) -> bool:
-        """Put responses away, with their rows if there is time until then.
+        """Save responses, with their rows if there is time until then.
 
         Returns:
-            Whether the engine did it.
+            Whether the engine handed over their states.
         """
         lives = [live for live in lives if live.answer is not None]
         answers = [live.answer for live in lives if live.answer is not None]
@@ -458,7 +459,7 @@ class StoredResponses:
             _log.error("responses are not put away, and begin anew after the restart: %s", error)
             return False
         for live, answer, state in zip(lives, answers, states, strict=True):
-            if state is not None:  # else it has just ended
+            if state is not None:  # otherwise it has just ended
                 await self._write_down(live, answer, state, until)
         return True
 
@@ -466,7 +467,7 @@ class StoredResponses:
         unfinished = live.record.unfinished
         assert unfinished is not None
         backend = answer.model.llm.backend
-        await asyncio.wait({answer.flight.done})  # what it had said is read
+        await asyncio.wait({answer.flight.done})  # its output so far is read
         unfinished = replace(
             unfinished,
             answer=list(state.answer),
@@ -495,7 +496,7 @@ class StoredResponses:
             _log.info("response %s is put away after %d tokens", live.record.id, len(state.answer))
 
     def _state_of(self, record: Record, llm: LLM) -> PutAway:
-        """What the engine goes on from; without the rows where they are not this engine's."""
+        """Return the state to continue from; without rows if another engine made them."""
         unfinished, kept = record.unfinished, None
         assert unfinished is not None
         assert self._store is not None
@@ -521,10 +522,10 @@ class StoredResponses:
     def _write(
         self, live: _Live, render: ResponseRender, index: int, chunk: GenerationChunk
     ) -> None:
-        """Take a chunk of a response in the background."""
+        """Take a chunk of a background response."""
         assert live.answer is not None
         if chunk.finish_reason == "cancelled" and self._is_closing:
-            return  # it was put away
+            return  # it was saved for the next server
         live.answer.write(index, chunk)
         live.replayed -= len(chunk.tokens)
         if live.replayed <= 0 or chunk.finish_reason is not None:
@@ -538,20 +539,20 @@ class StoredResponses:
         if isinstance(error, _CancelledError | ClientGoneError):
             cancel(live.response)
         elif self._is_closing and live.response.background and not live.has_ended:
-            return  # the next server goes on
+            return  # the next server continues it
         elif error is not None:
             fail(live.response, as_api_error(error))
         self._keep(live)
 
     def _drop(self, live: _Live) -> None:
-        """End a response of which nothing is kept."""
+        """End a response without keeping anything of it."""
         live.is_deleted = True
         self._live.pop(live.record.id, None)
         if live.answer is not None:
             live.answer.flight.abort(_CancelledError())
 
     def _keep(self, live: _Live) -> None:
-        """Write a response that has ended, soon; until then it is in memory."""
+        """Schedule an ended response to be written; until then it is in memory."""
         live.is_unsaved = False
         live.record = replace(live.record, unfinished=None)
         task = asyncio.create_task(self._save_end(live))
@@ -571,13 +572,13 @@ class StoredResponses:
             return
         if self._live.get(live.record.id) is live:
             del self._live[live.record.id]
-        # There may be room now for what could not be written.
+        # There may be room now for responses that could not be written.
         other = next((each for each in self._live.values() if each.is_unsaved), None)
         if other is not None and not self._is_closing:
             self._keep(other)
 
     async def _save(self, live: _Live, rows: NDArray[np.uint8] | None = None) -> None:
-        """Write a response as it stands now.
+        """Write a response in its present state.
 
         Raises:
             ResourceError: it cannot be written.
@@ -591,7 +592,7 @@ class StoredResponses:
     # ------------------------------------------------------------------------------- look-ups
 
     async def _find(self, id_: str, client: Client) -> tuple[Record, ResponseObject] | None:
-        """Return a response of this client; None if it has none of this id."""
+        """Find a response of this client; None if it has none with this id."""
         if self._store is None:
             return None
         if (live := self._live.get(id_)) is not None:
@@ -610,7 +611,7 @@ class StoredResponses:
 
 
 def _plan(turn: Turn, body: ResponsesRequest) -> Plan:
-    """Plan a request; what runs in the background says when it begins."""
+    """Plan a request; a background response reports its progress from the beginning."""
     plan = plan_response(turn, body)
     if body.background and any(has_pictures(ask.prompt) for ask in plan.asks):
         raise invalid(
@@ -621,7 +622,7 @@ def _plan(turn: Turn, body: ResponsesRequest) -> Plan:
 
 
 def _response_of(record: Record) -> ResponseObject | None:
-    """Read the answer of a record; None where another version wrote it."""
+    """Read the answer of a record; None if another version wrote it."""
     try:
         response: ResponseObject = msgspec.convert(record.response, ResponseObject)
     except msgspec.ValidationError as error:
@@ -631,17 +632,17 @@ def _response_of(record: Record) -> ResponseObject | None:
 
 
 def _items(value: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The input of a request as items."""
+    """Return the input of a request as items."""
     if isinstance(value, str):
         return [{"type": "message", "role": "user", "content": value}]
     return value
 
 
 def _left_s(answer: Answer) -> float | None:
-    """Seconds that an answer may still take."""
+    """Return the seconds that an answer may still take."""
     return None if answer.deadline_s is None else max(answer.deadline_s - monotonic(), 1.0)
 
 
 async def _stay() -> Any:
-    """The connection of a client that never leaves."""
+    """Wait forever, like the connection of a client that never leaves."""
     await asyncio.get_running_loop().create_future()

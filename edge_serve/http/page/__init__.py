@@ -1,4 +1,4 @@
-"""The web page at ``/``: files that need no build and ask no other machine for anything."""
+"""Serves the web page at ``/``: files that need no build and load nothing from other machines."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ TYPES = {
     ".txt": "text/plain; charset=utf-8",
     ".woff2": "font/woff2",
 }
-"""The type that a file is sent with, by its suffix; files of other suffixes are not sent."""
+"""Media types of files by their suffix; files of other suffixes are not sent."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "font-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
-"""Scripts and styles are files of this package; what a model writes can be neither, since every
-other answer of the server has another type and ``nosniff``. No text becomes HTML by ``innerHTML``
-and the like (trusted types), and nothing is loaded from or sent to another machine."""
+"""Scripts and styles come only from files of this package. Text of a model can be neither, since
+every other answer of the server has another type and ``nosniff``. No text becomes HTML by
+``innerHTML`` and the like (trusted types), and no other machine is contacted."""
 
 _ROOT = Path(__file__).parent
-_MARK = "{files}"  # in index.html: where the other files are
+_MARK = "{files}"  # in index.html: the path of the other files
 
 
 @dataclass(frozen=True)
 class PageFile:
-    """A file as it is sent.
+    """A file as the server sends it.
 
     Attributes:
         body: its content, text in UTF-8.
@@ -47,7 +47,7 @@ class PageFile:
     headers: Mapping[str, str]
 
     def is_known(self, if_none_match: str | None) -> bool:
-        """Whether the client has this very content, by its header ``If-None-Match``."""
+        """Whether the client has exactly this content, by its header ``If-None-Match``."""
         if if_none_match is None:
             return False
         tags = {tag.strip().removeprefix("W/") for tag in if_none_match.split(",")}
@@ -56,10 +56,10 @@ class PageFile:
 
 @cache
 def page_files() -> dict[str, PageFile]:
-    """Read all files of the page; returns them by path of the URL.
+    """Read all files of the page; return them by path of the URL.
 
-    Only ``/`` is asked for again each time. The others lie under a path that names their content,
-    so clients keep them for ever, and a page of one version never runs scripts of another.
+    Clients ask again only for ``/``. The other files are under a path that names their content, so
+    clients keep them forever, and a page of one version never runs scripts of another.
     """
     sources = {
         path.relative_to(_ROOT).as_posix(): path.read_bytes()
