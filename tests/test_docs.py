@@ -77,7 +77,7 @@ def test_the_documents_show_every_verb():
     assert set(verbs()) <= shown
 
 
-def test_the_readme_shows_eight_verbs_and_names_no_other_that_is_not_there():
+def test_the_readme_shows_eight_verbs_and_names_real_ones():
     text = README.read_text("utf-8")
     table = [cells[0] for cells in rows(text) if cells[0].startswith("`edge-llm ")]
     assert len(table) == 8
