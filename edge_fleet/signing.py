@@ -25,17 +25,17 @@ from edge_lab.target import locked, resolve_target
 
 
 def sign_bundle(bundle: Path, key: Signer, comment: str, release: Release | None = None) -> None:
-    """Sign a bundle's manifest; a signature that was there is replaced.
+    """Sign a bundle's manifest; an earlier signature is replaced.
 
     Args:
         bundle: directory of the bundle.
-        key: who signs.
-        comment: one line that is signed too.
-        release: is written into the manifest before; None leaves what is there.
+        key: key to sign with.
+        comment: one line that is signed, too.
+        release: release to write into the manifest first; None leaves the manifest as it is.
 
     Raises:
         BundleError, IntegrityError: the manifest is missing, damaged or of another version.
-        ConfigError: an export is writing the bundle, the comment is no line, or the signature
+        ConfigError: an export is writing the bundle, the comment is not one line, or the signature
             cannot be written.
         DependencyError: minisign is not installed.
     """
@@ -57,17 +57,17 @@ def sign_bundle(bundle: Path, key: Signer, comment: str, release: Release | None
 def sign_engine(directory: Path, key: Signer, comment: str) -> None:
     """Sign an engine, so that machines that trust the key run it without having built it.
 
-    What is signed is its ``engine.json``, which has the hash of the plan; the plan is held to it
-    first. A signature that was there is replaced.
+    The signature is of its ``engine.json``, which has the hash of the plan; the plan is checked
+    first. An earlier signature is replaced.
 
     Args:
-        directory: the engine's.
-        key: who signs.
-        comment: one line that is signed too.
+        directory: the engine's directory.
+        key: key to sign with.
+        comment: one line that is signed, too.
 
     Raises:
         BundleError, IntegrityError: the engine is missing or damaged.
-        ConfigError: the comment is no line, or the signature cannot be written.
+        ConfigError: the comment is not one line, or the signature cannot be written.
         DependencyError: minisign is not installed.
     """
     data = read_engine_bytes(directory)

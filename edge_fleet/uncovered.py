@@ -1,4 +1,4 @@
-"""Finds what lies in a bundle and is vouched for by nobody: engines, and files of no list."""
+"""Finds parts of a bundle that nobody vouches for: engines, and files in no list."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _UNASKED = "nobody is asked who vouches for it: no keys are trusted here"
 
 
 class Uncovered(NamedTuple):
-    """What nobody vouches for, and who does for the other engines.
+    """Parts of a bundle that nobody vouches for, and who vouches for its other engines.
 
     Attributes:
-        engines: who vouches for each, by its name.
-        unvouched: why nobody does for each of the others; they do not run.
+        engines: for each vouched engine by name, who vouches for it.
+        unvouched: for each of the other engines, why nobody does; they do not run.
         unlisted: files and directories, relative to the bundle, that no manifest lists and no build
             makes; nothing reads them.
     """
@@ -34,11 +34,12 @@ class Uncovered(NamedTuple):
 
 
 def find_uncovered(bundle: Path, trusted_keys: Path | None) -> Uncovered:
-    """Look through a bundle whose manifest has been read, and whose files are as it says.
+    """Search a bundle whose manifest has been read, and whose files match it.
 
     Args:
-        bundle: its directory.
-        trusted_keys: file of public keys; None where none are trusted, and so no engine is asked.
+        bundle: directory of the bundle.
+        trusted_keys: file of public keys; None if none are trusted, and then engines are not
+            checked.
 
     Raises:
         ConfigError: the file of trusted keys cannot be used.

@@ -1,1 +1,1 @@
-"""The verbs pull, bundle and fleet."""
+"""Defines the verbs pull, bundle and fleet."""

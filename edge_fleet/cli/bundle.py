@@ -1,4 +1,4 @@
-"""``edge-llm bundle``: bundles signed, sent to a registry, fetched from one, compared."""
+"""``edge-llm bundle``: signs bundles, pushes and pulls them, compares them."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def verify(ctx: click.Context, bundle: Path, trusted_keys: Path | None, as_json:
         found |= {"key": key.name, "trusted": True, "comment": parsed.comment}
     elif signature is not None:
         parsed = parse_signature(signature, str(bundle / SIGNATURE_NAME))
-        found["key"] = key_name(parsed.key_id)  # its comment nobody has vouched for yet
+        found["key"] = key_name(parsed.key_id)  # nobody has vouched for its comment yet
     with show_progress() as progress, uncounted(progress, "hash"):
         verify_files(bundle, manifest)
         uncovered = find_uncovered(bundle, file)
@@ -370,7 +370,7 @@ def _open(reference: Reference, plain_http: bool | None) -> Iterator[Registry]:
 def _contents(
     text: str, plain_http: bool | None, progress: Progress
 ) -> tuple[Contents, dict[str, Any]]:
-    """What a bundle or a reference holds, and its manifest but for what always differs."""
+    """Read what a bundle or a reference contains, and its manifest without what always differs."""
     from edge_fleet.registry.artifact import decode, describe, encode
     from edge_fleet.registry.pull import look
     from edge_fleet.registry.reference import is_reference
@@ -391,10 +391,10 @@ def _contents(
 
 
 def _release(number: int | None, expires: datetime | None, name: str | None) -> Release | None:
-    """The release that a bundle is signed as; None where none is given.
+    """Make the release that a bundle is signed as; None if none is given.
 
     Raises:
-        ConfigError: it has no number, is over already, or its name is that of no repository.
+        ConfigError: it has no number, has already expired, or names no valid repository.
     """
     if number is None:
         if expires is not None or name is not None:

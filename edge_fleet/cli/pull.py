@@ -109,7 +109,7 @@ def pull(
     asked = _asked(ctx, source, [*quantization, *given, *(["--fast"] if fast else [])])
     bundle = _bundle(asked, source)
     if (bundle / MANIFEST_NAME).is_file() and not force:
-        # The same command again goes on to a build that was cut off.
+        # The same command again continues with a build that was cut off.
         found = f"{bundle} is there already"
         if given:
             found = f"{bundle} is there already, so {given[0]} has no effect"
@@ -172,14 +172,14 @@ def pull(
 
         build = Machine().tensorrt().error is None
     if build:
-        # The default of a Jetson builds two engines, and --fast is for who has no time.
+        # A Jetson builds two engines by default; --fast builds one.
         own = ("--kernels", "own") if fast and _takes_own_kernels(bundle) else ()
         _run(ctx, "build", str(bundle), *own)
     click.echo(f"Try it: edge-llm run {bundle.name} 'Why is the sky blue?'")
 
 
 def _takes_own_kernels(bundle: Path) -> bool:
-    """Whether a Jetson builds this bundle with own kernels: FP16, and some weights of few bits."""
+    """Whether a Jetson builds this bundle with own kernels: FP16, and some low-bit weights."""
     manifest = read_manifest(bundle)
     kinds = {linear.scheme.kind for linear in manifest.quantization.linears.values()}
     return manifest.dtype == "fp16" and bool(kinds & {"int4", "int8"}) and read_target() is not None
@@ -196,7 +196,7 @@ def _make_room(directory: Path) -> None:
 
 
 def _named_for(bundle: Path, source: str) -> Path:
-    """Move a bundle whose source turned out to be quantized; only the export has seen that."""
+    """Rename a bundle whose source turned out to be quantized; only the export has seen that."""
     name = bundle_name(source, read_manifest(bundle).quantization.name)
     if name == bundle.name:
         return bundle
@@ -215,10 +215,10 @@ def _fetch(
     force: bool,
     dry_run: bool,
 ) -> Path | None:
-    """Fetch a bundle from the team's registry; None where it has none, and the hub is next.
+    """Fetch a bundle from the team's registry; None if it has none, and the hub is next.
 
     Raises:
-        BundleError, IntegrityError: what is there is not signed as this machine wants it, is
+        BundleError, IntegrityError: the bundle there is not signed as this machine demands, is
             damaged, or is an older release.
         ConfigError: the registry refuses the credentials, or ``origin`` allows nothing else.
     """
@@ -276,7 +276,7 @@ def _fetch(
 
 
 def _quantizations(asked: click.Context, source: str, bundle: Path) -> list[str]:
-    """What a registry is asked for, the best first; ``bundle`` is where an export would go."""
+    """List quantizations to ask a registry for, best first; an export would go to ``bundle``."""
     if quant := asked.params["quant"]:
         return [quant]
     if bundle.name.endswith("-source"):
@@ -288,9 +288,9 @@ _OF_ANY_PULL = {"source", "output", "quant", "overwrite", "dry_run"}
 
 
 def _of_exports(asked: click.Context, origin: str | None) -> str | None:
-    """The first given option that only an export obeys; None if there is none.
+    """Return the first given option that only an export obeys; None if there is none.
 
-    A registry that is asked first may have what is sooner there than by ``--fast``.
+    ``--fast`` is no such option: a registry may have the bundle sooner than a fast export.
     """
     others = _OF_ANY_PULL | (set() if origin == "registry" else {"fast"})
     if asked.params["target"] in (None, *TENSORRT):
@@ -304,21 +304,21 @@ def _of_exports(asked: click.Context, origin: str | None) -> str | None:
 
 
 def _options(given: dict[str, str | None]) -> list[str]:
-    """What is given of these options of the export, as it is typed."""
+    """Write these options of the export as a user would type them."""
     return [text for name, value in given.items() if value for text in (name, value)]
 
 
 def _asked(ctx: click.Context, source: str, options: list[str]) -> click.Context:
-    """What the export understands of these options.
+    """Parse these options as the export does.
 
     Raises:
-        click.UsageError, ConfigError: it does not know an option, or its value.
+        click.UsageError, ConfigError: the export does not know an option, or its value.
     """
     return _verb(ctx, "export").make_context("edge-llm export", [source, "-o", "x", *options])
 
 
 def _bundle(asked: click.Context, source: str) -> Path:
-    """Where the export that is asked for belongs; see `export.config.ExportConfig.quant`."""
+    """Return the directory of such an export (`export.config.ExportConfig.quant`)."""
     quant = asked.params["quant"]
     kept, rounded = (roots()[0] / bundle_name(source, name) for name in ("source", "int4"))
     if quant is None and ((kept / MANIFEST_NAME).is_file() or _was_quantized(rounded)):
@@ -327,7 +327,7 @@ def _bundle(asked: click.Context, source: str) -> Path:
 
 
 def _method(bundle: Path) -> str | None:
-    """How the INT4 layers of a bundle were rounded; None if it cannot be read."""
+    """Return how the INT4 layers of a bundle were rounded; None if it cannot be read."""
     try:
         return read_manifest(bundle).quantization.method
     except EdgeError:
@@ -335,7 +335,7 @@ def _method(bundle: Path) -> str | None:
 
 
 def _was_quantized(bundle: Path) -> bool:
-    """Whether there is a bundle here, and its source was quantized already."""
+    """Whether there is a bundle here whose source was already quantized."""
     try:
         return read_manifest(bundle).source.quantization is not None
     except EdgeError:
@@ -343,7 +343,7 @@ def _was_quantized(bundle: Path) -> bool:
 
 
 def _run(ctx: click.Context, verb: str, *arguments: str, notes: Sequence[str] = ()) -> None:
-    """Run another verb as if it had been typed, and say what was typed, and what else to know."""
+    """Run another verb as if it had been typed; print the command line, and further notes."""
     click.echo(f"$ edge-llm {verb} {shlex.join(arguments)}", err=True)
     for note in notes:
         click.echo(note, err=True)

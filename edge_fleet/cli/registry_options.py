@@ -1,4 +1,4 @@
-"""Options of the verbs that speak to a registry."""
+"""Defines the options of verbs that talk to a registry."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ReferenceType(click.ParamType):  # type: ignore[type-arg]  # generic from 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Reference:
-        """Read the reference, or end with the error that says how one is written."""
+        """Parse the reference, or end with an error that shows how to write one."""
         return value if isinstance(value, Reference) else parse_reference(str(value))
 
 

@@ -174,7 +174,7 @@ def receive(
 
 
 def _next_number(before: Wanted | None) -> int:
-    # By the clock, so that a directory that was lost is not the end of a fleet.
+    # Taken from the clock, so that a lost directory does not lock a fleet out.
     return max(int(time.time()), 0 if before is None else before.number + 1)
 
 

@@ -1,5 +1,5 @@
-"""Many devices behind one endpoint.
+"""Puts many devices behind one endpoint.
 
-Each device keeps its own ``edge-llm serve``. HAProxy, whose file is written here, or vllm-router
-chooses a device for every request.
+Each device keeps its own ``edge-llm serve``. HAProxy, whose configuration this package writes, or
+vllm-router chooses a device for every request.
 """

@@ -24,8 +24,8 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9a-fA-F:]{2,45}")
 _HEADER = re.compile(r"[A-Za-z0-9!#$&'*+.^_|~-]{1,64}")
 _FILE = re.compile(r"/[A-Za-z0-9/._+-]{1,200}")
-_KEY = re.compile(r"[!#$&(-Z^-~]+")  # nothing in it means anything to HAProxy
-_MAX_STATE_DIR_CHARS = 50  # a device's socket has to fit into a kernel's address
+_KEY = re.compile(r"[!#$&(-Z^-~]+")  # no character in it is special to HAProxy
+_MAX_STATE_DIR_CHARS = 50  # a device's socket path has to fit into a socket address
 _Port = Annotated[int, Meta(ge=1, le=65535)]
 _Seconds = Annotated[int, Meta(ge=1, le=86400)]
 
@@ -35,12 +35,12 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         url: its ``edge-llm serve``, as the endpoint reaches it: ``http://HOST:PORT``.
-        key_file: file on the endpoint with one API key of that service, where it wants keys; best
-            a key that no other device has.
+        key_file: file on the endpoint with one API key for that service, if it wants keys; best a
+            key that no other device has.
         probe_port: the service's ``probe_port``. With it, a device that answers nothing for 4 s is
-            cut off, and what it has not begun to answer is asked elsewhere; without it, such a
-            device only gets nothing new.
-        key: what ``key_file`` holds, after `read_config`.
+            cut off, and unanswered requests go to another device; without it, such a device only
+            gets no new requests.
+        key: the key in ``key_file``, set by `read_config`.
     """
 
     url: str
@@ -55,13 +55,13 @@ class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def probe_address(self) -> tuple[str, int]:
-        """Where its health is asked."""
+        """Address of its health probe."""
         url = urlsplit(self.url)
         return url.hostname or "", self.probe_port or url.port or 0
 
 
 class FleetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What ``fleet.toml`` holds; every key that is not one of these is refused.
+    """The contents of ``fleet.toml``; any other key is refused.
 
     Attributes:
         host: address at which the endpoint serves.
@@ -72,17 +72,17 @@ class FleetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         devices: the devices by name.
         session_header: header that names a session, whose requests stay on one device.
         slots: requests that one device gets at once; more wait at the endpoint.
-        max_queue: requests that wait at most; one more is refused with 429.
+        max_queue: the most requests that wait; one more is refused with 429.
         queue_s: seconds that one may wait before it is refused with 503.
         answer_s: seconds that an answer, or a silence in a stream, may last; longer than the
             devices' own ``request_timeout_s``.
-        retries: how often a request is asked elsewhere before the first byte of its answer.
+        retries: how often a request is sent to another device before the first byte of its answer.
         router_port: port of loopback for vllm-router (``edge-llm fleet router``), which then
             chooses the device of chats and completions; None leaves that to HAProxy.
-        router_policy: the rule by which vllm-router chooses.
+        router_policy: vllm-router's policy for choosing.
         metrics_port: port of loopback for HAProxy's own Prometheus metrics; None opens none.
         state_dir: directory for HAProxy's file and sockets, closed to other users.
-        drain_timeout_s: seconds that running requests may go on after ``edge-llm fleet down``.
+        drain_timeout_s: seconds that running requests may continue after ``edge-llm fleet down``.
     """
 
     host: str = "127.0.0.1"
@@ -105,7 +105,7 @@ class FleetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class _Place(NamedTuple):
-    """The file, for messages."""
+    """A place in the fleet's file, for error messages."""
 
     path: Path
     lines: list[str]
@@ -114,7 +114,7 @@ class _Place(NamedTuple):
         return ConfigError(f"{self.path}{self._line(key, table)}: {message}")
 
     def _line(self, key: str, table: str | None) -> str:
-        """Find where a key is written; empty where it is not found, as in an inline table."""
+        """Find the line of a key; empty if it is not found, as in an inline table."""
         inside = table is None
         name = rf"(?:{re.escape(key)}|[\"']{re.escape(key)}[\"'])"
         for number, line in enumerate(self.lines, 1):

@@ -1,4 +1,4 @@
-"""Runs the endpoint: has HAProxy check its file, starts it, reloads, asks and ends it."""
+"""Runs the endpoint: checks HAProxy's file, starts HAProxy, reloads, queries and stops it."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _MOST_AT_ONCE = 32
 
 
 class DeviceState(msgspec.Struct, kw_only=True):
-    """What is known of a device.
+    """The state of a device.
 
     Attributes:
-        state: ``ready``, ``away``, or ``unknown`` where no endpoint runs.
-        reason: why it is away, as HAProxy's probe tells it.
-        running: requests that it has from the endpoint.
-        waiting: requests of its sessions that wait at the endpoint.
-        version: of its edge-llm; None where it did not say.
+        state: ``ready``, ``away``, or ``unknown`` if no endpoint runs.
+        reason: why it is away, by HAProxy's probe.
+        running: number of requests that it has from the endpoint.
+        waiting: number of its sessions' requests that wait at the endpoint.
+        version: version of its edge-llm; None if it did not say.
         models: the models by name, each with the first digits of its bundle's hash.
     """
 
@@ -75,7 +75,7 @@ class _Workers(msgspec.Struct):
 
 
 def find_haproxy() -> str:
-    """Return HAProxy's program.
+    """Find HAProxy's program.
 
     Raises:
         DependencyError: it is not installed.
@@ -87,9 +87,9 @@ def find_haproxy() -> str:
 
 
 def write(config: FleetConfig, source: Path) -> Path:
-    """Write HAProxy's file and what it reads, and let HAProxy check it; returns the file.
+    """Write HAProxy's file and the files it reads, and let HAProxy check them; return the file.
 
-    What was there before stays where HAProxy refuses the new one.
+    If HAProxy refuses the new files, the old ones stay.
 
     Raises:
         ConfigError: a file cannot be read or written, or HAProxy refuses the configuration.
@@ -119,7 +119,7 @@ def write(config: FleetConfig, source: Path) -> Path:
 
 
 def _secret(path: Path) -> str:
-    """Read what the endpoint says to itself; the same after a reload, when two processes talk."""
+    """Read the endpoint's secret; it survives a reload, when two processes talk to each other."""
     if not path.exists():
         _put(path, secrets.token_urlsafe(32))
     return path.read_text("ascii")
@@ -147,10 +147,10 @@ def _check(program: str, file: Path) -> None:
 
 
 def run(config: FleetConfig, source: Path) -> NoReturn:
-    """Become HAProxy's master process, which runs until SIGTERM, or SIGUSR1 to drain.
+    """Replace this process by HAProxy's master, which runs until SIGTERM, or SIGUSR1 to drain.
 
     Raises:
-        ConfigError: the endpoint runs already, or see `write`.
+        ConfigError: the endpoint already runs, or its files cannot be written (`write`).
         DependencyError: HAProxy is not installed.
     """
     if _is_running(config):
@@ -165,7 +165,7 @@ def run(config: FleetConfig, source: Path) -> NoReturn:
 
 
 def run_router(config: FleetConfig, source: Path) -> NoReturn:
-    """Become vllm-router, which chooses devices for chats and completions.
+    """Replace this process by vllm-router, which chooses devices for chats and completions.
 
     Raises:
         ConfigError: the file names no port for it.
@@ -198,13 +198,13 @@ def run_router(config: FleetConfig, source: Path) -> NoReturn:
 
 
 def reload(config: FleetConfig, source: Path) -> None:
-    """Take over what the file and the files of keys say now; no request fails for it.
+    """Apply the present contents of the fleet's file and the files of keys without failed requests.
 
     The old process hands its open sockets to the new one, and ends when its answers have.
 
     Raises:
-        BackendError: no endpoint runs, or HAProxy does not take the new file; the old one serves.
-        ConfigError: see `write`; the old one serves.
+        BackendError: no endpoint runs, or HAProxy refuses the new file; the old one stays in use.
+        ConfigError: the file cannot be written (`write`); the old one stays in use.
     """
     _workers_of_master(config)
     write(config, source)
@@ -221,7 +221,7 @@ def reload(config: FleetConfig, source: Path) -> None:
 
 
 def _tell_router(config: FleetConfig) -> None:
-    """Add new devices to vllm-router and take old ones out; where it is off, it reads the file."""
+    """Add new devices to vllm-router and remove old ones; if it is off, it reads them later."""
     base = f"http://127.0.0.1:{config.router_port}"
     try:
         with urllib.request.urlopen(f"{base}/list_workers", timeout=_ASK_S) as answer:
@@ -244,16 +244,16 @@ def _tell_router(config: FleetConfig) -> None:
 
 
 def stop(config: FleetConfig) -> int:
-    """End the endpoint; running answers have ``drain_timeout_s``.
+    """Stop the endpoint; running answers have ``drain_timeout_s``.
 
     Returns:
-        how many connections were cut.
+        The number of connections that were cut.
 
     Raises:
         BackendError: no endpoint runs.
     """
     master, _ = _workers_of_master(config)
-    os.kill(master, 10)  # SIGUSR1: no new connections, running ones end
+    os.kill(master, 10)  # SIGUSR1: take no new connections, let running ones end
     deadline = time.monotonic() + config.drain_timeout_s
     while _is_alive(master):
         if time.monotonic() > deadline:
@@ -274,10 +274,10 @@ def _is_alive(pid: int) -> bool:
 
 
 def status(config: FleetConfig) -> dict[str, DeviceState]:
-    """Ask HAProxy and every device how they are.
+    """Ask HAProxy and every device for their state.
 
     Raises:
-        BackendError: the endpoint runs, and does not say.
+        BackendError: the endpoint runs, but does not answer.
     """
     running = _is_running(config)
     states = _proxy_states(config) if running else {}
@@ -338,7 +338,7 @@ def _is_running(config: FleetConfig) -> bool:
 
 
 def _workers_of_master(config: FleetConfig) -> tuple[int, Sequence[str]]:
-    """Return the master's process id, and what it says of its workers."""
+    """Return the master's process id, and its report about its workers."""
     lines = [line for line in _master(config, "show proc").splitlines() if line[:1] != "#"]
     masters = [line.split() for line in lines if " master " in line]
     if not masters or not any(" worker " in line for line in lines):
@@ -347,7 +347,7 @@ def _workers_of_master(config: FleetConfig) -> tuple[int, Sequence[str]]:
 
 
 def _master(config: FleetConfig, command: str) -> str:
-    """Ask HAProxy's master process."""
+    """Send a command to HAProxy's master process."""
     path = f"{config.state_dir}/{MASTER_NAME}"
     try:
         with socket.socket(socket.AF_UNIX) as asked:

@@ -1,8 +1,8 @@
-"""Writes HAProxy's configuration: one address, and the devices with a key each.
+"""Writes HAProxy's configuration: one address, and the devices, each with its key.
 
-A request goes through HAProxy twice. The first part knows clients: TLS, keys, the choice of a
-device, the log. The second is one device: it adds that device's key, and cuts it off where it is
-frozen, upon which the first asks another one. vllm-router, where it chooses, is between the two.
+A request passes HAProxy twice. The first part knows clients: TLS, keys, the choice of a device, the
+log. The second part stands for one device: it adds that device's key, and cuts it off if it is
+frozen, and then the first part asks another one. vllm-router, if it chooses, is between the two.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ listen device-{name}
     server {name} {address} maxconn {slots}{checked}
 """
 
-# Whatever it answers, it is alive; where it answers nothing at all, nothing more will come of it.
+# Any answer means that the device is alive; without one, nothing more will come from it.
 _CHECK = """\
     option httpchk
     http-check send meth GET uri /health ver HTTP/1.1 hdr Host localhost
@@ -208,7 +208,7 @@ def configuration(config: FleetConfig, secret: str, source: str) -> str:
 
     Args:
         config: the fleet.
-        secret: what the endpoint says to itself by way of vllm-router.
+        secret: password that the endpoint sends itself through vllm-router.
         source: the fleet's file, for the first line.
     """
     names = list(config.devices)
@@ -259,13 +259,13 @@ def client_map(keys: list[KeyEntry]) -> str:
 
 
 def worker_url(config: FleetConfig, name: str) -> str:
-    """Return where vllm-router finds a device: at the endpoint, which adds its key."""
+    """Return vllm-router's address for a device: at the endpoint, which adds the device's key."""
     assert config.router_port is not None
     return f"http://127.0.0.1:{config.router_port + 1}/{name}"
 
 
 def _use_router(config: FleetConfig) -> str:
-    """These two paths only: of others the router passes no headers on."""
+    """Send only these two paths to the router: on others it passes no headers on."""
     if config.router_port is None:
         return ""
     paths = "/v1/chat/completions /v1/completions"
@@ -325,7 +325,7 @@ def _http_error(status: int, code: str, message: str, retry_after_s: int | None)
 
 
 def _envelope(status: int, code: str, message: str) -> str:
-    """OpenAI's form of an error; nothing in it needs HAProxy's quotes."""
+    """Write an error in OpenAI's form, with nothing that HAProxy would have to quote."""
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     error = {"message": message, "type": kind, "param": None, "code": code}

@@ -1,1 +1,1 @@
-"""Bundles in OCI registries: references, credentials, the wire, push and pull."""
+"""Exchanges bundles with OCI registries: references, credentials, the wire, push and pull."""

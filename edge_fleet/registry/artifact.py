@@ -1,8 +1,8 @@
-"""A bundle as an OCI artifact: which layers it has, and what its registry manifest says.
+"""Defines a bundle as an OCI artifact: its layers, and its manifest in the registry.
 
 A small file is one layer. A large one is cut where its content says (FastCDC), so that two files
-that differ in one tensor share all other chunks. A chunk's title is ``NAME.part-00001``: what any
-other client pulls is the file again after ``cat NAME.part-*``. Engines are no part of it.
+that differ in one tensor share all other chunks. A chunk's title is ``NAME.part-00001``: if another
+client pulls the chunks, ``cat NAME.part-*`` makes the file again. Engines are not included.
 
 The same bundle always has the same manifest, byte for byte, and so the same digest.
 """
@@ -77,10 +77,10 @@ class Piece(NamedTuple):
     """A part of a file, or all of it.
 
     Attributes:
-        file: name in the bundle.
-        offset: where it begins.
+        file: name of the file in the bundle.
+        offset: place in the file where it begins.
         num_bytes: its size.
-        digest: of its bytes, as a registry writes it.
+        digest: digest of its bytes, as a registry writes it.
     """
 
     file: str
@@ -90,7 +90,7 @@ class Piece(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What an artifact holds.
+    """The files of a bundle in an artifact.
 
     Attributes:
         manifest: layer of ``manifest.json``.
@@ -103,17 +103,17 @@ class Contents(NamedTuple):
     pieces: dict[str, list[Piece]]
 
     def all_pieces(self) -> Iterator[Piece]:
-        """Every piece of every file."""
+        """Yield every piece of every file."""
         for pieces in self.pieces.values():
             yield from pieces
 
 
 def describe(bundle: Path, progress: Progress = silent) -> tuple[Artifact, Manifest]:
-    """Cut and hash the files of a bundle; nothing of it is held in memory.
+    """Cut and hash the files of a bundle without holding them in memory.
 
     Args:
         bundle: directory of the bundle.
-        progress: is called with the bytes hashed (step ``hash``).
+        progress: called with the bytes hashed (step ``hash``).
 
     Raises:
         BundleError, IntegrityError: the bundle is missing or damaged.
@@ -155,11 +155,11 @@ def decode(data: bytes, where: str) -> tuple[Artifact, Contents]:
     """Read the manifest of an artifact and check that it describes whole files.
 
     Args:
-        data: as the registry, or a bundle that came from one, has it.
-        where: for messages.
+        data: the manifest's bytes, from the registry or from a bundle that came from one.
+        where: name of its source, for messages.
 
     Raises:
-        BundleError: it is none of a bundle, or of another version.
+        BundleError: it is not a bundle's, or is of another version.
         IntegrityError: it contradicts itself.
     """
     try:
@@ -196,10 +196,10 @@ def decode(data: bytes, where: str) -> tuple[Artifact, Contents]:
 
 
 def check_contents(contents: Contents, manifest: Manifest, where: str) -> None:
-    """Check that an artifact holds the files of its bundle, no more and no fewer.
+    """Check that an artifact holds exactly the files of its bundle.
 
     Raises:
-        IntegrityError: it does not; a file is named.
+        IntegrityError: it does not; the message names a file.
     """
     for name in sorted(contents.pieces.keys() ^ manifest.files.keys()):
         extra = name in contents.pieces
@@ -216,7 +216,7 @@ def check_contents(contents: Contents, manifest: Manifest, where: str) -> None:
 
 
 def read_piece(bundle: Path, piece: Piece) -> bytes | None:
-    """Read a piece of a bundle's file; None if that is not, or not any more, what is there."""
+    """Read a piece of a bundle's file; None if the file no longer contains it."""
     try:
         descriptor = os.open(bundle / piece.file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -235,10 +235,10 @@ def _layer(kind: str, data: bytes, title: str) -> Layer:
 
 
 def _file_layers(path: Path, name: str, info: FileInfo) -> Iterator[Layer]:
-    """Cut a file into layers, and hold it to its hash meanwhile.
+    """Cut a file into layers, and check its hash at the same time.
 
     Raises:
-        IntegrityError: it is missing or another.
+        IntegrityError: the file is missing or differs.
     """
     whole = hashlib.sha256()
     total = 0

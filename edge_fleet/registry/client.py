@@ -1,9 +1,9 @@
-"""Speaks to a registry: the OCI distribution API 1.1 over urllib3.
+"""Talks to a registry: the OCI distribution API 1.1 over urllib3.
 
-Blobs are small (`artifact.MAX_CHUNK_BYTES`), so a broken transfer costs one of them;
-what a registry sends is held to size and digest while it comes. The `oras` package was looked at
-(0.2.43): it reads a blob whole to upload it, does not check the digest of one that it downloads,
-and sends its token again wherever a redirect leads.
+Blobs are small (`artifact.MAX_CHUNK_BYTES`), so a broken transfer costs only one of them. Size and
+digest of what a registry sends are checked as it arrives. The `oras` package (0.2.43) does not do:
+it reads a blob whole to upload it, does not check the digest of one that it downloads,
+and sends its token wherever a redirect leads.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import urllib3
 
 MAX_MANIFEST_BYTES = 4 << 20
-"""What registries take at most (OCI distribution specification, "Pushing Manifests")."""
+"""The largest manifest that registries take (OCI distribution spec, "Pushing Manifests")."""
 MANIFEST_TYPE: Literal["application/vnd.oci.image.manifest.v1+json"] = (
     "application/vnd.oci.image.manifest.v1+json"
 )
@@ -49,22 +49,22 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
 _LONGEST_WISH_S = 30.0
 _MAX_REDIRECTS = 4
 _MAX_ERROR_BYTES = 1 << 16
-_READ_BYTES = 1 << 16  # at once, of what has arrived
-# As git's http.lowSpeedLimit and http.lowSpeedTime: of all connections together, or a slow line
-# that they share would count as none.
+_READ_BYTES = 1 << 16  # to read at once from what has arrived
+# As git's http.lowSpeedLimit and http.lowSpeedTime, but for all connections together, since several
+# on one slow line would each be too slow.
 _SLOW_S, _LEAST_BYTES_PER_S = 60.0, 1024
-_SENT_BYTES = 1 << 16  # at once, which a slow line has to take within the time of a connect
+_SENT_BYTES = 1 << 16  # to send at once; a slow line has to take them within the connect timeout
 _RETRIED = (408, 429, 500, 502, 503, 504)
-_BROKEN_UPLOAD = (404, 416)  # how a registry refuses a place that half a blob came to
+_BROKEN_UPLOAD = (404, 416)  # a registry's answers for an upload that holds half a blob
 _PORTS = {"http": 80, "https": 443}
 _PARAMETER = re.compile(r'([A-Za-z_]+)="((?:[^"\\]|\\.)*)"')
 
 
 class _BusyError(RegistryError):
-    """A refusal that may be none later.
+    """The registry is busy; retrying may succeed.
 
     Attributes:
-        wait_s: for how long the registry wants to be left alone.
+        wait_s: seconds that the registry wants to be left alone.
     """
 
     def __init__(self, message: str, wait_s: float) -> None:
@@ -77,24 +77,24 @@ class NotThereError(ConfigError):
 
 
 class DeniedError(ConfigError):
-    """The registry wants credentials, or others."""
+    """The registry wants credentials, or refuses these."""
 
 
 class Registry:
-    """One repository of a registry. Any thread may call it.
+    """One repository of a registry; any thread may call it.
 
     Args:
         reference: names registry and repository.
-        plain_http: speak HTTP without TLS; None does so with this very machine only.
+        plain_http: speak HTTP without TLS; None does so only with this machine itself.
         credentials: user and password; None looks for them (`find_credentials`).
 
     Attributes:
-        patient: whether a line that breaks is waited for, for two minutes. It is from the first
-            answer on: until then the address may be wrong.
+        patient: whether to keep retrying a lost connection for two minutes. It is set by the first
+            answer: until then the address may be wrong.
 
     Raises:
         DependencyError: urllib3 is not installed.
-        ConfigError: see `find_credentials`.
+        ConfigError: stored credentials cannot be used (`find_credentials`).
     """
 
     def __init__(
@@ -130,14 +130,14 @@ class Registry:
         self.close()
 
     def manifest(self, wanted: str) -> tuple[bytes, str]:
-        """Get a manifest, and the digest of its bytes; a broken transfer is tried again.
+        """Get a manifest, and the digest of its bytes; retry a broken transfer.
 
         Args:
             wanted: a tag, or the digest that it must have.
 
         Raises:
             ConfigError: it is not there (`NotThereError`), or the registry refuses the credentials.
-            IntegrityError: it is another than the digest says, or too large.
+            IntegrityError: it does not match the digest, or is too large.
             RegistryError: the registry cannot be reached or fails.
         """
         data = self._get(f"manifests/{wanted}", MAX_MANIFEST_BYTES, {"Accept": MANIFEST_TYPE})
@@ -170,7 +170,8 @@ class Registry:
         """Whether the repository has a blob.
 
         Raises:
-            ConfigError, RegistryError: see `put_manifest`.
+            ConfigError: the registry refuses the credentials.
+            RegistryError: the registry cannot be reached or fails.
         """
         response = self._request(
             "HEAD", f"/v2/{self._repository}/blobs/{digest}", push=True, also=(404,)
@@ -179,10 +180,11 @@ class Registry:
         return bool(response.status == 200)
 
     def put_blob(self, data: bytes, digest: str) -> None:
-        """Store a blob; a broken transfer is begun again in another place.
+        """Store a blob; a broken transfer starts again in a new upload.
 
         Raises:
-            ConfigError, RegistryError: see `put_manifest`.
+            ConfigError: the registry refuses it or the credentials.
+            RegistryError: the registry cannot be reached or fails.
         """
         headers = {"Content-Type": "application/octet-stream"}
         for left in range(_TRIES - 1, -1, -1):
@@ -206,10 +208,10 @@ class Registry:
                 return
 
     def _upload_place(self, place: str) -> str:
-        """Where a registry wants a blob; one behind a proxy with TLS often says ``http``.
+        """Find the address for a blob's upload; behind a TLS proxy it often says ``http``.
 
         Raises:
-            RegistryError: it would go over the network in the clear, or the place is no address.
+            RegistryError: the blob would be sent without TLS, or the address is invalid.
         """
         url = urlsplit(self._address(self._root, place))
         own = urlsplit(self._root)
@@ -220,7 +222,7 @@ class Registry:
         return url.geturl()
 
     def blob(self, digest: str, num_bytes: int) -> bytes:
-        """Get a blob, held to its size and digest; a broken transfer is tried again.
+        """Get a blob, and check its size and digest; retry a broken transfer.
 
         Raises:
             IntegrityError: the registry has something else.
@@ -239,7 +241,7 @@ class Registry:
     # ------------------------------------------------------------------------------- wire
 
     def _pool(self, url: str) -> urllib3.PoolManager:
-        """The connections to an address, through the environment's proxy or not."""
+        """Return the connections to an address, through the environment's proxy if it has one."""
         parts = urlsplit(url)
         proxy = urllib.request.getproxies().get(parts.scheme)
         if is_loopback(parts.netloc) or urllib.request.proxy_bypass(parts.netloc):
@@ -259,7 +261,7 @@ class Registry:
         }
         if proxy:
             proxy = proxy if "://" in proxy else f"http://{proxy}"
-            # urllib3 leaves out the user and password of the address.
+            # urllib3 does not take user and password from the address.
             user, at, _ = urlsplit(proxy).netloc.rpartition("@")
             key = self._http.util.make_headers(proxy_basic_auth=unquote(user)) if at else None
             pool = self._http.ProxyManager(proxy, proxy_headers=key, **options)
@@ -272,7 +274,7 @@ class Registry:
         return pool
 
     def _get(self, place: str, max_bytes: int, headers: Mapping[str, str] | None = None) -> bytes:
-        """Get a body of the repository; a transfer that breaks is begun again."""
+        """Get a body from the repository; retry a broken transfer."""
         for left in range(_TRIES - 1, -1, -1):
             response = self._request("GET", f"/v2/{self._repository}/{place}", headers=headers)
             try:
@@ -294,12 +296,12 @@ class Registry:
         also: tuple[int, ...] = (),
         once: bool = False,
     ) -> Any:
-        """Send a request: again where that may help, elsewhere where a redirect leads.
+        """Send a request; retry it where that may help, and follow redirects.
 
-        With ``once`` this is a blob's upload, which only the caller can begin again.
+        With ``once`` this is a blob's upload, which only the caller can start again.
 
         Returns:
-            The response, of a good status or one of ``also``; its body is not read yet.
+            The response, with a good status or one of ``also``; its body is not read yet.
         """
         url = urljoin(self._root, place)
         retried = (*_RETRIED, *_BROKEN_UPLOAD) if once else _RETRIED
@@ -334,7 +336,7 @@ class Registry:
         body: bytes | None = None,
         once: bool = False,
     ) -> Any:
-        """Send a request, again where the line breaks or the other end is busy.
+        """Send a request; retry it if the line breaks or the other end is busy.
 
         Returns:
             The response; its body is not read yet.
@@ -375,10 +377,10 @@ class Registry:
         return target
 
     def _address(self, base: str, place: str) -> str:
-        """Where an answer points to.
+        """Resolve the address that an answer points to.
 
         Raises:
-            RegistryError: nowhere.
+            RegistryError: it is invalid.
         """
         try:
             url = urljoin(base, place)
@@ -388,11 +390,11 @@ class Registry:
         return url
 
     def _authenticate(self, challenge: str, push: bool) -> None:
-        """Take what the registry wants to see from now on.
+        """Get the authorization that the registry demands from now on.
 
         Raises:
             ConfigError: it wants credentials, and there are none, or it refuses them.
-            RegistryError: it wants something unknown.
+            RegistryError: it demands an unknown scheme.
         """
         scheme, _, rest = challenge.partition(" ")
         if scheme.lower() == "basic":
@@ -403,7 +405,7 @@ class Registry:
         parameters = {key.lower(): value for key, value in _PARAMETER.findall(rest)}
         realm = self._address("", parameters.get("realm", ""))
         own, other = urlsplit(self._root), urlsplit(realm)
-        # Without TLS only to the machine that is asked without TLS already.
+        # Without TLS only to a machine that is already asked without TLS.
         safe = other.scheme == "https" or (other.scheme, other.hostname) == ("http", own.hostname)
         safe = safe and own.scheme in ("http", other.scheme)
         if scheme.lower() != "bearer" or not safe:
@@ -482,12 +484,12 @@ class Registry:
 
     def _finish(self, response: Any) -> None:
         """Read a short body to its end, so that the connection serves the next request."""
-        # What breaks off or is long costs a connection: whoever read it has closed it.
+        # A broken or long body only costs the connection: whoever read it has closed it.
         with suppress(self._http.exceptions.HTTPError, OSError, IntegrityError):
             self._read(response, _MAX_ERROR_BYTES, "")
 
     def _read(self, response: Any, max_bytes: int, what: str) -> bytes:
-        """Read a body, no more of it than was announced, while enough arrives.
+        """Read a body up to its announced length, while enough arrives.
 
         Raises:
             IntegrityError: it is longer.
@@ -529,9 +531,9 @@ def digest_of(data: bytes) -> str:
 
 
 def _timed(kind: Any) -> Any:
-    """A connection of urllib3 that hangs up where the head of an answer is not there in time.
+    """Make a urllib3 connection that hangs up if the head of an answer is late.
 
-    Its own limit is for each read, so a head that comes byte by byte would never pass it.
+    urllib3's own limit is for each read, so a head that comes byte by byte would never exceed it.
     """
 
     def getresponse(self: Any) -> Any:
@@ -550,7 +552,7 @@ def _timed(kind: Any) -> Any:
             response = kind.getresponse(self)
         finally:
             timer.cancel()
-        if is_late.is_set():  # else what came before would count as the whole head
+        if is_late.is_set():  # otherwise the part that came would count as the whole head
             response.close()
             raise TimeoutError(f"its answer did not begin within {_READ_S:g} s")
         return response
@@ -559,13 +561,13 @@ def _timed(kind: Any) -> Any:
 
 
 def _retry_after(given: str | None, default_s: float) -> float:
-    """Seconds to wait; a date, which a clock that is wrong would misread, counts for nothing."""
+    """Return the seconds to wait; a date is ignored, since a wrong clock would misread it."""
     is_number = given is not None and given.isascii() and given.isdigit()
     return min(float(given or 0) if is_number else default_s, _LONGEST_WISH_S)
 
 
 def _is_certificate(error: Exception) -> bool:
-    """Whether the other end showed a certificate that does not hold: now, or for its name."""
+    """Whether the other end's certificate is not valid: now, or for its name."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
         cause = cause.__cause__ or cause.__context__

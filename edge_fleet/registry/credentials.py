@@ -1,9 +1,9 @@
-"""Finds user and password for a registry, where Docker and Podman keep them.
+"""Finds user and password for a registry where Docker and Podman keep them.
 
-In this order: the JSON in ``DOCKER_AUTH_CONFIG``, the file ``REGISTRY_AUTH_FILE``, ``config.json``
-in ``DOCKER_CONFIG`` or ``~/.docker``, and, where neither variable says where to look, Podman's
-``auth.json`` (containers-auth.json(5)). So
-``docker login`` and ``podman login`` make them, and nothing secret is on a command line. Helpers
+They are looked for in this order: the JSON in ``DOCKER_AUTH_CONFIG``, the file
+``REGISTRY_AUTH_FILE``, ``config.json`` in ``DOCKER_CONFIG`` or ``~/.docker``, and, if neither
+variable is set, Podman's ``auth.json`` (containers-auth.json(5)). So ``docker login`` and
+``podman login`` store them, and no secret is on a command line. Helpers
 (``credHelpers``, ``credsStore``) are run as Docker runs them.
 """
 
@@ -26,19 +26,19 @@ _MAX_BYTES = 1 << 20
 _HELPER_TIMEOUT_S = 30.0
 _HELPER_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 _HUB = "https://index.docker.io/v1/"
-"""Under which Docker keeps the credentials of all hosts of its own registry."""
+"""Key under which Docker keeps the credentials for all hosts of its own registry."""
 _HUB_HOSTS = ("docker.io", "index.docker.io", "registry-1.docker.io")
-_TOKEN_USER = "<token>"  # of a helper whose secret is an identity token
-_NO_CREDENTIALS = "credentials not found"  # the start of what a helper prints then
+_TOKEN_USER = "<token>"  # user name from a helper whose secret is an identity token
+_NO_CREDENTIALS = "credentials not found"  # how the message of a helper without any begins
 
 
 class _TokenError(ConfigError):
-    """Only an identity token is there."""
+    """There is only an identity token."""
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """User and password; the password does not show where this is printed."""
+    """User and password; printing this does not show the password."""
 
     user: str
     password: str = field(repr=False)
@@ -65,11 +65,11 @@ class _Answer(msgspec.Struct):
 def find_credentials(
     registry: str, environ: Mapping[str, str] | None = None, repository: str = ""
 ) -> Credentials | None:
-    """Find the credentials of a registry; None where there are none.
+    """Find the credentials of a registry; None if there are none.
 
     Args:
         registry: host, with its port if it has one.
-        environ: instead of ``os.environ``.
+        environ: used instead of ``os.environ``.
         repository: path of names; Podman may keep credentials for it or a part of it.
 
     Raises:
@@ -121,7 +121,7 @@ def _configs(environ: Mapping[str, str]) -> Iterator[tuple[_Config, str]]:
         except FileNotFoundError:
             continue
         except (PermissionError, NotADirectoryError) as error:
-            if path in guessed:  # those of another user, or of root
+            if path in guessed:  # may belong to another user, or root
                 continue
             raise _unreadable(path, error) from error
         except OSError as error:
@@ -137,7 +137,7 @@ def _decode(data: bytes, where: str) -> _Config:
     try:
         return msgspec.json.decode(data, type=_Config)
     except MALFORMED as error:
-        # The text of the error may quote a value.
+        # The error's text may quote a secret value.
         raise ConfigError(
             f"{where} is no configuration of Docker ({type(error).__name__}); docker login or "
             "podman login writes one"
@@ -149,7 +149,7 @@ def _read_entry(entry: _Entry, registry: str, where: str) -> Credentials | None:
     if entry.auth:
         try:
             text = base64.b64decode(entry.auth, validate=True).decode("utf-8").rstrip("\0")
-        except ValueError:  # no ASCII, no base64, no UTF-8
+        except ValueError:  # not ASCII, not base64, not UTF-8
             text = ""
         user, colon, password = text.partition(":")
         if not colon or not user:

@@ -1,7 +1,7 @@
-"""Which reference a model's bundle has in a team's own registry, for pull and push alike.
+"""Names a model's bundle in a team's own registry, for pull and push alike.
 
-``deepseek-r1:1.5b`` in INT4 is ``REGISTRY/deepseek-r1:1.5b-int4``, and ``owner/name`` of a hub
-``REGISTRY/owner/name:int4``. The bundle that a single JetPack takes ends with ``-jetpack6``.
+``deepseek-r1:1.5b`` in INT4 is ``REGISTRY/deepseek-r1:1.5b-int4``, and a hub's ``owner/name`` is
+``REGISTRY/owner/name:int4``. The name of a bundle for only one JetPack ends with ``-jetpack6``.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from .reference import Reference, parse_reference
 
 REGISTRY_VARIABLE = "EDGE_LLM_REGISTRY"
 TENSORRT = {"jetpack6": "10.3", "jetpack7": "10.16"}
-"""TensorRT of each JetPack that `edge_lab.telemetry.read_target` knows."""
+"""The TensorRT of each JetPack that `edge_lab.telemetry.read_target` knows."""
 
 
 @dataclass(frozen=True)
 class TeamRegistry:
-    """Where a team keeps its bundles.
+    """A team's registry of bundles.
 
     Attributes:
-        place: ``HOST[:PORT]``, and a path where one was given.
-        plain_http: see `client.Registry`.
+        place: ``HOST[:PORT]``, and a path if one was given.
+        plain_http: whether to speak HTTP without TLS (`client.Registry`).
     """
 
     place: str
@@ -37,12 +37,12 @@ class TeamRegistry:
         """Name the bundle of a model.
 
         Args:
-            hub_id: of the model, or of a checkpoint of it that is quantized already.
-            quantization: as in ``--quant``.
-            suffix: see `suffixes` and `suffix_of`.
+            hub_id: hub id of the model, or of an already quantized checkpoint of it.
+            quantization: quantization, as in ``--quant``.
+            suffix: end of the tag, from `suffixes` or `suffix_of`.
 
         Raises:
-            ConfigError: a hub id that no registry takes as a name.
+            ConfigError: no registry takes this hub id as a name.
         """
         for short, known in CATALOGUE.items():
             meant = PUBLISHED[known] if quantization == "source" else known
@@ -53,10 +53,10 @@ class TeamRegistry:
         return parse_reference(f"{self.place}/{hub_id.lower()}:{quantization}{suffix}")
 
     def reference_of(self, manifest: Manifest) -> Reference:
-        """Name a bundle as those look for it who pull its model.
+        """Name a bundle as a pull of its model looks for it.
 
         Raises:
-            ConfigError: it is of no model of a hub, or of one that was changed.
+            ConfigError: it comes from no model of a hub, or from one that was changed.
         """
         source, why = manifest.source, None
         if source.kind != "hub":
@@ -74,10 +74,10 @@ class TeamRegistry:
 
 
 def team_registry() -> TeamRegistry | None:
-    """Read ``EDGE_LLM_REGISTRY``: ``HOST[:PORT][/PATH]``, after ``http://`` one without TLS.
+    """Read ``EDGE_LLM_REGISTRY``: ``HOST[:PORT][/PATH]``, or with ``http://`` one without TLS.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the value is not of this form.
     """
     text = os.environ.get(REGISTRY_VARIABLE)
     if not text:
@@ -97,23 +97,23 @@ def team_registry() -> TeamRegistry | None:
 
 
 def suffix_of(manifest: Manifest) -> str:
-    """What ends a bundle's tag: the only JetPack that takes it, or nothing.
+    """Return the end of a bundle's tag: the only JetPack that takes it, or nothing.
 
-    The native dialect, which only JetPack 7 takes, is what CPUs get too: it has no ending.
+    Bundles in the native dialect, which only JetPack 7 takes, run on CPUs, too, and have none.
     """
     names = [name for name in TENSORRT if takes(manifest, name)]
     return f"-{names[0]}" if len(names) == 1 and manifest.dialect != "native" else ""
 
 
 def suffixes(machine: str | None) -> list[str]:
-    """What may end the tag of a bundle for this machine, the best first.
+    """List the ends that the tag of a bundle for this machine may have, best first.
 
     Args:
-        machine: `edge_lab.telemetry.read_target`.
+        machine: this machine's JetPack, from `edge_lab.telemetry.read_target`.
     """
     return ["", *(f"-{name}" for name in TENSORRT)] if machine is None else [f"-{machine}", ""]
 
 
 def takes(manifest: Manifest, machine: str | None) -> bool:
-    """Whether the TensorRT of a machine takes a bundle; one without TensorRT has none to ask."""
+    """Whether a machine's TensorRT takes a bundle; true for a machine without TensorRT."""
     return machine is None or TENSORRT[machine] in (manifest.tensorrt or ())

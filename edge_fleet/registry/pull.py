@@ -1,8 +1,8 @@
-"""Gets a bundle from a registry: checked before it is fetched, whole before it is there.
+"""Gets a bundle from a registry: it is checked before it is fetched, and appears only when whole.
 
-While a bundle ``r1`` is fetched, ``.r1.edge-llm-pull`` beside it holds what has arrived. Whatever
-ends a pull, the next one looks at every piece there, by its hash, and fetches the others only;
-pieces that bundles of the same directory have are copied from them. A whole bundle there, which has
+While a bundle ``r1`` is fetched, ``.r1.edge-llm-pull`` beside it holds what has arrived. However a
+pull ends, the next one checks every piece there by its hash, and fetches only the others. Pieces
+that bundles in the same directory have are copied from them. A whole bundle there, recognized by
 its manifest, is never written into: the swap may have put it there, and a server may read it.
 """
 
@@ -53,19 +53,19 @@ from .client import MAX_MANIFEST_BYTES, NUM_CONNECTIONS, Registry, digest_of
 from .reference import Reference
 from .release import check_name
 
-_MAX_SOURCES = 16  # bundles beside the target that are looked into
+_MAX_SOURCES = 16  # bundles beside the target to search for pieces
 _Known: TypeAlias = dict[str, list[tuple[Path, Piece]]]
 
 
 class Pulled(NamedTuple):
-    """What a pull did.
+    """The result of a pull.
 
     Attributes:
         bundle: directory of the bundle.
-        digest: of the registry's manifest.
+        digest: digest of the registry's manifest.
         num_bytes: size of the bundle.
-        fetched_bytes: what came over the network.
-        signer: name of the trusted key that signed it; None where no policy asks for one.
+        fetched_bytes: bytes that came over the network.
+        signer: name of the trusted key that signed it; None if no policy demands one.
         manifest: the bundle's manifest.
     """
 
@@ -78,17 +78,17 @@ class Pulled(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """What a registry offers, checked as far as that can be without its files.
+    """A bundle that a registry offers, checked as far as possible without its files.
 
     Attributes:
-        digest: of the registry's manifest.
-        origin: the registry's manifest.
-        contents: what it holds.
-        manifest_bytes: the bundle's manifest.
-        manifest: the same, read.
+        digest: digest of the registry's manifest.
+        origin: bytes of the registry's manifest.
+        contents: files of the bundle.
+        manifest_bytes: bytes of the bundle's manifest.
+        manifest: the bundle's manifest.
         signature: its signature, if it has one.
-        signer: see `Pulled`.
-        release: which release it is, by its manifest; None without a number.
+        signer: name of the trusted key that signed it; None if no policy demands one.
+        release: the release that its manifest names; None without a number.
     """
 
     digest: str
@@ -102,18 +102,18 @@ class Offer(NamedTuple):
 
 
 def look(reference: Reference, registry: Registry, trusted_keys: Path | None = None) -> Offer:
-    """Ask a registry what a reference is, and hold its manifest to this machine's policy.
+    """Ask a registry about a reference, and check its manifest by this machine's policy.
 
     Args:
-        reference: what to look at.
-        registry: of that reference.
-        trusted_keys: see `edge.bundle.trust.trusted_keys_file`.
+        reference: reference to look up.
+        registry: registry of that reference.
+        trusted_keys: file of trusted keys (`edge.bundle.trust.trusted_keys_file`).
 
     Raises:
-        BundleError: it is no bundle, of another version, not signed where it must be, or signed
+        BundleError: it is no bundle, of another version, not signed although it must be, or signed
             for another repository.
         IntegrityError: it contradicts itself, or a key signed it that is not trusted.
-        ConfigError, RegistryError: see `Registry`; or the file of keys cannot be used.
+        ConfigError, RegistryError: `Registry` fails; or the file of keys cannot be used.
     """
     origin, digest = registry.manifest(reference.wanted)
     where = str(reference)
@@ -143,23 +143,23 @@ def pull(
 ) -> Pulled:
     """Fetch a bundle that `look` has found.
 
-    Nothing is written beside what has arrived until every file has the hash that the manifest says.
+    Until every file has the hash that the manifest says, only the staging directory is written.
     A bundle that is replaced loses its engines, which were built from its own graph.
 
     Args:
-        offer: what to fetch.
-        registry: where it is.
+        offer: bundle to fetch.
+        registry: registry that has it.
         target: directory of the bundle: missing, empty, the same bundle, or with ``overwrite``
             another.
-        overwrite: replace a bundle that is there.
+        overwrite: whether to replace another bundle.
         near: a directory of bundles that may have pieces of it, besides the target's own.
-        progress: is called with bytes, in the step ``pull``.
+        progress: called with bytes, in the step ``pull``.
 
     Raises:
         ConfigError: the target is not ours to replace, cannot be written, or is being written.
         ResourceError: the disk is too full.
-        IntegrityError: what arrived is damaged; what was there stays.
-        RegistryError: see `Registry`.
+        IntegrityError: what arrived is damaged; the old bundle stays.
+        RegistryError: the registry cannot be reached or fails.
     """
     target = resolve_target(target)
     staging = beside(target, "pull")
@@ -169,7 +169,7 @@ def pull(
         if not _is_there(offer, target):
             check_replaceable(target, overwrite)
             if staging.is_symlink():
-                staging.unlink()  # no pull makes one: what it leads to is not ours
+                staging.unlink()  # no pull makes a link, so its target is not ours
             if not _is_there(offer, staging):
                 if (staging / MANIFEST_NAME).exists():
                     sweep(target, staging)  # a bundle that was replaced may still serve
@@ -183,7 +183,7 @@ def pull(
             put_in_place(staging, target)
             fsync(target.parent)
         elif read_signature_bytes(target) != offer.signature:
-            _write_about(target, offer)  # signed again: nothing else has changed
+            _write_about(target, offer)  # only the signature may have changed
             fsync(target)
         sweep(target, staging)
     size = len(offer.manifest_bytes) + sum(info.num_bytes for info in offer.manifest.files.values())
@@ -191,7 +191,7 @@ def pull(
 
 
 def origin_digest(bundle: Path) -> str | None:
-    """The digest under which a registry had a bundle; None if it came from none."""
+    """Return the digest under which a registry had a bundle; None if it came from none."""
     try:
         return digest_of(read_file(bundle / ORIGIN_NAME, MAX_MANIFEST_BYTES))
     except OSError:
@@ -199,7 +199,7 @@ def origin_digest(bundle: Path) -> str | None:
 
 
 def _is_there(offer: Offer, target: Path) -> bool:
-    """Whether the target is this very bundle, whole."""
+    """Whether the target is exactly this bundle, and whole."""
     try:
         if read_manifest_bytes(target) != offer.manifest_bytes:
             return False
@@ -212,7 +212,7 @@ def _is_there(offer: Offer, target: Path) -> bool:
 def _fill(
     staging: Path, offer: Offer, registry: Registry, known: _Known, progress: Progress
 ) -> int:
-    """Bring every piece into the staging directory; returns the bytes that were fetched."""
+    """Get every piece into the staging directory; return the number of bytes fetched."""
     total = sum(piece.num_bytes for piece in offer.contents.all_pieces())
     for path in staging.iterdir():
         found = path.lstat()
@@ -252,7 +252,7 @@ def _bring(
     known: _Known,
     registry: Registry,
 ) -> int:
-    """Write a piece to its place, if it is not there; returns the bytes that were fetched."""
+    """Write a piece to its place unless it is there; return the number of bytes fetched."""
     if artifacts.read_piece(staging, piece) is not None and piece.num_bytes:
         return 0
     data, fetched = None, 0
@@ -274,17 +274,17 @@ def _bring(
 
 
 def _is_own(found: os.stat_result) -> bool:
-    """Whether a file has only its name here: no link, no pipe, and no other name elsewhere."""
+    """Whether a file is a plain file with this name only: no link, no pipe, no second name."""
     return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
 
 
 def _open_own(path: Path) -> int:
-    """Open a file of the staging directory for writing, made where it is missing.
+    """Open a file of the staging directory for writing, and make it if it is missing.
 
     Raises:
-        OSError: it is not only there; `_fill` has removed such files, so somebody has put it there.
+        OSError: it has other names, too; `_fill` has removed such files, so somebody put it there.
     """
-    # A pipe would be waited for.
+    # Opening a pipe would block.
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o644)
     if not _is_own(os.fstat(descriptor)):
@@ -298,7 +298,7 @@ def _finish(staging: Path, offer: Offer) -> None:
     for name, info in offer.manifest.files.items():
         descriptor = _open_own(staging / name)
         try:
-            os.ftruncate(descriptor, info.num_bytes)  # a longer one of an earlier pull
+            os.ftruncate(descriptor, info.num_bytes)  # an earlier pull's may be longer
         finally:
             os.close(descriptor)
     verify_files(staging, offer.manifest)
@@ -321,9 +321,9 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _known_pieces(target: Path, near: Path | None) -> _Known:
-    """Find which pieces the bundles of the target's directory, and those near, say they have.
+    """Find the pieces that the target's neighbours and bundles in ``near`` claim to have.
 
-    They are believed only when they are read (`artifacts.read_piece`).
+    Each claim is checked when the piece is read (`artifacts.read_piece`).
     """
     known: _Known = {}
     for bundle in _neighbours(target, near):
@@ -349,7 +349,7 @@ def _own_pieces(bundle: Path) -> Iterable[Piece]:
 
 
 def _whole_files(bundle: Path) -> Iterator[Piece]:
-    """The small files of a bundle that was exported here: their pieces are the files."""
+    """Yield the small files of a bundle that was exported here: each is a piece of its own."""
     try:
         manifest = read_manifest(bundle)
     except EdgeError:

@@ -1,4 +1,4 @@
-"""Sends a bundle to a registry: what is there already is not sent again."""
+"""Sends a bundle to a registry without the blobs that are already there."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .release import check_name
 
 
 class Pushed(NamedTuple):
-    """What a push did.
+    """The result of a push.
 
     Attributes:
-        digest: of the registry's manifest; ``NAME@DIGEST`` means this bundle for ever.
+        digest: digest of the registry's manifest; ``NAME@DIGEST`` means this bundle forever.
         num_bytes: size of the bundle.
-        sent_bytes: what was not there yet.
-        signed: whether the bundle has a signature, whoever made it.
+        sent_bytes: bytes that the registry did not have yet.
+        signed: whether the bundle has a signature, by any key.
     """
 
     digest: str
@@ -38,21 +38,21 @@ class Pushed(NamedTuple):
 def push(
     bundle: Path, reference: Reference, registry: Registry, progress: Progress = silent
 ) -> Pushed:
-    """Send a bundle, every file held to its hash; its engines stay here.
+    """Send a bundle after checking the hash of every file; its engines stay here.
 
-    The tag moves last. So whatever ends this, the registry has the whole bundle or, under this tag,
-    what it had before; the next push goes on.
+    The tag moves last. So however this ends, the registry has the whole bundle, or under this tag
+    still the old one; the next push continues.
 
     Args:
         bundle: directory of the bundle.
-        reference: where to; one without a tag stores it under its digest only.
-        registry: of that reference.
-        progress: is called with bytes, in the steps ``hash`` and ``push``.
+        reference: where to send it; without a tag it is stored only under its digest.
+        registry: registry of that reference.
+        progress: called with bytes, in the steps ``hash`` and ``push``.
 
     Raises:
         BundleError, IntegrityError: the bundle is missing, damaged, was changed meanwhile, or is
             signed for another repository.
-        ConfigError, RegistryError: see `Registry`; or the reference has another digest.
+        ConfigError, RegistryError: `Registry` fails; or the reference has another digest.
         DependencyError: pyfastcdc is not installed.
     """
     check_name(read_release(read_manifest(bundle)), reference)
@@ -93,7 +93,7 @@ def push(
 
 
 class _Blob(NamedTuple):
-    """Where the bytes of a blob are: in memory, or in a file of the bundle."""
+    """A blob's bytes: in memory, or in a file of the bundle."""
 
     size: int
     data: bytes | None
@@ -124,7 +124,7 @@ def _blobs(bundle: Path, data: bytes) -> Iterator[tuple[str, _Blob]]:
 
 
 def _send(registry: Registry, digest: str, blob: _Blob) -> int:
-    """Send a blob that the registry has not; returns the bytes sent."""
+    """Send a blob unless the registry has it; return the number of bytes sent."""
     if registry.has_blob(digest):
         return 0
     registry.put_blob(blob.read(), digest)

@@ -1,4 +1,4 @@
-"""References to what a registry holds: ``HOST[:PORT]/REPOSITORY[:TAG][@sha256:DIGEST]``."""
+"""Parses references to a registry's contents: ``HOST[:PORT]/REPOSITORY[:TAG][@sha256:DIGEST]``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from edge.errors import ConfigError
 
-# The grammar of names, tags and digests is that of the OCI distribution specification 1.1.
+# Names, tags and digests have the grammar of the OCI distribution specification 1.1.
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
 _HOST = rf"(?:\[[0-9a-fA-F:.]+\]|{_LABEL}(?:\.{_LABEL})*)(?::[0-9]{{1,5}})?"
@@ -23,13 +23,13 @@ MAX_CHARS = 512
 
 @dataclass(frozen=True)
 class Reference:
-    """What a registry is asked for.
+    """A name for something in a registry.
 
     Attributes:
-        registry: host, and port where one was given.
+        registry: host, and port if one was given.
         repository: path of names.
-        tag: a name that may move; None where only a digest was given.
-        digest: ``sha256:`` and 64 digits, which mean one content for ever; None if none was given.
+        tag: a name that may move; None if only a digest was given.
+        digest: ``sha256:`` and 64 digits, which mean one content forever; None if none was given.
     """
 
     registry: str
@@ -44,12 +44,12 @@ class Reference:
 
     @property
     def wanted(self) -> str:
-        """What is asked for: the digest where there is one, else the tag."""
+        """The part to ask for: the digest if there is one, else the tag."""
         return self.digest or self.tag or "latest"
 
     @property
     def name(self) -> str:
-        """The repository's last component, after which a pulled bundle is named."""
+        """The repository's last component, which names a pulled bundle."""
         return self.repository.rpartition("/")[2]
 
     @property
@@ -59,12 +59,12 @@ class Reference:
 
 
 def parse_reference(text: str) -> Reference:
-    """Read a reference; one without tag and digest has the tag ``latest``.
+    """Parse a reference; without tag and digest it has the tag ``latest``.
 
-    The host is never left out, since nobody's registry is the default.
+    It must have a host, since there is no default registry.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the text is not a reference.
     """
     match = _REFERENCE.fullmatch(text) if len(text) <= MAX_CHARS else None
     if match is None:
@@ -82,7 +82,7 @@ def parse_reference(text: str) -> Reference:
 
 
 def is_reference(text: str) -> bool:
-    """Whether a text can only be a reference, and no directory of that form is meant."""
+    """Whether a text must be a reference, and cannot mean a directory."""
     return len(text) <= MAX_CHARS and _REFERENCE.fullmatch(text) is not None
 
 

@@ -1,8 +1,8 @@
-"""Which releases a device takes: none that has expired, and none older than it had.
+"""Decides which releases a device takes: none that has expired, and none older than it had.
 
-As The Update Framework (specification 1.0, 5.3 to 5.5) does with timestamp and snapshot, apt with
-``Valid-Until``, and ostree with ``--timestamp-check``. Only what is fetched is held to this: what a
-device has, it serves on, whatever the date.
+The Update Framework does so (specification 1.0, 5.3 to 5.5) with timestamp and snapshot, apt with
+``Valid-Until``, and ostree with ``--timestamp-check``. Only fetched bundles are checked: a device
+continues to serve the bundle that it has, whatever the date.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .reference import Reference
 
 
 def release_at(bundle: Path) -> Release | None:
-    """Read which release a directory or link has; None without a number, or without a bundle."""
+    """Read the release of a directory or link; None without a number, or without a bundle."""
     try:
         return read_release(read_manifest(bundle))
     except BundleError:
@@ -28,25 +28,26 @@ def release_at(bundle: Path) -> Release | None:
 def check_release(
     release: Release | None, where: str, before: Release | None, highest: int = 0
 ) -> str | None:
-    """Refuse a release that has expired, or that is older than what was here.
+    """Refuse a release that has expired, or that is older than an earlier one here.
 
-    A bundle without a number counts as release 0. The same number again is no step back: whoever
-    must not see one bundle in the place of another gives it a higher number.
+    A bundle without a number counts as release 0. The same number again is allowed: to keep one
+    bundle from being mistaken for another, give it a higher number.
 
-    A clock may be wrong: a device without a battery starts in 1970. Time is never taken to be
-    before ``release`` and ``before`` were signed, so such a device takes what was not over by then.
+    A clock may be wrong: a device without a battery starts in 1970. The time is taken to be no
+    earlier than the signing of ``release`` and ``before``, so such a device takes releases that had
+    not expired by then.
 
     Args:
-        release: what is offered.
-        where: names it.
-        before: what is here.
-        highest: number of the newest release that was here.
+        release: release that is offered.
+        where: its name for messages.
+        before: release that is here.
+        highest: number of the newest release that was ever here.
 
     Returns:
-        What a person should know: that this machine's clock is behind; None if it is not.
+        A note for people if this machine's clock is behind; else None.
 
     Raises:
-        BundleError: it is not to be taken.
+        BundleError: the release must not be taken.
     """
     number = 0 if release is None else release.number
     highest = max(highest, 0 if before is None else before.number)

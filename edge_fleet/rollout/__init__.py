@@ -1,10 +1,10 @@
-"""A device's own roll-out of a bundle: fetched, judged, switched to, watched, or taken back."""
+"""Rolls a bundle out on a device: fetch, judge, switch, watch, and keep or take back."""
 
 SWITCH_TIMEOUT_S = 900
-"""Seconds for which the service may open a bundle of 8B."""
+"""Seconds that the service may take to open a bundle of 8B."""
 WATCH_S = 600
-"""Seconds for which a new bundle is watched."""
+"""Seconds that a new bundle is watched."""
 MAX_WATCH_S = 86_400
-"""Largest number that either may be."""
+"""The largest value that either of them may have."""
 PERPLEXITY_RATIO = 1.08
-"""Perplexity of a new bundle over that of the old one, from which on it is worse."""
+"""Ratio of a new bundle's perplexity to the old one's from which on the new one is worse."""

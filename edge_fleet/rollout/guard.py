@@ -1,7 +1,7 @@
-"""Takes a trial back when the roll-out that began it is gone: ``kill -9`` included.
+"""Takes a trial back if the roll-out that began it dies, even by ``kill -9``.
 
 The roll-out starts this process before it moves the link, and keeps the other end of its standard
-input. When that ends without a word, nobody is left who would judge the new bundle.
+input. If that end closes without a word, nobody is left to judge the new bundle.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _PATIENCE_S = 30.0
 def guarded(place: Place, reload: str | None) -> Iterator[None]:
     """Have a trial taken back if this process ends within the block.
 
-    An exception that leaves the block is the caller's to act upon first: the guard only looks
-    whether something is still on trial then.
+    If an exception leaves the block, the caller acts upon it first: the guard then only checks
+    whether something is still on trial.
     """
     arguments = [sys.executable, "-m", "edge_fleet.rollout.guard", str(place.link), reload or ""]
     arguments += [] if place.staging is None else [str(place.staging)]
-    # A session of its own, so that what ends the roll-out at a terminal does not end it.
+    # It has a session of its own, so that a signal to the roll-out's terminal does not end it.
     process = subprocess.Popen(
         arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
     )
@@ -41,7 +41,7 @@ def guarded(place: Place, reload: str | None) -> Iterator[None]:
     finally:
         with suppress(BrokenPipeError):  # somebody ended it; nothing depends on it any more
             process.stdin.close()
-        # Without the word it waits for the lock that the caller still holds.
+        # If the word did not arrive, it waits for the lock that the caller still holds.
         process.kill()
         process.wait()
 
@@ -58,7 +58,7 @@ def main(link: str, reload: str, staging: str | None = None) -> int:
                 take_back(place, place.read(), reload or None)
             return 0
         except ConfigError:
-            # The kernel may not have let go of the lock of the killed one yet.
+            # The kernel may not have released the dead process's lock yet.
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.05)

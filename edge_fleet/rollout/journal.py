@@ -1,4 +1,4 @@
-"""What a roll-out has done, on disk: whoever ends it, the next one knows where it was.
+"""Keeps a journal of a roll-out on disk: however one ends, the next knows where it was.
 
 A service's settings name a link, ``r1``, which leads to the directory of a bundle beside it. The
 link is what a roll-out moves. Its journal is ``.r1.edge-llm-rollout/journal.json``.
@@ -44,7 +44,7 @@ class Journal(msgspec.Struct, forbid_unknown_fields=True):
     """The state of a roll-out.
 
     Attributes:
-        digest: of the bundle that is rolled out; empty if there was none yet.
+        digest: digest of the bundle that is rolled out; empty if there was none yet.
         step: the last one that it has done.
         new: name of its directory.
         old: name of the directory that the link leads to without it; None if there was no link.
@@ -168,7 +168,7 @@ class Place:
         """Let the link lead to the old bundle, or be gone, and have the service look.
 
         Raises:
-            EdgeError: see `reload_service`.
+            EdgeError: the service does not look at the link (`reload_service`).
         """
         if self.staging is not None:
             send(self.link, self.staging, "back")
@@ -242,7 +242,7 @@ def take_back(
 
     Args:
         place: the link.
-        journal: as it is on disk; it is written again.
+        journal: the journal on disk; it is written again.
         reload: command that makes the service look at the link.
         cut_off: whether nobody is left who could say why; too many such trials reject a bundle.
         fault: why the bundle is rejected; None if it may be tried again.
@@ -251,8 +251,8 @@ def take_back(
         Whether something was on trial.
 
     Raises:
-        ConfigError: see `Place.write`; the link is back.
-        BackendError: see `reload_service`; link and journal are as they should be.
+        ConfigError: the journal cannot be written; the link is back.
+        BackendError: the command fails; link and journal are as they should be.
     """
     if not journal.on_trial:
         return False
@@ -283,7 +283,7 @@ def undo(place: Place, journal: Journal, reload: str | None) -> str:
 
     Raises:
         ConfigError: no bundle of before is on the disk.
-        BackendError: see `reload_service`; the link is back.
+        BackendError: the command fails (`reload_service`); the link is back.
     """
     old, current = journal.old, place.current
     if journal.step != "done" or old is None or current not in (journal.new, old):

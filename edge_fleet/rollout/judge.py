@@ -63,7 +63,7 @@ class Gate:
 
 
 class Measure(msgspec.Struct, frozen=True):
-    """What was measured of a bundle.
+    """Measurements of a bundle.
 
     Attributes:
         bundle: name of its directory.

@@ -1,4 +1,4 @@
-"""How a roll-out that may not move the link has root's `switch` do it: an order and its answer.
+"""Lets root's `switch` move the link for a roll-out that may not: by an order and its answer.
 
 An order is ``order.json`` in the staging directory, until it is done. Its answer is ``answer.json``
 in root's own directory beside the link, where only root writes.
@@ -27,7 +27,7 @@ from edge_lab.target import beside
 
 ORDER_NAME, ANSWER_NAME = "order.json", "answer.json"
 MAX_BYTES = 1 << 14
-_CLAIM_S = 60.0  # systemd starts who does it
+_CLAIM_S = 60.0  # for systemd to start `switch`
 _DONE_S = 3600.0  # a bundle of 40 GB is copied by a slow disk in less
 _ERRORS: dict[int, type[EdgeError]] = {
     error.exit_code: error for error in (ConfigError, BundleError, DependencyError, ResourceError)
@@ -36,14 +36,14 @@ Do = Literal["try", "keep", "back", "undo"]
 
 
 class Order(msgspec.Struct, forbid_unknown_fields=True):
-    """What root shall do.
+    """A task for root.
 
     Attributes:
         id: 32 hexadecimal digits, of this order alone.
         do: ``try`` takes a bundle over and lets the link lead to it; ``keep`` ends its trial well;
             ``back`` ends whatever is on trial, and has the service look at the link in any case;
             ``undo`` goes back from a bundle that was kept to the one before.
-        bundle: name of its directory; empty for ``back`` and ``undo``.
+        bundle: name of the bundle's directory; empty for ``back`` and ``undo``.
     """
 
     id: str
@@ -52,7 +52,7 @@ class Order(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Answer(msgspec.Struct):
-    """What became of the order of this id: ``code`` is an exit code, and 0 where it is done."""
+    """The result of the order with this id: ``code`` is an exit code, and 0 if it is done."""
 
     id: str = ""
     done: bool = False
@@ -94,7 +94,7 @@ def send(link: Path, staging: Path, do: Do, bundle: str = "") -> None:
 
 
 def read_answer(link: Path) -> Answer:
-    """Read what became of the last order.
+    """Read the result of the last order.
 
     Raises:
         ConfigError: it cannot be read.

@@ -1,4 +1,4 @@
-"""Looks at a running service during a trial: which bundle it serves, how fast, with what errors."""
+"""Observes a running service during a trial: the bundle it serves, its speed, its errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edge_lab.measure.watch_server import ServerAnswerer
 
 POLL_S = 5.0
 MAX_SLOWDOWN = 1.5
-"""Seconds per token after the first, to those of the old bundle, from which on it is late."""
+"""Ratio of seconds per token after the first to the old bundle's from which on it is slow."""
 _PROBES = 4
 _PROBE_TOKENS = 32
 _LEAST_PROBES = 8
@@ -27,23 +27,23 @@ _ENDED = "the service ended during the trial and was started again; look at its 
 
 
 class LoadingError(BackendError):
-    """The service has not opened the bundle yet: it was started a moment ago."""
+    """The service has just started and has not opened the bundle yet."""
 
 
 class UnknownModelError(ConfigError):
-    """The service has other models only."""
+    """The service has only other models."""
 
 
 @dataclass(frozen=True)
 class Sight:
-    """The service at a moment.
+    """The state of the service at one moment.
 
     Attributes:
-        fingerprint: of the bundle that it serves under the name; None while it serves none.
+        fingerprint: identifies the bundle that it serves under the name; None while it serves none.
         failed: whether its engine has failed.
-        ended: sequences that have ended since it started, of all models.
-        errors: how many of them with an error.
-        drifting: parameters of requests whose drift is an alarm.
+        ended: number of sequences of all models that have ended since it started.
+        errors: how many of them ended with an error.
+        drifting: parameters of requests with an alarm about drift.
         uptime_s: seconds since it started.
     """
 
@@ -59,8 +59,8 @@ class Service:
     """A running ``edge-llm serve``.
 
     Args:
-        server: how to ask it.
-        model: name under which it serves the bundle; None where it serves only one.
+        server: client of the service.
+        model: name under which it serves the bundle; None if it serves only one.
     """
 
     def __init__(self, server: ServerAnswerer, model: str | None) -> None:
@@ -75,7 +75,7 @@ class Service:
         Raises:
             ConfigError: it refuses the key, or is an older edge-llm.
             UnknownModelError: it does not serve the model.
-            LoadingError: it opens its bundles.
+            LoadingError: it is opening its bundles.
             BackendError: it does not answer.
         """
         stats = self.server.stats()
@@ -114,7 +114,7 @@ class Service:
             ) from error
 
     def is_loading(self) -> bool:
-        """Whether it answers and still opens its bundles."""
+        """Whether it answers but is still opening its bundles."""
         try:
             self.look()
         except LoadingError:
@@ -124,7 +124,7 @@ class Service:
         return False
 
     def wait_for(self, fingerprint: str, timeout_s: float) -> bool:
-        """Wait until it serves a bundle; whether it does in time."""
+        """Wait until it serves a bundle; return whether it does in time."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -137,12 +137,12 @@ class Service:
             time.sleep(0.1)
 
     def pace(self, items: Sequence[GoldenItem]) -> list[float]:
-        """Ask a few prompts; seconds per token after the first of each answer that has more.
+        """Ask a few prompts; return seconds per token after the first, for each longer answer.
 
-        They are the service's own figures: without the wait in its queue and the prefill.
+        They are the service's own figures, without the wait in its queue and the prefill.
 
         Raises:
-            ConfigError, BackendError: see `ServerAnswerer.answer`.
+            ConfigError, BackendError: the service refuses or fails (`ServerAnswerer.answer`).
         """
         answers = [self.answerer.answer(item.prompt, _PROBE_TOKENS) for item in items[:_PROBES]]
         return [answer.tpot_s for answer in answers if answer.tpot_s is not None]
@@ -156,19 +156,19 @@ class Service:
         watch_s: float,
         progress: Callable[[float], None],
     ) -> str | None:
-        """Watch a new bundle for a while; returns what is wrong with it, None if nothing is.
+        """Watch a new bundle for a while; return what is wrong with it, None if nothing is.
 
         Args:
-            fingerprint: of the new bundle.
-            before: the service with the old one.
-            paces: of the old one, by `pace`, twice or more; empty leaves speed out.
-            items: what to ask.
-            watch_s: seconds.
-            progress: is called with the seconds that have passed.
+            fingerprint: fingerprint of the new bundle.
+            before: state of the service with the old one.
+            paces: the old bundle's paces, from `pace`, two or more; empty leaves speed out.
+            items: prompts to ask.
+            watch_s: seconds to watch.
+            progress: called with the seconds that have passed.
 
         Raises:
-            BackendError: it falls silent or answers with errors only, turns to another bundle, or
-                ended meanwhile and was started again, whoever did that.
+            BackendError: it falls silent or answers only with errors, turns to another bundle, or
+                was restarted meanwhile by anybody.
         """
         began = time.monotonic()
         silent: float | None = None
@@ -181,7 +181,7 @@ class Service:
                 found += self.pace(items) if paces else []
                 lost = None
             except BackendError as error:
-                if not _is_busy(error):  # a full queue says nothing of the bundle
+                if not _is_busy(error):  # a full queue says nothing about the bundle
                     lost = error
             asked = time.monotonic()
             try:

@@ -48,7 +48,7 @@ _WORKING_BYTES = 1 << 29  # of a process that opens a bundle, besides weights an
 
 @dataclass(frozen=True)
 class Plan:
-    """What is rolled out, and by which measure.
+    """The bundle to roll out, and the conditions.
 
     Attributes:
         reference: what the registry is asked for.
@@ -59,10 +59,10 @@ class Plan:
         gate: by which the new bundle is judged; None leaves that out.
         build: build the engine; None where TensorRT runs.
         engine: options with which a bundle is opened to be judged; its trusted keys count for all.
-        plain_http: see `Registry`.
+        plain_http: whether to speak HTTP without TLS (`Registry`).
         retry: also try a bundle that was rejected before.
         switch_timeout_s: seconds for which the service may take to open a bundle.
-        staging: see `Place`; what ``reload`` would do is root's then.
+        staging: directory for users who may not move the link (`Place`); root then does ``reload``.
         allow_older: also take a release that has expired or is older than the one kept last.
     """
 
@@ -86,7 +86,7 @@ class Outcome:
     """How a roll-out ended well.
 
     Attributes:
-        digest: of the bundle that the link leads to.
+        digest: digest of the bundle that the link leads to.
         bundle: its directory.
         changed: whether it is another than before.
         notes: what a person should know.
@@ -123,7 +123,7 @@ def recover(link: Path, reload: str | None, staging: Path | None = None) -> bool
     """Take a trial back that was cut off; whether there was one.
 
     Raises:
-        ConfigError, BackendError: see `take_back`; or a roll-out is running.
+        ConfigError, BackendError: `take_back` fails; or a roll-out is running.
     """
     place = Place(link, staging)
     with place.locked():
@@ -410,7 +410,7 @@ class _Run:
     def _watch(
         self, name: str, before: Sight | None, paces: list[float], items: list[GoldenItem]
     ) -> str | None:
-        """What is wrong with the new bundle on trial; None if nothing is."""
+        """Say what is wrong with the new bundle on trial; None if nothing is."""
         plan, service = self.plan, self.plan.service
         if service is None or before is None:
             return None

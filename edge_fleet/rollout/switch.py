@@ -1,9 +1,9 @@
-"""Moves the link that a service's settings name, for a roll-out that may not: root's only part.
+"""Moves the link that a service's settings name, as root, for a roll-out that may not.
 
 ``python -m edge_fleet.rollout.switch LINK STAGING RELOAD`` does the order in STAGING (`orders`) and
-ends. It opens no model and reads nothing of the service. What it lets the link lead to is its own
-copy of the bundle, whose bytes were hashed while they were copied: whoever owns STAGING may change
-files there, keep them open or put links in their places, at any time.
+ends. It opens no model and reads nothing from the service. It points the link to its own copy of
+the bundle, whose bytes were hashed while they were copied: the owner of STAGING may change files
+there, keep them open or put links in their places, at any time.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from edge_lab.target import beside, write_durably
 from .journal import Journal, Place, reload_service, take_back, undo
 from .orders import ANSWER_NAME, MAX_BYTES, ORDER_NAME, Answer, Order, read_answer
 
-_MAX_ABOUT_BYTES = 1 << 26  # manifest, signature and the registry's manifest, each
+_MAX_ABOUT_BYTES = 1 << 26  # for each of manifest, signature and the registry's manifest
 _MAX_ENGINE_FILES = 256
 _CHUNK_BYTES = 1 << 22
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
 def main(link: str, staging: str, reload: str) -> int:
-    """Do the order that is in a staging directory; returns an exit code."""
+    """Do the order in a staging directory; return an exit code."""
     place, folder = Place(Path(link)), StagedFolder.open(Path(staging))
     with folder:
         try:
@@ -130,17 +130,17 @@ def _begin(name: str, place: Place, journal: Journal, folder: StagedFolder) -> N
 def adopt(folder: StagedFolder, name: str, place: Place) -> str:
     """Copy a bundle of the staging directory beside the link, checked.
 
-    Of the engines, which were built there, only form and place are checked.
+    Engines were built there, and only their form and place are checked.
 
     Returns:
         The digest under which the registry had it, which its name has to begin with.
 
     Raises:
-        BundleError: it is no bundle, not signed where this machine demands it, expired, or an older
-            release than the link had.
-        IntegrityError: a file is another than the manifest says, no plain file, or not of the
-            staging directory's owner alone.
-        ConfigError: see `check_manifest`; or keys are trusted, and its engines cannot be recorded.
+        BundleError: it is no bundle, not signed although this machine demands it, expired, or an
+            older release than the link had.
+        IntegrityError: a file differs from the manifest, is no plain file, or does not belong to
+            the staging directory's owner alone.
+        ConfigError: `check_manifest` fails; or keys are trusted, and engines cannot be recorded.
         ResourceError: the disk has no room for it.
     """
     target = beside(place.link, "adopt")
@@ -148,7 +148,7 @@ def adopt(folder: StagedFolder, name: str, place: Place) -> str:
     try:
         with folder.inside(name) as source:
             digest = _copy_bundle(source, name, target, place)
-        shutil.rmtree(place.path(name), ignore_errors=True)  # one that was on trial before
+        shutil.rmtree(place.path(name), ignore_errors=True)  # from an earlier trial
         target.rename(place.path(name))
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
@@ -159,7 +159,7 @@ def adopt(folder: StagedFolder, name: str, place: Place) -> str:
 
 
 def _record_engines(bundle: Path) -> None:
-    """Vouch for what was built for this bundle: records of who built it are not the server's."""
+    """Record the engines built for this bundle: the server cannot read their builder's records."""
     try:
         for engine in find_engines(bundle):
             record_engine(engine / ENGINE_JSON, read_engine_bytes(engine))
@@ -171,7 +171,7 @@ def _record_engines(bundle: Path) -> None:
 
 def _copy_bundle(source: StagedFolder, name: str, target: Path, place: Place) -> str:
     about = {MANIFEST_NAME: source.read(MANIFEST_NAME), ORIGIN_NAME: source.read(ORIGIN_NAME)}
-    with suppress(FileNotFoundError):  # whether that is allowed is the policy's
+    with suppress(FileNotFoundError):  # the policy decides whether it may be missing
         about[SIGNATURE_NAME] = source.read(SIGNATURE_NAME)
     keys = trusted_keys_file()
     if keys is not None:
@@ -219,11 +219,11 @@ def _copy_engines(source: StagedFolder, target: Path) -> None:
 
 
 class StagedFolder:
-    """A directory that somebody else may write to, read without following what they put there.
+    """A directory that another user may write to, read without following links in it.
 
     Attributes:
-        descriptor: of the directory.
-        owner: user id whose files are taken, and no others.
+        descriptor: file descriptor of the directory.
+        owner: id of the only user whose files are taken.
     """
 
     def __init__(self, descriptor: int, owner: int, name: str) -> None:
@@ -233,10 +233,10 @@ class StagedFolder:
 
     @classmethod
     def open(cls, path: Path) -> StagedFolder:
-        """Open the staging directory itself; whom it belongs to is who gives orders.
+        """Open the staging directory itself; its owner is the one who gives orders.
 
         Raises:
-            ConfigError: it is no directory.
+            ConfigError: it is not a directory.
         """
         try:
             descriptor = os.open(path, _DIRECTORY)
@@ -255,17 +255,17 @@ class StagedFolder:
 
         Raises:
             FileNotFoundError: it is missing.
-            IntegrityError: it is none, or another user's.
+            IntegrityError: it is not a directory, or another user's.
         """
         descriptor = self._open(name, _DIRECTORY)
         return StagedFolder(descriptor, self.owner, f"{self._name}/{name}")
 
     def names(self) -> list[str]:
-        """What is in it; what begins with a dot is a build's temporary file, and left out."""
+        """List its files, without a build's temporary ones, whose names begin with a dot."""
         return sorted(filter(is_file_name, os.listdir(self.descriptor)))  # noqa: PTH208 - no path
 
     def read(self, name: str, max_bytes: int = _MAX_ABOUT_BYTES) -> bytes:
-        """Read a small file; raises what `inside` does, or `IntegrityError` where it is larger."""
+        """Read a small file; raise what `inside` does, or `IntegrityError` if it is larger."""
         with self._file(name) as descriptor:
             data = b"".join(_chunks(descriptor, max_bytes + 1))
         if len(data) > max_bytes:
@@ -273,7 +273,7 @@ class StagedFolder:
         return data
 
     def copy(self, name: str, target: Path, max_bytes: int | None) -> FileInfo:
-        """Copy a file into a directory of ours; returns size and hash of what was written."""
+        """Copy a file into a directory of ours; return size and hash of the written bytes."""
         digest, count = hashlib.sha256(), 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with self._file(name) as descriptor:
@@ -295,11 +295,11 @@ class StagedFolder:
 
     @contextmanager
     def _file(self, name: str) -> Iterator[int]:
-        # A pipe would be waited for.
+        # Opening a pipe would block.
         descriptor = self._open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             found = os.fstat(descriptor)
-            # A second name may be another directory's: of a file that only root may read.
+            # It could be a second name for a file elsewhere that only root may read.
             if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
                 raise IntegrityError(f"{self._name}/{name} is no plain file with one name")
             yield descriptor
@@ -323,7 +323,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def _chunks(descriptor: int, limit: int) -> Iterator[bytes]:
-    """Read an open file from where it is to its end, or this many bytes."""
+    """Read an open file from its present place to its end, or this many bytes."""
     while limit and (chunk := os.read(descriptor, min(limit, _CHUNK_BYTES))):
         limit -= len(chunk)
         yield chunk
@@ -334,7 +334,7 @@ def read_order(folder: StagedFolder) -> Order:
 
     Raises:
         FileNotFoundError: there is none.
-        BundleError: it is none, or not its owner's plain file.
+        BundleError: it is no order, or not a plain file of its owner.
     """
     try:
         order = msgspec.json.decode(folder.read(ORDER_NAME, MAX_BYTES), type=Order)

@@ -1,5 +1,6 @@
-"""Many devices brought to one bundle in waves: what is wanted, and what became of it.
+"""Brings many devices to one bundle in waves: the wanted state, and what each device reports.
 
-A vendor signs a wanted state; a receiver hands it out and opens one wave after the other by what
-devices report. Devices dial out only: a timer polls, and whose wave has come rolls out by itself.
+A vendor signs a wanted state. A receiver hands it out and opens one wave after the other, by the
+devices' reports. Devices only dial out: a timer polls, and a device whose wave has come rolls the
+bundle out by itself.
 """

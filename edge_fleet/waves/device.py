@@ -1,4 +1,4 @@
-"""A device's poll: asks what is wanted, acts if its turn has come, and reports. Dials out only."""
+"""Polls for a device: asks what is wanted, acts if its turn has come, and reports."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ _LATER = (RegistryError, ResourceError, DeadlineError)
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
-        """Follow nothing: the key belongs to the receiver that was named."""
+        """Follow nothing: the key is for the named receiver only."""
 
 
 @dataclass(frozen=True)
 class Receiver:
-    """Who hands out what is wanted and takes reports.
+    """The server that hands out the wanted state and takes reports.
 
     Args:
-        url: where it is, e.g. ``https://fleet.example.com``.
-        key: the device's own.
+        url: address of the receiver, e.g. ``https://fleet.example.com``.
+        key: the device's own key.
 
     Raises:
-        ConfigError: the address is none, or would show the key to the network.
+        ConfigError: the address is invalid, or would show the key to the network.
     """
 
     url: str
@@ -70,12 +70,12 @@ class Receiver:
             )
 
     def wanted(self) -> Envelope:
-        """Ask what is wanted.
+        """Ask for the wanted state.
 
         Raises:
             RegistryError: the receiver does not answer.
             ConfigError: it does not know the key, or nothing is wanted yet.
-            BundleError: it answers something else.
+            BundleError: its answer is something else.
         """
         data = self._ask("/wanted")
         try:
@@ -84,7 +84,7 @@ class Receiver:
             raise BundleError(f"{self.url}/wanted is of another form: {error}") from error
 
     def report(self, report: Report) -> None:
-        """Send a report; raises what `wanted` does."""
+        """Send a report; raise the errors of `wanted`."""
         self._ask("/reports", msgspec.json.encode(report))
 
     def _ask(self, path: str, data: bytes | None = None) -> bytes:
@@ -110,12 +110,12 @@ class Receiver:
 
 @dataclass(frozen=True)
 class Poll:
-    """One look of a device at what is wanted.
+    """One poll of a device for the wanted state.
 
     Attributes:
-        receiver: who is asked.
-        link: see `edge_fleet.rollout.steps.Plan`, as are staging, reload and trusted_keys.
-        roll_out: brings the device to a reference; raises what `steps.roll_out` does.
+        receiver: receiver to ask.
+        link, staging, reload, trusted_keys: fields of an `edge_fleet.rollout.steps.Plan`.
+        roll_out: brings the device to a reference; raises the errors of `steps.roll_out`.
         now: local time.
     """
 
@@ -128,14 +128,14 @@ class Poll:
     now: Callable[[], datetime] = datetime.now
 
     def run(self, told: Callable[[str], None]) -> Report:
-        """Ask, act and report; a report that does not arrive is made again by the next poll.
+        """Ask, act and report; a report that does not arrive is sent again by the next poll.
 
         Args:
-            told: is called with what a person should know.
+            told: called with notes for people.
 
         Raises:
-            EdgeError: see `Receiver.wanted`, `edge_fleet.waves.wanted.unseal`, and what a roll-out
-                raises once that is reported.
+            EdgeError: `Receiver.wanted` or `edge_fleet.waves.wanted.unseal` fails; or a roll-out
+                failed, once that is reported.
         """
         envelope = self.receiver.wanted()
         wanted = self._unseal(envelope)

@@ -1,7 +1,7 @@
-"""What devices have reported, in a file of SQLite, and which of them may begin.
+"""Keeps the reports of devices in a SQLite file, and decides which devices may begin.
 
-Nothing else is kept: how far a roll-out is follows from the reports, so a receiver that was killed,
-and a report that comes twice or late, change nothing.
+Nothing else is kept: the progress of a roll-out follows from the reports. So a killed receiver, or
+a report that comes twice or late, changes nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edge.errors import ConfigError
 from .wanted import NOBODY, Report, Wanted
 
 SILENT_S = 86_400.0
-"""Seconds without a poll, since a state is wanted, after which no wave waits for a device."""
+"""Seconds without a poll while a state is wanted, after which no wave waits for a device."""
 _TABLES = """
 create table if not exists seen (device text primary key, at_s real not null);
 create table if not exists wanted (number integer primary key, at_s real not null);
@@ -30,16 +30,16 @@ create table if not exists reports (device text, number integer, ended_s real, d
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a roll-out is.
+    """The progress of a roll-out.
 
     Attributes:
-        number, reference, do: of the wanted state.
+        number, reference, do: fields of the wanted state.
         wave: the wave that is open, from 1.
-        waves: how many there are.
-        devices: their last reports, in the order of the waves; None for who has not reported.
+        waves: number of waves.
+        devices: last report of each device, in the order of the waves; None if it has not reported.
         stopped: why no other device begins; empty while one may.
         done: whether every device that polls has the bundle.
-        begin: see `edge_fleet.waves.wanted.Envelope`.
+        begin: last position that may begin now (`edge_fleet.waves.wanted.Envelope`).
     """
 
     number: int
@@ -57,7 +57,7 @@ class Reports:
     """The file of reports.
 
     Args:
-        path: the file; it is made where it is missing.
+        path: the file; it is made if it is missing.
 
     Raises:
         ConfigError: it cannot be used.
@@ -82,7 +82,7 @@ class Reports:
             file.execute("insert or replace into seen values (?, ?)", (device, time.time()))
 
     def add(self, device: str, report: Report) -> None:
-        """Keep a report, unless a later one of this state is there; who waits has ended before."""
+        """Keep a report, unless there is a later one for this state."""
         with self._open() as file:
             file.execute(
                 "insert into reports values (?1, ?2, ?3, ?4) on conflict do update set "
@@ -97,7 +97,7 @@ class Reports:
             )
 
     def progress(self, wanted: Wanted, names: Iterable[str]) -> Progress:
-        """Tell how far the devices of these names are with a wanted state."""
+        """Return how far these devices are with a wanted state."""
         with self._open() as file:
             rows = file.execute(
                 "select device, data from reports where number = ?", [wanted.number]
@@ -108,7 +108,7 @@ class Reports:
             file.execute("insert or ignore into wanted values (?, ?)", (wanted.number, now))
             [[since_s]] = file.execute("select at_s from wanted where number = ?", [wanted.number])
         order = sorted(names, key=wanted.position)
-        # Who was off before has as long to come from when this state was first handed out.
+        # A device that was off before has this long from when the state was first handed out.
         awake = {name for name in order if now - max(since_s, seen.get(name, 0.0)) < SILENT_S}
         outcomes = {name: found[name].outcome for name in order if name in found}
         failed = [name for name, outcome in outcomes.items() if outcome in ("rejected", "failed")]
@@ -134,9 +134,9 @@ class Reports:
 def _open_wave(
     wanted: Wanted, order: list[str], awake: set[str], outcomes: Mapping[str, str]
 ) -> tuple[int, int]:
-    """The wave that is open, and how many devices of the order may have begun.
+    """Return the open wave, and how many devices in the order may have begun.
 
-    A wave is done when each of its devices that still polls has ended, and one has the bundle.
+    A wave is done once each of its devices that still polls has ended, and one has the bundle.
     """
     count = 0
     for wave, size in enumerate(wanted.waves, 1):

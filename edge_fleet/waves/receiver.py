@@ -1,4 +1,4 @@
-"""Hands out what is wanted, and takes what devices report, each for itself only."""
+"""Hands out the wanted state, and takes reports, from each device only about itself."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _MAX_BYTES = 1 << 16
 
 
 class State:
-    """A directory with what is wanted, who the devices are, and what they have reported.
+    """A directory with the wanted state, the devices' keys, and their reports.
 
     Args:
-        folder: the directory; it is made where it is missing.
+        folder: the directory; it is made if it is missing.
         keys: file of the devices' keys, NAME:KEY or NAME:sha256:HEX each.
 
     Raises:
@@ -45,11 +45,11 @@ class State:
         self.reports = Reports(folder / "reports.sqlite")
 
     def names(self) -> dict[bytes, str]:
-        """The devices: hash of each one's key, and its name. The file is read at each look."""
+        """Map the hash of each device's key to its name; the file is read each time."""
         return {entry.digest: entry.name for entry in read_key_file(self._keys)}
 
     def envelope(self) -> Envelope | None:
-        """What is wanted; None before anything is.
+        """Read the envelope to hand out; None before anything is wanted.
 
         Raises:
             ConfigError: it cannot be read.
@@ -62,12 +62,12 @@ class State:
             raise ConfigError(f"{self._path} is no wanted state: {error}") from error
 
     def wanted(self) -> Wanted | None:
-        """The wanted state, as it was signed here."""
+        """Read the wanted state, as it was signed here."""
         found = self.envelope()
         return None if found is None else msgspec.json.decode(found.wanted, type=Wanted)
 
     def publish(self, envelope: Envelope) -> None:
-        """Hand this out from now on.
+        """Hand out this envelope from now on.
 
         Raises:
             ConfigError: it cannot be written.
@@ -80,7 +80,7 @@ class State:
             raise ConfigError(f"cannot write {self._path}: {error.strerror}") from error
 
     def progress(self) -> Progress:
-        """How far the devices are.
+        """Return how far the devices are.
 
         Raises:
             ConfigError: nothing is wanted yet.
@@ -95,7 +95,7 @@ class State:
     # ------------------------------------------------------------------------------- requests
 
     def hand_out(self, device: str) -> Envelope | None:
-        """What a device is handed; None before anything is wanted."""
+        """Make the envelope for a device; None before anything is wanted."""
         self.reports.saw(device)
         envelope = self.envelope()
         if envelope is None:
@@ -103,7 +103,7 @@ class State:
         return msgspec.structs.replace(envelope, device=device, begin=self.progress().begin)
 
     def who(self, authorization: str) -> str | None:
-        """The device whose key this is; None if it is nobody's."""
+        """Find the device with this key; None if there is none."""
         digest = hashlib.sha256(authorization.removeprefix("Bearer ").encode()).digest()
         for known, name in self.names().items():
             if hmac.compare_digest(known, digest):

@@ -1,8 +1,8 @@
-"""The wanted state: which bundle a fleet is to have, signed, and numbered so that none is replayed.
+"""Defines the wanted state: the bundle that a fleet shall have, signed and numbered against replay.
 
-It is the text of one JSON document with its minisign signature. What a receiver adds beside it,
-which devices may begin now, is not signed: whoever holds the receiver may hold back a roll-out or
-hurry it, and cannot change what is rolled out.
+It is the text of one JSON document with its minisign signature. The receiver adds, unsigned, which
+devices may begin now. So whoever controls the receiver may delay a roll-out or hurry it, but cannot
+change what is rolled out.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Outcome = Literal["has", "rejected", "failed", "later", "waiting", "back"]
 
 
 class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a fleet is to have.
+    """The bundle that a fleet shall have, and how to get there.
 
     Attributes:
-        number: one up for each new state; a device takes no lower one than it has seen.
-        reference: of the bundle, by digest.
+        number: one higher for each new state; a device takes none lower than one it has seen.
+        reference: reference of the bundle, by digest.
         do: ``rollout`` brings devices to it; ``rollback`` has those that have it go back to the
             bundle that they had before, at once and without judging.
-        waves: how many devices may have begun: a count, or a share of all.
-        max_failed: devices that may fail before no other one begins.
+        waves: how many devices may have begun in each wave: a count, or a share of all.
+        max_failed: number of devices that may fail before no other one begins.
         window: hours of a device's local time in which it begins, as ``22-6``; empty for any.
     """
 
@@ -50,7 +50,7 @@ class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     window: str = ""
 
     def check(self) -> None:
-        """Refuse what no device could obey.
+        """Refuse a state that no device could obey.
 
         Raises:
             ConfigError: a field is wrong.
@@ -76,18 +76,18 @@ class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return begin == end or inside
 
     def position(self, device: str) -> str:
-        """The place of a device in the order of this roll-out: 16 hexadecimal digits."""
+        """Return a device's place in the order of this roll-out: 16 hexadecimal digits."""
         digest = parse_reference(self.reference).digest
         return hashlib.sha256(f"{self.number} {digest} {device}".encode()).hexdigest()[:16]
 
 
 class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a device is handed.
+    """The wanted state as a device gets it.
 
     Attributes:
         wanted: text of a `Wanted`, whose bytes are signed.
-        signature: as minisign writes it.
-        device: whom the receiver takes the device for.
+        signature: minisign's signature of it.
+        device: name of the device, as the receiver knows it.
         begin: the last position that may begin now; empty for none.
     """
 
@@ -98,18 +98,18 @@ class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a device has done about a wanted state.
+    """A device's report about a wanted state.
 
     Attributes:
-        number: of the state.
+        number: number of the state.
         outcome: ``has`` the bundle; ``rejected`` it, and serves its old one; ``failed`` at a step;
-            tries ``later``, since the registry or memory was not to be had; is ``waiting`` for its
+            tries ``later``, since the registry or memory was unavailable; is ``waiting`` for its
             wave or hours; went ``back``.
         began_s, ended_s: seconds since 1970 by the device's clock.
         running: digest of the bundle that its link leads to; empty without one.
         release: number of that release; 0 without a number.
         code: exit code that a roll-out by hand would have had.
-        reason: why it has not the bundle.
+        reason: why it does not have the bundle.
     """
 
     number: int
@@ -126,7 +126,7 @@ def seal(wanted: Wanted, key: Signer) -> Envelope:
     """Sign a wanted state.
 
     Raises:
-        ConfigError: see `Wanted.check`.
+        ConfigError: no device could obey the state (`Wanted.check`).
         DependencyError: minisign is not installed.
     """
     wanted.check()
@@ -140,14 +140,15 @@ def unseal(envelope: Envelope, where: str, trusted_keys: Path | None, seen: int 
 
     Args:
         envelope: what was handed out.
-        where: names it.
-        trusted_keys: see `edge.bundle.trust.trusted_keys_file`; without keys nobody is asked.
+        where: its source, for messages.
+        trusted_keys: file of trusted keys (`edge.bundle.trust.trusted_keys_file`); without keys the
+            signature is not checked.
         seen: the highest number that was here.
 
     Raises:
-        IntegrityError: the signature is wrong, or of a key that is bound to other names.
+        IntegrityError: the signature is wrong, or its key is bound to other names.
         BundleError: it is no wanted state, or an older one.
-        ConfigError: see `Wanted.check`.
+        ConfigError: no device could obey the state (`Wanted.check`).
     """
     data = envelope.wanted.encode()
     file = trusted_keys_file(trusted_keys)
