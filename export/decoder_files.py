@@ -223,7 +223,7 @@ class DecoderFiles:
         """Read so many tokens at most to calibrate with, and describe them for the manifest."""
         content = self.checkpoint.text
         # AWQ fits next to nothing to its text; GPTQ and the ranges of INT8 inputs do
-        # (docs/quantization-measured.md).
+        # (docs/measured.md).
         has_ranges = any(scheme.kind == "w8a8" for scheme in self.schemes.values())
         mixed = "gptq" in self.recipe.rounding or has_ranges
         text = read_calibration_text(self.recipe.calibration, mixed=mixed)

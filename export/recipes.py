@@ -29,12 +29,12 @@ class NamedRecipe:
 
 
 RECIPES: dict[RecipeName, NamedRecipe] = {
-    # The knee of loss over time in docs/quantization-measured.md.
+    # The knee of loss over time in docs/measured.md.
     "default": NamedRecipe("awq+gptq", calibration_tokens=8192, measures=True),
     "best": NamedRecipe("awq+gptq", calibration_tokens=BUILT_IN_TOKENS, measures=True),
     # Of what needs no calibration, groups of 32 lose least, and measuring takes as long again. The
     # figures are of "The 1.5B on four texts" in docs/quantization.md and of SmolLM2 in
-    # docs/quantization-measured.md.
+    # docs/measured.md.
     "fast": NamedRecipe(
         "rtn",
         calibration_tokens=0,

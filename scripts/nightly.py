@@ -129,7 +129,7 @@ STEPS = (
         "quality",
         "EDGE_LLM_QUALITY=1 scripts/test tests/export/test_documented_quality.py",
         (
-            "docs/quantization-measured.md",
+            "docs/measured/quantization.json",
             "export/quantize/**",
             "export/sources/calibration_text/**",
             "tests/export/test_documented_quality.py",

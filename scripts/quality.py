@@ -31,7 +31,7 @@ are paired with the float model's; without names it asks all tasks, which takes 
 
 Standard output has the tables of all recipes that are there, asked for this time or before;
 ``--record`` writes their figures to docs/measured, from which scripts/quality_table.py makes the
-table of docs/quantization-measured.md.
+tables of docs/measured.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tables of what scripts/quality has measured and recorded.
 
-usage: python -m scripts.quality_table        (writes them into docs/quantization-measured.md)
+usage: python -m scripts.quality_table        (writes them into docs/measured.md)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from scripts.quality_score import FORMER_TEXTS, OWN_ANSWERS, TEXTS
 
 RECORDS = Path("docs/measured")
-PAGE = Path("docs/quantization-measured.md")
+PAGE = Path("docs/measured.md")
 BEGIN = "<!-- Made of docs/measured by python -m scripts.quality_table; edits are lost. -->"
 END = "<!-- The end of what is made. -->"
 _FIGURES = ("kl_mean", "kl_p99", "perplexity_ratio", "top1_agreement", "tokens")
@@ -96,7 +96,7 @@ def record(found: dict[str, Any]) -> Path:
 
 
 def tables(found: Sequence[dict[str, Any]]) -> str:
-    """Two tables for each model, as Markdown.
+    """Return a table for each model, as Markdown; the KL of each text is in the records alone.
 
     A mean over texts of which a row lacks one is an empty cell, and a column of empty cells is left
     out.
@@ -111,25 +111,11 @@ def _of_model(found: dict[str, Any]) -> str:
     title = f"**{found['model']}**"
     if about := found.get("off_grid"):
         title += (
-            f", merged with an adapter of rank 64 ({about['steps']} steps of training, loss of "
-            f"held-out texts {about['loss_before']:.2f} before, {about['loss_after']:.2f} after), "
-            f"which moves weights by {about['moved_steps']:.2f} steps of the grid that they were "
-            "stored on"
+            f", merged with an adapter of rank 64: {about['steps']} steps of training moved weights "
+            f"by {about['moved_steps']:.2f} steps of the grid (held-out loss "
+            f"{about['loss_before']:.2f} before, {about['loss_after']:.2f} after)"
         )
-    by_text = [
-        {"KL by text": f"`{row['name']}`"}
-        | {name: _mean(row, "kl_mean", [name]) for name in (*TEXTS, *FORMER_TEXTS)}
-        for row in rows
-    ]
-    return "\n".join(
-        [
-            f"{title}: means over texts; a cell is empty where a row has not read them all.",
-            "",
-            *_markdown([_summary(row) for row in rows]),
-            "",
-            *_markdown(by_text),
-        ]
-    )
+    return "\n".join([f"{title}:", "", *_markdown([_summary(row) for row in rows])])
 
 
 def _summary(row: dict[str, Any]) -> dict[str, str]:

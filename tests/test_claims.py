@@ -28,6 +28,7 @@ from edge_lab.planner.models import BUILT_IN
 from edge_lab.planner.published import SPEED_FIGURES
 from tests.conftest import Bundles
 from tests.documents import FENCE, ROOT, SPAN, blocks, rows
+from tests.measured import cell, tables
 
 ENGLISH = ROOT / "docs" / "claims.md"
 CHINESE = ROOT / "docs" / "claims.zh-CN.md"
@@ -98,6 +99,22 @@ class Recorded:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A cell of a table in docs/measured, or what ``take`` makes of it."""
+
+    at: tuple[str, str, str, str]
+    take: Callable[[str], list[str]]
+    table: int = 0
+
+    def texts(self) -> list[str]:
+        return self.take(cell(*self.at, table=self.table))
+
+    def __str__(self) -> str:
+        name, section, row, column = self.at
+        return f"docs/measured/{name}.json, {section!r}: {column!r} of {row!r}"
+
+
+@dataclass(frozen=True)
 class Quoted:
     """Numbers that nothing here can check, and whose they are."""
 
@@ -111,7 +128,7 @@ class Quoted:
         return self.source
 
 
-Source = Printed | Computed | Recorded | Quoted
+Source = Printed | Computed | Recorded | Measured | Quoted
 
 
 @functools.cache
@@ -216,7 +233,40 @@ KV_MB = Computed(
     "{:.0f}",
 )
 STEP_MB = weights_gb("fp16", "7b")
-FOUR_TEXTS = r"^\| `{}` \| [\d./ ]+ \| [\d./ ]+ \| ([\d./ ]+) \|"
+PERPLEXITY = "Perplexity over float's"
+FOUR_TEXTS = "Measured: English, code and Chinese"
+ANSWERS = ("quantization", "Right answers: 1.5B")
+
+
+def all_questions() -> int:
+    [table] = tables(*ANSWERS)
+    counts = [row[0].split()[0] for row in table["rows"]]
+    return sum(int(count) for count in counts if count.isdigit())
+
+
+def asked_of_int8() -> int:
+    """Questions of the kinds that int8 was asked."""
+    [table] = tables(*ANSWERS)
+    at = table["columns"].index("`int8`")
+    return sum(int(row[0].split()[0]) for row in table["rows"] if row[at].isdigit())
+
+
+def won_and_lost(recipe: str) -> dict[str, int]:
+    [table] = tables(*ANSWERS)
+    found: dict[str, int] = table["all_questions"][recipe]
+    return found
+
+
+def steady_tps(streams: str) -> float:
+    return float(cell("benchmarks", "Many streams", streams, "steady, tok/s"))
+
+
+def interval(column: str) -> Measured:
+    return Measured(
+        (*ANSWERS, "lost of all that were asked, 95 % interval", column),
+        lambda found: re.findall(r"[-+][\d.]+(?= to)|(?<=to )[-+][\d.]+", found),
+    )
+
 
 FIGURES: dict[str, list[Source]] = {
     "# An article's claims, one by one": [
@@ -258,43 +308,23 @@ FIGURES: dict[str, list[Source]] = {
         recovery("int8", 1),
         recovery("int4", 1),
         Quoted("2", ARTICLE),
-        Recorded("docs/quantization.md", FOUR_TEXTS.format("int8"), least_and_most),
-        Recorded(
-            "docs/quantization.md",
-            FOUR_TEXTS.format(r"int4`, `awq\+gptq"),
+        Measured(("quantization", "Measured: 1.5B", "`int8`", PERPLEXITY), least_and_most, table=1),
+        Measured(
+            ("quantization", "Measured: 1.5B", "`int4`, `awq+gptq`", PERPLEXITY),
             lambda column: [*least_and_most(column), *column.split(" / ")[2:]],
+            table=1,
         ),
-        Recorded(
-            "docs/quantization-measured.md",
-            r"^\| `int8` \| 8.50[^|]*\|[^|]*\|[^|]*\| ([\d.]+ / [\d. /]+) \|",
-            least_and_most,
-        ),
-        Recorded(
-            "docs/quantization-measured.md",
-            r"^\| `int8-w8a8` \| 8.02[^|]*\|[^|]*\|[^|]*\| ([\d. /]+) \| 96.0",
-            least_and_most,
-        ),
-        Recorded("docs/quantization.md", r"--recipe int8 int4 --task` asks (\d+) \[questions"),
+        Measured(("quantization", FOUR_TEXTS, "`int8`", PERPLEXITY), least_and_most),
+        Measured(("quantization", FOUR_TEXTS, "`int8-w8a8`", PERPLEXITY), least_and_most),
+        Computed("questions asked, docs/measured/quantization.json", all_questions, "{:.0f}"),
         Quoted("2", ARTICLE),
-        Recorded(
-            "docs/quantization.md",  # the kinds that int8 was asked
-            r"^\| (\d+) with four choices \| \d+ \| \d+ .*\n\| (\d+) in Chinese \| \d+ \| \d+ .*\n"
-            r"\| (\d+) programs[^|]*\| \d+ \| \d+ ",
-            lambda *kinds: [str(sum(map(int, kinds)))],
-        ),
+        Computed("those asked of int8", asked_of_int8, "{:.0f}"),
         Quoted("95", "the interval's level"),
-        Recorded(
-            "docs/quantization.md", r"^\| lost of all .*\| -0.4 % \((-[\d.]+) to (\+[\d.]+)\)"
-        ),
-        Recorded("docs/quantization.md", r"--recipe int8 int4 --task` asks (\d+) \[questions"),
-        Recorded(
-            "docs/quantization.md",
-            r"INT4 lost (\d+) answers that fp16 had right and won (\d+)",
-            lambda lost, won: [won, lost],
-        ),
-        Recorded(
-            "docs/quantization.md", r"^\| lost of all .*\| -1.7 % \((-[\d.]+) to (\+[\d.]+)\)"
-        ),
+        interval("`int8`"),
+        Computed("questions asked, docs/measured/quantization.json", all_questions, "{:.0f}"),
+        Computed("won by int4", lambda: won_and_lost("int4")["won"], "{:.0f}"),
+        Computed("lost by int4", lambda: won_and_lost("int4")["lost"], "{:.0f}"),
+        interval("`int4`"),
     ],
     "## The code": [Quoted("200", ARTICLE)],
     "12 / 45 / 52 ms of inference": [
@@ -351,10 +381,9 @@ FIGURES: dict[str, list[Source]] = {
     ],
     "the 7B at batch 8: 120 tokens/s": [
         *(tokens_per_s(quant, "7b", 8) for quant in ("fp16", "int8", "int4")),
-        Recorded(
-            "docs/benchmarks.md",
-            r"^\| 1 \| 31.3 \| ([\d.]+) (?:.*\n){3}\| 8 \| 59.7 \| ([\d.]+) ",
-            lambda one, eight: [f"{float(eight) / float(one):.1f}"],
+        Computed(
+            "steady tok/s of 8 streams over those of 1, docs/measured/benchmarks.json",
+            lambda: steady_tps("8") / steady_tps("1"),
         ),
     ],
     "the 1.5B reaches 8 fps on an AGX Orin": [

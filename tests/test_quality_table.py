@@ -1,4 +1,4 @@
-"""The tables of docs/quantization-measured.md: made of the records, and as their figures say."""
+"""The tables of docs/measured.md: made of the records, and as their figures say."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def test_the_page_is_made_of_what_was_recorded():
     )
 
 
-def cells(found: dict[str, Any], row: str, table: int = 0) -> dict[str, str]:
-    """A row's cells by the heads of their columns: of the summary, or of the KL by text."""
+def cells(found: dict[str, Any], row: str) -> dict[str, str]:
+    """A row's cells by the heads of their columns."""
     lines = [line for line in quality_table.tables([found]).splitlines() if line.startswith("|")]
-    heads, ours = (
+    [heads], [ours] = (
         [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith(of)]
-        for of in ("| Format" if table == 0 else "| KL by text", f"| `{row}`")
+        for of in ("| Format", f"| `{row}`")
     )
-    return dict(zip(heads[0], ours[table], strict=True))
+    return dict(zip(heads, ours, strict=True))
 
 
 def test_means_by_hand():
@@ -66,7 +66,6 @@ def test_means_by_hand():
         "Top-1, %": "90.0",
         "Perplexity over float's": f"{1.5**0.1:.3f}",
     }
-    assert list(cells(found, "int4", table=1)) == ["KL by text", *TEXTS]
     found["rows"][0]["texts"][OWN_ANSWERS] = {"kl_mean": 0.125}
     assert cells(found, "int4")["KL, own answers"] == "0.1250"
     assert cells(found, "half")["KL, own answers"] == ""
@@ -80,12 +79,9 @@ def test_a_mean_needs_all_of_its_texts():
         "CPU minutes": "1.5",
         "KL, five known kinds": "0.0300",
     }
-    by_text = cells(found, "half", table=1)
-    assert [name for name in TEXTS if by_text[name] == ""] == ["chess"]
     # Where no row has it, there is no column of it either.
     found["rows"] = found["rows"][1:]
     assert "KL, ten texts" not in cells(found, "half")
-    assert "chess" not in cells(found, "half", table=1)
 
 
 def test_a_former_text_counts_in_no_mean_of_the_ten():
@@ -96,7 +92,6 @@ def test_a_former_text_counts_in_no_mean_of_the_ten():
         figures = {"kl_mean": 0.5, "kl_p99": 5, "perplexity_ratio": 2, "top1_agreement": 0.1}
         found["rows"][0]["texts"][name] = figures
     assert cells(found, "int4") == {**before, "KL, former five": "0.5000"}
-    assert list(cells(found, "int4", table=1)) == ["KL by text", *TEXTS, *FORMER_TEXTS]
 
 
 def test_what_is_served_is_a_column_where_all_texts_have_it():

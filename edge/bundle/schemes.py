@@ -65,7 +65,7 @@ SCHEMES: dict[str, SchemeFacts] = {
 }
 
 # INT4 in the lm_head, one matrix, adds up to two fifths to what all INT4 layers together lose
-# (docs/quantization-measured.md). INT8 inputs are of no use in the lm_head, which runs for one of a
+# (docs/measured.md). INT8 inputs are of no use in the lm_head, which runs for one of a
 # prompt's tokens.
 RULES: dict[Quant, tuple[tuple[str, SchemeKind], ...]] = {
     "fp16": (("*", "float"),),

@@ -34,7 +34,7 @@ from edge.bundle.weights import Linear, count_facts
 
 BackendKind = Literal["tensorrt", "ort-cpu"]
 # CUDA's context with cuBLAS, TensorRT's libraries and their scratch. Not measured by us: it is the
-# rest of the memory that NVIDIA published for Edge-LLM on Orin (docs/planner-published.md).
+# rest of the memory that NVIDIA published for Edge-LLM on Orin (docs/measured/planner.json).
 _CUDA_BYTES = 600_000_000
 
 # Peak resident memory of compiling with TensorRT for RTX 1.7 on a CPU, measured: SmolLM2 INT4

@@ -1,8 +1,8 @@
 """Lists published figures of models on Orin; `tests/edge_lab/planner/fit.py` predicts them.
 
 Every figure says who published it. ``fitted`` ones come from TensorRT engines on the AGX Orin
-64 GB; all others are held out: they are predicted with the same factors, and the error is reported
-whatever it is (``docs/planner-published.md``). Where the publisher names no context, 256 tokens are
+64 GB. All others are held out: they are predicted with the same factors, and
+``docs/measured/planner.json`` has the errors. Where the publisher names no context, 256 tokens are
 assumed; where none names a power mode, the fastest.
 """
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .triangular import damp, factor_upper, solve_factored
 
 Array = NDArray[np.float32]
-# Of the mean second moment of the inputs; docs/quantization-measured.md has others.
+# Of the mean second moment of the inputs; docs/measured.md has others.
 _DAMPING = 1.0
 
 

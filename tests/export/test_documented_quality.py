@@ -1,10 +1,9 @@
-"""What SmolLM2's recipes lose is what docs/quantization-measured.md says."""
+"""What SmolLM2's recipes lose is what docs/measured/quantization.json records."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ from edge_lab.measure.evaluate import EvalText, cut_windows, measure, read_text
 from export.pipeline import ExportConfig, export_checkpoint
 from scripts.smollm2 import smollm2_gguf
 from tests.conftest import RUNNABLE
+from tests.measured import cell
 
 pytestmark = [pytest.mark.slow, pytest.mark.once]
 
-TABLE = Path(__file__).parents[2] / "docs" / "quantization-measured.md"
-HEADING = "## Measured: SmolLM2-135M"
+SECTION = "Measured: SmolLM2-135M"
 # The table's figures are of 4,096 tokens. These are the first quarter, whose KL differs from the
 # whole's by 8 % at most; but for rotation the nearest two recipes are 2.8 times apart.
 TOKENS, WINDOW, TOLERANCE = 1024, 512, 0.15
@@ -38,16 +37,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "`int8-w8a8`": {"quant": "int8-w8a8", "calibration_tokens": CALIBRATION_TOKENS},
 }
-
-
-def documented_kl() -> dict[str, float]:
-    """KL divergence by recipe, from the first table below the heading."""
-    section = TABLE.read_text("utf-8").partition(HEADING)[2]
-    rows = re.findall(r"^\| (`int[^|]+?) \| [^|]+ \| ([\d.]+) \|", section, re.MULTILINE)
-    table: dict[str, float] = {}
-    for name, kl in rows:
-        table.setdefault(name, float(kl))  # later tables are of other texts
-    return table
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +57,7 @@ def options() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_loses_what_the_table_says(name: str, reference: LLM, tmp_path: Path):
-    documented = documented_kl()
-    assert name in documented, f"{TABLE} has no row {name} below {HEADING!r}"
+    documented = float(cell("quantization", SECTION, name, "KL"))
     if "calibration_tokens" in RECIPES[name] and os.environ.get("EDGE_LLM_QUALITY", "0") != "1":
         pytest.skip("what calibrates takes five minutes; EDGE_LLM_QUALITY=1 exports it")
     output = tmp_path / "bundle"
@@ -87,4 +75,4 @@ def test_a_recipe_loses_what_the_table_says(name: str, reference: LLM, tmp_path:
             window=WINDOW,
             engine=bundle.backend.name,
         )
-    assert found["kl_mean"] == pytest.approx(documented[name], rel=TOLERANCE)
+    assert found["kl_mean"] == pytest.approx(documented, rel=TOLERANCE)

@@ -3,70 +3,25 @@
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 
 import pytest
 
 from edge_lab.planner.published import SPEED_FIGURES, Figure
 from edge_lab.planner.speed import FITTED
+from tests.edge_lab.planner import record
 from tests.edge_lab.planner.fit import (
     MEMORY_FIGURES,
-    NOT_PREDICTED,
     error,
     fit,
-    predicted,
     predicted_memory,
 )
-from tests.edge_lab.planner.unseen import UNSEEN, errors, medians, table
-
-DOCUMENT = Path(__file__).parents[3] / "docs" / "planner-published.md"
+from tests.edge_lab.planner.unseen import UNSEEN, errors
 
 
-def documented_rows() -> list[str]:
-    """The table of docs/planner-published.md, as it must stand there."""
-    rows = []
-    for figure in SPEED_FIGURES:
-        batch = f", batch {figure.batch}" if figure.batch > 1 else ""
-        if figure.kind == "prefill":
-            what, scale, unit = f"prefill of {figure.tokens}", 1e3, "ms"
-        else:
-            what, scale, unit = f"decode{batch}", 1.0, "tok/s"
-        device = figure.device + (f" {figure.mode}" if figure.mode else "")
-        cells = (
-            figure.source,
-            device,
-            f"{figure.model} {figure.precision.upper()}",
-            what,
-            f"{figure.value * scale:.4g} {unit}",
-            f"{predicted(figure) * scale:.4g}",
-            f"{error(figure):+.0%}",
-            "fitted" if figure.fitted else "",
-        )
-        rows.append("| " + " | ".join(cells) + " |")
-    return rows
-
-
-def documented_memory_rows() -> list[str]:
-    return [
-        f"| {figure.source} | {figure.model} {figure.precision.upper()} | "
-        f"{figure.value / 1e9:.2f} GB | {predicted_memory(figure) / 1e9:.2f} | "
-        f"{predicted_memory(figure) / figure.value - 1:+.0%} |"
-        for figure in MEMORY_FIGURES
-    ]
-
-
-def test_every_figure_and_its_error_is_documented():
-    text = DOCUMENT.read_text("utf-8")
-    missing = [row for row in documented_rows() + documented_memory_rows() if row not in text]
-    assert not missing, "docs/planner-published.md lacks:\n" + "\n".join(missing)
-    for what, why in NOT_PREDICTED:
-        assert f"| {what} | {why} |" in text
-
-
-def test_figures_that_nobody_had_seen_are_documented_with_their_errors():
-    text = DOCUMENT.read_text("utf-8")
-    missing = [row for row in [*table(), *medians()] if row not in text]
-    assert not missing, "docs/planner-published.md lacks:\n" + "\n".join(missing)
+def test_every_figure_and_its_error_is_recorded():
+    assert record.RECORD.read_text("utf-8") == record.text(), (
+        "run: python -m tests.edge_lab.planner.record"
+    )
     known = {(f.source, f.device, f.model, f.value) for f in SPEED_FIGURES}
     assert not known & {(f.source, f.device, f.model, f.value) for _, f in UNSEEN}
 

@@ -5,18 +5,16 @@ They are the benchmark table of NVIDIA's jetson-ai-lab (github.com/NVIDIA-AI-IOT
 eight requests at once; all rows on Orin of models that the planner can describe. Of a vision model
 the language part is predicted. No row was left out for its error, and nothing may be fitted to
 them.
-
-usage: python -m tests.edge_lab.planner.unseen      prints each row, its error, and the medians
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
+from typing import Any
 
 from edge_lab.planner.published import Figure
-from tests.edge_lab.planner.fit import error, predicted
+from tests.edge_lab.planner.fit import error
 
 DECEMBER = "jetson-ai-lab 8710133, December 2025"
 NEWEST = "jetson-ai-lab 0d6baca, 2026"
@@ -60,20 +58,16 @@ UNSEEN: tuple[tuple[str, Figure], ...] = tuple(
 """Each figure with the name under which it was published."""
 
 
-def table() -> list[str]:
-    """Rows of docs/planner-published.md."""
+def medians() -> list[dict[str, Any]]:
+    """Return the median error by device and batch, then over all, and the median of its size."""
     return [
-        f"| {figure.source} | {figure.device} | {name} | {figure.batch} | {figure.value:.4g} | "
-        f"{predicted(figure):.4g} | {error(figure):+.0%} |"
-        for name, figure in UNSEEN
-    ]
-
-
-def medians() -> list[str]:
-    """The median error by device and batch, then over all; with it the median of its size."""
-    return [
-        f"| {device or 'all'} | {batch or 'all'} | {len(found)} | "
-        f"{statistics.median(found):+.0%} | {statistics.median(map(abs, found)):.0%} |"
+        {
+            "device": device,
+            "batch": batch,
+            "rows": len(found),
+            "median_error": round(statistics.median(found), 2),
+            "median_size": round(statistics.median(map(abs, found)), 2),
+        }
         for device in (_AGX, _NX, None)
         for batch in ((1, 8) if device else (None,))
         if (found := errors(device, batch))
@@ -87,7 +81,3 @@ def errors(device: str | None = None, batch: int | None = None) -> Sequence[floa
         for _, figure in UNSEEN
         if device in (None, figure.device) and batch in (None, figure.batch)
     ]
-
-
-if __name__ == "__main__":
-    sys.stdout.write("\n".join([*table(), "", *medians(), ""]))
