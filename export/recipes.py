@@ -33,7 +33,7 @@ RECIPES: dict[RecipeName, NamedRecipe] = {
     "default": NamedRecipe("awq+gptq", calibration_tokens=8192, measures=True),
     "best": NamedRecipe("awq+gptq", calibration_tokens=BUILT_IN_TOKENS, measures=True),
     # Of what needs no calibration, groups of 32 lose least, and measuring takes as long again. The
-    # figures are of "The 1.5B on four texts" in docs/quantization.md and of SmolLM2 in
+    # figures are of "Measured: 1.5B" in docs/quantization.md and of SmolLM2 in
     # docs/measured.md.
     "fast": NamedRecipe(
         "rtn",

@@ -111,8 +111,8 @@ def _of_model(found: dict[str, Any]) -> str:
     title = f"**{found['model']}**"
     if about := found.get("off_grid"):
         title += (
-            f", merged with an adapter of rank 64: {about['steps']} steps of training moved weights "
-            f"by {about['moved_steps']:.2f} steps of the grid (held-out loss "
+            f", merged with an adapter of rank 64: {about['steps']} steps of training moved its "
+            f"weights by {about['moved_steps']:.2f} steps of the grid (held-out loss "
             f"{about['loss_before']:.2f} before, {about['loss_after']:.2f} after)"
         )
     return "\n".join([f"{title}:", "", *_markdown([_summary(row) for row in rows])])
