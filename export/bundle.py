@@ -1,10 +1,10 @@
 """Writes a bundle so that its path never holds half of one.
 
-While a target ``r1`` is written, there are beside it ``.r1.edge-llm-lock`` (an flock, held by the
-one process that writes), ``.r1.edge-llm-staging`` (the unfinished bundle), perhaps
-``.r1.edge-llm-scratch`` (what an export needs until it ends) and, on file systems that cannot
-exchange two directories, ``.r1.edge-llm-old``. Whoever holds the lock owns the others: what is
-there when it takes the lock was left by a killed export, and is removed. Only
+While a target ``r1`` is written, up to four entries are beside it. ``.r1.edge-llm-lock`` is an
+flock, held by the one process that writes. ``.r1.edge-llm-staging`` is the unfinished bundle.
+``.r1.edge-llm-scratch`` has what an export needs until it ends. On file systems that cannot
+exchange two directories there is ``.r1.edge-llm-old``. Whoever holds the lock owns the others: if
+they exist when it takes the lock, a killed export left them, and they are removed. Only
 ``.r1.edge-llm-calibration`` outlives an export that failed or was killed, at any step: the next
 export continues there, and putting a bundle in place removes it.
 
@@ -72,15 +72,15 @@ class BundleWriter:
         calibrates: bool = False,
         what: str = "the bundle",
     ) -> None:
-        """Remember the target; `__enter__` is the first to touch it.
+        """Remember the target; only `__enter__` touches it.
 
         Args:
             target: the bundle's directory: missing, empty, or with ``overwrite`` a bundle.
             required_bytes: estimated size of all files.
-            overwrite: replace a bundle that is there (``--force``).
-            calibrates: `resume.resumable_work` will go on in the calibration directory or clear
-                it, so what it holds counts as room for ``required_bytes``.
-            what: what takes them, for the message.
+            overwrite: whether to replace an existing bundle (``--force``).
+            calibrates: whether `resume.resumable_work` will continue in the calibration directory
+                or clear it; what it holds then counts as room for ``required_bytes``.
+            what: name of what takes ``required_bytes``, for the message.
         """
         self.target = resolve_target(target)
         self._required_bytes = required_bytes
@@ -95,7 +95,7 @@ class BundleWriter:
         self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> BundleWriter:
-        """Lock the target, repair and sweep what a killed export left, check that it can be done.
+        """Lock the target, remove what a killed export left, and check that it can be written.
 
         Raises:
             ConfigError: the target is not ours to replace, cannot be written, or another export
@@ -151,7 +151,7 @@ class BundleWriter:
         Every file must be closed, and none may be written afterwards.
 
         Args:
-            manifest: the manifest, whose ``files`` are filled in here, whatever they hold.
+            manifest: the manifest; its ``files`` are replaced here.
 
         Returns:
             The directory, which `commit` moves.
@@ -170,7 +170,7 @@ class BundleWriter:
         is deleted when the block ends.
 
         Args:
-            manifest: the manifest, whose ``files`` are filled in here, whatever they hold.
+            manifest: the manifest; its ``files`` are replaced here.
 
         Returns:
             The manifest as it was written.
@@ -220,17 +220,17 @@ class BundleWriter:
         if absent:
             raise BundleError(f"the bundle is incomplete: {sorted(absent)} not written")
         data = encode_manifest(msgspec.structs.replace(manifest, files=files))
-        written = decode_manifest(data)  # refuses here what nobody could load
+        written = decode_manifest(data)  # refuse here what nobody could load
         write_durably(self._staging / MANIFEST_NAME, data)
         fsync(self._staging)
         return written
 
     def _calibrated_bytes(self) -> int:
-        """Room on the disk that the calibration directory takes and this export uses again."""
+        """Return the bytes on disk of the calibration directory that this export uses again."""
         if not self._calibrates or not self.calibration_directory.exists():
             return 0
         files = [path.stat() for path in self.calibration_directory.iterdir()]
-        # What a bundle in place shares takes its room, too.
+        # Files shared with a bundle in place stay when the directory goes, so they free no room.
         return sum(file.st_blocks * 512 for file in files if file.st_nlink <= 1)
 
     def _sweep(self) -> None:

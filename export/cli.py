@@ -41,7 +41,7 @@ def _keep(
 
 
 def _target(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
-    """Resolve ``here``, which is no device in particular where there is no JetPack."""
+    """Resolve ``here``, which is no particular device where there is no JetPack."""
     if value != "here":
         return value
     from edge_lab.telemetry import read_target
@@ -65,7 +65,7 @@ class _Quant(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 
     """A precision in any spelling of `fold_quant`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Write it as it is written everywhere, or end with the error that lists all."""
+        """Return the usual spelling, or end with the error that lists all precisions."""
         return super().convert(fold_quant(str(value)), param, ctx)
 
 
@@ -430,7 +430,7 @@ def export(
 
 
 def _figures(text: dict[str, Any]) -> dict[str, Any]:
-    """What ``--json`` says of a measurement: of what is served, and of the bundle alone."""
+    """Return what ``--json`` says of a measurement: as served, and of the bundle alone."""
     figures = {name: text[name] for name in _FIGURES}
     if alone := text.get("bundle_alone"):
         figures["bundle_alone"] = {name: alone[name] for name in _FIGURES if name in alone}
@@ -446,11 +446,11 @@ def _loss(figures: dict[str, Any]) -> str:
 
 
 def _other_targets(target: str | None, versions: Collection[str] | None) -> list[str]:
-    """The targets of a JetPack whose TensorRT does not take the graph.
+    """List the targets of a JetPack whose TensorRT does not take the graph.
 
     Args:
-        target: ``--target``; a bundle for no JetPack at all was asked for with some.
-        versions: of TensorRT that take it; None was not checked.
+        target: value of ``--target``; with None the bundle is for no JetPack in particular.
+        versions: TensorRT versions that take the graph; None if that was not checked.
     """
     if versions is None or (target is not None and not target.startswith("jetpack")):
         return []

@@ -1,7 +1,7 @@
 """Defines what to export and how: the options of ``edge-llm export``, checked together.
 
-They are three values: the model that is exported, how its numbers are stored, and what the bundle
-is for. A stage of the export takes those that it needs.
+They form three values: the model to export, how its numbers are stored, and what the bundle is for.
+Each stage of the export takes those that it needs.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ GraphType = Literal["fp16", "bf16"]
 KvCacheType = Literal["float", "int8"]
 VisionWeights = Literal["fp16", "int8"]
 AS_IN_SOURCE: Literal["source"] = "source"
-"""The ``--quant`` that keeps the integers of a checkpoint that is quantized already."""
+"""Value of ``--quant`` that keeps the integers of a checkpoint that is quantized already."""
 DEFAULT_METHOD = RECIPES["default"].method
-"""How INT4 layers are rounded; docs/quantization.md has what each method costs and loses."""
+"""How INT4 layers are rounded by default; docs/quantization.md compares the methods."""
 
 
 @dataclass(frozen=True)
 class ExportSource:
-    """Which model is exported, and what is done to it that is exact in float.
+    """The model to export, and the changes to it that are exact in float.
 
     Attributes:
         source: HF directory, hub id or GGUF file.
         revision: branch, tag or commit of a hub id; None is its default branch.
-        cache_dir: where a hub id is downloaded to; None is the hub's own cache.
-        hub: where a hub id is looked up, see `open_checkpoint`.
-        task: what the bundle is for; None is ``embed`` for a directory of sentence-transformers,
-            and ``generate`` for all others.
+        cache_dir: directory to download a hub id to; None is the hub's own cache.
+        hub: hub that has a hub id, as for `open_checkpoint`.
+        task: use of the bundle; None is ``embed`` for a directory of sentence-transformers, and
+            ``generate`` for all others.
         lora: directory of an adapter in peft's layout to merge into the weights first.
         eagle3: directory of a published EAGLE-3 head of this model, which drafts for it.
-        vocab_keep: file that says which tokens to keep, see `vocabulary.read_keep_list`; None
+        vocab_keep: file that says which tokens to keep, read by `vocabulary.read_keep_list`; None
             keeps all.
-        vocab_size: how many tokens to keep, with a text in ``vocab_keep``.
+        vocab_size: number of tokens to keep, with a text in ``vocab_keep``.
     """
 
     source: str
@@ -72,33 +72,34 @@ class ExportSource:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRecipe:
-    """How the numbers of a model are stored, and how that is found.
+    """How the numbers of a model are stored, and how they are found.
 
     Attributes:
         quant: scheme of the linear layers; ``source`` keeps them as a quantized checkpoint has
-            them. None is ``source`` for such a checkpoint and ``int4`` for others, see `resolved`.
-        group_size: see `Recipe`.
-        keep: see `Recipe`.
-        clip: see `Recipe`.
-        named: what is done where no other field says, see `recipes.RECIPES`: ``default``, ``fast``
-            for a bundle at once, or ``best`` for one that loses less and takes longer.
+            them. None is ``source`` for such a checkpoint and ``int4`` for others (`resolved`).
+        group_size: weights that share a scale, as in `Recipe`.
+        keep: layers with a scheme of their own, as in `Recipe`.
+        clip: how a group's scale is chosen, as in `Recipe`.
+        named: recipe that decides where no other field does (`recipes.RECIPES`): ``default``,
+            ``fast`` for a quick bundle, or ``best`` for one that loses less and takes longer.
         method: how INT4 layers are rounded: ``rtn`` to nearest, the others calibrated; None is
-            that of ``named``.
+            the method of ``named``.
         calibration: text or JSONL to calibrate with; None is the built-in text, for GPTQ and
             W8A8 the mixed one.
-        calibration_tokens: most tokens to calibrate with; None is as in `most_calibration_tokens`.
-        seed: decides the order of the calibration documents; None is 0.
-        workers: layers that are rounded side by side, to the same bytes; each further one takes
-            what calibration has seen of a layer in memory.
-        rotate: rotate the residual stream and the heads' values (`quantize.rotation`); None is as
-            in `rotates`.
+        calibration_tokens: most tokens to calibrate with; None is `most_calibration_tokens`.
+        seed: seed of the order of the calibration documents; None is 0.
+        workers: layers to round side by side, to the same bytes; each further one keeps the
+            calibration's inputs of a layer in memory.
+        rotate: whether to rotate the residual stream and the heads' values (`quantize.rotation`);
+            None lets `rotates` decide.
         embeddings: how the rows of the token table are stored.
         kv_cache: how the rows of the KV cache are stored: in the graph's float type, or in INT8
-            with calibrated scales, see `quantize.kv_scales`.
+            with calibrated scales (`quantize.kv_scales`).
         dtype: float type of the engine's graph; None is bf16 for ``quant="bf16"``, else fp16.
         vision_quant: how the weights of a vision encoder are stored, ``fp16`` or ``int8``; None is
-            in the float type of the graph.
+            the float type of the graph.
         adapters: the largest rank of adapters that the bundle takes at run time; None is a bundle
+            that takes none.
             that takes none.
     """
 
@@ -157,7 +158,7 @@ class ExportRecipe:
         if self.workers < 1:
             raise ConfigError(f"--workers is {self.workers}; use 1 or more")
         if self.quant is None and self.method is None:
-            return  # nothing is rounded where the source is quantized, which `resolved` is told
+            return  # a quantized source is not rounded, which only `resolved` is told
         if self.workers > 1 and "gptq" in self.rounding:
             chosen = "the default " if self.method is None else ""
             raise ConfigError(
@@ -172,7 +173,7 @@ class ExportRecipe:
 
     @property
     def linears(self) -> Recipe:
-        """How the linear layers are stored; of those that stay as in the source, the exceptions."""
+        """Recipe of the linear layers; with ``quant="source"`` it has the exceptions only."""
         quant: Quant = "int4" if self.quant is None else "fp16"
         if self.quant not in (None, AS_IN_SOURCE):
             quant = self.quant
@@ -180,7 +181,7 @@ class ExportRecipe:
 
     @property
     def name(self) -> str:
-        """What the manifest calls it."""
+        """Name of the recipe in the manifest."""
         return self.quant or self.linears.quant
 
     @property
@@ -196,7 +197,7 @@ class ExportRecipe:
 
     @property
     def most_calibration_tokens(self) -> int:
-        """Tokens to calibrate with at most; a KV cache alone takes fewer where nobody says."""
+        """Most tokens to calibrate with; by default a KV cache alone takes fewer."""
         if self.calibration_tokens is not None:
             return self.calibration_tokens
         most = BUILT_IN_TOKENS if self.calibration is None else DEFAULT_TOKENS
@@ -206,7 +207,7 @@ class ExportRecipe:
 
     @property
     def rounds_inputs(self) -> bool:
-        """Whether a recipe that is not the source's rounds inputs of some linear to INT8."""
+        """Whether a recipe other than the source's rounds inputs of some linear to INT8."""
         return self.quant == "int8-w8a8" or any(kind == "w8a8" for _, kind in self.keep)
 
     @property
@@ -214,7 +215,7 @@ class ExportRecipe:
         return self.linears.quant == "int4" or any(kind_of(each) == "int4" for _, each in self.keep)
 
     def resolved(self, source: str, *, is_quantized: bool) -> ExportRecipe:
-        """The same with the ``quant`` that None means.
+        """Return the same recipe with the ``quant`` that None stands for.
 
         Args:
             source: the checkpoint, for messages.
@@ -235,18 +236,18 @@ class ExportRecipe:
         return replace(self, quant=AS_IN_SOURCE if is_quantized else "int4")
 
     def float_reference(self) -> ExportRecipe:
-        """The same model with float weights, to measure a bundle of it against."""
+        """Return the recipe of the same model in float, to measure a bundle of it against."""
         return ExportRecipe(quant=self.float_type)
 
     def rotates(self, task: Task, *, drafts: bool) -> bool:
-        """Whether hidden states and values are rotated: by default for INT8, where a model can be.
+        """Whether hidden states and values are rotated: by default for INT8, if the model allows.
 
-        The vectors of a model that embeds would be rotated, too, and a head that drafts, or an
-        adapter, was trained with the hidden states as they are.
+        A model that embeds is not rotated, since its vectors would be, too. Neither is one with a
+        head that drafts, or with adapters: they were trained with the hidden states as they are.
 
         Args:
-            task: of the checkpoint.
-            drafts: whether such a head goes into the bundle.
+            task: task of the checkpoint.
+            drafts: whether a head that drafts goes into the bundle.
         """
         if self.rotate is not None:
             return self.rotate
@@ -254,13 +255,13 @@ class ExportRecipe:
         return self.quant == "int8-w8a8" or (self.quant == "int8" and able)
 
     def refuse_rounding(self, source: str) -> None:
-        """Refuse what has no effect where the source's integers are kept.
+        """Refuse options that have no effect where the source's integers are kept.
 
         Args:
             source: the checkpoint, for messages.
 
         Raises:
-            ConfigError: there is such an option; it is named.
+            ConfigError: there is such an option; the message names it.
         """
         in_float = self.kv_cache == "float"
         for option, given in (
@@ -281,7 +282,7 @@ class ExportRecipe:
                 )
 
     def _check_adapters(self, rank: int) -> None:
-        """Refuse a rank out of range, and what changes the channels that adapters read."""
+        """Refuse a rank out of range, and options that change the channels that adapters read."""
         if not 1 <= rank <= MAX_RANK:
             raise ConfigError(f"--adapters {rank} is out of range: use a rank of 1 to {MAX_RANK}")
         if self.rotates("generate", drafts=False):
@@ -317,7 +318,7 @@ class ExportRecipe:
             )
 
     def _check_calibration(self) -> None:
-        """Refuse what says how to calibrate where nothing is calibrated."""
+        """Refuse calibration options where nothing is calibrated."""
         if self.rounding != "rtn" or self.rounds_inputs or self.kv_cache == "int8":
             return
         for option, setting in (
@@ -336,22 +337,23 @@ class ExportRecipe:
 
 @dataclass(frozen=True)
 class ExportTarget:
-    """Where the bundle goes, what it is for, and whether it is measured before it gets there.
+    """Where the bundle goes, what it is for, and whether it is measured on the way.
 
     Attributes:
         output: the bundle's directory.
-        overwrite: replace an existing bundle.
+        overwrite: whether to replace an existing bundle.
         target: the device that the bundle is for, a key of `targets.TARGETS`: it decides dialect
             and types of scales; a graph that its TensorRT does not take is refused.
-        dialect: see `edge.bundle.io_spec`; None is the target's, ``native`` without one. TensorRT
-            takes an INT8 cache in ``portable`` only, so a target with TensorRT gets that then.
+        dialect: dialect of the graph (`edge.bundle.io_spec`); None is the target's, ``native``
+            without one. TensorRT takes an INT8 cache in ``portable`` only, so a target with
+            TensorRT gets that then.
         kv_capacity: cache rows per sequence; None is `edge.bundle.io_spec.default_kv_capacity`.
-        verify: measure the finished bundle against the float model before it is put in place, and
-            refuse it if it misses ``gate``.
-        gate: thresholds for ``verify``, see `edge_lab.measure.evaluate.load_gate`; None is
+        verify: whether to measure the finished bundle against the float model, and to refuse it if
+            it misses ``gate``, before it is put in place.
+        gate: thresholds for ``verify``, as for `edge_lab.measure.evaluate.load_gate`; None is
             ``recipe``.
-        report: without ``verify``, measure the bundle on fewer tokens and refuse nothing; where
-            that cannot be done (memory, disk), the reason is announced.
+        report: whether to measure the bundle without ``verify``, on fewer tokens and refusing
+            nothing; if that cannot be done (memory, disk), the reason is announced.
     """
 
     output: Path
@@ -378,11 +380,11 @@ class ExportTarget:
 
     @property
     def device(self) -> Target:
-        """What ``target`` stands for."""
+        """Device that ``target`` names."""
         return ANY if self.target is None else TARGETS[self.target]
 
     def dialect_with(self, kv_cache: KvCacheType) -> Dialect:
-        """``dialect``, or the one that None means with such a cache.
+        """Return ``dialect``, or the one that None stands for with such a cache.
 
         Raises:
             ConfigError: the target's TensorRT does not take such a cache in ``dialect``.
@@ -400,7 +402,7 @@ class ExportTarget:
 
 @dataclass(frozen=True)
 class ExportConfig(ExportRecipe, ExportTarget, ExportSource):
-    """All options of an export, checked against each other; each is explained at its value."""
+    """All options of an export, checked against each other; their own classes explain them."""
 
     def __post_init__(self) -> None:
         if self.quant is not None and fold_quant(self.quant) == AS_IN_SOURCE:
@@ -413,7 +415,7 @@ class ExportConfig(ExportRecipe, ExportTarget, ExportSource):
             self._check_head()
 
     def _check_head(self) -> None:
-        """Refuse what changes the hidden states or tokens that the head was trained with."""
+        """Refuse options that change the hidden states or tokens that the head was trained with."""
         option = None
         if self.rotates("generate", drafts=True):
             option = "--rotate, which --quant int8-w8a8 implies; add --no-rotate"
@@ -427,7 +429,7 @@ class ExportConfig(ExportRecipe, ExportTarget, ExportSource):
 
 
 def _check_choices(*options: tuple[str, str, Any]) -> None:
-    """Refuse a value that its type does not list; mypy sees only what is written in Python."""
+    """Refuse a value that its type does not list; mypy checks only calls in Python."""
     for option, value, choices in options:
         if value not in get_args(choices):
             raise ConfigError(f"{option} {value} is unknown; use {' or '.join(get_args(choices))}")

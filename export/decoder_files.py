@@ -1,7 +1,7 @@
 """Writes the decoder's four files: both graphs, and the weights that they share, block by block.
 
-Peak memory is the largest packed layer plus tiles; a calibrated export adds what
-`quantize.calibration.LayerRunner` holds, and the GPTQ factors of one decoder layer.
+Peak memory is the largest packed layer plus tiles. A calibrated export adds the memory of
+`quantize.calibration.LayerRunner`, and the GPTQ factors of one decoder layer.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ _INT_TYPE = {
 
 @dataclass(frozen=True)
 class WrittenDecoder:
-    """What the manifest says about the decoder's files.
+    """Facts about the decoder's files, for the manifest.
 
     Attributes:
         graphs: the graphs' names.
         linears: how every linear is stored, by name.
-        calibration: the text that a calibrated export saw; None without calibration.
-        peaks: largest activations that a calibration met, by name.
-        kv_cache: how the cache is stored; None is in float.
-        kv_scales: of its tensors in 8 bits, as the graphs have them.
+        calibration: the text of a calibrated export; None without calibration.
+        peaks: largest activations in the calibration, by name.
+        kv_cache: how the cache is stored; None means in float.
+        kv_scales: scales of the cache tensors in 8 bits, as the graphs have them.
     """
 
     graphs: Graphs
@@ -100,7 +100,7 @@ def _planes(scales: Mapping[int, KvScales]) -> Scales:
 
 
 def _stored(factors: Mapping[str, NDArray[np.float32]]) -> dict[str, TensorSource]:
-    """Factors of linears as a file holds them."""
+    """Return factors of linears as a file holds them."""
     return {
         name: TensorSource("F32", values.shape, [values.astype("<f4")])
         for name, values in factors.items()
@@ -108,7 +108,7 @@ def _stored(factors: Mapping[str, NDArray[np.float32]]) -> dict[str, TensorSourc
 
 
 def calibrates(recipe: ExportRecipe, schemes: Mapping[str, TensorScheme]) -> bool:
-    """Whether the recipe needs calibration.
+    """Return whether the recipe needs calibration.
 
     Raises:
         ConfigError: no layer uses the method.
@@ -122,7 +122,7 @@ def calibrates(recipe: ExportRecipe, schemes: Mapping[str, TensorScheme]) -> boo
 
 
 def cache_tokens(recipe: ExportRecipe) -> int:
-    """Tokens with which the KV cache is calibrated, at most; 0 if it stays in float."""
+    """Return the most tokens to calibrate the KV cache with; 0 if it stays in float."""
     if recipe.kv_cache == "float":
         return 0
     return CACHE_TOKENS if recipe.calibration_tokens is None else recipe.calibration_tokens
@@ -134,13 +134,13 @@ class DecoderFiles:
 
     Attributes:
         recipe: how the numbers are stored.
-        wide_input_scales: see `targets.Target`.
-        checkpoint: the model that is quantized.
+        wide_input_scales: whether scales of INT8 inputs are FP32, as in `targets.Target`.
+        checkpoint: the model to quantize.
         schemes: the scheme of every linear, by name.
         positions: rows of the RoPE tables.
         progress: called with the weights done (step ``quantize``) and, in a calibrated export, the
             sequences that passed a layer (step ``calibrate``).
-        head: reads hidden states that the graph then puts out; None without one.
+        head: head that reads hidden states, which the graph then outputs; None without one.
     """
 
     recipe: ExportRecipe
@@ -152,7 +152,7 @@ class DecoderFiles:
     head: Eagle3Head | None = None
 
     def write(self, writer: BundleWriter, dialect: Dialect, kv_capacity: int) -> WrittenDecoder:
-        """Write all four files; a calibrated export continues where the last was interrupted.
+        """Write all four files; a calibrated export resumes where the last one was interrupted.
 
         Raises:
             ConfigError: no layer uses the method, or the calibration text cannot be used.
@@ -197,7 +197,7 @@ class DecoderFiles:
     def _kv_scales(
         self, finished: Finished
     ) -> tuple[dict[int, KvScales], KvCache, dict[str, float]]:
-        """Calibrate the cache with the weights as they were folded; see `calibrate_kv_cache`.
+        """Calibrate the cache with the folded weights, as `calibrate_kv_cache` does.
 
         Raises:
             ConfigError: the text cannot be used, or no layer may be in 8 bits.
@@ -220,9 +220,9 @@ class DecoderFiles:
         return scales, kv_cache, peaks
 
     def _calibration_text(self, tokens: int) -> tuple[NDArray[np.int64], Calibration]:
-        """Read so many tokens at most to calibrate with, and describe them for the manifest."""
+        """Read at most this many tokens to calibrate with, and describe them for the manifest."""
         content = self.checkpoint.text
-        # AWQ fits next to nothing to its text; GPTQ and the ranges of INT8 inputs do
+        # AWQ hardly fits to its text; GPTQ and the ranges of INT8 inputs do
         # (docs/measured.md).
         has_ranges = any(scheme.kind == "w8a8" for scheme in self.schemes.values())
         mixed = "gptq" in self.recipe.rounding or has_ranges
@@ -260,7 +260,7 @@ class DecoderFiles:
     def _write_data(
         self, calibrator: Calibrator, work: Work
     ) -> tuple[Finished, list[DecoderTensors]]:
-        """Write both data files; returns the finished linears, and each graph's tensors."""
+        """Write both data files; return the finished linears, and each graph's tensors."""
         outputs = [Output(*pair) for pair in zip(work.files, self._float_types, strict=True)]
         finished = self._write_linears(calibrator, work, outputs)
         folded = ScaledCheckpoint(self.checkpoint, finished.factors)
@@ -281,13 +281,13 @@ class DecoderFiles:
     ) -> Finished:
         """Plan, convert and store every block that is not finished yet.
 
-        The text goes through one layer after the other, since each reads what the one before it
-        wrote. What it shows of a layer is all that the layer's rounding depends on, but for GPTQ,
-        so layers are planned and converted side by side, and stored in their order.
+        The text goes through one layer after the other, since each reads the output of the one
+        before. Except with GPTQ, a layer's rounding depends only on the layer's own activations. So
+        layers are planned and converted side by side, and stored in their order.
         """
         finished = work.finished
         every = linear_blocks(self.checkpoint.spec)
-        # A calibration that knows what rounding takes reports its layers whole.
+        # A calibration with an effort reports whole layers itself.
         reported = isinstance(calibrator, Calibrated) and calibrator.effort is not None
         first = self.checkpoint.spec.num_layers if reported else 0
         counted = {each.name: math.prod(each.shape) for b in every[first:] for each in b.linears}
@@ -307,7 +307,7 @@ class DecoderFiles:
             count(0)
         hidden, waiting = finished.hidden, deque[Future[_Converted]]()
         with ThreadPoolExecutor(self.recipe.workers) as pool:
-            # One worker is this thread, which a signal can interrupt anywhere.
+            # One worker works in this thread, which a signal can interrupt anywhere.
             submit = pool.submit if self.recipe.workers > 1 else _done
             try:
                 for block in every[finished.blocks :]:
@@ -317,12 +317,12 @@ class DecoderFiles:
                     hidden = None if seen is None else seen.hidden
                     report = count if block.index >= first else _uncounted
                     waiting.append(submit(self._convert_block, calibrator, block, seen, report))
-                    del seen  # its inputs are the worker's to give up
+                    del seen  # the worker may free its inputs
                     while len(waiting) == self.recipe.workers or (waiting and block is every[-1]):
                         finished = self._store_block(waiting.popleft().result(), finished, outputs)
                         work.save(finished)
                     if self.recipe.workers == 1:
-                        hidden = finished.hidden  # of the rounded layers too
+                        hidden = finished.hidden  # also the states of the rounded layers
             except BaseException:
                 ended.set()
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -356,11 +356,11 @@ class DecoderFiles:
 
 
 def _uncounted(_weights: int) -> None:
-    """Report nothing of weights that the calibration reports."""
+    """Report nothing: the calibration reports these weights."""
 
 
 class _EndedError(Exception):
-    """Ends a worker whose result nobody waits for any more."""
+    """Ends a worker whose result is no longer wanted."""
 
 
 def _done(work: Callable[..., _Converted], *arguments: Any) -> Future[_Converted]:
@@ -411,7 +411,7 @@ def store_linear(
     ``wide_input_scales`` stores the scales of a linear with INT8 inputs in FP32 for every graph.
 
     Returns:
-        The linear as each graph reads it; the graph for the CPU casts weights that are float.
+        The linear as each graph reads it; the CPU's graph casts float weights.
     """
     name = plan.layer.name
     main = outputs[0]
@@ -479,7 +479,7 @@ def linear_info(plan: LinearPlan, stored: StoredLinear, tensors: LinearTensors) 
 
 
 def _store_norms(folded: Checkpoint, output: Output) -> dict[str, StoredTensor]:
-    """Store the RMSNorm weights, factors of the linears after them folded in."""
+    """Store the RMSNorm weights, with the factors of the linears after them folded in."""
     return {
         name: output.add(f"{name}.weight", folded.tensor(source).astype(np.float32))
         for name, source in norm_sources(folded.spec).items()

@@ -40,13 +40,13 @@ def write_encoder(
     vision: Vision,
     progress: Progress,
 ) -> VisionSection:
-    """Write an encoder's files; returns the manifest's section.
+    """Write an encoder's files; return the manifest's section.
 
-    Both graphs share the weights. What storing them so costs on the CPU is measured on a drawn
-    tile, where this machine has an ONNX Runtime.
+    Both graphs share the weights. Their loss against float weights is measured on the CPU with a
+    drawn tile, if this machine has an ONNX Runtime.
 
     Args:
-        writer: of the bundle.
+        writer: writer of the bundle.
         recipe: how the numbers are stored.
         checkpoint: the model, rotated if its decoder is.
         vision: its encoder.
@@ -73,7 +73,7 @@ def write_encoder(
     try:
         import onnxruntime
     except ImportError:
-        pass  # no bundle runs here, and none is measured
+        pass  # without ONNX Runtime no bundle runs here, and none is measured
     else:
         exact = writer.scratch() / "vision.fp32.onnx"
         _write([exact], ["fp32"], checkpoint, vision, TensorScheme("float"), lambda weights: None)
@@ -91,7 +91,7 @@ def _write(
     scheme: TensorScheme,
     count: Callable[[int], None],
 ) -> int:
-    """Write graphs of one encoder, the first of which holds the weights; returns their bytes."""
+    """Write the graphs of one encoder, the first with the weights; return the weights' bytes."""
     scale_type = NUMPY_TYPE[types[0]]
     flat = _Flat(checkpoint, f"{vision.patches}.weight")
     with ExitStack() as stack:
@@ -117,7 +117,7 @@ def _write(
 
 
 def _store_floats(checkpoint: Checkpoint, vision: Vision, output: Output) -> Any:
-    """Store what is no linear layer: the other arguments of `EncoderTensors`."""
+    """Store everything but the linear layers: the other arguments of `EncoderTensors`."""
     positions = output.add("positions", vision.positions(checkpoint))
     norms = {
         name: tuple(
@@ -134,7 +134,7 @@ def _store_floats(checkpoint: Checkpoint, vision: Vision, output: Output) -> Any
 
 
 class _Flat(Transformed):
-    """A model whose convolution of patches is the matrix of a linear layer."""
+    """A model that shows its convolution of patches as the matrix of a linear layer."""
 
     def __init__(self, checkpoint: Checkpoint, convolution: str) -> None:
         super().__init__(checkpoint)
@@ -147,7 +147,7 @@ class _Flat(Transformed):
 
 
 def with_vision(manifest: Manifest, section: VisionSection, legal: Sequence[str]) -> Manifest:
-    """Put the section into a manifest, and keep the versions of TensorRT that take both graphs."""
+    """Add the section to a manifest; keep only versions of TensorRT that take both graphs."""
     return msgspec.structs.replace(
         manifest,
         tensorrt=tuple(name for name in manifest.tensorrt or () if name in legal),

@@ -14,17 +14,17 @@ from .recipes import RECIPES
 
 # Operations of `quantize.effort` per second on two x86-64 cores (AVX-512).
 _OPERATIONS_PER_S = 1.6e11
-# With AWQ alone: all of a weight but the text's way through the float model, in operations.
+# Operations per weight with AWQ alone, without running the text through the float model.
 _AWQ_OPERATIONS = 20e3
 _W8A8_PER_S = 1.9e6  # 20,000 tokens: 1,363 CPU seconds
-# Weights per second: rounding to nearest, and writing the float model that is the reference.
+# Weights per second: to round to nearest, and to write the float reference.
 _ROUNDED_PER_S, _WRITTEN_PER_S = 3e7, 7e7
-# Seconds to run both models over one token, per weight; and to start a process.
+# Seconds per weight to run both models over one token; and seconds to start a process.
 _MEASURED_S, _STARTED_S = 3.2e-11, 2.0
-# The same for the float model of a calibration: 4.4e6 weights per second on 13,000 tokens.
+# Seconds per weight and token of a calibration's float model: 4.4e6 weights/s on 13,000 tokens.
 _CALIBRATED_S = 1.75e-11
 LONG_S = 300.0
-"""From here on a default that has a faster alternative names it."""
+"""From this time on, a default that has a faster alternative names it."""
 
 
 def export_s(
@@ -43,7 +43,7 @@ def export_s(
         rounding: how INT4 layers are rounded.
         measured_tokens: tokens on which the bundle is measured afterwards; 0 measures nothing.
         cache_tokens: tokens with which the KV cache is calibrated; 0 for a cache in float.
-        tokens: with which the INT4 layers are calibrated.
+        tokens: tokens to calibrate the INT4 layers with.
     """
     plan = layer_effort(model, tokens).plan
     sizes = {layer.name: math.prod(layer.shape) for layer in linear_layers(model)}
@@ -67,7 +67,7 @@ def export_s(
             seconds += size / _ROUNDED_PER_S
     seconds += cache_tokens * total * _CALIBRATED_S
     if measured_tokens:
-        # As the CPU serves it, and alone.
+        # Measured as the CPU serves it, and alone.
         passes = 1 if kinds.isdisjoint(("int4", "int8")) else 2
         seconds += _STARTED_S + total / _WRITTEN_PER_S
         seconds += passes * measured_tokens * total * _MEASURED_S

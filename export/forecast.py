@@ -1,4 +1,4 @@
-"""Says what an export will take, before it starts: the download, the disk, the time."""
+"""Forecasts what an export takes, before it starts: the download, the disk, the time."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from .verify import REPORT_TOKENS, VERIFY_TOKENS
 
 @dataclass(frozen=True)
 class Forecast:
-    """What an export takes, estimated.
+    """Estimate of what an export takes.
 
     Attributes:
-        recipe: what is done to the weights, such as ``int4, awq+gptq``.
-        seconds: on two cores, after the download.
-        measured: whether what the quantization cost is measured within them.
+        recipe: name of what is done to the weights, such as ``int4, awq+gptq``.
+        seconds: time on two cores, after the download.
+        measured: whether ``seconds`` includes a measurement of what the quantization cost.
         sooner: options that take less time and lose more, and their seconds.
-        bundle_bytes: size of the bundle, from above.
-        working_bytes: what the export cannot do without besides, until it ends.
-        reference_bytes: the float model that the bundle is measured against; it is left out where
-            the disk has no room for it, but for ``--verify``.
-        download: the weights that are to be fetched first; None for a source on this machine.
+        bundle_bytes: upper bound of the bundle's size.
+        working_bytes: further room that the export needs until it ends.
+        reference_bytes: size of the float model that the bundle is measured against; without
+            ``--verify`` it is left out if the disk has no room for it.
+        download: the weights to fetch first; None for a source on this machine.
     """
 
     recipe: str
@@ -50,11 +50,11 @@ class Forecast:
 
     @property
     def needed_bytes(self) -> int:
-        """Room that the bundle's disk must have."""
+        """Bytes that the bundle's disk must have free."""
         return self.bundle_bytes + self.working_bytes
 
     def lines(self) -> list[str]:
-        """Write it for a person: what is fetched if anything is, and the disk; then the time."""
+        """Write it for a person: the download, if there is one, and the disk; then the time."""
         time = f"{self.recipe}: expect {describe_s(self.seconds)} on two cores"
         if self.measured:
             time += ", measuring included"
@@ -64,7 +64,7 @@ class Forecast:
         return [self._disk(), time]
 
     def as_dict(self) -> dict[str, object]:
-        """The same for ``--json``."""
+        """Return the same facts for ``--json``."""
         fetched = 0 if self.download is None else self.download.num_bytes
         peak = self.needed_bytes + self.reference_bytes
         return {
@@ -79,15 +79,15 @@ class Forecast:
         """Refuse a disk that is too full, before anything is downloaded.
 
         Args:
-            target: where the bundle will be; it need not exist, nor its parents.
+            target: where the bundle will be; neither it nor its parents need to exist.
 
         Raises:
-            ResourceError: it is; the message has what is free and what is needed.
+            ResourceError: it is too full; the message has the free and the needed bytes.
         """
         assert self.download is not None
         fetched = self.download.num_bytes
         if not fetched:
-            return  # what is here may be an export that goes on; the writer looks at the disk
+            return  # an export may resume here; the writer checks the disk then
         bundles, cache = _existing(target.absolute().parent), _existing(self.download.directory)
         what = f"the download ({human(fetched)})"
         if bundles.stat().st_dev == cache.stat().st_dev:
@@ -126,11 +126,11 @@ def forecast(
     """Estimate what an export takes, from the model's dimensions alone.
 
     Args:
-        recipe: how the numbers are stored, `ExportRecipe.resolved`.
+        recipe: how the numbers are stored, after `ExportRecipe.resolved`.
         target: whether the bundle is measured.
         model: the dimensions.
         schemes: the scheme of every linear layer, by name.
-        head_bytes: of an EAGLE-3 head that goes into the bundle.
+        head_bytes: bytes of an EAGLE-3 head that goes into the bundle.
     """
     positions, measured = io_spec.rope_positions(model), measures(target, model, schemes)
     keeps = recipe.quant == AS_IN_SOURCE
@@ -176,7 +176,7 @@ def forecast(
 def forecast_of_preview(recipe: ExportRecipe, target: ExportTarget, preview: Preview) -> Forecast:
     """Estimate what an export takes from a hub's small files, before the weights are fetched.
 
-    An adapter and a reduced vocabulary are not known yet, so it is that of the whole model.
+    An adapter and a reduced vocabulary are not known yet, so it estimates the whole model.
 
     Args:
         recipe: how the numbers are stored.
@@ -197,7 +197,7 @@ def forecast_of_preview(recipe: ExportRecipe, target: ExportTarget, preview: Pre
 
 
 def measures(target: ExportTarget, model: ModelSpec, schemes: Mapping[str, TensorScheme]) -> bool:
-    """Whether the bundle is measured at the end, for ``verify`` or for the report."""
+    """Return whether the bundle is measured at the end, for ``verify`` or for the report."""
     quantized = any(scheme.kind != "float" for scheme in schemes.values())
     return target.verify or (target.report and quantized and model.task == "generate")
 
@@ -210,9 +210,9 @@ def estimated_bytes(
     *,
     offsets: bool = False,
 ) -> int:
-    """Estimate a bundle's size from above, for the check of free disk space.
+    """Estimate an upper bound of a bundle's size, for the check of free disk space.
 
-    With ``offsets`` each group of integers may have one, as those of a source do (`quantize.kept`).
+    With ``offsets`` each group of integers may have an offset, as a source's may (`quantize.kept`).
     """
     row_bytes = 2 * model.hidden_size if embeddings == "fp16" else model.hidden_size + 4
     total = model.vocab_size * row_bytes
@@ -228,7 +228,7 @@ def estimated_bytes(
 
 
 def _likely_schemes(model: ModelSpec, quantization: QuantizationConfig) -> dict[str, TensorScheme]:
-    """What the layers of a quantized checkpoint will be stored as, by what its config says of most.
+    """Guess the schemes of a quantized checkpoint's layers from its config's main format.
 
     Only its tensors tell exactly (`quantize.from_source.source_schemes`).
     """
@@ -246,7 +246,7 @@ def _likely_schemes(model: ModelSpec, quantization: QuantizationConfig) -> dict[
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest directory above it that is there."""
+    """Return the path, or its nearest parent that exists."""
     path = path.expanduser().absolute()
     while not path.exists() and path != path.parent:
         path = path.parent

@@ -33,21 +33,21 @@ def write_head(
     positions: int,
     kv_capacity: int,
 ) -> DraftHead:
-    """Write a head's files; returns what the manifest says about it.
+    """Write a head's files; return what the manifest says about it.
 
-    Its weights are INT8, rounded to nearest, where the model's are integers: every guess reads all
-    of them, and a wrong guess changes no answer. Otherwise they are floats.
+    Its weights are INT8, rounded to nearest, if the model's are integers: every guess reads all of
+    them, and a wrong guess changes no answer. Otherwise they are floats.
 
     Args:
-        writer: of the bundle.
+        writer: writer of the bundle.
         recipe: how the model's numbers are stored.
-        dialect: of the graph.
-        head: what is written.
+        dialect: dialect of the graph.
+        head: the head to write.
         positions: rows of the RoPE tables, as many as the model's: the cache may be as long.
         kv_capacity: rows of its cache, as many as the model's.
 
     Raises:
-        ConfigError: its widths are no multiples of any group size.
+        ConfigError: no group size divides its widths.
         CheckpointError: a weight is not finite, or the graph's type cannot hold it.
     """
     is_float = recipe.quant in ("fp16", "bf16")

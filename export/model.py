@@ -1,4 +1,4 @@
-"""Opens the model that is exported, with everything done to it that is exact in float."""
+"""Opens the model to export, with every change to it that is exact in float."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OpenModel:
         is_quantized: whether the source is quantized already.
         checkpoint: the source, its adapter merged in and its vocabulary reduced.
         reduced: the checkpoint whose vocabulary is reduced; None if it is whole.
-        head: drafts for the model; None without one.
+        head: head that drafts for the model; None without one.
         vision: the model's vision encoder; None if it reads text alone.
     """
 
@@ -46,15 +46,15 @@ class OpenModel:
 def open_model(
     source: ExportSource, progress: Progress, before_download: Callable[[Preview], None]
 ) -> Iterator[OpenModel]:
-    """Open a source, and what is to be merged into it.
+    """Open a source, and merge what is to be merged into it.
 
     Args:
-        source: what is opened.
-        progress: see `open_checkpoint`.
-        before_download: see `open_checkpoint`.
+        source: the source to open.
+        progress: told of a download, as in `open_checkpoint`.
+        before_download: called before a download, as in `open_checkpoint`.
 
     Raises:
-        CheckpointError, ConfigError, DependencyError: see `open_checkpoint` and the checkpoints.
+        CheckpointError, ConfigError, DependencyError: `open_checkpoint` or a checkpoint refuses.
     """
     with open_checkpoint(
         source.source,
@@ -85,15 +85,15 @@ def open_model(
 
 
 def check_generates(source: str, task: Task, *options: tuple[str, bool, str]) -> None:
-    """Refuse what only a model that generates can have.
+    """Refuse options that only a model that generates can have.
 
     Args:
         source: the model, for messages.
-        task: what it is for.
+        task: task of the model.
         options: name of each, whether it is given, and why it is refused.
 
     Raises:
-        ConfigError: an option is given to another model; it is named.
+        ConfigError: an option is given to another model; the message names it.
     """
     for option, given, why in options:
         if given and task != "generate":

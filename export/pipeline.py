@@ -1,4 +1,4 @@
-"""Runs an export: what is done to the weights, in which order, and what the manifest says."""
+"""Runs an export: the stages in their order, and the manifest that describes the result."""
 
 from __future__ import annotations
 
@@ -99,10 +99,10 @@ def export_checkpoint(
 
 
 def forecast_checkpoint(config: ExportConfig, progress: Progress = silent) -> Forecast:
-    """Say what `export_checkpoint` would take; of a hub only the small files are fetched.
+    """Forecast what `export_checkpoint` would take; only a hub's small files are fetched.
 
     Raises:
-        CheckpointError, ConfigError, DependencyError: see `export_checkpoint`.
+        CheckpointError, ConfigError, DependencyError: `export_checkpoint` would raise the same.
     """
     source = ExportSource(**values_of(ExportSource, config))
     recipe = ExportRecipe(**values_of(ExportRecipe, config))
@@ -115,7 +115,7 @@ def forecast_checkpoint(config: ExportConfig, progress: Progress = silent) -> Fo
 
 
 class _EnoughError(Exception):
-    """The small files were all that was wanted; it ends a download before the weights."""
+    """Ends a download before the weights, when only the small files were wanted."""
 
 
 def _enough(preview: Preview) -> None:
@@ -123,7 +123,7 @@ def _enough(preview: Preview) -> None:
 
 
 def _check_here(recipe: ExportRecipe, target: ExportTarget) -> None:
-    """Refuse now, and not after hours, what cannot be verified on this machine."""
+    """Refuse now, and not after hours, a bundle that cannot be verified on this machine."""
     if target.verify:
         gate = load_gate(target.gate or "recipe", recipe.name)
         check_gate(gate, task=False, reference=True)
@@ -139,7 +139,7 @@ def _cannot_run_here(dialect: Dialect, *, int8_cache: bool) -> str | None:
     try:
         import onnxruntime
     except ImportError:
-        return None  # no bundle runs here, and none was asked to
+        return None  # without ONNX Runtime no bundle runs here, and none was asked to
     needed = io_spec.needed_onnxruntime(dialect, int8_cache=int8_cache)
     if onnxruntime_version(onnxruntime) >= needed:
         return None
@@ -214,9 +214,9 @@ class _Export:
 
     @property
     def expected(self) -> Forecast:
-        """What the export takes."""
+        """Forecast of this export."""
         head_bytes = 0 if self.head is None else self.head.num_bytes
-        if self.opened.vision is not None:  # it, and it in fp32 while its loss is measured
+        if self.opened.vision is not None:  # the encoder, and its copy in fp32 while it is measured
             head_bytes += 3 * self.opened.vision.weights
         return forecast(self.recipe, self.target, self.model, self.schemes, head_bytes)
 
@@ -224,7 +224,7 @@ class _Export:
         """Write the bundle.
 
         Args:
-            announced: whether what it takes was announced before a download.
+            announced: whether the forecast was announced before a download.
         """
         expected = self.expected
         what = "the bundle"
@@ -275,12 +275,12 @@ class _Export:
         return manifest
 
     def report(self, writer: BundleWriter, manifest: Manifest) -> Manifest:
-        """Measure what the quantization cost, where that can be done here; returns the manifest."""
+        """Measure what the quantization cost, if that can be done here; return the manifest."""
         try:
             self._check_memory()
             return self.measured(writer, manifest, None)
         except EdgeError as error:
-            # Nobody asked for the figures, and hours of calibration may be in the bundle.
+            # Nobody asked for the figures, and hours of calibration may be in the bundle: go on.
             self.announce(
                 f"what the quantization cost was not measured: {error}; measure it later with: "
                 f"edge-llm eval {self.target.output} --against {self.opened.name}"
@@ -288,11 +288,11 @@ class _Export:
             return manifest
 
     def measured(self, writer: BundleWriter, manifest: Manifest, gate: str | None) -> Manifest:
-        """Measure the bundle against the same model in float; returns the manifest with the result.
+        """Measure the bundle against the model in float; return the manifest with the result.
 
         Args:
-            writer: of the bundle.
-            manifest: of the bundle.
+            writer: writer of the bundle.
+            manifest: manifest of the bundle.
             gate: thresholds of ``--verify``; None measures on fewer tokens and refuses nothing.
 
         Raises:
@@ -312,7 +312,7 @@ class _Export:
         check_memory(self.model, self.schemes, self.dialect, self.positions)
 
     def _reference(self, writer: BundleWriter) -> Path:
-        """Export the same model in float, beside the target, from the checkpoint that is open."""
+        """Export the open checkpoint in float, beside the target."""
         recipe = self.recipe.float_reference()
         schemes = recipe.linears.schemes(self.model)
         required_bytes = estimated_bytes(self.model, schemes, self.positions)
@@ -348,7 +348,7 @@ class _Export:
         """Find the versions of TensorRT that take the graph.
 
         Raises:
-            ConfigError: one that the target needs does not.
+            ConfigError: a version that the target needs does not take it.
         """
         verdicts = check_graph(graph.read_bytes(), graph.parent, VERSIONS)
         for verdict in verdicts:
@@ -370,7 +370,7 @@ class _Export:
         clip: Literal["none"] | Clip = self.recipe.clip
         if self.recipe.quant == AS_IN_SOURCE:
             method = "source"
-            # Rounded are the requantized, and float layers to which --keep gives another scheme.
+            # Rounded layers: the requantized, and float ones that --keep gives another scheme.
             rounded = any(
                 info.from_source.treatment == "requantized"
                 if info.from_source is not None
@@ -426,7 +426,7 @@ _Part = TypeVar("_Part", bound=msgspec.Struct)
 
 
 def _printable(part: _Part) -> _Part:
-    """Replace in every text of a struct what a manifest may not have; what a model reads stays."""
+    """Replace characters that a manifest may not have in a struct's texts; a model's texts stay."""
     changes: dict[str, Any] = {}
     for name in part.__struct_fields__:
         value = getattr(part, name)

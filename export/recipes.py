@@ -1,4 +1,4 @@
-"""Names the ways to export: what each of them stands for is written here only."""
+"""Defines the named recipes of an export; no other module says what a name stands for."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ RecipeName = Literal["default", "fast", "best"]
 
 @dataclass(frozen=True)
 class NamedRecipe:
-    """What an export does where no option says otherwise.
+    """Defaults of an export where no option says otherwise.
 
     Attributes:
         method: how INT4 layers are rounded, in the groups of `edge.bundle.schemes.INT4_GROUP_SIZE`.
         calibration_tokens: most tokens to calibrate INT4 layers with.
-        measures: whether what the quantization cost is measured at the end.
-        loss: what is known of its loss, for who gets it unmeasured.
+        measures: whether the loss by quantization is measured at the end.
+        loss: known loss, for a user whose bundle is not measured.
     """
 
     method: Method
@@ -32,8 +32,8 @@ RECIPES: dict[RecipeName, NamedRecipe] = {
     # The knee of loss over time in docs/measured.md.
     "default": NamedRecipe("awq+gptq", calibration_tokens=8192, measures=True),
     "best": NamedRecipe("awq+gptq", calibration_tokens=BUILT_IN_TOKENS, measures=True),
-    # Of what needs no calibration, groups of 32 lose least, and measuring takes as long again. The
-    # figures are of "Measured: 1.5B" in docs/quantization.md and of SmolLM2 in
+    # Without calibration, groups of 32 lose least; measuring would take as long again. The figures
+    # are from "Measured: 1.5B" in docs/quantization.md and of SmolLM2 from
     # docs/measured.md.
     "fast": NamedRecipe(
         "rtn",
@@ -43,4 +43,4 @@ RECIPES: dict[RecipeName, NamedRecipe] = {
         "--best did (KL 0.042 against 0.021), at 135M 3.6 times the default (0.36 against 0.10)",
     ),
 }
-"""What each name of a recipe stands for; docs/quantization.md has what they cost and lose."""
+"""Recipes by name; docs/quantization.md compares their costs and losses."""

@@ -1,11 +1,11 @@
-"""Keeps what a calibrated export has finished, so that the next export continues there.
+"""Keeps the finished part of a calibrated export, so that the next export resumes there.
 
-``.r1.edge-llm-calibration``, beside the target ``r1``, holds the data files as far as written,
-``layer-N.npz`` (the hidden states after N layers, and the factors folded into the weights) and
-``state.json``, which is replaced when a layer is done; the lm_head counts as one. All of it is
-bound to a key: the hash of whatever decides a byte of the data files up to there. The bundle's data
-files are hard links to these, so all of it can stay until the bundle is in place, and takes no room
-twice.
+``.r1.edge-llm-calibration``, beside the target ``r1``, holds the data files as far as written.
+``layer-N.npz`` has the hidden states after N layers, and the factors folded into the weights.
+``state.json`` is replaced when a layer is done; the lm_head counts as one. All of it is bound to a
+key: the hash of everything that decides a byte of the data files up to there. The bundle's data
+files are hard links to these. So all of it can stay until the bundle is in place, and no file takes
+room twice.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def calibration_key(
 
     Args:
         recipe: how the numbers are stored.
-        checkpoint: the model that is quantized.
+        checkpoint: the model to quantize.
         ids: the calibration tokens, int64 ``[sequences, length]``.
-        wide: see ``wide_input_scales`` of `targets.Target`.
+        wide: value of ``wide_input_scales`` of `targets.Target`.
     """
     source = checkpoint.source
     facts = {
@@ -61,7 +61,7 @@ def calibration_key(
         "numpy": np.__version__,
         "onnxruntime": runtime_version(),
         "source": source.sha256,
-        # The same bytes of a quantized checkpoint are other weights by another config.json.
+        # The same bytes of a quantized checkpoint mean other weights under another config.json.
         "formats": [
             repr(checkpoint.weight_format(name))
             for layer in linear_layers(checkpoint.spec)
@@ -73,11 +73,11 @@ def calibration_key(
         "tokens": hashlib.sha256(ids.tobytes()).hexdigest(),
         "shape": ids.shape,
         "recipe": [recipe.quant, recipe.group_size, recipe.keep, recipe.clip, recipe.rounding],
-        # An older edge-llm of the same version carried one model's state from layer to layer.
+        # An older edge-llm of the same version carried only one model's state from layer to layer.
         "carries_rounded": "gptq" in recipe.rounding,
-        # Another one flipped no channels, and searched AWQ's factors on more rows and tokens.
+        # An older one flipped no channels, and searched AWQ's factors on more rows and tokens.
         "awq": 3,
-        # Another one kept channels in float, and down out of int8-w8a8.
+        # An older one kept channels in float, and down out of int8-w8a8.
         "ranges_per_token": True,
         "rotate": recipe.rotate,
         "dtype": recipe.float_type,
@@ -99,12 +99,12 @@ class _Stored(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Finished:
-    """The result of the blocks that are planned, converted and stored.
+    """Results of the blocks that are planned, converted and stored.
 
     Attributes:
-        blocks: how many of `quantize.plan.linear_blocks` are done.
+        blocks: number of finished blocks of `quantize.plan.linear_blocks`.
         linears: the stored linears, by name, as each graph reads them.
-        infos: what the manifest says about them, by name.
+        infos: the manifest's descriptions of the linears, by name.
         factors: factors of all plans, by linear.
         peaks: peaks of all plans, by value.
         hidden: `BlockPlan.hidden` of the last of these blocks; None before the first and without
@@ -137,11 +137,11 @@ class Finished:
 
 @dataclass(frozen=True)
 class Work:
-    """Where an export writes its weights, and where it begins.
+    """Where an export writes its weights, and from which block on.
 
     Attributes:
         files: a data file for each graph, positioned after the finished blocks.
-        finished: what an earlier export finished before it was interrupted; empty for a new one.
+        finished: blocks that an earlier export finished before it was interrupted; empty if new.
         save: called after each block with everything finished so far.
     """
 
@@ -162,14 +162,14 @@ def fresh_work(targets: Sequence[Path]) -> Iterator[Work]:
 def resumable_work(directory: Path, key: str, targets: Sequence[Path]) -> Iterator[Work]:
     """Write data files in a directory and link them to their targets when the block ends.
 
-    The blocks that are done stay there, after an exception too, and the next export
-    continues after them. If they are damaged or of another key, it begins anew. Whoever puts the
-    targets in place removes the directory.
+    The finished blocks stay there, after an exception too, and the next export resumes after
+    them. If they are damaged or have another key, it begins anew. Whoever puts the targets in place
+    removes the directory.
 
     Args:
-        directory: where everything is kept until then.
-        key: see `calibration_key`.
-        targets: paths of the data files, where nothing is yet.
+        directory: keeps everything until then.
+        key: key of this export, from `calibration_key`.
+        targets: paths of the data files, which do not exist yet.
     """
     finished, lengths = _read_or_begin(directory, key)
     saved = finished.blocks
@@ -200,7 +200,7 @@ def _keep_nothing(finished: Finished) -> None:
 
 
 def _read_or_begin(directory: Path, key: str) -> tuple[Finished, Mapping[str, int]]:
-    """Read what is finished and how long the data files were then, or clear the directory."""
+    """Read the finished blocks and the data files' lengths then, or clear the directory."""
     if (directory / STATE_NAME).is_file():
         try:
             finished, lengths = _read(directory, key)
@@ -221,7 +221,7 @@ def _read(directory: Path, key: str) -> tuple[Finished, Mapping[str, int]]:
     stored = msgspec.json.decode((directory / STATE_NAME).read_bytes(), type=_Stored)
     if stored.key != key:
         raise ValueError("it is of another model, recipe or text")
-    # Opened here, since np.load leaves a file open that is no archive.
+    # Open it here, since np.load leaves a file open that is no archive.
     with (directory / _arrays_name(stored.finished)).open("rb") as file:
         arrays = np.load(file, allow_pickle=False)
         hidden = arrays["hidden"]
@@ -232,7 +232,7 @@ def _read(directory: Path, key: str) -> tuple[Finished, Mapping[str, int]]:
         found = (directory / name).stat()
         if found.st_size < length:
             raise ValueError(f"{name} is shorter than it was")
-        if found.st_nlink > 1:  # it will be cut off and written on
+        if found.st_nlink > 1:  # it will be truncated and written on
             raise ValueError(f"{name} is part of a bundle that is in place")
     peaks = {name: float.fromhex(value) for name, value in stored.peaks.items()}
     finished = Finished(stored.finished, stored.linears, stored.infos, factors, peaks, hidden)
@@ -240,7 +240,7 @@ def _read(directory: Path, key: str) -> tuple[Finished, Mapping[str, int]]:
 
 
 def _save(directory: Path, key: str, finished: Finished, files: Sequence[DataFile]) -> None:
-    """Replace the state; when this returns, a power cut does not take it back."""
+    """Replace the state; after the return it survives a power cut."""
     assert finished.hidden is not None
     lengths = {file.path.name: file.sync() for file in files}
     arrays = {f"factors.{name}": values for name, values in finished.factors.items()}
@@ -274,7 +274,7 @@ def _encode(key: str, finished: Finished, lengths: dict[str, int]) -> bytes:
 
 
 def _link(directory: Path, targets: Sequence[Path]) -> None:
-    """Give the closed data files to their targets, and keep everything where that is possible."""
+    """Link the closed data files to their targets, and keep everything where that is possible."""
     try:
         for target in targets:
             os.link(directory / target.name, target)
@@ -283,7 +283,7 @@ def _link(directory: Path, targets: Sequence[Path]) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         _log.info("no hard links in %s (%s): moving the files", directory, error)
-    # The state goes first, so that a kill between the moves leaves none that lacks a file.
+    # Remove the state first, so that a kill between the moves leaves no state that lacks a file.
     (directory / STATE_NAME).unlink(missing_ok=True)
     for target in targets:
         (directory / target.name).replace(target)

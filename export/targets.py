@@ -1,4 +1,4 @@
-"""Devices that a bundle may be for, and what follows from it for the graph."""
+"""Lists devices that a bundle may be for, and what each requires of the graph."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from edge.bundle.manifest import Dialect
 
 @dataclass(frozen=True)
 class Target:
-    """What ``--target`` decides.
+    """Requirements of a ``--target``.
 
     Attributes:
-        dialects: that this target takes; the first is written where nobody says.
-        versions: of TensorRT that must take the graph, as in `engines.rules.table.VERSIONS`.
-        wide_input_scales: scales of linears with INT8 inputs are FP32 in a graph typed FP16 or
-            BF16 (NVIDIA/TensorRT#4832).
+        dialects: dialects that this target takes; the first is the default.
+        versions: TensorRT versions that must take the graph, from
+            `engines.rules.table.VERSIONS`.
+        wide_input_scales: whether scales of linears with INT8 inputs are FP32 in a graph typed
+            FP16 or BF16 (NVIDIA/TensorRT#4832).
     """
 
     dialects: tuple[Dialect, ...]
@@ -29,6 +30,6 @@ TARGETS: dict[str, Target] = {
     "trt11": Target(("native", "portable"), ("11.1", "11.4")),
     "cpu": Target(("native", "portable")),
 }
-"""By the value of ``--target``."""
+"""Targets by the value of ``--target``."""
 ANY = Target(("native", "portable"))
-"""Where no target is given."""
+"""Target used if none is given."""

@@ -1,7 +1,7 @@
 """Runs the last step of an export: ``edge-llm eval`` on the staged bundle, in its own process.
 
-The process gives all its memory back, and the exporter needs nothing of the runtime. ``--verify``
-refuses a bundle that misses its gate; by default fewer tokens show what the quantization cost.
+The process gives all its memory back, and the exporter needs no runtime. ``--verify`` refuses a
+bundle that misses its gate; by default fewer tokens show what the quantization cost.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from edge_lab.recipe import Recipe, recipe_linears
 from .config import AS_IN_SOURCE, DEFAULT_METHOD, ExportRecipe
 
 VERIFY_TOKENS = 4096
-"""Tokens of the held-out text that give the KL divergence to about a tenth of its value."""
+"""Tokens of the held-out text with which the KL divergence is right to about a tenth."""
 REPORT_TOKENS = 512
-"""Tokens that give it to about a fifth: enough to tell one recipe from another in seconds."""
+"""Tokens with which it is right to about a fifth: recipes can be told apart in seconds."""
 _WINDOW = 512
 # The error class of each exit code of the child; every other code is a `BackendError`.
 _ERRORS = {
@@ -53,9 +53,9 @@ def verify_bundle(
     Args:
         staged: the bundle, complete but not in place.
         reference: bundle of the same model with float weights.
-        gate: name or file, see `edge_lab.measure.evaluate.load_gate`.
-        positions: tokens that the model can take at most.
-        target: where the bundle would go, for messages.
+        gate: name or file of the gate, as for `edge_lab.measure.evaluate.load_gate`.
+        positions: most tokens that the model can take.
+        target: where the bundle is to go, for messages.
 
     Returns:
         The figures, as ``edge-llm eval --json`` prints them.
@@ -88,9 +88,9 @@ def measure_bundle(
     """Measure a bundle and store the result in its manifest, as ``edge-llm eval --save`` does.
 
     Args:
-        staged: see `verify_bundle`.
-        reference: see `verify_bundle`.
-        positions: see `verify_bundle`.
+        staged: the bundle, as in `verify_bundle`.
+        reference: the float bundle, as in `verify_bundle`.
+        positions: most tokens that the model can take.
         tokens: tokens of the held-out text to measure on.
         options: further options of ``edge-llm eval``.
 
@@ -98,7 +98,7 @@ def measure_bundle(
         The figures, as ``edge-llm eval --json`` prints them.
 
     Raises:
-        BackendError: see `verify_bundle`.
+        BackendError: the measurement failed; other errors are raised as in `verify_bundle`.
     """
     command = [sys.executable, "-m", "edge.cli", "eval", str(staged), "--against", str(reference)]
     command += ["--save", "--json", "--tokens", str(tokens), *options]
@@ -119,8 +119,8 @@ def check_memory(
     Args:
         model: dimensions of both.
         schemes: the scheme of every linear layer of the bundle, by name.
-        dialect: of the graph.
-        positions: tokens that the model can take at most.
+        dialect: dialect of the graph.
+        positions: most tokens that the model can take.
 
     Raises:
         ResourceError: they would not fit.
@@ -151,7 +151,7 @@ def better_recipe(
         missed: whether a gate was missed, so that more bits are suggested, too.
     """
     if recipe.quant == AS_IN_SOURCE:
-        return None  # what the source lost is not known
+        return None  # nobody knows what the source lost
     int4 = {name: s for name, s in schemes.items() if s.kind == "int4"}
     if "lm_head" in int4:
         return "--keep lm_head=int8"

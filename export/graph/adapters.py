@@ -1,7 +1,7 @@
-"""The nodes of an adapter: what `edge.adapters.graph_inputs` says is added to a linear's product.
+"""Adds the nodes of an adapter, as `edge.adapters.graph_inputs` defines them, to a linear layer.
 
-The transposes stay: TensorRT reads peft's layouts as they are, where it would copy the others to
-turn them, and ONNX Runtime has products that read a transposed matrix.
+The matrices stay transposed: TensorRT reads peft's layouts directly, where it would copy others to
+transpose them, and ONNX Runtime has products that read a transposed matrix.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from .graph_builder import GraphBuilder
 
 
 def adapter_sum(g: GraphBuilder, x: str, linear: str, a: TensorSpec, b: TensorSpec) -> str:
-    """Add ``(x @ a.T) @ b.T`` of each sequence; returns its name.
+    """Add ``(x @ a.T) @ b.T`` of each sequence; return its name.
 
     Args:
         g: the graph.
         x: the linear's input ``[B, S, in]``.
         linear: its name.
         a: the graph's input with A of each sequence.
-        b: that with B.
+        b: the graph's input with B of each sequence.
     """
     for each in (a, b):
         g.node("Transpose", [each.name], f"{each.name}.t", perm=[0, 2, 1])

@@ -1,10 +1,10 @@
-"""Rotates the inputs of a linear in blocks, in the graph, so that none is far louder than others.
+"""Rotates the inputs of a linear in blocks, in the graph, so that no channel is far the loudest.
 
-A few input channels of some linears are 10 to 200 times louder than all others, those of down above
-all, and most at the first token of a text (Sun et al., arXiv 2402.17762). An INT8 range that holds
-them leaves the others a handful of integers. A Hadamard matrix spreads each channel evenly over its
-block, and the weights are rotated alike, so the product stays as it is (QuaRot, arXiv 2404.00456).
-What is loud in one token alone is left to a scale for each token.
+A few input channels of some linears are 10 to 200 times louder than all others. Those of down are
+the worst, and most so at the first token of a text (Sun et al., arXiv 2402.17762). An INT8 range
+that holds them leaves a handful of integers to the others. A Hadamard matrix spreads each channel
+evenly over its block. The weights are rotated, too, so the product stays the same (QuaRot, arXiv
+2404.00456). Values that are loud in one token alone are left to a scale per token.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-# Powers of four: their Hadamard matrices have entries that every float type holds exactly. In
-# blocks of 256 half as much is lost, for four times the products.
+# Powers of four: every float type holds the entries of their Hadamard matrices exactly. Blocks of
+# 256 would lose half as much, for four times the products.
 _SIZES = (64, 16, 4)
 
 
 def block_size(width: int) -> int:
-    """The largest block that divides a width; 0 if there is none."""
+    """Return the largest block that divides a width; 0 if there is none."""
     return next((size for size in _SIZES if width % size == 0), 0)
 
 

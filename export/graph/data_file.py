@@ -18,7 +18,7 @@ _ALIGNMENT = 4096
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes are.
+    """Name, type and place of a tensor's bytes.
 
     Attributes:
         name: initializer name.
@@ -52,14 +52,14 @@ def open_data_file(path: Path, length: int | None = None) -> Iterator[DataFile]:
 
 
 class DataFile:
-    """Appends aligned tensors to one open file; see `open_data_file`."""
+    """Appends aligned tensors to one open file; `open_data_file` makes it."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
         self._file = file
 
     def sync(self) -> int:
-        """Force all that was added to the disk; returns the file's length in bytes."""
+        """Force all that was added to the disk; return the file's length in bytes."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()

@@ -1,7 +1,7 @@
 """Builds the decoder graph in standard ONNX operators, with the tensors of `edge.bundle.io_spec`.
 
-Both dialects share the layers; they differ in how RMSNorm, RoPE and attention are written and in
-who appends to the cache (see `edge.bundle.io_spec`). Shapes in comments: ``B`` batch, ``S`` tokens
+Both dialects share the layers. They differ in how RMSNorm, RoPE and attention are written and in
+who appends to the cache (`edge.bundle.io_spec`). Shapes in comments: ``B`` batch, ``S`` tokens
 of the step, ``K`` cache rows read, ``H`` heads, ``G`` KV heads, ``D`` head size.
 """
 
@@ -28,11 +28,11 @@ _FP32 = ONNX_TYPE["fp32"]
 
 @dataclass(frozen=True)
 class HiddenTap:
-    """What the graph puts out as ``hidden_states`` for a head.
+    """Hidden states that the graph outputs as ``hidden_states`` for a head.
 
     Attributes:
-        layers: three layers, the inputs of which are joined.
-        fc: what joins them, ``[3 * hidden, width]``.
+        layers: three layers whose inputs are joined.
+        fc: the matrix that joins them, ``[3 * hidden, width]``.
     """
 
     layers: tuple[int, int, int]
@@ -48,8 +48,8 @@ class DecoderTensors:
         norms: RMSNorm weights by name: ``layers.0.input_norm``, ``layers.0.post_norm``,
             ``layers.0.q_norm``, ``layers.0.k_norm``, ``final_norm``.
         rope_cos, rope_sin: ``[positions, head_dim / 2]``.
-        kv_scales: of the layers whose cache is in 8 bits, by number.
-        tap: hidden states that a head reads; None for a bundle without one.
+        kv_scales: scales of the layers whose cache is in 8 bits, by number.
+        tap: hidden states for a head; None for a bundle without one.
         adapters: whether the linears take adapters, of any rank.
     """
 
@@ -76,7 +76,7 @@ def build_decoder(
         dialect: ``native`` or ``portable``.
         float_type: type of activations, cache and logits.
         tensors: where the weights are.
-        kv_capacity: rows of the cache; a number in the graph's inputs and outputs only.
+        kv_capacity: rows of the cache, which only the graph's inputs and outputs mention.
     """
     writer = NativeDecoder if dialect == "native" else PortableDecoder
     return writer(model, float_type, tensors).build(dialect, kv_capacity)
@@ -86,7 +86,7 @@ class Decoder(LinearNodes):
     """The part of the decoder that both dialects share."""
 
     embeds_width: int | None = None
-    """Of ``inputs_embeds``, where it is not the hidden size."""
+    """Width of ``inputs_embeds`` if it is not the hidden size."""
 
     def __init__(self, model: ModelSpec, float_type: FloatType, tensors: DecoderTensors) -> None:
         super().__init__(GraphBuilder(float_type), tensors.linears)
@@ -95,7 +95,7 @@ class Decoder(LinearNodes):
         self.adapters = linear_inputs(model, float_type) if tensors.adapters else {}
 
     def build(self, dialect: Dialect, kv_capacity: int) -> onnx.ModelProto:
-        """Write all nodes; see `build_decoder`."""
+        """Write all nodes, as `build_decoder` describes."""
         self.prologue()
         stream = [io_spec.INPUTS_EMBEDS]  # the input of each layer, and the last one's output
         for i in range(self.model.num_layers):
@@ -111,7 +111,7 @@ class Decoder(LinearNodes):
     def finish(
         self, x: str, dialect: Dialect, kv_capacity: int, hidden_width: int
     ) -> onnx.ModelProto:
-        """Add what follows the last layer, and make the model."""
+        """Add the nodes after the last layer, and make the model."""
         # Only the wanted positions go through the final norm and the lm_head, if there is one.
         axes = self.g.constant("axes.last", [-1])
         indices = self.g.node(
@@ -135,7 +135,7 @@ class Decoder(LinearNodes):
         )
 
     def attention_input(self, i: int, x: str) -> tuple[str, str]:
-        """Return what q, k and v of a layer are computed from, and its residual stream."""
+        """Return the input of a layer's q, k and v, and its residual stream."""
         return self.norm(x, f"layers.{i}.input_norm"), x
 
     def layer(self, i: int, x: str) -> str:
@@ -190,7 +190,7 @@ class Decoder(LinearNodes):
         """Return the name of a projection's heads."""
         return f"{x}.t"
 
-    # What the dialects write differently.
+    # The dialects differ in the following methods.
 
     def prologue(self) -> None:
         """Add the nodes that all layers share: the masks."""
@@ -209,7 +209,7 @@ class Decoder(LinearNodes):
         raise NotImplementedError
 
     def attention(self, i: int, q: str, k: str, v: str) -> str:
-        """Add the cache update and the attention; returns ``[B, H, S, D]``."""
+        """Add the cache update and the attention; return ``[B, H, S, D]``."""
         raise NotImplementedError
 
 
@@ -229,7 +229,7 @@ class NativeDecoder(Decoder):
         g.node("Shape", [io_spec.KV_POSITIONS], "kv_len")
 
     def norm(self, x: str, name: str) -> str:
-        """See the base class."""
+        """Add an RMSNorm, as one operator."""
         weight = self.g.floats(self.tensors.norms[name])
         return self.g.node(
             "RMSNormalization",
@@ -241,12 +241,12 @@ class NativeDecoder(Decoder):
         )
 
     def rope(self, x: str, output: str) -> str:
-        """See the base class."""
+        """Rotate by one operator."""
         cos, sin = self.g.floats(self.tensors.rope_cos), self.g.floats(self.tensors.rope_sin)
         return self.g.node("RotaryEmbedding", [x, cos, sin, io_spec.POSITION_IDS], output)
 
     def key_name(self, i: int) -> str:
-        """See the base class."""
+        """Return the name of a layer's rotated keys."""
         return f"layers.{i}.k.rope"
 
     def attention(self, i: int, q: str, k: str, v: str) -> str:
@@ -271,7 +271,7 @@ class NativeDecoder(Decoder):
         present: str,
         make_factor: Callable[[GraphBuilder, int, KvScales], str],
     ) -> str:
-        """Write a step's keys or values into the cache; returns the rows that attention reads."""
+        """Write a step's keys or values into the cache; return the rows that attention reads."""
         g, scales = self.g, self.tensors.kv_scales.get(i)
         if scales is not None:
             new = rounded_rows(g, new, make_factor(g, i, scales), f"{present}.new", scales)
@@ -298,7 +298,7 @@ class PortableDecoder(Decoder):
         # Additive masks are in fp32, the type of the scores. New tokens see each other by
         # position, so that padding after a short sequence is never seen.
         zero = g.scalar("mask.keep", 0.0, "fp32")
-        # It is not -inf: a row of the past part may be all masked, and -inf minus -inf is NaN.
+        # Not -inf: a row of the past part may be all masked, and -inf minus -inf is NaN.
         drop = g.scalar("mask.drop", -1.0e30, "fp32")
         lengths = g.node("Unsqueeze", [io_spec.PAST_LENGTHS, last], "past_lengths.column")
         valid = g.node("Less", [io_spec.KV_POSITIONS, lengths], "mask.past.valid")  # [B, K]
@@ -321,7 +321,7 @@ class PortableDecoder(Decoder):
             g.node("Unsqueeze", [rows, g.constant("axes.1", [1])], f"rope.{name}")
 
     def norm(self, x: str, name: str) -> str:
-        """See the base class."""
+        """Add an RMSNorm in primitive operators."""
         g = self.g
         fp32 = g.float_type == "fp32"
         wide = x if fp32 else g.node("Cast", [x], f"{name}.fp32", to=_FP32)
@@ -337,7 +337,7 @@ class PortableDecoder(Decoder):
         return g.node("Mul", [normed, g.floats(self.tensors.norms[name])], f"{name}.out")
 
     def rope(self, x: str, output: str) -> str:
-        """See the base class."""
+        """Rotate in primitive operators."""
         g = self.g
         half = self.model.head_dim // 2
         first, second = f"{output}.first", f"{output}.second"
@@ -371,7 +371,7 @@ class PortableDecoder(Decoder):
         return f"layers.{i}.k.rope" if i in self.tensors.kv_scales else io_spec.new_key(i)
 
     def heads_name(self, x: str) -> str:
-        """Return the name of a projection's heads; the values leave the graph as keys do."""
+        """Return the name of a projection's heads; values are outputs of the graph, as keys are."""
         parts = x.split(".")
         if parts[0] == "layers" and parts[2:] == ["v", "heads"]:
             layer = int(parts[1])
@@ -380,7 +380,7 @@ class PortableDecoder(Decoder):
         return f"{x}.t"
 
     def attention(self, i: int, q: str, k: str, v: str) -> str:
-        """Join past and new in the scores, never in the cache: softmax([q.K_past | q.K_new])."""
+        """Join past and new rows in the scores, not in the cache: softmax([q.K_past | q.K_new])."""
         g, m = self.g, self.model
         name = f"layers.{i}"
         shared, size = m.num_heads // m.num_kv_heads, m.head_dim
@@ -396,9 +396,9 @@ class PortableDecoder(Decoder):
         scores, values = [], []
         kv = self.tensors.kv_scales.get(i)
         if kv is not None:
-            # Of rows in 8 bits only integers are multiplied. The keys' scales are on the queries
-            # instead and the values' on the mix: TensorRT takes scales per channel for weights
-            # alone (rule channel-scale), and here they cost a row each and not the whole cache.
+            # Rows in 8 bits enter the products as integers. The keys' scales are put on the queries
+            # instead, and the values' on the mix: TensorRT takes scales per channel for weights
+            # alone (rule channel-scale), and here they cost one row each and not the whole cache.
             k = rounded_rows(g, k, key_factor(g, i, kv), io_spec.new_key(i), kv)
             v = rounded_rows(g, v, value_factor(g, i, kv), io_spec.new_value(i), kv)
             grouped = self._scaled(grouped, key_factor(g, i, kv), f"{name}.q.by_key_scale")
@@ -443,7 +443,7 @@ class PortableDecoder(Decoder):
         )
 
     def _scaled(self, x: str, factor: str, output: str) -> str:
-        """``[B, G, H / G, S, D]`` times the factors ``[G, 1, D]`` of a cache."""
+        """Multiply ``[B, G, H / G, S, D]`` by the factors ``[G, 1, D]`` of a cache."""
         axis = self.g.constant("axes.1", [1])
         grouped = self.g.node("Unsqueeze", [factor, axis], f"{factor}.grouped")
         return self.g.node("Mul", [x, grouped], output)

@@ -1,7 +1,7 @@
 """Writes the token table as the bundle stores it: fp16 rows, or INT8 rows with one scale each.
 
 The runtime reads a row per token, so its type costs quality and disk, but no speed. INT8 halves the
-file; a row's values have about the same size, so one scale per row is enough.
+file. The values of a row have similar magnitudes, so one scale per row is enough.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LEVELS = np.float32(127.0)
 def embedding_tensors(
     table: NDArray[Any], kind: EmbeddingType, progress: Callable[[int], None]
 ) -> dict[str, TensorSource]:
-    """Name the tensors for `safetensors_writer.write_safetensors`, which computes them.
+    """Name the tensors for `safetensors_writer.write_safetensors`, which computes them on the way.
 
     Args:
         table: ``[vocab, hidden]`` of any float type.
@@ -49,7 +49,7 @@ def embedding_tensors(
 
 
 def _chunks(table: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
-    """Read the table in chunks of rows, refusing values that it may not hold."""
+    """Read the table in chunks of rows, refusing values that a bundle may not hold."""
     for start in range(0, len(table), _CHUNK_ROWS):
         rows = table[start : start + _CHUNK_ROWS].astype(np.float32)
         check_range(rows, TOKEN_TABLE, np.dtype(np.float16), "the embedding table may hold no more")

@@ -35,12 +35,12 @@ class EncoderTensors:
     """Everything stored outside the graph.
 
     Attributes:
-        linears: by name, see `export.sources.picture_encoder.Vision.linears`.
+        linears: linear layers by the names of `export.sources.picture_encoder.Vision.linears`.
         norms: weight and bias of each LayerNorm, by name.
-        positions: ``[N, hidden]``, with a class token ``[N + 1, hidden]``, which the first one has
-            in it.
-        scales: what the sums that a layer adds are multiplied with ``[hidden]``, by the name of the
-            linear layer that makes them; empty in a family without.
+        positions: ``[N, hidden]``; with a class token ``[N + 1, hidden]``, whose first row includes
+            the token.
+        scales: factors on the sums that a layer adds, ``[hidden]``, by the name of the linear layer
+            that makes them; empty in a family without.
     """
 
     linears: Mapping[str, StoredLinear]
@@ -69,7 +69,7 @@ class _Encoder(LinearNodes):
         self.tensors = tensors
 
     def build(self) -> onnx.ModelProto:
-        """Write all nodes; see `build_encoder`."""
+        """Write all nodes, as `build_encoder` describes."""
         g, spec = self.g, self.spec
         x = self.linear(self.patches(), "patches")
         if spec.class_token:  # its row, still empty
@@ -101,8 +101,8 @@ class _Encoder(LinearNodes):
     def patches(self) -> str:
         """Cut tiles into patches ``[T, N, 3 * patch * patch]``, a row for each position.
 
-        The published model does it by a convolution whose stride is the kernel's size, which is
-        this and a product: integers are stored for products only.
+        The published model uses a convolution whose stride is the kernel's size. This does the same
+        with a product, since integers are stored for products only.
         """
         g, side, px = self.g, self.spec.side, self.spec.patch_px
         shape = g.constant("shape.cut", [0, 3, side, px, side, px])
@@ -122,7 +122,7 @@ class _Encoder(LinearNodes):
         return g.node("Add", [x, self.scaled(h, f"{name}.down")], f"{name}.out")
 
     def scaled(self, x: str, name: str) -> str:
-        """Add a linear layer, and the factor of each of its outputs in a family that has them."""
+        """Add a linear layer, and a factor for each of its outputs in a family that has them."""
         x = self.linear(x, name)
         if name not in self.tensors.scales:
             return x
@@ -130,7 +130,7 @@ class _Encoder(LinearNodes):
         return self.g.node("Mul", [x, scale], f"{name}.scaled")
 
     def attention(self, name: str, qkv: str) -> str:
-        """Let every patch of a tile see all of them; returns ``[T, N, hidden]``."""
+        """Let every patch of a tile attend to all of them; return ``[T, N, hidden]``."""
         g, hidden, heads = self.g, self.spec.hidden_size, self.spec.num_heads
         size = hidden // heads
         parts = [f"{name}.{part}" for part in "qkv"]
@@ -151,10 +151,10 @@ class _Encoder(LinearNodes):
         )
 
     def gelu(self, x: str, name: str) -> str:
-        """Add ``0.5 x (1 + erf(x / sqrt(2)))``, or what the other form has instead of erf.
+        """Add ``0.5 x (1 + erf(x / sqrt(2)))``, or the form with tanh in place of erf.
 
-        That is ``tanh(sqrt(2 / pi) (x + 0.044715 x^3))``. In FP16 its square overflows from 256 on,
-        which leaves tanh at 1 and the value right.
+        That form has ``tanh(sqrt(2 / pi) (x + 0.044715 x^3))``. In FP16 its square overflows from
+        256 on, which leaves tanh at 1 and the value right.
         """
         g = self.g
         if self.spec.exact_gelu:
@@ -179,7 +179,7 @@ class _Encoder(LinearNodes):
         return g.node("Tanh", [inner], f"{name}.tanh")
 
     def norm(self, x: str, name: str, eps: float | None = None) -> str:
-        """Add a LayerNorm over the last axis, whose statistics are in FP32."""
+        """Add a LayerNorm over the last axis, with statistics in FP32."""
         weight, bias = (self.g.floats(each) for each in self.tensors.norms[name])
         return self.g.node(
             "LayerNormalization",

@@ -1,4 +1,4 @@
-"""Refuses numbers that FP16 cannot hold, or that are none, wherever floats are stored."""
+"""Refuses numbers that are not finite or that FP16 cannot hold, wherever floats are stored."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def check_range(
     float_type: np.dtype[np.generic],
     advice: str = "export with --dtype bf16",
 ) -> None:
-    """Refuse values that are no numbers, or too large for the type that shall hold them.
+    """Refuse values that are not finite, or too large for the type that is to hold them.
 
     Args:
-        values: any shape.
-        name: of the tensor, for the error.
+        values: values of any shape.
+        name: name of the tensor, for the error.
         float_type: float16, bfloat16 or float32; the latter two hold every finite number.
         advice: what to do where FP16 is too small.
 
     Raises:
-        CheckpointError: they are.
+        CheckpointError: there is such a value.
     """
     largest = float(np.abs(values).max(initial=0.0))
     if not np.isfinite(largest):

@@ -1,4 +1,4 @@
-"""A thin layer over ``onnx.helper``: named nodes, constants, external initializers."""
+"""Wraps ``onnx.helper`` thinly: named nodes, constants, external initializers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class GraphBuilder:
         outputs: Sequence[str] | None = None,
         **attributes: Any,
     ) -> str:
-        """Add a node; returns its first output, by default named like the node."""
+        """Add a node; return its first output, by default named like the node."""
         names = list(outputs) if outputs is not None else [name]
         self._nodes.append(
             helper.make_node(op_type, list(inputs), names, name=f"{name}/{op_type}", **attributes)
@@ -109,7 +109,7 @@ class GraphBuilder:
     def floats(self, tensor: StoredTensor) -> str:
         """Add an external float tensor, cast to the graph's float type if it is stored in another.
 
-        The FP32 twin reads the engine's float weights this way: no second copy on disk.
+        The FP32 twin reads the engine's float weights this way, so no second copy is on disk.
         """
         name = self.external(tensor)
         wanted = ONNX_TYPE[self.float_type]

@@ -30,12 +30,12 @@ def build_head(
     """Build a head.
 
     Args:
-        model: its dimensions.
+        model: the head's dimensions.
         dialect: ``native`` or ``portable``.
         float_type: type of activations, cache and logits.
         tensors: where its weights are, by the names of `eagle3.head_linears` and `head_norms`.
         kv_capacity: rows of its cache.
-        norm_before_residual: see `manifest.DraftHead`.
+        norm_before_residual: whether the norm comes first, as in `manifest.DraftHead`.
     """
     writer = _NativeHead if dialect == "native" else _PortableHead
     head = writer(model, float_type, tensors)

@@ -1,6 +1,6 @@
 """Rounds a step's keys and values for an 8-bit cache, and reads them back, in plain ONNX.
 
-TensorRT takes scales per channel for constants only, so `QuantizeLinear` and `DequantizeLinear`
+TensorRT takes scales per channel for constants only. So `QuantizeLinear` and `DequantizeLinear`
 have the scale 1 here, and the real scales are ordinary factors.
 """
 
@@ -50,7 +50,7 @@ def rounded_rows(g: GraphBuilder, rows: str, factor: str, output: str, scales: K
 
 
 def dequantized_rows(g: GraphBuilder, rows: str, scales: KvScales) -> str:
-    """The integers of rows in INT8 as floats, not multiplied by their scales."""
+    """Convert rows in INT8 to floats, without multiplying by their scales."""
     integers = g.node("DequantizeLinear", [rows, *_grid(g, scales)], f"{rows}.integers")
     if _is_wide(g, scales):
         integers = g.node("Cast", [integers], f"{integers}.narrow", to=ONNX_TYPE[g.float_type])

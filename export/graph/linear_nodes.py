@@ -1,4 +1,4 @@
-"""Writes linear layers as they are stored: floats, integers with scales, inputs in INT8."""
+"""Adds linear layers to a graph: weights as floats or integers with scales, inputs in INT8."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class StoredLinear:
             None. The input is cast to the type of its scale and back.
         per_token: whether a token's inputs are divided by the largest magnitude among them before
             they are rounded, and its products multiplied with it.
-        rotation_block: input channels that are rotated together before, see `block_rotation`;
-            0 for none.
+        rotation_block: input channels that are rotated together first (`block_rotation`); 0 for
+            none.
         high_weight, high_scale: the high plane, like ``weight`` and ``scale``; None if there are no
             planes.
-        offset: ``[groups, out]`` in the graph's float type: what the sum of a group's inputs is
-            multiplied with, see `export.quantize.kept`; None without offsets.
-        input_order: the order in which the weight's rows take the input channels; empty as they
-            are.
+        offset: ``[groups, out]`` in the graph's float type: factors on the sum of a group's inputs
+            (`export.quantize.kept`); None without offsets.
+        input_order: the order in which the weight's rows take the input channels; empty if they are
+            taken in order.
     """
 
     scheme: TensorScheme
@@ -72,7 +72,7 @@ class LinearNodes:
         self.adapters: Mapping[str, tuple[TensorSpec, TensorSpec]] = {}
 
     def linear(self, x: str, name: str, output: str | None = None) -> str:
-        """Add a layer to ``[batch, rows, in]``; returns ``[batch, rows, out]``."""
+        """Add a layer to ``[batch, rows, in]``; return ``[batch, rows, out]``."""
         g, stored = self.g, self.linears[name]
         addends, divisor, adapters = [], None, []
         if name in self.adapters:
@@ -91,9 +91,9 @@ class LinearNodes:
             )
         if stored.bias is not None:
             addends.append(g.floats(stored.bias))
-        # Before the bias TensorRT adds it in the kernel that adds bias and residual stream. ONNX
-        # Runtime's product takes a bias that follows it, and must not lose it: the sum would differ
-        # in its last bits from that of a graph without adapters.
+        # If it comes before the bias, TensorRT adds it in the kernel that adds bias and residual
+        # stream. ONNX Runtime's product takes a bias that follows it directly and must not lose it:
+        # the sum would differ in its last bits from that of a graph without adapters.
         addends = [*addends, *adapters] if g.float_type == "fp32" else [*adapters, *addends]
         if stored.rotation_block:
             x = self.rotated(x, stored.rotation_block, f"{name}.input")
@@ -139,7 +139,7 @@ class LinearNodes:
         return g.node("Add", [total, addends[-1]], output)
 
     def rotated(self, x: str, block: int, name: str) -> str:
-        """Rotate blocks of channels, see `block_rotation`."""
+        """Rotate blocks of channels, as `block_rotation` explains."""
         g = self.g
         shape = g.constant(f"shape.blocks.{block}", [0, 0, -1, block])
         x = g.node("Reshape", [x, shape], f"{name}.blocks")
@@ -148,27 +148,27 @@ class LinearNodes:
         return g.node("Reshape", [x, g.constant("shape.joined", [0, 0, -1])], f"{name}.rotated")
 
     def shares(self, x: str, name: str) -> tuple[str, str]:
-        """Divide each token's values by the largest magnitude among them; return both."""
+        """Divide each token's values by their largest magnitude; return quotients and divisors."""
         g = self.g
         sizes = g.node("Abs", [x], f"{name}.sizes")
         largest = g.node(
             "ReduceMax", [sizes, g.constant("axes.last", [-1])], f"{name}.largest", keepdims=1
         )
-        # FP16 divides by no less without a loss; what is smaller is next to nothing in any model.
+        # FP16 divides by nothing smaller without a loss; smaller values matter in no model.
         divisor = g.node("Max", [largest, g.scalar("least_token", 2.0**-14)], f"{name}.divisor")
         return g.node("Div", [x, divisor], f"{name}.shares"), divisor
 
     def dequantized(
         self, weight: StoredTensor, scale: StoredTensor, group_size: int, output: str
     ) -> str:
-        """A weight as floats, one scale per group of rows or, with group size 0, per column."""
+        """Add a weight as floats: a scale per group of rows or, with group size 0, per column."""
         grouping: dict[str, Any] = (
             {"axis": 0, "block_size": group_size} if group_size else {"axis": 1}
         )
         inputs = [self.g.external(weight), self.g.external(scale)]
         if not group_size:
-            # Without it ONNX Runtime 1.23 aborts in its exact mode; that mode replaces it, so each
-            # weight has its own.
+            # Without it ONNX Runtime 1.23 aborts in its exact mode. That mode replaces it, so each
+            # weight has a zero point of its own.
             zeros = np.zeros(scale.dims[0], np.int8)
             inputs.append(self.g.constant(f"{output}.zero_point", zeros))
         return self.g.node("DequantizeLinear", inputs, output, **grouping)

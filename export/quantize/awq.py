@@ -1,7 +1,7 @@
 """Finds AWQ's factor per input channel, so that channels with large inputs are rounded more finely.
 
 Source: Lin et al., arXiv 2306.00978. A factor is ``mean|x| ** alpha``; alpha is searched on the
-layer's output error. The factors fold into what feeds the layer (see `scaled_checkpoint`).
+layer's output error. The factors are folded into the layer before (`scaled_checkpoint`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def awq_factors(
     scale_type: np.dtype[np.generic],
     shared: NDArray[np.int64] | None = None,
 ) -> Array:
-    """Find factors to multiply a linear's input channels with, float32 ``[in]``, around 1.
+    """Find factors for a linear's input channels, float32 ``[in]``, around 1.
 
     Args:
         weights: float32 ``[out, in]``; some of the rows are enough.

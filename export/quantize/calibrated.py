@@ -1,4 +1,4 @@
-"""Plans calibrated linears: what each linear sees of a text decides how it is rounded."""
+"""Plans calibrated linears: how each linear is rounded depends on its inputs in a text."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ Method = Literal["rtn", "awq", "gptq", "awq+gptq"]
 
 @dataclass(frozen=True)
 class _SeenLinear:
-    """A linear with what calibration found about it.
+    """A linear, and what calibration found about it.
 
     Attributes:
         layer: the linear.
         scheme: how its weight is stored.
         factors: factors on its input channels, float32 ``[in]``, or None.
-        per_token: whether each token has its own INT8 range, see `smoothquant.Smoothing`.
-        rotation_block: see there.
+        per_token: whether each token has its own INT8 range, as in `smoothquant.Smoothing`.
+        rotation_block: input channels that are rotated together, as in `smoothquant.Smoothing`.
     """
 
     layer: LinearSpec
@@ -61,11 +61,11 @@ class Calibrated:
         runner: runs the float model over the text.
         schemes: the scheme of every linear, by name.
         method: how INT4 linears are rounded.
-        clip: how the others are rounded, see `rtn.quantize_rows`.
+        clip: how the others are rounded, as for `rtn.quantize_rows`.
         scale_type: type in which scales will be stored, float16 or bfloat16.
-        twin: runs the model as it is rounded so far, for GPTQ; the runner has `TAPS_OF_BOTH` then,
+        twin: runs the model as rounded so far, for GPTQ. The runner then has `TAPS_OF_BOTH`,
             layers are planned in their order, and ``hidden`` has both models' states, stacked.
-        effort: what a layer takes with a twin; the runner reports the look's share of it.
+        effort: operations of a layer with a twin; the runner reports the share of running it.
     """
 
     runner: LayerRunner
@@ -77,7 +77,7 @@ class Calibrated:
     effort: LayerEffort | None = None
 
     def look(self, block: Block, hidden: Array | None) -> LayerActivations:
-        """Run the text through a block; see `plan.Calibrator.look`."""
+        """Run the text through a block, as `plan.Calibrator.look` describes."""
         if self.twin is None:
             return self.runner.run(block.index, hidden)
         if hidden is None:
@@ -85,13 +85,13 @@ class Calibrated:
         return replace(self.runner.run(block.index, hidden[0]), before=hidden)
 
     def plan(self, block: Block, seen: LayerActivations | None) -> BlockPlan:
-        """Plan a block; see `plan.Calibrator.plan`."""
+        """Plan a block, as `plan.Calibrator.plan` describes."""
         assert seen is not None
         inputs = seen.inputs
         linears = [self._look(linear, inputs[_short(linear)]) for linear in block.linears]
         factors = {each.layer.name: each.factors for each in linears if each.factors is not None}
         if self.method != "rtn":
-            # Those of down and o turn rows of up and v around, so they are chosen first.
+            # The signs of down and o flip rows of up and v, so they are chosen first.
             for at in reversed(range(len(linears))):
                 linears[at] = self._with_signs(linears[at], factors, inputs)
         folded = ScaledCheckpoint(self.runner.checkpoint, factors)
@@ -107,7 +107,7 @@ class Calibrated:
         return BlockPlan(tuple(plans), factors, peaks, seen.hidden)
 
     def _report(self, layer: LinearSpec, parts: int) -> None:
-        """Report how many parts of a linear are done, see `effort.LayerEffort`."""
+        """Report how many parts of a linear are done, as counted in `effort.LayerEffort`."""
         if self.effort is not None:
             index = int(layer.name.split(".")[1])
             self.runner.report(index + self.effort.done(_short(layer), parts))
@@ -131,7 +131,7 @@ class Calibrated:
     def _with_signs(
         self, seen: _SeenLinear, factors: dict[str, Array], inputs: Mapping[str, Array]
     ) -> _SeenLinear:
-        """Give a linear's factors the signs that suit INT4, in ``factors``, too; see `signs`."""
+        """Give a linear's factors the signs that suit INT4 (`signs`), in ``factors``, too."""
         layer = seen.layer
         if seen.scheme.kind != "int4" or layer.name == "lm_head":
             return seen
@@ -151,7 +151,7 @@ class Calibrated:
         return shared_channels(self.runner.checkpoint.spec) if is_o else None
 
     def _plan(self, seen: _SeenLinear, folded: ScaledCheckpoint, x: Array) -> LinearPlan:
-        """Plan a linear for its inputs in the float model, ``[tokens, in]``, overwritten."""
+        """Plan a linear for its float inputs ``[tokens, in]``, which are overwritten."""
         quantize = self._quantizer(seen, x)
         if seen.per_token:
             block = seen.rotation_block
@@ -176,20 +176,20 @@ class Calibrated:
         rounded: RoundedLayer,
         streams: Mapping[str, Array],
     ) -> LinearPlan:
-        """Round a linear for the inputs that the rounded model has; see `error_feedback`.
+        """Round a linear for the inputs that the rounded model has, as in `error_feedback`.
 
         Args:
             seen: the linear.
             folded: the model with the factors of the whole layer.
-            exact: inputs of linears in the float model, ``[tokens, in]``; this one's are taken out.
+            exact: inputs of linears in the float model, ``[tokens, in]``; this one's are removed.
             rounded: the layer, up to this linear.
-            streams: what the float model has after the results of ``o`` and ``down`` are added.
+            streams: residual stream of the float model after ``o`` and after ``down``.
 
         Raises:
             CheckpointError: a weight is not finite, or too large for the graph's float type.
         """
         name = _short(seen.layer)
-        # Held by this name alone, so that a wide linear's inputs are gone before it is rounded.
+        # Only this name holds them, so that a wide linear's inputs are freed before it is rounded.
         float_inputs = exact.pop(name)
         if seen.scheme.kind != "int4":
             plan = self._plan(seen, folded, float_inputs)
@@ -238,17 +238,17 @@ class Calibrated:
 
 
 def _stack(checkpoint: Checkpoint, names: Sequence[str]) -> Array:
-    """Read tensors as float32, behind each other."""
+    """Read tensors as float32 and stack them."""
     return np.concatenate([checkpoint.tensor(name).astype(np.float32) for name in names])
 
 
 def _short(layer: LinearSpec) -> str:
-    """A linear's name within its layer."""
+    """Return a linear's name within its layer."""
     return layer.name.rpartition(".")[2]
 
 
 def _split(rows: QuantizedRows, lengths: Sequence[int]) -> tuple[QuantizedWeight, ...]:
-    """The rows of each of a linear's weights."""
+    """Return the rows of each of a linear's weights."""
     parts, start = [], 0
     for length in lengths:
         part = slice(start, start + length)

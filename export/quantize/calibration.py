@@ -1,7 +1,7 @@
-"""Calibrates: finds what the linear layers of the float model see of a text.
+"""Calibrates: finds the inputs of the float model's linear layers for a text.
 
-The float model runs in ONNX Runtime one decoder layer at a time: one small graph whose weights are
-inputs serves every layer, so memory holds the hidden states of all tokens, one layer's weights and
+The float model runs in ONNX Runtime one decoder layer at a time. One small graph whose weights are
+inputs serves every layer. So memory holds the hidden states of all tokens, one layer's weights and
 one layer's activations, whatever the model's depth. There is no KV cache: a sequence is run whole.
 """
 
@@ -41,7 +41,7 @@ _EMBEDDINGS = "embeddings"
 _ROPE = ("cos", "sin")
 TAPS = {"input_norm.out": "qkv", "merged": "o", "post_norm.out": "gate_up", "gated": "down"}
 """Values of a layer's graph that feed its linears."""
-# Those whose range matters to an fp16 graph.
+# Values whose range matters to an fp16 graph.
 _PEAKS = (
     "qkv.out",
     "o.out",
@@ -56,7 +56,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """What one decoder layer's linears, or the lm_head, see of every calibration token.
+    """Activations of one decoder layer, or of the lm_head, for every calibration token.
 
     Attributes:
         inputs: float32 ``[tokens, width]`` by the linear's last name: ``qkv``, ``o``, ``gate_up``
@@ -67,7 +67,7 @@ class LayerActivations:
         hidden: hidden states after the layer, before any final norm, float32 ``[sequences, seq_len,
             hidden]``.
         before: hidden states before the layer, float32 ``[2, sequences, seq_len, hidden]``: the
-            float model's and the rounded one's; None where the latter does not count.
+            float model's and the rounded one's; None if the rounded one is not run.
     """
 
     inputs: dict[str, Array]
@@ -79,16 +79,16 @@ class LayerActivations:
 class LayerRunner:
     """Runs the float model over a text, one decoder layer per call.
 
-    The activations are those of the float model; `rounded_twin` has those of the rounded one.
+    The activations are those of the float model; `rounded_twin` computes the rounded one's.
 
     Args:
         checkpoint: the model; its weights are used as fp32.
         ids: token ids int64 ``[sequences, seq_len]``.
         progress: called with the sequences that passed a layer (step ``calibrate``), counted over
             all layers.
-        taps: which values of a layer `LayerActivations.inputs` has, by their names within it, and
-            the names there; by default what the linears see.
-        share: of a layer's work, what running it takes; whoever does the rest reports it.
+        taps: the values of a layer that `LayerActivations.inputs` has: from their names within the
+            layer to the names there. By default the linears' inputs.
+        share: share of a layer's work that running it takes; the caller reports the rest.
     """
 
     def __init__(
@@ -124,13 +124,13 @@ class LayerRunner:
         return replace(seen, peaks=embedded | seen.peaks)
 
     def report(self, layers: float) -> None:
-        """Report how many layers are done, the parts of one included."""
+        """Report how many layers are done; a fraction counts parts of one."""
         count = len(self._ids)
         total = self.checkpoint.spec.num_layers * count
         self._progress("calibrate", layers * count, total, "sequences through a layer")
 
     def embed(self) -> Array:
-        """The hidden states before the first layer, see `LayerActivations.hidden`."""
+        """Return the hidden states before the first layer, as `LayerActivations.hidden`."""
         table = self.checkpoint.tensor(TOKEN_TABLE)
         return np.stack([table[row].astype(np.float32) for row in self._ids])
 
@@ -176,11 +176,11 @@ class LayerRunner:
 
 
 def warn_of_peaks(peaks: Mapping[str, float], float_type: FloatType) -> None:
-    """Name the values that come near the end of FP16, where it is FP16 that holds them.
+    """Warn of values that come near the largest of FP16, where FP16 holds them.
 
     Args:
         peaks: the largest magnitude of each value, by its full name.
-        float_type: of the graph; the token table is in FP16 with any.
+        float_type: float type of the graph; the token table is always in FP16.
     """
     for name, peak in peaks.items():
         if peak < _FP16_NEAR:
@@ -217,7 +217,7 @@ class LayerGraph(PortableDecoder):
     """One decoder layer in fp32 from hidden states to hidden states: no cache, extra outputs.
 
     Attributes:
-        outputs: what each output of the graph is, in order: ``hidden``, ``input <name>`` or
+        outputs: meaning of each output of the graph, in order: ``hidden``, ``input <name>`` or
             ``peak <name>``.
     """
 
@@ -250,7 +250,7 @@ class LayerGraph(PortableDecoder):
 
     @property
     def fed(self) -> list[str]:
-        """Names of the inputs that take weights; those of a layer that was built."""
+        """Names of the inputs that take the weights of the layer that was built."""
         return list(self.g.fed)
 
     def build_layer(self) -> onnx.ModelProto:
@@ -313,7 +313,7 @@ class LayerGraph(PortableDecoder):
         g.node("Unsqueeze", [causal, g.constant("axes.1_2", [1, 2])], "mask")
 
     def attention(self, i: int, q: str, k: str, v: str) -> str:
-        """Attend without a cache; returns ``[B, H, S, D]``."""
+        """Attend without a cache; return ``[B, H, S, D]``."""
         g, m, name = self.g, self.model, f"layers.{i}"
         shared = m.num_heads // m.num_kv_heads
         shape = g.constant("shape.grouped", [0, m.num_kv_heads, shared, -1, m.head_dim])
@@ -333,7 +333,7 @@ class LayerGraph(PortableDecoder):
 
 
 def rope_feed(model: ModelSpec, seq_len: int) -> dict[str, Array]:
-    """The tables of RoPE, by the inputs of a layer's graph that take them."""
+    """Compute the RoPE tables, by the inputs of a layer's graph that take them."""
     tables = rope_tables(model.rope, model.head_dim, seq_len)
     return {
         f"rope.{part}_table": table.astype(np.float32)
@@ -371,7 +371,7 @@ def run_session(model: onnx.ModelProto) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = choose_num_threads()
-    # Threads that wait for the next product by spinning take the cores from NumPy between two.
+    # Threads that spin while they wait for the next product would take the cores from NumPy.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]

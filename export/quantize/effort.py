@@ -1,4 +1,4 @@
-"""Counts the arithmetic of GPTQ in a decoder layer: what its progress and its estimate go by."""
+"""Counts the arithmetic of GPTQ in a decoder layer, for the progress and the time estimate."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import msgspec
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import ModelSpec
 
-# What is done to each weight besides, in operations that take as long: to read it and to find AWQ's
-# factors, and to round it.
+# Other work on each weight, in operations that take as long: to read it and find AWQ's factors,
+# and to round it.
 _READ, _ROUNDED = 4000.0, 4000.0
 
 
 @dataclass(frozen=True)
 class LayerEffort:
-    """Floating-point operations that one decoder layer takes.
+    """Floating-point operations of one decoder layer.
 
     Attributes:
-        look: to run the text through the float model's layer.
-        plan: to round each linear, by its last name in the graph's order: to find its inputs in
-            the rounded model, what they are to make up for, their second moments, how they do, and
-            its integers.
+        look: operations to run the text through the float model's layer.
+        plan: operations to round each linear, by its last name in the graph's order. The
+            five parts are its inputs in the rounded model, the errors to make up for, their
+            second moments, the correction, and its integers.
     """
 
     look: float
@@ -32,11 +32,11 @@ class LayerEffort:
 
     @property
     def total(self) -> float:
-        """All of the layer."""
+        """All operations of the layer."""
         return self.look + sum(map(sum, self.plan.values()))
 
     def done(self, linear: str, parts: int) -> float:
-        """The share of the layer that is done with so many parts of a linear."""
+        """Return the share of the layer that is done after this many parts of a linear."""
         names = list(self.plan)
         before = names[: names.index(linear)]
         operations = self.look + sum(sum(self.plan[name]) for name in before)
@@ -48,7 +48,7 @@ def layer_effort(model: ModelSpec, tokens: int) -> LayerEffort:
 
     Args:
         model: the model's dimensions.
-        tokens: of the calibration text.
+        tokens: tokens of the calibration text.
     """
     one = msgspec.structs.replace(model, num_layers=1)
     look, short = 0.0, ""
@@ -60,14 +60,14 @@ def layer_effort(model: ModelSpec, tokens: int) -> LayerEffort:
         product = 2.0 * tokens * width * rows
         look += product
         short = layer.name.rpartition(".")[2]
-        if short in ("o", "down"):  # whose results the float model's residual stream tells
+        if short in ("o", "down"):  # their results are taken from the float model's residual stream
             made_up = product
         else:
             made_up = 2.0 * width**2 * (tokens + rows)
         solved = width**3 / 3 + 2.0 * width**2 * rows
         moments = 1.0 * tokens * width**2
         rounded = width**3 / 3 + width**2 * rows + _ROUNDED * width * rows
-        # A linear's inputs take the product of the one before it.
+        # A linear's inputs take the product of the linear before it.
         plan[short] = (before, made_up, moments, solved, rounded)
         before = product
     plan[short] = (*plan[short][:-1], plan[short][-1] + before)

@@ -1,15 +1,15 @@
 """Changes a linear's weights, before they are rounded, to make up for errors of earlier ones.
 
-With the inputs Y that carry the earlier errors, and S, what the linear's result must be for the
-float model's value where it goes to, the weights V that are rounded instead of W
+Y are the inputs that carry the earlier errors. S is the result that the linear must have for the
+float model's value at its destination. The weights V that are rounded instead of W
 
     minimise  |S - Y V^T|^2 / tokens + damping * |V - W|^2
 
-Where the result goes to the residual stream, S is what the float model has there after the linear
-without what the rounded one has there before it; elsewhere it is the float model's result X W^T,
-as in GPTAQ (Li et al., arXiv 2504.02692). The damping is large, so that only what many tokens
-share is made up for: a few thousand tokens say little about the rest, and made up for it is lost
-on every other text.
+If the result goes to the residual stream, S is the float model's stream after the linear minus the
+rounded model's stream before it. Elsewhere S is the float model's result X W^T, as in GPTAQ (Li et
+al., arXiv 2504.02692). The damping is large, so that only errors that many tokens share are made up
+for: a few thousand tokens say little about the rest, and a correction of it is lost on every other
+text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .triangular import damp, factor_upper, solve_factored
 
 Array = NDArray[np.float32]
-# Of the mean second moment of the inputs; docs/measured.md has others.
+# As a share of the inputs' mean second moment; docs/measured.md has others.
 _DAMPING = 1.0
 
 
@@ -43,8 +43,8 @@ def made_up(weights: Array, wanted: Array, moments: Array, factors: Array) -> Ar
         weights: W, float32 ``[out, in]``.
         wanted: `cross_moment` of Y and S, float32 ``[in, out]``; overwritten.
         moments: `statistics.second_moment` of Y, float32 ``[in, in]``.
-        factors: AWQ's factors, by which Y and W are scaled here, float32 ``[in]``. The damping is
-            of the model's own channels, without them.
+        factors: AWQ's factors, by which Y and W are scaled here, float32 ``[in]``. The damping
+            applies to the model's own channels, without them.
     """
     damped = moments * factors
     damped *= factors[:, None]

@@ -1,4 +1,4 @@
-"""Plans linears as a quantized checkpoint has them: ``--quant source``."""
+"""Plans linears that keep the integers of a quantized checkpoint: ``--quant source``."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ _CT_LEVELS = 127.5
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint has weights that are no floats of 16 or 32 bits (never one of GGUF)."""
+    """Return whether some weights are no floats of 16 or 32 bits; GGUF files never count."""
     names = (name for layer in linear_layers(checkpoint.spec) for name in layer.weights)
     return any(checkpoint.weight_format(name) is not None for name in names)
 
 
 def source_schemes(checkpoint: Checkpoint) -> dict[str, TensorScheme]:
-    """The scheme that holds each linear as the checkpoint has it, by name.
+    """Return the scheme that holds each linear as the checkpoint has it, by name.
 
-    INT4 in groups stays that, with a part's groups cut to those that the graph knows (32, 64, 128);
-    more bits become INT8 in planes; INT8 weights whose inputs have a stored scale, or one for each
-    token, become ``w8a8``. What is no integer in the checkpoint is float, and so is a layer of
-    which a part is float.
+    INT4 in groups stays INT4; a part's groups are cut to sizes that the graph knows (32, 64, 128).
+    More bits become INT8 in planes. INT8 weights become ``w8a8`` if their inputs have a stored
+    scale, or one for each token. A layer is float if one of its parts is not stored as integers.
     """
     return {layer.name: _scheme(checkpoint, layer) for layer in linear_layers(checkpoint.spec)}
 
@@ -72,7 +71,7 @@ class AsInSource(ToNearest):
     """A `plan.Calibrator` that keeps the integers of a quantized checkpoint.
 
     Attributes:
-        kept: the linears that are stored as in the checkpoint; the others are rounded to nearest.
+        kept: the linears that keep their integers; the others are rounded to nearest.
     """
 
     kept: frozenset[str]
@@ -132,7 +131,7 @@ class AsInSource(ToNearest):
 def _common_order(
     weights: Sequence[QuantizedWeight],
 ) -> tuple[NDArray[np.int64] | None, str | None]:
-    """The order of input channels that all parts of a layer share, or why there is none."""
+    """Return the order of input channels that all parts of a layer share, or why there is none."""
     orders = [weight.channel_order() for weight in weights]
     first = orders[0]
     if first is None or any(order is None for order in orders):
@@ -145,7 +144,7 @@ def _common_order(
 def _input_scale(
     weights: Sequence[QuantizedWeight], scale_type: np.dtype[np.generic]
 ) -> tuple[float, str | None]:
-    """The scale of the inputs of a layer as stored; its parts read the same inputs."""
+    """Return the stored scale of a layer's inputs; its parts read the same inputs."""
     scales = [weight.input_scale for weight in weights if weight.input_scale is not None]
     stored = storable_scales(np.array([max(scales)], dtype=np.float32), scale_type)
     note = "of the input scales of its parts the largest is taken"

@@ -1,10 +1,10 @@
-"""Rounds by GPTQ: column by column, with later columns making up for each rounding error.
+"""Rounds by GPTQ: column by column, where later columns make up for each rounding error.
 
 Source: Frantar et al., arXiv 2210.17323, with act-order (columns of large inputs first) and static
 groups (scales are fixed before, so that the order costs nothing at run time). With the damped
 second moments H = R R^T, R upper triangular, the loss of a row's errors e is ``|e R|^2``. Element j
-of e R has e_0 to e_j only, so each column is rounded such that its element is least. That gives the
-same integers as the published steps, without the inverse of H.
+of e R depends on e_0 to e_j only, so each column is rounded to make its element smallest. That
+gives the same integers as the published steps, without the inverse of H.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .triangular import damp, factor_upper
 
 Array = NDArray[np.float32]
 DAMPING = 0.3
-"""What is added to the diagonal of the second moments, as a fraction of its mean: more than fits
-the calibration text best, since a few thousand tokens say little about the rest."""
+"""Share of the mean diagonal of the second moments that is added to the diagonal. It is more than
+fits the calibration text best, since a few thousand tokens say little about the rest."""
 _TILE_ELEMENTS = 1 << 22  # each tile takes all columns: more rows, better matrix products
 _BLOCK = 128
 _ROWS = 1024  # a block of columns of this many rows stays in the CPU's cache

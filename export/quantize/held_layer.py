@@ -1,7 +1,7 @@
-"""Holds the tensors of the decoder layer that is quantized.
+"""Keeps the tensors of the decoder layer that is being quantized.
 
 GPTQ reads each weight four times: for the float model, for AWQ's factors, for the rounded model,
-and to round it. A GGUF file's weights are dequantized and an adapter's are merged at each read.
+and to round it. Each read would dequantize a GGUF file's weights or merge an adapter again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class HeldLayer(Transformed):
         self._tensors: dict[str, NDArray[Any]] = {}
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """Read a tensor, of a layer's a read-only view; see `Checkpoint.tensor`."""
+        """Read a tensor, a layer's as a read-only view; see `Checkpoint.tensor`."""
         match = _LAYER.match(name)
         if match is None:
             return super().tensor(name)

@@ -1,14 +1,14 @@
 """Carries the integers of a quantized checkpoint into the graph's form, code for code.
 
-The graph has no zero points and no negative scales, since TensorRT takes neither. What a group
-needs besides its codes is an offset ``o``: with ``w = s * (q - z)`` and ``c + o = q - z``,
+The graph has no zero points and no negative scales, since TensorRT takes neither. Besides its codes
+a group needs an offset ``o``: with ``w = s * (q - z)`` and ``c + o = q - z``,
 
     x @ w = x @ (s * c)  +  (sum of the group's x) @ (s * o)
 
 where ``c`` is stored and ``o`` is 0 wherever ``q - z`` itself fits. So AWQ's zero points and
 AutoRound's negative scales keep their four bits; two planes would take eight. In the same way two
-planes hold the whole range of INT8, which reaches 8 beyond them (`edge.bundle.schemes`). A group
-whose scale the graph's type cannot hold is rounded anew.
+planes hold the whole range of INT8, which reaches 8 beyond them (`edge.bundle.schemes`). A group is
+rounded anew if the graph's type cannot hold its scale.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class CarriedRows:
     """Rows of a weight as the graph stores them.
 
     Attributes:
-        values: int8 ``[rows, in]``; of planes modulo 256, since -136 is the least that they hold.
+        values: int8 ``[rows, in]``; planes hold -136 and up, so they are stored modulo 256.
         scales: float32 ``[rows, groups]``, each exactly representable in the graph's float type.
         offsets: float32 ``[rows, groups]``: ``s * o``.
         changed_groups: groups that were rounded anew.
@@ -58,11 +58,11 @@ def carry_rows(
 
     Args:
         weight: the source's integers; its groups are a multiple of the scheme's.
-        rows: which of its outputs.
+        rows: the outputs to carry.
         scheme: int4, int8 in planes, or w8a8; only the last holds no offsets, so its weights must
             be symmetric.
         scale_type: type in which the scales will be stored, float16 or bfloat16.
-        order: order in which the graph takes the input channels; None as they are.
+        order: order in which the graph takes the input channels; None keeps theirs.
     """
     codes = weight.codes[rows] if order is None else weight.codes[rows][:, order]
     num_rows, width = codes.shape
@@ -81,11 +81,11 @@ def carry_rows(
     least, most = groups.min(axis=-1), groups.max(axis=-1)
     offsets = np.where((least < low) | (most > high), most - high, 0)
     if SCHEMES[scheme.kind].int8_inputs:
-        offsets[:] = 0  # the sums are of inputs that are not rounded
+        offsets[:] = 0  # they multiply sums of inputs that are not rounded
     reach = PLANES_LEAST if scheme.planes else low
     groups -= offsets[..., None].astype(np.int16)
     stored = storable_scales(scales, scale_type)
-    # The scale of a group of zeros counts for nothing.
+    # The scale of a group of zeros does not matter.
     unfit = (
         (most - offsets > high)
         | (least - offsets < reach)

@@ -1,15 +1,15 @@
 """Finds the scales of an 8-bit KV cache, and the layers whose keys are better left in float.
 
-Keys are rounded after RoPE, which turns pairs of channels. A pair's length is the same wherever its
-token stands, so it gets one scale, from the longest pair of the calibration text: no position and
-no slide of the cache brings a key out of range that was not so before. Values have one scale per
+Keys are rounded after RoPE, which turns pairs of channels. A pair's length is the same at every
+position, so it gets one scale, from the longest pair of the calibration text: no position and no
+slide of the cache brings a key out of range that was in range before. Values have one scale per
 channel, from the largest magnitude.
 
-Rounding to multiples of ``s`` errs by ``s^2 / 12`` in the mean square (Widrow & Kollar,
+Rounding to multiples of ``s`` has a mean squared error of ``s^2 / 12`` (Widrow & Kollar,
 Quantization Noise, 2008), independently per channel. An attention score is ``q . k / sqrt(d)``, so
-its expected error is ``sum(q^2 s^2) / 12 d``: what `score_errors` gives, with the mean square of
-the queries of the same text. It is in nats, as softmax takes it: 0.1 changes a weight of attention
-by a tenth.
+its expected squared error is ``sum(q^2 s^2) / 12 d``. `score_error` returns the root of it, with
+the mean square of the text's queries. It is in nats, as softmax takes it: 0.1 changes an attention
+weight by a tenth.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Array = NDArray[np.float32]
 SCORE_LIMIT = 0.25
 """The largest error of a layer's scores in 8 bits; docs/quantization.md says why."""
 CACHE_TOKENS = 4096
-"""Most tokens to calibrate with where nobody says; four times as many raised the score errors of
-SmolLM2 by 3 %."""
+"""Most tokens to calibrate with by default; four times as many raised the score errors of SmolLM2
+by 3 %."""
 _LEAST = 2.0**-14
 _LARGEST = 127
 _VALUE = {"qkv.out": "qkv"}
@@ -40,7 +40,7 @@ _VALUE = {"qkv.out": "qkv"}
 
 @dataclass(frozen=True)
 class Observed:
-    """What one layer made of the calibration text.
+    """Ranges of one layer's keys, values and queries in the calibration text.
 
     Attributes:
         key_length: longest pair of each KV head, ``[kv_heads, head_dim / 2]``.
@@ -58,7 +58,7 @@ def observe(model: ModelSpec, checkpoint: Checkpoint, layer: int, qkv: Array) ->
 
     Args:
         model: dimensions.
-        checkpoint: has the weights of the norms of queries and keys, where there are such.
+        checkpoint: has the weights of the norms of queries and keys, if there are such.
         layer: its number.
         qkv: float32 ``[tokens, (heads + 2 * kv_heads) * head_dim]``.
     """
@@ -91,12 +91,12 @@ def _pair_squares(x: Array) -> Array:
 
 
 def find_scales(observed: Observed, float_type: np.dtype[np.generic], *, wide: bool) -> KvScales:
-    """The scales of a layer, rounded up to what the graph's float type can say.
+    """Find the scales of a layer, rounded up to values of the graph's float type.
 
     Args:
-        observed: of the layer.
+        observed: ranges of the layer.
         float_type: fp16 or bf16.
-        wide: see `KvScales`.
+        wide: whether the scale 1 is FP32, as in `KvScales`.
     """
     lengths = np.concatenate([observed.key_length] * 2, axis=-1)
     keys, values = (
@@ -109,14 +109,14 @@ def find_scales(observed: Observed, float_type: np.dtype[np.generic], *, wide: b
 def _stored(scales: Array, float_type: np.dtype[np.generic]) -> Array:
     stored: Array = scales.astype(float_type).astype(np.float32)
     short = stored < scales
-    # One unit in the last place more: 2^-10 of FP16's mantissa, 2^-7 of BF16's.
+    # Add one unit in the last place: 2^-10 for FP16's mantissa, 2^-7 for BF16's.
     step = np.float32(2.0**-10 if float_type == np.float16 else 2.0**-7)
     above: Array = (scales * (1 + step)).astype(float_type).astype(np.float32)
     return np.where(short, above, stored)
 
 
 def score_error(observed: Observed, scales: KvScales) -> float:
-    """The expected error of a layer's attention scores, for its worst head, in nats."""
+    """Return the root of the expected squared error of scores, for the worst head, in nats."""
     heads, half = observed.query_square.shape
     steps = np.square(scales.keys[:, :half].astype(np.float64))
     shared = heads // len(steps)
@@ -136,16 +136,16 @@ def calibrate_kv_cache(
     """Run a text through the float model, and find every layer's scales.
 
     Args:
-        checkpoint: the model, with all that the exporter folds into its weights.
+        checkpoint: the model, with everything that the exporter folds into its weights.
         ids: token ids int64 ``[sequences, seq_len]``.
         calibration: describes them.
-        float_type: of the graph.
-        wide: see `KvScales`.
-        progress: see `LayerRunner`.
+        float_type: float type of the graph.
+        wide: whether the scale 1 is FP32, as in `KvScales`.
+        progress: called as in `LayerRunner`.
 
     Returns:
-        The scales of the layers that are in 8 bits, what the manifest says, and the largest
-        magnitude of each value, as in `BlockPlan.peaks`.
+        The scales of the layers in 8 bits, the manifest's description, and the largest magnitude
+        of each value, as in `BlockPlan.peaks`.
     """
     model = checkpoint.spec
     runner = LayerRunner(checkpoint, ids, progress, _VALUE)

@@ -1,7 +1,7 @@
 """Converts a linear layer as a stream: checkpoint rows in, the graph's ``[in, out]`` tensors out.
 
 A layer is converted in row tiles small enough for the CPU's cache, on two threads (numpy releases
-the GIL), so memory stays at the packed result plus a few tiles whatever the layer's size.
+the GIL). So memory stays at the packed result plus a few tiles, whatever the layer's size.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class LinearTensors:
     """A layer's tensors in graph order.
 
     Attributes:
-        weight: float16/bfloat16 ``[in, out]``, int8 ``[in, out]``, or packed int4 bytes; of two
-            planes the low one.
+        weight: float16/bfloat16 ``[in, out]``, int8 ``[in, out]``, or packed int4 bytes; the low
+            plane if there are two.
         scale: float32 ``[groups, out]``, or ``[out]`` with one scale per channel; None for float.
         high_weight: packed int4 bytes of the high plane, or None if there are no planes.
         bias: float32 ``[out]``, or None.
-        offset: what the sums of each group's inputs are multiplied with, float32 ``[groups, out]``,
-            or None.
+        offset: factors on the sums of each group's inputs, float32 ``[groups, out]``, or None.
         num_groups: groups with a scale of their own; 0 for float.
-        changed_groups: of these, those whose integers are not the source's.
-        relative_error: of the weights, against a quantized source; see `manifest.FromSource`.
+        changed_groups: number of groups whose integers are not the source's.
+        relative_error: error of the weights against a quantized source, as in
+            `manifest.FromSource`.
     """
 
     weight: NDArray[np.generic]
@@ -104,7 +104,7 @@ def convert_linear(
         quantize: how to round a tile of rows; None for a scheme of float weights.
         float_type: the graph's float type.
         progress: called with the number of weights done.
-        measure: whether to compute what rounding changed.
+        measure: whether to compute the changes that rounding made.
 
     Returns:
         The weight and its scale.
@@ -147,10 +147,10 @@ def convert_kept(
     """Stack the integers of a quantized checkpoint and store them as the scheme says.
 
     Args:
-        parts: see `kept.carry_rows`, as for the rest.
+        parts: the parts' integers, as for `kept.carry_rows`.
         scheme: how to store them.
         scale_type: the graph's float type.
-        order: order in which the graph takes the input channels; None as they are.
+        order: order in which the graph takes the input channels; None keeps theirs.
         progress: called with the number of weights done.
     """
 
@@ -171,7 +171,7 @@ def convert_kept(
 
 @dataclass(frozen=True)
 class _Rows:
-    """A tile of rows as it is stored: ``values`` ``[rows, in]``, the others ``[rows, groups]``."""
+    """A tile of stored rows: ``values`` is ``[rows, in]``, the others are ``[rows, groups]``."""
 
     values: NDArray[np.generic]
     scales: NDArray[np.float32] | None = None
@@ -219,7 +219,7 @@ def _convert(
                 target[:, first // 2 : last // 2] = plane.reshape(width, -1)
         else:
             stored[0][:, first:last] = rows.values.T
-        # A copy: a view would keep the tile.
+        # A copy, since a view would keep the tile in memory.
         return replace(rows, values=rows.values[:, :0].copy(), scales=None, offsets=None)
 
     done, lengths = [], [shape[0] for shape in shapes]
@@ -248,7 +248,7 @@ def _convert(
 def _packer(
     scheme: TensorScheme,
 ) -> Callable[[NDArray[np.int8]], tuple[NDArray[np.uint8], ...]] | None:
-    """What packs a matrix of an INT4 or a planes scheme; None for others."""
+    """Return the packer of an INT4 or a planes scheme; None for others."""
     if scheme.planes:
         return split_planes
     return (lambda values: (pack_int4(values),)) if scheme.kind == "int4" else None
@@ -263,7 +263,7 @@ class _Tile:
     part: int
     start: int
     stop: int
-    column: int  # of the fused matrix
+    column: int  # first column in the fused matrix
 
 
 def _tiles(lengths: Sequence[int], width: int, elements: int) -> Iterator[_Tile]:

@@ -24,7 +24,7 @@ def split_planes(values: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[n
     """Pack integers as the low and the high plane: ``16 * high + low``.
 
     Args:
-        values: int8, -136 to 119 modulo 256.
+        values: int8, -136 to 119 stored modulo 256.
     """
     high = (values + np.int8(HIGH_PLANE // 2)) >> 4
     return pack_int4(values), pack_int4(high)  # the low nibble of a weight is its low plane

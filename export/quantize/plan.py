@@ -1,4 +1,4 @@
-"""Plans for linear layers, as values: what becomes of a layer is decided before it is converted.
+"""Plans the conversion of linear layers, as values, before any of them is converted.
 
 A decoder layer is planned as a whole: the factors of a linear change the weights of the norm or
 linear before it, so all of them must be known before the first weight is converted.
@@ -55,15 +55,15 @@ class LinearPlan:
         checkpoint: the model that its weights and biases are read from, factors folded in.
         quantize: how its rows are rounded; None for float weights.
         input_scale: scale of its inputs' INT8 range; None where inputs stay float.
-        per_token: whether a token's inputs are divided by the largest magnitude among them first.
+        per_token: whether a token's inputs are first divided by the largest magnitude among them.
         rotation_block: input channels that are rotated together (`graph.block_rotation`), or 0.
-        kept: integers that are stored as they are, one for each weight of the layer: those of a
+        kept: integers to store as they are, one for each weight of the layer: those of a
             quantized checkpoint, or rounded by the calibrator; None where the floats of
             ``checkpoint`` are converted.
-        input_order: the order in which the graph takes the input channels; empty as they are.
-        treatment: what becomes of a quantized checkpoint's weight, see `manifest.FromSource`; None
-            where the weight is float, or where the whole model is quantized anew.
-        note: what there is to say about that, for a person, or None.
+        input_order: the order in which the graph takes the input channels; empty keeps theirs.
+        treatment: what happens to a quantized checkpoint's weight, as in `manifest.FromSource`;
+            None where the weight is float, or where the whole model is quantized anew.
+        note: remark on the treatment for a person, or None.
     """
 
     layer: LinearSpec
@@ -81,7 +81,7 @@ class LinearPlan:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How one block is converted, and what calibration carries on to the next.
+    """How one block is converted, and what calibration passes on to the next.
 
     Attributes:
         linears: a plan for each linear of the block.
@@ -112,11 +112,11 @@ class Calibrator(Protocol):
         ...
 
     def plan(self, block: Block, seen: LayerActivations | None) -> BlockPlan:
-        """Plan a block; several threads may plan one block each, but with GPTQ.
+        """Plan a block; several threads may plan one block each, except with GPTQ.
 
         Args:
             block: any block.
-            seen: what `look` saw of it; its inputs are used up.
+            seen: result of `look`; its inputs are used up.
         """
         ...
 
@@ -128,7 +128,7 @@ class ToNearest:
     Attributes:
         checkpoint: the model that is converted.
         schemes: the scheme of every linear, by name, none of them ``w8a8``.
-        clip: see `rtn.quantize_rows`.
+        clip: how a group's scale is chosen, as for `rtn.quantize_rows`.
         scale_type: type in which scales will be stored, float16 or bfloat16.
     """
 
@@ -138,10 +138,10 @@ class ToNearest:
     scale_type: np.dtype[np.generic]
 
     def look(self, block: Block, hidden: Array | None) -> None:
-        """See `Calibrator.look`."""
+        """Return None: no text is needed."""
 
     def plan(self, block: Block, seen: object) -> BlockPlan:
-        """Plan a block; see `Calibrator.plan`."""
+        """Plan a block, as `Calibrator.plan` describes."""
         return BlockPlan(tuple(self._linear(layer) for layer in block.linears))
 
     def _linear(self, layer: LinearSpec) -> LinearPlan:
@@ -153,5 +153,5 @@ class ToNearest:
 def nearest_rows(
     scheme: TensorScheme, clip: Clip, scale_type: np.dtype[np.generic]
 ) -> NearestRows | None:
-    """Make the quantizer that rounds to nearest as a scheme says; None for float weights."""
+    """Make the quantizer that rounds to nearest in a scheme; None for float weights."""
     return None if scheme.kind == "float" else NearestRows(scheme, clip, scale_type)

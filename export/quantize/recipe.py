@@ -40,7 +40,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: the file cannot be read, or has an unknown key or a wrong value, which the
-            error names.
+            message names.
         DependencyError: the file is TOML, on Python 3.10 without the package tomli.
     """
     decode = msgspec.json.decode if path.suffix.lower() == ".json" else msgspec.toml.decode

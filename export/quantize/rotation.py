@@ -1,11 +1,11 @@
-"""Rotations that spread outliers over all channels and leave the float model as it is.
+"""Rotates a model so that outliers spread over all channels and the float model stays the same.
 
 The residual stream is written in another orthonormal basis ``R``: rows of the embedding become
-``x R``, and so do a picture's; whatever reads the stream absorbs ``R`` and the RMSNorm weight
-before it (a norm without weight commutes with rotations), whatever writes to it absorbs ``R`` too.
-Each head's values are rotated in the same way and the output projection rotates them back. Sources:
-QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406). Everything is folded into weights: the
-graph stays as it is.
+``x R``, and so do a picture's. Layers that read the stream absorb ``R`` and the RMSNorm weight
+before it, since a norm without weight commutes with rotations. Layers that write to the stream
+absorb ``R`` too. Each head's values are rotated in the same way and the output projection rotates
+them back. Sources: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406). Everything is folded
+into weights: the graph stays as it is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Array = NDArray[np.float32]
 _HEAD = "lm_head.weight"
 _FINAL_NORM = "model.norm.weight"
 _LAYER_NORM = re.compile(r"(?:model\.layers\.\d+\.(?:input|post_attention)_layer)?norm\.weight")
-_TILE_ROWS = 1024  # and their temporaries stay near the CPU's cache
+_TILE_ROWS = 1024  # so few that temporaries stay near the CPU's cache
 
 
 class Rotation:
@@ -145,7 +145,7 @@ class BlockRotatedCheckpoint(Transformed):
     Args:
         checkpoint: the float model; see `Transformed`.
         names: the weights, ``[out, in]``.
-        size: see `rotate_blocks`.
+        size: size of a rotated block, as for `rotate_blocks`.
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Iterable[str], size: int) -> None:

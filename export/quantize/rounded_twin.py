@@ -1,8 +1,8 @@
 """Runs the calibration text through the layers as they are rounded so far.
 
-What reaches a linear of the bundle carries the errors of all linears before it. A decoder layer is
-run here from one linear's inputs to the next one's, so that each can be rounded for the inputs that
-it will get and make up for what was lost on the way to it (see `error_feedback`).
+The inputs of a linear in the bundle carry the errors of all linears before it. So a decoder layer
+is run here from one linear's inputs to the next one's. Each linear can then be rounded for the
+inputs that it will get, and make up for the errors in them (`error_feedback`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Array = NDArray[np.float32]
 RESIDUAL = "residual"
 """The residual stream that down's result is added to; o's is added to the layer's input."""
 TAPS_OF_BOTH = {**TAPS, "attention_residual": RESIDUAL}
-"""What the float model must show of a layer, too."""
+"""Values that the float model must show of a layer if the rounded model runs, too."""
 _BEFORE, _BETWEEN, _AFTER = (
     io_spec.INPUTS_EMBEDS,
     "layers.0.attention_residual",
     io_spec.layer_output(0),
 )
 _SEEN = {linear: f"layers.0.{value}" for value, linear in TAPS.items()}
-# From what each value is computed with the weights of one linear at most, in the graph's order.
+# Each value, and the values it is computed from with the weights of at most one linear, in order.
 _STAGES: dict[str, tuple[str, ...]] = {
     _SEEN["qkv"]: (_BEFORE,),
     _SEEN["o"]: (_SEEN["qkv"],),
@@ -54,7 +54,7 @@ class RoundedTwin:
         model = checkpoint.spec
         self.graph = LayerGraph(model, TAPS_OF_BOTH)
         whole = self.graph.build_layer()
-        # A value that another stage begins with must be known by its type.
+        # A value at which another stage begins needs a known type.
         whole.graph.value_info.extend(whole.graph.output)
         self.stages = {
             value: _Stage(whole, [*sources, *self.graph.fed], value)
@@ -77,7 +77,7 @@ class RoundedTwin:
 
 
 class RoundedLayer:
-    """One decoder layer; its linears are rounded in their order, each before the next is seen."""
+    """One decoder layer; its linears are rounded in their order, before the next one's inputs."""
 
     def __init__(self, twin: RoundedTwin, feed: dict[str, NDArray[Any]], hidden: Array) -> None:
         self._twin = twin
@@ -85,15 +85,15 @@ class RoundedLayer:
         self._values = {_BEFORE: hidden}
 
     def inputs(self, linear: str) -> Array:
-        """Compute what ``qkv``, ``o``, ``gate_up`` or ``down`` sees, ``[tokens, in]``."""
+        """Compute the inputs of ``qkv``, ``o``, ``gate_up`` or ``down``, ``[tokens, in]``."""
         return flat(self._value(_SEEN[linear]))
 
     def residual(self, linear: str) -> Array:
-        """Compute what the result of ``o`` or ``down`` is added to, ``[tokens, hidden]``."""
+        """Compute the stream before ``o`` or ``down`` is added, ``[tokens, hidden]``."""
         return flat(self._value(_BEFORE if linear == "o" else _BETWEEN))
 
     def round(self, linear: str, weights: Array) -> None:
-        """Take ``[out, in]`` as the weights of a linear; those of the checkpoint are exact."""
+        """Set a linear's weights ``[out, in]``; until then it has the checkpoint's exact ones."""
         self._feed[f"layers.0.{linear}.weight"] = np.ascontiguousarray(weights.T)
 
     def after(self) -> Array:
@@ -136,5 +136,5 @@ class _Stage:
 
 
 def flat(values: Array) -> Array:
-    """Put the tokens of all sequences behind each other, ``[tokens, width]``."""
+    """Join the tokens of all sequences, ``[tokens, width]``."""
     return values.reshape(-1, values.shape[-1])

@@ -1,7 +1,7 @@
 """Rounds to nearest with one symmetric scale per group of weights.
 
-The scale is what TensorRT accepts: positive and a normal number of the graph's float type. Integers
-are computed with the scale as stored, so that the rounding of the scale adds no second error.
+TensorRT accepts scales that are positive and normal numbers of the graph's float type. Integers are
+computed with the stored scale, so that the rounding of the scale adds no second error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edge.bundle.schemes import PLANES_RANGE
 # Fractions of the absmax scale that the MSE search tries; below 0.6 nothing ever wins on
 # bell-shaped weights. 0.875 is the scale that uses -8 for the largest INT4 weight.
 _MSE_FRACTIONS = (1.0, 0.96, 0.92, 0.875, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6)
-# Clipping never pays with 8 bits, but the scale on whose multiples the weights happen to be does:
+# Clipping never pays with 8 bits, but a slightly larger scale may happen to fit the weights better:
 # 6 % less squared error on bell-shaped groups of 64, so 119 loses nothing against 127.
 _PLANES_FRACTIONS = tuple(1.0 + 0.004 * step for step in range(11))
 
@@ -29,7 +29,7 @@ THREADS = 2
 """Threads that round tiles of rows; numpy releases the GIL."""
 TILE_ELEMENTS = 1 << 18
 """Weights of a tile: 1 MiB of float32, so that it and its temporaries stay near the L2 cache."""
-_SEARCHED_ELEMENTS = 1 << 17  # of the search for a scale, which passes over them 11 times
+_SEARCHED_ELEMENTS = 1 << 17  # elements of the search for a scale, which passes over them 11 times
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class NearestRows:
     tile_elements: int = TILE_ELEMENTS
 
     def __call__(self, rows: NDArray[np.float32]) -> QuantizedRows:
-        """Round rows; see `RowQuantizer`."""
+        """Round rows, as `RowQuantizer` describes."""
         return quantize_rows(rows, self.scheme, self.clip, self.scale_type, self.importance)
 
 
@@ -132,10 +132,10 @@ def row_scales(
 
 
 def _reaching_scales(groups: NDArray[np.float32], scheme: TensorScheme) -> NDArray[np.float32]:
-    """The least scales with which no weight is clipped, whatever its sign, ``[rows, groups]``."""
+    """Return the least scales that clip no weight of either sign, ``[rows, groups]``."""
     low, high = integer_range(scheme)
     above = groups.max(axis=-1) / np.float32(high)
-    # -128 of a symmetric scheme, or -8, is left to the search.
+    # The search decides about -128 or -8 of a symmetric scheme.
     below = groups.min(axis=-1) / np.float32(low if scheme.planes else -high)
     scales: NDArray[np.float32] = np.maximum(above, below)
     return scales
@@ -149,7 +149,7 @@ def integer_range(scheme: TensorScheme) -> tuple[int, int]:
 
 
 def dequantize_rows(rows: QuantizedRows) -> NDArray[np.float32]:
-    """Compute what the graph computes with: ``values * scale``, float32 ``[rows, in]``."""
+    """Compute the weights that the graph uses: ``values * scale``, float32 ``[rows, in]``."""
     num_rows, width = rows.values.shape
     groups = rows.values.reshape(num_rows, rows.scales.shape[1], -1).astype(np.float32)
     return (groups * rows.scales[..., None]).reshape(num_rows, width)
@@ -176,8 +176,8 @@ def _least_squares_scales(
 ) -> NDArray[np.float32]:
     best = np.empty_like(scales)
     step = max(1, _SEARCHED_ELEMENTS // groups[0].size)
-    # An error's square times a weight is the square of the error times the weight's root, which
-    # NumPy sums twice as fast as a product of three.
+    # The square of an error times the root of its weight is the weighted square. NumPy sums it
+    # twice as fast as a product of three.
     root = None if weight is None else np.sqrt(weight)
     for start in range(0, len(groups), step):
         rows = slice(start, start + step)
@@ -205,7 +205,7 @@ def _search_scales(
         np.subtract(rounded, scaled, out=rounded)
         if root is not None:
             np.multiply(rounded, root, out=rounded)
-        # Relative to the largest scale, whose square may be beyond float32.
+        # Errors are relative to the largest scale, whose square may be beyond float32.
         error = np.einsum("rgk,rgk->rg", rounded, rounded)
         error *= np.square(candidate / scales)
         if least is None:

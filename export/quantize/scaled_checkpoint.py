@@ -1,9 +1,10 @@
-"""Folds scales on the input channels of linears into the layers before: exact in float.
+"""Folds scales on the input channels of linears into the layers before, exactly in float.
 
-The linear computes ``(x / s) (W diag(s))^T``. The division moves into the producer of ``x``: the
-norm before qkv and gate_up; for the input of down, ``silu(gate) * up``, the rows of up; for the
-input of o, a mix of values, the rows of v (one scale per KV channel, shared by the query heads of
-its group). Sources: SmoothQuant (arXiv 2211.10438), AWQ (arXiv 2306.00978).
+The linear computes ``(x / s) (W diag(s))^T``. The division moves into the producer of ``x``. For
+qkv and gate_up that is the norm before. For down, whose input is ``silu(gate) * up``, it is the
+rows of up. For o, whose input is a mix of values, it is the rows of v (one scale per KV channel,
+shared by the query heads of its group).
+Sources: SmoothQuant (arXiv 2211.10438), AWQ (arXiv 2306.00978).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from export.sources.checkpoint import Checkpoint, Transformed
 
 Array = NDArray[np.float32]
 _NAME = re.compile(r"(?:model\.)?(layers\.\d+)\.(.+)")
-# Which linear's scales a tensor takes up, by its name inside the layer.
+# The linear whose scales a tensor absorbs, by the tensor's name inside the layer.
 _CONSUMERS = {
     **{f"self_attn.{part}_proj.weight": "qkv" for part in "qkv"},
     "self_attn.o_proj.weight": "o",
@@ -34,7 +35,7 @@ _PRODUCERS = {
     "post_attention_layernorm.weight": "gate_up",
     "mlp.up_proj.weight": "down",
 }
-# Which linear's scales the last channels of a layer's value are divided by.
+# The linear whose scales divide the last channels of a layer's value.
 _DIVIDED = {"qkv.out": "o", "gate_up.out": "down", "gated": "down"}
 
 
@@ -67,7 +68,7 @@ class ScaledCheckpoint(Transformed):
         return tensor.astype(np.float32) / (rows[:, None] if tensor.ndim == 2 else rows)
 
     def peaks(self, seen: Mapping[str, Array]) -> dict[str, float]:
-        """Find how large values get in this model from what they were in the one without scales.
+        """Find how large values get in this model, from their peaks in the model without scales.
 
         Args:
             seen: `calibration.LayerActivations.peaks` of the model without scales.
@@ -86,9 +87,9 @@ class ScaledCheckpoint(Transformed):
         return result
 
     def _divisors(self, layer: str, linear: str | None) -> Array | None:
-        """What a linear's scales divide the rows before it by, ``[rows]``."""
+        """Return the scales of a linear that divide the rows of the layer before it, ``[rows]``."""
         scales = self._scales.get(f"{layer}.{linear}")
         if scales is None or linear != "o":
             return scales
-        model = self.spec  # one scale per KV channel: that of its first query head
+        model = self.spec  # one scale per KV channel, taken from its first query head
         return scales.reshape(model.num_kv_heads, -1, model.head_dim)[:, 0].reshape(-1)

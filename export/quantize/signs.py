@@ -1,10 +1,10 @@
 """Flips channels so that INT4's extra value serves the largest weights of most groups.
 
--8 has no counterpart above zero. A group whose largest magnitude is negative is reached with an
-eighth less of a step, and TensorRT takes no negative scales that would turn other groups around.
-Flipping an input channel, in the linear and in what feeds it, changes nothing in float and turns
-the weights of one column around. Which flips are best depends on all rows, so the preference of
-each weight is a smooth stand-in for being the largest of its group.
+-8 has no counterpart above zero. A group whose largest magnitude is negative needs a step that is
+an eighth smaller, and TensorRT takes no negative scales that would flip the other groups. Flipping
+an input channel, in the linear and in the layer before, changes nothing in float and flips the
+weights of one column. Which flips are best depends on all rows, so each weight states a preference:
+a smooth stand-in for being the largest of its group.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def channel_signs(
         groups = weights[start : start + step].reshape(-1, width // size, size)
         largest = np.abs(groups).max(axis=-1, keepdims=True)
         relative = groups / np.maximum(largest, np.finfo(np.float32).tiny)
-        # The ninth power: odd, and next to nothing but for weights that are nearly the largest.
+        # The ninth power is odd, and close to 0 except for weights that are nearly the largest.
         power = np.square(np.square(np.square(relative)))
         power *= relative
-        # A finer step wins in proportion to its square and to the inputs of the whole group.
+        # A finer step gains in proportion to its square and to the inputs of the whole group.
         power *= np.square(largest) * group_importance[:, None]
         wish += power.sum(axis=0, dtype=np.float64).reshape(-1)
     if shared is not None:

@@ -1,9 +1,9 @@
 """Prepares INT8 activations: factors that move outliers into the weights, and the range.
 
 SmoothQuant (arXiv 2211.10438): an input channel is divided by ``max|x|^alpha / max|w|^(1-alpha)``
-and its weights are multiplied by it (see `scaled_checkpoint`). Here alpha is searched for each
-linear on the error of its output with activations and weights both rounded to INT8. Where one
-range for all tokens loses too much, each token gets its own; where that does, too, as in down, the
+and its weights are multiplied by it (`scaled_checkpoint`). Here alpha is searched for each linear
+on the error of its output with activations and weights both rounded to INT8. If one range for all
+tokens loses too much, each token gets its own. If that loses too much as well, as in down, the
 graph rotates the inputs before.
 """
 
@@ -22,9 +22,9 @@ from .statistics import spread
 
 Array = NDArray[np.float32]
 TOLERATED = 0.0005
-"""Of a linear's squared output, what rounding may take where something else would take less."""
+"""Share of a linear's squared output that rounding may take, if something else would take less."""
 ALPHAS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
-# Fractions of the largest |x| that the range of the activations may end at.
+# Fractions of the largest |x| at which the range of the activations may end.
 _FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _MAX_ROWS = 768
 _MAX_TOKENS = 512
@@ -36,10 +36,10 @@ class Smoothing:
     """How a W8A8 linear's inputs are prepared.
 
     Attributes:
-        factors: to multiply the input channels with, float32 ``[in]``; None if all harm.
+        factors: factors on the input channels, float32 ``[in]``; None if all harm.
         error: mean over tokens of the share of the squared output that rounding takes.
         per_token: whether each token has its own range.
-        rotation_block: see `graph.block_rotation.rotate_blocks`; 0 where nothing is rotated.
+        rotation_block: block size for `graph.block_rotation.rotate_blocks`; 0 without rotation.
     """
 
     factors: Array | None
@@ -57,9 +57,9 @@ def smoothing(
     *,
     foldable: bool = True,
 ) -> Smoothing:
-    """Find what rounding takes little with: one range, one for each token, or rotated inputs, too.
+    """Choose between one range, one for each token, and rotated inputs as well.
 
-    The first of them whose error is at most `TOLERATED` is taken, or the one of the least error.
+    The first of them whose error is at most `TOLERATED` is taken, else the one with least error.
 
     Args:
         weights: float32 ``[out, in]``.
@@ -84,13 +84,13 @@ def smoothing(
 
 @dataclass(frozen=True)
 class _Sample:
-    """Some tokens and some rows of the weight, and what the one gives by the other.
+    """Some tokens, some rows of the weight, and their products.
 
     Attributes:
         tokens: float32 ``[tokens, in]``.
         rows: float32 ``[rows, in]``.
         wanted: the products, float32 ``[tokens, rows]``.
-        size: of each token's products, squared, float32 ``[tokens]``.
+        size: sum of squares of each token's products, float32 ``[tokens]``.
     """
 
     tokens: Array
@@ -116,14 +116,14 @@ class _Sample:
         scheme: TensorScheme,
         scale_type: np.dtype[np.generic],
     ) -> float:
-        """What rounding takes of a token's output, as `Smoothing.error`.
+        """Compute the share of the output that rounding takes, as `Smoothing.error`.
 
-        Every token counts alike: the first one of a text is far louder than the others and would
+        Every token counts the same: the first one of a text is far louder than the others and would
         decide alone.
 
         Args:
-            factors: of the input channels, or None.
-            range_: of all tokens, float32 ``[1]``; None for one of each token's own.
+            factors: factors on the input channels, or None.
+            range_: range of all tokens, float32 ``[1]``; None gives each token its own.
             scheme: ``w8a8``.
             scale_type: type in which the scales will be stored.
         """
@@ -147,7 +147,7 @@ def _search(
     shared: NDArray[np.int64] | None,
     foldable: bool,
 ) -> tuple[Array | None, float]:
-    """The factors of the best alpha, if any is better than none, and the error with them."""
+    """Return the factors of the best alpha, or None if none helps, and the error with them."""
     peak, weight_peak = peaks, np.abs(sample.rows).max(axis=0)
     if shared is not None:
         peak, weight_peak = _shared_max(peak, shared), _shared_max(weight_peak, shared)
@@ -168,8 +168,8 @@ def _search(
 def activation_scale(x: Array, scale_type: np.dtype[np.generic]) -> float:
     """Choose the scale of a static INT8 range for ``[tokens, in]`` inputs, by least squared error.
 
-    The error is absolute, not relative to each token: a loud token that is cut off takes the whole
-    text's attention with it.
+    The error is absolute, not relative to each token: a loud token that is clipped spoils the
+    attention of the whole text.
     """
     peaks = np.abs(x).max(axis=1)
     loud = np.argsort(peaks)[-64:]
@@ -182,7 +182,7 @@ def activation_scale(x: Array, scale_type: np.dtype[np.generic]) -> float:
 
 
 def token_scale(scale_type: np.dtype[np.generic], levels: float = 127.0) -> float:
-    """The scale of a token's inputs once they are divided by the largest magnitude among them."""
+    """Return the scale of a token's inputs after division by their largest magnitude."""
     return float(storable_scales(np.array([1 / levels], dtype=np.float32), scale_type)[0])
 
 

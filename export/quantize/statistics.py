@@ -1,4 +1,4 @@
-"""Computes what calibration keeps of a linear layer's inputs."""
+"""Computes the statistics of a linear layer's inputs that calibration keeps."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Factors and solves symmetric matrices in place, by blocks.
 
-Most of the work is matrix products, which NumPy leaves to BLAS; its own ``linalg`` takes several
-times as long for a linear's thousands of channels, and copies of the matrix.
+Most of the work is matrix products, which NumPy leaves to BLAS. Its own ``linalg`` takes several
+times as long for a linear's thousands of channels, and copies the matrix.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def factor_upper(matrix: Array) -> None:
     for start in reversed(range(0, len(matrix), _BLOCK)):
         stop = min(start + _BLOCK, len(matrix))
         matrix[:stop, start:stop] -= matrix[:stop, stop:] @ matrix[start:stop, stop:].T
-        # NumPy's factor is lower triangular; that of the reversed block is ours, reversed.
+        # NumPy's factor is lower triangular: factor the reversed block and reverse the result.
         corner = np.linalg.cholesky(matrix[start:stop, start:stop][::-1, ::-1])[::-1, ::-1]
         matrix[start:stop, start:stop] = corner
         matrix[:start, start:stop] = matrix[:start, start:stop] @ np.linalg.inv(corner).T

@@ -1,7 +1,7 @@
-"""Sampling for a source that states none: what the model's authors published, by family.
+"""Assumes sampling for a source that states none: the values that the model's authors published.
 
-GGUF files rarely carry a generation config. Temperature 1 with nothing cut off is then nobody's
-choice: small models leave the subject within a sentence.
+GGUF files rarely carry a generation config. Nobody would choose temperature 1 with nothing cut off:
+small models leave the subject within a sentence.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class _Family:
 
     Attributes:
         name: name in messages and in the manifest.
-        pattern: what the model's names match, case ignored, ``-``, ``_`` and blanks all as ``-``.
-        sampling: values where the source states none.
+        pattern: pattern for the model's names, lower case, with ``-`` for ``_`` and blanks.
+        sampling: values to use where the source states none.
         template: texts that all occur in the family's chat template, and in no other family's; a
-            model without a telling name is recognised by them. Empty where none is unique.
+            model without a telling name is recognised by them. Empty if none is unique.
         source: where the values are published.
     """
 
@@ -110,16 +110,16 @@ def assume_sampling(
     names: Iterable[str | None],
     chat_template: str | None,
 ) -> SamplingDefaults:
-    """The sampling of a model: its source's, or its family's where the source states none.
+    """Return the sampling of a model: its source's, or its family's if the source states none.
 
-    Temperature, top-k, top-p and min-p are one choice: a source that states any of them is
-    followed, and what it leaves open is neutral, since a mixture of two recommendations is
-    nobody's. A repetition penalty alone cuts nothing off, so it is kept and the others are assumed.
+    Temperature, top-k, top-p and min-p are one choice. A source that states any of them is
+    followed, and the others stay neutral, since nobody recommends a mixture. A repetition penalty
+    alone cuts nothing off, so it is kept and the others are assumed.
 
     Args:
         sampling: sampling that the source states, neutral where it is silent.
         generation: content of the source's ``generation_config.json``.
-        names: what the source calls the model, None where it says nothing.
+        names: names that the source gives the model; None where it gives none.
         chat_template: Jinja source; a model without one is not an instruct model.
 
     Returns:

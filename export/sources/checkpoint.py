@@ -1,4 +1,4 @@
-"""A checkpoint: the float weights of a model by name, as found or transformed on each read."""
+"""Defines a checkpoint: a model's float weights by name, as stored or transformed on each read."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Checkpoint(ABC):
     def template(self) -> ChatTemplate | None:
         """Open the chat template, for messages of text; None if the model has none.
 
-        SmolVLM's reads contents that are lists of parts, and writes nothing of a plain text.
+        SmolVLM's template reads contents that are lists of parts, and ignores a plain text.
 
         Raises:
-            BundleError: it is refused.
+            BundleError: the template is refused.
         """
         template = self.text.template()
         if template is None or self.vision is None:
@@ -55,7 +55,7 @@ class Checkpoint(ABC):
     @property
     @abstractmethod
     def source(self) -> Source:
-        """Where the weights came from; hashes every weight file on first use (seconds per GB)."""
+        """Describe the weights' origin; hash every weight file on first use (seconds per GB)."""
 
     @abstractmethod
     def tensor(self, name: str) -> NDArray[Any]:
@@ -72,7 +72,7 @@ class Checkpoint(ABC):
         """
 
     def weight_format(self, name: str) -> WeightFormat | None:
-        """How the checkpoint stores a linear's weight in integers or 8-bit floats; None if float.
+        """Tell how a linear's weight is stored in integers or 8-bit floats; None if it is float.
 
         Args:
             name: HF name of the weight, as for `tensor`.
@@ -83,19 +83,19 @@ class Checkpoint(ABC):
         """Read a weight as the integers that the checkpoint stores.
 
         Args:
-            name: HF name of a weight whose `weight_format` is of integers.
+            name: HF name of a weight whose `weight_format` has integers.
 
         Returns:
-            None if the weights are no longer the ones that are stored.
+            The integers; None if the weight was changed since, so that they no longer hold.
 
         Raises:
-            CheckpointError: a value is not what the config says, or the checkpoint was closed.
+            CheckpointError: a value is not as the config says, or the checkpoint was closed.
         """
         return None
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the files; each stays mapped until the last view of it is gone."""
+        """Release the files; each stays mapped until the last view of it is gone."""
 
     def __enter__(self: _Self) -> _Self:
         return self
@@ -105,7 +105,7 @@ class Checkpoint(ABC):
 
 
 class Transformed(Checkpoint):
-    """Another checkpoint, forwarded whole; a subclass replaces what it changes.
+    """Another checkpoint, forwarded as a whole; a subclass overrides what it changes.
 
     Args:
         checkpoint: the original; stays open as long as this one, and is closed with it.
@@ -122,7 +122,7 @@ class Transformed(Checkpoint):
 
     @property
     def source(self) -> Source:
-        """Where the original's weights came from."""
+        """Describe the origin of the original's weights."""
         return self.original.source
 
     def tensor(self, name: str) -> NDArray[Any]:
@@ -130,9 +130,9 @@ class Transformed(Checkpoint):
         return self.original.tensor(name)
 
     def weight_format(self, name: str) -> WeightFormat | None:
-        """How the original stores a weight; see `Checkpoint.weight_format`.
+        """Tell how the original stores a weight; see `Checkpoint.weight_format`.
 
-        A subclass forwards `quantized_weight` for what it leaves alone.
+        A subclass forwards `quantized_weight` for the weights that it leaves alone.
         """
         return self.original.weight_format(name)
 

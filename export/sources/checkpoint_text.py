@@ -1,4 +1,4 @@
-"""Tokenizer, chat template and generation defaults of a checkpoint directory."""
+"""Reads tokenizer, chat template and generation defaults of a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CheckpointText:
         tokenizer_json: content of ``tokenizer.json``, for the ``tokenizers`` library.
         chat_template: Jinja source, or None if the model has none.
         tokens: ids of the special tokens.
-        sampling: the model's own sampling parameters, or its family's where it states none.
+        sampling: the model's own sampling parameters, or its family's if it states none.
         generation_config: content of ``generation_config.json``, unchanged.
     """
 
@@ -57,12 +57,12 @@ class CheckpointText:
         """Open the chat template; None if the model has none.
 
         Raises:
-            BundleError: it is refused.
+            BundleError: the template is refused.
         """
         return None if self.chat_template is None else ChatTemplate(self.chat_template, self.tokens)
 
     def check(self) -> None:
-        """Open both as those do who use the bundle, before hours of work.
+        """Open tokenizer and template as the runtime will, before hours of work.
 
         Raises:
             CheckpointError: one of them is refused.
@@ -148,17 +148,17 @@ def read_text(
 
 
 def sampling_defaults(generation: Mapping[str, Any], where: str) -> SamplingDefaults:
-    """Sampling parameters of a generation config; neutral where it states none.
+    """Read the sampling parameters of a generation config; neutral where it states none.
 
-    ``do_sample`` is not read: ``transformers`` takes its absence as greedy, which is a default of
-    that library and nothing the model's authors said. vLLM and SGLang read the file this way too.
+    ``do_sample`` is not read: ``transformers`` takes its absence as greedy, which is that library's
+    default and not the authors' choice. vLLM and SGLang read the file this way too.
 
     Args:
         generation: content of ``generation_config.json``.
         where: path for error messages.
 
     Raises:
-        CheckpointError: a parameter out of range; it is named.
+        CheckpointError: a parameter is out of range; the message names it.
     """
 
     def number(key: str, neutral: float, low: float, high: float) -> float:
@@ -186,7 +186,7 @@ def sampling_defaults(generation: Mapping[str, Any], where: str) -> SamplingDefa
 
 
 def read_licence(directory: Path) -> str | None:
-    """The licence that the front matter of ``README.md`` (the model card) states, or None."""
+    """Read the licence in the front matter of ``README.md`` (the model card), or None."""
     try:
         with open_file(directory / "README.md") as file:
             # The front matter is short; a card can be long.
@@ -202,7 +202,7 @@ def read_licence(directory: Path) -> str | None:
 
 
 def settle_template(template: str, where: str) -> str:
-    """Take a template as it is, but for one that skips the reasoning; see `with_think`."""
+    """Return a template as it is, except for one that skips the reasoning; see `with_think`."""
     settled = with_think(template)
     if settled != template:
         _log.warning(
@@ -214,12 +214,12 @@ def settle_template(template: str, where: str) -> str:
 
 
 def read_optional(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a file that is not there is an empty one."""
+    """Read a JSON object; a missing file counts as an empty one."""
     return read_json(path) if path.exists() else {}
 
 
 def _chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The order of ``transformers``: a file of its own wins over the key."""
+    """Find the template in ``transformers``' order: a file of its own wins over the key."""
     jinja = directory / "chat_template.jinja"
     try:
         if jinja.exists():
@@ -307,7 +307,7 @@ def _eos_ids(value: Any, vocab_size: int, directory: Path) -> list[int]:
 
 
 def _token_ids(tokenizer: Mapping[str, Any], path: Path) -> dict[str, int]:
-    """Text to id of the vocabulary and of the added tokens."""
+    """Map texts to ids, for the vocabulary and the added tokens."""
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, dict):
@@ -326,7 +326,7 @@ def _token_ids(tokenizer: Mapping[str, Any], path: Path) -> dict[str, int]:
 
 
 def _template_prefix(post_processor: Any) -> Iterator[str]:
-    """Special tokens that a post-processor puts before the text."""
+    """Yield the special tokens that a post-processor puts before the text."""
     if not isinstance(post_processor, dict):
         return
     processors = post_processor.get("processors")
@@ -337,5 +337,5 @@ def _template_prefix(post_processor: Any) -> Iterator[str]:
     for piece in pieces if isinstance(pieces, Iterable) else ():
         token = piece.get("SpecialToken") if isinstance(piece, dict) else None
         if not isinstance(token, dict):
-            return  # the text itself
+            return  # this entry is the text itself
         yield str(token.get("id"))

@@ -1,4 +1,4 @@
-"""Documents to calibrate with, or to choose a vocabulary by, and their tokens."""
+"""Reads documents to calibrate with, or to choose a vocabulary by, and encodes them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from edge.text.tokenizer import Tokenizer
 
 SEQ_LEN = 512
 BUILT_IN_TOKENS, DEFAULT_TOKENS = 36864, 20480
-"""To calibrate with at most where nobody says: of the built-in text, which tokenizers without
-Chinese cut into 36,000, and of another."""
+"""Most tokens to calibrate with by default: of the built-in text, which tokenizers without Chinese
+cut into 36,000, and of another text."""
 _BUILT_IN = {False: ("built-in", "problems.jsonl"), True: ("built-in, mixed", "mixed.jsonl")}
 MAX_TEXT_BYTES = 1 << 28
 _GOLDEN = (5**0.5 - 1) / 2
@@ -44,10 +44,10 @@ class CalibrationText:
     documents: tuple[Mapping[str, Any], ...]
 
     def encode(self, tokenizer: Tokenizer, template: ChatTemplate | None, index: int) -> list[int]:
-        """Encode a document; see `encode_document`.
+        """Encode a document, as `encode_document` does.
 
         Raises:
-            ConfigError: it cannot be encoded; the text and the document's number are named.
+            ConfigError: it cannot be encoded; the message names the text and the document's number.
         """
         try:
             return encode_document(tokenizer, template, self.documents[index])
@@ -58,11 +58,11 @@ class CalibrationText:
 def read_calibration_text(
     path: Path | None, option: str = "--calibration", *, mixed: bool = False
 ) -> CalibrationText:
-    """Read the built-in text, or a file: plain text, or JSONL if its name ends so.
+    """Read the built-in text, or a file: plain text, or JSONL if its name ends in ``.jsonl``.
 
     Args:
         path: the file; None is the built-in text.
-        option: names the file in messages.
+        option: name of the option, for messages.
         mixed: whether the built-in text has Chinese and more code, too.
 
     Raises:
@@ -125,23 +125,23 @@ def calibration_batches(
     seq_len: int = SEQ_LEN,
     seed: int = 0,
 ) -> NDArray[np.int64]:
-    """Token ids int64 ``[sequences, seq_len]``: the documents in another order, joined and cut.
+    """Shuffle the documents, join them and cut them: token ids int64 ``[sequences, seq_len]``.
 
-    Each beginning of that order has documents of all parts of the text, in proportion. Every
-    sequence starts with bos where the model wants one: the first token of a context draws
+    Any beginning of the shuffled order has documents of all parts of the text, in proportion.
+    Every sequence starts with bos if the model wants one: the first token of a context draws
     activations that no other token has.
 
     Args:
         tokenizer: the model's.
         template: the model's chat template; None writes messages as plain paragraphs.
         text: the documents.
-        num_tokens: at most this many, in whole sequences; fewer if the text is shorter.
+        num_tokens: most tokens, in whole sequences; fewer if the text is shorter.
         seq_len: tokens of a sequence.
-        seed: decides the order of the documents.
+        seed: seed of the order of the documents.
 
     Raises:
-        ConfigError: fewer tokens asked for, or in the text, than one sequence has; or a document
-            that cannot be encoded.
+        ConfigError: fewer tokens are asked for, or in the text, than one sequence has; or a
+            document cannot be encoded.
     """
     if num_tokens < seq_len:
         raise ConfigError(
@@ -168,7 +168,7 @@ def calibration_batches(
 
 
 def _spread_order(count: int, seed: int) -> NDArray[np.intp]:
-    """An order of numbers whose first ones are, however many, evenly spread over all."""
+    """Return an order of numbers whose first ones are evenly spread over all, however many."""
     start = np.random.RandomState(seed).uniform()
     return np.argsort((start + _GOLDEN * np.arange(count)) % 1)
 
@@ -176,7 +176,7 @@ def _spread_order(count: int, seed: int) -> NDArray[np.intp]:
 def encode_document(
     tokenizer: Tokenizer, template: ChatTemplate | None, document: Mapping[str, Any]
 ) -> list[int]:
-    """Token ids of one document of a `CalibrationText`, as the model itself would read it.
+    """Encode one document of a `CalibrationText`, as the model itself would read it.
 
     Raises:
         RequestError: the chat template refuses the messages, or a text is no Unicode.
@@ -188,7 +188,7 @@ def encode_document(
         if template is not None:
             return encode_chat(tokenizer, template, messages, add_generation_prompt=False)
         return tokenizer.encode("".join(f"{message.get('content')}\n\n" for message in messages))
-    # Templates cut the reasoning out of past answers, so the answer is put after the prompt here,
+    # Templates cut the reasoning out of past answers. So the answer is put after the prompt here,
     # as the model itself would write it: no token reaches from one into the other.
     *prompt, answer = messages
     ids = encode_chat(tokenizer, template, prompt)

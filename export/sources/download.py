@@ -1,4 +1,4 @@
-"""Says what a download of a checkpoint's weights comes to, before it begins."""
+"""Describes the download of a checkpoint's weights, before it begins."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .quantization_config import QuantizationConfig
 
 @dataclass(frozen=True)
 class Download:
-    """The weights that a hub is about to be asked for.
+    """Weights that are about to be fetched from a hub.
 
     Attributes:
-        num_bytes: of the files that are not here yet; None if that is not known.
-        directory: where they go, and stay.
+        num_bytes: bytes of the files that are not here yet; None if that is not known.
+        directory: directory that they go to, and stay in.
     """
 
     num_bytes: int | None
@@ -25,13 +25,13 @@ class Download:
 
 @dataclass(frozen=True)
 class Preview:
-    """A checkpoint of a hub by its small files alone.
+    """A hub's checkpoint, known from its small files only.
 
     Attributes:
         source: its name, as the user wrote it.
         spec: its dimensions.
-        quantization: how its weights are quantized already; None are floats.
-        download: its weights.
+        quantization: how its weights are quantized already; None if they are floats.
+        download: the weights still to fetch.
     """
 
     source: str

@@ -1,9 +1,9 @@
-"""An EAGLE-3 head as it is published: ``config.json`` and one file of safetensors.
+"""Reads an EAGLE-3 head as it is published: ``config.json`` and one file of safetensors.
 
 The layout is that of SafeAILab/EAGLE and SpecForge: ``fc``, one decoder layer ``midlayer``,
-``norm``, ``lm_head`` and, where the head guesses some tokens only, ``d2t``, what is added to a
-token of the head for the model's id, and ``t2d``, which of the model's tokens those are. vLLM's
-names are understood, too: ``layers.0`` for ``midlayer``, a prefix ``model.``, and
+``norm`` and ``lm_head``. A head that guesses only some tokens has two more tables. ``d2t`` is added
+to a token of the head to get the model's id, and ``t2d`` marks the model's tokens that it guesses.
+vLLM's names are understood, too: ``layers.0`` for ``midlayer``, a prefix ``model.``, and
 ``transformer_layer_config`` around the layer's numbers. The token table is the model's own.
 """
 
@@ -35,7 +35,7 @@ _BEFORE = "norm_before_residual"
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _FC, _D2T, _T2D, _TABLE = "fc.weight", "d2t", "t2d", "embed_tokens.weight"
 _COMPARED_ROWS = 64
-_SAME = 0.05  # of a row's norm: tables are published in fp16, bf16 or dequantized
+_SAME = 0.05  # share of a row's norm: tables are published in fp16, bf16 or dequantized
 
 
 def head_linears(head: ModelSpec) -> list[LinearSpec]:
@@ -59,7 +59,7 @@ def head_linears(head: ModelSpec) -> list[LinearSpec]:
 
 
 def head_norms(head: ModelSpec) -> list[NormSpec]:
-    """List the RMSNorms of an EAGLE-3 head: two stand side by side before its attention."""
+    """List the RMSNorms of an EAGLE-3 head; two of them are side by side before its attention."""
     layer = "midlayer"
     sources = {
         "layers.0.embed_norm": f"{layer}.input_layernorm.weight",
@@ -71,23 +71,23 @@ def head_norms(head: ModelSpec) -> list[NormSpec]:
 
 
 class Eagle3Head(Transformed):
-    """A head that was read and fits a model; `tensor` gives its weights by their published names.
+    """A head that fits a model; `tensor` reads its weights by their published names.
 
     Args:
-        model: the model that it shall draft for; it is not closed with the head.
-        directory: of the head.
+        model: the model that it is to draft for; it is not closed with the head.
+        directory: directory of the head.
 
     Attributes:
         spec: the head's own decoder, of one layer, with the tokens that it guesses.
-        layers: the layers of the model whose inputs it reads, see `manifest.DraftHead`.
-        norm_before_residual: see there.
+        layers: the layers of the model whose inputs it reads, as in `manifest.DraftHead`.
+        norm_before_residual: whether the norm comes first, as in `manifest.DraftHead`.
         vocabulary: the model's id of each of its tokens, int64 ``[draft vocab]``; None if it
             guesses all of them, in the model's order.
         sha256: SHA-256 of its weights' file.
         num_bytes: size of that file.
 
     Raises:
-        CheckpointError: it is no such head, incomplete, or for another model; what fits is named.
+        CheckpointError: it is no such head, incomplete, or for another model; the message says why.
     """
 
     def __init__(self, model: Checkpoint, directory: Path) -> None:
@@ -110,7 +110,7 @@ class Eagle3Head(Transformed):
         return self._file.tensor(self._names[name])
 
     def close(self) -> None:
-        """Do nothing: the model is whoever opened it's to close."""
+        """Do nothing: whoever opened the model closes it."""
 
     def _check_tensors(self) -> None:
         model, hidden = self.original.spec, self.spec.hidden_size
@@ -167,7 +167,7 @@ class Eagle3Head(Transformed):
             )
         if _T2D in self._names:
             known = self._integers(_T2D, None) != 0
-            # Tables are padded differently by different tools; the tokens are what counts.
+            # Tools pad tables differently; only the tokens count.
             if set(np.flatnonzero(known).tolist()) != set(ids.tolist()):
                 raise CheckpointError(
                     f"{self._file.path}: t2d names other tokens than d2t; download the head again"
@@ -184,7 +184,7 @@ class Eagle3Head(Transformed):
         return self._file.tensor(self._names[name])
 
     def _check_table(self) -> None:
-        """A head that brings the token table was trained with it: it must be the model's."""
+        """Refuse a head whose token table is not the model's, since it was trained with its own."""
         if _TABLE not in self._names:
             return
         mine = self._file.tensor(self._names[_TABLE])
@@ -206,7 +206,7 @@ class Eagle3Head(Transformed):
 
 @dataclass(frozen=True)
 class _HeadConfig:
-    """What ``config.json`` of a head says."""
+    """Numbers from a head's ``config.json``."""
 
     spec: ModelSpec
     layers: tuple[int, int, int]
@@ -264,10 +264,10 @@ class _HeadConfig:
 
 
 def _layers(config: Mapping[str, Any], count: int, path: Path) -> tuple[int, int, int]:
-    """The layers whose inputs are read: by default those of SafeAILab/EAGLE, vLLM and SGLang.
+    """Find the layers whose inputs are read: by default as in SafeAILab/EAGLE, vLLM and SGLang.
 
-    Where the config names some, two conventions are in use: the layer whose input is meant, or the
-    one whose output. The first of the second kind is 1, as nobody reads the embeddings (SGLang
+    If the config names layers, two conventions are in use: the layer whose input is meant, or the
+    one whose output. Only the second kind begins with 1, since nobody reads the embeddings (SGLang
     tells them apart the same way).
     """
     section = config.get("eagle_config")
@@ -296,7 +296,7 @@ def _layers(config: Mapping[str, Any], count: int, path: Path) -> tuple[int, int
 
 
 def _plain(name: str) -> str:
-    """A tensor's name as SafeAILab/EAGLE has it."""
+    """Return a tensor's name in SafeAILab/EAGLE's spelling."""
     name = name.removeprefix("model.")
     return name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name
 

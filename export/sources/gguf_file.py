@@ -1,4 +1,4 @@
-"""Metadata and tensors of a ``.gguf`` file, every length checked before it is used.
+"""Reads metadata and tensors of a ``.gguf`` file; every length is checked before it is used.
 
 The parser is our own, because ``gguf.GGUFReader`` trusts the lengths in the file (a damaged one
 makes it allocate without end) and needs seconds for a vocabulary. The package still dequantizes.
@@ -26,8 +26,8 @@ from .weight_files import HEAD_BYTES, refuse_stand_in
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4  # GGML_MAX_DIMS
-# Of the keys, values and names before the weights: a vocabulary of 150,000 tokens has 1 million
-# values in 8 MB. Each becomes an object of Python.
+# Limits for the keys, values and names before the weights: a vocabulary of 150,000 tokens has 1
+# million values in 8 MB. Each becomes a Python object.
 _MAX_COUNT = 1 << 16
 _MAX_VALUES = 1 << 21
 _MAX_METADATA_BYTES = 1 << 26
@@ -37,13 +37,13 @@ _SCALARS = {
     _BOOL: "?", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
 _VIEWS = {"F32": "<f4", "F16": "<f2"}
-# Of ggml's enum ggml_type; the first two are of 2023, the others were rearranged at load instead.
+# Removed types of ggml's enum ggml_type: two of 2023; the others are now rearranged at load.
 _REMOVED = {
     4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
     36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
 }  # fmt: skip
-# Dequantizing makes several temporaries of a chunk's size. The package takes 16 rows at a time:
-# short ones are read as longer ones, since else most of the time is its calls of NumPy.
+# Dequantizing makes several temporaries of a chunk's size. The package takes 16 rows at a time, so
+# short rows are joined to longer ones; otherwise its calls of NumPy take most of the time.
 _CHUNK_WEIGHTS, _LONG_ROW = 1 << 22, 1 << 13
 
 
@@ -110,7 +110,7 @@ class GgufFile:
         self.tensors = self._read_tensors(num_tensors)
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """A tensor as a read-only view (F32, F16, BF16), else dequantized to a new fp32 array.
+        """Read a tensor as a read-only view (F32, F16, BF16), else dequantized to a new fp32 array.
 
         Raises:
             CheckpointError: the package gguf cannot dequantize this type.

@@ -1,4 +1,4 @@
-"""A GGUF file of llama.cpp as a checkpoint: spec, weights and text from the one file."""
+"""Opens a GGUF file of llama.cpp as a checkpoint: spec, weights and text from one file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-# Each changes the arithmetic, and none is set for the three architectures as we support them.
+# Each of these changes the arithmetic; supported models of the three architectures set none.
 _UNSUPPORTED_KEYS = (
     "expert_count",
     "attention.sliding_window",
@@ -82,7 +82,7 @@ class GgufCheckpoint(Checkpoint):
 
     @cached_property
     def source(self) -> Source:
-        """Where the weights came from; hashes the file on first use (seconds per GB)."""
+        """Describe the weights' origin; hash the file on first use (seconds per GB)."""
         licence = self._open_file().metadata.get("general.license")
         return Source(
             kind="gguf",
@@ -105,7 +105,7 @@ class GgufCheckpoint(Checkpoint):
         return weights
 
     def close(self) -> None:
-        """Let go of the file; it stays mapped until the last view of it is gone."""
+        """Release the file; it stays mapped until the last view of it is gone."""
         self._file = None
 
     def _open_file(self) -> GgufFile:
@@ -126,13 +126,13 @@ def read_gguf_spec(
         metadata: metadata of the whole file.
         shapes: shapes of the tensors, by GGUF name.
         rope_factors: ``rope_freqs.weight`` [head_dim / 2], or None.
-        path: for error messages.
+        path: the file, for error messages.
 
     Raises:
         CheckpointError: an unsupported architecture or feature, a missing key, a wrong type or a
             value that makes no sense; the key is named.
     """
-    # First of all, since parts after the first have no other keys.
+    # Check this first, since parts after the first have no other keys.
     if metadata.get("split.count", 0) not in (0, 1):
         raise CheckpointError(
             f"{path} is one part of a split model; join them first: llama-gguf-split --merge"
@@ -196,7 +196,7 @@ class _Keys:
         return CheckpointError(f"{self.path}: {self._architecture}.{key} {problem}")
 
     def looks_like_llama31(self, theta: float) -> bool:
-        """Whether base and context are Llama 3.1's; Llama 3's context ends at 8,192."""
+        """Return whether base and context are Llama 3.1's; Llama 3's context ends at 8,192."""
         is_llama = self._architecture == "llama"
         return is_llama and theta == 500_000.0 and self.integer("context_length") > 8192
 
@@ -262,12 +262,12 @@ def _rope(keys: _Keys, factors: NDArray[Any] | None, head_dim: int) -> RopeSpec:
 
 
 def derive_llama3(factors: NDArray[np.float64], theta: float, head_dim: int) -> RopeSpec:
-    """Parameters of ``llama3`` scaling from the divisors that GGUF stores instead of them.
+    """Find the parameters of ``llama3`` scaling from the divisors that GGUF stores instead of them.
 
     llama3 scaling divides frequency f by 1 / ((1 - s) / factor + s), where s is
     (original / wavelength - low) / (high - low) clipped to 0..1 and wavelength is 2 pi / f. So s
     is a straight line over f, and two points on the slope fix it. Scaling original, low and high
-    by one number changes nothing, hence low is 1, as in every published model.
+    by one number changes nothing, so low is set to 1, as in every published model.
 
     Args:
         factors: ``rope_freqs.weight`` [head_dim / 2].
@@ -319,7 +319,7 @@ def _unpermute(weights: NDArray[Any], num_heads: int) -> NDArray[Any]:
 
 
 def _gguf_name(name: str) -> str:
-    """GGUF name of a tensor with a given HF name."""
+    """Return the GGUF name of a tensor with a given HF name."""
     stem, _, suffix = name.rpartition(".")
     if stem in _GLOBAL_NAMES:
         return f"{_GLOBAL_NAMES[stem]}.{suffix}"
@@ -330,7 +330,7 @@ def _gguf_name(name: str) -> str:
 def _check_tensors(
     spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], file: GgufFile, path: Path
 ) -> dict[str, str]:
-    """GGUF name of each HF name, after a check that exactly these tensors are there."""
+    """Map HF names to GGUF names, after a check that exactly these tensors are there."""
     expected = expected_tensors(spec)
     names = {name: _gguf_name(name) for name in expected}
     for name, gguf_name in names.items():

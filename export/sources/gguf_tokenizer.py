@@ -1,9 +1,9 @@
-"""``tokenizer.json`` rebuilt from GGUF metadata, so that it encodes as the original does.
+"""Rebuilds ``tokenizer.json`` from GGUF metadata, so that it encodes as the original does.
 
 GGUF stores the vocabulary and the merges but only a *name* for how text is split before them
-(``tokenizer.ggml.pre``). Each name that is known here stands for the normalizer and pre-tokenizer
-of the original ``tokenizer.json``; an unknown one is refused, since a wrong split is an error
-nowhere, only a worse model.
+(``tokenizer.ggml.pre``). Each known name stands for the normalizer and pre-tokenizer of the
+original ``tokenizer.json``. An unknown name is refused, since a wrong split causes no error, only a
+worse model.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def _split(pattern: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Pre:
-    """What one value of ``tokenizer.ggml.pre`` stands for.
+    """Settings that one value of ``tokenizer.ggml.pre`` stands for.
 
     Attributes:
         pre_tokenizer: the entry of ``tokenizer.json``.
         nfc: whether text is brought to Unicode's composed form first.
-        ignore_merges: whether a word that is in the vocabulary is taken whole.
-        add_bos: llama.cpp's default where the file has no ``add_bos_token``.
+        ignore_merges: whether a word in the vocabulary becomes one token without merges.
+        add_bos: llama.cpp's default if the file has no ``add_bos_token``.
     """
 
     pre_tokenizer: dict[str, Any]
@@ -94,8 +94,8 @@ _PRES = {
     # Llama 3 again, by the hash of a tokenizer that put no BOS before the converter's test.
     "smaug-bpe": replace(_LLAMA3, add_bos=False),
 }
-# What the originals' generation_config.json names besides eos; GGUF has keys for three at most, so
-# llama.cpp goes by the text, too.
+# Ends that the originals' generation_config.json names besides eos. GGUF has keys for at most
+# three, so llama.cpp goes by the text, too.
 _ENDS = (
     "<|eot_id|>",
     "<|eom_id|>",
@@ -111,7 +111,7 @@ def read_gguf_text(metadata: Mapping[str, Any], path: Path, vocab_size: int) -> 
 
     Args:
         metadata: metadata of the whole file.
-        path: for error messages.
+        path: the file, for error messages.
         vocab_size: rows of the token table.
 
     Raises:
@@ -198,7 +198,7 @@ def _tokens(
         return value
 
     bos = token_id("bos")
-    # eot ends a turn where that is another token than eos, eom a message to a tool (Llama 3).
+    # eot ends a turn if it is another token than eos; eom ends a message to a tool (Llama 3).
     named = [token_id(name) for name in ("eos", "eot", "eom")]
     eos = [number for number in named if number is not None]
     if not eos:
@@ -221,7 +221,7 @@ def _tokens(
 def _tokenizer_json(
     vocab: list[str], types: list[int], merges: list[list[str]], pre: _Pre, tokens: Tokens
 ) -> dict[str, Any]:
-    # Padding rows ("[PAD151936]") are of type UNUSED and no tokens of the original.
+    # Padding rows ("[PAD151936]") have the type UNUSED and are no tokens of the original.
     ids = {text: index for index, text in enumerate(vocab) if types[index] != _UNUSED}
     added = [
         {

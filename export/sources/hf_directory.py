@@ -1,4 +1,4 @@
-"""A checkpoint directory in Hugging Face's layout; weights stay mapped, nothing is loaded."""
+"""Opens a checkpoint directory in Hugging Face's layout; weights stay mapped, nothing is loaded."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class HfDirectory(Checkpoint):
         self._quantization = read_quantization(config, directory)
         is_quantized = self._quantization is not None
         self._files, found = _open_weights(directory, quantized=is_quantized)
-        # Saved without the class that has a head.
+        # It was saved without the class that has a head.
         prefix = _PREFIX if task == "embed" and TOKEN_TABLE not in found else ""
         rename = str if self.vision is None else self.vision.decoder_name
         self._stored = {prefix + rename(name): name for name in found}
@@ -90,7 +90,7 @@ class HfDirectory(Checkpoint):
 
     @cached_property
     def source(self) -> Source:
-        """Where the weights came from; hashes every weight file on first use (seconds per GB)."""
+        """Describe the weights' origin; hash every weight file on first use (seconds per GB)."""
         return Source(
             kind="hub" if self._hub_id else "directory",
             location=self._location(),
@@ -106,14 +106,14 @@ class HfDirectory(Checkpoint):
         return self._hub_id if self._hub is None else f"{self._hub}:{self._hub_id}"
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """Return the tensor's view, fp32, fp16 or bfloat16; see `Checkpoint.tensor`."""
+        """Return a tensor's view, fp32, fp16 or bfloat16; see `Checkpoint.tensor`."""
         module = self._modules.get(name)
         if module is not None:
             return module.read_floats(self._read, self._owner.__contains__)
         return self._read(name)
 
     def weight_format(self, name: str) -> WeightFormat | None:
-        """How a linear's weight is stored; see `Checkpoint.weight_format`."""
+        """Tell how a linear's weight is stored; see `Checkpoint.weight_format`."""
         return self._modules[name].form if name in self._modules else None
 
     def quantized_weight(self, name: str) -> QuantizedWeight | None:
@@ -121,7 +121,7 @@ class HfDirectory(Checkpoint):
         return self._modules[name].read(self._read, self._owner.__contains__)
 
     def close(self) -> None:
-        """Let go of the files; each stays mapped until the last view of it is gone."""
+        """Release the files; each stays mapped until the last view of it is gone."""
         self._files = {}
         self._owner = {}
 
@@ -131,7 +131,7 @@ class HfDirectory(Checkpoint):
         return self._owner[name].tensor(self._stored[name])
 
     def _quantized_modules(self) -> dict[str, QuantizedModule]:
-        """The linear modules that config.json says are quantized, by the name of their weight."""
+        """Find the linear modules that config.json calls quantized, by the name of their weight."""
         modules: dict[str, QuantizedModule] = {}
         if self._quantization is None:
             return modules
@@ -187,7 +187,7 @@ class HfDirectory(Checkpoint):
                 raise self._stray(name, entries[name])
 
     def _is_ignored(self, name: str, entry: TensorEntry) -> bool:
-        """Whether a tensor that is no part of the model changes nothing."""
+        """Return whether a tensor that is no part of the model can be ignored."""
         if name.endswith(".self_attn.rotary_emb.inv_freq"):
             return True  # written by old transformers; the frequencies follow from config.json
         if name == "lm_head.weight" and self.spec.task == "embed":
@@ -247,7 +247,7 @@ def _equal_bytes(a: NDArray[Any], b: NDArray[Any]) -> bool:
 def _open_weights(
     directory: Path, *, quantized: bool
 ) -> tuple[dict[str, SafetensorsFile], dict[str, SafetensorsFile]]:
-    """Files by name, and the file that holds each tensor."""
+    """Return the files by name, and the file that holds each tensor."""
     index_path = _weights_or_index(directory)
     if index_path.suffix == ".safetensors":
         file = SafetensorsFile(index_path, quantized=quantized)
@@ -256,7 +256,7 @@ def _open_weights(
     if not isinstance(shard_of, dict) or not shard_of:
         raise CheckpointError(f"{index_path} has no weight_map; download it again")
     for name, shard in shard_of.items():
-        # A plain file name: nothing outside the directory may be read on the index's word.
+        # Only a plain file name: an index must not make us read outside the directory.
         if (
             not isinstance(shard, str)
             or not shard.endswith(".safetensors")
@@ -286,12 +286,12 @@ def _open_weights(
 
 
 def _weights_or_index(directory: Path) -> Path:
-    """The file that holds all weights, or names the files that do."""
+    """Return the file that holds all weights, or the index that names the files that do."""
     # transformers' order: the single file wins over an index.
     for name in (WEIGHTS_NAME, INDEX_NAME):
         if (directory / name).exists():
             return directory / name
-    # AutoGPTQ calls them after the recipe: gptq_model-4bit-128g.safetensors.
+    # AutoGPTQ names them after the recipe: gptq_model-4bit-128g.safetensors.
     for ending in ("*.safetensors.index.json", "*.safetensors"):
         found = sorted(directory.glob(ending))
         if len(found) == 1:

@@ -1,4 +1,4 @@
-"""Download a checkpoint from the Hugging Face hub, or find it in the local cache."""
+"""Downloads a checkpoint from the Hugging Face hub, or finds it in the local cache."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ TEXT_FILES = [
     "chat_template.json",
     "model.safetensors.index.json",
     "README.md",
-    # Of sentence-transformers.
+    # Files of sentence-transformers.
     "modules.json",
     "config_sentence_transformers.json",
     "sentence_bert_config.json",
     "1_Pooling/config.json",
-    # Of models that read pictures.
+    # Files of models that read pictures.
     "preprocessor_config.json",
     "processor_config.json",
 ]
-# Without a directory part: original/consolidated.*.safetensors would be the same weights twice.
+# No directory part: original/consolidated.*.safetensors would be the same weights twice.
 _CONNECT_S = 10
 _WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "gptq_model-*.safetensors"]
 
@@ -53,8 +53,8 @@ def download(
         repo_id: ``owner/name``.
         revision: branch, tag or commit; None is the default branch.
         cache_dir: the hub's cache; None is the one of ``HF_HOME``.
-        check: called with the directory, and what weights are still to come, before any of them is
-            fetched; what it raises ends the download.
+        check: called with the directory and the weights still to come, before any of them is
+            fetched; an exception that it raises ends the download.
 
     Returns:
         The snapshot's directory and its commit.
@@ -65,19 +65,19 @@ def download(
     """
     directory = _snapshot(repo_id, revision, cache_dir, TEXT_FILES)
     # The cache names each snapshot after its commit (huggingface_hub, "Understand caching"), so
-    # both steps and the manifest speak of the same one, even if the branch moves in between.
+    # both steps and the manifest use the same one, even if the branch moves in between.
     commit = directory.name
     check(directory, Download(_missing_bytes(repo_id, commit, directory), directory.parents[2]))
     return _snapshot(repo_id, commit, cache_dir, TEXT_FILES + _WEIGHT_FILES), commit
 
 
 def _missing_bytes(repo_id: str, commit: str, directory: Path) -> int | None:
-    """Bytes of the weights that are not in a snapshot's directory; None if that is not known."""
+    """Count the bytes of weights missing in a snapshot's directory; None if that is not known."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
     if constants.HF_HUB_OFFLINE or _no_way(constants.ENDPOINT) is not None:
-        return 0 if _has_weights(directory) else None  # what is missing ends the next step
+        return 0 if _has_weights(directory) else None  # a missing file ends the next step
     try:
         files = list(HfApi().list_repo_tree(repo_id, revision=commit))
     except (HfHubHTTPError, *_network_errors(), OSError, ValueError):
@@ -91,7 +91,7 @@ def _missing_bytes(repo_id: str, commit: str, directory: Path) -> int | None:
 
 
 def _has_weights(directory: Path) -> bool:
-    """Whether a snapshot's directory has the weights that its index names; any without an index."""
+    """Return whether a snapshot has the weights that its index names; any without an index."""
     index = directory / "model.safetensors.index.json"
     text = index.read_bytes() if index.exists() else b""
     if names := re.findall(rb'"([\w.-]+\.safetensors)"', text):
@@ -100,7 +100,7 @@ def _has_weights(directory: Path) -> bool:
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
-    """What a broken connection raises besides OSError, which covers huggingface-hub before 1.0."""
+    """Return what a broken connection raises besides OSError, as huggingface-hub below 1.0 does."""
     try:
         from httpx import HTTPError
     except ImportError:
@@ -163,7 +163,7 @@ def _snapshot(
         problem = f"is no hub id ({error}); give owner/name"
         cause = error
     except Exception as error:
-        # Errors of its HTTP client come through; which client that is depends on its version.
+        # Errors of its HTTP client come through; the client depends on its version.
         client = type(error).__module__.startswith("httpx")
         if not client and not isinstance(error, HfHubHTTPError | OSError):
             raise
@@ -176,7 +176,7 @@ def _snapshot(
 
 
 def _no_way(endpoint: str) -> str | None:
-    """Say that no connection to the hub can be made, and why; None where one can or a proxy does.
+    """Say why no connection to the hub can be made; None if one can, or if a proxy does.
 
     The library asks six times with pauses, and logs each.
     """

@@ -1,6 +1,6 @@
-"""What a checkpoint of SmolVLM or SmolVLM2 has beside its decoder, in the layout of Idefics3.
+"""Reads what SmolVLM and SmolVLM2 have beside their decoder, in the layout of Idefics3.
 
-The encoder is SigLIP's, its position table read in order. The connector joins
+The encoder is SigLIP's, and its position table is read in order. The connector joins
 ``scale_factor x scale_factor`` neighbouring patches to one row and projects it to the decoder's
 width.
 """
@@ -26,7 +26,7 @@ _TEXT = "model.text_model."
 _POSITIONS = f"{_TOWER}.embeddings.position_embedding.weight"
 IMAGE, AROUND, WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"
 _TILE = "<row_{row}_col_{col}>"
-_MOST_PX = 4096  # to which transformers shrinks a picture whatever its config says
+_MOST_PX = 4096  # transformers shrinks a picture to this whatever its config says
 _EXACT_SIDES = (26, 27)
 _STEPS = ("do_convert_rgb", "do_image_splitting", "do_normalize", "do_rescale", "do_resize")
 _DEFAULTS = {
@@ -92,8 +92,8 @@ def read_idefics3(directory: Path, config: Mapping[str, Any], width: int) -> Vis
     scale = Keys(config, where).integer("scale_factor", 2)
     spec = read_spec(vision, _DEFAULTS, scale, width, classes=False, exact=False)
     side, image_px = spec.side, vision.square("image_size", _DEFAULTS["image_size"])
-    # transformers looks a patch's position up by a fraction in float32, which for other sides
-    # gives some patches the position of a neighbour.
+    # transformers finds a patch's position by a fraction in float32; other sides than these
+    # would give some patches a neighbour's position.
     if side & (side - 1) and side not in _EXACT_SIDES:
         raise vision.error("image_size", image_px, "a side of 2**n, 26 or 27 patches")
     return Idefics3Vision(spec, _read_section(directory, config, spec, image_px))

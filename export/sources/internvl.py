@@ -1,9 +1,9 @@
-"""What a checkpoint of InternVL3 or InternVL3.5 has beside its decoder, in transformers' layout.
+"""Reads what InternVL3 and InternVL3.5 have beside their decoder, in transformers' layout.
 
-The encoder is InternViT: a class token stands before the patches, and a factor for each channel
-multiplies what a layer adds. The projector joins neighbouring patches to one row, then comes a
-LayerNorm and an MLP. Two namings of the tensors are published, that of transformers from 4.53 on
-and the one before it; the latter is used here.
+The encoder is InternViT: a class token comes before the patches, and a factor for each channel
+multiplies what a layer adds. The projector joins neighbouring patches to one row, which then passes
+a LayerNorm and an MLP. Two namings of the tensors are published, that of transformers from 4.53 on
+and the one before it; the older one is used here.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _NAMES = (
 
 @dataclass(frozen=True)
 class InternVision(Vision):
-    """InternViT and the MLP behind it; see `Vision`.
+    """InternViT and the MLP after it; see `Vision`.
 
     Attributes:
         qkv_bias: whether q, k and v have biases.

@@ -1,7 +1,7 @@
-"""A LoRA adapter in peft's layout, merged into its base model tensor by tensor.
+"""Merges a LoRA adapter in peft's layout into its base model, tensor by tensor.
 
 ``W' = W + scaling * B @ A`` (arXiv 2106.09685) for linears, the same with ``B @ A`` transposed for
-the token table; modules that the adapter holds whole (``modules_to_save``) replace the base's. The
+the token table. Modules that the adapter holds whole (``modules_to_save``) replace the base's. The
 merged model computes what base and adapter compute together, in float.
 """
 
@@ -30,7 +30,7 @@ from .weight_files import hash_files, no_weights
 
 _EMBEDDINGS, _HEAD = "model.embed_tokens", "lm_head"
 _TILE_ROWS = 8192
-# What follows a module's name: (A, B) of a linear and of an embedding, and whole weights.
+# Endings after a module's name: (A, B) of a linear and of an embedding, and whole weights.
 _PAIRS = (PAIR, (".lora_embedding_A", ".lora_embedding_B"))
 _WHOLE = (".weight", ".base_layer.weight")
 
@@ -40,8 +40,8 @@ Array = NDArray[np.float32]
 class LoraCheckpoint(Transformed):
     """A base model with an adapter merged in.
 
-    A tied base is untied where the adapter changes the token table or the lm_head: the adapter was
-    trained with one of them as it was.
+    A tied base is untied if the adapter changes the token table or the lm_head: the adapter was
+    trained with the other one unchanged.
 
     Args:
         checkpoint: the base model; see `Transformed`.
@@ -55,7 +55,7 @@ class LoraCheckpoint(Transformed):
         super().__init__(checkpoint)
         config = read_lora_config(directory)
         self._file: SafetensorsFile | None = _open_weights(directory)
-        # Names of an embedder that was trained without its head, as peft does then, lack "model.".
+        # peft leaves "model." out of the names if an embedder was trained without its head.
         lacks_head = checkpoint.spec.task == "embed" and not any(
             name.startswith(f"{PREFIX}model.") for name in self._file.entries
         )
@@ -83,7 +83,7 @@ class LoraCheckpoint(Transformed):
 
     @property
     def source(self) -> Source:
-        """Where the base model came from, with the adapter's name and hash."""
+        """Describe the base model's origin, with the adapter's name and hash."""
         return msgspec.structs.replace(super().source, adapter=self._adapter)
 
     def tensor(self, name: str) -> NDArray[Any]:
@@ -94,7 +94,7 @@ class LoraCheckpoint(Transformed):
         if kind != "weight":
             return super().tensor(name)
         rows: Any = slice(None)
-        if module == _HEAD and self.reranking is not None:  # which has two rows of it left
+        if module == _HEAD and self.reranking is not None:  # only two of its rows are left
             rows = [self.reranking.no, self.reranking.yes]
         base: NDArray[Any]
         if module in self._whole:
@@ -111,12 +111,12 @@ class LoraCheckpoint(Transformed):
         return _add(base, a, b[rows], np.float32(self._scaling[module]))
 
     def weight_format(self, name: str) -> WeightFormat | None:
-        """How the base stores a weight; where the adapter changes it, its inputs stay float."""
+        """Tell how the base stores a weight; one that the adapter changes has float inputs."""
         form = super().weight_format(name)
         return replace(form, inputs="float") if form and self._touches(name) else form
 
     def quantized_weight(self, name: str) -> QuantizedWeight | None:
-        """Read integers of a weight that the adapter leaves alone; see `Checkpoint`."""
+        """Read the integers of a weight that the adapter leaves alone; see `Checkpoint`."""
         return None if self._touches(name) else self.original.quantized_weight(name)
 
     def _touches(self, name: str) -> bool:
@@ -130,7 +130,7 @@ class LoraCheckpoint(Transformed):
 
 
 def _add(base: NDArray[Any], a: Array, b: Array, scaling: np.float32) -> Array:
-    """``base + scaling * b @ a`` in fp32, in tiles of rows."""
+    """Compute ``base + scaling * b @ a`` in fp32, in tiles of rows."""
     result = np.empty(base.shape, dtype=np.float32)
     for start in range(0, len(base), _TILE_ROWS):
         rows = slice(start, start + _TILE_ROWS)
@@ -157,7 +157,7 @@ def _open_weights(directory: Path) -> SafetensorsFile:
 
 
 def _modules(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Name of every module and the shape of its weight, ``(out, in)`` for linears."""
+    """Map every module's name to the shape of its weight, ``(out, in)`` for linears."""
     found = {
         name.removesuffix(".weight"): shape
         for name, shape in expected_tensors(spec).items()
@@ -169,7 +169,7 @@ def _modules(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 def _sort_tensors(
     file: SafetensorsFile, config: LoraConfig, modules: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
-    """Tensor names of A and B, and of whole weights, by module; every tensor is in one of them."""
+    """Sort tensor names by module: A and B, or whole weights; every tensor must be one of them."""
     low_rank: dict[str, tuple[str, str]] = {}
     whole: dict[str, str] = {}
     left = dict(file.entries)
@@ -198,7 +198,7 @@ def _take_pair(
     module: str,
     shape: tuple[int, ...],
 ) -> tuple[str, str] | None:
-    """Move A and B of a module out of ``left``; None where the adapter leaves it alone."""
+    """Move A and B of a module out of ``left``; None if the adapter leaves it alone."""
     is_table = module.endswith("embed_tokens")
     a_ending, b_ending = _PAIRS[is_table]
     names = (f"{PREFIX}{module}{a_ending}", f"{PREFIX}{module}{b_ending}")

@@ -1,6 +1,6 @@
-"""Which modules a LoRA adapter in peft's layout changes, by the rules of ``peft.LoraConfig``.
+"""Tells which modules a LoRA adapter in peft's layout changes, by ``peft.LoraConfig``'s rules.
 
-`edge.adapters.peft_config` has the keys of its ``adapter_config.json``, and what is refused.
+`edge.adapters.peft_config` reads ``adapter_config.json`` and refuses unsupported keys.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ Number = TypeVar("Number", int, float)
 
 
 class LoraConfig(PeftConfig, frozen=True):
-    """What of ``adapter_config.json`` decides the merge."""
+    """The keys of ``adapter_config.json`` that decide the merge."""
 
     def rank(self, module: str) -> int:
-        """Rank of a module's two matrices."""
+        """Return the rank of a module's two matrices."""
         return _pattern_value(self.rank_pattern, module, self.r)
 
     def scaling(self, module: str) -> float:
-        """Factor on ``B @ A`` of a module."""
+        """Return the factor on ``B @ A`` of a module."""
         alpha = _pattern_value(self.alpha_pattern, module, self.lora_alpha)
         return self.factor(self.rank(module), alpha)
 
     def targets(self, module: str) -> bool:
-        """Whether a linear or embedding module has low-rank matrices, by peft's rules."""
+        """Return whether a linear or embedding has low-rank matrices, by peft's rules."""
         saved = (rf"(^|.*\.){name}($|\..*)" for name in self.modules_to_save or ())
         if _names(self.exclude_modules, module) or any(match(name, module) for name in saved):
             return False
@@ -44,8 +44,8 @@ class LoraConfig(PeftConfig, frozen=True):
         return _names(self.target_modules, module) and self._in_a_chosen_layer(module)
 
     def saves(self, module: str) -> bool:
-        """Whether the adapter holds the module's whole weight (``modules_to_save``)."""
-        # Not at a dot: peft takes "norm" for input_layernorm too.
+        """Return whether the adapter holds the module's whole weight (``modules_to_save``)."""
+        # The name may begin anywhere, not only at a dot: peft takes "norm" for input_layernorm too.
         return any(module.endswith(name) for name in self.modules_to_save or ())
 
     def _in_a_chosen_layer(self, module: str) -> bool:
@@ -71,7 +71,7 @@ def read_lora_config(directory: Path) -> LoraConfig:
 
     Raises:
         CheckpointError: no such file, a wrong type, or an adapter that is not a plain LoRA; the
-            key is named.
+            message names the key.
     """
     path = directory / ADAPTER_CONFIG
     if not path.is_file():
@@ -108,7 +108,7 @@ def _names(choice: str | list[str] | None, module: str) -> bool:
 
 
 def _pattern_value(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
-    """The first pattern that matches the end of the module's name wins."""
+    """Return the value of the first pattern that matches the end of the module's name."""
     for pattern, value in patterns.items():
         if match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -116,5 +116,5 @@ def _pattern_value(patterns: Mapping[str, Number], module: str, default: Number)
 
 
 def _is_match(pattern: str, module: str) -> bool:
-    """Whether the pattern is the whole name, as `re.fullmatch` tells."""
+    """Return whether the pattern matches the whole name, as `re.fullmatch` tells."""
     return match(rf"(?:{pattern})\Z", module) is not None

@@ -1,4 +1,4 @@
-"""Download a checkpoint from ModelScope, by the HTTP interface that ModelScope's own client uses.
+"""Downloads a checkpoint from ModelScope by the HTTP interface that ModelScope's client uses.
 
 ``GET /api/v1/models/OWNER/NAME/repo/files?Revision=R&Recursive=true`` lists the files of a branch,
 tag or commit: ``Data.Files`` with ``Path``, ``Type``, ``Size`` in bytes and ``Sha256``, and in
@@ -34,7 +34,7 @@ from edge_lab.progress import Progress
 from .download import Download
 
 DOMAIN_VARIABLE = "MODELSCOPE_DOMAIN"
-"""ModelScope's own variable for another host; a scheme before it, as of a mirror, is kept."""
+"""ModelScope's own variable for another host; a scheme before it, as for a mirror, is kept."""
 _DOMAIN = "www.modelscope.cn"
 _BRANCH = "master"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -42,7 +42,7 @@ _WEIGHTS = re.compile(r"(model(-\d+-of-\d+)?|gptq_model-[\w.-]+)\.safetensors")
 _MAX_LISTING_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_S = 60.0
-_ATTEMPTS = 5  # in a row that bring nothing
+_ATTEMPTS = 5  # tries in a row that bring nothing
 _PAUSE_S = 1.0
 
 
@@ -69,7 +69,7 @@ class _Listing(msgspec.Struct, rename="pascal"):
 
 
 class _InterruptedError(Exception):
-    """A transfer broke off; what came is kept."""
+    """A transfer broke off; the bytes that came are kept."""
 
 
 def download(
@@ -82,20 +82,20 @@ def download(
 ) -> tuple[Path, str]:
     """Fetch one revision of a repository: first the small files, then the weights.
 
-    A file is in place only whole, with the size and hash of the listing; a broken transfer goes
-    on where it ended, also in a later run.
+    A file appears only whole, with the size and hash of the listing. A broken transfer resumes
+    where it ended, also in a later run.
 
     Args:
         repo_id: ``owner/name``.
         revision: branch, tag or commit; None is ``master``.
         cache_dir: directory of downloads; None is ``edge-llm/modelscope`` among the user's caches.
-        check: called with the directory, and what weights are still to come, before any of them is
-            fetched; what it raises ends the download.
+        check: called with the directory and the weights still to come, before any of them is
+            fetched; an exception that it raises ends the download.
         text_files: names of the small files, all of which may be missing.
-        progress: told of the bytes of each file.
+        progress: called with the bytes of each file.
 
     Returns:
-        The directory, and the commit, or what stands for it where the listing names none.
+        The directory, and the commit, or a stand-in for it if the listing names none.
 
     Raises:
         CheckpointError: not found, no network, or files that differ from the listing.
@@ -117,7 +117,7 @@ def download(
             check(directory, Download(missing, directory))
             for file in weights:
                 hub.fetch(file, directory)
-    except OSError as error:  # of the disk; those of the network are read where they occur
+    except OSError as error:  # from the disk; network errors are handled where they occur
         raise CheckpointError(
             f"{repo_id} could not be downloaded to {directory} ({error.strerror or error}); make "
             "room, or give another --cache-dir, and run the same command again to resume"
@@ -159,7 +159,7 @@ class _Hub:
         self._progress = progress
 
     def listing(self) -> tuple[dict[str, _File], str]:
-        """Files at the top of the repository by name, and the commit."""
+        """Return the files at the top of the repository by name, and the commit."""
         query = urlencode({"Revision": self._revision, "Recursive": "true"})
         with self._open(f"{self._base}/files?{query}") as answer:
             try:
@@ -178,11 +178,11 @@ class _Hub:
         files = {file.path: file for file in found.data.files if file.type == "blob"}
         commit = found.data.latest_committer.id if found.data.latest_committer else ""
         if _COMMIT.fullmatch(commit):
-            self._revision = commit  # the files are of this one, also if the branch moves
+            self._revision = commit  # fetch the files of this one, even if the branch moves
         return files, self._revision
 
     def fetch(self, file: _File, directory: Path) -> None:
-        """Bring one file into place, or leave it there if it is right."""
+        """Fetch one file into place; leave it alone if it is already right."""
         if _WEIGHTS.fullmatch(file.path) and not file.sha256:
             raise CheckpointError(
                 f"{self._repo_id}: ModelScope lists no hash of {file.path}, so nothing says "
@@ -191,7 +191,7 @@ class _Hub:
         path = directory / file.path
         if path.is_file() and _is_right(path, file):
             return
-        path.parent.mkdir(exist_ok=True)  # 1_Pooling, of sentence-transformers
+        path.parent.mkdir(exist_ok=True)  # such as 1_Pooling of sentence-transformers
         part = path.with_name(f".{path.name}.part")
         self._transfer(file, part)
         if not _is_right(part, file):
@@ -225,13 +225,13 @@ class _Hub:
                 time.sleep(_PAUSE_S * failures)
 
     def _go_on(self, file: _File, part: Path, have: int) -> None:
-        """Append what is missing; `_InterruptedError` where the connection ends before the file."""
+        """Append the missing bytes; raise `_InterruptedError` if the connection ends too early."""
         query = urlencode({"Revision": self._revision, "FilePath": file.path})
         headers = {"Range": f"bytes={have}-"} if have else {}
         step = f"download {file.path}"
         with self._open(f"{self._base}?{query}", headers) as answer:
             if have and answer.status != http.HTTPStatus.PARTIAL_CONTENT:
-                have = 0  # the whole file, whatever was asked for
+                have = 0  # the server sends the whole file, whatever was asked for
             elif have and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                 part.unlink()
                 raise _InterruptedError("the answer is of another range than was asked for")
@@ -275,7 +275,7 @@ class _Hub:
 
     def _unreachable(self, error: Exception) -> CheckpointError:
         whence = DOMAIN_VARIABLE if os.environ.get(DOMAIN_VARIABLE) else "ModelScope"
-        reason = getattr(error, "reason", error)  # urllib wraps that of the network
+        reason = getattr(error, "reason", error)  # urllib wraps the network's error
         return CheckpointError(
             f"{self._repo_id}: {self._host} ({whence}) cannot be reached ({reason}); check the "
             f"network and {DOMAIN_VARIABLE}, or give a directory that was downloaded elsewhere"

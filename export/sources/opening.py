@@ -1,4 +1,4 @@
-"""Open the source of an export: a checkpoint directory, a hub repository or a GGUF file."""
+"""Opens the source of an export: a checkpoint directory, a hub repository or a GGUF file."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ def open_checkpoint(
     task: Task | None = None,
     before_download: Callable[[Preview], object] | None = None,
 ) -> Checkpoint:
-    """Open a model by whatever names it.
+    """Open a model by its path, name or hub id.
 
     Args:
         source: an existing directory in Hugging Face's layout, an existing ``.gguf`` file, a model
             by a name of `edge.bundle.library.hub_id`, or a hub id ``owner/name``, in this order.
-        revision: branch, tag or commit of a hub id; None is its default branch, of a name on the
-            Hugging Face hub the commit in `REVISIONS`.
-        cache_dir: where a hub id is downloaded to; None is the hub's own cache.
-        hub: where a hub id is looked up; None is ``EDGE_LLM_HUB``, else the Hugging Face hub.
+        revision: branch, tag or commit of a hub id; None is its default branch, or for a name on
+            the Hugging Face hub the commit in `REVISIONS`.
+        cache_dir: directory to download a hub id to; None is the hub's own cache.
+        hub: hub that has a hub id; None is ``EDGE_LLM_HUB``, else the Hugging Face hub.
         progress: told of a download from ModelScope; huggingface-hub shows its own.
-        task: what the model is for; None embeds with a directory of sentence-transformers, and
-            generates with all others.
-        before_download: called for a hub id, before its weights are fetched; what it raises ends
-            the download.
+        task: use of the model; None is ``embed`` for a directory of sentence-transformers, and
+            ``generate`` for all others.
+        before_download: called for a hub id, before its weights are fetched; an exception that it
+            raises ends the download.
 
     Raises:
         CheckpointError: no such source, or one that cannot be exported.
@@ -134,7 +134,7 @@ def _open_directory(
 
 
 def _check_text(directory: Path, task: Task | None) -> tuple[ModelSpec, QuantizationConfig | None]:
-    """Refuse what cannot be exported before gigabytes of it are downloaded."""
+    """Refuse a checkpoint that cannot be exported before gigabytes of it are downloaded."""
     config = read_json(directory / "config.json")
     task = task or find_task(directory)
     spec = parse_config(config, str(directory / "config.json"), task)

@@ -1,7 +1,7 @@
-"""What a model that reads pictures has beside its decoder, in whatever layout it is published.
+"""Describes what a model that reads pictures has beside its decoder, in any published layout.
 
-A family's own module names the tensors of its encoder and reads its configs; `read_vision` finds
-it. What the processor's files say of pictures becomes the manifest's section ``vision``.
+Each family has a module that names the tensors of its encoder and reads its configs; `read_vision`
+finds it. What the processor's files say about pictures becomes the manifest's section ``vision``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 PROJECTOR_NORM = "projector.norm"
-"""Of `Vision.norms`: the LayerNorm of joined patches, which not every family has."""
+"""Key in `Vision.norms` of the LayerNorm of joined patches, which not every family has."""
 _ROWS_KEYS = ("image_seq_len", "image_seq_length")
 
 
@@ -35,15 +35,15 @@ class EncoderSpec:
     """Every number of a vision encoder that its graph needs.
 
     Attributes:
-        hidden_size, intermediate_size, num_layers, num_heads: of its transformer.
+        hidden_size, intermediate_size, num_layers, num_heads: dimensions of its transformer.
         patch_px: edge of a patch in pixels.
         side: patches along the edge of a tile.
-        eps: of the LayerNorms.
+        eps: epsilon of the LayerNorms.
         scale_factor: patches along the edge of the square that becomes one row.
-        width: of a row, the decoder's hidden size.
-        class_token: whether a row that is no patch stands before those of a tile; it is dropped
+        width: width of a row, the decoder's hidden size.
+        class_token: whether a tile has a row before its patches that is no patch; it is dropped
             after the last layer.
-        exact_gelu: whether the activation is GELU by erf, and not its form with tanh.
+        exact_gelu: whether the activation is GELU by erf, not its form with tanh.
     """
 
     hidden_size: int
@@ -75,7 +75,7 @@ class Vision(ABC):
 
     Attributes:
         spec: the encoder's numbers.
-        section: for the manifest, but for how the weights are stored.
+        section: section for the manifest, except for how the weights are stored.
         patches: HF module of the convolution ``[hidden, 3, patch, patch]`` that makes patches of
             pixels.
         projector: HF module that writes the rows of ``inputs_embeds``.
@@ -92,26 +92,26 @@ class Vision(ABC):
 
     @abstractmethod
     def norms(self) -> dict[str, str]:
-        """HF module of each LayerNorm by its name in the graph."""
+        """Map each LayerNorm's name in the graph to its HF module."""
 
     @abstractmethod
     def tables(self) -> dict[str, tuple[int, ...]]:
-        """HF name and shape of what `positions` reads."""
+        """Map HF names to shapes, for the tensors that `positions` reads."""
 
     @abstractmethod
     def positions(self, checkpoint: Checkpoint) -> NDArray[Any]:
-        """Read what is added to the rows of a tile ``[rows, hidden]``, the class token included."""
+        """Read the rows to add to a tile's ``[rows, hidden]``, the class token included."""
 
     @abstractmethod
     def decoder_name(self, stored: str) -> str:
-        """Return the name of a stored tensor here; the decoder's are as if published alone."""
+        """Return a stored tensor's name here; a decoder's is the one it has if published alone."""
 
     def scales(self) -> dict[str, str]:
-        """HF tensor ``[hidden]`` of each factor of a layer's sums, by its name in the graph."""
+        """Map each factor of a layer's sums, by its name here, to its HF tensor ``[hidden]``."""
         return {}
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """HF name and shape of every tensor of encoder and projector."""
+        """Map HF names to shapes, for every tensor of encoder and projector."""
         spec, shapes = self.spec, self.tables()
         for layer in self.linears():
             for names, tail in ((layer.weights, layer.shape[:1]), (layer.biases, ())):
@@ -126,7 +126,7 @@ class Vision(ABC):
 
     @property
     def weights(self) -> int:
-        """Number of weights, as `tensors` has them."""
+        """Number of weights in `tensors`."""
         return sum(math.prod(shape) for shape in self.tensors().values())
 
 
@@ -134,7 +134,7 @@ def read_vision(directory: Path, config: Mapping[str, Any], width: int) -> Visio
     """Read the encoder's numbers and the processor's; None for a model of text alone.
 
     Args:
-        directory: of the checkpoint.
+        directory: directory of the checkpoint.
         config: its ``config.json``.
         width: the decoder's hidden size.
 
@@ -159,11 +159,11 @@ def read_spec(
 
     Args:
         keys: the object.
-        defaults: the integers that are read, and what transformers takes where one is not there.
+        defaults: the integers to read, and the values that transformers takes for missing ones.
         scale: patches along the edge of the square that becomes one row.
         width: the decoder's hidden size.
-        classes: see `EncoderSpec.class_token`.
-        exact: see `EncoderSpec.exact_gelu`.
+        classes: value of `EncoderSpec.class_token`.
+        exact: value of `EncoderSpec.exact_gelu`.
     """
     if (channels := keys.integer("num_channels", 3)) != 3:
         raise keys.error("num_channels", channels, "3")
@@ -190,13 +190,13 @@ def read_spec(
 
 
 def read_processor(directory: Path, steps: Sequence[str], rows: int, default_rows: int) -> Keys:
-    """Read how a picture is prepared, of either layout that transformers writes.
+    """Read how a picture is prepared, from either layout that transformers writes.
 
     Args:
-        directory: of the checkpoint.
-        steps: keys that must be true; transformers takes them so where they are not there.
-        rows: of a tile, by ``config.json``.
-        default_rows: what the processor takes where its file does not say.
+        directory: directory of the checkpoint.
+        steps: keys that must be true; transformers takes missing ones as true.
+        rows: rows of a tile, by ``config.json``.
+        default_rows: the processor's value if its file does not say.
     """
     path = directory / "processor_config.json"
     whole, image = read_optional(path), directory / "preprocessor_config.json"

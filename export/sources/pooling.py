@@ -1,4 +1,4 @@
-"""Checkpoints that embed texts or judge documents: what sentence-transformers' files say of them.
+"""Opens checkpoints that embed texts or judge documents, by sentence-transformers' files.
 
 A checkpoint that embeds is recognised by ``modules.json`` and its pooling module. It may lack the
 lm_head, and its tensors may lack the prefix ``model.``, since it was saved without the class that
@@ -35,10 +35,10 @@ _MAX_MODULES_BYTES = 1 << 20
 _MODULE_KINDS = ("Transformer", "Pooling", "Normalize")
 _POOLING_MODES = re.compile(r"pooling_mode_\w+")
 _LAST_TOKEN = "pooling_mode_lasttoken"
-# Their model cards say that vectors may be cut, and to what; no file of theirs does.
+# Their model cards say that vectors may be cut, and to what; none of their files does.
 _MATRYOSHKA_FAMILIES = {"qwen3-embedding": 32}
 _HEAD = "lm_head.weight"
-# As the model card of Qwen3-Reranker has them.
+# From the model card of Qwen3-Reranker.
 _JUDGE_PREFIX = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and "
     'the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
@@ -50,7 +50,7 @@ _JUDGE_CONTROL = ("<|im_start|>", "<|im_end|>")
 
 
 def find_task(directory: Path) -> Task:
-    """Say what a directory is for: one of sentence-transformers embeds."""
+    """Tell what a directory is for: one of sentence-transformers embeds."""
     files = (directory / MODULES_NAME, directory / _POOLING_NAME)
     return "embed" if all(file.exists() for file in files) else "generate"
 
@@ -65,11 +65,11 @@ def read_embedding(
             ``config_sentence_transformers.json`` and ``sentence_bert_config.json``.
         config: content of ``config.json``.
         text: its tokenizer.
-        names: of the model, by which its family is known.
+        names: names of the model, which tell its family.
 
     Raises:
-        CheckpointError: a file is invalid, or asks for what is not supported: another pooling
-            than of the last token, a module after it, texts in lower case, or vectors that are cut.
+        CheckpointError: a file is invalid, or needs what is not supported: pooling of other than
+            the last token, a module after it, texts in lower case, or vectors that are cut.
     """
     normalize = True
     if (directory / MODULES_NAME).exists():
@@ -108,7 +108,7 @@ def read_reranking(text: CheckpointText, where: str) -> Reranking:
     """Describe how Qwen3-Reranker judges.
 
     Raises:
-        CheckpointError: the tokenizer lacks what its prompt is made of.
+        CheckpointError: the tokenizer lacks the tokens of its prompt.
     """
     try:
         tokenizer = text.tokenizer()
@@ -126,13 +126,13 @@ def read_reranking(text: CheckpointText, where: str) -> Reranking:
 
 
 class Judge(Transformed):
-    """A checkpoint whose lm_head is left with the rows of two answers, ``no`` and ``yes``."""
+    """A checkpoint whose lm_head keeps only the rows of two answers, ``no`` and ``yes``."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Take the two rows.
 
         Raises:
-            CheckpointError: see `read_reranking`.
+            CheckpointError: the tokenizer lacks the tokens that `read_reranking` needs.
         """
         super().__init__(checkpoint)
         self._tied = checkpoint.spec.tied_embeddings
@@ -140,7 +140,7 @@ class Judge(Transformed):
         self.spec = msgspec.structs.replace(checkpoint.spec, task="rerank", tied_embeddings=False)
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """Read a tensor; of the lm_head, the two rows."""
+        """Read a tensor; the lm_head has two rows."""
         if name != _HEAD:
             return self.original.tensor(name)
         head = self.original.tensor(TOKEN_TABLE if self._tied else _HEAD)
@@ -149,7 +149,7 @@ class Judge(Transformed):
         return rows
 
     def weight_format(self, name: str) -> WeightFormat | None:
-        """How a weight is stored; the lm_head is float here."""
+        """Tell how a weight is stored; the lm_head is float here."""
         return None if name == _HEAD else self.original.weight_format(name)
 
     def quantized_weight(self, name: str) -> QuantizedWeight | None:
@@ -158,7 +158,7 @@ class Judge(Transformed):
 
 
 def _read_modules(directory: Path) -> bool:
-    """Check the modules after the decoder; returns whether vectors are normalized."""
+    """Check the modules after the decoder; return whether vectors are normalized."""
     path = directory / MODULES_NAME
     try:
         data = read_file(path, _MAX_MODULES_BYTES)
@@ -195,7 +195,7 @@ def _refuse_lower_case(path: Path) -> None:
 
 
 def _appended(text: CheckpointText, directory: Path) -> tuple[int, ...]:
-    """Ids that the tokenizer puts after a text: of its post-processor's template."""
+    """Return the ids that the tokenizer's post-processor puts after a text."""
     processor = msgspec.json.decode(text.tokenizer_json).get("post_processor")
     found = _template_suffix(processor)
     if found is None:
@@ -213,7 +213,7 @@ def _appended(text: CheckpointText, directory: Path) -> tuple[int, ...]:
 
 
 def _template_suffix(processor: Any) -> list[str] | None:
-    """Special tokens that a post-processor puts after the text; None without a template."""
+    """List the special tokens that a post-processor appends; None without a template."""
     if not isinstance(processor, dict):
         return None
     processors = processor.get("processors")
@@ -227,13 +227,13 @@ def _template_suffix(processor: Any) -> list[str] | None:
     suffix: list[str] = []
     for piece in pieces:
         token = piece.get("SpecialToken") if isinstance(piece, dict) else None
-        # What stands before the text is not appended.
+        # Special tokens before the text are not appended.
         suffix = [*suffix, str(token.get("id"))] if isinstance(token, dict) else []
     return suffix
 
 
 def _least_dimensions(config: Mapping[str, Any], names: list[str], directory: Path) -> int | None:
-    """The fewest dimensions that vectors may be cut to; None where nothing says that they may."""
+    """Return the fewest dimensions that vectors may be cut to; None if nothing allows cutting."""
     listed = config.get("matryoshka_dimensions")
     if listed is not None:
         if not isinstance(listed, list) or not listed or not all(type(n) is int for n in listed):

@@ -1,7 +1,7 @@
-"""How a checkpoint says that its weights are quantized: ``quantization_config`` of config.json.
+"""Reads how a checkpoint's weights are quantized: ``quantization_config`` of config.json.
 
-Every tool writes keys of its own. What they say is brought into one form, a `WeightFormat` for each
-module, and what cannot be followed exactly is refused by name. The layouts were read off the tools'
+Every tool writes keys of its own. They are brought into one form, a `WeightFormat` for each module,
+and a setting that cannot be followed exactly is refused by name. The layouts were read off tools'
 own files (``scripts/make_quantized_golden.py``): those of GPTQ and AWQ as GPTQModel 7.6 and
 AutoRound 0.15 write them, compressed-tensors 0.19 and ModelOpt 0.47. Names of older versions are
 from the source of AutoRound 0.3 to 0.6 and of compressed-tensors 0.5. ``fp8`` is described by
@@ -27,16 +27,16 @@ from .untrusted_pattern import match
 
 KEYS = ("quantization_config", "compression_config")
 MODELOPT_NAME = "hf_quant_config.json"
-"""Where ModelOpt says it; its newer versions copy it into config.json."""
+"""File in which ModelOpt says it; its newer versions copy it into config.json."""
 AUTOGPTQ_NAME = "quantize_config.json"
-"""Where AutoGPTQ says it; up to 0.6 nowhere else."""
+"""File in which AutoGPTQ says it; up to 0.6 it is the only place."""
 Layout = Literal["gptq", "awq", "packed", "int8", "fp8", "fp8-inv", "nvfp4", "modelopt-nvfp4"]
 Inputs = Literal["float", "static", "per-token", "dynamic"]
 
 _INSTEAD = "export the original model and choose a --quant"
 _TRANSFORMS = f"asks for transforms at run time, which are not read; {_INSTEAD}"
 _NO_GRID = f"its weights are no multiples of a scale, so no integers can be kept; {_INSTEAD}"
-# What `transformers` knows besides, and why it is not read.
+# Other methods that `transformers` knows, and why they are not read.
 _REFUSED = {
     "bitsandbytes": f"NF4, FP4 and LLM.int8 are not read: {_NO_GRID}; or dequantize it where it "
     "was made: model.dequantize() and save_pretrained()",
@@ -60,15 +60,15 @@ class WeightFormat:
     """How the weight of one linear module is stored.
 
     Attributes:
-        layout: which tensors there are, see `export.sources.quantized_module`.
-        bits: of a weight.
+        layout: the tensors that there are, as listed in `export.sources.quantized_module`.
+        bits: bits of a weight.
         group_size: weights along the input that share a scale; 0 is the whole row.
         symmetric: whether the integers have no zero point.
-        zero_offset: what is added to a stored zero point; 1 for GPTQ's first format.
+        zero_offset: number to add to a stored zero point; 1 for GPTQ's first format.
         act_order: whether the input channels are grouped by importance, not by position.
         block: ``[out, in]`` of a block that shares a scale (``fp8``), or None.
-        inputs: how the tool rounds the inputs of the module too: not at all, by a stored scale, to
-            INT8 by the largest of each token's (``per-token``), or in another way by those at hand.
+        inputs: how the tool rounds the module's inputs, too: not at all, by a stored scale, to INT8
+            by each token's largest (``per-token``), or in another way at run time.
         inputs_symmetric: whether rounded inputs have no zero point.
     """
 
@@ -84,7 +84,7 @@ class WeightFormat:
 
     @property
     def is_integer(self) -> bool:
-        """Whether the weights are integers times scales."""
+        """Return whether the weights are integers times scales."""
         return self.layout in ("gptq", "awq", "packed", "int8")
 
     def __str__(self) -> str:
@@ -103,12 +103,12 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """What a config.json says about the quantization of its weights.
+    """The quantization of a checkpoint's weights, as its config states it.
 
     Attributes:
-        key: the key that says so; empty for a file of its own.
+        key: the key that states it; empty for a file of its own.
         method: ``quant_method``.
-        where: the file that says so.
+        where: the file that states it.
         main: the format of most modules.
         cache_scales: whether the checkpoint has scales for an 8-bit KV cache, which are not used.
     """
@@ -121,7 +121,7 @@ class QuantizationConfig:
     cache_scales: bool = False
 
     def format_of(self, module: str) -> WeightFormat | None:
-        """The format of a linear module, e.g. ``lm_head``; None if the config leaves it float."""
+        """Return the format of a linear module, e.g. ``lm_head``; None if it is left float."""
         return self.resolve(module)
 
     @property
@@ -136,14 +136,15 @@ class QuantizationConfig:
 
 
 def read_quantization(config: Mapping[str, Any], directory: Path) -> QuantizationConfig | None:
-    """Read how a checkpoint is quantized; None if nothing is said of it.
+    """Read how a checkpoint is quantized; None if its config does not say.
 
     Args:
         config: the parsed config.json.
         directory: the checkpoint; may hold `MODELOPT_NAME`.
 
     Raises:
-        CheckpointError: an unknown method, or a value that cannot be followed; the key is named.
+        CheckpointError: an unknown method, or a value that cannot be followed; the message names
+            the key.
     """
     where = directory / "config.json"
     found = [key for key in KEYS if config.get(key) is not None]
@@ -185,7 +186,7 @@ def read_quantization(config: Mapping[str, Any], directory: Path) -> Quantizatio
 
 _Resolve = Callable[[str], "WeightFormat | None"]
 _Test = Callable[[str], bool]
-# A pattern of characters only, of which nothing is tried twice.
+# A pattern of literal characters only, so the match never backtracks.
 _PLAIN = re.compile(r"(?:[\w.-]|\\[.-])*(?:\\Z)?")
 _Found = tuple[WeightFormat, _Resolve, bool]
 _T = TypeVar("_T")
@@ -202,14 +203,14 @@ class _Reader:
         return CheckpointError(f"{self.where}: {key} {problem}")
 
     def convert(self, kind: type[_T]) -> _T:
-        """Check the types of the keys that a struct has; tools add others."""
+        """Check the types of the keys that a struct has; tools add other keys."""
         try:
             return msgspec.convert(dict(self.values), kind)
         except (msgspec.ValidationError, UnicodeEncodeError) as error:
             raise CheckpointError(f"{self.where}: {error}") from error
 
     def group_size(self, size: int | None, key: str = "group_size") -> int:
-        """A group size as `WeightFormat` has it; tools write -1 for a whole row."""
+        """Return a group size as in `WeightFormat`; tools write -1 for a whole row."""
         if size is None or size == -1:
             return 0
         if size < 1:
@@ -222,7 +223,7 @@ class _Reader:
             raise self.error(key, f"is {value!r:.80}; what is read: {choices}. Else {_INSTEAD}")
 
     def patterns(self, key: str, patterns: Sequence[str]) -> list[_Test]:
-        """Tests of whether each pattern matches the beginning of a module's name."""
+        """Make a test per pattern: whether it matches the beginning of a module's name."""
         return [self._pattern(key, pattern) for pattern in patterns]
 
     def _pattern(self, key: str, pattern: str) -> _Test:
@@ -238,7 +239,7 @@ class _Reader:
         return test
 
     def names(self, key: str, targets: Sequence[str]) -> _Test:
-        """Whether compressed-tensors' targets, e.g. ``re:.*q_proj``, have a linear module."""
+        """Make a test: do compressed-tensors' targets, e.g. ``re:.*q_proj``, have a module?"""
         tests = self.patterns(key, [name[3:] for name in targets if name.startswith("re:")])
         known = set(targets)
         return lambda module: (
@@ -283,7 +284,7 @@ class _Gptq(msgspec.Struct):
     is_marlin_format: bool = False
 
 
-# GPTQ's first format stores every zero point less one, its second as it is.
+# GPTQ's first format stores every zero point minus one, its second the zero point itself.
 _GPTQ_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 _GPTQ_BITS = (2, 4, 8)
 
@@ -316,7 +317,7 @@ class _Chosen(msgspec.Struct):
 
 
 def _chosen(reader: _Reader, main: WeightFormat) -> _Found:
-    """Which modules GPTQ and AWQ quantize; GPTQModel has the same rules for both."""
+    """Read which modules GPTQ and AWQ quantize; GPTQModel has the same rules for both."""
     values = reader.convert(_Chosen)
     dynamic = values.dynamic or {}
     rules = reader.patterns(
@@ -346,7 +347,7 @@ def _chosen(reader: _Reader, main: WeightFormat) -> _Found:
 def _changed(
     reader: _Reader, main: WeightFormat, changes: Mapping[str, Any], key: str
 ) -> WeightFormat | None:
-    """A format with what a tool says of one module; None if that leaves it float."""
+    """Return a format with a tool's changes for one module; None if they leave it float."""
     given = _Reader(changes, f"{reader.where}: {key}").convert(_Changes)
     if given.bits is not None and given.bits >= 16:
         return None
@@ -388,7 +389,7 @@ class _AutoRound(msgspec.Struct):
     extra_config: dict[str, dict[str, Any]] | None = None
 
 
-# The zero points of its own packing and of GPTQModel's are stored as they are.
+# Its own packing and GPTQModel's store zero points as they are.
 _AUTO_ROUND: dict[str, tuple[Layout, int]] = {
     "auto_round:auto_gptq": ("gptq", 1),
     "auto_round:gptq": ("gptq", 1),
@@ -397,7 +398,7 @@ _AUTO_ROUND: dict[str, tuple[Layout, int]] = {
     "auto_round:auto_awq": ("awq", 0),
     "auto_round:awq": ("awq", 0),
 }
-# AutoRound up to 0.6 names a kernel, too; what these run is packed alike.
+# AutoRound up to 0.6 names a kernel, too; all of these kernels pack alike.
 _KERNELS = re.compile(":(?:exllamav2|tritonv2|triton|cuda|gemm)$")
 
 
@@ -413,7 +414,7 @@ def _auto_round(reader: _Reader) -> _Found:
     reader.only("act_bits", values.act_bits or 16, (16, 32))
     layout, offset = _AUTO_ROUND[name]
     if name == "auto_round:gptqmodel" and values.autoround_version.startswith("0.5."):
-        offset = 1  # that version packed it by mistake as auto_gptq
+        offset = 1  # that version packed it as auto_gptq by mistake
     reader.only("bits", values.bits, _GPTQ_BITS if layout == "gptq" else (4,))
     size = reader.group_size(values.group_size)
     main = WeightFormat(layout, values.bits, size, symmetric=values.sym, zero_offset=offset)
@@ -485,7 +486,7 @@ _CT_STRATEGIES = {
 
 def _compressed_tensors(reader: _Reader) -> _Found:
     values = reader.convert(_CompressedTensors)
-    # Up to 0.5 it said "frozen" of compressed weights, too; the types of the tensors tell.
+    # Up to 0.5 it said "frozen" for compressed weights, too; the types of the tensors tell.
     reader.only("quantization_status", values.quantization_status, ("compressed", "frozen"))
     sparsity = (values.sparsity_config or {}).get("format", "dense")
     reader.only("sparsity_config: format", sparsity, ("dense",))
@@ -499,7 +500,7 @@ def _compressed_tensors(reader: _Reader) -> _Found:
         raise reader.error("config_groups", "has no group")
     main = groups[0][1]
     ignored = reader.names("ignore", values.ignore or [])
-    # Its own order: a name, then patterns by the alphabet, then the class of all linears.
+    # compressed-tensors' own order: a name, then patterns by the alphabet, then all linears' class.
     forms = {target: form for targets, form in groups for target in targets}
     patterns = sorted(target for target in forms if target.startswith("re:"))
     tests = reader.patterns("targets", [pattern[3:] for pattern in patterns])
@@ -565,7 +566,7 @@ def _ct_inputs(args: _CtArgs | None) -> tuple[Inputs, bool]:
 
 def _block(reader: _Reader, block: list[int] | str | None, key: str) -> tuple[int, int]:
     sizes = re.fullmatch(r"(\d{1,9})x(\d{1,9})", block) if isinstance(block, str) else None
-    if sizes:  # as compressed-tensors takes it from old files
+    if sizes:  # compressed-tensors reads old files this way
         block = [int(size) for size in sizes.groups()]
     if not isinstance(block, list) or len(block) != 2 or min(block) < 1:
         raise reader.error(key, f"must be two positive sizes, found {block!r:.80}")
@@ -593,7 +594,7 @@ def _fp8(reader: _Reader) -> _Found:
         reader.only("activation_scheme", values.activation_scheme, ("dynamic",))
         block = _block(reader, values.weight_block_size, "weight_block_size")
         main = WeightFormat("fp8-inv", 8, block=block, inputs="dynamic")
-    # transformers takes a part of a name, AutoFP8 writes whole ones.
+    # transformers matches a part of a name, AutoFP8 writes whole ones.
     kept, whole = ["lm_head", *(values.modules_to_not_convert or ())], values.ignored_layers or ()
 
     def resolve(module: str) -> WeightFormat | None:

@@ -40,7 +40,7 @@ from .safetensors_file import TensorEntry
 _FLOATS = ("F16", "BF16", "F32")
 _FP8 = ("F8_E4M3",)
 _WORD_BITS = 32
-# Where column i of eight stands in a word of AWQ.
+# Place of column i of eight in a word of AWQ.
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 _FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
 _FP4 = np.concatenate([_FP4, -_FP4])
@@ -50,7 +50,7 @@ Get = Callable[[str], NDArray[Any]]
 
 @dataclass(frozen=True)
 class _Tensor:
-    """What a tensor of a module must be: types, and the shapes of which it has one.
+    """Types and shapes that a tensor of a module may have.
 
     Attributes:
         other: the form that older versions of the tool wrote, told by its type.
@@ -62,7 +62,7 @@ class _Tensor:
     other: _Tensor | None = None
 
     def of_type(self, dtype: str) -> _Tensor:
-        """This form, or the other one if that has the type."""
+        """Return this form, or the other one if that has the type."""
         return self.other if self.other is not None and dtype in self.other.types else self
 
 
@@ -74,7 +74,7 @@ class QuantizedModule:
         name: e.g. ``model.layers.0.mlp.up_proj``.
         form: how its weight is stored.
         shape: ``(out, in)``.
-        field: key and file that say so, for errors.
+        field: key and file that state the form, for errors.
         path: the checkpoint, for errors.
     """
 
@@ -91,7 +91,8 @@ class QuantizedModule:
             The names of the tensors that belong to the module.
 
         Raises:
-            CheckpointError: one is missing or not what the config says; tensor and field are named.
+            CheckpointError: a tensor is missing or not as the config says; the message names tensor
+                and field.
         """
         (out, width), size = self.shape, self._group_size
         if width % size:
@@ -125,7 +126,7 @@ class QuantizedModule:
             has: whether the file has a tensor.
 
         Raises:
-            CheckpointError: a value makes no sense, or is not what the config says.
+            CheckpointError: a value makes no sense, or is not as the config says.
         """
         reader = _Values(self, get, has)
         reader.scales()
@@ -135,7 +136,7 @@ class QuantizedModule:
             reader.input_scale()
 
     def read(self, get: Get, has: Callable[[str], bool]) -> QuantizedWeight:
-        """Read the integers of a module of an integer layout; see `check_values`."""
+        """Read the integers of a module with an integer layout, checked as by `check_values`."""
         reader = _Values(self, get, has)
         codes = _CODES[self.form.layout](reader)
         return QuantizedWeight(
@@ -148,7 +149,7 @@ class QuantizedModule:
         )
 
     def read_floats(self, get: Get, has: Callable[[str], bool]) -> NDArray[np.float32]:
-        """Read the dequantized weight, float32 ``[out, in]``; see `check_values`."""
+        """Read the dequantized weight, float32 ``[out, in]``, checked as by `check_values`."""
         if self.form.is_integer:
             return self.read(get, has).dequantize()
         return _FLOAT_WEIGHTS[self.form.layout](_Values(self, get, has))
@@ -159,11 +160,11 @@ class QuantizedModule:
 
     @property
     def num_groups(self) -> int:
-        """Groups of a row."""
+        """Number of groups of a row."""
         return self.shape[1] // self._group_size
 
     def error(self, part: str, problem: str) -> CheckpointError:
-        """An error that names a tensor of the module, or the module with an empty ``part``."""
+        """Make an error that names a tensor of the module, or the module if ``part`` is empty."""
         tensor = f"tensor {self.name}.{part}" if part else f"module {self.name}"
         return CheckpointError(
             f"{self.path}: {tensor} {problem}; {self.field} says {self.form}. The "
@@ -261,7 +262,7 @@ class _Values:
         return values
 
     def scales(self) -> NDArray[np.float32]:
-        """Scales ``[out, groups]``; of float layouts, as they are stored."""
+        """Read scales ``[out, groups]``; those of float layouts stay as they are stored."""
         layout = self.form.layout
         if layout in ("gptq", "awq"):
             return np.ascontiguousarray(self.floats("scales").T)
@@ -278,7 +279,7 @@ class _Values:
         return np.ascontiguousarray(np.broadcast_to(scales.reshape(-1, groups), (self.out, groups)))
 
     def zeros(self) -> NDArray[np.int16]:
-        """Zero points ``[out, groups]`` less half the range."""
+        """Read zero points ``[out, groups]``, minus half the range."""
         half = 1 << (self.form.bits - 1)
         part = "qzeros"
         if self.form.layout == "gptq":
@@ -323,7 +324,7 @@ class _Values:
         return found
 
     def input_scale(self) -> float | None:
-        """Scale of a symmetric static range of the inputs."""
+        """Read the scale of a symmetric static range of the inputs."""
         if self.form.inputs != "static" or not self.form.inputs_symmetric:
             return None
         scale = float(self.floats("input_scale").reshape(-1)[0])
@@ -347,7 +348,7 @@ def unpack(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
 
     Args:
         words: int32 or uint32 ``[rows, words]``.
-        bits: of an element: 2, 4 or 8.
+        bits: bits of an element: 2, 4 or 8.
 
     Returns:
         uint8 ``[rows, words * 32 / bits]``.
@@ -363,7 +364,7 @@ def unpack(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
 
 
 def _every_element(bits: int) -> int:
-    """A word that holds 1 in every element."""
+    """Return a word that holds 1 in every element."""
     return sum(1 << shift for shift in range(0, _WORD_BITS, bits))
 
 
@@ -373,7 +374,7 @@ def _unpack_awq(words: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _signed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
-    """Take half the range off; bytes wrap around as two's complement does."""
+    """Subtract half the range; bytes wrap around as two's complement does."""
     return np.ascontiguousarray(codes - np.uint8(1 << (bits - 1))).view(np.int8)
 
 

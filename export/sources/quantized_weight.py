@@ -1,4 +1,4 @@
-"""The weight of one quantized linear module, in one form whichever tool wrote it."""
+"""Holds the weight of one quantized linear module, in one form whichever tool wrote it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class QuantizedWeight:
     """Integers in groups: ``w[o, i] = scales[o, g] * (codes[o, i] - zeros[o, g])``.
 
     Attributes:
-        bits: of a code.
-        codes: int8 ``[out, in]``, as stored less half the range: -8..7 with 4 bits.
-        zeros: int16 ``[out, groups]``, likewise; all 0 where the weight is symmetric.
+        bits: bits of a code.
+        codes: int8 ``[out, in]``, stored minus half the range: -8..7 with 4 bits.
+        zeros: int16 ``[out, groups]``, minus half the range, too; all 0 if the weight is symmetric.
         scales: float32 ``[out, groups]``; finite, of any sign (AutoRound's may be negative).
-        group_of: the group of each input channel, int64 ``[in]``; None where the groups are as long
-            as each other and in the order of the channels.
+        group_of: the group of each input channel, int64 ``[in]``; None if groups are equally long
+            and in the order of the channels.
         input_scale: scale of the symmetric static INT8 range of the inputs, or None.
     """
 
@@ -44,13 +44,13 @@ class QuantizedWeight:
         return groups.reshape(out, width)
 
     def take_rows(self, rows: NDArray[Any]) -> QuantizedWeight:
-        """Keep some outputs, by index."""
+        """Keep the outputs with these indices."""
         return replace(
             self, codes=self.codes[rows], zeros=self.zeros[rows], scales=self.scales[rows]
         )
 
     def channel_order(self) -> NDArray[np.int64] | None:
-        """The order of the input channels in which groups are equally long and follow each other.
+        """Order the input channels so that groups are equally long and follow each other.
 
         Returns:
             A permutation, int64 ``[in]``, or None if the groups are not equally long.

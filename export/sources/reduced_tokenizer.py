@@ -1,11 +1,11 @@
-"""A ``tokenizer.json`` with fewer tokens: which ones belong together, and the reduced file.
+"""Reduces a ``tokenizer.json`` to fewer tokens: finds which belong together, and writes the file.
 
-Only byte-pair tokenizers. Two facts make a reduction safe, and the tests hold both:
+Only byte-pair tokenizers can be reduced. Two facts make it safe, and the tests check both:
 
 - Tokens of single bytes always stay, so any text still encodes and decodes.
-- A token stays together with every token that its own merges pass through. A text that the old
-  tokenizer wrote with kept tokens only is then written with the same tokens: merges are applied in
-  the order of their ranks, every one that was applied is still there, and none was added.
+- A token stays together with every token that its own merges pass through. So a text that the old
+  tokenizer wrote with kept tokens only is written with the same tokens. Merges are applied in the
+  order of their ranks, every one that was applied is still there, and none was added.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class BpeTokenizer:
 
     @property
     def indispensable(self) -> set[int]:
-        """Ids without which some text could not be encoded, or a control token would be lost."""
+        """Return ids without which a text could not be encoded or a control token would be lost."""
         model = self._content["model"]
         kept = set(self._added_ids)
         if (unknown := model.get("unk_token")) in self._vocab:
@@ -81,7 +81,7 @@ class BpeTokenizer:
         return kept
 
     def parts(self, token_id: int) -> set[int]:
-        """Ids of all tokens that the merges of a token's text pass through, the token included.
+        """Return the ids of all tokens that a token's merges pass through, the token included.
 
         An added token is matched whole, before any merge.
         """
@@ -102,7 +102,7 @@ class BpeTokenizer:
         return found
 
     def reduce(self, new_ids: Mapping[int, int]) -> bytes:
-        """The file with the tokens of ``new_ids`` (old id to new id) only.
+        """Return the file with only the tokens of ``new_ids`` (old id to new id).
 
         Raises:
             CheckpointError: a post-processor whose ids cannot be renumbered.

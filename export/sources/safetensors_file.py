@@ -1,4 +1,4 @@
-"""Tensors of a ``.safetensors`` file as views of the mapped file, after a strict header check.
+"""Reads tensors of a ``.safetensors`` file as views of the mapped file, after a strict check.
 
 The code is our own, because the library's NumPy reader copies each tensor, and knows bfloat16
 only in new versions.
@@ -26,7 +26,7 @@ _NUMPY_TYPE = {
     "I32": "<i4",
     "I8": "i1",
     "U8": "u1",
-    "BOOL": "u1",  # a byte other than 0 and 1 is no bool of NumPy
+    "BOOL": "u1",  # a byte other than 0 and 1 is no bool in NumPy
 }
 _ITEM_BYTES = {
     **{name: np.dtype(dtype).itemsize for name, dtype in _NUMPY_TYPE.items()},
@@ -38,7 +38,7 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 def bfloat16() -> np.dtype[Any]:
-    """NumPy's dtype for bfloat16.
+    """Return NumPy's dtype for bfloat16.
 
     Raises:
         DependencyError: ml-dtypes is not installed.
@@ -85,7 +85,7 @@ class SafetensorsFile:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """The tensor as a read-only view of a mapping of its own, which ends with the view.
+        """Return a tensor as a read-only view of its own mapping, which ends with the view.
 
         A mapping of the whole file would count every page read so far as this process's memory.
         """

@@ -1,6 +1,6 @@
-"""Matches regular expressions out of a checkpoint, in a child that can be ended.
+"""Matches regular expressions from a checkpoint, in a child process that can be killed.
 
-Python's ``re`` holds the interpreter while it looks, and ``(a+)+`` has it look for ever.
+Python's ``re`` holds the interpreter while it searches, and ``(a+)+`` makes it search for ever.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def match(pattern: str, text: str) -> list[str | None] | None:
         The whole match and its groups; None if it does not match.
 
     Raises:
-        CheckpointError: the pattern is none, or takes more than a second.
+        CheckpointError: the pattern is invalid, or takes more than a second.
         ResourceError: no process could be started, or it got hardly any time.
     """
     try:

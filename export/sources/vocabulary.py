@@ -1,4 +1,4 @@
-"""Vocabulary reduction: a smaller token table and lm_head from the tokens that a deployment needs.
+"""Reduces a vocabulary: a smaller token table and lm_head with the tokens a deployment needs.
 
 On a small model the lm_head is a good part of the bytes that each token reads. Kept rows are
 untouched: in float, the logits of kept tokens are those of the whole model.
@@ -35,7 +35,7 @@ MULTIPLE = 64
 """The number of tokens is rounded up to a multiple of this: kernels tile the lm_head by 64 rows."""
 VOCABULARY_NAME = "vocabulary.json"
 _TABLES = (TOKEN_TABLE, "lm_head.weight")
-# What a template may write beside the messages differs with the roles that are there.
+# A template may write other text beside the messages for other roles.
 _CHATS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "Hi"}],
     [
@@ -49,7 +49,7 @@ _CHATS: tuple[list[dict[str, str]], ...] = (
 
 @dataclass(frozen=True)
 class KeepList:
-    """What ``--vocab-keep`` named.
+    """Tokens that ``--vocab-keep`` names.
 
     Attributes:
         name: the file's name.
@@ -68,7 +68,7 @@ def read_keep_list(path: Path) -> KeepList:
     """Read a JSON list of token ids (``*.json``), or a text or JSONL as calibration takes it.
 
     Raises:
-        ConfigError: the file cannot be read or is neither; it is named.
+        ConfigError: the file cannot be read or is neither; the message names it.
     """
     if path.suffix.lower() != ".json":
         text = read_calibration_text(path, "--vocab-keep")
@@ -94,7 +94,7 @@ class ReducedCheckpoint(Transformed):
 
     Args:
         checkpoint: the whole model; see `Transformed`.
-        path: see `read_keep_list`.
+        path: file of the tokens to keep, as for `read_keep_list`.
         size: number of tokens to keep, a multiple of `MULTIPLE`: the most frequent ones of the
             text, then the first ones of the vocabulary. None keeps every token of the text or the
             list, rounded up to a multiple of `MULTIPLE` with the first ones of the vocabulary.
@@ -105,7 +105,7 @@ class ReducedCheckpoint(Transformed):
 
     Attributes:
         kept: old id of every new id, int64 ``[vocab]``, ascending.
-        vocabulary: what the manifest says about it.
+        vocabulary: description for the manifest.
     """
 
     def __init__(self, checkpoint: Checkpoint, path: Path, size: int | None = None) -> None:
@@ -134,12 +134,12 @@ class ReducedCheckpoint(Transformed):
         )
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """Read a tensor; of the token table and the lm_head, the kept rows."""
+        """Read a tensor; the token table and the lm_head have only the kept rows."""
         tensor = super().tensor(name)
         return tensor[self.kept] if name in _TABLES else tensor
 
     def quantized_weight(self, name: str) -> QuantizedWeight | None:
-        """Read integers; of the lm_head, the kept rows."""
+        """Read integers; the lm_head has only the kept rows."""
         weight = self.original.quantized_weight(name)
         return weight.take_rows(self.kept) if weight is not None and name in _TABLES else weight
 
@@ -153,10 +153,10 @@ def choose(
         bpe: the whole tokenizer.
         required: ids that stay in any case.
         wanted: how often each id is wanted.
-        size: how many to keep; None keeps all that are wanted, rounded up to `MULTIPLE`.
+        size: number of tokens to keep; None keeps all that are wanted, rounded up to `MULTIPLE`.
 
     Raises:
-        ConfigError: ``size`` is less than what must stay.
+        ConfigError: ``size`` is less than the number that must stay.
     """
     kept: set[int] = set().union(*map(bpe.parts, required))
     if size is not None and len(kept) > size:
@@ -172,7 +172,7 @@ def choose(
     for token in sorted(bpe.texts):
         if len(kept) >= target:
             break
-        # Ids follow the order of the merges, so the first ones are the most frequent of the text
+        # Ids follow the order of the merges. So the first ones are the most frequent in the text
         # that the tokenizer was made from, and their parts come before them.
         if token not in kept and len(bpe.parts(token) - kept) == 1:
             kept.add(token)
@@ -231,7 +231,7 @@ def _wanted(
 def _required(
     bpe: BpeTokenizer, tokenizer: Tokenizer, text: CheckpointText, total: int
 ) -> set[int]:
-    """Ids that stay in any case: bytes, control tokens, ends, and what the template writes."""
+    """Return ids that stay in any case: bytes, control tokens, ends, and the template's words."""
     required = bpe.indispensable | set(text.tokens.eos)
     required.update(ids_of_generation_config(text.generation_config, total))
     if text.tokens.bos is not None:

@@ -1,4 +1,4 @@
-"""The files that weights are in: their usual name, their hash, and those that are never opened."""
+"""Knows weight files: their usual name, their hash, and those that are never opened."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from edge.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
 HEAD_BYTES = 256
-"""What `refuse_stand_in` must see of a file."""
+"""Number of first bytes that `refuse_stand_in` must see."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def hash_files(paths: Iterable[Path]) -> str:
-    """Hash files as ``sha256sum NAME ... | sha256sum`` does beside them, so that anyone can."""
+    """Hash files as ``sha256sum NAME ... | sha256sum`` does in their directory."""
     lines = "".join(f"{sha256_file(path).sha256}  {path.name}\n" for path in paths)
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -28,10 +28,10 @@ def no_weights(
 
     Args:
         problem: what is missing where.
-        directory: where pickled weights are looked for.
+        directory: directory in which to look for pickled weights.
         convert: how to convert them; a format in which ``name`` is the first.
-        otherwise: what to do where there are none.
-        patterns: of their names.
+        otherwise: what to do if there are none.
+        patterns: patterns of their names.
     """
     pickled = sorted(path.name for pattern in patterns for path in directory.glob(pattern))
     if not pickled:
@@ -43,7 +43,7 @@ def no_weights(
 
 
 def refuse_stand_in(path: Path, head: bytes) -> None:
-    """Refuse what downloads leave in place of a file: a pointer of Git LFS, or a web page.
+    """Refuse what a download leaves in place of a file: a pointer of Git LFS, or a web page.
 
     Args:
         path: the file.
