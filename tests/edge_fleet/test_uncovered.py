@@ -77,7 +77,7 @@ def test_a_strangers_engine_is_named_where_keys_are_trusted(bundle: Path, keys: 
     assert "cannot read engine.json" in find_uncovered(bundle, keys).unvouched["stranger"]
 
 
-def test_files_of_no_list_are_named_wherever_they_lie(bundle: Path, keys: Path) -> None:
+def test_unlisted_files_are_named_wherever_they_are(bundle: Path, keys: Path) -> None:
     own = write_engine(bundle, name="own", max_prefill=32)
     strangers = [
         "decoder.py",

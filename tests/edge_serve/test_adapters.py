@@ -218,7 +218,7 @@ def test_keys_decide_who_loads_and_who_uses(root: Path, expected: dict[str | Non
         assert live.ask("/v1/unload_lora_adapter", body, headers=BOB).status == 403
 
 
-def test_of_two_models_a_bare_name_is_the_only_one_that_has_it(
+def test_a_bare_adapter_name_needs_exactly_one_model_that_has_it(
     root: Path, tmp_path: Path, expected: dict[str | None, str]
 ):
     other = tmp_path / "other"
@@ -263,7 +263,7 @@ def test_where_keys_are_trusted_only_signed_adapters_answer(
         assert said(live.chat(**{**FIELDS, "model": "tiny:first"})) == expected["first"]
 
 
-def test_one_that_is_removed_ends_its_answers_as_they_began(
+def test_answers_keep_an_adapter_that_is_removed(
     root: Path, live: Live, expected: dict[str | None, str]
 ):
     """And it stays out of the server's list."""

@@ -407,7 +407,7 @@ def test_long_texts_wait_in_a_bounded_queue_and_hold_up_no_short_one(gated: tupl
 
 
 @pytest.mark.timing
-def test_encoding_has_an_end(gated: tuple[Live, Gate]):
+def test_encoding_is_bounded_in_time(gated: tuple[Live, Gate]):
     live, gate = gated
     started = time.monotonic()
     answer = live.ask("/tokenize", LONG)

@@ -157,7 +157,7 @@ def test_tools_of_the_client(client: Any, served: Live):
     assert again.choices[0].finish_reason in ("length", "stop")
 
 
-def test_llm_comply_has_nothing_to_say(served: Live):
+def test_llm_comply_finds_no_faults(served: Live):
     cases = (
         "chat-basic-response,chat-system-prompt,chat-multi-turn,chat-tool-calling,"
         "chat-streaming-response,chat-streaming-usage,chat-reasoning-summary,chat-error-handling"

@@ -49,7 +49,7 @@ def wall(monkeypatch: pytest.MonkeyPatch) -> WallClock:
 
 
 @pytest.mark.parametrize("jump_s", [DAY_S, -DAY_S], ids=["forward", "back"])
-def test_a_jump_ends_nothing_and_lets_nobody_in(
+def test_a_jump_of_the_clock_ends_nothing_and_lets_nobody_in(
     jump_s: float, wall: WallClock, tiny_bundles: Bundles, tmp_path: Path
 ):
     keys = write_secret(tmp_path / "keys", "clock:sk-of-the-good-clock\n")

@@ -109,7 +109,7 @@ def test_each_layer_overrides_the_one_before(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "value"), [("true", True), ("1", True), ("false", False), ("0", False)]
 )
-def test_text_becomes_what_the_field_is(text: str, value: bool):
+def test_text_is_converted_to_the_fields_type(text: str, value: bool):
     assert load_settings(Shop, environ=env(is_open=text)).settings.is_open is value
     assert load_settings(Shop, flags={"is_open": value}).settings.is_open is value
 

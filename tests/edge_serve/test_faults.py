@@ -177,7 +177,7 @@ def test_a_slow_reader_is_cut_and_holds_up_nobody(shaky: Live):
     assert shaky.engine.llm.scheduler.stats().outcomes["cancelled"] == cancelled + 4
 
 
-def test_overload_is_told_and_nobody_is_cut(shaky: Live):
+def test_overload_is_reported_and_cuts_nobody(shaky: Live):
     messages = long_text(shaky, "load", 20)
     shaky.engine.delay_s = 0.002
     results: Counter[int] = Counter()
@@ -248,7 +248,7 @@ def test_a_failing_engine_is_an_error_without_its_secrets(shaky: Live):
 
 
 @pytest.mark.timing
-def test_a_hanging_engine_turns_the_light_red(shaky: Live):
+def test_a_hanging_engine_makes_the_server_unhealthy(shaky: Live):
     messages = long_text(shaky, "hang", 50)
     shaky.engine.delay_s = 0.02
     with ThreadPoolExecutor(8) as pool:
@@ -302,7 +302,7 @@ def test_deadlines_end_requests(tiny_bundles: Bundles):
 
 
 @pytest.mark.parametrize("node", [None, "/dev/nvmap"])
-def test_a_gpu_that_idles_is_said_wherever_one_looks(
+def test_an_idle_gpu_is_reported_everywhere(
     node: str | None, tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("edge.device.nodes.find_gpu_node", lambda: node)
@@ -344,7 +344,7 @@ def info_of(**fields: Any) -> Any:
     return SimpleNamespace(**{**known, "tuned": (), "refused": (), **fields})
 
 
-def test_a_slow_engine_is_said_wherever_one_looks(
+def test_a_slow_engine_is_reported_everywhere(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
     slow = ProfileLayers("decode", 9, 1, 1, 28, {"fp16": 9}, "decomposed")

@@ -124,7 +124,9 @@ def test_weights_that_do_not_fit_are_refused(settings: ServerSettings):
         check_room(settings, 1000, 0)
 
 
-def test_only_what_is_too_small_is_said(settings: ServerSettings, caplog: pytest.LogCaptureFixture):
+def test_only_a_limit_that_is_too_small_is_reported(
+    settings: ServerSettings, caplog: pytest.LogCaptureFixture
+):
     limits = unit_limits(settings)
     bodies = 4 * settings.max_inflight_body_bytes
     check_room(settings, limits.memory_high_bytes - 100 * MIB, 60 * MIB)

@@ -52,7 +52,7 @@ def test_a_reload_that_comes_during_another_follows_it(
 
 
 @pytest.mark.parametrize("signals", [0, 1, 2])
-def test_what_changes_while_the_models_are_opened_is_seen_afterwards(
+def test_changes_while_models_are_opened_are_noticed_afterwards(
     tmp_path: Path, tiny_bundles: Bundles, signals: int
 ):
     """A take-back during the start; no signal is what systemd sends then."""

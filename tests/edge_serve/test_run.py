@@ -205,7 +205,7 @@ def test_every_setting_of_the_engine_reaches_it(monkeypatch: pytest.MonkeyPatch,
         (["--prefill-chunk", "0"], 64, "prefill_chunk"),
     ],
 )
-def test_what_keeps_it_from_starting(
+def test_faults_that_prevent_a_start(
     tiny_bundles: Bundles, arguments: list[str], code: int, words: str, tmp_path: Path
 ):
     bundle = [str(tiny_bundles("qwen2"))] if arguments else []
@@ -309,7 +309,7 @@ def manager(tmp_path: Path) -> Iterator[tuple[socket.socket, Path]]:
         yield sock, path
 
 
-def test_what_systemd_is_told(
+def test_systemd_gets_the_state(
     manager: tuple[socket.socket, Path], tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
     from edge_serve import run
@@ -365,7 +365,7 @@ def test_a_drain_may_take_longer_than_systemds_own_time(
     assert until >= now + run._CLOSE_S
 
 
-def test_the_notifier_is_silent_without_systemd_and_hard_to_hurt():
+def test_the_notifier_is_silent_without_systemd_and_survives_errors():
     Notifier({}).send(ready=1)
     assert Notifier({"WATCHDOG_USEC": "x"}).watchdog_s is None
     assert Notifier({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "1"}).watchdog_s is None

@@ -22,7 +22,7 @@ from tests.conftest import write_secret
         ("-1m", math.inf), ("-1h30m", math.inf), ("20us", 2e-5), ("20µs", 2e-5), ("+3s", 3),
     ],
 )  # fmt: skip
-def test_a_time_is_read_as_ollama_reads_it(given: str | float, seconds: float):
+def test_a_keep_alive_is_parsed_as_ollama_does(given: str | float, seconds: float):
     """Go's durations, numbers of seconds, and for ever where it is negative."""
     assert parse_keep_alive(given) == pytest.approx(seconds)
 
@@ -30,7 +30,7 @@ def test_a_time_is_read_as_ollama_reads_it(given: str | float, seconds: float):
 @pytest.mark.parametrize(
     "given", ["", "m", "5 m", "5d", "5m3", "nan", "inf", "٣m", "1e999", "5-3s"]
 )
-def test_what_is_no_time_is_refused(given: str):
+def test_an_invalid_keep_alive_is_refused(given: str):
     with pytest.raises(ValueError, match="write a time such as 5m"):
         parse_keep_alive(given)
     with pytest.raises(ConfigError, match=r"keep_alive is .*: write a time such as 5m"):

@@ -34,7 +34,7 @@ class Dog:
         self.fed += "watchdog" in fields
 
 
-def test_a_look_at_the_device_that_fails_is_not_the_last(
+def test_the_device_is_read_again_after_a_failure(
     tiny_bundles: Bundles, caplog: pytest.LogCaptureFixture
 ):
     errors = [MemoryError(), RuntimeError("can't start new thread"), MemoryError()]
@@ -51,7 +51,7 @@ def test_a_look_at_the_device_that_fails_is_not_the_last(
         assert kinds == [MemoryError, RuntimeError]
 
 
-def test_a_look_at_the_engines_that_fails_is_not_the_last(
+def test_the_engines_are_checked_again_after_a_failure(
     tiny_bundles: Bundles, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     with running(tiny_bundles("qwen2"), stall_s=0.5) as live:
@@ -71,7 +71,7 @@ def test_a_look_at_the_engines_that_fails_is_not_the_last(
         assert caplog.text.count("a look at the engines failed") == 1
 
 
-def test_a_slow_look_at_the_device_makes_no_engine_stalled(tiny_bundles: Bundles):
+def test_a_slow_device_reading_does_not_stall_an_engine(tiny_bundles: Bundles):
     dog, let_go, looks = Dog(), threading.Event(), []
 
     def telemetry() -> Snapshot:
@@ -94,7 +94,7 @@ def test_a_slow_look_at_the_device_makes_no_engine_stalled(tiny_bundles: Bundles
         let_go.set()
 
 
-def test_a_look_that_hangs_takes_one_scrape_and_no_chat(tiny_bundles: Bundles):
+def test_a_hanging_device_reading_blocks_one_scrape_and_no_chat(tiny_bundles: Bundles):
     let_go = threading.Event()
 
     def telemetry() -> Snapshot:

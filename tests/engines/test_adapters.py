@@ -49,7 +49,7 @@ def bundles(tiny_checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("dialect", ["native", "portable"])
 @pytest.mark.parametrize("quant", ["int4", "int8"])
-def test_rules_of_every_version_take_what_they_take_of_the_plain_graph(
+def test_every_version_that_takes_the_plain_graph_takes_it_with_adapters(
     quant: str, dialect: str, bundles: Any
 ):
     legal = []

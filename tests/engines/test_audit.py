@@ -135,7 +135,7 @@ def test_an_unpacked_weight_is_found(bundle: Path) -> None:
     assert audit.problems[0].startswith("layers.0.down: ")
 
 
-def test_another_scheme_than_the_manifest_says_is_found(
+def test_a_scheme_that_differs_from_the_manifest_is_found(
     bundle: Path, tiny_bundles: Bundles
 ) -> None:
     other = tiny_bundles("qwen2", "native", "int8")
@@ -143,7 +143,7 @@ def test_another_scheme_than_the_manifest_says_is_found(
     assert "layers.0.qkv: its weights are in two planes, the bundle says int4" in audit.problems
 
 
-def test_a_plane_that_is_missing_is_found(tiny_bundles: Bundles) -> None:
+def test_a_missing_plane_is_found(tiny_bundles: Bundles) -> None:
     """A bundle of INT4 under a manifest that promises INT8."""
     other, int4 = (tiny_bundles("qwen2", "native", quant) for quant in ("int8", "int4"))
     audit = parse(int4, (int4 / "decoder.onnx").read_bytes(), read_manifest(other))
@@ -187,7 +187,7 @@ def test_ranges_per_token_pass(whole_int8: Path) -> None:
         ),
     ],
 )
-def test_what_is_missing_of_ranges_per_token_is_found(
+def test_missing_parts_of_per_token_ranges_are_found(
     whole_int8: Path, output: str, problem: str
 ) -> None:
     """Each would answer, and answer wrong."""

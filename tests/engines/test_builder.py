@@ -221,7 +221,7 @@ def test_an_unchanged_key_means_nothing_to_do(
     assert [path.name for path in first.directory.glob("*.plan")] == [other.info.plan]
 
 
-def test_a_flipped_byte_is_refused_before_anybody_reads_it(bundle: Path) -> None:
+def test_a_flipped_byte_is_refused_before_the_file_is_read(bundle: Path) -> None:
     result = build_engine(config(bundle), target=target())
     plan = result.directory / result.info.plan
     data = bytearray(plan.read_bytes())
@@ -312,7 +312,7 @@ def test_an_engine_for_another_machine_is_refused_with_the_command_that_rebuilds
         ("10.3.0.30", "10.3.0", True),  # whose library does not say
     ],
 )
-def test_the_build_number_of_tensorrt_counts_where_it_is_known(
+def test_tensorrts_build_number_counts_if_it_is_known(
     recorded: str, here: str, fits: bool, engine: tuple[Path, EngineInfo]
 ) -> None:
     directory, info = engine
@@ -432,7 +432,7 @@ def test_a_build_that_will_not_fit_is_refused_before_it_starts(
     assert build_engine(config(bundle, force=True), target=target()).built
 
 
-def test_tensorrt_itself_takes_more_and_most_before_it_mapped_weights() -> None:
+def test_the_memory_plan_depends_on_the_tensorrt_release() -> None:
     """Predicted: no device has shown it. A 1.5B in INT4 and an 8B in floats, in GB."""
     releases = (None, (10, 16), (10, 13), (10, 12), (10, 3))
     for weights, expected in ((0.99e9, (5.1, 6.7, 6.7, 7.7, 7.7)), (16e9, (53, 55, 55, 71, 71))):
@@ -453,7 +453,7 @@ def test_the_memory_plan_covers_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize("jetson", [False, True])
-def test_a_jetson_builds_with_nothing_of_the_bundle_in_the_page_cache(
+def test_a_jetson_drops_the_bundle_from_the_page_cache_before_a_build(
     jetson: bool, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_page_cache(bundle.parent)

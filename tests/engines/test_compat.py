@@ -96,7 +96,7 @@ def test_phases_add_up_and_never_go_back() -> None:
     assert seen == sorted(seen)
 
 
-def test_a_workspace_that_is_too_small_is_told_from_a_full_machine() -> None:
+def test_a_small_workspace_and_a_full_machine_have_different_errors() -> None:
     error = "Error Code 2: OutOfMemory (Requested size was 2650107904 bytes.)"
     assert build_advice(error, 1 << 30) == "give --workspace 2528M or more"
     assert "smaller" in build_advice(error, 4 << 30)

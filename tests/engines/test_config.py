@@ -69,7 +69,7 @@ def test_default_buckets_end_at_the_capacity() -> None:
     assert default_kv_buckets(4096) == (256, 512, 1024, 2048, 4096)
 
 
-def test_every_option_counts_but_for_where_and_how_it_is_built() -> None:
+def test_the_key_has_every_option_except_where_and_how_to_build() -> None:
     """The options of an engine are part of its key, and give it again."""
     manifest = make_manifest(kv_capacity=1000, rope_positions=2048)
 

@@ -86,7 +86,7 @@ def test_an_internvl_compiles_and_is_legal_for_every_version(tmp_path: Path, qua
     assert all(verdict.legal for verdict in check_bundle_rules(bundle, list(VERSIONS)))
 
 
-def test_the_plan_is_beside_the_decoders_and_vouched_for_with_it(bundle: Path):
+def test_the_encoders_plan_is_beside_the_decoders_and_in_its_record(bundle: Path):
     result = build_engine(config(bundle), target=target())
     assert result.built
     info = read_engine_info(result.directory)
@@ -146,7 +146,7 @@ def test_a_record_that_cannot_be_used_says_how_to_mend_it(
         vision_plan(result.directory, read_engine_info(result.directory))
 
 
-def test_the_rules_are_held_against_both_graphs(bundle: Path):
+def test_both_graphs_are_checked_by_the_rules(bundle: Path):
     assert all(verdict.legal for verdict in check_bundle_rules(bundle, list(VERSIONS)))
     graph = OnnxFile((bundle / "vision.onnx").read_bytes())
     (tanh, *_) = [node for node in graph.nodes if node.op_type == "Tanh"]

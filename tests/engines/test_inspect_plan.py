@@ -35,7 +35,7 @@ def on(gpu: FakeGpu) -> TensorRT:
 
 
 @pytest.mark.parametrize("per_context", [False, True])
-def test_all_profiles_are_told_of(
+def test_all_profiles_are_listed(
     per_context: bool, gpu: FakeGpu, plan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeEngine, "_per_context", per_context)
@@ -50,7 +50,7 @@ def test_a_plan_that_does_not_load_has_tensorrts_reason(gpu: FakeGpu, plan: Path
         compat.inspect_plan(on(gpu), plan.read_bytes(), 2)
 
 
-def test_what_is_not_known_has_a_reason(gpu: FakeGpu, plan: Path) -> None:
+def test_unknown_layers_have_a_reason(gpu: FakeGpu, plan: Path) -> None:
     engine = plan.parent, read_engine_info(plan.parent)
     here = Target(on(gpu), Gpu("a GPU", "8.7"), "8.7")
     table, unknown = read_compiled_layers(here, *engine)
@@ -65,7 +65,7 @@ def test_what_is_not_known_has_a_reason(gpu: FakeGpu, plan: Path) -> None:
     )
 
 
-def test_a_build_that_was_ended_before_it_read_the_layers_reads_them_when_repeated(
+def test_a_repeated_build_reads_layers_that_a_killed_one_did_not(
     gpu: FakeGpu, tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Path(shutil.copytree(tiny_bundles("qwen2", RUNNABLE, "int4"), tmp_path / "bundle"))

@@ -52,7 +52,7 @@ def test_the_native_dialect_is_refused_before_anything_is_built(tiny_bundles: Bu
         check_bundle(BuildConfig(bundle, max_prefill=32))
 
 
-def test_that_the_list_of_operators_has_no_int8_is_a_warning(tiny_bundles: Bundles) -> None:
+def test_int8_missing_from_the_operator_list_is_a_warning(tiny_bundles: Bundles) -> None:
     def warned(bundle: Path) -> dict[str, int]:
         verdicts = check_bundle_rules(bundle, list(VERSIONS))
         return {
@@ -68,7 +68,7 @@ def test_that_the_list_of_operators_has_no_int8_is_a_warning(tiny_bundles: Bundl
     assert warned(tiny_bundles("qwen2", "portable")) == {}
 
 
-def test_wide_scales_are_what_the_strictest_version_takes(tiny_bundles: Bundles) -> None:
+def test_the_strictest_version_takes_wide_scales(tiny_bundles: Bundles) -> None:
     """10.16 refuses INT8 with scales of 16 bits; the build's last rung widens the cache's, too."""
     bundle = tiny_bundles("qwen2", "portable", kv_cache="int8")
     asked = build_plan(bundle)

@@ -166,7 +166,7 @@ def test_an_explicit_choice_fails_with_the_reason(bundle: Path, refusing: Target
     assert not list((bundle / "engines").glob("*/engine.json"))
 
 
-def test_a_choice_that_builds_at_once_has_refused_nothing(bundle: Path) -> None:
+def test_a_choice_that_builds_first_lists_no_refusals(bundle: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     target = Target(compat.load("tensorrt-rtx"), None, "8.6")
     info = build_engine(BuildConfig(bundle, max_prefill=32, kv_read="auto"), target=target).info

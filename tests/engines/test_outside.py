@@ -148,14 +148,14 @@ def test_no_piece_is_larger_than_a_chunk(
     assert max(pieces) == 32 * widest < most  # a block of rows: two planes, half a byte each
 
 
-def test_weights_that_end_too_early_are_told(tmp_path: Path) -> None:
+def test_truncated_weights_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(bytes(95))
     laid = lay_out(tmp_path, {"words": (Constant("w", "int4", (64, 3), None, "f", 0),)})
     with pytest.raises(BundleError, match="the weights of w end too early"):
         laid.write(io.BytesIO())
 
 
-def test_what_tensorrt_reads_too_stays_inside(tiny_bundles: Bundles) -> None:
+def test_weights_that_tensorrt_also_reads_stay_in_the_plan(tiny_bundles: Bundles) -> None:
     bundle = tiny_bundles("qwen2", "portable", "int4")
     graph = OnnxFile((bundle / "decoder.onnx").read_bytes())
     before = rewrite(bundle)
@@ -171,7 +171,7 @@ def test_what_tensorrt_reads_too_stays_inside(tiny_bundles: Bundles) -> None:
 
 
 @pytest.mark.parametrize(("dialect", "moved"), [("portable", True), ("native", False)])
-def test_large_tables_of_which_rows_are_taken_go_too(
+def test_large_lookup_tables_become_inputs_too(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch, dialect: str, moved: bool
 ) -> None:
     """In ``native`` TensorRT's own operator reads them, which nobody has seen take an input."""
@@ -189,7 +189,7 @@ def test_large_tables_of_which_rows_are_taken_go_too(
 # The engine
 
 
-def test_an_engine_has_its_weights_beside_it(bundle: Path, built: Path) -> None:
+def test_an_engines_weights_are_in_a_file_beside_it(bundle: Path, built: Path) -> None:
     info, manifest = read_engine_info(built), read_manifest(bundle)
     assert info.outside is not None
     data = (built / info.outside.file).read_bytes()
@@ -216,7 +216,7 @@ def test_the_build_says_both_sizes(bundle: Path, target: Target) -> None:
 
 @needs_a_runner
 @pytest.mark.parametrize("size", [512, 4096, 1 << 20])
-def test_the_device_has_the_file_whatever_the_pieces(
+def test_the_file_is_uploaded_whole_in_any_piece_size(
     bundle: Path, built: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     monkeypatch.setattr(outside_weights, "_PIECES_BYTES", size)
@@ -234,7 +234,7 @@ def test_the_device_has_the_file_whatever_the_pieces(
 
 @needs_a_runner
 @pytest.mark.parametrize("damage", ["flipped", "short", "long", "gone"])
-def test_a_file_that_is_another_is_refused_and_made_again(
+def test_a_changed_weights_file_is_refused_and_rebuilt(
     bundle: Path, built: Path, target: Target, damage: str
 ) -> None:
     info = read_engine_info(built)
@@ -269,7 +269,7 @@ def test_engines_of_a_bundle_share_the_file(bundle: Path, built: Path, target: T
     assert [path.name for path in third.directory.glob("*.weights")] == [first.outside.file]
 
 
-def test_nothing_is_taken_from_a_stranger_nor_from_a_damaged_engine(
+def test_weights_are_not_shared_with_untrusted_or_damaged_engines(
     bundle: Path, built: Path, target: Target
 ) -> None:
     info = read_engine_info(built)
@@ -291,7 +291,9 @@ def test_nothing_is_taken_from_a_stranger_nor_from_a_damaged_engine(
     assert not weights.samefile(third.directory / info.outside.file)
 
 
-def test_what_a_killed_build_left_is_no_weights(bundle: Path, built: Path, target: Target) -> None:
+def test_leftovers_of_a_killed_build_are_not_used_as_weights(
+    bundle: Path, built: Path, target: Target
+) -> None:
     info = read_engine_info(built)
     assert info.outside is not None
     (built / "engine.json").unlink()
@@ -303,7 +305,7 @@ def test_what_a_killed_build_left_is_no_weights(bundle: Path, built: Path, targe
     assert not (built / ".weights1.tmp").exists()
 
 
-def test_a_full_disk_is_told_before_anything_is_written(
+def test_a_full_disk_is_reported_before_anything_is_written(
     bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(bundle)

@@ -177,7 +177,7 @@ def test_the_mask_leaves_the_graph_and_the_cache_is_read_as_it_is(
     assert parts.inputs[5] == "own_attention.positions"
 
 
-def test_a_slot_that_idles_disturbs_nobody(wide: Bundle, tmp_path: Path) -> None:
+def test_an_idle_slot_does_not_change_the_others(wide: Bundle, tmp_path: Path) -> None:
     """It has position 0 and writes the last row (`StepBuffers.fill`)."""
     bundle = wide("native")
     own = rewrite(bundle)
@@ -247,7 +247,7 @@ def test_nvidias_own_parser_wants_the_plugins_and_nothing_else(
         assert sum(line.startswith("Plugin not found") and wanted in line for line in lines) == 2
 
 
-def test_attention_is_left_alone_where_nobody_asks(wide: Bundle, tmp_path: Path) -> None:
+def test_attention_is_left_alone_unless_asked_for(wide: Bundle, tmp_path: Path) -> None:
     bundle = wide("native", "int4")
     data = (bundle / "decoder.onnx").read_bytes()
     own = use_own_kernels(data, read_manifest(bundle), bundle)
@@ -264,7 +264,7 @@ def test_attention_is_left_alone_where_nobody_asks(wide: Bundle, tmp_path: Path)
     ],
 )
 @pytest.mark.parametrize("dialect", ["native", "portable"])
-def test_what_the_kernels_do_not_serve_is_named(
+def test_unsupported_parts_are_named(
     wide: Bundle, tmp_path: Path, dialect: str, options: dict[str, Any], reason: str
 ) -> None:
     bundle = wide(dialect, **options)
@@ -299,7 +299,7 @@ def _nodes(graph: OnnxFile, op_type: str) -> list[Node]:
         ("portable", lambda g: _nodes(g, "Concat")[-1].inputs.reverse(), "the nodes around"),
     ],
 )
-def test_a_graph_that_is_another_is_left_alone(
+def test_an_unknown_graph_is_left_alone(
     wide: Bundle, dialect: str, change: Callable[[OnnxFile], Any], reason: str
 ) -> None:
     bundle = wide(dialect)

@@ -90,7 +90,9 @@ def test_the_graph_of_an_engine_with_other_options(tiny_bundles: Bundles, tmp_pa
     assert np.abs(after.astype(np.float64) - before).max() < LOGITS_TOLERANCE
 
 
-def test_what_does_not_fit_is_left_and_named(tiny_checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_unsupported_layers_are_left_and_named(
+    tiny_checkpoints: Checkpoints, tmp_path: Path
+) -> None:
     bundle = export(
         tiny_checkpoints("qwen2"),
         tmp_path / "bundle",
@@ -156,7 +158,7 @@ def test_a_scheme_that_the_kernels_do_not_take(
         use_own_kernels((bundle / "decoder.onnx").read_bytes(), manifest, bundle)
 
 
-def test_layers_of_one_plane_that_the_manifest_gives_two(
+def test_layers_with_fewer_planes_than_the_manifest_says_are_left(
     tiny_bundles: Bundles, tmp_path: Path
 ) -> None:
     bundle = tiny_bundles("llama", "portable", "int4")

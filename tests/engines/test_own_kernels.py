@@ -49,7 +49,7 @@ __all__ = ["gpu", "target"]  # fixtures
 
 
 @needs_a_runner
-def test_an_engine_with_own_kernels_stands_beside_the_other(bundle: Path, target: Target) -> None:
+def test_an_engine_with_own_kernels_is_kept_beside_the_other(bundle: Path, target: Target) -> None:
     assert "own kernels" not in run(bundle).stdout
     (bundle / "engines" / ".kernels-of-a-killed-build").mkdir()
     text = run(bundle, "--kernels", "own").stdout
@@ -167,7 +167,7 @@ def test_tuning_builds_both_and_keeps_the_faster(
 
 
 @needs_a_runner
-def test_tuning_goes_on_where_own_kernels_cannot_be_built(
+def test_tuning_continues_if_own_kernels_cannot_be_built(
     tiny_bundles: Bundles,
     tmp_path: Path,
     target: Target,
@@ -188,7 +188,7 @@ def test_tuning_goes_on_where_own_kernels_cannot_be_built(
     assert "own kernels: own kernels compute no layer" in text
 
 
-def test_asked_for_by_name_they_are_not_left_out(
+def test_own_kernels_asked_for_by_name_are_not_skipped(
     bundle: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = BuildConfig(bundle, max_prefill=32, kernels="own", tune=True)
@@ -219,7 +219,7 @@ def test_a_tensorrt_without_its_module_of_plugins(
 
 
 @needs_a_runner
-def test_damaged_kernels_are_no_reason_to_go_on(
+def test_damaged_kernels_stop_the_build(
     bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def damaged() -> dict[str, Ptx]:
@@ -288,7 +288,7 @@ def test_tuning_measures_own_kernels_with_and_without_attention(
 
 
 @needs_a_runner
-def test_attention_that_tensorrt_keeps(wide: Callable[[str], Path], target: Target) -> None:
+def test_attention_that_stays_with_tensorrt(wide: Callable[[str], Path], target: Target) -> None:
     bundle = wide("native")
     run(bundle, "--kernels", "own", "--attention", "fused")
     info = only_engine(bundle)[1]
@@ -432,7 +432,7 @@ def test_auto_builds_one_engine_with_each_kind_of_kernels(
 
 
 @needs_a_runner
-def test_where_own_attention_answers_wrong_auto_tries_own_products_alone(
+def test_auto_tries_own_products_alone_if_own_attention_is_wrong(
     wide: Callable[[str], Path], target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measure(rung: BuildPlan, *_: Any) -> Any:
@@ -471,7 +471,7 @@ def test_a_jetson_builds_with_both_unless_one_is_named(
     assert only_engine(bundle)[1].tuned == ()
 
 
-def test_what_times_nothing_is_no_default_of_a_jetson(
+def test_a_jetson_does_not_default_to_auto_if_it_times_nothing(
     pooling_bundles: PoolingBundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "read_target", lambda: "jetpack7")
@@ -482,7 +482,7 @@ def test_what_times_nothing_is_no_default_of_a_jetson(
 
 
 @needs_a_runner
-def test_clocks_that_move_are_told_before_a_build_and_recorded(
+def test_unlocked_clocks_are_reported_before_a_build_and_recorded(
     bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     board = Snapshot(
@@ -499,7 +499,7 @@ def test_clocks_that_move_are_told_before_a_build_and_recorded(
     assert "follow the load" not in run(bundle, "--again").stderr
 
 
-def test_kernels_that_there_are_not(bundle: Path) -> None:
+def test_unknown_kernels_are_refused(bundle: Path) -> None:
     with pytest.raises(ConfigError, match="compile_fastest"):
         build_engine(BuildConfig(bundle, kernels="auto"))
     with pytest.raises(ConfigError, match="none of auto, own, tensorrt"):
@@ -545,7 +545,7 @@ def test_the_rungs_of_auto(bundle: Path, gpu: FakeGpu) -> None:
     assert describe(rungs[1]) == "attention fused, cache read as slice, own kernels"
 
 
-def test_an_engine_json_of_before_reads(bundle: Path, target: Target) -> None:
+def test_an_older_engine_json_can_be_read(bundle: Path, target: Target) -> None:
     build_engine(BuildConfig(bundle, max_prefill=32), target=target)
     directory, info = only_engine(bundle)
     record = json.loads((directory / "engine.json").read_text())

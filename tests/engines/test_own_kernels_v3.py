@@ -160,7 +160,7 @@ def test_an_engine_of_jetpack_6_runs_with_own_kernels(bundle: Path, target: Targ
     assert (again["built"], again["kernels"]) == (False, "own")
 
 
-def test_python_launches_a_decode_step_when_it_is_captured_only(built: Path, gpu: FakeGpu) -> None:
+def test_python_launches_a_decode_step_only_during_capture(built: Path, gpu: FakeGpu) -> None:
     gpu.calls.clear()
     engine = open_engine(built)
     assert engine.graphs_disabled is None
@@ -183,7 +183,7 @@ def test_python_launches_a_decode_step_when_it_is_captured_only(built: Path, gpu
     engine.close()
 
 
-def test_no_other_thread_keeps_the_interpreter_from_the_launches(
+def test_launches_do_not_wait_for_other_python_threads(
     built: Path,
 ) -> None:
     """For 5 ms at most, as Python has it, which is as long as a decode step of the 1.5B."""
@@ -284,7 +284,7 @@ def test_an_engine_of_jetpack_6_runs_with_own_attention(wide: Path, target: Targ
     assert (seconds or 0) > 0
 
 
-def test_python_launches_attention_when_a_step_is_captured_only(
+def test_python_launches_attention_only_during_capture(
     wide: Path, target: Target, gpu: FakeGpu
 ) -> None:
     config = BuildConfig(wide, max_prefill=32, kernels="own", attention="own")
@@ -405,13 +405,13 @@ def test_an_engine_json_without_the_kernels(built: Path, kernels: list[str], mes
         open_engine(built)
 
 
-def test_a_plan_of_python_plugins_that_engine_json_does_not_know(built: Path) -> None:
+def test_a_plan_with_python_plugins_missing_from_engine_json_is_refused(built: Path) -> None:
     change_info(built, plugins=None)
     with pytest.raises(BackendError, match=r"getCreator: Cannot find.*w4_linear"):
         open_engine(built)
 
 
-def test_a_launch_that_fails_is_told(
+def test_a_failed_launch_is_reported(
     built: Path, gpu: FakeGpu, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine = open_engine(built, use_cuda_graphs=False)
@@ -432,7 +432,9 @@ def test_a_launch_that_fails_is_told(
     engine.close()
 
 
-def test_a_launch_that_fails_while_it_is_captured_leaves_a_way(built: Path, gpu: FakeGpu) -> None:
+def test_a_launch_that_fails_during_capture_leaves_the_engine_usable(
+    built: Path, gpu: FakeGpu
+) -> None:
     open_engine(built).close()
     gpu.calls.clear()
     open_engine(built).close()
@@ -447,7 +449,7 @@ def test_a_launch_that_fails_while_it_is_captured_leaves_a_way(built: Path, gpu:
     engine.close()
 
 
-def test_kernels_that_do_not_load_are_told(
+def test_kernels_that_do_not_load_are_reported(
     built: Path, target: Target, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = sys.modules["cuda.bindings.driver"]
@@ -520,7 +522,7 @@ def test_a_profile_is_timed_with_the_tactics_for_its_rows(
 
 
 @pytest.mark.parametrize("step", ["parse", "build"])
-def test_where_own_attention_fails_own_products_stay_and_the_record_says_why(
+def test_own_products_stay_if_own_attention_fails_and_the_record_says_why(
     wide: Path, target: Target, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     build_class = plugin_v3._build_class
@@ -585,7 +587,7 @@ def test_an_engine_json_keeps_the_kernels(built: Path) -> None:
 
 
 @pytest.mark.parametrize("gpu", ["10.16.2.10"], indirect=True)
-def test_from_10_13_on_python_launches_them_if_it_is_asked_to(
+def test_python_plugins_can_be_chosen_from_10_13_on(
     bundle: Path, target: Target, gpu: FakeGpu
 ) -> None:
     """And in steps of all kinds it launches none: they are graphs, prompts too."""
@@ -606,7 +608,7 @@ def test_from_10_13_on_python_launches_them_if_it_is_asked_to(
     engine.close()
 
 
-def test_a_kind_that_there_is_not_is_refused(bundle: Path, target: Target) -> None:
+def test_an_unknown_plugin_kind_is_refused(bundle: Path, target: Target) -> None:
     config = BuildConfig(bundle, max_prefill=32, kernels="own", plugins="aot")
     with pytest.raises(DependencyError, match=r"--plugins aot needs TensorRT >= 10.13, found 10.3"):
         build_engine(config, target=target)

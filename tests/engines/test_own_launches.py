@@ -47,7 +47,7 @@ from .own_builds import JETPACK6
 DATA = Path(__file__).parents[1] / "data"
 
 
-def test_what_a_plugin_raised_does_not_hold_it() -> None:
+def test_a_plugins_exception_does_not_keep_it_alive() -> None:
     made, recorder = make_plugin(PRODUCT, 1)
 
     def fail(*_: Any) -> None:
@@ -298,7 +298,7 @@ def test_attention_is_timed_with_what_is_launched_for_its_shapes(
         assert tactics[number - 1].variant is launched.variant
 
 
-def test_a_compiled_plugin_offers_what_any_of_its_profiles_wants() -> None:
+def test_a_compiled_plugin_offers_tactics_for_all_its_profiles() -> None:
     """NVIDIA's class keeps the answer to the last question for all profiles."""
 
     def ask(known: Plugins, desc: list[TensorDesc], rows: int) -> list[int]:
@@ -364,7 +364,7 @@ class Interpreted:
 @pytest.mark.parametrize(
     ("planes", "tactic", "leading", "bias"), [(1, 1, (2, 3), True), (2, 5, (1, 2), False)]
 )
-def test_what_is_launched_computes_the_product(
+def test_launches_compute_the_product(
     planes: int, tactic: int, leading: tuple[int, int], bias: bool
 ) -> None:
     rows, columns, depth, group = int(np.prod(leading)), 70, 192, 64
@@ -388,7 +388,7 @@ def test_what_is_launched_computes_the_product(
 @pytest.mark.parametrize(
     ("width", "tactic", "starts", "tokens"), [(64, 1, (300, 5), 2), (128, 2, (9,), 20)]
 )
-def test_what_is_launched_computes_attention(
+def test_launches_compute_attention(
     width: int, tactic: int, starts: tuple[int, ...], tokens: int
 ) -> None:
     job = attention(len(starts), 2, 3, tokens, width, 310)
@@ -407,7 +407,7 @@ def test_what_is_launched_computes_attention(
     assert np.abs(arrays["output"] - exact).max() <= 2.5e-3 * 4
 
 
-def test_what_is_launched_finds_the_best_logits() -> None:
+def test_launches_find_the_best_logits() -> None:
     rows, columns, keep = 1, 9000, 7
     job = top_k(rows, columns, keep)
     random = np.random.default_rng(7)

@@ -115,7 +115,7 @@ def test_the_runtime_allows_for_more_than_the_kernels_err(vocab_size: int) -> No
         ("fp16", {"vocab_size": 262_145}, "262,145 logits, .* up to 262,144"),
     ],
 )
-def test_what_the_kernels_do_not_serve_is_named(
+def test_unsupported_parts_are_named(
     tiny_bundles: Bundles, quant: Any, changes: dict[str, Any], reason: str
 ) -> None:
     bundle = tiny_bundles("qwen2", "portable", quant)
@@ -148,7 +148,7 @@ def _node(graph: OnnxFile, name: str) -> Node:
         (lambda g: _node(g, "best.shifted").inputs.__setitem__(0, "best.row"), "best.sum"),
     ],
 )
-def test_a_graph_that_is_another_is_left_alone(
+def test_an_unknown_graph_is_left_alone(
     tiny_bundles: Bundles, change: Callable[[OnnxFile], Any], name: str
 ) -> None:
     bundle = tiny_bundles("qwen2", "portable", "fp16")
@@ -159,7 +159,7 @@ def test_a_graph_that_is_another_is_left_alone(
     assert why.startswith("the nodes around best")
 
 
-def test_nothing_is_said_of_it_where_nobody_asks(tiny_bundles: Bundles, tmp_path: Path) -> None:
+def test_it_is_not_reported_unless_asked_for(tiny_bundles: Bundles, tmp_path: Path) -> None:
     bundle = tiny_bundles("qwen2", "portable", "int4")
     data = (bundle / "decoder.onnx").read_bytes()
     own = use_own_kernels(data, read_manifest(bundle), bundle)

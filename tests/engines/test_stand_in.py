@@ -98,7 +98,7 @@ def plan_of(bundle: Path, **options: Any) -> BuildPlan:
 # The gate is the product's; behind it is another
 
 
-def test_the_products_own_check_speaks_first(
+def test_our_own_check_reports_first(
     gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = copied("portable", "int4")
@@ -195,7 +195,7 @@ def lengths_that_are_ignored(graph: OnnxFile) -> None:
         (mixed_types, r"failed to build .*Add must have same input types.*fp16 and fp32"),
     ],
 )
-def test_a_planted_fault_is_refused_by_who_finds_it(
+def test_each_planted_fault_is_refused_where_it_is_found(
     change: Callable[[OnnxFile], None], words: str, tiny_bundles: Bundles
 ) -> None:
     with pytest.raises(BuildError, match=words):
@@ -203,7 +203,7 @@ def test_a_planted_fault_is_refused_by_who_finds_it(
 
 
 @pytest.mark.parametrize("change", [causal, lengths_that_are_ignored])
-def test_what_tensorrt_answers_wrong_without_an_error_fails_the_test(
+def test_silently_wrong_answers_of_tensorrt_fail_the_test(
     change: Callable[[OnnxFile], None], tiny_bundles: Bundles
 ) -> None:
     with pytest.raises(RuleError, match=r"would take this and answer wrong: .*rule attention-"):
@@ -352,7 +352,7 @@ def test_the_command_of_a_plan_that_does_not_load_builds_it(
 
 
 @pytest.mark.parametrize("with_pycuda", [True, False])
-def test_an_engine_is_for_the_multiprocessors_that_were_on(
+def test_an_engine_is_for_the_number_of_active_multiprocessors(
     with_pycuda: bool, copied: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     """A Jetson's power mode turns some off; the engine runs all the same."""
@@ -395,7 +395,7 @@ def test_a_plan_runs_without_its_bundle(
         assert (runner.step(ids) == expected).all()
 
 
-def test_attention_that_no_kernel_does_at_once_is_decomposed(gpu: FakeGpu, copied: Any) -> None:
+def test_attention_without_a_fused_kernel_is_decomposed(gpu: FakeGpu, copied: Any) -> None:
     bundle = copied("native", "int4")
     here = target(gpu, planted=Planted(no_fused="no tactic for head_dim 16"))
     info = build_engine(BuildConfig(bundle, max_prefill=32), target=here).info
@@ -404,7 +404,7 @@ def test_attention_that_no_kernel_does_at_once_is_decomposed(gpu: FakeGpu, copie
     assert {each.attention for each in info.compiled} == {"decomposed"}
 
 
-def test_a_refused_build_leaves_no_builder_beside_the_next(
+def test_a_refused_build_frees_its_builder(
     gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has the network with all weights in it."""
@@ -427,7 +427,7 @@ def test_a_refused_build_leaves_no_builder_beside_the_next(
     assert len(made) == 2
 
 
-def test_ctrl_c_that_meets_a_message_of_the_parser_ends_the_build(
+def test_ctrl_c_during_a_parser_message_ends_the_build(
     gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The runner of tests in several processes ignores the signal.
@@ -453,7 +453,7 @@ def test_ctrl_c_that_meets_a_message_of_the_parser_ends_the_build(
         signal.signal(signal.SIGINT, before)
 
 
-def test_what_only_helps_the_next_build_costs_no_engine(
+def test_failing_to_keep_timings_or_logs_costs_no_engine(
     gpu: FakeGpu, copied: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Timings and log, whose place is lost during the build."""
@@ -499,7 +499,7 @@ def test_a_disk_that_is_full_once_the_engine_is_in_place_costs_no_engine(
     assert read_engine_info(directory).compiled
 
 
-def test_links_that_a_bundle_came_with_lead_no_build_elsewhere(
+def test_links_in_a_bundle_do_not_redirect_a_build(
     gpu: FakeGpu, copied: Any, tmp_path: Path
 ) -> None:
     config = BuildConfig(copied("portable", "fp16"), max_prefill=32)
@@ -555,9 +555,7 @@ def test_a_plan_of_another_size_than_tensorrt_for_rtx_gives_is_kept_with_a_warni
     assert "the plan has 9 bytes. That is compared" in caplog.text
 
 
-def test_timings_that_are_damaged_or_of_another_tensorrt_are_left_aside(
-    gpu: FakeGpu, copied: Any
-) -> None:
+def test_damaged_or_foreign_timings_are_ignored(gpu: FakeGpu, copied: Any) -> None:
     bundle = copied("portable", "fp16")
 
     def build(level: int, version: str = "10.16.2.10") -> TimingCache:

@@ -90,7 +90,7 @@ def test_a_build_is_recorded_whether_keys_are_trusted_or_not(
     assert {stat.S_IMODE(path.stat().st_mode) for path in records.iterdir()} == {0o644}
 
 
-def test_a_strangers_engine_is_not_up_to_date(
+def test_an_untrusted_engine_is_not_up_to_date(
     bundle: Path,
     target: Target,
     records: Path,
@@ -142,7 +142,7 @@ def test_timings_that_came_with_the_bundle_are_not_given_to_tensorrt(
     assert chosen.read_timings() == planted  # the user said so
 
 
-def test_a_build_that_could_not_be_recorded_is_refused_before_it_takes_an_hour(
+def test_a_build_that_cannot_be_recorded_is_refused_early(
     bundle: Path,
     target: Target,
     records: Path,
@@ -169,9 +169,7 @@ def test_a_build_that_could_not_be_recorded_is_refused_before_it_takes_an_hour(
     read_engine_info(done.directory, keys)
 
 
-def test_a_signature_goes_with_the_engine_that_it_was_of(
-    bundle: Path, target: Target, key: Key
-) -> None:
+def test_a_signature_is_removed_with_its_engine(bundle: Path, target: Target, key: Key) -> None:
     directory = build(bundle, target).directory
     sign_engine(directory, key, "the operator's")
     assert not build(bundle, target).built
@@ -199,7 +197,7 @@ def test_an_engine_by_trtexec_is_recorded_too(
     assert read_engine_info(done.directory, keys) == done.info
 
 
-def test_variants_that_are_only_tried_leave_no_record(
+def test_trial_variants_leave_no_record(
     bundle: Path, target: Target, records: Path, keys: Path
 ) -> None:
     done = build(bundle, target)

@@ -70,6 +70,6 @@ def test_a_line_without_quotes_is_the_same():
     assert json.loads(spaced.output)["options"][0]["text"] == "--onnx=my model.onnx"
 
 
-def test_what_follows_a_quoted_line_is_not_dropped():
+def test_words_after_a_quoted_line_are_kept():
     with pytest.raises(ConfigError, match=r"'--fp8' follows the quoted line"):
         CliRunner().invoke(trtexec_explain, [OLD, "--fp8"], catch_exceptions=False)

@@ -175,7 +175,7 @@ def test_a_run_that_dies_leaves_the_timings_of_the_one_before(
     assert cache.read_bytes() == b"timingstimings"
 
 
-def test_timings_that_crash_it_are_left_aside(
+def test_timings_that_crash_trtexec_are_ignored(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = build(bundle, monkeypatch, TEXT).directory / "timing.cache"
@@ -187,7 +187,7 @@ def test_timings_that_crash_it_are_left_aside(
     assert "once more, without the timing cache" in (result.directory / "build.log").read_text()
 
 
-def test_timings_of_another_gpu_power_mode_or_tensorrt_are_left_aside(
+def test_timings_of_another_gpu_power_mode_or_tensorrt_are_ignored(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """``trtexec`` itself takes timings of any GPU."""

@@ -127,7 +127,7 @@ def run(bundle: Path, *arguments: str) -> Any:
     return CliRunner().invoke(build, line, catch_exceptions=False)
 
 
-def test_the_fastest_that_is_right_is_kept(bundle: Path, variants: Variants) -> None:
+def test_the_fastest_correct_variant_is_kept(bundle: Path, variants: Variants) -> None:
     variants.seconds = {"slice fused": 0.004, "slice decomposed": 0.003, "full decomposed": 0.005}
     variants.refused = {"full fused": "no such kernel"}
     result = json.loads(run(bundle, "--kv-read", "auto", "--json").stdout)
@@ -187,7 +187,7 @@ def test_a_network_that_fails_the_audit_is_not_even_run(bundle: Path, variants: 
     assert result["attention"] == "decomposed"
 
 
-def test_nothing_right_leaves_the_old_engine_and_tells_all(
+def test_if_no_variant_is_right_the_old_engine_stays_and_all_reasons_are_told(
     bundle: Path, variants: Variants
 ) -> None:
     variants.seconds = {"slice fused": 0.004, "slice decomposed": 0.003}

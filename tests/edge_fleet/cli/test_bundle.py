@@ -181,7 +181,7 @@ def test_a_release_that_nobody_would_take_is_not_signed(
     assert "not signed" in run("verify", mine).stdout
 
 
-def test_verify_names_what_nobody_vouches_for(
+def test_verify_names_unvouched_parts(
     tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """With a code of its own: it is no damage, and nothing reads it."""
@@ -258,7 +258,9 @@ def test_a_roll_out_without_a_server_takes_no_option_of_one(tmp_path: Path, opti
 
 
 @pytest.mark.parametrize("verb", [("rollout", "127.0.0.1:1/r1:stable"), ("recover",)])
-def test_who_may_not_move_the_link_names_no_command(tmp_path: Path, verb: tuple[str, ...]):
+def test_a_reload_command_is_refused_with_a_staging_directory(
+    tmp_path: Path, verb: tuple[str, ...]
+):
     place = ("--link", tmp_path / "r1", "--staging", tmp_path / "staging")
     with pytest.raises(ConfigError, match="--reload is given to the unit edge-llm-switch@"):
         run(*verb, *place, "--reload", "true")

@@ -436,7 +436,7 @@ def test_a_registry_that_refuses_the_credentials_says_the_ways_out(
     assert "--from hub does not ask it, nor does edge-llm without EDGE_LLM_REGISTRY" in refused
 
 
-def test_a_bundle_of_no_hub_needs_a_name(edge_llm: EdgeLlm, team: str, tmp_path: Path):
+def test_a_bundle_without_a_hub_id_needs_a_name(edge_llm: EdgeLlm, team: str, tmp_path: Path):
     mine = write_bundle(tmp_path / "mine", SMALL)
     assert "was exported from tiny and not from a hub" in error_line(
         edge_llm("bundle", "push", mine), 64

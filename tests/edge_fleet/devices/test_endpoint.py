@@ -283,7 +283,7 @@ def test_a_device_that_is_busy_for_seconds_stays_in(tmp_path: Path, tiny_bundles
             until(lambda: front.ask(chat("x"))[0] == 503)
 
 
-def test_what_waits_is_bounded(tmp_path: Path):
+def test_waiting_requests_are_bounded(tmp_path: Path):
     with stub(0.5) as device:
         device.ready_status = 200
         devices = {"a": device.server_address[1]}

@@ -218,7 +218,7 @@ def test_a_line_that_breaks_is_waited_for_once_something_has_come(
             registry.manifest("v1")
 
 
-def test_two_minutes_are_two_however_long_each_try_takes(
+def test_retries_end_after_two_minutes_however_long_each_takes(
     serve: Callable[..., Server], quick: Callable[[], list[float]]
 ):
     """As where a line takes a request and nothing comes back."""
@@ -546,7 +546,7 @@ def test_helpers_are_asked_as_docker_asks_them(tmp_path: Path, monkeypatch: pyte
     st.binary(max_size=100)
     | st.text(max_size=60).map(lambda auth: json.dumps({"auths": {"a.b": {"auth": auth}}}).encode())
 )
-def test_whatever_is_there_is_credentials_or_an_error(data: bytes):
+def test_any_file_gives_credentials_or_an_error(data: bytes):
     text = data.decode("utf-8", "replace").replace("\0", "")
     try:
         found = find_credentials("a.b", {"DOCKER_AUTH_CONFIG": text, "DOCKER_CONFIG": "/none"})

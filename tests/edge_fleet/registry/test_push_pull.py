@@ -302,7 +302,7 @@ def test_another_bundle_is_replaced_only_if_asked(
         get(reference, tmp_path / "home", overwrite=True)
 
 
-def test_what_is_not_there_is_named(reference: Reference, registry: Registry, tmp_path: Path):
+def test_a_missing_reference_is_named(reference: Reference, registry: Registry, tmp_path: Path):
     with pytest.raises(ConfigError, match="has no v1"):
         get(reference, tmp_path / "tiny")
     registry.put_blob(artifacts.EMPTY, digest_of(artifacts.EMPTY))
@@ -355,7 +355,7 @@ def test_a_registry_that_dies_in_the_middle_costs_only_what_had_not_come(
     assert leftovers(target) == []
 
 
-def test_who_interrupts_a_pull_does_not_wait_for_the_line(
+def test_an_interrupted_pull_ends_at_once(
     live: LiveRegistry,
     source: Path,
     reference: Reference,
@@ -632,7 +632,7 @@ def test_errors_are_edge_errors_of_the_documented_codes(tmp_path: Path, quick: o
 
 
 @pytest.mark.parametrize("kind", ["hard link", "hard link of the same", "symbolic link", "pipe"])
-def test_what_is_not_only_in_the_staging_directory_is_made_anew(
+def test_staged_files_with_other_names_are_replaced(
     reference: Reference, registry: Registry, tmp_path: Path, kind: str
 ):
     """Else a pull writes into somebody's file, or waits for ever for who reads the pipe."""

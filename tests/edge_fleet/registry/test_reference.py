@@ -46,7 +46,7 @@ def test_a_reference_is_read(text: str, found: Reference):
         "-x/r1",
     ],
 )
-def test_what_is_none_is_refused(text: str):
+def test_invalid_references_are_refused(text: str):
     with pytest.raises(ConfigError, match=r"no reference to a registry|ports are 1 to 65535"):
         parse_reference(text)
 
@@ -73,7 +73,7 @@ def test_plain_http_is_for_this_machine(host: str, is_loopback: bool):
 @given(
     st.text(max_size=60) | st.from_regex(r"[a-z0-9.:\[\]-]{1,20}/[a-z0-9/_.-]{1,20}(:[\w.-]{1,9})?")
 )
-def test_what_is_read_is_written_the_same(text: str):
+def test_a_reference_survives_writing_and_reading(text: str):
     try:
         found = parse_reference(text)
     except ConfigError:

@@ -79,7 +79,7 @@ def test_a_release_is_taken_until_it_expires(clock: type[Clock]):
     assert check_release(Release(1, SIGNED), "it", None) is None  # without one never
 
 
-def test_a_clock_that_was_never_set_takes_what_was_not_over_when_it_was_signed(
+def test_an_unset_clock_takes_releases_that_had_not_expired_when_signed(
     clock: type[Clock],
 ):
     """A Jetson without a battery begins in 1970, and has to get its first bundle all the same."""

@@ -103,7 +103,7 @@ def test_tokenizers_that_cut_the_text_otherwise_are_compared_by_the_whole_text(j
         )
 
 
-def test_a_golden_set_that_noise_would_pass_is_refused(judge: Judge):
+def test_a_golden_set_too_weak_to_tell_noise_is_refused(judge: Judge):
     judge.check_set(measured("old", right=6))
     with pytest.raises(WorseError):  # six are enough: all of them flip
         judge.compare(measured("new", right=0), measured("old", right=6))

@@ -61,7 +61,7 @@ def test_an_order_that_is_begun_and_never_ends_is_given_up(
     root.join()
 
 
-def test_what_cannot_be_written_or_read_is_said(link: Path):
+def test_unwritable_and_unreadable_files_are_reported(link: Path):
     with pytest.raises(ConfigError, match="cannot write"):
         send(link, link.parent / "missing", "back")
     (Place(link).folder / "answer.json").write_text("{")

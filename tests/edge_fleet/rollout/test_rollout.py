@@ -1114,12 +1114,12 @@ FIRST = Sight("fp_new", False, 1000, 10, frozenset({"seed"}), 100.0)
         ({"drifting": frozenset({"seed", "temperature"})}, "drifts: temperature"),
     ],
 )
-def test_what_the_watch_finds_wrong(changes: dict[str, Any], message: str | None):
+def test_faults_that_the_watch_finds(changes: dict[str, Any], message: str | None):
     found = _fault(replace(FIRST, **changes), FIRST, OLD)
     assert (found is None) if message is None else (message in str(found))
 
 
-def test_a_slow_bundle_is_late_and_a_hiccup_is_none(monkeypatch: pytest.MonkeyPatch):
+def test_a_slow_bundle_is_late_and_a_hiccup_is_not(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(services, "MAX_SLOWDOWN", 1.5)
     assert _late([0.2] * 7, [0.1] * 8) is None  # too few to say
     assert "a token takes 200.0 ms, with the old bundle 100.0 ms" in str(_late([0.2] * 8, [0.1]))
@@ -1128,7 +1128,7 @@ def test_a_slow_bundle_is_late_and_a_hiccup_is_none(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("queue_ms", "token_ms", "late"), [(9000, 10, False), (0, 20, True)])
-def test_late_is_who_decodes_slowly_and_not_who_waits_in_the_queue(
+def test_slow_decoding_counts_as_late_and_queueing_does_not(
     monkeypatch: pytest.MonkeyPatch, queue_ms: int, token_ms: int, late: bool
 ):
     monkeypatch.setattr(services, "MAX_SLOWDOWN", 1.5)

@@ -175,7 +175,7 @@ def test_the_first_bundle_needs_no_service(site: Site):
     assert not site.link.is_symlink()
 
 
-def test_a_service_that_does_not_hear_of_it_is_said(site: Site):
+def test_a_failed_reload_is_reported(site: Site):
     site.reload = "false"
     code, said = site.order("try", site.name)
     assert code == 70
@@ -289,7 +289,7 @@ ATTACKS: dict[str, tuple[Callable[[Site], object], str]] = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_what_is_not_what_was_judged_is_refused(site: Site, attack: str):
+def test_files_that_differ_from_the_judged_bundle_are_refused(site: Site, attack: str):
     change, wanted = ATTACKS[attack]
     if attack == "another's file" and os.geteuid() != 0:
         pytest.skip("needs root to give a file to another user")
@@ -354,7 +354,7 @@ def test_root_asks_for_the_signature_itself(site: Site, monkeypatch: pytest.Monk
     "text",
     ["", "{", "[]", '{"id": "../../x", "do": "back"}', '{"id": "0", "do": "sh"}', "x" * 20_000],
 )
-def test_what_is_no_order_is_removed(site: Site, text: str):
+def test_invalid_orders_are_removed(site: Site, text: str):
     (site.staging / "order.json").write_text(text)
     with pytest.raises(EdgeError):
         site.run()
@@ -372,7 +372,7 @@ def test_an_order_that_was_done_is_not_done_again(site: Site):
 
 
 @pytest.mark.parametrize("at", ["adopt", "write", "point", "reload_service", "_answer"])
-def test_who_is_ended_within_an_order_does_it_again(
+def test_an_order_cut_off_by_a_kill_is_done_again(
     site: Site, monkeypatch: pytest.MonkeyPatch, at: str
 ):
     """systemd starts it again while the order is there."""

@@ -242,7 +242,7 @@ def test_as_many_may_fail_as_the_vendor_says(fleet: Fleet):
     assert not fleet.progress.stopped
 
 
-def test_who_is_off_holds_no_wave_up_for_ever_and_catches_up(
+def test_a_device_that_is_off_does_not_block_a_wave_and_catches_up(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ):
     wanted = fleet.want(waves=("3", "100%"))

@@ -132,7 +132,7 @@ def test_what_must_be_refused_is_refused_by_name(live: Live, field: str, values:
         b'{"model": "tiny"}', b"{}{}", json.dumps(CHAT).encode() + b"x", b'"' + b'\\"' * 100_000,
     ],
 )  # fmt: skip
-def test_bodies_that_are_no_request(live: Live, body: bytes):
+def test_bodies_that_are_not_a_request_are_refused(live: Live, body: bytes):
     for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
         for _ in range(2):
             answer = live.ask(path, raw=body)
@@ -158,7 +158,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_nesting_is_what_json_says(value: Any):
+def test_nesting_counts_as_json_does(value: Any):
     def depth(item: Any) -> int:
         if isinstance(item, list | dict):
             children = item.values() if isinstance(item, dict) else item
@@ -255,7 +255,7 @@ def test_an_unknown_field_of_an_object_is_compared_with_that_object():
         ("temperature", "hot", "expected `float | null`, got `str`"),
     ],
 )
-def test_what_an_option_takes_is_said_in_words(option: str, value: Any, said: str):
+def test_an_error_says_in_words_what_an_option_takes(option: str, value: Any, said: str):
     body = {"options": {option: value}}
     assert refusal(OllamaChatRequest, body) == f"options.{option}: {said}"
 

@@ -230,7 +230,9 @@ def test_an_answer_is_continued_in_every_way_of_asking(live: Live):
         ({"messages": QUESTION, "continue_final_message": True}, "messages[0].role"),
     ],
 )
-def test_what_cannot_be_continued_is_named(live: Live, fields: dict[str, Any], param: str):
+def test_messages_that_cannot_be_continued_are_named(
+    live: Live, fields: dict[str, Any], param: str
+):
     answer = live.chat(**fields)
     assert (answer.status, answer.json["error"]["param"]) == (400, param)
 
@@ -402,7 +404,7 @@ def test_an_answer_keeps_to_its_form(live: Live):
         {"type": "grammar", "grammar": "start: nothing"},
     ],
 )
-def test_forms_that_cannot_be(live: Live, wanted: Any):
+def test_impossible_forms_are_refused(live: Live, wanted: Any):
     for _ in range(2):
         answer = live.chat(response_format=wanted)
         assert answer.status == 400, answer.body
@@ -472,7 +474,7 @@ def test_a_stream_tells_how_far_the_prompt_has_been_read(live: Live, path: str):
     )  # the second sample found the first's rows
 
 
-def test_who_waits_is_told_how_many_are_ahead(tiny_bundles: Bundles):
+def test_a_waiting_client_is_told_how_many_are_ahead(tiny_bundles: Bundles):
     one = running(tiny_bundles("qwen2"), llm={"num_slots": 1})
     with one as live, ThreadPoolExecutor(4) as threads:
         live.engine.default = "yes"

@@ -48,7 +48,7 @@ def test_prompts_of_every_kind(live: Live):
 @pytest.mark.parametrize(
     "prompt", ["", [], [""], [[]], [1, "a"], ["a", [1]], [[1], 2], [10**6], [-1]]
 )
-def test_prompts_that_are_none(live: Live, prompt: Any):
+def test_invalid_prompts_are_refused(live: Live, prompt: Any):
     answer = complete(live, prompt)
     assert answer.status == 400
     assert answer.json["error"]["param"].startswith("prompt")

@@ -246,7 +246,7 @@ def test_texts_count_in_the_metrics(live: Live):
     ]  # fmt: skip
 
 
-def test_an_engine_that_fails_is_said(pooling_bundles: PoolingBundles):
+def test_a_failed_engine_is_reported(pooling_bundles: PoolingBundles):
     engine = RealEngine()
     with (
         running(pooling_bundles("embed"), engine) as service,
@@ -265,7 +265,7 @@ def test_an_engine_that_fails_is_said(pooling_bundles: PoolingBundles):
         assert embed(service).status == 200  # one failed request spoils no other
 
 
-def test_values_that_are_not_finite_are_no_vector(pooling_bundles: PoolingBundles):
+def test_infinite_vectors_are_an_error(pooling_bundles: PoolingBundles):
     engine = RealEngine()
     with (
         running(pooling_bundles("embed"), engine) as service,

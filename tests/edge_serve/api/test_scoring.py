@@ -10,7 +10,7 @@ from tests.conftest import Bundles
 from tests.edge_serve.scripted import running
 
 
-def test_scoring_on_a_slow_engine_is_no_stall(tiny_bundles: Bundles):
+def test_scoring_on_a_slow_engine_does_not_count_as_a_stall(tiny_bundles: Bundles):
     """Every step takes less than the limit, and the whole far longer."""
     with running(tiny_bundles("qwen2"), stall_s=1.5) as live:
         ids = [5] * 450

@@ -15,7 +15,7 @@ from edge_serve.http.errors import APIError
 
 
 @given(st.lists(st.binary(max_size=8) | st.none(), max_size=30))
-def test_all_that_is_put_in_comes_out_in_order(steps: list[bytes | None]):
+def test_a_buffer_returns_its_bytes_in_order(steps: list[bytes | None]):
     """None takes what is there."""
 
     async def run() -> bytes:
@@ -35,7 +35,7 @@ def test_all_that_is_put_in_comes_out_in_order(steps: list[bytes | None]):
     assert asyncio.run(run()) == b"".join(step for step in steps if step)
 
 
-def test_a_reader_waits_for_what_is_to_come():
+def test_a_reader_waits_for_bytes():
     async def run() -> list[bytes]:
         buffer = Buffer(100)
         reader = asyncio.create_task(buffer.take())
@@ -51,7 +51,7 @@ def test_a_reader_waits_for_what_is_to_come():
     assert asyncio.run(run()) == [b"ab", b""]
 
 
-def test_a_buffer_has_an_end():
+def test_a_buffer_is_bounded():
     buffer = Buffer(10)
     buffer.put(b"x" * 10)
     with pytest.raises(APIError) as caught:

@@ -75,7 +75,7 @@ def test_calls_of_both_families():
     assert parse(DEEPSEEK, [newer]) == ("", [("clock", {"a": 1})])
 
 
-def test_what_is_no_call_stays_text():
+def test_text_that_is_not_a_call_stays_text():
     for text in (
         "plain", "<tool", "a <tool_call> b", "<tool_call>not json</tool_call>", "  spaces  ",
         '<tool_call>{"arguments": {}}</tool_call>', '<tool_call>[1]</tool_call>', "</tool_call>",
@@ -151,7 +151,7 @@ def test_an_end_mark_in_a_text_of_a_call_does_not_end_it(value: str):
         '"{"',
     ],
 )
-def test_what_an_end_mark_does_not_end_stays_text_up_to_it(body: str):
+def test_text_before_an_end_mark_that_ends_no_call_stays_text(body: str):
     """And a call that follows is found: at once, but where the mark could be in a text."""
     broken, after = f"<tool_call>{body}</tool_call>", hermes("g", {})
     parser = ToolParser(HERMES)
@@ -300,7 +300,7 @@ def test_one_call_at_a_time(tools: Live):
     assert tools.idle()
 
 
-def test_an_answer_that_ends_with_its_call_is_none_that_was_given_up(tools: Live):
+def test_an_answer_that_ends_with_its_call_does_not_count_as_cancelled(tools: Live):
     pytest.importorskip("llguidance")
 
     def outcomes() -> dict[str, float]:
@@ -600,7 +600,7 @@ def picking(value: dict[str, Any], *more: dict[str, Any]) -> list[dict[str, Any]
         ({"type": "string", "pattern": "^(?!x)"}, False),
     ],
 )
-def test_a_tool_that_is_not_strict_must_come_with_what_can_be_kept_to(
+def test_a_required_tool_that_is_not_strict_keeps_the_enforceable_schema(
     tools: Live, value: dict[str, Any], is_kept: bool, named: bool
 ):
     jsonschema = pytest.importorskip("jsonschema")
@@ -621,7 +621,7 @@ def test_a_tool_that_is_not_strict_must_come_with_what_can_be_kept_to(
     assert answer.status == (200 if value.get("format") == "int32" else 400), answer.body
 
 
-def test_a_schema_that_cannot_be_kept_to_loosens_no_other(
+def test_an_unenforceable_schema_does_not_loosen_others(
     tools: Live, monkeypatch: pytest.MonkeyPatch
 ):
     pytest.importorskip("llguidance")
@@ -647,7 +647,7 @@ def test_a_schema_that_cannot_be_kept_to_loosens_no_other(
         assert len(checked) == 5  # all together, each alone, and what is used
 
 
-def test_formats_that_are_kept_to():
+def test_enforced_formats():
     """Those of `structure._FORMATS` and no others; a key of this name is none."""
     llguidance = pytest.importorskip("llguidance")
     for name in sorted({*_FORMATS, "password", "uri-reference", "binary"}):
@@ -678,7 +678,7 @@ def test_a_form_that_leaves_no_place_for_calls_is_refused(template: str, form: A
         assert use.output.kind == form["type"]
 
 
-def test_what_cannot_be_bound_is_refused_by_name():
+def test_unbindable_calls_are_refused_by_name():
     request = {"messages": QUESTION, "tools": [CLOCK, strict(WEATHER)]}
     with pytest.raises(APIError, match="required or a function's name") as caught:
         use_of(request, DEEPSEEK_TEMPLATE)

@@ -19,7 +19,7 @@ def _says_four(live: Live) -> None:
     live.engine.say(ASKED, "Two and two.\n</think>\n\nIt is 4.")
 
 
-def test_a_chat_has_what_its_vote_came_to(live: Live):
+def test_a_chat_has_the_result_of_its_vote(live: Live):
     body = live.chat(**VOTE, vote={"most": 4}).json
     (choice,) = body["choices"]
     message = choice["message"]
@@ -78,7 +78,7 @@ def test_a_confidence_arrives(live: Live):
     assert live.engine.llm.stop_counts.total() > before.total()
 
 
-def test_what_trials_came_to_is_counted(live: Live):
+def test_results_of_trials_are_counted(live: Live):
     live.engine.llm.stop_counts.update(tried=2, stopped=1)
     counts = dict(live.engine.llm.stop_counts)
     assert live.ask("/stats").json["models"]["tiny"]["stop_counts"] == counts

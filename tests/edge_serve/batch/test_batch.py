@@ -138,7 +138,7 @@ def test_a_finished_batch_asks_nothing_and_failed_rows_come_again_without_their_
         ({"raw": "[" * 50_000}, 1, "invalid_answer"),
     ],
 )
-def test_what_is_tried_again_and_what_stands(
+def test_temporary_errors_are_retried_and_final_ones_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: Any, tries: int, outcome: int | str
 ):
     monkeypatch.setattr("edge_serve.batch.run._FIRST_WAIT_S", 0.001)
@@ -238,7 +238,7 @@ def test_a_url_with_a_path_keeps_it_and_v1_may_be_there_or_not(tmp_path: Path):
     assert answers(tmp_path)["row-0"]["response"]["body"]["path"] == "/v1/completions"
 
 
-def test_what_excludes_each_other_is_refused(tmp_path: Path):
+def test_exclusive_options_are_refused(tmp_path: Path):
     source, output = write_requests(tmp_path / "in.jsonl", [{}]), tmp_path / "out.jsonl"
     for options in (
         {},
@@ -426,7 +426,7 @@ DRIVER = (
 )
 
 
-def test_a_driver_that_is_killed_anywhere_is_gone_on_from(tmp_path: Path):
+def test_a_batch_resumes_after_a_kill_anywhere(tmp_path: Path):
     count, output = 150, tmp_path / "out.jsonl"
     bodies = [{"n": i} if i % 10 else {"n": i, "then": 400} for i in range(count)]
     source = write_requests(tmp_path / "in.jsonl", bodies)

@@ -61,7 +61,7 @@ def test_a_row_keeps_its_body_to_the_byte():
         ("[" * 100_000, "invalid_request", None),
     ],
 )
-def test_what_is_no_request_says_why(line: Any, code: str, custom_id: str | None):
+def test_lines_that_are_not_requests_say_why(line: Any, code: str, custom_id: str | None):
     data = line if isinstance(line, bytes) else line if isinstance(line, str) else json.dumps(line)
     data = data if isinstance(data, bytes) else data.encode()
     with pytest.raises(RowError) as failing:
@@ -75,7 +75,7 @@ def test_what_is_no_request_says_why(line: Any, code: str, custom_id: str | None
 
 
 @given(st.binary(max_size=80))
-def test_no_bytes_are_anything_but_a_row_or_an_error(line: bytes):
+def test_any_bytes_are_a_row_or_an_error(line: bytes):
     fault = RowError("", "")
     try:
         read_row(line, 1)
@@ -122,7 +122,7 @@ def _lines(count: int) -> list[bytes]:
 
 @settings(max_examples=60)
 @given(st.data())
-def test_any_prefix_of_the_answers_is_gone_on_from(
+def test_a_batch_resumes_from_any_prefix_of_its_answers(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ):
     """Cut, or zeros, from anywhere on: whole lines stay to the byte, others come again, once."""

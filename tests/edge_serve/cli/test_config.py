@@ -65,7 +65,9 @@ def test_values_and_origins(tmp_path: Path):
         ("int8_activations", "false", False, ("--no-int8-activations",)),
     ],
 )
-def test_every_layer_sets_it(tmp_path: Path, name: str, text: str, value: object, flag: Any):
+def test_every_layer_can_set_a_value(
+    tmp_path: Path, name: str, text: str, value: object, flag: Any
+):
     if sys.version_info < (3, 11):
         pytest.importorskip("tomli")
     path = tmp_path / "edge.toml"

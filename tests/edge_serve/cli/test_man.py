@@ -35,7 +35,7 @@ def test_every_verb_and_option_is_in_it():
                         assert re.search(pattern, section, re.MULTILINE), option
 
 
-def test_text_is_no_roff():
+def test_text_is_escaped_for_roff():
     assert list(_paragraphs(".x 'a' `b` c\\d e-f\n\nnext\nline")) == [
         "\\&.x \\(aqa\\(aq \\(gab\\(ga c\\ed e\\-f",
         ".PP",

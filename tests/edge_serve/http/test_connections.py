@@ -41,7 +41,7 @@ def client(sock: Listener, data: bytes = b"") -> socket.socket:
     return connected
 
 
-def test_who_has_left_is_known_before_anything_is_read(listener: Listener):
+def test_a_client_that_left_is_noticed_before_anything_is_read(listener: Listener):
     with client(listener, b"POST / ") as sock:
         with listener.accept()[0] as accepted:
             assert not has_left(accepted)
@@ -55,7 +55,7 @@ def test_who_has_left_is_known_before_anything_is_read(listener: Listener):
         assert has_left(accepted)
 
 
-def test_only_who_waits_for_an_answer_is_accepted(listener: Listener):
+def test_only_clients_that_wait_for_an_answer_are_accepted(listener: Listener):
     for data in (b"", b"POST / HTTP/1.1\r\n\r\n", b"GE"):
         client(listener, data).close()
     gone = client(listener, b"POST / HTTP/1.1\r\n\r\n")
@@ -70,7 +70,7 @@ def test_only_who_waits_for_an_answer_is_accepted(listener: Listener):
             listener.accept()
 
 
-def test_who_left_does_not_hold_up_the_loop_for_long(
+def test_clients_that_left_do_not_delay_the_loop_for_long(
     listener: Listener, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(connections, "_MOST_GONE", 3)
@@ -154,7 +154,7 @@ def leave_at(live: Live, name: str, patch: pytest.MonkeyPatch) -> list[str]:
         ("encode", ["decode", "encode"]),
     ],
 )
-def test_nothing_is_done_any_more_for_a_client_that_left(
+def test_no_work_is_done_for_a_client_that_left(
     live: Live, leaves: str, stages: list[str], monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ):  # fmt: skip
@@ -162,7 +162,7 @@ def test_nothing_is_done_any_more_for_a_client_that_left(
     assert not [each for each in caplog.records if each.levelname == "ERROR"]
 
 
-def test_the_dead_leave_the_queue_before_anybody_gets_429(
+def test_gone_clients_leave_the_queue_before_anybody_gets_429(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
     """Neither who comes, nor another client that waits."""
@@ -205,7 +205,7 @@ def test_the_dead_leave_the_queue_before_anybody_gets_429(
         assert [answer.status for answer in answers] == [200] * 4
 
 
-def test_a_full_queue_looks_for_the_dead_of_whom_the_loop_has_not_heard(tiny_bundles: Bundles):
+def test_a_full_queue_finds_gone_clients_before_the_event_loop_does(tiny_bundles: Bundles):
     with running(
         tiny_bundles("qwen2"), llm={"num_slots": 1, "queue_capacity": 1}
     ) as live, ExitStack() as stack:  # fmt: skip

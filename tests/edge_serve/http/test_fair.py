@@ -44,7 +44,7 @@ def test_a_trusted_proxy_says_whose_request_it_is(address: str, said: bytes | No
 
 
 @pytest.mark.parametrize("address", ["10.0.0.3", "2001:db8::1", "::ffff:10.0.0.3", "", "unix"])
-def test_from_others_it_is_ignored_and_counted(address: str):
+def test_the_header_from_others_is_ignored_and_counted(address: str):
     ignored: list[None] = []
     origins = Origins(PROXIES, lambda: ignored.append(None))
     assert origins.find(address, b"alice") == origins.find(address, None)
@@ -115,7 +115,7 @@ def test_texts_that_are_embedded_have_a_client_too(
     ("proxy", "clients"),
     [("127.0.0.1", ["carol"] * 4), ("10.0.0.1", ["alice", "alice", "bob", "bob"])],
 )
-def test_a_key_counts_but_for_the_clients_that_a_trusted_proxy_names(
+def test_a_key_identifies_a_client_unless_a_trusted_proxy_names_one(
     tiny_bundles: Bundles, tmp_path: Path, seen: list[str], proxy: str, clients: list[str]
 ):
     keys = write_secret(
@@ -130,7 +130,9 @@ def test_a_key_counts_but_for_the_clients_that_a_trusted_proxy_names(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_full_queue_refuses_the_newest_of_who_has_most(tiny_bundles: Bundles, stream: bool):
+def test_a_full_queue_refuses_the_newest_request_of_the_busiest_client(
+    tiny_bundles: Bundles, stream: bool
+):
     """One client's requests fill it; another's is answered all the same."""
     engine = ScriptedEngine()
     with running(

@@ -343,7 +343,7 @@ def test_both_lengths_at_once_are_refused(strict: Live):
 
 
 @pytest.mark.parametrize("length", ["-1", "1e3", "99999999999999999999", "0x10", " ", "5, 6"])
-def test_lengths_that_are_none(strict: Live, length: str):
+def test_invalid_lengths_are_refused(strict: Live, length: str):
     request = head(Authorization=f"Bearer {KEY}", Content_Type="application/json",
                    Content_Length=length)  # fmt: skip
     assert status_of(talk(strict, request + BODY)) in (400, 413)
@@ -415,7 +415,7 @@ def test_small_chunks_of_a_long_body_are_no_attack(strict: Live):
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ],
 )
-def test_what_is_no_http(strict: Live, data: bytes):
+def test_bytes_that_are_not_http_are_refused(strict: Live, data: bytes):
     answer = talk(strict, data)
     assert status_of(answer) in (400, 408, 505)
     assert error_of(answer)
@@ -495,7 +495,7 @@ def test_a_body_that_nobody_wants_cannot_drip_for_ever(strict: Live):
         assert time.monotonic() - started < 4
 
 
-def test_who_reads_all_the_time_gets_all_of_a_long_answer():
+def test_a_steady_reader_gets_all_of_a_long_answer():
     body = bytes(6_000_000)
 
     async def application(scope: Any, receive: Any, send: Any) -> None:

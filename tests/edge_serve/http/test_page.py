@@ -459,7 +459,7 @@ def test_the_dashboard_shows_the_cache_by_slot(browser: Browser):
     assert [widths for _, widths in found] == [[20, 60], [0, 20], [36, 0], [0, 0], []]
 
 
-def test_a_server_that_went_away_is_said_so(browser: Browser, server: StubServer):
+def test_a_lost_server_is_reported(browser: Browser, server: StubServer):
     browser.open_panel()
     browser.until(lambda: " GB" in browser.one("#gauges").text)
     server.shutdown()

@@ -40,7 +40,7 @@ def test_every_language_has_every_word():
     assert same == {"min_p", "none", "top_k", "top_p"}
 
 
-def test_every_word_is_used_and_there():
+def test_every_translated_word_exists_and_is_used():
     own = "\n".join(
         file.body.decode()
         for path, file in page_files().items()

@@ -202,7 +202,7 @@ def test_the_font_of_formulas_is_the_pages_own(shown: Browser):
         ("a\n\\[\n", "\\[ x \\] y\n"),
     ],
 )
-def test_formulas_that_never_end_cost_what_their_length_is(line: str, end: str, browser: Browser):
+def test_unclosed_formulas_take_linear_time(line: str, end: str, browser: Browser):
     """Texts that are cut out of the answer are counted, not the time."""
     script = """
     const { slice } = String.prototype;

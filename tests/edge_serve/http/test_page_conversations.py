@@ -522,7 +522,7 @@ def test_figures_stand_under_the_answer(browser: Browser, server: StubServer):
     assert summary.endswith("345 tokens")
 
 
-def test_a_thought_of_no_time_is_a_thought(browser: Browser, server: StubServer):
+def test_a_thought_that_took_no_time_is_shown(browser: Browser, server: StubServer):
     # Reasoning and answer may come in one read: the clock does not move between them.
     browser.driver.execute_script("performance.now = () => 1")
     browser.ask("hello")
@@ -549,7 +549,7 @@ def test_the_meter_warns_before_the_context_is_full(browser: Browser, server: St
     browser.until(lambda: text.text.startswith("This chat is full"))
 
 
-def test_who_waits_is_told_for_what(browser: Browser, server: StubServer):
+def test_a_waiting_user_is_told_why(browser: Browser, server: StubServer):
     server.holds.clear()
     server.progress = {"total": 3000, "cache": 0, "processed": 0, "time_ms": 0, "ahead": 4}
     browser.ask("hello")
@@ -609,12 +609,12 @@ def test_export_and_import(browser: Browser, server: StubServer, tmp_path: Path)
     ],
     ids=["no JSON", "other JSON", "newer schema", "circle", "no figures"],
 )
-def test_an_import_that_is_none(text: str, said: str, browser: Browser, tmp_path: Path):
+def test_an_invalid_import_is_refused(text: str, said: str, browser: Browser, tmp_path: Path):
     assert said in bring(browser, tmp_path, text)
     assert titles(browser) == []
 
 
-def test_a_leaf_that_is_none(browser: Browser, tmp_path: Path):
+def test_an_unknown_leaf_is_ignored_on_import(browser: Browser, tmp_path: Path):
     one = {**CIRCLE, "turns": {"1": ONE_TURN}, "leaf": "constructor"}
     text = json.dumps({"format": FORMAT, "conversations": [one]})
     assert "imported" in bring(browser, tmp_path, text)
@@ -696,7 +696,7 @@ def test_a_store_that_cannot_be_read_leaves_the_page(browser: Browser):
         assert titles(browser) == ["hello"]
 
 
-def test_what_the_store_refuses_to_delete_stays(browser: Browser):
+def test_conversations_that_cannot_be_deleted_stay(browser: Browser):
     browser.ask("hello")
     browser.answered()
     refuse = """IDBObjectStore.prototype.delete = IDBObjectStore.prototype.put =
@@ -764,7 +764,7 @@ def test_presets(browser: Browser, server: StubServer):
     browser.until(lambda: not browser.all("#preset option[value='own:Pirate']"))
 
 
-def test_the_real_service_takes_what_goes_on(real: tuple[Browser, Any]):
+def test_the_real_service_continues_an_answer(real: tuple[Browser, Any]):
     browser, live = real
     messages = [{"role": "user", "content": "hello"}]
     live.engine.say(messages, "So.</think>One two", ends=False)

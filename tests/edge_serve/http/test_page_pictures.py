@@ -237,7 +237,7 @@ def test_what_is_no_picture_and_one_too_many_are_named(sees: Browser):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_everybody_can_use_pictures(theme: str, sees: Browser):
+def test_pictures_are_accessible(theme: str, sees: Browser):
     sees.open_panel()
     sees.one("#theme").send_keys("Light" if theme == "light" else "Dark")
     sees.one("#panel-toggle").click()

@@ -34,7 +34,7 @@ from tests.edge_serve.scripted import Live, ScriptedEngine, running
         (["\xff=\x00"], 0),
     ],
 )
-def test_only_an_urgency_below_the_usual_one_counts(headers: list[str], priority: int):
+def test_an_urgency_above_the_usual_one_is_ignored(headers: list[str], priority: int):
     assert priority_of(headers) == priority
 
 
@@ -47,7 +47,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("path", CALLS)
-def test_who_has_time_starts_after_those_who_came_later(tiny_bundles: Bundles, path: str):
+def test_low_urgency_starts_after_later_requests(tiny_bundles: Bundles, path: str):
     engine = ScriptedEngine()
     engine.delay_s = 0.1  # clients tell in which order they got their answers
     length = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
@@ -56,7 +56,7 @@ def test_who_has_time_starts_after_those_who_came_later(tiny_bundles: Bundles, p
         assert _order(live, engine, path, body) == ["first", "usual", "background"]
 
 
-def test_texts_that_are_embedded_wait_likewise(pooling_bundles: PoolingBundles):
+def test_low_urgency_embeddings_wait_too(pooling_bundles: PoolingBundles):
     from edge.runtime.scheduler.scheduler import Scheduler
 
     seen: list[int] = []

@@ -91,7 +91,7 @@ def test_it_answers_nothing_else():
         assert exchange(found.port, b"nonsense\r\n\r\n") == b""
 
 
-def test_who_is_slow_holds_up_nobody_and_is_cut():
+def test_a_slow_prober_delays_nobody_and_is_cut():
     clock = Clock()
     with probes(clock) as found:
         slow = [socket.create_connection(("127.0.0.1", found.port), 5) for _ in range(100)]
@@ -132,7 +132,7 @@ def probe_port(live: Live) -> int:
     return port
 
 
-def test_a_blocked_event_loop_is_no_reason_to_be_taken_for_dead(
+def test_probes_are_answered_while_the_event_loop_is_blocked(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
     with running(tiny_bundles("qwen2"), probe_port=0) as live:

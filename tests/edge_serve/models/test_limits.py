@@ -28,7 +28,7 @@ def settings(bundle: Path) -> ServerSettings:
     return ServerSettings(model={"tiny": bundle}, backend="ort-cpu")
 
 
-def test_they_are_above_the_plan(settings: ServerSettings, bundle: Path):
+def test_limits_are_above_the_plan(settings: ServerSettings, bundle: Path):
     manifest = read_manifest(bundle)
     step = min(settings.prefill_chunk, manifest.kv_capacity)
     deployment = Deployment(
@@ -44,7 +44,9 @@ def test_they_are_above_the_plan(settings: ServerSettings, bundle: Path):
     assert limits.tasks_max == 128 + 4 * 12
 
 
-def test_what_takes_more_gets_more(settings: ServerSettings, bundle: Path, tiny_bundles: Bundles):
+def test_larger_services_get_larger_limits(
+    settings: ServerSettings, bundle: Path, tiny_bundles: Bundles
+):
     least = unit_limits(settings, 4)
     for change in (
         {"num_slots": 16},

@@ -187,7 +187,7 @@ def test_by_default_a_model_stays(bundles: dict[str, Path]):
         assert not here.service._loader._timers
 
 
-def test_a_watch_loads_no_model_and_keeps_none_awake(bundles: dict[str, Path]):
+def test_a_watch_neither_loads_models_nor_keeps_them_loaded(bundles: dict[str, Path]):
     with station({"one": bundles["one"]}, keep_alive="600ms") as here:
         began = time.monotonic()
         while here.status("one") == "loaded":
@@ -202,7 +202,7 @@ def test_a_watch_loads_no_model_and_keeps_none_awake(bundles: dict[str, Path]):
         assert here.live.ask("/stats").json["asked"] == asked
 
 
-def test_to_ask_about_a_model_loads_none(bundles: dict[str, Path]):
+def test_asking_about_a_model_does_not_load_it(bundles: dict[str, Path]):
     with station({"one": bundles["one"]}) as here:
         asked = (
             ("/v1/models", None),
@@ -361,7 +361,7 @@ def test_a_model_beyond_the_budget_starts_unloaded_and_takes_the_place_of_an_idl
         assert here.metric("model_unloads_total", 'model="two",reason="room"') == 1
 
 
-def test_a_model_that_answers_gives_no_room(bundles: dict[str, Path]):
+def test_a_busy_model_is_not_unloaded_for_another(bundles: dict[str, Path]):
     pair = {name: bundles[name] for name in ("one", "two")}
     with station(pair, memory_budget_mb=room_for(bundles, 1)) as here:
         here.engines["one"].running.clear()
@@ -586,9 +586,7 @@ def test_a_stop_does_not_wait_for_a_model_that_is_loaded(bundles: dict[str, Path
 
 
 @pytest.mark.parametrize("act", ["load", "unload", "reload"])
-def test_what_waited_for_another_model_does_not_begin_after_a_stop(
-    bundles: dict[str, Path], act: str
-):
+def test_waiting_changes_of_models_do_not_begin_after_a_stop(bundles: dict[str, Path], act: str):
     with station({"one": bundles["one"]}) as here, ThreadPoolExecutor(1) as pool:
         if act == "load":
             assert here.live.ask("/models/unload", {"model": "one"}).status == 200

@@ -39,7 +39,7 @@ from tests.edge_serve.scripted import Answer, Live, ScriptedEngine, running, unt
 # Rules
 
 
-def test_rules_say_what_they_are_written_as():
+def test_rules_choose_by_their_comparisons():
     facts, idle = Facts({"m": 500, "n": 9}, "chat", ""), SchedulerStats()
     busy = SchedulerStats(running=4, waiting=9)
     for text, in_idle, in_busy in (
@@ -91,7 +91,7 @@ def test_the_largest_number_that_a_rule_compares_tokens_with():
 
 
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=5), st.integers(0, 2**32))
-def test_a_split_keeps_to_its_shares_and_to_its_word(weights: list[int], salt: int):
+def test_a_split_keeps_its_shares_and_is_stable_per_key(weights: list[int], salt: int):
     shares = tuple((f"m{i}", weight) for i, weight in enumerate(weights))
     split = Split("s", shares)
     keys = [f"{salt}-{i}" for i in range(2000)]
@@ -104,7 +104,7 @@ def test_a_split_keeps_to_its_shares_and_to_its_word(weights: list[int], salt: i
         assert abs(counts[model] - 2000 * share) <= 6 * (2000 * share * (1 - share)) ** 0.5 + 1
 
 
-def test_splits_and_rules_that_cannot_be():
+def test_invalid_splits_and_rules_are_refused():
     models = {"a": 1, "b": 2}
     for text in ("a", "a:0/b:1", "a:1", "a:1/a:2", "a:x/b:1", "", "a:1/:2"):
         with pytest.raises(ConfigError, match="split"):
@@ -115,7 +115,7 @@ def test_splits_and_rules_that_cannot_be():
             read_routes(auto, split, models)
 
 
-def test_a_heartbeat_knows_work_from_rest():
+def test_a_heartbeat_tells_work_from_idleness():
     now = 0.0
     stats = SchedulerStats()
     beat = Heartbeat(lambda: stats, lambda: now)
@@ -450,7 +450,7 @@ def test_a_bad_bundle_changes_nothing(
         assert live.ask("/ready").status == 200
 
 
-def test_a_model_that_says_nan_is_not_served(bundles: dict[str, Path], tmp_path: Path):
+def test_a_model_with_nan_logits_is_not_served(bundles: dict[str, Path], tmp_path: Path):
     context, engines = swap(bundles)
     nan = tmp_path / "nan"
     shutil.copytree(bundles["new"], nan)

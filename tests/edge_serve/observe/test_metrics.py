@@ -126,7 +126,7 @@ def test_no_limit_does_not_spoil_the_sum():
     assert value(metrics, "request_max_tokens_sum", model="r1") == 100
 
 
-def test_state_is_read_when_somebody_looks():
+def test_state_is_read_on_each_scrape():
     state = {"r1": SchedulerStats(running=2, waiting=5, queue_capacity=64, num_slots=4)}
     state["r1"] = replace(state["r1"], kv_used_tokens=25, kv_capacity_tokens=100, steps=7)
     metrics = Metrics(lambda: state)
@@ -148,7 +148,7 @@ def test_state_is_read_when_somebody_looks():
     assert "edgellm_requests_waiting" not in {name for name, _ in samples(metrics)}
 
 
-def test_the_device_is_looked_at_once_a_second():
+def test_the_device_is_read_at_most_once_a_second():
     looks = []
 
     def look() -> Snapshot:
@@ -202,7 +202,7 @@ def test_many_values_at_once_are_counted_like_one_by_one(values: list[float]):
     assert found == pytest.approx(wanted)
 
 
-def test_what_the_device_does_not_say_is_left_out():
+def test_unreadable_device_values_are_left_out():
     metrics = Metrics(idle, telemetry=Snapshot)
     names = {name for name, _ in samples(metrics)}
     assert not any("gpu" in name or "memory" in name or "throttled" in name for name in names)
@@ -407,5 +407,5 @@ def test_the_page_reads_what_stats_has():
     assert kinds <= set(stats["models"]["r1"]["latency"])
 
 
-def test_what_models_have_defaults_for_has_a_histogram():
+def test_every_parameter_with_a_default_has_a_histogram():
     assert {*PARAM_BUCKETS} == {*DEFAULTED, "max_tokens"}

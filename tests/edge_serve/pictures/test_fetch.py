@@ -183,7 +183,7 @@ def test_a_picture_that_does_not_come(
     assert not asked
 
 
-def test_one_that_drips_has_its_time(
+def test_a_slowly_sent_picture_times_out(
     fetches: Live, elsewhere_is_public: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(fetch, "FETCH_S", 0.3)
@@ -221,7 +221,7 @@ def test_an_address_within_the_network_is_not_public(address: str):
 
 
 @pytest.mark.parametrize("address", ["93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"])
-def test_an_address_of_the_internet_is(address: str):
+def test_an_internet_address_is_public(address: str):
     assert fetch._is_public(address)
 
 
@@ -230,7 +230,7 @@ def test_an_address_of_the_internet_is(address: str):
     "host",
     ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1", "127.1", "[::ffff:127.0.0.1]", "0"],
 )
-def test_no_way_of_writing_it_leads_into_the_network(
+def test_no_spelling_of_an_address_leads_into_the_network(
     fetches: Live, asked: list[Any], sender: Any, host: str
 ):
     send, where = sender
@@ -260,7 +260,7 @@ def test_a_name_with_a_public_and_a_private_address(
     assert not asked
 
 
-def test_the_connection_itself_is_looked_at(
+def test_the_connections_own_address_is_checked(
     fetches: Live, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
     """An address that was public when it was looked up is no excuse."""
@@ -296,13 +296,13 @@ def test_this_machine_is_not_asked_by_its_public_address(
         "http://ex\xe4mple.org/",
     ],
 )
-def test_what_is_no_address(fetches: Live, url: str):
+def test_invalid_addresses_are_refused(fetches: Live, url: str):
     answer = chat(fetches, image_url(url))
     assert "is no address of a picture" in answer.json["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/a b", "/\x00", "/\u007f"])
-def test_what_is_no_path(fetches: Live, elsewhere_is_public: None, path: str):
+def test_invalid_paths_are_refused(fetches: Live, elsewhere_is_public: None, path: str):
     with site(whole()) as url:
         answer = chat(fetches, image_url(url.partition("/picture")[0] + path))
     assert answer.status == 400, answer.body

@@ -133,7 +133,7 @@ def test_a_tokens_count_counts_pictures(sees: Live, asked: list[Any]):
 
 
 @pytest.mark.parametrize("detail", [None, "auto", "high"])
-def test_what_says_nothing_of_a_picture_changes_nothing(sees: Live, asked: list[Any], detail: Any):
+def test_neutral_picture_fields_change_nothing(sees: Live, asked: list[Any], detail: Any):
     """Each of these is in a list of what has no effect."""
     source = {**base64_source(b64(PICTURE)), "media_type": "image/gif"}
     given: dict[str, Any] = {"image_url": uri(), "detail": detail, "file_id": None}
@@ -233,7 +233,7 @@ REFUSED: dict[str, tuple[Callable[[Live], Answer], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
-def test_what_is_no_picture_is_refused_by_name(sees: Live, asked: list[Any], case: Any):
+def test_parts_that_are_not_pictures_are_refused_by_name(sees: Live, asked: list[Any], case: Any):
     send, message = case
     answer = send(sees)
     assert answer.status == 400, answer.body

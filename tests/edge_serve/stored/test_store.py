@@ -23,7 +23,7 @@ def ids_of(store: ResponseStore, *numbers: int) -> list[int]:
     return [number for number in numbers if store.load(make_record(number).id) is not None]
 
 
-def test_what_is_saved_comes_back(tmp_path: Path):
+def test_saved_responses_come_back(tmp_path: Path):
     store = open_store(tmp_path / "a" / "b")
     ended, waiting = make_record(1), make_record(2, answer=0)
     rows = np.random.default_rng(0).standard_normal(LAYOUT.shape(5)).astype(np.float32)
@@ -62,7 +62,7 @@ def test_the_oldest_that_have_ended_make_room(tmp_path: Path):
     assert ids_of(store, 1, 7, 8, 9) == [1, 7, 8]
 
 
-def test_who_has_most_makes_room(tmp_path: Path):
+def test_the_client_with_the_most_responses_makes_room(tmp_path: Path):
     """One client cannot push out the responses of another."""
     store = open_store(tmp_path / "s", responses=4)
     store.save(make_record(1, client="quiet"))
@@ -115,7 +115,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, num_bytes: int, fits:
     assert len(list((tmp_path / "s").iterdir())) == 1
 
 
-def test_old_ones_go(tmp_path: Path):
+def test_old_responses_are_removed(tmp_path: Path):
     base = 1_800_000_000
     now = [base + 1000.0]
     store = ResponseStore(tmp_path / "s", Bounds(age_s=100), clock=lambda: now[0])

@@ -211,7 +211,7 @@ def test_attention_over_many_parts(tile: int, join: int, tokens: int):
 
 
 @pytest.mark.parametrize("position", [-(2**31), -1, 2**31 - 1])
-def test_positions_that_cannot_be_touch_no_memory_that_is_not_there(position: int):
+def test_impossible_positions_access_no_memory_out_of_bounds(position: int):
     """TensorRT times kernels on inputs that it makes up."""
     job = attention(2, 1, 2, 3, 64, 200)
     inputs: dict[str, Any] = {
@@ -289,7 +289,7 @@ def test_the_largest_logits_and_the_mass_of_the_others_are_those_of_numpy(
 
 @settings(max_examples=EXAMPLES)
 @given(st.integers(0, 2**32), st.sampled_from([-0x80000000, 0x7FFF0000]), st.floats(0, 1))
-def test_keys_that_cannot_be_lead_nowhere_else(seed: int, key: int, share: float):
+def test_impossible_keys_access_no_memory_out_of_bounds(seed: int, key: int, share: float):
     """TensorRT times the second kernel on whatever is in memory; `run` looks at each address."""
     job, random = top_k(1, 9000, 70), np.random.default_rng(seed)
     buffers = {

@@ -63,7 +63,7 @@ def test_tensorrts_tactics_are_in_the_package_as_ptx():
 
 
 @pytest.mark.parametrize("planes", [1, 2])
-def test_the_order_of_tactics_stays(planes: int):
+def test_the_order_of_tactics_is_fixed(planes: int):
     """Engines keep a tactic by its number."""
     assert [(each.variant.name, each.rows, each.columns) for each in launch.w4_tactics(planes)] == [
         *((f"w4_gemv_rows{rows}_planes{planes}", rows, 64) for rows in (1, 2, 4, 8)),
@@ -72,7 +72,7 @@ def test_the_order_of_tactics_stays(planes: int):
 
 
 @pytest.mark.parametrize("width", [64, 128])
-def test_the_order_of_attentions_tactics_stays(width: int):
+def test_the_order_of_attention_tactics_is_fixed(width: int):
     parts = [(each.variant.name, each.rows) for each in part_tactics(width)]
     assert parts == [(f"attention_parts_rows{n}_width{width}", n) for n in (16, 64)]
     joins = [(each.variant.name, each.rows) for each in join_tactics(width)]
@@ -160,7 +160,7 @@ def test_the_kernels_order_holds_the_exporters_integers():
         (lambda: pack_weights([np.zeros((32, n), np.int8) for n in (1, 2)]), "same shape"),
     ],
 )
-def test_what_the_kernels_do_not_serve_is_refused(make: Any, said: str):
+def test_unsupported_sizes_are_refused(make: Any, said: str):
     with pytest.raises(ConfigError, match=said):
         make()
 
@@ -173,7 +173,7 @@ def test_parts_of_an_attention_fill_a_gpu_and_their_sums_have_room(rows: int):
     assert parts == 64 or (parts + 1) * rows > 8192
 
 
-def test_what_attention_launches_follows_from_shapes():
+def test_attention_launches_follow_from_shapes():
     few, many = attention(2, 3, 4, 2, 64, 500), attention(2, 3, 4, 400, 64, 500)
     assert few.launches[0].variant.name == "attention_parts_rows16_width64"
     assert few.launches[0].grid == (1, 6, 64)
@@ -193,7 +193,7 @@ def test_what_attention_launches_follows_from_shapes():
         (3, 1, 1, [(1, 3, 1), (3, 1, 1)], "top_k_merge_most256"),
     ],
 )
-def test_what_the_best_logits_launch_follows_from_shapes(
+def test_best_logits_launches_follow_from_shapes(
     rows: int, columns: int, keep: int, grids: Any, last: str
 ):
     job = top_k(rows, columns, keep)

@@ -87,7 +87,7 @@ def test_a_legal_bundle_passes(legal: Path) -> None:
     assert "TensorRT 11.4 (JetPack 7.2.2, as a package): legal (not confirmed" in result.stdout
 
 
-def test_an_illegal_bundle_is_told_with_node_rule_source_and_way_out(illegal: Path) -> None:
+def test_an_illegal_bundle_is_reported_with_node_rule_source_and_advice(illegal: Path) -> None:
     result = run(str(illegal), "--trt", "10.3")
     assert result.exit_code == EXIT_GATE_MISSED
     assert "ILLEGAL" in result.stdout
@@ -115,7 +115,7 @@ def test_options_of_a_compilation_do_not_go_with_it(legal: Path, option: list[st
         run(str(legal), "--trt", "10.3", *option)
 
 
-def test_a_changed_graph_is_not_believed(legal: Path) -> None:
+def test_a_changed_graph_is_refused_by_its_hash(legal: Path) -> None:
     with (legal / "decoder.onnx").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(IntegrityError, match=r"decoder\.onnx"):

@@ -490,7 +490,7 @@ def test_int8_weights_with_float_inputs_are_a_warning() -> None:
     assert "int8-weight-only" not in {finding.rule for finding in found.findings}
 
 
-def test_every_rule_has_a_check_a_source_and_a_way_out() -> None:
+def test_every_rule_has_a_check_a_source_and_advice() -> None:
     for rule in RULES:
         steps = [*rule.steps, *([rule.rtx] if rule.rtx is not None else [])]
         assert steps, rule.name

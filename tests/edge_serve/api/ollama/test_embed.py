@@ -74,7 +74,7 @@ def test_a_text_that_is_too_long_is_cut_at_its_end(live: Live):
         assert refused.json["error"].startswith(f"{name}: a text has ")
 
 
-def test_without_a_text_the_model_is_only_asked_for(live: Live):
+def test_a_request_without_text_only_loads_the_model(live: Live):
     given: dict[str, Any]
     for given in ({}, {"input": ""}, {"input": []}):
         answer = ask(live, **given)
@@ -104,7 +104,7 @@ def test_what_cannot_be_done_is_refused(live: Live, fields: dict[str, Any], said
     assert said in answer.json["error"]
 
 
-def test_a_model_that_writes_makes_no_vectors(tiny_bundles: Bundles):
+def test_a_generative_model_makes_no_vectors(tiny_bundles: Bundles):
     with running(tiny_bundles("qwen2", "portable"), RealEngine()) as live:
         assert "completion" in live.ask("/api/show", {"model": "tiny"}).json["capabilities"]
         for path, text in ((EMBED, {"input": "a"}), (OLDER, {"prompt": "a"})):

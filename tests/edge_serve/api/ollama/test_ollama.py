@@ -82,7 +82,7 @@ def test_a_whole_answer(live: Live):
     assert chat(live, options={**GREEDY, "num_predict": 2}).json["done_reason"] == "length"
 
 
-def test_the_time_in_the_queue_is_no_time_of_the_prompt():
+def test_queue_time_does_not_count_as_prompt_time():
     stats = GenerationStats(queue_s=5.0, ttft_s=7.0, total_s=10.0)
     turn: Any = SimpleNamespace(model_name="tiny", waited_s=0.0)
     render = ollama_text.OllamaRender(turn, GenerateRequest(), None)
@@ -130,7 +130,7 @@ def test_a_prompt_is_a_chat_of_one_message(live: Live):
     assert error.json["error"].startswith("suffix: this model has no tokens")
 
 
-def test_ollamas_own_client_sends_every_text_empty_that_it_was_not_given(live: Live):
+def test_empty_texts_of_ollamas_own_client_count_as_absent(live: Live):
     """`api.Client` in Go, and with it `ollama run` and `ollama show`: api/types.go there."""
     for model, name in (("tiny", ""), ("", "tiny")):
         show = {"model": model, "name": name, "system": "", "template": "", "verbose": False,
@@ -319,7 +319,7 @@ def test_a_request_without_anything_asks_for_the_model(live: Live):
     assert chat(live, model="tiny:7b").status == 404
 
 
-def test_what_changes_the_models_is_not_served(live: Live):
+def test_endpoints_that_change_models_are_not_served(live: Live):
     for path, method in NOT_SERVED_PATHS:
         if method == "POST":
             answer = live.ask(path.replace("{digest}", "sha256:00"), {"model": "tiny"})
@@ -340,7 +340,7 @@ def test_a_failure_in_a_stream_is_its_last_line(live: Live):
     assert b"secret" not in answer.body
 
 
-def test_a_silence_stays_one(tool_bundle: Path):
+def test_silences_are_not_filled(tool_bundle: Path):
     """A line that is no JSON would break its clients."""
     with running(tool_bundle, ping_s=0.02) as live:
         live.engine.say(QUESTION, "ab")

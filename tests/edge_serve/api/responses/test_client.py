@@ -115,7 +115,7 @@ def test_a_client_that_closes_its_stream_frees_the_engine(client: Any, served: L
         served.engine.delay_s = 0
 
 
-def test_llm_comply_has_nothing_to_say(served: Live):
+def test_llm_comply_finds_no_faults(served: Live):
     """All of its cases but the one with an image and those of another endpoint."""
     cases = (
         "basic-response,system-prompt,multi-turn,tool-calling,streaming-response,streaming-usage,"

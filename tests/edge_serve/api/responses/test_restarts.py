@@ -171,7 +171,7 @@ def test_a_stop_in_the_middle_changes_no_token(
             assert len(json.loads(ended.output_text)["a"]) >= 25
 
 
-def test_what_ran_together_goes_on_with_the_tokens_of_each_alone(
+def test_responses_that_ran_together_continue_with_the_same_tokens(
     tiny_bundles: Bundles, tmp_path: Path
 ):
     require_even_rows()
@@ -188,7 +188,7 @@ def test_what_ran_together_goes_on_with_the_tokens_of_each_alone(
             assert said(wait(client, id_)) == undisturbed(client, seed, "text")
 
 
-def test_a_cache_that_has_slid_goes_on(tiny_bundles: Bundles, tmp_path: Path):
+def test_a_response_with_a_shifted_cache_continues(tiny_bundles: Bundles, tmp_path: Path):
     bundle = tiny_bundles("qwen2")
     slides: dict[str, Any] = {"kv_capacity": 48, "overflow": "slide"}
     with server(bundle, tmp_path / "s", **slides) as first, connected(first) as client:
@@ -204,7 +204,7 @@ def test_a_cache_that_has_slid_goes_on(tiny_bundles: Bundles, tmp_path: Path):
         assert said(wait(client, id_)) == undisturbed(client, seed, "text")
 
 
-def test_what_waits_goes_on_too(tiny_bundles: Bundles, tmp_path: Path):
+def test_waiting_responses_continue_too(tiny_bundles: Bundles, tmp_path: Path):
     """One slot: the second response had not begun."""
     bundle = tiny_bundles("qwen2")
     limits: dict[str, Any] = {"num_slots": 1, "drain_timeout_s": 20}
@@ -220,7 +220,9 @@ def test_what_waits_goes_on_too(tiny_bundles: Bundles, tmp_path: Path):
             assert ended.usage.output_tokens > 0
 
 
-def test_a_kill_begins_it_anew_with_the_same_numbers(tiny_bundles: Bundles, tmp_path: Path):
+def test_a_killed_response_restarts_with_the_same_random_numbers(
+    tiny_bundles: Bundles, tmp_path: Path
+):
     bundle = tiny_bundles("qwen2")
     with server(bundle, tmp_path / "s") as first, connected(first) as client:
         id_ = begin(client, max_output_tokens=200, temperature=1).id
@@ -232,7 +234,9 @@ def test_a_kill_begins_it_anew_with_the_same_numbers(tiny_bundles: Bundles, tmp_
         assert said(wait(client, id_)) == undisturbed(client, seed, "text")
 
 
-def test_who_kills_its_server_again_and_again_is_given_up(tiny_bundles: Bundles, tmp_path: Path):
+def test_a_response_that_repeatedly_kills_its_server_is_given_up(
+    tiny_bundles: Bundles, tmp_path: Path
+):
     bundle = tiny_bundles("qwen2")
     with server(bundle, tmp_path / "s", 0.05) as first, connected(first) as client:
         id_ = begin(client, max_output_tokens=200).id
@@ -257,7 +261,9 @@ def put_away(bundle: Path, directory: Path, letters: int = 20, **fields: Any) ->
     return id_, before
 
 
-def test_another_bundle_ends_it_with_what_it_had_said(tiny_bundles: Bundles, tmp_path: Path):
+def test_a_changed_bundle_ends_a_response_with_its_output_so_far(
+    tiny_bundles: Bundles, tmp_path: Path
+):
     id_, before = put_away(tiny_bundles("qwen2"), tmp_path / "s")
     with server(tiny_bundles("llama"), tmp_path / "s") as other, connected(other) as client:
         ended = wait(client, id_)
@@ -267,7 +273,9 @@ def test_another_bundle_ends_it_with_what_it_had_said(tiny_bundles: Bundles, tmp
         assert "restarted with another bundle" in ended.error.message
 
 
-def test_a_smaller_context_ends_it_with_what_it_had_said(tiny_bundles: Bundles, tmp_path: Path):
+def test_a_smaller_context_ends_a_response_with_its_output_so_far(
+    tiny_bundles: Bundles, tmp_path: Path
+):
     id_, before = put_away(tiny_bundles("qwen2"), tmp_path / "s", 60)
     small = {"kv_capacity": 24}
     with (

@@ -86,7 +86,7 @@ def test_a_response_in_the_background_is_there_later(client: Any, live: Live):
 
 
 @pytest.mark.usefixtures("slow")
-def test_what_it_has_said_so_far_is_shown(client: Any):
+def test_the_output_so_far_is_shown(client: Any):
     begun = client.responses.create(**{**BACKGROUND, "input": "long"})
     texts = []
     while (found := client.responses.retrieve(begun.id)).status in ("queued", "in_progress"):
@@ -135,7 +135,7 @@ def test_another_client_sees_nothing_of_it(client: Any, live: Live):
 
 
 @pytest.mark.usefixtures("slow")
-def test_a_cancelled_one_frees_the_engine_and_keeps_what_it_said(client: Any, live: Live):
+def test_a_cancelled_response_frees_the_engine_and_keeps_its_output(client: Any, live: Live):
     id_ = client.responses.create(**{**BACKGROUND, "input": "long"}).id
     until(lambda: bool(client.responses.retrieve(id_).output_text))
     ended = client.responses.cancel(id_)
@@ -149,7 +149,7 @@ def test_a_cancelled_one_frees_the_engine_and_keeps_what_it_said(client: Any, li
         assert again == ended
 
 
-def test_what_is_not_in_the_background_cannot_be_cancelled(client: Any):
+def test_only_background_responses_can_be_cancelled(client: Any):
     answer = client.responses.create(**ASKED, store=True)
     with pytest.raises(openai.BadRequestError, match="close the connection"):
         client.responses.cancel(answer.id)
@@ -170,7 +170,7 @@ def test_a_deleted_one_is_gone(client: Any, live: Live, ended: bool):
 
 
 @pytest.mark.usefixtures("slow")
-def test_a_client_that_leaves_ends_its_own_and_not_the_background(client: Any, live: Live):
+def test_a_client_that_leaves_does_not_end_background_responses(client: Any, live: Live):
     background = client.responses.create(**{**BACKGROUND, "input": "long"}).id
     stream = client.responses.create(**{**ASKED, "input": "long"}, store=True, stream=True)
     id_ = next(iter(stream)).response.id
@@ -203,7 +203,7 @@ def test_a_conversation_goes_on_with_a_stored_response(client: Any, live: Live):
 
 
 @pytest.mark.usefixtures("slow")
-def test_an_unfinished_one_is_nothing_to_go_on_with(client: Any):
+def test_an_unfinished_response_cannot_be_continued(client: Any):
     id_ = client.responses.create(**{**BACKGROUND, "input": "long"}).id
     with pytest.raises(openai.BadRequestError, match="and only one that is completed"):
         client.responses.create(**ASKED, previous_response_id=id_)
