@@ -4,21 +4,30 @@ Its default resizes by torchvision, and needs it; we resize by Pillow, as its ot
 as the models were trained. Run where the dependency group ``parity`` and torchvision are::
 
     python -m scripts.picture_levels [PICTURE...]      its drawn pictures without a file
+    python -m scripts.picture_levels --answers CHECKPOINT [--pictures 200] [--threads N]
+
+The second asks a checkpoint of `scripts/train-vision` about pictures held out, with the pixels of
+both, and counts the answers that differ.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
-import sys
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 
 from edge.vision.decode import decode_picture
 from edge.vision.picture import as_picture
 from edge.vision.section import VisionSection
+from scripts.vision_pictures import draw
+from scripts.vision_score import held_out_questions, open_checkpoint
 from tests.edge.vision.pictures import INTERNVL, SMOLVLM, encode, picture
 
 SIZES = ((640, 480), (1280, 800), (2400, 1600), (300, 900), (100, 100))
@@ -48,8 +57,47 @@ def torchvision_pixels(data: bytes, section: VisionSection) -> Any:
     return values.reshape(-1, *values.shape[-3:])
 
 
-def main() -> None:
-    pictures = {path: Path(path).read_bytes() for path in sys.argv[1:]}
+def drawing_levels(checkpoint: Path, images: Sequence[Image.Image]) -> NDArray[Any]:
+    """By how many levels of 255 the pixels of a checkpoint's two processors differ."""
+    import transformers
+
+    tiles = []
+    for backend in ("pil", "torchvision"):
+        processor = transformers.AutoProcessor.from_pretrained(checkpoint, backend=backend)
+        made_by = processor.image_processor
+        values = made_by([[image] for image in images], return_tensors="pt")["pixel_values"]
+        std = np.array(made_by.image_std, np.float32)[:, None, None]
+        tiles.append(values.numpy() * std / made_by.rescale_factor)
+    return np.asarray(np.abs(tiles[0] - tiles[1]))
+
+
+def print_answers(checkpoint: Path, pictures: int, threads: int) -> None:
+    """Print how many answers of one model differ between the pixels of Pillow and torchvision."""
+    drawings = [draw("held-out", number) for number in range(pictures)]
+    levels = drawing_levels(checkpoint, [drawing.image for drawing in drawings])
+    print(f"pixels: {levels.mean():.5f} levels on average, {levels.max():.1f} at most")
+    questions = held_out_questions(drawings)
+    ours, theirs = (
+        open_checkpoint(checkpoint, threads, backend)(questions)
+        for backend in ("pil", "torchvision")
+    )
+    print("| pixels of | questions | right | answers that differ |")
+    print("|---|---|---|---|")
+    differ = [place for place, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+    for name, texts in (("Pillow", ours), ("torchvision", theirs)):
+        right = sum(q.is_right(text) for q, text in zip(questions, texts, strict=True))
+        print(f"| {name} | {len(questions)} | {right} | {len(differ)} |")
+    for place in differ:
+        asked = questions[place]
+        print(
+            f"picture {asked.drawing.number}, {asked.text} {asked.answer!r}: Pillow "
+            f"{ours[place]!r}, torchvision {theirs[place]!r}"
+        )
+
+
+def print_levels(files: Sequence[Path]) -> None:
+    """Print by how many levels the pixels of both differ."""
+    pictures = {str(path): path.read_bytes() for path in files}
     for width, height in () if pictures else SIZES:
         drawn = picture(width, height)
         pictures[f"{width} x {height}, sharp"] = encode(drawn)
@@ -67,6 +115,21 @@ def main() -> None:
                 f"| {name} | {model} | {levels.mean():.3f} | {np.percentile(levels, 99):.1f} "
                 f"| {levels.max():.1f} | {(levels > 0.5).mean():.1%} |"
             )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, metavar="PICTURE")
+    parser.add_argument("--answers", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--pictures", type=int, default=200, help="for --answers; default 200")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for --answers")
+    options = parser.parse_args()
+    if options.answers:
+        if options.files:
+            parser.error("--answers draws its pictures itself; give no PICTURE beside it")
+        print_answers(options.answers, options.pictures, options.threads)
+    else:
+        print_levels(options.files)
 
 
 if __name__ == "__main__":

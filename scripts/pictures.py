@@ -348,7 +348,7 @@ def _terminal(prompt: str, states: list[tuple[int, str, float, float | None]]) -
 
 
 @contextlib.contextmanager
-def served(bundle: Path) -> Iterator[str]:
+def served(bundle: Path, *options: str) -> Iterator[str]:
     """Serve a bundle; gives the address.
 
     Raises:
@@ -358,6 +358,7 @@ def served(bundle: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "edge.cli", "serve", str(bundle), "--port", str(port)]
+    command += options
     with subprocess.Popen(command, cwd=ROOT) as server:
         try:
             deadline = time.monotonic() + START_S
@@ -373,8 +374,9 @@ def served(bundle: Path) -> Iterator[str]:
             server.terminate()
 
 
-def photograph(url: str) -> None:
-    """Ask a question on the page and keep what it looks like, light and dark.
+@contextlib.contextmanager
+def opened_page(url: str, *flags: str) -> Iterator[Any]:
+    """Open a server's page; gives a `tests.edge_serve.http.browser.Browser`.
 
     Raises:
         EdgeError: Debian's chromium and chromium-driver are not there.
@@ -389,7 +391,7 @@ def photograph(url: str) -> None:
     options: Any = webdriver.ChromeOptions()
     options.binary_location = browser
     with tempfile.TemporaryDirectory() as profile:
-        for flag in (*FLAGS, "--force-device-scale-factor=1.5", f"--user-data-dir={profile}"):
+        for flag in (*FLAGS, *flags, f"--user-data-dir={profile}"):
             options.add_argument(flag)
         with webdriver.Chrome(options, webdriver.ChromeService(service)) as driver:
             driver.set_window_size(1280, 860)
@@ -397,23 +399,41 @@ def photograph(url: str) -> None:
             page = Browser(driver)
             page.started()
             page.open_panel()
-            for name, value in (("temperature", "0"), ("max_tokens", "200")):
-                page.one(f"[name={name}]").send_keys(value)
-            page.ask(QUESTION)
-            deadline = time.monotonic() + START_S
-            while not page.all(".turn.assistant .facts span"):
-                if time.monotonic() > deadline:
-                    raise EdgeError(f"no answer within {START_S} s; run this on an idle machine")
-                time.sleep(0.5)
-            time.sleep(5)  # two looks of the dashboard
-            driver.execute_script(
-                "document.getElementById('engines').parentElement.scrollIntoView()"
-            )
-            driver.execute_script("document.activeElement.blur()")
-            for scheme in ("light", "dark"):
-                features = [{"name": "prefers-color-scheme", "value": scheme}]
-                driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-                driver.save_screenshot(str(PICTURES / f"page-{scheme}.png"))
+            yield page
+
+
+def wait_for_answer(page: Any) -> None:
+    """Wait until the page's newest turn is a whole answer.
+
+    Raises:
+        EdgeError: it is not within `START_S`.
+    """
+    deadline = time.monotonic() + START_S
+    while not page.all(".turn.assistant:last-child .facts span"):
+        if time.monotonic() > deadline:
+            raise EdgeError(f"no answer within {START_S} s; run this on an idle machine")
+        time.sleep(0.1)
+
+
+def photograph(url: str) -> None:
+    """Ask a question on the page and keep what it looks like, light and dark.
+
+    Raises:
+        EdgeError: there is no browser, or no answer.
+    """
+    with opened_page(url, "--force-device-scale-factor=1.5") as page:
+        for name, value in (("temperature", "0"), ("max_tokens", "200")):
+            page.one(f"[name={name}]").send_keys(value)
+        page.ask(QUESTION)
+        wait_for_answer(page)
+        time.sleep(5)  # two looks of the dashboard
+        driver = page.driver
+        driver.execute_script("document.getElementById('engines').parentElement.scrollIntoView()")
+        driver.execute_script("document.activeElement.blur()")
+        for scheme in ("light", "dark"):
+            features = [{"name": "prefers-color-scheme", "value": scheme}]
+            driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+            driver.save_screenshot(str(PICTURES / f"page-{scheme}.png"))
 
 
 # --------------------------------------------------------------------------- all

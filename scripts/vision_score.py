@@ -153,7 +153,7 @@ def open_answerer(model: Path, threads: int, opened: ExitStack) -> Answerer:
     if (model / "manifest.json").is_file():
         return _open_bundle(model, threads, opened)
     if (model / "preprocessor_config.json").is_file():
-        return _open_checkpoint(model, threads)
+        return open_checkpoint(model, threads)
     raise ConfigError(
         f"{model} is neither a bundle nor a checkpoint that scripts/train-vision made"
     )
@@ -171,7 +171,8 @@ def _open_bundle(bundle: Path, threads: int, opened: ExitStack) -> Answerer:
     return answer
 
 
-def _open_checkpoint(checkpoint: Path, threads: int) -> Answerer:
+def open_checkpoint(checkpoint: Path, threads: int, backend: str = "pil") -> Answerer:
+    """A checkpoint in transformers, whose processor resizes by Pillow or by ``torchvision``."""
     import torch
     import transformers
 
@@ -179,7 +180,7 @@ def _open_checkpoint(checkpoint: Path, threads: int) -> Answerer:
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         checkpoint, dtype=torch.float32
     ).eval()
-    processor = transformers.AutoProcessor.from_pretrained(checkpoint, backend="pil")
+    processor = transformers.AutoProcessor.from_pretrained(checkpoint, backend=backend)
 
     def answer(questions: Sequence[Question]) -> list[str]:
         # Prompts of one text have one length, so nothing is padded.
