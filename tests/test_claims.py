@@ -272,7 +272,6 @@ FIGURES: dict[str, list[Source]] = {
     "# An article's claims, one by one": [
         Computed("tokens of a step of the predictions", lambda: 512, "{:.0f}")
     ],
-    "dynamic sparse attention": [Quoted("685", "model card of DeepSeek-V3.2-Exp")],
     "it speeds up the 7B by 15 %": [
         Quoted("512", ARTICLE),
         KV_MB,
