@@ -99,13 +99,15 @@ def _rounds_inputs(recipe: Recipe) -> bool:
 
 
 def table(root: Path) -> str:
-    """The table in Markdown."""
-    header = ["Recipe", "Graph", *(version.name for version in VERSIONS)]
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    """Return the table in Markdown; recipes of equal verdicts share a row."""
+    grouped: dict[tuple[str, ...], list[str]] = {}
     for recipe, graph, verdicts in checked(root):
         told = ["not written"] * len(VERSIONS) if verdicts is None else map(cell, verdicts)
-        cells = [f"`{recipe.options}`", f"`{graph.options}`", *told]
-        lines.append(f"| {' | '.join(cells)} |")
+        grouped.setdefault((graph.options, *told), []).append(f"`{recipe.options}`")
+    header = ["Graph", "Recipes", *(version.name for version in VERSIONS)]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for (options, *cells), recipes in sorted(grouped.items()):
+        lines.append(f"| `{options}` | {', '.join(recipes)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
