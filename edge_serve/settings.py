@@ -48,8 +48,8 @@ class ServerSettings(EngineConfig):
         log_level: least severity that is logged.
         host: address to listen on.
         port: TCP port; 0 takes a free one.
-        probe_port: TCP port on which a thread of its own answers /health and /ready, also while the
-            event loop has no time for them; there is none by default, and 0 takes a free one.
+        probe_port: TCP port on which a separate thread answers /health and /ready, even while the
+            event loop is busy; there is none by default, and 0 takes a free one.
         api_key_file: file of API keys, one per line as ``NAME:KEY`` or just the key; without it
             everyone may call.
         allow_open: listen beyond loopback without a key file.
@@ -66,19 +66,19 @@ class ServerSettings(EngineConfig):
         adapter_dir: directory below which /v1/load_lora_adapter may read; by default it reads none.
         key_adapters: adapters that an API key may use, as KEY=ADAPTER,ADAPTER; a key that is not
             here may use all.
-        max_body_bytes: longest body of a request, beside its pictures.
-        max_images: pictures of a request at most.
-        max_image_bytes: bytes of all pictures of a request together; where a model that reads them
-            is served, a body may be longer by 4/3 of it.
+        max_body_bytes: longest body of a request, without its pictures.
+        max_images: most pictures of a request.
+        max_image_bytes: most bytes of all pictures of a request together; if a model that reads
+            pictures is served, a body may be longer by 4/3 of it.
         image_urls: fetch pictures that requests name by an address, from public machines only.
         max_inflight_body_bytes: bytes of all bodies whose requests have not ended; one client may
             have a quarter of them, and the first 16 KiB of each body are free.
         max_header_bytes: longest head of a request, all its headers together.
-        max_nesting: levels of arrays and objects in a body at most.
-        unknown_fields: what a field of a request that nobody knows comes to: refuse it, or ignore
-            and count it, for a gateway in front that adds its own.
-        max_messages: messages of a chat at most.
-        max_choices: answers of one request at most: n times the number of prompts.
+        max_nesting: most levels of arrays and objects in a body.
+        unknown_fields: refuse unknown fields of a request, or ignore and count them, for a gateway
+            in front that adds its own.
+        max_messages: most messages of a chat.
+        max_choices: most answers of one request: n times the number of prompts.
         max_connections: connections that are open at once, or fewer where the limit of open files
             is lower; a new one replaces the one that has waited longest for its client.
         max_connections_per_address: connections of one address (of IPv6 of one network of 64 bits)
@@ -88,14 +88,14 @@ class ServerSettings(EngineConfig):
             request it is; it counts instead of their address where there is no key.
         text_queue_capacity: long requests (bodies of 32 KiB or more) that wait to be read and
             encoded, which happens one after the other; more are refused.
-        text_timeout_s: seconds for which a request may wait to be encoded, and for that.
+        text_timeout_s: seconds that a request may wait and take to be encoded.
         header_timeout_s: seconds from the first byte of a head, or from the connection, to the end
             of the head.
         body_timeout_s: seconds from the head to the end of the body.
-        write_timeout_s: seconds after which a client that takes nothing of what it was sent is cut.
+        write_timeout_s: seconds after which a client that reads nothing is cut.
         idle_connection_s: seconds after which an idle connection is closed.
-        stream_buffer_bytes: bytes that wait for one slow reader, beside 256 KiB in the kernel; with
-            more the stream is cancelled.
+        stream_buffer_bytes: bytes that may wait for one slow reader, besides 256 KiB in the kernel;
+            with more the stream is cancelled.
         ping_s: seconds of silence on a stream after which a comment is sent.
         request_timeout_s: seconds that a generation may take, its wait included, before it ends
             with an error.
@@ -103,8 +103,8 @@ class ServerSettings(EngineConfig):
         rate_limit_address_rps: requests per second and address (of IPv6 of one network of 64 bits),
             or of what a trusted proxy says in x-edge-client, probes and refused ones included; ten
             seconds' worth may come at once; 0 is no limit.
-        drain_timeout_s: seconds that running requests may go on after SIGTERM.
-        responses_dir: directory in which /v1/responses keeps what is to be stored, and what goes on
+        drain_timeout_s: seconds that running requests may continue after SIGTERM.
+        responses_dir: directory in which /v1/responses stores responses, and those that continue
             after a restart; by default nothing is stored.
         vllm_metrics: also expose the metrics under the names that vLLM has for them.
         drift_baseline: file of what requests usually ask for; a window that differs is an alarm.
@@ -261,10 +261,10 @@ def parse_keep_alive(given: str | float) -> float:
     """Read how long a model stays, as Ollama does: a duration of Go, or seconds.
 
     Args:
-        given: e.g. ``5m``, ``1h30m``, ``500ms``, 300 or ``300``; what is negative is for ever.
+        given: e.g. ``5m``, ``1h30m``, ``500ms``, 300 or ``300``; a negative value means forever.
 
     Returns:
-        Seconds; infinite for ever.
+        Seconds; infinite for forever.
 
     Raises:
         ValueError: it is neither.

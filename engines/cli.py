@@ -194,7 +194,7 @@ def _attention_option(choices: tuple[AttentionChoice, ...], last: str) -> Callab
     "Kernels",
     "--kernels",
     type=click.Choice(["auto", "own", "tensorrt"]),
-    help="Whose kernels compute products with weights of few bits, and attention: edge-llm's own, "
+    help="Whose kernels compute products of low-bit weights, and attention: edge-llm's own, "
     "as plugins in the engine, or TensorRT's; auto builds one engine with each, compares and times "
     "both here, and keeps the faster. Default: auto on a Jetson, else tensorrt.",
 )
@@ -214,7 +214,7 @@ def _attention_option(choices: tuple[AttentionChoice, ...], last: str) -> Callab
     help="Build every variant that --kv-read auto, --attention auto and --kernels auto leave open, "
     "time each on this GPU, and keep the fastest that answers as the CPU does.",
 )
-@option("Output", "--again", is_flag=True, help="Build although the same engine is there already.")
+@option("Output", "--again", is_flag=True, help="Build even if the same engine is there already.")
 @option(
     "Output", "--print-trtexec", is_flag=True, help="Only print the trtexec line for this engine."
 )
@@ -390,7 +390,7 @@ def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
     "reduced",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="OUT.onnx",
-    help="Where TensorRT refuses the graph, write its smallest part that is refused for the same "
+    help="If TensorRT refuses the graph, write its smallest part that is refused for the same "
     "cause. With a GPU here and no --sm it asks the TensorRT that builds.",
 )
 @click.pass_context
@@ -408,7 +408,7 @@ def check(
     Needs TensorRT for RTX. Exits with code 65 if the audit finds a fault; nothing is written.
 
     With --trt it needs no TensorRT: it checks the graph by the rules of each version. Exits with
-    code 3 if one of them does not take it.
+    code 3 if one of them refuses it.
     """
     if trt is not None:
         _check_rules(ctx, options["bundle"], trt, as_json)

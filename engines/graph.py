@@ -178,8 +178,8 @@ def _add_best_logits(graph: OnnxFile, keep: int) -> None:
         return outputs[0]
 
     row = add("Cast", [io_spec.LOGITS], "best.row", to=ELEMENT_NUMBERS["fp32"])
-    how_many = graph.add_int64("best.k", [keep])
-    best = add("TopK", [row, how_many], "best.fp32", "best.places", axis=-1, largest=1, sorted=1)
+    number = graph.add_int64("best.k", [keep])
+    best = add("TopK", [row, number], "best.fp32", "best.places", axis=-1, largest=1, sorted=1)
     add("Cast", [best], io_spec.BEST_VALUES, to=ELEMENT_NUMBERS[dtype])
     add("Cast", ["best.places"], io_spec.BEST_IDS, to=ELEMENT_NUMBERS["int32"])
     zero = graph.add_int64("best.zero", [0])

@@ -77,8 +77,8 @@ def push(bundle: Path, reference: Reference | None, plain_http: bool | None, as_
     """Send BUNDLE to a registry as REFERENCE; only what is not there yet is sent.
 
     Without REFERENCE it goes to the registry of EDGE_LLM_REGISTRY, under the name by which edge-llm
-    pull finds it there. Every file is held to its hash before. Engines stay here: they are built on
-    each device.
+    pull finds it there. The hash of every file is checked first. Engines stay here: they are built
+    on each device.
     """
     from edge_fleet.registry.push import push as send
 
@@ -125,10 +125,10 @@ def pull(
     plain_http: bool | None,
     as_json: bool,
 ) -> None:
-    """Get REFERENCE from a registry; what an interrupted pull has left is not fetched again.
+    """Get REFERENCE from a registry; an interrupted pull continues where it was.
 
-    The signature is checked before anything large is fetched, every file before the bundle is
-    there. Pieces that bundles in the same directory have are copied from them. A release that has
+    The signature is checked before anything large is fetched, and every file before the bundle
+    appears. Pieces that bundles in the same directory have are copied from them. A release that has
     expired, or is older than the one it would replace, is refused with exit code 65.
     """
     from edge_fleet.registry.pull import look
@@ -161,7 +161,7 @@ def pull(
 @bundle_argument
 @click.option("--key", "key_file", type=FILE, required=True, help="Secret key of minisign.")
 @click.option("--engine", metavar="NAME", help="Sign this engine of BUNDLE, and not BUNDLE.")
-@click.option("--comment", help="One line that is signed too. Default: time and name.")
+@click.option("--comment", help="One line that is signed, too. Default: time and name.")
 @click.option(
     "--password-file", type=FILE, help="File of the key's password. Default: it is asked for."
 )
@@ -175,9 +175,9 @@ def pull(
 @click.option(
     "--expires",
     type=click.DateTime(("%Y-%m-%d", "%Y-%m-%dT%H:%M:%SZ")),
-    help="Of the release, in UTC: from then on nobody fetches it.",
+    help="When the release expires, in UTC; devices then refuse to fetch it.",
 )
-@click.option("--name", help="Of the release: the only repository it is for, e.g. acme/r1-7b.")
+@click.option("--name", help="The only repository that the release is for, e.g. acme/r1-7b.")
 @json_option
 def sign(
     bundle: Path,
@@ -190,13 +190,13 @@ def sign(
     name: str | None,
     as_json: bool,
 ) -> None:
-    """Sign BUNDLE; a signature that it had is replaced.
+    """Sign BUNDLE; an earlier signature is replaced.
 
-    The signature, manifest.json.minisig, is of manifest.json, which has the hash of every file.
-    All of them are checked first. It is in minisign's format: minisign -Vm manifest.json -P KEY.
-    A release is written into manifest.json before.
+    The signature, manifest.json.minisig, covers manifest.json, which has the hash of every file.
+    All hashes are checked first. The format is minisign's: minisign -Vm manifest.json -P KEY.
+    A release is written into manifest.json before it is signed.
 
-    Engines have no part in it: a device that trusts keys runs those that it built itself, and those
+    Engines are not covered: a device that trusts keys runs those that it built itself, and those
     that were signed with --engine, which writes engine.json.minisig.
     """
     made = _release(release, expires, name)
@@ -238,8 +238,8 @@ def _find_engine(bundle: Path, name: str) -> Path:
 def keygen(name: Path, no_password: bool, password_file: Path | None) -> None:
     """Make a pair of keys, NAME.key and NAME.pub, in minisign's format.
 
-    NAME.key signs: keep it where no device and no registry is. NAME.pub is what devices trust;
-    several of them, one after the other, are a file of trusted keys.
+    NAME.key signs: keep it off devices and registries. Devices trust NAME.pub; to trust several
+    keys, put them into one file, one after the other.
     """
     if no_password and password_file is not None:
         raise ConfigError("--no-password and --password-file exclude each other")
@@ -259,10 +259,10 @@ def keygen(name: Path, no_password: bool, password_file: Path | None) -> None:
 def verify(ctx: click.Context, bundle: Path, trusted_keys: Path | None, as_json: bool) -> None:
     """Check every file of BUNDLE against its manifest, and the manifest's signature.
 
-    Without trusted keys the signature is only shown. With them, an engine has to be vouched for, as
-    when it runs: built on this machine, or signed. Exit code 65: something is wrong. 3: something
-    lies in BUNDLE that nobody vouches for; nothing reads or runs it. Whether the engines answer as
-    the graph does is what edge-llm verify checks.
+    Without trusted keys the signature is only shown. With them, an engine must be built on this
+    machine or signed, as when it runs. Exit code 65: something is wrong. 3: BUNDLE contains
+    something that nobody vouches for; nothing reads or runs it. To check that the engines answer
+    as the graph does, use edge-llm verify.
     """
     data, signature = read_manifest_bytes(bundle), read_signature_bytes(bundle)
     manifest = read_manifest(bundle)
@@ -315,9 +315,9 @@ def _print_verified(bundle: Path, found: dict[str, Any], release: Release | None
 @plain_http_option
 @json_option
 def diff(old: str, new: str, plain_http: bool | None, as_json: bool) -> None:
-    """Say what differs between two bundles, and what a device with OLD fetches for NEW.
+    """Show what differs between two bundles, and what a device with OLD fetches for NEW.
 
-    Each is a bundle of this machine or a REFERENCE.
+    Each is a bundle on this machine or a REFERENCE.
     """
     with show_progress() as progress:
         before, after = (_contents(text, plain_http, progress) for text in (old, new))

@@ -54,8 +54,7 @@ def up(file: Path) -> None:
 def router(file: Path) -> None:
     """Run vllm-router in place of this process; FILE names its router_port.
 
-    While it runs, the endpoint lets it choose the device of chats and completions; while it does
-    not, HAProxy chooses.
+    While it runs, it chooses the device for chats and completions; otherwise HAProxy does.
     """
     endpoint.run_router(read_config(file), file)
 
@@ -63,7 +62,7 @@ def router(file: Path) -> None:
 @fleet.command("reload", short_help="Take over a change of FILE or of keys.")
 @_file
 def reload_(file: Path) -> None:
-    """Take over what FILE and its files of keys say now; no request fails for it."""
+    """Apply changes of FILE and its files of keys; no request fails because of it."""
     endpoint.reload(read_config(file), file)
 
 
@@ -90,7 +89,7 @@ def status(file: Path, as_json: bool) -> None:
 @fleet.command(short_help="End the endpoint; the devices go on serving.")
 @_file
 def down(file: Path) -> None:
-    """End the endpoint once running answers have ended; the devices serve on by themselves."""
+    """Stop the endpoint once running answers have ended; the devices continue to serve."""
     config = read_config(file)
     if left := endpoint.stop(config):
         raise DeadlineError(f"{left} requests were cut short after {config.drain_timeout_s} s")

@@ -39,7 +39,7 @@ from edge_lab.telemetry import read_target
 @click.argument("model")
 @click.option("--quant", help="As for edge-llm export.")
 @build_option
-@click.option("--force", is_flag=True, help="Make it anew if it is there.")
+@click.option("--force", is_flag=True, help="Make it again if it is there.")
 @click.option(
     "--revision",
     help="Branch, tag or commit. Default: of a short name on the Hugging Face hub the commit that "
@@ -53,7 +53,7 @@ from edge_lab.telemetry import read_target
 @click.option(
     "--fast",
     is_flag=True,
-    help="As for edge-llm export: a bundle within minutes of the download, which loses more.",
+    help="As for edge-llm export: a bundle within minutes of the download, with more loss.",
 )
 @click.option(
     "--from",

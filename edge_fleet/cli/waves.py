@@ -27,7 +27,7 @@ _state = click.option(
     "--state",
     type=click.Path(path_type=Path, file_okay=False),
     required=True,
-    help="Directory with what is wanted, device-keys and reports; of the fleet's receiver.",
+    help="The receiver's directory, with the wanted state, device-keys and reports.",
 )
 _key = click.option(
     "--key", "key_file", type=FILE, required=True, help="Secret key that signs, as for bundles."
@@ -53,7 +53,7 @@ _password = click.option(
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Devices that may fail or reject it before no other one begins.",
+    help="How many devices may fail or reject it before no other begins.",
 )
 @click.option(
     "--window",
@@ -74,10 +74,10 @@ def rollout(
     plain_http: bool | None,
     as_json: bool,
 ) -> None:
-    """Say that every device is to have the bundle that REFERENCE means now.
+    """Bring every device to the bundle that REFERENCE means now.
 
     Devices ask the receiver by themselves (edge-llm bundle rollout --wanted), judge, switch and
-    report. A wave begins when each device of the one before has ended; where too many have failed,
+    report. A wave begins when each device of the one before has ended; once too many have failed,
     none begins any more. See edge-llm fleet progress.
     """
     from edge_fleet.registry.client import Registry
@@ -104,10 +104,10 @@ def rollout(
 @_password
 @json_option
 def rollback(state: Path, key_file: Path, password_file: Path | None, as_json: bool) -> None:
-    """Have each device that has the wanted bundle go back to the one that it had before.
+    """Send each device that has the wanted bundle back to the one that it had before.
 
-    That one is on its disk: nothing is fetched, judged or waited for, and no wave or window counts.
-    It happens at each device's next poll. The bundle is not taken again.
+    That one is on its disk: nothing is fetched or judged, and no wave or window delays it. Each
+    device goes back at its next poll. It does not take the bundle again.
     """
     from edge_fleet.waves.receiver import State
 
@@ -144,10 +144,10 @@ def progress(state: Path, as_json: bool) -> None:
 def receive(
     state: Path, host: str, port: int, certificate: Path | None, certificate_key: Path | None
 ) -> None:
-    """Be the fleet's receiver until SIGTERM: the one address that devices dial.
+    """Run the fleet's receiver until SIGTERM: the one address that devices dial.
 
     The file device-keys in the directory has a key of each device, NAME:KEY or NAME:sha256:HEX
-    (edge-llm key NAME makes both); a device can report for itself only. It needs no secret key.
+    (edge-llm key NAME makes both); a device can report only for itself. No secret key is needed.
     """
     import uvicorn
 

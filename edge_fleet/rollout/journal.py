@@ -1,13 +1,13 @@
 """Keeps a journal of a roll-out on disk: however one ends, the next knows where it was.
 
-A service's settings name a link, ``r1``, which leads to the directory of a bundle beside it. The
-link is what a roll-out moves. Its journal is ``.r1.edge-llm-rollout/journal.json``.
+A service's settings name a link, ``r1``, which leads to the directory of a bundle beside it. A
+roll-out moves this link. Its journal is ``.r1.edge-llm-rollout/journal.json``.
 
-A roll-out with a staging directory may not move it. Journal and new bundle are in that directory
-then, and root's `switch` moves the link, by orders.
+A roll-out with a staging directory must not move the link. Then the journal and the new bundle are
+in that directory, and root's `switch` moves the link by orders.
 
-While a new bundle is on trial (`Journal.on_trial`) the link leads to it, and nobody has said yet
-that it stays. `take_back` ends a trial: the link leads to the old bundle again.
+While a new bundle is on trial (`Journal.on_trial`), the link leads to it, but it is not accepted
+yet. `take_back` ends a trial: the link leads to the old bundle again.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from .orders import send
 
 Step = Literal["idle", "pulled", "built", "judged", "trial", "done"]
 ROLLED_BACK = "it was rolled back"
-"""Why what a device went back from is rejected."""
+"""Why a bundle is rejected that the device went back from."""
 MAX_TRIALS = 3
-"""Trials of one bundle that may be cut off before it is not tried again."""
+"""How many trials of a bundle may be cut off before it is not tried again."""
 _MAX_BYTES = 1 << 22
 _MAX_REJECTED = 50
 _RELOAD_TIMEOUT_S = 120.0
@@ -45,19 +45,19 @@ class Journal(msgspec.Struct, forbid_unknown_fields=True):
 
     Attributes:
         digest: digest of the bundle that is rolled out; empty if there was none yet.
-        step: the last one that it has done.
-        new: name of its directory.
-        old: name of the directory that the link leads to without it; None if there was no link.
-        trials: how often it has been on trial without an end.
-        rejected: digests that were found wanting, and why, the latest last.
-        judged: what was measured of the bundle that stays, a `edge_fleet.rollout.judge.Measure`;
-            the guard reads this without what asks models.
-        judged_new: what was measured of the new one.
-        first: what was measured of the first bundle that was accepted; every later one is held
-            to it, too.
-        wanted: number of the newest wanted state that was here; 0 where nothing is asked for any.
-        release: number of the release that was kept last, which no lower one may follow; 0 where
-            it had none.
+        step: the last finished step.
+        new: name of the new bundle's directory.
+        old: name of the directory that the link led to before; None if there was no link.
+        trials: how often it has been on trial without a result.
+        rejected: digests of rejected bundles, and why, the latest last.
+        judged: measurements of the accepted bundle, an `edge_fleet.rollout.judge.Measure`; stored
+            as plain data, so that the guard can read it without importing models.
+        judged_new: measurements of the new bundle.
+        first: measurements of the first bundle that was accepted; every later one is compared with
+            it, too.
+        wanted: number of the newest wanted state that was here; 0 if the device asks for none.
+        release: number of the release that was kept last, which no lower one may follow; 0 if it
+            had none.
     """
 
     digest: str = ""
@@ -90,14 +90,14 @@ class Place:
 
     Args:
         link: the link; it need not exist yet.
-        staging: directory of what nobody has accepted yet, where this user may not move the link.
+        staging: directory of bundles not accepted yet, for users who may not move the link.
 
     Raises:
-        ConfigError: it is a directory or file of its own.
+        ConfigError: the path is a real directory or file.
     """
 
     def __init__(self, link: Path, staging: Path | None = None) -> None:
-        self.link = link.parent.resolve() / link.name  # where it leads is not followed
+        self.link = link.parent.resolve() / link.name  # the link itself is not followed
         self.staging = staging
         self.work = self.link.parent if staging is None else staging.resolve()
         self.folder = beside(self.work / self.link.name, "rollout")
@@ -109,7 +109,7 @@ class Place:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the place; the kernel lets go of it however the process ends.
+        """Hold the place; the kernel releases it however the process ends.
 
         Raises:
             ConfigError: another process holds it, or it cannot be made.
@@ -125,7 +125,7 @@ class Place:
 
     @property
     def current(self) -> str | None:
-        """Name of the directory that the link leads to; None without a link.
+        """Return the name of the directory that the link leads to; None without a link.
 
         Raises:
             ConfigError: it leads out of the link's own directory.
@@ -140,18 +140,18 @@ class Place:
         return target.name
 
     def path(self, name: str) -> Path:
-        """The path of a bundle beside the link."""
+        """Return the path of a bundle beside the link."""
         return self.link.with_name(name)
 
     def new_path(self, name: str) -> Path:
-        """The path of a bundle that nobody has accepted yet."""
+        """Return the path of a bundle that is not accepted yet."""
         return self.work / name
 
     def begin(self, name: str, reload: str | None) -> None:
-        """Let the link lead to a new bundle, and have the service look.
+        """Point the link to a new bundle, and make the service look.
 
         Raises:
-            EdgeError: the bundle is refused, or see `reload_service`.
+            EdgeError: the bundle is refused, or the command fails (`reload_service`).
         """
         if self.staging is not None:
             send(self.link, self.staging, "try", name)
@@ -160,12 +160,12 @@ class Place:
             reload_service(reload)
 
     def keep(self, name: str) -> None:
-        """Say that the bundle on trial stays."""
+        """Accept the bundle on trial."""
         if self.staging is not None:
             send(self.link, self.staging, "keep", name)
 
     def go_back(self, name: str | None, reload: str | None) -> None:
-        """Let the link lead to the old bundle, or be gone, and have the service look.
+        """Point the link to the old bundle, or remove it, and make the service look.
 
         Raises:
             EdgeError: the service does not look at the link (`reload_service`).
@@ -178,7 +178,7 @@ class Place:
             reload_service(reload)
 
     def point(self, name: str | None) -> None:
-        """Let the link lead to a bundle, or be gone; there is no moment without it between."""
+        """Point the link to a bundle, atomically, or remove it."""
         temp = beside(self.link, "link")
         with contextlib.suppress(FileNotFoundError):
             temp.unlink()
@@ -190,7 +190,7 @@ class Place:
         fsync(self.link.parent)
 
     def sweep(self, keep: Collection[str | None]) -> None:
-        """Remove the bundles that roll-outs have left in `work`, but for these."""
+        """Remove the bundles that roll-outs have left in `work`, except these."""
         pattern = re.compile(re.escape(self.link.name) + r"-[0-9a-f]{12}")
         for path in self.work.iterdir():
             if pattern.fullmatch(path.name) and path.name not in keep and path.is_dir():
@@ -198,7 +198,7 @@ class Place:
         fsync(self.work)
 
     def read(self) -> Journal:
-        """Read the journal; a new one where there is none.
+        """Read the journal; return a new one if there is none.
 
         Raises:
             ConfigError: it cannot be read.
@@ -236,15 +236,15 @@ def take_back(
     cut_off: bool = True,
     fault: str | None = None,
 ) -> bool:
-    """End a trial: the link leads to the old bundle again, and the service hears of it.
+    """End a trial: the link leads to the old bundle again, and the service is told.
 
-    Call it with the place locked. It does nothing where nothing is on trial.
+    Call it with the place locked. It does nothing if nothing is on trial.
 
     Args:
         place: the link.
         journal: the journal on disk; it is written again.
         reload: command that makes the service look at the link.
-        cut_off: whether nobody is left who could say why; too many such trials reject a bundle.
+        cut_off: whether the trial ended without a verdict; too many such trials reject a bundle.
         fault: why the bundle is rejected; None if it may be tried again.
 
     Returns:
@@ -258,7 +258,7 @@ def take_back(
         return False
     failed: EdgeError | None = None
     try:
-        # Before the journal says that the trial is over: whoever ends this, the next one does both.
+        # Before the journal says that the trial is over: if this is cut off, the next does both.
         place.go_back(journal.old, reload)
     except EdgeError as error:
         if place.current == journal.new != journal.old:
@@ -277,12 +277,12 @@ def take_back(
 
 
 def undo(place: Place, journal: Journal, reload: str | None) -> str:
-    """Let the link lead to the bundle before the one that was kept; returns its name.
+    """Point the link to the bundle before the one that was kept; return its name.
 
-    Call it with the place locked, and nothing on trial. What is left is not tried again.
+    Call it with the place locked, and nothing on trial. The bundle that is left is not tried again.
 
     Raises:
-        ConfigError: no bundle of before is on the disk.
+        ConfigError: no earlier bundle is on the disk.
         BackendError: the command fails (`reload_service`); the link is back.
     """
     old, current = journal.old, place.current
@@ -301,7 +301,7 @@ def reload_service(command: str | None) -> None:
     """Run the command that makes the service look at the link.
 
     Raises:
-        ConfigError: it is no command.
+        ConfigError: it is not a command.
         BackendError: it fails.
     """
     if command is None:

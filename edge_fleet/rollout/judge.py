@@ -1,9 +1,9 @@
 """Judges a new bundle by what it computes: how well it predicts texts, then what it answers.
 
-The texts come first, since they take seconds. They are of different kinds, and each is judged: a
-damage may raise the perplexity of one kind by a tenth, and that of another by half as much. A new
-bundle is held to the one that serves and to the first that was accepted: each roll-out may lose
-a little, but not a little of what the one before has lost.
+The texts come first, since they take seconds. They are of different kinds, and each is judged: the
+same damage may raise the perplexity of one kind by a tenth, and of another by half. A new bundle is
+compared with the one that serves and with the first that was accepted: each roll-out may lose a
+little, but the losses must not add up.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from . import PERPLEXITY_RATIO
 from .service import Service
 
 LEAST_RIGHT = 6
-"""Right answers of the old bundle; McNemar's test finds no fewer flips unlikely (p = 0.031)."""
+"""Fewest right answers of the old bundle: by McNemar's test six flips are unlikely (p = 0.031)."""
 _TEXT_CHARS = 8000  # characters and not tokens, so that bundles of two tokenizers read the same
 _MAX_OWN_LOSS = 1.25
 _LIMITS = Limits(length_ratio=2.0)  # what a new calibration may do to the lengths of greedy answers
@@ -47,11 +47,11 @@ _LIMITS = Limits(length_ratio=2.0)  # what a new calibration may do to the lengt
 
 @dataclass(frozen=True)
 class Gate:
-    """By which measure a bundle is judged.
+    """The measure that a bundle is judged by.
 
     Attributes:
         texts: UTF-8 texts; the beginning of each is predicted.
-        perplexity_ratio: to the old bundle's and the first one's, from which on it is worse.
+        perplexity_ratio: ratio to the perplexity of the old or first bundle that counts as worse.
         golden: file of the golden set; None leaves it out.
         max_tokens: most tokens of an answer to it.
     """
@@ -68,11 +68,11 @@ class Measure(msgspec.Struct, frozen=True):
     Attributes:
         bundle: name of its directory.
         texts_sha256: hash of the beginnings of the texts.
-        nats: negative log-probability of all of each; infinite where a logit is not finite.
-        tokens: tokens that were predicted of each, of the bundle's own.
-        own_loss: perplexity over that of its float model, as its export has measured and written
-            it into the manifest; 1 where nothing is written.
-        golden: what it answered; None if it was not asked.
+        nats: negative log-probability of each text; infinite if a logit is not finite.
+        tokens: predicted tokens of each text, counted by the bundle's own tokenizer.
+        own_loss: perplexity over that of its float model, measured by its export and written into
+            the manifest; 1 if the manifest has none.
+        golden: its answers to the golden set; None if it was not asked.
     """
 
     bundle: str
@@ -154,7 +154,7 @@ class Judge:
 
     Args:
         gate: the measure.
-        progress: is called with what is read and asked.
+        progress: called with the texts read and the items asked.
 
     Raises:
         ConfigError: a text or the golden set cannot be read.
@@ -171,12 +171,12 @@ class Judge:
             self._items, self._golden_sha256 = read_golden(gate.golden)
 
     def known(self, measure: dict[str, Any] | None, bundle: str | None = None) -> Measure | None:
-        """Read what a journal has; None unless it is of this bundle, or any, and these texts."""
+        """Read a journal's measurements; None unless they fit the bundle, if given, and texts."""
         if measure is None:
             return None
         try:
             found = msgspec.convert(measure, Measure)
-        except msgspec.ValidationError:  # an older edge-llm's
+        except msgspec.ValidationError:  # written by an older edge-llm
             return None
         fits = found.texts_sha256 == self._sha256 and bundle in (None, found.bundle)
         return found if fits else None
@@ -234,7 +234,7 @@ class Judge:
             )
 
     def compare_text(self, new: Measure, *before: Measure) -> None:
-        """Hold how well a new bundle predicts each text to those before it.
+        """Compare how well a new bundle predicts each text with those before it.
 
         Raises:
             WorseError: it is worse.
@@ -245,7 +245,7 @@ class Judge:
                 (_exp((now - was) / tokens), path)
                 for (now, was, tokens), path in zip(pairs, self._gate.texts, strict=True)
             )
-            # What the export of a smaller precision has lost, its manifest says.
+            # The manifest says what the export to fewer bits has lost.
             own = max(1.0, min(new.own_loss, _MAX_OWN_LOSS) / old.own_loss)
             if ratio > (bound := self._gate.perplexity_ratio * own):
                 raise WorseError(
@@ -254,7 +254,7 @@ class Judge:
                 )
 
     def compare(self, new: Measure, *before: Measure) -> None:
-        """Hold all that was measured of a new bundle to those before it.
+        """Compare all measurements of a new bundle with those before it.
 
         Raises:
             WorseError: it is worse.
@@ -277,6 +277,6 @@ def _exp(value: float) -> float:
 
 
 def _own_loss(manifest: Manifest) -> float:
-    """Read what the export has printed: the perplexity over that of the float model."""
+    """Read what the export measured: the perplexity over that of the float model."""
     found = ((manifest.quality or {}).get("text") or {}).get("perplexity_ratio")
     return max(1.0, found) if isinstance(found, float) else 1.0

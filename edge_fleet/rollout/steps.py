@@ -1,4 +1,4 @@
-"""The roll-out itself: look, pull, build, judge, try, keep or take back."""
+"""Does the steps of a roll-out: look, pull, build, judge, try, keep or take back."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ class Plan:
     """The bundle to roll out, and the conditions.
 
     Attributes:
-        reference: what the registry is asked for.
+        reference: reference to ask the registry for.
         link: the link that the service's settings name.
-        service: the service that runs; None if none does.
+        service: the running service; None if none runs.
         reload: command that makes it look at the link.
-        watch_s: seconds for which the new bundle is watched.
-        gate: by which the new bundle is judged; None leaves that out.
-        build: build the engine; None where TensorRT runs.
-        engine: options with which a bundle is opened to be judged; its trusted keys count for all.
+        watch_s: seconds to watch the new bundle.
+        gate: measure that the new bundle is judged by; None does not judge it.
+        build: whether to build the engine; None builds it if TensorRT runs here.
+        engine: options for opening a bundle to judge it; its trusted keys hold for all steps.
         plain_http: whether to speak HTTP without TLS (`Registry`).
-        retry: also try a bundle that was rejected before.
-        switch_timeout_s: seconds for which the service may take to open a bundle.
+        retry: whether to try a bundle again that was rejected before.
+        switch_timeout_s: seconds that the service may take to open a bundle.
         staging: directory for users who may not move the link (`Place`); root then does ``reload``.
-        allow_older: also take a release that has expired or is older than the one kept last.
+        allow_older: whether to take a release that has expired or is older than the last kept one.
     """
 
     reference: Reference
@@ -83,13 +83,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a roll-out ended well.
+    """The result of a successful roll-out.
 
     Attributes:
         digest: digest of the bundle that the link leads to.
-        bundle: its directory.
-        changed: whether it is another than before.
-        notes: what a person should know.
+        bundle: directory of that bundle.
+        changed: whether the bundle differs from the one before.
+        notes: messages for people.
     """
 
     digest: str
@@ -99,14 +99,14 @@ class Outcome:
 
 
 def roll_out(plan: Plan, progress: Progress = silent) -> Outcome:
-    """Bring a device to what a reference means now; see `Plan`.
+    """Bring a device to what a reference means now, as the plan says.
 
-    Every step is in the journal. A run that was ended before the trial goes on where it was; a
-    trial that was cut off is taken back first, by the guard or by the next run, and tried anew.
+    Every step is in the journal. A run that was cut off before the trial continues where it was. A
+    trial that was cut off is first taken back, by the guard or by the next run, and tried again.
 
     Raises:
         GateError: the bundle is worse than the old one, or was rejected before; the old one serves.
-        BundleError: it is no bundle of a trusted key, has expired, or is an older release than the
+        BundleError: it is not signed by a trusted key, has expired, or is an older release than the
             one that was kept; the old one serves.
         RegistryError: the registry cannot be reached; the old one serves.
         EdgeError: another step fails; the old one serves.
@@ -120,7 +120,7 @@ def roll_out(plan: Plan, progress: Progress = silent) -> Outcome:
 
 
 def recover(link: Path, reload: str | None, staging: Path | None = None) -> bool:
-    """Take a trial back that was cut off; whether there was one.
+    """Take back a trial that was cut off; return whether there was one.
 
     Raises:
         ConfigError, BackendError: `take_back` fails; or a roll-out is running.
@@ -131,14 +131,14 @@ def recover(link: Path, reload: str | None, staging: Path | None = None) -> bool
 
 
 def roll_back(link: Path, reload: str | None, staging: Path | None = None) -> str:
-    """Go back to the bundle before the one that was kept, at once; returns its name.
+    """Go back at once to the bundle before the one that was kept; return its name.
 
-    It is on the disk and was accepted once, so nothing is fetched and nothing judged. What the link
-    led to is not tried again.
+    It is on the disk and was accepted once, so nothing is fetched or judged. The bundle that the
+    link led to is not tried again.
 
     Raises:
         ConfigError: there is none, or a roll-out is running.
-        BackendError: the service does not hear of it; the link is back.
+        BackendError: the service could not be told; the link is back.
     """
     place = Place(link, staging)
     with place.locked():
@@ -187,7 +187,7 @@ class _Run:
                 journal.step, journal.judged_new = "idle", None
                 self._drop_unfinished(unfinished, current)
             journal.old = current
-            # Before gigabytes are fetched for nobody.
+            # Check before gigabytes are fetched in vain.
             if current is None:
                 # Nothing serves yet, so there is nothing to compare with and nothing to watch.
                 self._check_unserved()
@@ -210,11 +210,11 @@ class _Run:
     # ------------------------------------------------------------------------------- before
 
     def _check_unserved(self) -> None:
-        """Refuse a first bundle where a service runs: it has another, and would never see the link.
+        """Refuse a first bundle if a service runs: it has another, and would never see the link.
 
         Raises:
-            ConfigError: one serves a bundle.
-            LoadingError: one opens its bundles.
+            ConfigError: a service serves a bundle.
+            LoadingError: a service is opening its bundles.
         """
         link = self.place.link
         if self.plan.service is None:
@@ -237,14 +237,14 @@ class _Run:
         )
 
     def _check_release(self, offer: Offer, is_new: bool) -> None:
-        """Refuse what has expired, also where it is what serves: so a tag that stands still shows.
+        """Refuse an expired release, even the serving one, so that a tag that never moves shows.
 
         Raises:
-            BundleError: it has, or it is older than the release that was kept.
+            BundleError: it has expired, or is older than the release that was kept.
         """
         if self.plan.allow_older:
             return
-        # Who moves the link notes what was kept; whoever has moved it by hand has done so, too.
+        # Whoever moves the link notes what was kept, even if it was moved by hand.
         link = self.place.link
         journal = self.journal if self.place.staging is None else Place(link).read()
         highest = journal.release if is_new else 0
@@ -253,10 +253,10 @@ class _Run:
             self.notes.append(note)
 
     def _check_size(self, manifest: Manifest) -> None:
-        """Refuse what this machine could not hold if nothing else ran on it.
+        """Refuse a bundle that this machine could not hold even if nothing else ran on it.
 
         Raises:
-            ResourceError: it could not.
+            ResourceError: it does not fit.
         """
         from edge_lab.telemetry import read_snapshot
 
@@ -274,7 +274,7 @@ class _Run:
         return need_bytes(manifest, self.plan.engine.num_slots, self.plan.engine.kv_capacity)
 
     def _drop_unfinished(self, bundle: str | None, current: str | None) -> None:
-        """Remove what roll-outs of other bundles fetched and never ended: it may fill the disk."""
+        """Remove downloads of other bundles' unfinished roll-outs: they may fill the disk."""
         place, new = self.place, self.journal.new
         name = re.escape(place.link.name)
         staging = re.compile(rf"\.({name}-[0-9a-f]{{12}})\.edge-llm-(pull|gone-[0-9a-f]{{6}})")
@@ -321,7 +321,7 @@ class _Run:
         self._note("built")
 
     def _judge_before(self, manifest: Manifest) -> None:
-        """Measure both bundles, where memory holds a second one; else the trial does."""
+        """Measure both bundles if memory holds a second one; otherwise the trial does."""
         journal, plan = self.journal, self.plan
         if plan.gate is None or journal.old is None:
             return
@@ -366,7 +366,7 @@ class _Run:
     # ------------------------------------------------------------------------------- trial
 
     def _try(self, manifest: Manifest) -> Sight | None:
-        """Let the link lead to the new bundle, and keep it so, or take it back.
+        """Point the link to the new bundle, and keep it, or take it back.
 
         Raises:
             GateError: it was taken back, and is rejected.
@@ -389,8 +389,8 @@ class _Run:
                 if fault is None:
                     self._keep()
             except BaseException as error:
-                # A service that broke off may do so each time; a command or a person is no fault
-                # of the bundle.
+                # A service that crashed may do so each time; a command or a person is not the
+                # bundle's fault.
                 broke = reloaded and isinstance(error, BackendError)
                 if not broke:
                     take_back(place, journal, plan.reload, cut_off=False)
@@ -441,7 +441,7 @@ class _Run:
     def _keep(self) -> None:
         self.place.keep(self.journal.new)
         self.journal.judged = self.journal.judged_new
-        if self.journal.judged is None:  # somebody takes it as it is: all is measured from there on
+        if self.journal.judged is None:  # accepted unmeasured: later bundles are compared with it
             self.journal.first = None
         self.journal.judged_new, self.journal.trials = None, 0
         self.journal.release = self._release
@@ -457,7 +457,7 @@ class _Run:
         plan, link = self.plan, self.place.link
         if plan.service is None or not link.exists():
             return
-        # Not what it served before the trial: that may have been one that it was about to leave.
+        # Not the bundle served before the trial: that may have been one about to be replaced.
         old = fingerprint(read_manifest(link))
         deadline = time.monotonic() + plan.switch_timeout_s
         while not plan.service.wait_for(old, _RELOAD_AGAIN_S):
@@ -466,8 +466,8 @@ class _Run:
                     "the link leads to the old bundle, and the service has not opened it within "
                     f"{plan.switch_timeout_s:g} s; look at its log"
                 )
-            # What the take-back sent may have met a service that was ending. One that is opening
-            # its bundles follows the link afterwards, and a command that restarts would not let it.
+            # The command of the take-back may have met a service that was ending. One that is
+            # opening its bundles follows the link later, unless a command restarts it first.
             if not plan.service.is_loading():
                 with suppress(BackendError):
                     self.place.go_back(self.journal.old, plan.reload)
@@ -476,7 +476,7 @@ class _Run:
 
     def _sweep(self) -> None:
         """Remove bundles of earlier roll-outs; the one before this stays, to go back to."""
-        # What was accepted is beside the link by now, where root sweeps.
+        # An accepted bundle is beside the link by now, where root sweeps.
         keep = {self.journal.new, self.journal.old} if self.place.staging is None else set()
         self.place.sweep(keep)
 
@@ -485,7 +485,7 @@ class _Run:
         try:
             self.place.write(self.journal)
         except ConfigError:
-            self.journal.step = before  # as it is on disk, so that a trial is still one
+            self.journal.step = before  # as on disk, so that a trial stays one
             raise
 
     def _reject(self, reason: str) -> GateError:
@@ -504,9 +504,9 @@ class _Run:
 
 
 def _size(engines: list[Path], policy: Path | None) -> list[str]:
-    """As many sequences at once as the old engines have, so that no slots take turns."""
+    """Return options for as many sequences at once as the old engines have, so that none waits."""
     most = 1
     for engine in engines:
-        with suppress(BundleError):  # a damaged one is what the new bundle cures
+        with suppress(BundleError):  # the new bundle replaces a damaged engine
             most = max(most, read_engine_info(engine, policy).max_batch)
     return ["--max-batch", str(most)] if most > 1 else []

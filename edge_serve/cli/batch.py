@@ -31,7 +31,7 @@ _STOPPED = 130
     "Output",
     "--errors",
     type=FILE,
-    help="File of the rows that failed; by default that of the answers with .errors.jsonl.",
+    help="File of the rows that failed; by default the answers' name with .errors.jsonl.",
 )
 @option(
     "Models",
@@ -59,7 +59,7 @@ _STOPPED = 130
     type=Finite(0),
     default=WAIT_S,
     show_default=True,
-    help="Seconds for which a server that is gone or has no room is waited for.",
+    help="Seconds to wait for a server that is gone or has no room.",
 )
 @option(
     "Limits",
@@ -83,8 +83,8 @@ def batch(
 ) -> int:
     """Answer a file of REQUESTS in OpenAI's Batch format, with --model here or by --url.
 
-    Answers are appended as they come. The same command goes on after any end. Exit code 3: rows
-    failed.
+    Answers are appended as they come. After an interruption the same command resumes. Exit code 3:
+    rows failed.
     """
     from edge_lab.measure.watch_server import read_api_key
     from edge_serve.batch import run_batch

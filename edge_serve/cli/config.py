@@ -32,8 +32,8 @@ def config() -> None:
 def show(config_file: Path | None, origin: bool, as_json: bool, **flags: Any) -> None:
     """Print the settings of edge-llm serve as TOML: file, environment and flags put together.
 
-    Takes the flags of serve. Exits with code 64 where serve would refuse to start by them; those
-    that can be read are printed first.
+    Takes the flags of serve. Exits with code 64 if serve would refuse to start with them, after
+    printing those that can be read.
     """
     from edge_serve.inputs import read_inputs
 
@@ -74,7 +74,7 @@ def unit(config_file: Path | None, **flags: Any) -> None:
 def _show_toml(values: dict[str, Any], origins: dict[str, str]) -> None:
     width = max(map(len, values))
     for name, value in values.items():
-        # TOML has no null, so what is not set is a comment.
+        # TOML has no null, so settings without a value are comments.
         line = f"# {name} is not set" if value is None else f"{name:{width}} = {_toml(value)}"
         click.echo(f"{line:60}  # {origins[name]}" if origins else line)
 

@@ -40,5 +40,5 @@ class SettingsCommand(SectionCommand):
 
 
 def default_config() -> Path | None:
-    """Find `DEFAULT_FILE`; None where it does not exist."""
+    """Find `DEFAULT_FILE`; None if it does not exist."""
     return DEFAULT_FILE if DEFAULT_FILE.is_file() else None
