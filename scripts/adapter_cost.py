@@ -4,9 +4,9 @@ usage: scripts/adapter-cost PLAIN ADAPTED [--sequences 1 8] [--rounds 15] [--jso
 
 PLAIN and ADAPTED are one model, exported without and with ``--adapters``. Both are open in one
 process on one thread, and steps take turns: the plain bundle, the other without an adapter (rank 0)
-and with one for each sequence. What counts is CPU time, which other work on the machine changes
-least, and the ratio of steps that followed each other. Sessions differ by where their memory is, so
-the ratio of rank to rank 0 is within one. Prints medians with quartiles, then a line of JSON.
+and with one for each sequence. It compares CPU time, which other work on the machine changes least,
+and ratios of steps that followed each other. Sessions differ by where their memory is, so the ratio
+of rank to rank 0 is taken within one. Prints medians with quartiles, then a line of JSON.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROMPT = 64
 
 
 def make_adapter(model: ModelSpec, rank: int, seed: int) -> AdapterWeights:
-    """An adapter of small random numbers for all linears."""
+    """Make an adapter of small random numbers for all linears."""
     random = np.random.default_rng(seed)
     tensors = {}
     for layer in adapted_linears(model):
@@ -63,7 +63,7 @@ class Sequences:
             backend.forward(step_after([slot], [0], part, np.array([[PROMPT - 1]])))
 
     def step_s(self, count: int) -> float:
-        """CPU time of a decode step of the first sequences, seconds."""
+        """Return the CPU time of a decode step of the first ``count`` sequences, in seconds."""
         slots, embeds = list(range(count)), self.embeds[:count, :1] * np.float32(0.02)
         step = step_after(slots, [PROMPT] * count, embeds, np.zeros((count, 1), np.int64))
         started = time.process_time()
@@ -72,7 +72,7 @@ class Sequences:
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Return median and quartiles."""
     low, middle, high = statistics.quantiles(values, n=4)
     return {"median": round(middle, 4), "low": round(low, 4), "high": round(high, 4)}
 
@@ -80,7 +80,7 @@ def summary(values: list[float]) -> dict[str, float]:
 def measure(
     plain: Sequences, adapted: Sequences, adapters: list[Any], count: int, rounds: int
 ) -> dict[str, Any]:
-    """Ratios of steps of so many sequences."""
+    """Measure the ratios of steps of this many sequences."""
     times: dict[str, list[float]] = {"plain": [], "rank 0": [], "adapters": []}
 
     def give(active: bool) -> None:

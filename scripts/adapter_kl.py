@@ -72,7 +72,7 @@ def divergences(
     expected: Sequence[Floats],
     int8_activations: bool,
 ) -> list[NDArray[np.float64]]:
-    """The divergence of a bundle from ``expected`` at every place of every text, nats."""
+    """Return a bundle's divergence from ``expected`` at every place of every text, in nats."""
     with LLM(bundle, num_threads=1, int8_activations=int8_activations) as llm:
         name = None if adapter is None else llm.load_adapter(adapter)
         found = []
@@ -126,7 +126,7 @@ def compare(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """See the module."""
+    """Run as the module's docstring says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source")
     parser.add_argument(

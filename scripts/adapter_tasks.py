@@ -1,13 +1,13 @@
-"""Texts and questions of three small tasks, for adapters that are trained and judged in minutes.
+"""Make texts and questions of three small tasks, for adapters trained and judged in minutes.
 
 usage: python -m scripts.adapter_tasks texts TASK OUT.jsonl [--count 200]
        python -m scripts.adapter_tasks score BUNDLE [--adapter NAME=PATH]... [-o RESULT.json]
 
-``texts`` writes what ``scripts/finetune`` learns from: questions and the right answers. ``score``
-asks a bundle that was exported with ``--adapters`` the held-out questions of every task, and facts
-that the model knows already, without an adapter and with each; an answer is right if its first line
-is the wanted text. Questions are made of word lists with a seed, and held-out ones share no
-combination with those that were learned.
+``texts`` writes a training file for ``scripts/finetune``: questions and the right answers.
+``score`` asks a bundle that was exported with ``--adapters`` the held-out questions of every task,
+and facts that the model knows already, without an adapter and with each. An answer is right if its
+first line is the wanted text. Questions are made from word lists with a seed, and held-out ones
+share no combination with those that were learned.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ _FACTS = {
 
 
 class Question(NamedTuple):
-    """A question, and the answer that is right; for a fact, the words that it may have."""
+    """A question and its right answer; for a fact, the words that the answer may have."""
 
     text: str
     answer: str
@@ -162,7 +162,7 @@ def write_texts(task: str, path: Path, count: int) -> None:
 
 
 def interval(right: int, count: int) -> tuple[float, float]:
-    """Wilson's interval of a share, 95 %."""
+    """Compute Wilson's 95 % interval of a share."""
     z, share = 1.96, right / count
     middle = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
@@ -197,7 +197,7 @@ def _is_fact(answer: str, wanted: str) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """See the module."""
+    """Run as the module's docstring says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     texts = verbs.add_parser("texts")

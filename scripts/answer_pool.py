@@ -7,12 +7,12 @@ The 1.5B answers the 150 problems of ``arithmetic.jsonl``, the 0.5B 600 further 
 kinds, each 16 times by fixed seeds and once greedily, 800 tokens at most. Problems come in an order
 drawn by a seed, so the first of them are a fair sample of all.
 
-At boundaries of each answer there is a trial: the text so far, then the answer's beginning, and
-what the model writes next, greedily. It has whether a rule would have stopped there, and with what.
+At boundaries of each answer there is a trial: the text so far, then the answer's beginning, and the
+model's greedy continuation. It tells whether a rule would have stopped there, and with what answer.
 
-A run appends one JSON line per problem to ``DIRECTORY/SIZE.jsonl`` and goes on where it stopped.
-`pack` adds what is new to ``FILE``, without tokens and their log-probabilities. What is in
-``docs/measured/answer-pool.jsonl.xz`` is not answered again.
+A run appends one JSON line per problem to ``DIRECTORY/SIZE.jsonl`` and resumes where it stopped.
+`pack` adds new answers to ``FILE``, without tokens and their log-probabilities. Problems in
+``docs/measured/answer-pool.jsonl.xz`` are not answered again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LIMIT = 800
 _INSTRUCTION = "\nPut your final answer, a number, within \\boxed{}."
 TRIAL = "\n\nThe final answer is \\boxed{"
 TRIAL_TOKENS = 10
-_SPACING = 20  # tokens between two trials at least
+_SPACING = 20  # least tokens between two trials
 _FURTHER = 600
 _SEED = 48
 _SAMPLING = SamplingParams(temperature=0.7, top_p=0.95, top_k=0, repetition_penalty=1.0)
@@ -93,7 +93,7 @@ def fill(size: str, directory: Path, seconds: float, threads: int) -> None:
 
 
 def problems(size: str) -> list[tuple[int, dict[str, str]]]:
-    """The problems of a model with their numbers, in the order in which they are answered."""
+    """Return a model's problems with their numbers, in the order in which they are answered."""
     each = make_problems() if size == "1.5b" else further_problems(_FURTHER)
     numbered = list(enumerate(each))
     random.Random(_SEED).shuffle(numbered)
@@ -101,7 +101,7 @@ def problems(size: str) -> list[tuple[int, dict[str, str]]]:
 
 
 def answer(llm: LLM, number: int, problem: dict[str, str]) -> dict[str, Any]:
-    """All answers to a problem with their trials."""
+    """Return all answers to a problem with their trials."""
     began = time.monotonic()
     expected = problem["answer"].removeprefix("#### ")
     prompt = llm.encode([{"role": "user", "content": problem["question"] + _INSTRUCTION}])
@@ -156,7 +156,7 @@ def _answer(result: GenerationResult, trials: list[Any], expected: str) -> dict[
 def try_answers(
     llm: LLM, prompt: Sequence[int], results: Sequence[GenerationResult]
 ) -> list[list[tuple[int, str | None, list[float]]]]:
-    """The trials of each answer: where, what was answered, log-probabilities of its tokens.
+    """Run the trials of each answer: place, answer, and log-probabilities of its tokens.
 
     All answers try their last boundary at once, then the one before: each goes on in the slot that
     has its rows, and gives up the tail.
@@ -182,7 +182,7 @@ def try_answers(
 
 
 def boundaries(llm: LLM, ids: Sequence[int]) -> Iterator[int]:
-    """Token counts after which a paragraph has ended, not close to one another nor to the end."""
+    """Yield token counts where a paragraph ended, not close to one another nor to the end."""
     last = 0
     text = b""
     for at, token_id in enumerate(ids[:-1], 1):
@@ -195,7 +195,7 @@ def boundaries(llm: LLM, ids: Sequence[int]) -> Iterator[int]:
 
 
 def pack(directory: Path, output: Path) -> None:
-    """Write what the rules need as one xz file of JSON lines."""
+    """Write everything that the rules need as one xz file of JSON lines."""
     lines = [json.dumps(item, separators=(",", ":")) for item in read_packed(output)]
     known = {(item["size"], item["number"]) for item in read_packed(output)}
     for size in ("0.5b", "1.5b"):
@@ -216,14 +216,14 @@ def pack(directory: Path, output: Path) -> None:
 
 
 def read_packed(path: Path) -> list[dict[str, Any]]:
-    """The problems of a file that `pack` wrote; none where there is no file."""
+    """Read the problems of a file that `pack` wrote; none if there is no file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in lzma.decompress(path.read_bytes()).splitlines()]
 
 
 def weakest(logprobs: np.ndarray[Any, Any], window: int = 64) -> float:
-    """The lowest mean log-probability of any ``window`` tokens one after the other."""
+    """Return the lowest mean log-probability of any ``window`` consecutive tokens."""
     if not len(logprobs):
         return 0.0
     window = min(window, len(logprobs))
@@ -232,7 +232,7 @@ def weakest(logprobs: np.ndarray[Any, Any], window: int = 64) -> float:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The problems of a file; a last line that was cut off is left out, and cut off the file."""
+    """Read the problems of a file; cut off a last line that is not whole."""
     if not path.exists():
         return
     data = path.read_bytes()
@@ -252,7 +252,7 @@ def _packed(values: np.ndarray[Any, Any]) -> str:
 
 
 def unpacked(text: str, dtype: Any) -> np.ndarray[Any, Any]:
-    """What `_packed` wrote."""
+    """Read an array that `_packed` wrote."""
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
 
 

@@ -1,10 +1,10 @@
-"""Compute from the pool of answers what each rule of stopping and voting comes to; decodes nothing.
+"""Compute from the pool of answers how each rule of stopping and voting does; decodes nothing.
 
 usage: python -m scripts.answer_rules [POOL] [--size 0.5b|1.5b] [--orders N] [--json FILE]
 
-POOL is a file that ``scripts/answer-pool pack`` wrote. Every rule is held against one sampled
-answer on the same problems, by a bootstrap over problems. Steps are calls of the engine; one of n
-rows counts 1 + 0.1 (n - 1). What the pool cannot know:
+POOL is a file that ``scripts/answer-pool pack`` wrote. Every rule is compared with one sampled
+answer on the same problems, by a bootstrap over problems. Steps are calls of the engine; a step of
+n rows counts 1 + 0.1 (n - 1). The pool leads to these simplifications:
 
 - A thought that is stopped gives the answer of its last trial, though some tokens come after that.
 - A trial of more than six tokens is as probable as its first six.
@@ -35,9 +35,9 @@ from scripts.answer_pool import PACKED, read_packed
 from scripts.command import run_main, say
 
 SUFFIX_TOKENS = 8
-"""Of the beginning of an answer, in Qwen2's tokenizer."""
+"""Tokens of an answer's beginning, in Qwen2's tokenizer."""
 FEWEST = 30
-"""Problems below which no rule is judged: the bootstrap's intervals are too narrow."""
+"""Fewest problems to judge a rule by: with fewer the bootstrap's intervals are too narrow."""
 _RESAMPLES = 4000
 _SAVED, _LOSS, _STEPS = 0.25, -0.04, 2.0  # the bars
 _WEIGHTS: dict[str, Callable[[dict[str, Any]], float]] = {
@@ -54,7 +54,7 @@ class Stop:
 
     Attributes:
         confidence: the least probability of each of these answers.
-        repeats: trials.
+        repeats: number of trials.
     """
 
     confidence: float
@@ -63,7 +63,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Vote:
-    """Holds a vote, see `VoteRule`; ``weights`` is a key of what a vote weighs."""
+    """Holds a vote like `VoteRule`; ``weights`` names how a vote is weighed."""
 
     first: int
     most: int
@@ -91,10 +91,10 @@ class Sample:
     """One answer under a rule of stopping.
 
     Attributes:
-        answer: the number, written in one way; None where there is none.
-        tokens: of the answer, without those of trials.
+        answer: the number, written in one way; None if there is none.
+        tokens: tokens of the answer, without those of trials.
         trial_rows: rows that its trials take beside it.
-        weight: of its vote.
+        weight: weight of its vote.
     """
 
     answer: str | None
@@ -105,7 +105,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a problem came to; a mean where it was answered several times."""
+    """Result of a problem; a mean if it was answered several times."""
 
     right: float
     tokens: float
@@ -116,7 +116,7 @@ class Outcome:
 
 
 def stopped(each: dict[str, Any], stop: Stop | None, weights: str = "confidence") -> Sample:
-    """Take an answer of the pool as a rule of stopping would have left it."""
+    """Return an answer of the pool as a rule of stopping would have left it."""
     weight = _WEIGHTS[weights](each)
     rows, last, repeats = 0, None, 0
     for trial in each["trials"] if stop is not None else ():
@@ -139,7 +139,7 @@ def stopped(each: dict[str, Any], stop: Stop | None, weights: str = "confidence"
 
 
 def voted(samples: Sequence[Sample], vote: Vote) -> tuple[str | None, int, float]:
-    """Hold a vote of samples in their order: the answer, tokens and weighed steps of decode."""
+    """Hold a vote of samples in their order; return answer, tokens, and weighed steps of decode."""
     rule = VoteRule(first=vote.first, most=vote.most, error=vote.error)
     tally, running, started = Tally(rule), dict[int, int](), 0
     tokens, steps = 0, 0.0
@@ -171,7 +171,7 @@ def voted(samples: Sequence[Sample], vote: Vote) -> tuple[str | None, int, float
 
 
 def outcome(item: dict[str, Any], rule: Rule, orders: int = 16) -> Outcome:
-    """Compute what a problem comes to under a rule: a mean over its answers, or over orders."""
+    """Compute a problem's result under a rule: a mean over its answers, or over orders."""
     weights = "confidence" if rule.vote is None else rule.vote.weights
     samples = [stopped(each, rule.stop, weights) for each in item["answers"]]
     expected, prompt_steps = _key(item["expected"]), _step(item["prompt_tokens"])
@@ -206,7 +206,7 @@ def _key(text: str | None) -> str | None:
 def compare(
     outcomes: Sequence[Outcome], base: Sequence[Outcome], way: str, seed: int = 0
 ) -> dict[str, Any]:
-    """Hold a rule against one answer on the same problems, with 95 % intervals.
+    """Compare a rule with one answer on the same problems, with 95 % intervals.
 
     Returns:
         ``accuracy``, ``tokens``, ``steps`` and ``right_per_1000_steps``; ``gain`` (of accuracy),
@@ -233,7 +233,7 @@ def compare(
 
 
 def meets_bar(way: str, figures: dict[str, Any]) -> bool | None:
-    """Say whether figures of `compare` satisfy what was asked of a way; None of one answer."""
+    """Return whether figures of `compare` meet the bar of a way; None for one answer."""
     low = figures["gain_interval"][0]
     steps = figures["steps_ratio"]
     if way == "stop":
@@ -259,7 +259,7 @@ def _figures(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> dict[str
 
 
 def grid() -> Iterator[Rule]:
-    """All rules that are computed."""
+    """Yield all rules that are computed."""
     yield Rule()
     stops = [Stop(*each) for each in product((0.5, 0.7, 0.8, 0.9, 0.95, 0.99), (1, 2, 3))]
     yield from (Rule(stop=stop) for stop in stops)

@@ -3,9 +3,9 @@
     python -m scripts.ask_twice BUNDLE --deterministic
     python -m scripts.ask_twice --server http://127.0.0.1:8000
 
-Both times at temperature 0. The second time most of the prompt's rows come from the cache, which
-should change nothing. It ends with status 1 if an answer differs, and with that of `edge-llm` where
-it cannot ask.
+Both times the temperature is 0. The second time most of the prompt's rows come from the cache,
+which should change nothing. The exit status is 1 if an answer differs, and that of `edge-llm` if
+the script cannot ask.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ TOKENS = 32
 def find_differing(
     answerer: Answerer, items: Sequence[GoldenItem], max_tokens: int = TOKENS
 ) -> list[str]:
-    """The ids of the items that are answered otherwise when they are asked again at once.
+    """Return the ids of items that are answered differently when they are asked again at once.
 
     Raises:
-        EdgeError: see the answerer.
+        EdgeError: the answerer could not answer.
     """
 
     def ask(item: GoldenItem) -> tuple[str, str]:
@@ -45,7 +45,7 @@ def find_differing(
 
 
 def main() -> None:
-    """Ask, and print what was found."""
+    """Ask, and print the ids that differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("bundle", nargs="?", type=Path)

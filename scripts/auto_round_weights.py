@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def calibration_ids(options: argparse.Namespace) -> torch.Tensor:
-    """Token ids, int64 ``[sequences, seq_len]``, as export encodes the text."""
+    """Encode the text as export does: token ids, int64 ``[sequences, seq_len]``."""
     text = read_calibration_text(options.calibration, mixed=True)
     with open_checkpoint(str(options.source)) as checkpoint:
         content = checkpoint.text
@@ -87,7 +87,7 @@ def calibration_ids(options: argparse.Namespace) -> torch.Tensor:
 
 
 def read_floats(source: Path) -> tuple[Any, Any]:
-    """The model in bf16, what AutoRound trains in on a CPU, and its tokenizer."""
+    """Load the model in bf16, in which AutoRound trains on a CPU, and its tokenizer."""
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(source)}
     if source.is_file():
         place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}

@@ -3,7 +3,7 @@
 usage: bench_model.py [--quant int4] [--keep lm_head=int4] [--work DIRECTORY] [--repeats 5]
 
 Weights are random: speed and memory do not depend on their values. Prefill, decode and the
-runtime's own time are measured apart; medians after a warm-up. The export runs in a process of its
+runtime's own time are measured apart, as medians after a warm-up. The export runs in a process of
 own, so its memory is not counted here.
 """
 
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def prepare(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
-    """Make the checkpoint and the bundle where they are missing."""
+    """Make the checkpoint and the bundle if they are missing."""
     checkpoint = options.work / "r1-1.5b-random"
     if not (checkpoint / "generation_config.json").exists():
         say("writing a random checkpoint of the 1.5B shape")

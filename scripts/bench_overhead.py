@@ -1,4 +1,4 @@
-"""Own time of the TensorRT runner per decode step: the real runner on calls that do nothing.
+"""Measure the TensorRT runner's own time per decode step: the real runner on calls that do nothing.
 
 Run it from the checkout; it needs no GPU and no TensorRT:
 
@@ -6,9 +6,9 @@ Run it from the checkout; it needs no GPU and no TensorRT:
     python scripts/bench_overhead.py --batch 4 --slots 0,2 --dialect portable
 
 The shape is that of DeepSeek-R1-Distill-Qwen-1.5B: 28 layers, hidden size 1536, 151,936 logits.
-PyCUDA's, cuda-bindings' and TensorRT's calls are Python functions that return at once, so what they
-cost themselves (about a microsecond each) is not in the figure; the conversion of the logits to
-float32 is, and is printed separately too.
+The calls of PyCUDA, cuda-bindings and TensorRT are Python functions that return at once. So their
+own cost (about a microsecond each) is not in the figure. The conversion of the logits to float32
+is, and is printed separately, too.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class IdleContext:
 
 
 class IdleEngine:
-    """What `edge.backends.tensorrt.engine.Engine` offers, without a plan."""
+    """Stands in for `edge.backends.tensorrt.engine.Engine`, without a plan."""
 
     activations_bytes = 1 << 20
     listener = contextlib.nullcontext()
@@ -88,7 +88,7 @@ class IdleEngine:
 
 
 def idle_modules() -> dict[str, Any]:
-    """PyCUDA and cuda-bindings without a GPU: addresses from a counter, calls that return."""
+    """Make PyCUDA and cuda-bindings without a GPU: addresses from a counter, calls that return."""
     driver: Any = types.ModuleType("pycuda.driver")
     driver.Error = driver.MemoryError = type("Error", (Exception,), {})
     driver.host_alloc_flags = types.SimpleNamespace(DEVICEMAP=2)
@@ -180,7 +180,7 @@ def idle_modules() -> dict[str, Any]:
 
 
 def describe(limits: StepLimits) -> ProfileInfo:
-    """A profile of these limits as ``engine.json`` has it."""
+    """Make a profile with these limits, as ``engine.json`` has it."""
     shapes = {
         io_spec.POSITION_IDS: (limits.batch, limits.seq),
         io_spec.LOGITS_INDICES: (limits.batch, limits.num_logits),
@@ -190,7 +190,7 @@ def describe(limits: StepLimits) -> ProfileInfo:
 
 
 def make_backend(batch: int, dialect: str, graphs: bool) -> runner.TensorRTBackend:
-    """The runner, on an engine of the 1.5B shape that does nothing."""
+    """Make the runner, on an engine of the 1.5B shape that does nothing."""
     import msgspec
 
     sys.modules.update(idle_modules())
@@ -215,7 +215,7 @@ def make_backend(batch: int, dialect: str, graphs: bool) -> runner.TensorRTBacke
 
 
 def measure(backend: runner.TensorRTBackend, slots: list[int], steps: int) -> dict[str, float]:
-    """Milliseconds: the median of a step, of the conversion of its logits, and of the rest."""
+    """Return the medians of a step, of its logits' conversion, and of the rest, in milliseconds."""
     batch = len(slots)
     embeds = np.zeros((batch, 1, 1536), np.float16)
     indices = np.zeros((batch, 1), np.int64)

@@ -1,8 +1,8 @@
-"""What the HTTP service costs on top of the core: milliseconds per request and per token.
+"""Measure the cost of the HTTP service above the core: milliseconds per request and per token.
 
-A scripted engine takes no time, so all that is measured is Python around it: first the core alone
+A scripted engine takes no time, so only Python around it is measured: first the core alone
 (`LLM.submit`, read from asyncio), then the same through the server and a socket, whose client runs
-in a process of its own. Times of two lengths of answer give cost per request and per token. With
+in a process of its own. Answers of two lengths give the cost per request and per token. With
 ``--delay-ms``, eight streams at once show how even the gaps between tokens are.
 
 Usage: PYTHONPATH=. python scripts/bench_server.py [--tokens 200] [--repeats 30] [--json]
@@ -33,7 +33,7 @@ MAX_PER_TOKEN_MS = 0.5
 
 
 def make_bundle(directory: Path) -> Path:
-    """A tiny bundle; only its tokenizer and token table are used."""
+    """Make a tiny bundle; only its tokenizer and token table are used."""
     from export.pipeline import ExportConfig, export_checkpoint
 
     source = write_checkpoint(directory / "checkpoint", "qwen2")
@@ -43,7 +43,7 @@ def make_bundle(directory: Path) -> Path:
 
 
 async def time_core(llm: LLM, tokens: int) -> float:
-    """Seconds of one answer read in this process."""
+    """Return the seconds of one answer that is read in this process."""
     params = SamplingParams(temperature=0, max_tokens=tokens)
     started = time.perf_counter()
     generation = llm.submit(QUESTION, params)
@@ -69,7 +69,7 @@ def request(tokens: int, stream: bool) -> bytes:
 
 
 def ask(sock: socket.socket, tokens: int, stream: bool) -> list[float]:
-    """Times, since sending, at which something of the answer came; the last is its end."""
+    """Return the times since sending at which parts of the answer came; the last is its end."""
     started = time.perf_counter()
     sock.sendall(request(tokens, stream))
     received = b""
@@ -107,7 +107,7 @@ def in_processes(port: int, jobs: list[list[tuple[int, bool]]]) -> list[list[lis
 
 
 def line(short: list[float], long: list[float], tokens: int) -> tuple[float, float]:
-    """Milliseconds per request and per token, from the medians of two lengths."""
+    """Return milliseconds per request and per token, from the medians of two lengths."""
     first, last = statistics.median(short) * 1e3, statistics.median(long) * 1e3
     per_token = (last - first) / (tokens - 1)
     return first - per_token, per_token

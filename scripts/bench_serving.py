@@ -2,11 +2,11 @@
 
 usage: bench_serving.py BUNDLE [--streams 1,2,4,8] [--tokens 128] [--num-threads 2] [--backend auto]
 
-Measured, each with greedy answers of a fixed length:
+It measures, each with greedy answers of a fixed length:
 
 - streams: 1, 2, 4, 8 answers at once: tokens/s, TTFT, inter-token latency P50 and P99;
-- mixed: two streams decode while long prompts come, the gaps between their tokens, and how long
-  the prompts took;
+- mixed: two streams that decode while long prompts come: the gaps between their tokens, and how
+  long the prompts took;
 - prefix: 50 questions after one 400-token system prompt, and a chat of many turns: the share of
   prompt tokens that was not computed again, and whether the answers are those without reuse;
 - batch: how many answers change when they run together instead of alone;
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def open_llm(options: argparse.Namespace, **more: Any) -> LLM:
-    """The bundle, with what the command line and a part want."""
+    """Open the bundle with the options of the command line and of a part."""
     return LLM(
         options.bundle,
         backend=options.backend,
@@ -87,12 +87,12 @@ def open_llm(options: argparse.Namespace, **more: Any) -> LLM:
 
 
 def greedy(num_tokens: int) -> SamplingParams:
-    """An answer of exactly this many tokens."""
+    """Return the parameters of an answer of exactly this many tokens."""
     return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
 
 
 def prompts(llm: LLM, count: int, num_tokens: int) -> list[list[int]]:
-    """Prompts of prose that share nothing but what a prompt begins with."""
+    """Make prompts of prose that share only the beginning of every prompt."""
     every = []
     for index in range(count):
         ids = llm.encode(f"Part {index * 7919}. " + PROSE * (num_tokens // 50 + 1))
@@ -106,13 +106,13 @@ def finish(generations: Sequence[Generation]) -> list[GenerationResult]:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and 99th percentile, in milliseconds."""
+    """Return median and 99th percentile in milliseconds."""
     p50, p99 = np.percentile(seconds, [50, 99]) * 1e3
     return {"p50_ms": round(float(p50), 2), "p99_ms": round(float(p99), 2)}
 
 
 def streams(options: argparse.Namespace, counts: list[int]) -> dict[str, Any]:
-    """Throughput and latency by the number of answers at once."""
+    """Measure throughput and latency by the number of answers at once."""
     result: dict[str, Any] = {}
     with open_llm(options, num_slots=max(counts), reuse_prefix=False) as llm:
         finish(llm.submit("warm up", greedy(8), n=max(counts)))
@@ -137,7 +137,7 @@ def streams(options: argparse.Namespace, counts: list[int]) -> dict[str, Any]:
 
 
 def mixed(options: argparse.Namespace) -> dict[str, Any]:
-    """Gaps between the tokens of running streams while long prompts come, and without them."""
+    """Measure the gaps between tokens of running streams, with long prompts coming and without."""
     result: dict[str, Any] = {}
     with open_llm(options, num_slots=4, reuse_prefix=False) as llm:
         finish(llm.submit(prompts(llm, 1, 256)[0], greedy(8), n=2))
@@ -168,7 +168,7 @@ def mixed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def prefix(options: argparse.Namespace) -> dict[str, Any]:
-    """Prompt tokens that a shared system prompt and a chat's turns save, from the metrics."""
+    """Count the prompt tokens that a shared system prompt and a chat's turns save."""
     found: dict[bool, Any] = {}
     for reuse in (False, True):
         with open_llm(options, num_slots=4, reuse_prefix=reuse) as llm:
@@ -202,7 +202,7 @@ def prefix(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def batch(options: argparse.Namespace, count: int) -> dict[str, Any]:
-    """How often an answer depends on what else runs, by the last bits of its logits."""
+    """Count how often an answer depends on what else runs, by the last bits of its logits."""
     with open_llm(options, num_slots=count, reuse_prefix=False) as llm:
         every = prompts(llm, 4 * count, 48)
         params = [greedy(options.tokens)] * len(every)
@@ -230,11 +230,11 @@ def batch(options: argparse.Namespace, count: int) -> dict[str, Any]:
 
 
 def speculation(options: argparse.Namespace) -> dict[str, Any]:
-    """Decode speed with drafts relative to without, where they are right and where they are not."""
+    """Measure decode with drafts against decode without, where they are right and where not."""
     result: dict[str, Any] = {}
     times: dict[tuple[str, int], float] = {}
     answers: dict[tuple[str, int], Any] = {}
-    # Steered by a bias, so that it holds for any model: the answer repeats, or never does.
+    # A bias steers the answer, so it holds for any model: the answer repeats, or never does.
     rng = np.random.default_rng(0)
     llms = [open_llm(options, num_slots=1, speculative=drafts) for drafts in (0, 8)]
     try:

@@ -3,11 +3,11 @@
 usage: bench_start.py BUNDLE [--rounds 7] [--num-threads N] [--prompt TEXT]
 
 Both read the bundle with one prompt and choose one token, greedily, each time in a fresh process
-and in turns; a first round fills the page cache and does not count. Seconds are from the start of
-the process to the token, CPU seconds are all that it has used by then, ratios are medians of the
-rounds' ratios. The session is as plain as can be: the graph by its path, weights where they are,
-activations rounded to int8 as edge-llm has them, rows of the token table by NumPy, and no file
-hashed. Prints a table, and one JSON line.
+and in turns. A first round fills the page cache and does not count. Seconds are from the start of
+the process to the token, CPU seconds are all that it has used by then, and ratios are medians of
+the rounds' ratios. The session is as plain as can be: the graph by its path, weights in their
+files, activations rounded to int8 as edge-llm does it, rows of the token table by NumPy, and no
+file hashed. Prints a table, and one JSON line.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ PROGRAMS = {"edge-llm": _EDGE_LLM, "ONNX Runtime's session": _SESSION}
 
 
 class Start(NamedTuple):
-    """One process to its first token."""
+    """One process up to its first token."""
 
     text: str
     prompt_tokens: int
@@ -169,7 +169,7 @@ def _start(program: str, arguments: list[str]) -> Start:
 
 
 def table(found: dict[str, list[Start]]) -> str:
-    """Medians of each program, and of the ratios of each round, in Markdown."""
+    """Write the medians of each program, and of the ratios of each round, in Markdown."""
     columns = {
         "s": "seconds",
         "CPU s": "cpu_seconds",

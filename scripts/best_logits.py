@@ -4,9 +4,9 @@
     python -m scripts.best_logits --bundle BUNDLE "Write a story." "What is 12 * 13?"
 
 The first form makes random rows, masks, parameters and seeds: peaked and flat rows, ties at the
-border of what is known, holes, extremes. It ends with status 1 if a token differs. The second runs
-prompts through a bundle, and says how often its rows had to be fetched and what processor time a
-token took either way.
+border of the known logits, holes, extremes. The exit status is 1 if a token differs. The second
+runs prompts through a bundle, and prints how often its rows had to be fetched and the processor
+time per token both ways.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class Case(NamedTuple):
 def best_of(
     row: Logits, keep: int, fetch: Callable[[], Logits], rng: np.random.Generator | None = None
 ) -> BestLogits:
-    """What an engine says of a row of fp16 logits.
+    """Return what an engine would hand out of a row of fp16 logits.
 
     Args:
         row: float32 ``[vocab]``.
-        keep: logits to hand out at most.
-        fetch: how the row is fetched.
-        rng: shuffles which of equal logits are kept, and in which order, and spoils the masses as
-            an engine may: by logits that are not rounded to fp16 yet, and by the rounding of its
-            sums; None does as the ONNX specification says.
+        keep: most logits to hand out.
+        fetch: fetches the row.
+        rng: shuffles which of equal logits are kept, and in which order. It also changes the
+            masses as an engine may: by logits not yet rounded to fp16, and by the rounding of its
+            sums. None follows the ONNX specification.
     """
     keep = min(keep, row.size)
     first = np.arange(row.size) if rng is None else rng.permutation(row.size)
@@ -77,7 +77,7 @@ def best_of(
 def _row(kind: str, size: int, rng: np.random.Generator) -> Logits:
     row = rng.standard_normal(size) * rng.uniform(0.5, 6)
     if kind == "peaked":
-        # As models have them: the n-th best is about log(n) below the best.
+        # As in real models: the n-th best is about log(n) below the best.
         row = -rng.uniform(1.2, 4) * np.log(1.0 + rng.permutation(size)) + rng.uniform(-20, 20)
     elif kind == "ties":
         row = rng.choice([-200.0, -30.0, -1.0, -0.5, 0.0, 0.5, 1.0], size)
@@ -103,7 +103,7 @@ KINDS = ("normal", "peaked", "peaked", "ties", "border", "flat", "one-hot", "hol
 
 
 def cases(seed: int) -> Iterator[Case]:
-    """Random answers without end."""
+    """Yield random answers without end."""
     rng = np.random.default_rng(seed)
     while True:
         kind = KINDS[rng.integers(len(KINDS))]
@@ -142,7 +142,7 @@ def cases(seed: int) -> Iterator[Case]:
 
 
 class Comparison(NamedTuple):
-    """Rows drawn from, those that were fetched, and what differed."""
+    """Rows drawn from, rows that were fetched, and differences."""
 
     rows: Counter[str]
     fetched: Counter[str]
@@ -176,7 +176,7 @@ def compare(num_rows: int, seed: int) -> Comparison:
 
 
 class Timing(NamedTuple):
-    """Tokens of a model, the rows that were fetched, and milliseconds of processor time each."""
+    """Tokens of a model, rows that were fetched, and milliseconds of processor time per token."""
 
     tokens: int
     fetched: int
@@ -218,7 +218,7 @@ def time_rows(
 
 
 def rows_of(bundle: Path, prompts: list[str], num_tokens: int) -> list[NDArray[np.float16]]:
-    """Rows of logits from which a model's answers at temperature 0.6 and top-p 0.95 come."""
+    """Return the rows of logits of a model's answers at temperature 0.6 and top-p 0.95."""
     from edge.backends.ort.cpu import OrtBackend
     from edge.backends.step import prefill
     from edge.bundle.embeddings import EmbeddingTable
@@ -243,7 +243,7 @@ def rows_of(bundle: Path, prompts: list[str], num_tokens: int) -> list[NDArray[n
 
 
 def main() -> None:
-    """See the module's docstring."""
+    """Run as the module's docstring says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompts", nargs="*", help="with --bundle: what its model is asked")
     parser.add_argument("--rows", type=int, default=100_000, help="random rows")

@@ -1,4 +1,4 @@
-"""What scripts say, and how they end."""
+"""Prints progress of scripts, and ends them with a line and an exit code."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from edge.errors import EdgeError
 
 
 def say(text: str) -> None:
-    """Progress on stderr."""
+    """Print progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script; an `EdgeError` is a line and an exit code."""
+    """Run a script; an `EdgeError` becomes a line and an exit code."""
     try:
         main()
     except EdgeError as error:

@@ -7,9 +7,9 @@ themselves were made: the student learns the teacher's text, so teacher and stud
 different tokenizers, as Llama-8B and Qwen-7B do, and the reasoning is learned with the answer.
 
 QUESTIONS is a text with one question per line, or JSONL of ``{"messages": [...]}`` that end with
-the user's turn. ANSWERS.jsonl gets each chat with the teacher's turn. Answers that did not end by
-themselves are left out, and counted; ``--keep-cut`` keeps them, for scripts/train-eagle3, whose
-head learns each token by itself. A run that was interrupted goes on after the last answer.
+the user's turn. ANSWERS.jsonl gets each chat with the teacher's turn. Answers that a limit cut off
+are left out, and counted; ``--keep-cut`` keeps them, for scripts/train-eagle3, whose head learns
+each token by itself. An interrupted run resumes after the last answer.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def read_questions(path: Path) -> list[Messages]:
-    """The chats that wait for an answer.
+    """Read the chats that wait for an answer.
 
     Raises:
         ConfigError: the file cannot be read, is empty, or a line is no such chat.
@@ -104,15 +104,15 @@ def distill(
 
     Args:
         teacher: a bundle.
-        chats: what to answer.
+        chats: chats to answer.
         output: JSONL of ``{"messages": [...]}``.
         params: sampling; question ``i`` has the seed plus i.
         num_slots: answers that are computed at once.
-        seed: see ``params``.
-        keep_cut: whether answers are kept that ``max_tokens`` cut.
+        seed: seed of question 0, added to for the others.
+        keep_cut: whether to keep answers that ``max_tokens`` cut.
 
     Returns:
-        How many answers this run wrote, and how many it left out as they did not end.
+        How many answers this run wrote, and how many it left out because they were cut.
 
     Raises:
         EdgeError: the bundle cannot be opened, or a question cannot be answered.
@@ -144,7 +144,7 @@ def distill(
         for index, chat in questions:
             generation = llm.submit(chat, replace(params, seed=seed + index))
             running.append((chat, generation))
-            if len(running) == 4 * num_slots:  # more than run, so that a long answer idles no slot
+            if len(running) == 4 * num_slots:  # so many wait that a long answer leaves no slot idle
                 take()
         while running:
             take()
@@ -152,7 +152,7 @@ def distill(
 
 
 def _line(chat: Messages, result: GenerationResult) -> str:
-    """Of the output."""
+    """Write a line of the output."""
     turn = {"role": "assistant", "content": result.text}
     if result.reasoning:
         turn["reasoning"] = result.reasoning
@@ -160,7 +160,7 @@ def _line(chat: Messages, result: GenerationResult) -> str:
 
 
 def _answered(output: Path) -> list[list[Any]]:
-    """The questions that an earlier run has answered; half a line at the end is cut off."""
+    """Read the questions that an earlier run answered; cut off half a line at the end."""
     if not output.exists():
         return []
     data = output.read_bytes()
@@ -168,7 +168,7 @@ def _answered(output: Path) -> list[list[Any]]:
     if whole != data:
         output.write_bytes(whole)
     try:
-        # A text's own line separators, such as U+2028, stand in the JSON as they are.
+        # A text's own line separators, such as U+2028, are in the JSON as they are.
         return [json.loads(line)["messages"][:-1] for line in whole.split(b"\n")[:-1]]
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{output} is no output of this script; give another one") from error

@@ -1,4 +1,4 @@
-"""An EAGLE-3 head in torch, unrolled over several guesses; `scripts/train_eagle3.py` trains it."""
+"""Unrolls an EAGLE-3 head in torch over several guesses; `scripts/train_eagle3.py` trains it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class HeadModule(nn.Module):  # type: ignore[misc]
     """The head's weights by their published names, and its losses.
 
     It begins as a short cut through the model: the hidden state is the highest of the three, the
-    layer adds little, and norm and lm_head are the model's own where these are known.
+    layer adds little, and norm and lm_head are the model's own if these are known.
 
     Args:
-        spec: its numbers.
+        spec: the head's numbers.
         table: the model's token table, float16 ``[vocab, hidden]``; it is not trained.
         vocabulary: ids of the tokens that it guesses.
         final_norm: weight of the model's final norm.
@@ -72,17 +72,17 @@ class HeadModule(nn.Module):  # type: ignore[misc]
         return list(self.parameters())
 
     def published(self) -> dict[str, NDArray[np.float32]]:
-        """The weights by their published names."""
+        """Return the weights by their published names."""
         return {name: self._weight(name).detach().numpy() for name in self.names}
 
     def losses(
         self, lessons: Sequence[Lesson], ahead: int
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Guess ``ahead`` tokens behind each token of some texts.
+        """Guess ``ahead`` tokens after each token of some texts.
 
         Returns:
-            For each guess in a row: the mean cross entropy against the model's distribution, where
-            the guess is right ``[texts, tokens]``, and which places count.
+            For each guess in a row: the mean cross entropy against the model's distribution,
+            whether the guess is right ``[texts, tokens]``, and which places count.
         """
         longest = max(len(lesson.ids) for lesson in lessons)
 
@@ -103,7 +103,7 @@ class HeadModule(nn.Module):  # type: ignore[misc]
         states = padded(lesson.states for lesson in lessons).float()
         losses, hits, valid = [], [], []
         for k, logits in enumerate(self._unroll(embeds, states, ahead)):
-            # The row of token t has the token after it beside it, and guesses the one after that.
+            # The row of token t has the next token beside it, and guesses the one after that.
             wanted, weights = _shift(best, k + 1), _shift(chances, k + 1)
             known = wanted[..., 0] >= 0
             inside = places + k + 1 < lengths
@@ -115,10 +115,10 @@ class HeadModule(nn.Module):  # type: ignore[misc]
         return losses, hits, valid
 
     def _unroll(self, embeds: Tensor, states: Tensor, ahead: int) -> Iterator[Tensor]:
-        """Logits of each guess in a row, ``[texts, tokens, draft vocab]``.
+        """Yield the logits of each guess in a row, ``[texts, tokens, draft vocab]``.
 
-        At guess ``k`` a row attends to the first pass's rows up to its own, and to what it became
-        in the passes since: those are the rows that a head has when it drafts.
+        At guess ``k`` a row attends to the first pass's rows up to its own, and to its own later
+        states. A head that drafts has the same rows.
         """
         hidden = states @ self._weight("fc.weight").T
         count = embeds.shape[1]
@@ -163,7 +163,7 @@ class HeadModule(nn.Module):  # type: ignore[misc]
         return merged @ self._weight("midlayer.self_attn.o_proj.weight").T
 
     def _rotate(self, x: Tensor, k: int) -> Tensor:
-        """Turn ``[texts, heads, tokens, dim]`` by the rows' positions at guess ``k``."""
+        """Rotate ``[texts, heads, tokens, dim]`` by the rows' positions at guess ``k``."""
         angles = (torch.arange(x.shape[2]) + k)[:, None] * self._frequencies
         cos, sin = (f(angles) * self.spec.rope.attention_factor for f in (torch.cos, torch.sin))
         low, high = x.chunk(2, -1)
@@ -179,5 +179,5 @@ class HeadModule(nn.Module):  # type: ignore[misc]
 
 
 def _shift(x: Tensor, places: int) -> Tensor:
-    """Move tokens to the front; what follows the last one is zero."""
+    """Move tokens to the front, and fill with zeros."""
     return torch.cat([x[:, places:], torch.zeros_like(x[:, :places])], 1)

@@ -2,10 +2,11 @@
 
 usage: scripts/finetune BASE TEXTS.jsonl -o ADAPTER [--epochs 3] [--learning-rate 2e-4] ...
 
-BASE is what ``edge-llm export`` takes: a directory in Hugging Face's layout, a hub id or a GGUF
-file. TEXTS is what ``--calibration`` takes: JSONL of ``{"text": ...}`` or ``{"messages": [...]}``
-whose last turn is the assistant's, perhaps with ``reasoning``. Tokens are those of the exported
-model, its chat template and control tokens included. Of a chat only the last turn is learned.
+BASE is anything that ``edge-llm export`` takes: a directory in Hugging Face's layout, a hub id or a
+GGUF file. TEXTS is anything that ``--calibration`` takes: JSONL of ``{"text": ...}`` or
+``{"messages": [...]}`` whose last turn is the assistant's, perhaps with ``reasoning``. Tokens are
+those of the exported model, its chat template and control tokens included. Only a chat's last turn
+is learned.
 
 Every tenth text is held out; the loss on these before and after is printed, and the last line of
 standard output is JSON. peft and transformers' Trainer do the work, on a GPU where there is one.
@@ -44,7 +45,7 @@ class Example:
 
     Attributes:
         ids: the tokens.
-        labels: the same, `NOT_LEARNED` where a token is not to be learned.
+        labels: the tokens again, with `NOT_LEARNED` where one is not to be learned.
     """
 
     ids: list[int]
@@ -52,7 +53,7 @@ class Example:
 
     @property
     def num_learned(self) -> int:
-        """Tokens that are learned; the first of a text is never predicted."""
+        """Number of tokens that are learned; the first of a text is never predicted."""
         return sum(label != NOT_LEARNED for label in self.labels[1:])
 
 
@@ -107,16 +108,16 @@ def finetune(
     """Train an adapter and write it in peft's layout.
 
     Args:
-        base: the model; see `open_checkpoint`.
-        texts: what to learn, and what to hold out.
+        base: the model, as for `open_checkpoint`.
+        texts: texts to learn, some of which are held out.
         output: directory of the adapter; it must not exist, or be empty.
         epochs: how often each text is learned.
-        learning_rate: at its highest, after a twentieth of the steps.
-        rank: of the adapter's matrices.
+        learning_rate: highest learning rate, reached after a twentieth of the steps.
+        rank: rank of the adapter's matrices.
         batch_size: texts at once.
         accumulate: batches per step of the optimizer.
-        max_tokens: what a longer text is cut to.
-        seed: of the adapter's first values and of the order of the texts.
+        max_tokens: length to which longer texts are cut.
+        seed: seed of the adapter's first values and of the order of the texts.
 
     Returns:
         Figures: texts, steps, and the mean loss per learned token of the held-out texts, in nats,
@@ -124,7 +125,7 @@ def finetune(
 
     Raises:
         ConfigError: a number is not above 0, the texts are too few, or ``output`` is not empty.
-        CheckpointError: the base is none that can be exported.
+        CheckpointError: the base cannot be exported.
         DependencyError: torch, transformers or peft is missing.
     """
     for option, value in (
@@ -206,9 +207,9 @@ def finetune(
 def encode(
     checkpoint: Checkpoint, documents: Sequence[Mapping[str, Any]], max_tokens: int
 ) -> list[Example]:
-    """The tokens of texts as the exported model reads and writes them.
+    """Encode texts as the exported model reads and writes them.
 
-    A text of which nothing is left to learn within ``max_tokens`` is left out.
+    A text with nothing to learn within ``max_tokens`` is left out.
 
     Raises:
         RequestError: the chat template refuses a text's messages.
@@ -240,10 +241,10 @@ def encode(
 
 
 def load_model(base: str, checkpoint: Checkpoint) -> Any:
-    """The model in PyTorch, on a GPU in bf16 where there is one.
+    """Load the model in PyTorch, in bf16 if there is a GPU.
 
-    Its weights are those that ``edge-llm export`` reads, so the adapter fits what it is merged
-    into; transformers itself does not train what it loaded from a GGUF file.
+    Its weights are the ones that ``edge-llm export`` reads, so the adapter fits the model that it
+    is merged into; transformers itself does not train a model that it loaded from a GGUF file.
     """
     import torch
     import transformers
@@ -272,7 +273,7 @@ def load_model(base: str, checkpoint: Checkpoint) -> Any:
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """Texts of a batch, padded at the end: ``[batch, longest]`` each."""
+    """Make a batch of texts, padded at the end: ``[batch, longest]`` each."""
     import torch
 
     longest = max(len(example.ids) for example in examples)
@@ -288,7 +289,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def mean_loss(model: Any, examples: Sequence[Example]) -> float:
-    """The mean negative log-probability of all learned tokens, in nats."""
+    """Compute the mean negative log-probability of all learned tokens, in nats."""
     import torch
 
     model.eval()

@@ -2,11 +2,11 @@
 
 usage: scripts/fp16-peaks BUNDLE [--tokens 1024] [--window 256] [--text NAME ...]
 
-What runs is `decoder.onnx`, the graph that an engine is built from, and not its fp32 twin. Each
-fp16 value between two nodes gets a magnitude as a further output of the copy in memory; values of
-the same name in different layers are one kind. ONNX Runtime's CPU computes each node in fp32 and
-rounds what it hands on, so a sum that only overflows inside a product is not seen. Exit code 1 if
-a value is not finite in fp16.
+It runs `decoder.onnx`, the graph that an engine is built from, not its fp32 twin. In a copy in
+memory each fp16 value between two nodes gets a further output with its magnitude. Values of the
+same name in different layers are one kind. ONNX Runtime's CPU computes each node in fp32 and rounds
+its outputs, so a sum that only overflows inside a product is not seen. The exit code is 1 if a
+value is not finite in fp16.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from export.graph.float_range import FP16_MAX
 from scripts.quality_score import DEVELOPMENT_TEXTS as TEXTS
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
-_FIRST_INFINITE = 65520.0  # from here on a number is rounded to infinity
-# These hand on the whole cache, whose rows were seen, or what they were given in another shape.
+_FIRST_INFINITE = 65520.0  # a number from here on is rounded to infinity
+# These output the whole cache, whose rows were seen, or their input in another shape.
 _SEEN_BEFORE = ("TensorScatter", "Slice", "Reshape", "Transpose")
 _MAGNITUDE = ".magnitude"
 Peaks = dict[str, float]
@@ -82,7 +82,7 @@ class PeakRunner:
         self.names = add_magnitudes(graph)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        # As written: nothing is fused, so every value is there.
+        # No optimization: nothing is fused, so every value is there.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(bundle)
@@ -98,7 +98,7 @@ class PeakRunner:
         }
 
     def run(self, ids: NDArray[np.int64], peaks: Peaks) -> None:
-        """Run one window from an empty cache and raise ``peaks`` where it goes beyond them."""
+        """Run one window from an empty cache; raise ``peaks`` where its values are larger."""
         embeds = self._table[ids]
         step = step_after([0], [0], embeds[None], last_token(len(ids))[None])
         shape = RunShape(0, 1, step.seq, 1)
@@ -148,7 +148,7 @@ def add_magnitudes(graph: onnx.ModelProto) -> list[str]:
 
 
 def table(peaks: Peaks) -> str:
-    """The largest value of each kind and the layer that it was in, largest first, as Markdown."""
+    """Write the largest value of each kind and its layer, largest first, as Markdown."""
     kinds: dict[str, tuple[float, str]] = {}
     for name, peak in peaks.items():
         layer = _LAYER.match(name)

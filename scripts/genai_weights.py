@@ -2,10 +2,10 @@
 
 usage: python scripts/genai_weights.py GENAI FLOAT OUTPUT
 
-GENAI is what onnxruntime-genai's model builder wrote with ``-p int4``, FLOAT the Hugging Face
-directory that it read (scripts/peers makes both). OUTPUT is a directory like FLOAT whose decoder
-layers have GENAI's weights; embeddings, norms, biases and lm_head stay as they are, so it shows
-what the rounding costs the layers that every recipe quantizes.
+GENAI is a directory that onnxruntime-genai's model builder wrote with ``-p int4``, FLOAT the
+Hugging Face directory that it read (scripts/peers makes both). OUTPUT is a directory like FLOAT
+whose decoder layers have GENAI's weights; embeddings, norms, biases and lm_head stay the same. So
+it shows what the rounding costs in the layers that every recipe quantizes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from edge_lab.safetensors_writer import TensorSource, write_safetensors
 from export.sources.checkpoint import Checkpoint
 from export.sources.opening import open_checkpoint
 
-_ZERO = 8  # of MatMulNBits where the node has no zero points
+_ZERO = 8  # zero point of MatMulNBits if the node has none
 _Read = Callable[[], NDArray[np.float32]]
 
 
@@ -41,10 +41,10 @@ def main() -> None:
 
 
 def write(genai: Path, floats: Path, output: Path) -> None:
-    """Write ``output``; see above.
+    """Write ``output``, as the module's docstring says.
 
     Raises:
-        SystemExit: a layer is not what the builder writes for symmetric INT4, or ``output`` exists.
+        SystemExit: a layer is not as the builder writes symmetric INT4, or ``output`` exists.
     """
     start_directory(floats, output)
     graph = onnx.load(genai / "model.onnx", load_external_data=False).graph
@@ -69,7 +69,7 @@ def write(genai: Path, floats: Path, output: Path) -> None:
 
 
 def start_directory(floats: Path, output: Path) -> None:
-    """Make ``output`` with all that ``floats``, a Hugging Face directory, has but its weights.
+    """Make ``output`` with everything in ``floats``, a Hugging Face directory, except its weights.
 
     Raises:
         SystemExit: ``output`` exists.
@@ -89,8 +89,8 @@ def write_floats(
 
     Args:
         checkpoint: the model.
-        output: a directory that is there.
-        replaced: by HF name, how to read the tensors that are not the checkpoint's own.
+        output: an existing directory.
+        replaced: readers of the tensors that are not the checkpoint's own, by HF name.
     """
 
     def read(name: str) -> Iterator[NDArray[np.generic]]:
@@ -107,7 +107,7 @@ def write_floats(
 def _parts(
     weights: tuple[str, ...], rows: Callable[[str], NDArray[np.float32]], checkpoint: Checkpoint
 ) -> dict[str, _Read]:
-    """How to read each weight of a linear: q, k and v are one matrix there, gate and up are two."""
+    """Return readers for the weights of a linear: q, k and v are one matrix, gate and up two."""
     names = [weight.removesuffix(".weight").replace(".self_attn.", ".attn.") for weight in weights]
     if not weights[0].endswith("q_proj.weight"):
         return {
@@ -135,7 +135,7 @@ def _attribute(node: onnx.NodeProto, name: str) -> int:
 def _dequantize(
     node: onnx.NodeProto, stored: dict[str, onnx.TensorProto], place: Path
 ) -> NDArray[np.float32]:
-    """``[out, in]`` of a node; low nibbles come first, as com.microsoft.MatMulNBits has them."""
+    """Read ``[out, in]`` from a node; low nibbles come first, as in com.microsoft.MatMulNBits."""
     if len(node.input) > 3:
         raise SystemExit(f"error: {node.name} has zero points; build with symmetric INT4")
     size, width = _attribute(node, "block_size"), _attribute(node, "K")

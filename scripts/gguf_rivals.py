@@ -1,10 +1,10 @@
-"""A model's files as llama.cpp quantizes them, all from one float file of the same weights.
+"""Quantizes a model by llama.cpp, all formats from one float file of the same weights.
 
-A rival is named by its format, or by the format and ``+imatrix``: then llama-imatrix has read the
-text that calibrates our own INT4, as long as that, and llama-quantize weighs errors by what it saw.
-Mixtures of types are llama.cpp's own: where a row is no multiple of 256 weights, as in most of
-SmolLM2 and of the 0.5B, it takes another type than the one in the format's name, and token table
-and lm_head have types of their own. So bits are counted in the file.
+A rival is named by its format, or by the format and ``+imatrix``. With ``+imatrix``, llama-imatrix
+reads the text that calibrates our own INT4, in the same length, and llama-quantize weighs errors by
+the result. Mixtures of types are llama.cpp's own. If a row is no multiple of 256 weights, as in
+most of SmolLM2 and of the 0.5B, it takes another type than the format's name says. Token table and
+lm_head have types of their own. So bits are counted in the file.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from export.sources.opening import open_checkpoint
 FORMATS = ("Q4_0", "Q4_K_S", "IQ4_NL", "IQ4_XS", "Q8_0")
 WITH_MATRIX = "+imatrix"
 RIVALS = (*FORMATS, *(name + WITH_MATRIX for name in FORMATS if name != "Q8_0"))
-"""llama-quantize rounds to Q8_0 without looking at a matrix."""
-_OF_THE_FILE = "GGUF."  # what the writer counts by itself
+"""Rivals; llama-quantize rounds to Q8_0 without looking at a matrix."""
+_OF_THE_FILE = "GGUF."  # keys that the writer counts itself
 _ARCHITECTURE, _FILE_TYPE = "general.architecture", "general.file_type"
 _LINEAR = re.compile(r"blk\.\d+\.(attn|ffn)_\w+\.weight")
 _GRID_WEIGHTS, _GRID_STEPS = 32, 15  # of Q4_1 and Q4_K: one scale and one offset for 32 weights
@@ -40,9 +40,9 @@ class FileBits(NamedTuple):
     """Stored bits per weight, scales included, and how many tensors have which type.
 
     Attributes:
-        layers: of the linear layers of the decoder's layers.
-        with_lm_head: with the lm_head, which is the token table where the file has no other.
-        types: tensors by the name of their type, linear layers only.
+        layers: bits in the linear layers of the decoder's layers.
+        with_lm_head: bits with the lm_head, which is the token table if the file has no other.
+        types: number of tensors by the name of their type, linear layers only.
     """
 
     layers: float
@@ -55,13 +55,13 @@ def write_floats(source: Path, output: Path, adapter: Path | None = None) -> flo
 
     Args:
         source: the file, quantized or not.
-        output: where the copy goes.
-        adapter: a LoRA of the model that is merged; None merges nothing.
+        output: path of the copy.
+        adapter: a LoRA of the model to merge; None merges nothing.
 
     Returns:
         With an adapter, how far it moves the linear layers' weights: root mean square over all,
-        in steps of the source's grid of 4 bits (one scale and one offset for 32 weights). A weight
-        anywhere between two points of a grid is 0.29 of a step from the nearer one (root mean
+        in steps of the source's grid of 4 bits (one scale and one offset for 32 weights). A random
+        weight between two points of a grid is 0.29 of a step from the nearer one (root mean
         square).
     """
     moved = _Moved()
@@ -92,7 +92,7 @@ def write_floats(source: Path, output: Path, adapter: Path | None = None) -> flo
 
 
 class _Moved:
-    """Sums up changes of weights in steps of a grid that their values before them span."""
+    """Sums up changes of weights, in steps of the grid that the weights before them span."""
 
     def __init__(self) -> None:
         self._squares, self._count = 0.0, 0
@@ -110,13 +110,13 @@ class _Moved:
 
 
 def _paired_rows(weights: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
-    """HF's rows of q or k in the order that llama.cpp gives them in ``llama``."""
+    """Return HF's rows of q or k in the order that llama.cpp gives them in ``llama``."""
     halves = weights.reshape(num_heads, 2, -1, *weights.shape[1:])
     return np.swapaxes(halves, 1, 2).reshape(weights.shape)
 
 
 def write_calibration_text(source: Path, output: Path) -> int:
-    """Write the text that calibrates INT4, as the model reads it; returns its tokens."""
+    """Write the text that calibrates INT4, as the model reads it; return its number of tokens."""
     with open_checkpoint(str(source)) as checkpoint:
         text = checkpoint.text
     tokenizer = Tokenizer.from_bytes(text.tokenizer_json, text.tokens)
@@ -131,7 +131,7 @@ def write_calibration_text(source: Path, output: Path) -> int:
 def matrix_command(
     programs: Path, floats: Path, text: Path, output: Path, threads: int
 ) -> list[object]:
-    """The command that writes an importance matrix in windows as long as our calibration's."""
+    """Return the command that writes an importance matrix, in windows as long as ours."""
     command = [programs / "llama-imatrix", "-m", floats, "-f", text, "-o", output, "-t", threads]
     return [*command, "-c", 512, "-b", 512, "--parse-special", "--no-ppl"]
 
@@ -139,7 +139,7 @@ def matrix_command(
 def quantize_command(
     programs: Path, floats: Path, output: Path, rival: str, matrix: Path, threads: int
 ) -> list[object]:
-    """The command that writes a rival's file; ``matrix`` is read where the rival's name says so."""
+    """Return the command that writes a rival's file; it reads ``matrix`` only for ``+imatrix``."""
     kind, _, with_matrix = rival.partition("+")
     given = ["--imatrix", matrix] if with_matrix else []
     return [programs / "llama-quantize", *given, floats, output, kind, threads]
@@ -169,14 +169,14 @@ def rewrite(
 
     Args:
         source: a GGUF file.
-        output: where the copy goes.
-        convert: gives a tensor's stored rows and their type; None leaves it out.
-        values: metadata with another value than in the source, by key.
+        output: path of the copy.
+        convert: returns a tensor's stored rows and their type; None leaves it out.
+        values: metadata whose value differs from the source's, by key.
     """
     reader = gguf.GGUFReader(source)
     part = output.with_name(f"{output.name}.part")
     architecture = reader.fields[_ARCHITECTURE].contents()
-    # What is converted waits in a file: as floats it may not fit in memory.
+    # Converted tensors wait in a file: as floats they may not fit in memory.
     writer = gguf.GGUFWriter(part, architecture, use_temp_file=True)
     for field in reader.fields.values():
         if field.name == _ARCHITECTURE or field.name.startswith(_OF_THE_FILE):
@@ -196,5 +196,5 @@ def rewrite(
 
 
 def is_linear(tensor: Any) -> bool:
-    """Whether a tensor of a file is the weight of a linear layer of the decoder's layers."""
+    """Return whether a tensor is the weight of a linear layer of the decoder's layers."""
     return len(tensor.shape) == 2 and bool(_LINEAR.fullmatch(tensor.name))

@@ -1,9 +1,9 @@
-"""What a GPU shows: TensorRT on every precision, doctor, the tests marked ``gpu``, one report.
+"""Checks a GPU: TensorRT on every precision, doctor, the tests marked ``gpu``, one report.
 
 ``scripts/gpu-check`` makes the environment and calls this. The output directory gets
 ``report.json``, which holds everything and can be sent as it is, ``report.txt`` for people, and the
-whole output of every step as ``<step>.log``. It passes only if TensorRT ran: every cell of the
-matrix, precision by step, has passed; what was skipped has not.
+whole output of every step as ``<step>.log``. It passes only if TensorRT ran and every cell of the
+matrix, precision by step, has passed; a skipped cell has not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from edge_lab.prove.steps import (
 )
 
 PRECISIONS: dict[str, tuple[str, ...]] = {
-    # Fast to export, since what is checked here is the engine and not the quality.
+    # Recipes that export fast, since this checks the engine and not the quality.
     "fp16": (),
     "int4": ("--method", "rtn"),
     "int8": (),
@@ -40,7 +40,7 @@ CELLS = ("export", *ENGINE_CELLS)
 OTHER_BACKENDS = ("ort-cuda", "ort-cpu")
 GPU_WAITS = ("spin", "yield", "block")
 _NATIVE_SINCE = (10, 15)  # TensorRT with the operators of dialect native
-_NOT_OF_THIS_DIALECT = "dialect native"  # in the reason of a skipped test
+_NOT_OF_THIS_DIALECT = "dialect native"  # words in the reason of a skipped test
 
 
 def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
@@ -94,7 +94,7 @@ def make_report(output: Path, bundle: Path | None, run: Run) -> dict[str, Any]:
 
 
 def choose_target(tensorrt: str | None) -> str:
-    """The target of ``edge-llm export`` for a TensorRT; the oldest where it is not known."""
+    """Return the ``--target`` of an export for a TensorRT; the oldest if its version is unknown."""
     parts = (tensorrt or "0.0").split(".")
     release = tuple(int(part) for part in parts[:2] if part.isdigit())
     if release < _NATIVE_SINCE:
@@ -103,7 +103,7 @@ def choose_target(tensorrt: str | None) -> str:
 
 
 def exports(source: str, target: str) -> dict[str, list[str]]:
-    """The options of ``edge-llm export`` by precision."""
+    """Return the options of ``edge-llm export`` by precision."""
     return {
         name: [source, "--quant", name, "--target", target, "--force", "--no-verify", *options]
         for name, options in PRECISIONS.items()
@@ -116,10 +116,10 @@ def check_row(
     """Export, build, verify, measure and look into one bundle: a verdict per cell.
 
     Args:
-        name: of the row, which names the logs.
-        bundle: where it is, or will be.
+        name: name of the row, which names the logs.
+        bundle: path of the bundle, which may not exist yet.
         run: runs a step.
-        export: options that make it; None if it is there.
+        export: options that export it; None if it exists.
     """
     row: dict[str, dict[str, Any]] = {}
     if export is not None:
@@ -133,7 +133,7 @@ def check_row(
 
 
 def tune(bundle: Path, matrix: dict[str, dict[str, dict[str, Any]]], run: Run) -> dict[str, Any]:
-    """Whose kernels and which ways are fastest here, each engine timed and compared."""
+    """Find whose kernels and which ways are fastest here; each engine is timed and compared."""
     if not has_engine(matrix):
         return {"verdict": "skipped", "reason": "the build failed"}
     command = ["edge-llm", "build", str(bundle), "--kv-read", "auto", "--kernels", "auto"]
@@ -144,7 +144,7 @@ def tune(bundle: Path, matrix: dict[str, dict[str, dict[str, Any]]], run: Run) -
 def compare_waits(
     bundle: Path, matrix: dict[str, dict[str, dict[str, Any]]], run: Run
 ) -> dict[str, dict[str, Any]]:
-    """The benchmark with each way to wait for the GPU: a step's time, and the CPU time in it."""
+    """Run the benchmark with each way to wait for the GPU: a step's time, and its CPU time."""
     if not has_engine(matrix):
         return {wait: {"verdict": "skipped", "reason": "the build failed"} for wait in GPU_WAITS}
     command = ["edge-llm", "bench", str(bundle), "--backend", "tensorrt", "--json", "--gpu-wait"]
@@ -155,16 +155,16 @@ def compare_waits(
 
 
 def has_engine(matrix: dict[str, dict[str, dict[str, Any]]]) -> bool:
-    """Whether the bundle that is measured beyond the matrix was built."""
+    """Return whether the bundle that is measured beyond the matrix was built."""
     row = matrix.get("int4") or next(iter(matrix.values()))
     return bool(row["build"]["verdict"] == "passed")
 
 
 def run_tests(output: Path, run: Run) -> dict[str, Any]:
-    """The tests marked ``gpu``."""
+    """Run the tests marked ``gpu``."""
     junit = output / "tests.xml"
     junit.unlink(missing_ok=True)  # so that an old result does not count
-    # Others import what this environment lacks, and one such file keeps pytest from running any.
+    # Other tests import what this environment lacks; one such file keeps pytest from running any.
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", f"--junitxml={junit}"]
     code = run("tests", [*command, "-p", "no:cacheprovider"]).code
     return {"code": code, **read_junit(junit)}
@@ -177,7 +177,7 @@ def bench(backend: str, bundle: Path, run: Run) -> dict[str, Any]:
 
 
 def find_problems(report: dict[str, Any]) -> list[str]:
-    """Why the report has not passed, a sentence each; empty if it has."""
+    """Say why the report has not passed, a sentence each; empty if it has."""
     problems = []
     if report["doctor_code"] != 0:
         summary = (report["doctor"] or {}).get("summary", "no answer, see doctor.log")
@@ -209,7 +209,7 @@ def find_problems(report: dict[str, Any]) -> list[str]:
 
 
 def read_junit(path: Path) -> dict[str, Any]:
-    """Counts, names of what failed, and of what was skipped by reason, from pytest's XML."""
+    """Read pytest's XML: counts, names of failures, and of skipped tests by their reason."""
     found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": {}}
     if not path.is_file():
         return found
@@ -256,7 +256,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def render_matrix(matrix: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """A line of verdicts per precision, and what was seen in it."""
+    """Write a line of verdicts per precision, and what was seen in it."""
     width = max(map(len, matrix))
     lines = [f"{'':<{width}}  " + "  ".join(f"{name:<7}" for name in CELLS)]
     for name, row in matrix.items():
@@ -274,7 +274,7 @@ def render_matrix(matrix: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 
 
 def render_tune(found: dict[str, Any]) -> list[str]:
-    """A line per variant that was tried."""
+    """Write a line per variant that was tried."""
     result = found.get("result", {})
     tried = [(each, each["reason"]) for each in result.get("refused", ())]
     for each in result.get("tuned", ()):
@@ -287,7 +287,7 @@ def render_tune(found: dict[str, Any]) -> list[str]:
 
 
 def render_waits(found: dict[str, dict[str, Any]]) -> list[str]:
-    """A line per way to wait."""
+    """Write a line per way to wait."""
     lines = []
     for wait, each in found.items():
         what = each["verdict"]
@@ -301,7 +301,7 @@ def render_waits(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def figures(result: dict[str, Any]) -> str:
-    """What a reader looks for first; the rest is in the JSON."""
+    """Write the figures that a reader looks for first; the rest is in the JSON."""
     units = {
         "decode_tps": "tokens/s in decode",
         "prefill_tps": "tokens/s in prefill",

@@ -1,9 +1,9 @@
-"""``scripts/gpu-check kernels``: edge-llm's own kernels on the GPU that is here, without TensorRT.
+"""``scripts/gpu-check kernels``: checks edge-llm's own kernels on this GPU, without TensorRT.
 
-Each is loaded by the CUDA driver, held against NumPy at the shapes of R1-Distill-Qwen-1.5B, and
-timed. Beside its bytes per second stands what the card reaches when it copies; a product of many
-rows, and an attention of many tokens, has its operations per second instead. Inputs are so many
-that no cache holds them from one run to the next.
+Each kernel is loaded by the CUDA driver, compared with NumPy at the shapes of R1-Distill-Qwen-1.5B,
+and timed. Its bytes per second are printed beside those of a copy on the card. A product of many
+rows, and an attention of many tokens, has its operations per second instead. There are so many
+inputs that no cache holds them from one run to the next.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _COPY_BYTES = 256 << 20
 _MOST_COPIES = 32
 _RUNS = 20
 _ATTENDED = ("query", "keys", "values", "new_keys", "new_values", "positions")
-_COLUMNS = 4096  # of a reference product at once: it is in FP64
+_COLUMNS = 4096  # columns of a reference product at once, since it is in FP64
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Case:
     """An operation at one shape.
 
     Attributes:
-        name: what it is in the model.
+        name: its name in the model.
         job: the kernels.
-        make_inputs: of the job; large, so only one case's are there at a time.
-        num_bytes: that must be read and written at least.
-        operations: multiplications and additions, where these are what counts.
+        make_inputs: makes the job's inputs; they are large, so only one case has them at a time.
+        num_bytes: bytes that must be read and written at least.
+        operations: multiplications and additions, if these are what counts.
     """
 
     name: str
@@ -56,13 +56,13 @@ class Case:
     operations: int = 0
 
     def find_fault(self, inputs: Arrays, outputs: Arrays) -> str | None:
-        """What is wrong with the outputs, or None."""
+        """Say what is wrong with the outputs, or return None."""
         if "y" in outputs:
             (only,) = self.job.launches
             return _product_fault(getattr(reference, only.variant.function), inputs, outputs["y"])
         if "output" in outputs:
             found = reference.attention(**{name: inputs[name] for name in _ATTENDED})
-            # Weights are FP16 in the second product.
+            # The second product has weights in FP16.
             largest = max(np.abs(inputs[name]).max() for name in ("values", "new_values"))
             bound = 2.5e-3 * float(largest) + 1e-6
             return _fault(np.abs(outputs["output"] - found), np.full(found.shape, bound))
@@ -99,7 +99,7 @@ def _product_fault(
 def product(
     name: str, rows: int, columns: int, depth: int, group: int, planes: int, *, bias: bool = False
 ) -> Case:
-    """A product with random weights, on tensor cores where there are many rows."""
+    """Make a product with random weights, on tensor cores if there are many rows."""
     many = rows > MAX_ROWS
     make = launch.w4_gemm if many else launch.w4_gemv
     job = make(rows, columns, depth, group=group, planes=planes, bias=bias)
@@ -131,7 +131,7 @@ def _product_inputs(
 def attention(
     name: str, starts: list[int], groups: int, heads: int, tokens: int, width: int, capacity: int
 ) -> Case:
-    """Attention over a cache of random rows, so many of each sequence, and the step's own."""
+    """Make attention over a cache of random rows, this many per sequence, and the step's own."""
     job = attention_job(len(starts), groups, heads, tokens, width, capacity)
 
     def make_inputs() -> Arrays:
@@ -156,7 +156,7 @@ def attention(
 
 
 def logits(name: str, rows: int, columns: int, keep: int) -> Case:
-    """The largest of random logits."""
+    """Make a search for the largest of random logits."""
 
     def make_inputs() -> Arrays:
         random = np.random.default_rng(0)
@@ -172,7 +172,7 @@ def _bytes_of(job: launch.Job, names: Sequence[str]) -> int:
 
 
 def make_cases() -> list[Case]:
-    """The shapes of R1-Distill-Qwen-1.5B: every kernel that is compiled runs."""
+    """Make cases of the shapes of R1-Distill-Qwen-1.5B, so that every compiled kernel runs."""
     return [
         product("q, INT4 g32, bias", 1, 1536, 1536, 32, 1, bias=True),
         *(product(f"gate and up, INT4 g32, {n} rows", n, 17920, 1536, 32, 1) for n in (1, 2, 4, 8)),
@@ -193,7 +193,7 @@ def make_cases() -> list[Case]:
 
 
 class Timer:
-    """Time on the device between two places of a stream.
+    """Measures the time on the device between two places of a stream.
 
     Raises:
         DependencyError: cuda-bindings is missing.
@@ -203,7 +203,7 @@ class Timer:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._events: list[Any] = []
-        self._owned = ExitStack()  # which frees the second, too, where freeing the first fails
+        self._owned = ExitStack()  # frees the second, too, if freeing the first fails
         try:
             for _ in ("start", "end"):
                 event = device.graph_call("make an event", "cuEventCreate", 0)
@@ -214,21 +214,21 @@ class Timer:
             raise
 
     def start(self, stream: Stream) -> None:
-        """Begin behind what is on the stream."""
+        """Begin after what is on the stream."""
         self._record(0, stream)
 
     def end(self, stream: Stream) -> None:
-        """End behind what is on the stream."""
+        """End after what is on the stream."""
         self._record(1, stream)
 
     def _record(self, which: int, stream: Stream) -> None:
         self._device.graph_call("note a time", "cuEventRecord", self._events[which], stream.handle)
 
     def read_s(self) -> float:
-        """Seconds between both, once they have passed.
+        """Return the seconds between both, once they have passed.
 
         Raises:
-            DeviceError: what was timed failed.
+            DeviceError: the timed work failed.
         """
         self._device.graph_call("wait for an event", "cuEventSynchronize", self._events[1])
         milliseconds: float = self._device.graph_call(
@@ -245,8 +245,8 @@ class Bench:
     """Runs cases on a GPU.
 
     Args:
-        device: whose context is current.
-        cubins: of all kernels.
+        device: device whose context is current.
+        cubins: cubins of all kernels.
     """
 
     def __init__(self, device: Device, cubins: dict[str, Cubin]) -> None:
@@ -260,11 +260,11 @@ class Bench:
         return self._stack.enter_context(closing(thing))
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release everything."""
         self._stack.close()
 
     def copy_bandwidth(self, num_bytes: int = _COPY_BYTES) -> float:
-        """Bytes per second, read and written, of a copy on the device."""
+        """Return the bytes per second, read and written, of a copy on the device."""
         with ExitStack() as stack:
             source, target = (
                 stack.enter_context(closing(DeviceMemory(self._device, num_bytes, "a copy")))
@@ -303,7 +303,7 @@ class Bench:
         }
 
     def _time(self, runs: list[Any]) -> float:
-        """Median seconds of one, over rounds of all."""
+        """Return the median seconds of one, over rounds of all."""
         found = []
         for _ in range(_RUNS):
             self._timer.start(self._stream)
@@ -363,7 +363,7 @@ class Bench:
 
 
 def check(cases: Sequence[Case], copy_bytes: int = _COPY_BYTES) -> dict[str, Any]:
-    """Run cases on the GPU that is here.
+    """Run cases on this machine's GPU.
 
     Raises:
         DependencyError: no GPU, no cuda-bindings, or no kernels for this GPU.
@@ -382,7 +382,7 @@ def check(cases: Sequence[Case], copy_bytes: int = _COPY_BYTES) -> dict[str, Any
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Write the report for people."""
     lines = [
         f"{report['device']}, compute capability {report['compute_capability']}: a copy on the "
         f"device moves {report['copy_gb_s']:.1f} GB/s"
@@ -402,7 +402,7 @@ def _render_rate(case: dict[str, Any], copy_gb_s: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = None) -> int:
-    """Print the report; 1 if a kernel computes something else than NumPy or fails."""
+    """Print the report; return 1 if a kernel differs from NumPy or fails."""
     parser = argparse.ArgumentParser(prog="gpu-check kernels", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""What the machine code of a kernel shows without a GPU: instructions per weight, loads, limits.
+"""Reads a kernel's machine code without a GPU: instructions per weight, loads, limits.
 
-A bound and not a time: it says that the Orin's lanes are quick enough for its memory, not that the
-memory is kept busy. Only a device shows that.
+It gives a bound and not a time: it says that the Orin's lanes are quick enough for its memory, not
+that the memory is kept busy. Only a device shows that.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from engines.kernels.variants import BY_NAME
 _MULTIPROCESSORS = 16
 LANES_PER_S = _MULTIPROCESSORS * 128 * 1.3e9
 BYTES_PER_S = 204.8e9
-# And 42.5e12 dense FP16 operations by 64 tensor cores: 512 per cycle of each. The instruction
+# The Orin has 42.5e12 dense FP16 operations by 64 tensor cores: 512 per cycle of each. One
 # HMMA.16816 is 2 * 16 * 8 * 16 of them, and its scheduler issues one instruction per cycle.
 HMMA_CYCLES = 8
 # CUDA C++ Programming Guide, technical specifications per compute capability, 8.7.
 _REGISTERS, _WARPS, _PROGRAMS, _SHARED = 65_536, 48, 16, 164 * 1024
 _REGISTER_UNIT = 256  # registers are given to a warp in units of this many
-_SHARED_OF_SYSTEM = 1024  # CUDA takes as much of each program
-# Of a multiprocessor that may be off for hiding latency: 256 threads are 8 warps.
+_SHARED_OF_SYSTEM = 1024  # bytes that CUDA itself takes per program
+# Warps of a multiprocessor that hide latency are at least these: 256 threads are 8 warps.
 LEAST_WARPS = 8
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{ )?(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)(.*)")
 _LABEL = re.compile(r"^\s*(\.L_x_\d+):")
@@ -46,13 +46,13 @@ class Sass:
     loops: tuple[tuple[int, int], ...]
 
     def count(self, prefix: str, first: int = 0, last: int | None = None) -> int:
-        """How many instructions begin with these letters."""
+        """Count the instructions that begin with these letters."""
         end = len(self.instructions) if last is None else last + 1
         return sum(name.startswith(prefix) for name, _ in self.instructions[first:end])
 
 
 def read_sass(text: str) -> Sass:
-    """Read what ``nvdisasm -c`` prints."""
+    """Read the output of ``nvdisasm -c``."""
     instructions: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -71,10 +71,10 @@ def read_sass(text: str) -> Sass:
 
 
 def lanes_per_weight(name: str, sass: Sass) -> float:
-    """Instructions of a lane for one weight of `w4_gemv`, all of its loops counted.
+    """Count a lane's instructions per weight of `w4_gemv`, over all of its loops.
 
-    One turn of the outer loop is one line of 32 weights per column of a thread. An inner loop of it
-    runs over the eight nibbles of a word, ``UNROLL`` at a time.
+    One turn of the outer loop is one line of 32 weights per column of a thread. An inner loop runs
+    over the eight nibbles of a word, ``UNROLL`` at a time.
     """
     constants = BY_NAME[name].constants
     (*inner, outer) = sass.loops
@@ -85,22 +85,22 @@ def lanes_per_weight(name: str, sass: Sass) -> float:
 
 
 def budget(planes: int, group: int = 32) -> float:
-    """Instructions of a lane for one weight that an Orin has time for while it reads one."""
+    """Return a lane's instructions per weight that an Orin has time for while it reads one."""
     bytes_per_weight = 0.5 * planes + 2 / group
     return LANES_PER_S / (BYTES_PER_S / bytes_per_weight)
 
 
 def issues_per_hmma(sass: Sass) -> float:
-    """Instructions of the last loop for one of the tensor cores, itself included.
+    """Count the last loop's instructions per tensor core instruction, that one included.
 
-    More than `HMMA_CYCLES`, and the tensor cores wait.
+    If there are more than `HMMA_CYCLES`, the tensor cores wait.
     """
     first, last = sass.loops[-1]
     return (last - first + 1) / sass.count("HMMA.16816", first, last)
 
 
 def resident_warps(record: Mapping[str, Any]) -> int:
-    """Warps of a kernel that one multiprocessor of the Orin holds at once, of 48."""
+    """Return how many of a multiprocessor's 48 warps a kernel can have on the Orin."""
     warps = record["threads"] // 32
     per_warp = -(-record["registers"] * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
     programs = min(
@@ -113,7 +113,7 @@ def resident_warps(record: Mapping[str, Any]) -> int:
 
 
 def find_problems(manifest: Mapping[str, Any], found: Mapping[str, Sass]) -> Iterator[str]:
-    """Gates that are not held, a sentence each."""
+    """Yield a sentence for each gate that is missed."""
     for name, sass in found.items():
         record = manifest["architectures"]["87"][name]
         if record["spilled_bytes"] or sass.count("LDL") or sass.count("STL"):
@@ -136,8 +136,8 @@ def _gemv_problems(name: str, sass: Sass) -> Iterator[str]:
     wide = sum(operation.startswith("LDG.E.128") for operation, _ in sass.instructions)
     inside = sass.count("LDG.E.128", *outer)
     lines = constants["PARTS"] * constants["PLANES"]
-    # Each line of weights is one load, which is in the loop and in none of its inner ones; all
-    # other loads are narrower, so these are all that touch weights.
+    # Each line of weights is one load, in the loop and in none of its inner ones. All other loads
+    # are narrower, so only these touch weights.
     repeated = sum(sass.count("LDG.E.128", *loop) for loop in sass.loops[:-1])
     if (wide, inside, repeated) != (lines, lines, 0):
         yield (
@@ -152,7 +152,7 @@ def _gemv_problems(name: str, sass: Sass) -> Iterator[str]:
 
 
 def _gemm_problems(name: str, sass: Sass) -> Iterator[str]:
-    # Each HMMA is 16 x 8 outputs of 16 weights: so many for a block of 32.
+    # Each HMMA is 16 x 8 outputs of 16 weights, so a block of 32 has this many.
     constants = BY_NAME[name].constants
     tile = int(constants["ROWS"]) * int(constants["COLUMNS"]) * 32 // (16 * 8 * 16)
     yield from _tensor_problems(name, sass, tile)
@@ -168,7 +168,7 @@ def _tensor_problems(name: str, sass: Sass, products: int) -> Iterator[str]:
 
 
 def _attention_problems(name: str, sass: Sass) -> Iterator[str]:
-    # Scores and mix of a block are as many products, each of 16 x 8 outputs and 16 inputs.
+    # Scores and mix of a block take the same number of products, each 16 x 8 outputs, 16 inputs.
     constants, (first, last) = BY_NAME[name].constants, sass.loops[-1]
     block = int(constants["ROWS"]) * int(constants["BLOCK"]) * int(constants["WIDTH"])
     yield from _tensor_problems(name, sass, 2 * block // (16 * 8 * 16))
@@ -179,14 +179,14 @@ def _attention_problems(name: str, sass: Sass) -> Iterator[str]:
 def _top_k_problems(name: str, sass: Sass, record: Mapping[str, Any]) -> Iterator[str]:
     if any(sass.count("LD", *loop) > sass.count("LDS", *loop) for loop in sass.loops):
         yield f"sm_87 {name}: the search reads memory"
-    # All parts of 151,936 logits at once, so that none waits for another.
+    # All parts of 151,936 logits run at once, so that none waits for another.
     parts, programs = -(-151_936 // PART_LOGITS), resident_warps(record) * 32 // record["threads"]
     if programs * _MULTIPROCESSORS < parts:
         yield f"sm_87 {name}: {programs} programs per multiprocessor, not all of {parts} at once"
 
 
 def lanes_per_logit(sass: Sass) -> float:
-    """Instructions of a lane for one logit of `top_k_parts`, all 16 turns of its search counted."""
+    """Count a lane's instructions per logit of `top_k_parts`, over all 16 turns of its search."""
     ((first, last),) = sass.loops
     each = PART_LOGITS // (BY_NAME["top_k_parts"].warps * 32)
     return (len(sass.instructions) + 15 * (last - first + 1)) / each
@@ -198,7 +198,7 @@ def _wide_copies(sass: Sass) -> bool:
 
 
 def render(records: Mapping[str, Any], found: Mapping[str, Sass]) -> str:
-    """A table for people: what the Orin's machine code is like.
+    """Write a table for people about the Orin's machine code.
 
     A unit of work is a weight, an instruction of the tensor cores or a logit.
     """

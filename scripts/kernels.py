@@ -1,8 +1,8 @@
-"""Compiles the kernels of `engines.kernels` with Triton, and holds what came out to its gates.
+"""Compiles the kernels of `engines.kernels` with Triton, and checks the result against its gates.
 
 ``engines/kernels/data`` gets a compressed archive of cubins per architecture, one of the PTX that
-TensorRT takes, and ``manifest.json``. Same sources, same Triton, same bytes: paths and line numbers
-are left out.
+TensorRT takes, and ``manifest.json``. The same sources and the same Triton give the same bytes:
+paths and line numbers are left out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DATA = ROOT / "engines/kernels/data"
 MANIFEST = "manifest.json"
 GATED = 87
 PTX_TARGET, PTX_VERSION = 80, 80
-"""Of what TensorRT takes: every GPU from 8.0 on, and every CUDA from 12.0 on."""
+"""Target and version of the PTX for TensorRT: every GPU from 8.0 on, every CUDA from 12.0 on."""
 _UNUSED = 2
 PortablePtx = tuple[str, int]
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -45,15 +45,15 @@ def compile_variant(
     """Compile one kernel.
 
     Args:
-        variant: which.
-        architecture: for which GPU.
-        portable: what `compile_portable` made, by name.
+        variant: the kernel's variant.
+        architecture: the GPU to compile for.
+        portable: results of `compile_portable`, by name.
 
     Returns:
-        Its cubin, what the manifest says of it, and its machine code as text.
+        Its cubin, its record for the manifest, and its machine code as text.
     """
     ptx, shared_bytes = portable[variant.name]
-    # The assembler that Triton itself takes: the older does not know the PTX of newer GPUs.
+    # Use the assembler that Triton takes: the older one does not know the PTX of newer GPUs.
     cubin, said = assemble(ptx, f"sm_{architecture}", newer=architecture >= 90)
     sass = _disassemble(cubin) if architecture == GATED else ""
     spills, registers = _SPILLS.search(said), _REGISTERS.search(said)
@@ -72,20 +72,20 @@ def compile_variant(
 
 
 def compile_portable(variant: Variant) -> PortablePtx:
-    """The PTX of a kernel, and its shared memory in bytes."""
+    """Return the PTX of a kernel, and its shared memory in bytes."""
     compiled = _compile(variant)
     return make_portable(compiled.asm["ptx"], variant), compiled.metadata.shared
 
 
 def make_portable(ptx: str, variant: Variant) -> str:
-    """Leave the parameters of the variant, and name the entry after it.
+    """Keep only the variant's parameters, and name the entry after it.
 
     Args:
-        ptx: of Triton, which adds two pointers for scratch memory.
-        variant: what was compiled.
+        ptx: PTX from Triton, which adds two pointers for scratch memory.
+        variant: the variant that was compiled.
 
     Raises:
-        RuntimeError: the kernel uses the pointers, or the PTX is of another version or target.
+        RuntimeError: the kernel uses the pointers, or the PTX has another version or target.
     """
     names = _parameters(ptx)
     unused = names[len(variant.parameters) :]
@@ -99,23 +99,23 @@ def make_portable(ptx: str, variant: Variant) -> str:
         ptx, dropped = re.subn(rf",\s*\.param [^,()]*\b{name}\b", "", ptx)
         if dropped != 1 or re.search(rf"\b{name}\b", ptx):
             raise RuntimeError(f"{variant.name}: the kernel uses scratch memory, {name}")
-    # Comments are of no use, and name the function again.
+    # Comments are useless, and name the function again.
     ptx = re.sub(r"[ \t]*//.*", "", ptx)
     ptx = re.sub(rf"\b{variant.function}(?=\b|_param_)", variant.name, ptx)
     return re.sub(r"\n{2,}", "\n", ptx).strip() + "\n"
 
 
 def _parameters(ptx: str) -> list[str]:
-    """Names of the entry's parameters, in order."""
+    """Return the names of the entry's parameters, in order."""
     (head,) = re.findall(r"\.entry \w+\(([^)]*)\)", ptx)
     return re.findall(r"\.param [^,]*?(\w+)\s*(?:,|$)", head)
 
 
 def assemble(ptx: str, target: str, *, newer: bool) -> tuple[bytes, str]:
-    """Machine code of PTX, by the older or the newer of the two assemblers that Triton has.
+    """Assemble PTX, by the older or the newer of the two assemblers that Triton has.
 
     Returns:
-        The cubin, and what the assembler says of registers and spills.
+        The cubin, and the assembler's report on registers and spills.
     """
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "kernel.ptx")
@@ -183,7 +183,7 @@ def _output(*command: Any) -> str:
 def compile_architecture(
     architecture: int, portable: Mapping[str, PortablePtx]
 ) -> tuple[int, dict[str, Any], bytes, dict[str, str]]:
-    """Compile all kernels: their records, their cubins one behind the other, the machine code."""
+    """Compile all kernels: their records, their cubins one after the other, the machine code."""
     records: dict[str, Any] = {}
     images: list[bytes] = []
     sasses: dict[str, str] = {}
@@ -198,7 +198,7 @@ def compile_architecture(
 
 
 def record_ptx(portable: Mapping[str, PortablePtx]) -> tuple[dict[str, Any], bytes]:
-    """What the manifest says of the PTX, and all of it, one behind the other."""
+    """Return the manifest's record of the PTX, and all of it, one after the other."""
     records: dict[str, Any] = {}
     everything = b""
     for name, (ptx, shared_bytes) in portable.items():
@@ -216,7 +216,7 @@ def record_ptx(portable: Mapping[str, PortablePtx]) -> tuple[dict[str, Any], byt
 
 
 def find_ptx_problems(name: str, ptx: str) -> list[str]:
-    """What an assembler says against a kernel that made none of the package's cubins.
+    """List an assembler's complaints about a kernel that made none of the package's cubins.
 
     A driver has its own assembler, older or newer: CUDA 12 on JetPack 6, CUDA 13 on JetPack 7.
     """
@@ -233,14 +233,14 @@ def find_ptx_problems(name: str, ptx: str) -> list[str]:
 def compile_all(
     architectures: Iterable[int], processes: int
 ) -> tuple[dict[str, Any], dict[str, bytes], dict[str, str], list[str]]:
-    """The manifest, what is to be in each archive, the gated machine code, and problems."""
+    """Return the manifest, the content of each archive, the gated machine code, and problems."""
     import triton
 
     manifest: dict[str, Any] = {"triton": triton.__version__, "architectures": {}}
     images: dict[str, bytes] = {}
     sasses: dict[str, str] = {}
     names = [variant.name for variant in VARIANTS]
-    # The compiler lives in the process, so threads would wait for one another.
+    # The compiler holds the process, so threads would wait for one another.
     with concurrent.futures.ProcessPoolExecutor(processes) as pool:
         made = pool.map(compile_portable, (BY_NAME[name] for name in names))
         portable = dict(zip(names, made, strict=True))
@@ -256,7 +256,7 @@ def compile_all(
 
 
 def compare(manifest: dict[str, Any], images: dict[str, bytes], data: Path) -> list[str]:
-    """How what was compiled differs from the package data, a sentence each."""
+    """Say in a sentence each how the compiled files differ from the package data."""
     try:
         kept = json.loads((data / MANIFEST).read_text("utf-8"))
     except OSError as error:
@@ -278,7 +278,7 @@ def compare(manifest: dict[str, Any], images: dict[str, bytes], data: Path) -> l
 
 
 def _records(manifest: dict[str, Any]) -> dict[tuple[str, str], Any]:
-    """By archive and kernel."""
+    """Return the records by archive and kernel."""
     archives = {f"sm{name}": records for name, records in manifest["architectures"].items()}
     archives["ptx"] = manifest.get("ptx", {})
     return {
@@ -289,7 +289,7 @@ def _records(manifest: dict[str, Any]) -> dict[tuple[str, str], Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile, and write or compare; 1 if a gate or the comparison fails."""
+    """Compile, and write or compare; return 1 if a gate or the comparison fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     options = parser.parse_args(arguments)

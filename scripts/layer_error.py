@@ -1,10 +1,10 @@
-"""Output error of one decoder layer by method and calibration text, on texts that neither has seen.
+"""Prints the output error of one decoder layer by method and calibration text, on unseen texts.
 
 usage: python scripts/layer_error.py SOURCE [--layer 1] [--calibration FILE ...] [--damping 0.3]
 
-A whole export and its evaluation take minutes to hours, one early layer a minute; it shows what a
-method fits to its calibration text alone. Each figure is ``|X (W - Q)|^2 / |X W|^2`` over the
-tokens of a held-out text, with inputs X of the float model. INT4 in groups of 32.
+A whole export and its evaluation take minutes to hours, one early layer a minute. So it quickly
+shows what a method fits only to its calibration text. Each figure is ``|X (W - Q)|^2 / |X W|^2``
+over the tokens of a held-out text, with inputs X of the float model. INT4 is in groups of 32.
 """
 
 from __future__ import annotations
@@ -82,13 +82,13 @@ def measure(
     """Quantize the linears of decoder layer ``index`` by every method and yield their errors.
 
     Args:
-        source: a checkpoint, as of `edge-llm export`.
+        source: a checkpoint, as for `edge-llm export`.
         index: number of the decoder layer, from 0.
         calibration: texts to calibrate with; None is the built-in one.
-        num_tokens: tokens of each calibration text at most.
-        held_out: tokens of each held-out text at most.
-        dampings: of GPTQ, see `gptq_factor`.
-        seq_len: tokens that see each other.
+        num_tokens: most tokens of each calibration text.
+        held_out: most tokens of each held-out text.
+        dampings: dampings of GPTQ, as for `gptq_factor`.
+        seq_len: tokens of a sequence.
     """
     with open_checkpoint(source) as checkpoint:
         ids = _tokens(checkpoint, calibration, num_tokens, held_out, seq_len)
@@ -114,7 +114,7 @@ def _tokens(
     held_out: int,
     seq_len: int,
 ) -> dict[str, NDArray[np.int64]]:
-    """Sequences of every held-out and every calibration text, by name, the held-out ones first."""
+    """Encode every held-out and every calibration text, by name, the held-out ones first."""
     text = checkpoint.text
     tokenizer = Tokenizer.from_bytes(text.tokenizer_json, text.tokens)
     template = None if text.chat_template is None else ChatTemplate(text.chat_template, text.tokens)

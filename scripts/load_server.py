@@ -1,12 +1,13 @@
-"""Load on the HTTP service for a while: no answer may be 5xx, and memory must not grow.
+"""Loads the HTTP service for a while: no answer may be 5xx, and memory must not grow.
 
-The service runs in a process of its own with a scripted engine, so that what is tested is the
-service and the scheduler. Clients ask a mixture: chats and completions, whole and streamed, scored
+The service runs in a process of its own with a scripted engine, so that the service and the
+scheduler are tested. Clients ask a mixture: chats and completions, whole and streamed, scored
 prompts, several answers at once, metrics, requests that are wrong in every way, and clients that
-leave before or within an answer. It fails on an answer of 500 or above, on a request of the good
-kinds that gets neither 200 nor 429, and on resident memory that grows by more than 16 MiB: the
-median of the last tenth of the time against that of the tenth after the warm-up. A peak in between
-is reported too, but is not growth: it is what happened to be in flight at once.
+leave before or within an answer. It fails on an answer of 500 or above, and on a good request that
+gets neither 200 nor 429. It also fails if resident memory grows by more than 16 MiB: the median of
+the last tenth of the time against that of the tenth after the warm-up. A peak in between is
+reported
+too, but is not growth: that many requests happened to run at once.
 
 Usage: PYTHONPATH=. python scripts/load_server.py [--seconds 600] [--clients 16] [--json]
 """
@@ -52,7 +53,7 @@ def words(rng: random.Random) -> str:
 
 
 def good(kind: str, rng: random.Random) -> bytes:
-    """A request that is right."""
+    """Make a request that is right."""
     messages = [{"role": "user", "content": words(rng)}]
     tokens = rng.randrange(1, 60)
     if kind.startswith("chat"):
@@ -72,7 +73,7 @@ def good(kind: str, rng: random.Random) -> bytes:
 
 
 def bad(rng: random.Random) -> bytes:
-    """A request that is wrong."""
+    """Make a request that is wrong."""
     messages = [{"role": "user", "content": "what"}]
     return rng.choice(
         (
@@ -98,8 +99,8 @@ class Asked:
     """One request, as its client saw it; times are monotonic.
 
     Attributes:
-        status: of the answer; 0 is a client that left, -1 no answer.
-        first_s: when the first event of a stream came; None for other answers.
+        status: status of the answer; 0 is a client that left, -1 no answer.
+        first_s: time of the first event of a stream; None for other answers.
         timing: the answer's ``Server-Timing``.
     """
 
@@ -112,16 +113,16 @@ class Asked:
 
 
 class Load:
-    """Clients of one server, and what came of their requests.
+    """Clients of one server, and the answers to their requests.
 
     Args:
-        port: of the server, on loopback.
-        seed: decides what is asked.
+        port: port of the server, on loopback.
+        seed: seed of the requests.
         patience_s: seconds after which a client gives up.
 
     Attributes:
         answers: counts by kind and status; 0 is a client that left.
-        wrong: requests that were answered as they must not be.
+        wrong: requests that got an answer that they must not get.
         asked: every request that has ended.
     """
 
@@ -190,7 +191,7 @@ class Load:
 
 
 def rss_mib(pid: int) -> float:
-    """Resident memory of a process."""
+    """Return the resident memory of a process, in MiB."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     if found is None:
         raise ProcessLookupError(f"process {pid} has ended")

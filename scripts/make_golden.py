@@ -5,7 +5,7 @@ Run from the repository's root where torch and transformers are installed (depen
 
     python -m scripts.make_golden [qwen2] [llama] [qwen3] [smollm2] [pooling] [pictures]
 
-The tests read the files through `tests.parity`, which says what is in them, and recompute them
+The tests read the files through `tests.parity`, which describes their content, and recompute them
 wherever torch is installed, so a stale file does not go unnoticed.
 """
 
@@ -32,7 +32,7 @@ from tests.tiny_pooling import PAIRS, TEXTS, write_embedder, write_judge
 PROMPT_TOKENS = 40
 NEW_TOKENS = 64
 CANDIDATES = 1024
-# A continuation of fewer distinct tokens is a loop, which hides errors: the answer repeats itself.
+# A continuation with fewer distinct tokens is a loop, which hides errors: the answer repeats.
 MIN_DISTINCT = 24
 SMOLLM2_PROMPTS = (
     "Write the days of the week and the number of hours in 7 days.",
@@ -51,7 +51,7 @@ def load_model(directory: Path | str, **options: Any) -> Any:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def forward(model: Any, ids: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Logits ``[n, vocab]`` and cache ``[2 * layers, kv_heads, n, head_dim]`` of one sequence."""
+    """Return a sequence's logits ``[n, vocab]``, cache ``[2 * layers, kv_heads, n, head_dim]``."""
     output = model(torch.from_numpy(ids)[None], use_cache=True)
     rows = [x[0] for layer in output.past_key_values.layers for x in (layer.keys, layer.values)]
     return output.logits[0].numpy(), torch.stack(rows).numpy()
@@ -59,7 +59,7 @@ def forward(model: Any, ids: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[A
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def generate(model: Any, prompts: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Greedy continuations ``[b, n]`` and their margins (best minus second logit) ``[b, n]``."""
+    """Return greedy continuations and their margins (best minus second logit), ``[b, n]`` each."""
     ids = torch.from_numpy(prompts)
     output = model.generate(
         ids,
@@ -92,7 +92,7 @@ def make_tiny(kind: str, directory: Path) -> Golden:
 
 
 def load_smollm2() -> tuple[Any, Any]:
-    """Model, its weights dequantized to float32, and tokenizer of SmolLM2's GGUF file."""
+    """Load model (weights dequantized to float32) and tokenizer from SmolLM2's GGUF file."""
     gguf = smollm2_gguf()
     model = load_model(gguf.parent, gguf_file=gguf.name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -109,14 +109,14 @@ def load_smollm2() -> tuple[Any, Any]:
 
 
 def encode_chat(tokenizer: Any, prompt: str) -> NDArray[np.int64]:
-    """Ids of one user message in the model's own template."""
+    """Encode one user message in the model's own template."""
     message = {"role": "user", "content": prompt}
     text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     return np.array(tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int64)
 
 
 def make_smollm2() -> list[SmolGolden]:
-    """One small golden for each chat prompt."""
+    """Make a small golden for each chat prompt."""
     model, tokenizer = load_smollm2()
     goldens = []
     for prompt in SMOLLM2_PROMPTS:
@@ -132,7 +132,7 @@ def make_smollm2() -> list[SmolGolden]:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def make_pooling(embedder: Path, judge: Path) -> PoolingGolden:
-    """Vectors and scores by the code of the model cards of Qwen3-Embedding and Qwen3-Reranker."""
+    """Compute vectors and scores by the model cards' code of Qwen3-Embedding and Qwen3-Reranker."""
     from tokenizers import Tokenizer
 
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
@@ -168,9 +168,9 @@ def make_pooling(embedder: Path, judge: Path) -> PoolingGolden:
 
 
 def make_pictures() -> dict[str, Any]:
-    """Hashes of pixels, and grids of many sizes, of transformers' processors on Pillow.
+    """Hash pixels, and compute grids of many sizes, by transformers' processors on Pillow.
 
-    Those that another major version of Pillow gave are kept: from 13 on, tall pictures differ.
+    The results of another major version of Pillow are kept: from 13 on, tall pictures differ.
     """
     import PIL
 

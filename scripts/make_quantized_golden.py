@@ -1,4 +1,4 @@
-"""Quantize the tiny test model with the tools of others, and keep what they wrote.
+"""Quantize the tiny test model with other projects' tools, and keep their output.
 
 The tools want different versions of each other's libraries, so each runs in an environment of its
 own, from the repository's root:
@@ -9,8 +9,8 @@ own, from the repository's root:
     one/bin/python -m scripts.make_quantized_golden ct-w4a16 ct-w8a8-static ...
     two/bin/python -m scripts.make_quantized_golden gptq awq ...
 
-`tests.quantized_golden` says what is in a file. The reference in it is the tool's own: the weights
-are what its module multiplies with, and the logits are of the float model that has them.
+`tests.quantized_golden` describes a file's content. The reference in it is the tool's own: the
+weights are those that its module multiplies with, and the logits are of the float model with them.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def nvfp4() -> Any:
 def fp8() -> Any:
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    # gate_up is then a layer of two kinds of parts.
+    # gate_up is then a layer with two kinds of parts.
     ignore = ["lm_head", "re:.*gate_proj$", "re:.*down_proj$"]
     return QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=ignore)
 
@@ -237,7 +237,7 @@ VARIANTS: dict[str, Callable[[Path, Path], list[str]]] = {
 
 
 def load_quantized(name: str, directory: Path) -> Any:
-    """Open what a tool wrote, as the tool does."""
+    """Open a checkpoint as the tool that wrote it does."""
     if name.startswith(("gptq", "awq")):
         from gptqmodel import BACKEND, GPTQModel
 
@@ -303,7 +303,7 @@ def compressed_weights(path: Path) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def effective_weights(model: Any) -> dict[str, torch.Tensor]:
-    """What each quantized module multiplies with, ``[out, in]``."""
+    """Return the weights that each quantized module multiplies with, ``[out, in]``."""
     found = {}
     for name, module in model.named_modules():
         if not name.endswith("_proj"):
@@ -326,7 +326,7 @@ def reference_logits(
     *,
     dynamic: bool,
 ) -> NDArray[np.float32]:
-    """Logits of the float model with the tool's weights, in fp32."""
+    """Compute the logits of the float model with the tool's weights, in fp32."""
     model = float_model(base, torch.float32)
     state = model.state_dict()
     for name in state:
@@ -353,7 +353,7 @@ def rounded_inputs(scale: torch.Tensor) -> Callable[[Any, Any], Any]:
 
 
 def rounded_per_token() -> Callable[[Any, Any], Any]:
-    """Round inputs as compressed-tensors does where their scales are dynamic."""
+    """Round inputs as compressed-tensors does if their scales are dynamic."""
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
@@ -362,7 +362,7 @@ def rounded_per_token() -> Callable[[Any, Any], Any]:
 
     def hook(module: Any, values: Any) -> Any:
         scale, zero = compute_dynamic_scales_and_zp(values[0], args, module)
-        # A token's largest input is 127.5 steps: -127 or -128 by how the division happens to round.
+        # A token's largest input is 127.5 steps: the division's rounding makes it -127 or -128.
         return (fake_quantize(values[0], scale * (1 - 2**-18), zero, args),)
 
     return hook
@@ -395,7 +395,7 @@ def make(name: str, directory: Path) -> QuantizedGolden:
         removed=sorted(before.keys() - after.keys()),
         weights_type=str(kind).removeprefix("torch."),
         weights_sha256={
-            # The sum makes one zero of two.
+            # The sum turns both zeros into one.
             key: hashlib.sha256((weight + 0).view(torch.uint8).numpy().tobytes()).hexdigest()
             for key, weight in weights.items()
         },

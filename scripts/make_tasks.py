@@ -1,7 +1,7 @@
 """Write the arithmetic word problems of the evaluation: ``python scripts/make_tasks.py OUTPUT``.
 
-Each kind of problem is a text with places for numbers and the exact result of them, computed here.
-A fixed seed draws the numbers, so the file can be made again, byte for byte, and a test does.
+Each kind of problem is a text with places for numbers and their exact result, computed here. A
+fixed seed draws the numbers, so the file can be made again, byte for byte, and a test does.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def make_problems() -> list[dict[str, str]]:
-    """As many problems of each kind as of any other, with positive whole answers, none twice."""
+    """Make the same number of problems of each kind, with positive whole answers, none twice."""
     draw = random.Random(_SEED)
     problems: list[dict[str, str]] = []
     texts: set[str] = set()
@@ -138,7 +138,7 @@ def make_problems() -> list[dict[str, str]]:
 
 
 def further_problems(count: int) -> list[dict[str, str]]:
-    """This many problems that `make_problems` has not, of each kind in turn while it has some."""
+    """Make this many problems that `make_problems` does not have, of each kind in turn."""
     draw = random.Random(_SEED + 1)
     taken = {problem["question"] for problem in make_problems()}
     kinds = []

@@ -1,14 +1,13 @@
-"""Breaks the code on purpose, one edit at a time, and sees whether a test notices.
+"""Breaks the code on purpose, one edit at a time, and checks whether a test notices.
 
 The edits are in tests/mutants.toml, each with the tests that must fail. A test that cannot fail
-proves nothing, and whoever loosens one sees here what passes through it from then on.
+proves nothing; whoever loosens a test sees here which mistakes it lets through from then on.
 
 Nothing happens in the checkout: files that git knows or would add are copied, as they are now. Each
 copy must import its own packages, since the environment's are those of the checkout. First all
-tests run without an edit. Then two copies take one edit after the other. What was noticed is in
-.mutants/results.json under a hash of the edit, the edited file, the files of its tests and what all
-tests share, and is not tried again; so a run that was interrupted goes on. Remove that file to try
-all of them.
+tests run without an edit. Then two copies take one edit after the other. A noticed edit is kept in
+.mutants/results.json and not tried again, so an interrupted run resumes. Its key is a hash of the
+edit, the edited file, the files of its tests and what all tests share. Remove the file to try all.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "tests" / "mutants.toml"
 NUM_COPIES = 2
 LIMIT_S = 180.0
-"""Of the tests of one edit, which take seconds; an edit may make them wait for ever."""
+"""Limit for the tests of one edit, which take seconds; an edit may make them wait for ever."""
 UNCHANGED_LIMIT_S = 1800.0
-_FEW = 8  # tests, which have ended before further processes have begun
+_FEW = 8  # tests: so few end before further processes have begun
 _ALL_PASSED, _SOME_FAILED = 0, 1  # exit codes of pytest
-# Hypothesis tries the same examples each time, so that no mutant is noticed by luck, and does not
-# look for the shortest one that fails, which takes longer than all else. Before any conftest.py,
-# whose own profile is made from this one.
+# Hypothesis tries the same examples each time, so that no mutant is noticed by luck. It does not
+# look for the shortest failing example, which takes longer than all else. This is set before any
+# conftest.py, whose own profile is made from this one.
 _PYTEST = """
 import sys
 import pytest
@@ -71,7 +70,7 @@ Kind = Literal["killed", "hung", "survived", "not run", "error"]
 
 
 class MutantError(Exception):
-    """An edit that cannot be made, or tests that say nothing."""
+    """An edit cannot be made, or its tests prove nothing."""
 
 
 class Mutant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,11 +78,11 @@ class Mutant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         id: its name.
-        file: what is edited, from the root of the checkout.
-        breaks: what no longer holds.
+        file: the file to edit, from the root of the checkout.
+        breaks: the property that no longer holds.
         before: text that occurs in the file exactly once.
-        after: what stands there instead.
-        tests: pytest's ids of the tests of which one must fail.
+        after: text to put in its place.
+        tests: pytest's ids of tests, one of which must fail.
     """
 
     id: str
@@ -94,7 +93,7 @@ class Mutant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tests: tuple[str, ...]
 
     def edited(self, text: str) -> str:
-        """The file's text with the edit.
+        """Return the file's text with the edit.
 
         Raises:
             MutantError: ``before`` is not there, or more than once, or the result is no Python.
@@ -114,7 +113,7 @@ class Mutant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return result
 
     def key(self, root: Path) -> str:
-        """A hash of the edit, the edited file, the files of its tests, and what all tests share."""
+        """Hash the edit, the edited file, the files of its tests, and what all tests share."""
         tests = dict.fromkeys(root / test.partition("::")[0] for test in self.tests)
         found = hashlib.sha256(msgspec.json.encode(self) + _shared(root))
         for file in (root / self.file, *tests):
@@ -124,20 +123,20 @@ class Mutant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @functools.cache
 def _shared(root: Path) -> bytes:
-    """A hash of fixtures, stand-ins and other modules of the tests that have no tests."""
+    """Hash fixtures, stand-ins and other modules of the tests that have no tests."""
     files = sorted(path for path in (root / "tests").rglob("*.py") if path.name[:5] != "test_")
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).digest()
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What became of a mutant.
+    """How a mutant fared.
 
     Attributes:
-        kind: ``killed`` if a test failed, ``hung`` if they did not end, ``survived`` if all passed,
+        kind: ``killed`` if a test failed, ``hung`` if they did not end, ``survived`` if all passed;
             ``not run`` if some of them cannot run on this machine, ``error`` if nothing is proven.
-        detail: the test that failed, or why.
-        seconds: of its tests.
-        key: see `Mutant.key`.
+        detail: the test that failed, or the reason.
+        seconds: time of its tests.
+        key: hash from `Mutant.key`.
     """
 
     kind: Kind
@@ -154,7 +153,7 @@ def read_table(path: Path = TABLE) -> list[Mutant]:
     """Read the mutants of a TOML file.
 
     Raises:
-        MutantError: it has another form, or an id twice.
+        MutantError: its layout is wrong, or an id occurs twice.
     """
     try:
         mutants = msgspec.convert(read_toml(path), _Table).mutant
@@ -168,7 +167,7 @@ def read_table(path: Path = TABLE) -> list[Mutant]:
 
 @dataclass(frozen=True)
 class _Report:
-    """How a run of pytest ended; `code` is None if its time was over."""
+    """Outcome of a run of pytest; `code` is None if its time was over."""
 
     code: int | None
     failed: tuple[str, ...]
@@ -198,7 +197,7 @@ class _Copy:
         """Make sure that the copy's own packages are tested.
 
         Raises:
-            MutantError: another one is found.
+            MutantError: another package is found.
         """
         for package in packages:
             command = [sys.executable, "-c", f"import {package}; print({package}.__path__[0])"]
@@ -211,7 +210,7 @@ class _Copy:
                 )
 
     def write(self, file: str, text: str) -> None:
-        """Write a file, and forget what was compiled of it: two edits may be of one second."""
+        """Write a file and drop its compiled form: two edits may fall into one second."""
         path = self.root / file
         path.write_text(text, "utf-8")
         Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
@@ -241,7 +240,7 @@ class _Copy:
         return _Report(code, failed, skipped, text, time.monotonic() - began)
 
     def kill(self) -> None:
-        """End the tests, and what they left running."""
+        """End the tests and the processes that they left running."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -249,7 +248,7 @@ class _Copy:
 
 
 def _files(root: Path) -> Iterator[str]:
-    """Files that git knows or would add, as far as they are there."""
+    """Yield the files that git knows or would add, if they exist."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=root, check=True, capture_output=True).stdout
     for name in dict.fromkeys(listed.decode().split("\0")):
@@ -259,7 +258,7 @@ def _files(root: Path) -> Iterator[str]:
 
 
 def _read_report(path: Path) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Names of the tests that failed, and of those that were skipped."""
+    """Return the names of the tests that failed, and of those that were skipped."""
     failed, skipped = [], set()
     if path.exists():
         for case in ElementTree.parse(path).iter("testcase"):
@@ -272,11 +271,11 @@ def _read_report(path: Path) -> tuple[tuple[str, ...], frozenset[str]]:
 
 
 class Run:
-    """Tries mutants, and keeps what was noticed.
+    """Tries mutants, and keeps the noticed ones.
 
     Args:
         root: the checkout.
-        mutants: which.
+        mutants: the mutants to try.
         limit_s: seconds that the tests of each may take.
 
     Raises:
@@ -298,7 +297,7 @@ class Run:
         self._interrupted = threading.Event()
 
     def run(self) -> dict[str, Result]:
-        """Try all; returns what became of each, by id.
+        """Try all; return each result by id.
 
         Raises:
             MutantError: the tests fail without any edit, or test other packages.
@@ -401,7 +400,7 @@ def _say(mutant: Mutant, result: Result, when: str = "") -> Result:
     took = when or f"{result.seconds:.1f} s"
     told = result.detail if result.kind == "killed" else f"{mutant.breaks}: {result.detail}"
     line = f"{mutant.id:4} {result.kind:8} {took:>7}  {told}\n"
-    print(line, end="", flush=True)  # in one piece: the other copy's thread tells, too
+    print(line, end="", flush=True)  # in one piece: the other copy's thread prints, too
     return result
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = Path(".ci/nightly.json")
 LOGS = Path(".nightly")
 FRESH = timedelta(hours=12)
-"""How long a step that passed is not repeated by an interrupted run that goes on."""
+"""Time in which a resumed run does not repeat a step that passed."""
 STALE = timedelta(days=10)
 TAIL_LINES = 60
 
@@ -35,16 +35,16 @@ DEPENDENCIES = tuple(
 
 
 class InputError(Exception):
-    """A step names files that are not there."""
+    """A step names files that do not exist."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What runs, and the tracked files that decide how it ends.
+    """A command, and the tracked files that decide how it ends.
 
     Attributes:
-        name: in the record and on the command line.
-        command: for bash, in the root of the checkout.
+        name: its name in the record and on the command line.
+        command: command for bash, in the root of the checkout.
         inputs: git's glob patterns, or a section of a TOML file as ``pyproject.toml[project]``.
     """
 
@@ -82,7 +82,7 @@ STEPS = (
     ),
     Step(
         "release",
-        # Of a clone, as this run writes its record into the checkout.
+        # Made from a clone, since this run writes its record into the checkout.
         'here=$(mktemp -d); trap \'rm -rf "$here"\' EXIT; git clone --quiet . "$here/clone";'
         ' "$here/clone/scripts/release" --out "$here"',
         (
@@ -190,10 +190,10 @@ class Passed:
     """When a step passed.
 
     Attributes:
-        commit: that was checked out.
+        commit: the commit that was checked out.
         date: its end, ISO 8601 in UTC.
         minutes: how long it took.
-        inputs: hash of its inputs, as `hash_inputs` gives it.
+        inputs: hash of its inputs, from `hash_inputs`.
     """
 
     commit: str
@@ -216,13 +216,13 @@ def _git(*arguments: str) -> str:
 
 
 def _section(text: str, name: str) -> str | None:
-    """A table of a TOML file, as it is written."""
+    """Return a table of a TOML file, as it is written."""
     found = re.search(rf"^\[{re.escape(name)}\]\n(?:(?!\[\w).*\n?)*", text, re.MULTILINE)
     return found[0] if found else None
 
 
 def _parts(step: Step) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a step's inputs, in the order of its patterns."""
+    """Yield names and contents of a step's inputs, in the order of its patterns."""
     for pattern in step.inputs:
         path, _, section = pattern.removesuffix("]").partition("[")
         listed = _git("ls-files", "-z", "--", f":(glob){path}")
@@ -247,7 +247,7 @@ def _parts(step: Step) -> Iterator[tuple[str, bytes]]:
 
 
 def hash_inputs(step: Step) -> str:
-    """SHA-256 of a step's command, and of paths and contents of its inputs.
+    """Return the SHA-256 of a step's command, and of paths and contents of its inputs.
 
     Raises:
         InputError: a pattern matches no tracked file.
@@ -260,7 +260,7 @@ def hash_inputs(step: Step) -> str:
 
 
 def read_record() -> dict[str, Passed]:
-    """The steps that passed; none where no record is there."""
+    """Read the steps that passed; none if there is no record."""
     path = ROOT / RECORD
     if not path.exists():
         return {}
@@ -268,7 +268,7 @@ def read_record() -> dict[str, Passed]:
 
 
 def write_record(record: dict[str, Passed]) -> None:
-    """Write the record in one step, in the order of the table and without steps that are gone."""
+    """Write the record atomically, in the order of the table and without steps that are gone."""
     rows = {step.name: asdict(record[step.name]) for step in STEPS if step.name in record}
     path = ROOT / RECORD
     new = path.with_suffix(".new")
@@ -277,7 +277,7 @@ def write_record(record: dict[str, Passed]) -> None:
 
 
 def report_age(record: dict[str, Passed]) -> None:
-    """Print which step passed longest ago, loudly when that is beyond ten days."""
+    """Print which step passed longest ago, loudly if that is more than ten days."""
     never = [step.name for step in STEPS if step.name not in record]
     old = {step.name: record[step.name] for step in STEPS if step.name in record}
     if old:
@@ -331,7 +331,7 @@ def run_changed(record: dict[str, Passed]) -> int:
 
 
 def run(steps: Sequence[Step], record: dict[str, Passed], *, anew: bool) -> int:
-    """Run steps, all of them or those that did not pass lately, and write the record after each."""
+    """Run all steps, or those that did not pass lately, and write the record after each."""
     failed = []
     for step in steps:
         passed = record.get(step.name)
@@ -378,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = read_record()
     try:
         for step in STEPS:
-            hash_inputs(step)  # a wrong pattern is found now and not after hours
+            hash_inputs(step)  # find a wrong pattern now and not after hours
         if given.list:
             for name, step in names.items():
                 differs = name in record and record[name].inputs != hash_inputs(step)

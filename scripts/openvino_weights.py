@@ -1,4 +1,4 @@
-"""Round a checkpoint's linear layers to INT4 as OpenVINO does, and write what it computes with.
+"""Round a checkpoint's linear layers to INT4 as OpenVINO does, and write the resulting weights.
 
 usage: scripts/openvino_weights SOURCE OUTPUT [--sym] [--group-size 128] [--ratio 1.0]
                                 [--group-size-fallback error] [--embeddings]
@@ -11,10 +11,10 @@ Embeddings, norms, biases and lm_head stay as they are, so it shows what the rou
 layers that every recipe quantizes; ``--embeddings`` rounds embeddings and lm_head to INT8, one
 scale and zero point per row, as OpenVINO does.
 
-Only what needs no more than weights is done. AWQ (which optimum-intel's entries for the R1 distills
-of 1.5B, 7B and 8B ask for), scale estimation and GPTQ look at the whole graph or at data. A linear
-is a small model of its own; ``--ratio`` below 1, where NNCF compares all of them to choose which
-get INT8, holds all their floats at once.
+Only methods that need no more than weights are used. AWQ (which optimum-intel's entries for the R1
+distills of 1.5B, 7B and 8B ask for), scale estimation and GPTQ look at the whole graph or at data.
+A linear is a small model of its own. ``--ratio`` below 1 holds all their floats at once, since NNCF
+compares them to choose which get INT8.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main() -> None:
 def int4(
     *, sym: bool = False, group_size: int = 128, ratio: float = 1.0, fallback: str = "error"
 ) -> dict[str, Any]:
-    """Arguments of ``nncf.compress_weights``; every linear counts as one of the decoder's."""
+    """Return arguments of ``nncf.compress_weights``; every linear counts as the decoder's."""
     kind = nncf.CompressWeightsMode.INT4_SYM if sym else nncf.CompressWeightsMode.INT4_ASYM
     advanced = nncf.AdvancedCompressionParameters(
         group_size_fallback_mode=nncf.GroupSizeFallbackMode(fallback)
@@ -91,11 +91,11 @@ def int4(
 
 
 class Rounded:
-    """Weights as OpenVINO decompresses them, by name, and what they took.
+    """Weights as OpenVINO decompresses them, by name, and their size.
 
     Attributes:
-        num_weights: of all that were read.
-        num_bytes: of their integers, scales and zero points, as OpenVINO stores them.
+        num_weights: number of all weights read.
+        num_bytes: bytes of their integers, scales and zero points, as OpenVINO stores them.
     """
 
     def __init__(self, names: Iterable[str], read: _Read, settings: Mapping[str, Any]) -> None:
@@ -105,7 +105,7 @@ class Rounded:
         self._whole: openvino.Model | None = None
 
     def __call__(self, name: str) -> NDArray[np.float16]:
-        """``[out, in]`` of a linear."""
+        """Return the ``[out, in]`` weights of a linear."""
         if self._settings.get("ratio", 1) < 1:
             if self._whole is None:
                 floats = {each: self._read(each) for each in self.names}
@@ -122,7 +122,7 @@ class Rounded:
 def compress(
     weights: Mapping[str, NDArray[np.float32]], settings: Mapping[str, Any]
 ) -> openvino.Model:
-    """A model of products side by side, ``[batch, in]`` by ``[out, in]``, compressed by NNCF.
+    """Make a model of products side by side, ``[batch, in]`` by ``[out, in]``, compressed by NNCF.
 
     Raises:
         SystemExit: the group size does not divide the columns of a weight.
@@ -142,7 +142,7 @@ def compress(
 
 
 def decompress(model: openvino.Model, index: int) -> tuple[NDArray[np.float32], int]:
-    """A product's weights as OpenVINO computes them, and the bytes of the constants behind them."""
+    """Return a product's weights as OpenVINO computes them, and the bytes of their constants."""
     weights = model.output(index).get_node().input_value(0).get_node().input_value(1)
     alone = openvino.compile_model(openvino.Model([weights], []), "CPU")
     num_bytes, nodes = 0, [weights.get_node()]
@@ -158,10 +158,10 @@ def decompress(model: openvino.Model, index: int) -> tuple[NDArray[np.float32], 
 def write(
     source: Path, output: Path, settings: Mapping[str, Any], *, embeddings: bool = False
 ) -> dict[str, Rounded]:
-    """Write ``output``; see above. Returns what was rounded, by part of the model.
+    """Write ``output``; return what was rounded, by part of the model.
 
     Raises:
-        SystemExit: ``output`` exists, or a weight has no such groups.
+        SystemExit: ``output`` exists, or a weight cannot have such groups.
     """
     if source.suffix.lower() == ".gguf":
         return _write_gguf(source, output, settings, embeddings)

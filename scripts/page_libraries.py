@@ -2,10 +2,10 @@
 
 usage: python scripts/page_libraries.py fetch | notices | sbom FILE
 
-`packages.json` in the page's `vendor` names every package, its archive in a registry with the hash
-of that, and each file that is taken from it (or from an archive of its own) with its SHA-256. Fonts
-with ``unicodes`` are cut down to these by the versions in `_SUBSETTER`, as others write
-other bytes. ``fetch`` writes the files; after a change of a version it takes the hashes anew and
+`packages.json` in the page's `vendor` names every package and its archive in a registry with a
+hash. It names each file that is taken from it (or from an archive of its own) with its SHA-256.
+Fonts with ``unicodes`` are cut down to these by the versions in `_SUBSETTER`; other versions write
+other bytes. ``fetch`` writes the files; after a change of a version it takes the new hashes and
 writes them into `packages.json`.
 """
 
@@ -30,7 +30,7 @@ VENDOR = Path(__file__).parent.parent / "edge_serve/http/page/vendor"
 PACKAGES = VENDOR / "packages.json"
 _TIMEOUT_S = 60
 _SUBSETTER = {"fonttools": "4.68.0", "brotli": "1.2.1"}
-# What browsers ask of a font for formulas (shapes of scripts, accents, dots), and what Temml names.
+# Features that browsers ask a font for in formulas (shapes, accents, dots), and Temml's own.
 _FEATURES = "ssty,flac,dtls,kern,mark,mkmk,ccmp,rtlm,ss01,ss04"
 
 
@@ -40,7 +40,7 @@ def load() -> list[dict[str, Any]]:
 
 
 def fetch() -> None:
-    """Download every archive, hold it against its hash, and write the files taken from it."""
+    """Download every archive, check it against its hash, and write the files taken from it."""
     packages = load()
     for package in packages:
         for name, file in package["files"].items():

@@ -12,9 +12,9 @@ llama.cpp requantizes it to Q4_0, OpenVINO GenAI reads that. Only figures of one
   are medians over rounds, ratios medians of the rounds' ratios.
 - serving: `edge-llm serve` and `llama-server` at once, asked in turns by 1 to 16 clients, which
   stream greedy answers of a fixed length: prompts of 60 tokens, then of 16 to 2,000.
-- drafts, only on request: both servers with and without a smaller model that drafts, quantized as
-  the larger one is, each with its own defaults, asked in turns for greedy answers to one question
-  each for code, chat and prose.
+- drafts, only on request: both servers with and without a smaller model that drafts, quantized like
+  the larger one. Each runs with its own defaults. They are asked in turns for greedy answers to one
+  question each for code, chat and prose.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ CAPACITY = 2304  # rows per slot on both sides: the longest prompt and its answe
 
 
 class Answer(NamedTuple):
-    """What a client saw of one streamed answer, in seconds since it asked."""
+    """A client's view of one streamed answer, in seconds since it asked."""
 
     ttft_s: float
     itl_s: list[float]
     tokens: int
     prompt_tokens: int
-    drafted: int  # as llama-server says; edge-llm counts in its metrics
+    drafted: int  # counted by llama-server only; edge-llm counts in its metrics
     right: int
 
 
@@ -139,7 +139,7 @@ def parse() -> argparse.Namespace:
 
 
 def machine(peers: Sequence[str]) -> dict[str, Any]:
-    """What a reader needs to place the figures."""
+    """Return the facts that a reader needs to place the figures."""
     genai = ORT_GENAI[0].partition("==")[2]
     versions = {"llama.cpp": LLAMA_CPP_PYTHON, "openvino": OPENVINO_GENAI, "genai": genai}
     info = Path("/proc/cpuinfo").read_text()
@@ -163,11 +163,11 @@ def machine(peers: Sequence[str]) -> dict[str, Any]:
     }
 
 
-# What is measured: made once, kept in --work.
+# The measured models: made once, kept in --work.
 
 
 def run(command: Sequence[object]) -> str:
-    """A command's standard output; its failure ends this script with its last words."""
+    """Return a command's standard output; if it fails, end this script with its last words."""
     words = [str(word) for word in command]
     say(" ".join(words))
     done = subprocess.run(words, text=True, capture_output=True, check=False)
@@ -185,7 +185,7 @@ def model_file(options: argparse.Namespace) -> Path:
 
 
 def default_bundle(options: argparse.Namespace, model: str, gguf: Path) -> Path:
-    """The bundle that a user gets who says nothing but INT4."""
+    """Make the bundle of a user who asks for nothing but INT4."""
     bundle = Path(options.work) / f"{model}-int4"
     if not bundle.exists():
         run(edge_llm("export", gguf, "-o", bundle, "--quant", "int4"))
@@ -195,7 +195,7 @@ def default_bundle(options: argparse.Namespace, model: str, gguf: Path) -> Path:
 def build_llama_cpp(
     work: Path, programs: Sequence[str] = ("llama-server", "llama-bench", "llama-quantize")
 ) -> Path:
-    """llama.cpp as it stands in llama-cpp-python's source package, for this very CPU.
+    """Build llama.cpp from llama-cpp-python's source package, for this very CPU.
 
     Programs that an earlier call did not ask for are added to the same build.
     """
@@ -230,7 +230,7 @@ def quantize(options: argparse.Namespace, model: str, gguf: Path, llama: Path) -
 
 
 def openvino(work: Path) -> Path:
-    """The Python of OpenVINO's own environment."""
+    """Return the Python of OpenVINO's own environment."""
     python = work / "venv-openvino" / "bin" / "python"
     if not python.exists():
         run([sys.executable, "-m", "venv", python.parents[1]])
@@ -239,7 +239,7 @@ def openvino(work: Path) -> Path:
 
 
 def genai_python(work: Path) -> Path:
-    """The Python of onnxruntime-genai's own environment, with what its model builder needs."""
+    """Return the Python of onnxruntime-genai's own environment, with its model builder's needs."""
     python = work / "venv-genai" / "bin" / "python"
     if not python.exists():
         run([sys.executable, "-m", "venv", python.parents[1]])
@@ -269,7 +269,7 @@ del config["quantization_config"]
 
 
 def genai_model(options: argparse.Namespace, python: Path, gguf: Path) -> Path:
-    """The model by onnxruntime-genai's own builder, INT4 with its own defaults."""
+    """Make the model by onnxruntime-genai's own builder, INT4 with its own defaults."""
     output = Path(options.work) / f"{options.model}-genai-int4"
     if not (output / "genai_config.json").exists():
         floats = Path(options.work) / f"{options.model}-hf"
@@ -284,7 +284,7 @@ def genai_model(options: argparse.Namespace, python: Path, gguf: Path) -> Path:
 
 
 class Speed(NamedTuple):
-    """Tokens per second of one round."""
+    """Tokens per second in one round."""
 
     prefill: float
     decode: float
@@ -378,7 +378,7 @@ def genai_bench(python: Path, model: Path, threads: int) -> Any:
 
 
 def generate(engines: dict[str, Any], rounds: int) -> dict[str, list[Speed]]:
-    """Each engine in turn, as often as there are rounds; every other round begins at the end."""
+    """Run each engine in turn, once a round; every other round goes backwards."""
     found: dict[str, list[Speed]] = {name: [] for name in engines}
     for index in range(rounds):
         names = list(engines)[:: 1 if index % 2 == 0 else -1]
@@ -393,7 +393,7 @@ def generate(engines: dict[str, Any], rounds: int) -> dict[str, list[Speed]]:
 
 @contextmanager
 def server(command: Sequence[object], port: int, ready: str, log: Path) -> Iterator[int]:
-    """A server whose path ``ready`` answers 200, until the end of the block."""
+    """Run a server until the end of the block, once its path ``ready`` answers 200."""
     say(" ".join(map(str, command)))
     with log.open("w") as file:
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
@@ -427,7 +427,7 @@ def serving(
     model: Path,
     tokenizer: Tokenizer,
 ) -> list[dict[str, Any]]:
-    """A row for each kind of prompt, number of clients and server."""
+    """Make a row for each kind of prompt, number of clients and server."""
     counts = [int(count) for count in options.clients.split(",")]
     slots = min(8, max(counts))
     rows: list[dict[str, Any]] = []
@@ -463,7 +463,7 @@ def llama_serve(options: argparse.Namespace, llama: Path, model: Path, slots: in
 def _servers(
     options: argparse.Namespace, commands: Sequence[tuple[str, list[object]]]
 ) -> Iterator[dict[str, int]]:
-    """All these servers at once; gives the port of each."""
+    """Run all these servers at once; yield the port of each."""
     with ExitStack() as stack:
         found: dict[str, int] = {}
         for port, (name, command) in enumerate(commands, 18400):
@@ -477,7 +477,7 @@ def _servers(
 def load(
     port: int, name: str, clients: int, prompts: str, answer_tokens: int, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Clients that ask again as soon as they are answered, the same questions of every server."""
+    """Run clients that ask again once they are answered, the same questions of every server."""
     low, _, high = prompts.partition("-")
     rounds = max(2, 6 // clients)
     answers: list[Answer] = []
@@ -516,7 +516,7 @@ def load(
 
 
 def ask(port: int, ids: list[int], tokens: int, name: str) -> Answer:
-    """One streamed completion of exactly this many tokens."""
+    """Ask for one streamed completion of exactly this many tokens."""
     body = {
         "prompt": ids,
         "max_tokens": tokens,
@@ -566,7 +566,7 @@ def ask(port: int, ids: list[int], tokens: int, name: str) -> Answer:
 def drafts(
     options: argparse.Namespace, bundle: list[str], llama: Path | None, model: Path
 ) -> list[dict[str, Any]]:
-    """A row for each text and server: decode speed of every round, guesses run and right."""
+    """Make a row for each text and server: decode speed of every round, guesses run and right."""
     if llama is None:
         sys.exit("error: the part drafts compares with llama.cpp; leave it in --peers")
     gguf = fetch(options.draft_model, options.models)
@@ -606,7 +606,7 @@ def drafts(
 
 
 def _drafted(port: int, name: str) -> tuple[int, int]:
-    """Tokens that an edge-llm server has guessed since its start, and those that were right."""
+    """Read how many tokens an edge-llm server has guessed since its start, and how many right."""
     if name.startswith("llama-server"):
         return 0, 0
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -621,11 +621,11 @@ def _drafted(port: int, name: str) -> tuple[int, int]:
     return int(drafted), int(right)
 
 
-# What is shown.
+# The output.
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Markdown."""
+    """Write the results in Markdown."""
     about = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     flags = ", ".join(about["flags"])
@@ -681,7 +681,7 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def _ratio(mine: Sequence[float], peer: Sequence[float]) -> str:
-    """The median of the rounds' ratios."""
+    """Return the median of the rounds' ratios."""
     return f"{median(a / b for a, b in zip(mine, peer, strict=True)):.2f}"
 
 

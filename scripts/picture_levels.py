@@ -1,7 +1,7 @@
-"""Prints by how many levels of 255 transformers' default pixels differ from those that we give.
+"""Prints by how many levels of 255 transformers' default pixels differ from ours.
 
-Its default resizes by torchvision, and needs it; we resize by Pillow, as its other backend does and
-as the models were trained. Run where the dependency group ``parity`` and torchvision are::
+Its default resizes by torchvision. We resize by Pillow, as its other backend does and as the models
+were trained. Run it where the dependency group ``parity`` and torchvision are installed::
 
     python -m scripts.picture_levels [PICTURE...]      its drawn pictures without a file
     python -m scripts.picture_levels --answers CHECKPOINT [--pictures 200] [--threads N]
@@ -34,7 +34,7 @@ SIZES = ((640, 480), (1280, 800), (2400, 1600), (300, 900), (100, 100))
 
 
 def torchvision_pixels(data: bytes, section: VisionSection) -> Any:
-    """What the default processor of a checkpoint with these settings gives."""
+    """Return the pixels of a checkpoint's default processor with these settings."""
     from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
     from transformers.models.smolvlm.image_processing_smolvlm import SmolVLMImageProcessor
 
@@ -58,7 +58,7 @@ def torchvision_pixels(data: bytes, section: VisionSection) -> Any:
 
 
 def drawing_levels(checkpoint: Path, images: Sequence[Image.Image]) -> NDArray[Any]:
-    """By how many levels of 255 the pixels of a checkpoint's two processors differ."""
+    """Return by how many levels of 255 the pixels of a checkpoint's two processors differ."""
     import transformers
 
     tiles = []

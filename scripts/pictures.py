@@ -1,7 +1,7 @@
-"""Makes the pictures of the README; what `scripts/pictures` runs.
+"""Makes the pictures of the README for `scripts/pictures`.
 
-Nothing in them is typed by hand but the boxes of the flow: the chart is `edge-llm plan`'s, the
-terminal is a recording of `scripts/quickstart`, the page is a screenshot of a served bundle.
+Only the boxes of the flow are typed by hand: the chart is `edge-llm plan`'s, the terminal is a
+recording of `scripts/quickstart`, the page is a screenshot of a served bundle.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ QUESTION = "Write a Python function that returns the sum of two numbers, and exp
 MOST_BYTES = 1_500_000
 
 COLUMNS, LINES = 88, 30
-GAP_S = 0.6  # the longest pause that is kept: the machine that recorded had other work
-MOST_S = 20.0  # nobody watches longer, so what takes longer is played faster
+GAP_S = 0.6  # the longest pause to keep: the machine that recorded had other work
+MOST_S = 20.0  # nobody watches longer, so a longer recording is played faster
 START_S = 300
 
 LIGHT = {
@@ -58,7 +58,7 @@ DARK = {
 
 
 def style(rules: str) -> str:
-    """A style element for both colour schemes; the rules name the colours as variables."""
+    """Make a style element for both colour schemes; the rules name the colours as variables."""
 
     def colours(scheme: dict[str, str]) -> str:
         return ":root{" + "".join(f"--{name}:{value};" for name, value in scheme.items()) + "}"
@@ -69,7 +69,7 @@ def style(rules: str) -> str:
 
 # --------------------------------------------------------------------------- the flow
 
-# Column, row, title, and what is said below it.
+# Column, row, title, and the text below it.
 BOXES = [
     (0, 0, "Checkpoint", ["Hugging Face directory,", "hub id or GGUF file"]),
     (1, 0, "edge-llm export", ["reads, quantizes,", "builds the graph"]),
@@ -92,7 +92,7 @@ WIDTH, HEIGHT, GAP_X, GAP_Y = 200, 84, 32, 46
 
 
 def flow() -> str:
-    """The way from a checkpoint to answers."""
+    """Draw the way from a checkpoint to answers."""
     parts = []
     for one, other in ARROWS:
         x1, y1 = one[0] * (WIDTH + GAP_X) + WIDTH, one[1] * (HEIGHT + GAP_Y) + HEIGHT // 2
@@ -147,7 +147,7 @@ class Moment(NamedTuple):
 
 
 def record(command: list[str]) -> list[Moment]:
-    """Run a command in a terminal of its own; returns what it wrote.
+    """Run a command in a terminal of its own; return its output.
 
     Raises:
         EdgeError: it failed.
@@ -181,7 +181,7 @@ _TOKEN = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|(\r|\n|\x08)|([^\x1b\r\n\x08]+)"
 
 
 class Screen:
-    """As much of a terminal as the recorded programs use; what it does not know is an error."""
+    """As much of a terminal as the recorded programs use; it refuses anything else."""
 
     def __init__(self) -> None:
         self.rows: list[list[tuple[str, str]]] = [[]]  # of (character, class)
@@ -261,7 +261,7 @@ class Screen:
                 self.pen = "accent"
 
     def lines(self) -> list[str]:
-        """The rows as text with elements for their colours."""
+        """Return the rows as text with elements for their colours."""
         return [_marked(row) for row in self.rows]
 
 
@@ -279,9 +279,9 @@ def _marked(row: list[tuple[str, str]]) -> str:
 
 
 def animated(prompt: str, moments: list[Moment]) -> str:
-    """Draw a recording: each state of a line is a text that is seen for as long as it stood there.
+    """Draw a recording: each state of a line is a text that is seen for as long as it was there.
 
-    Whoever wants no motion sees the end at once.
+    A reader who wants no motion sees the end at once.
     """
     screen, clock, before = Screen(), 1.0, 0.0
     ends = [0.0, *(moment.at_s for moment in moments)]
@@ -349,7 +349,7 @@ def _terminal(prompt: str, states: list[tuple[int, str, float, float | None]]) -
 
 @contextlib.contextmanager
 def served(bundle: Path, *options: str) -> Iterator[str]:
-    """Serve a bundle; gives the address.
+    """Serve a bundle; yield the address.
 
     Raises:
         EdgeError: the server does not start.
@@ -376,10 +376,10 @@ def served(bundle: Path, *options: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def opened_page(url: str, *flags: str) -> Iterator[Any]:
-    """Open a server's page; gives a `tests.edge_serve.http.browser.Browser`.
+    """Open a server's page; yield a `tests.edge_serve.http.browser.Browser`.
 
     Raises:
-        EdgeError: Debian's chromium and chromium-driver are not there.
+        EdgeError: Debian's chromium and chromium-driver are not installed.
     """
     from selenium import webdriver
 
@@ -416,7 +416,7 @@ def wait_for_answer(page: Any) -> None:
 
 
 def photograph(url: str) -> None:
-    """Ask a question on the page and keep what it looks like, light and dark.
+    """Ask a question on the page and keep screenshots, light and dark.
 
     Raises:
         EdgeError: there is no browser, or no answer.
@@ -426,7 +426,7 @@ def photograph(url: str) -> None:
             page.one(f"[name={name}]").send_keys(value)
         page.ask(QUESTION)
         wait_for_answer(page)
-        time.sleep(5)  # two looks of the dashboard
+        time.sleep(5)  # two updates of the dashboard
         driver = page.driver
         driver.execute_script("document.getElementById('engines').parentElement.scrollIntoView()")
         driver.execute_script("document.activeElement.blur()")

@@ -1,13 +1,12 @@
 """Plants damages in a bundle, and counts how often the gate of a roll-out rejects them.
 
-The judge is that of ``edge-llm bundle rollout`` with its defaults, and stops where the text has
-rejected already, as it does there. Every damage has a seed, which decides where it is and how much:
-seed 0 does most, and four seeds later it is half as much, but for ``noise_in_a_third``, which is as
-its name says. What is rejected by the text alone needs no golden set, so only good bundles are
-asked one.
+The judge is ``edge-llm bundle rollout``'s with its defaults; it stops once the text has rejected,
+as it does there. Every damage has a seed, which decides where it is and how large: seed 0 does
+most, and four seeds later it is half as much. Only ``noise_in_a_third`` is always as large as its
+name says. A bundle that the text rejects needs no golden set, so only good bundles are asked one.
 
-A damage counts where a text of a third kind, which the gate never reads, has 10 % more perplexity
-at least; what doubles that of a text of the gate's counts without more reading. Good bundles are
+A damage counts if a text of a third kind, which the gate never reads, has at least 10 % more
+perplexity. One that doubles the perplexity of a text of the gate's counts at once. Good bundles are
 tried on the texts and on random halves of the golden set, as greedy answers are the same each time.
 """
 
@@ -38,7 +37,7 @@ from tests.manifests import replace_file
 
 WEIGHTS = "decoder.onnx.data"
 OTHER = DATA / "prose.txt"
-_SURELY = 2.0  # times the perplexity of one text: rejected and counted, whatever others have
+_SURELY = 2.0  # times the perplexity of one text: rejected and counted without the others
 Bytes = NDArray[np.uint8]
 Damage = Callable[[Bytes, np.random.Generator, float], None]
 Figures = dict[str, tuple[float, int]]
@@ -82,7 +81,7 @@ def two_pieces_exchanged(data: Bytes, rng: np.random.Generator, much: float) -> 
 
 
 def a_piece_twice(data: Bytes, rng: np.random.Generator, much: float) -> None:
-    """A piece of up to 4 MB stands in the place of another one, too."""
+    """A piece of up to 4 MB is also in the place of another one."""
     one, other = _two_pieces(data, rng, much)
     data[one] = data[other]
 
@@ -129,8 +128,8 @@ class Bench:
     """Measures bundles, and keeps each figure in a file at once.
 
     Args:
-        bundle: the good one, by which others are judged.
-        output: JSON of all figures; what it has is not measured again.
+        bundle: the good bundle, with which others are compared.
+        output: JSON of all figures; those in it are not measured again.
     """
 
     def __init__(self, bundle: Path, output: Path) -> None:
@@ -143,7 +142,7 @@ class Bench:
         }
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
-        """Return the figure of a name, measured if need be."""
+        """Return the figure of a name, and measure it first if need be."""
         if name not in self.found:
             self.found[name] = work()
             part = self._output.with_suffix(".part")
@@ -153,7 +152,7 @@ class Bench:
         return self.found[name]
 
     def read(self, bundle: Path, old: Figures | None = None) -> Figures:
-        """Nats and tokens of each text; of the first one alone where it says enough."""
+        """Return nats and tokens of each text, or only of the first if that is enough."""
         who = Candidate(bundle, _ENGINE, None)
         found: Figures = {}
         for name, judge in self._texts.items():
@@ -211,7 +210,7 @@ def _counts(ratio: dict[str, float]) -> bool:
 
 
 def summary(found: dict[str, Any], tries: int) -> list[str]:
-    """One line for each damage: of how many that count it was rejected, and the least ratio."""
+    """Write a line per damage: how many of those that count were rejected, and the least ratio."""
     lines = []
     for name in DAMAGES:
         runs = [found[key] for seed in range(tries) if (key := f"{name} {seed}") in found]
@@ -228,7 +227,7 @@ def summary(found: dict[str, Any], tries: int) -> list[str]:
 
 
 def good(bench: Bench, old: Path, new: Path, tries: int) -> int:
-    """Judge a good bundle on the text and random halves of the golden set; how often it passes."""
+    """Judge a good bundle on the text and random halves of the golden set; count how it passes."""
     judge = Judge(Gate(), silent)
 
     def ask(bundle: Path) -> Measure:

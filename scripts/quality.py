@@ -5,22 +5,22 @@ usage: scripts/quality [--model smollm2] [--recipe NAME ...] [--rival [NAME ...]
                        [--task NAME ...] [--limit 60] [--max-tokens 300]
 
 Each recipe has a directory below ``--work``, with the commit, the seconds and the peak of resident
-memory of its export, and its figures for each text and task. What is there is not done again,
-unless its options or the text were others; delete a recipe's directory to measure it anew. The
+memory of its export, and its figures for each text and task. Existing figures are not measured
+again unless the options or the text changed; delete a recipe's directory to measure it anew. The
 bundle is deleted once all is measured (``--keep-bundles`` keeps it). The float model's logits are
 kept too (scripts/quality_score.py says how large they are), under ``fp16/logits``.
 
-The texts are ten that chose nothing (scripts/quality_texts/README.md) and ``own-answers``: what the
-float model itself answers to some questions, sampled by its own defaults with fixed seeds. ``--text
-german law tables logs config`` reads the five that were among the ten until calibration got
-documents of their kinds; they have a column of their own and no part in the means of the ten.
+The texts are ten by which nothing was chosen (scripts/quality_texts/README.md) and ``own-answers``:
+the float model's own answers to some questions, sampled by its own defaults with fixed seeds.
+``--text german law tables logs config`` reads the five that were among the ten until calibration
+got documents of their kinds. They have a column of their own and no part in the means of the ten.
 
 ``--rival`` adds llama.cpp's formats, ``IQ4_XS+imatrix`` with an importance matrix
 (scripts/gguf_rivals.py), by llama.cpp's own programs, which are compiled once where scripts/peers
 has them. ``--checkpoint LABEL=PATH`` adds any weights of the same model, e.g. what
 scripts/genai_weights.py, scripts/openvino_weights and scripts/auto_round_weights write. Both are
-dequantized into a float bundle, so only the loss of the weights counts, as with all other rows
-(``--served`` measures recipes with activations as the CPU serves them, too).
+dequantized into a float bundle, so only the loss of the weights counts, as in all other rows.
+``--served`` also measures recipes with activations as the CPU serves them.
 
 The files at hand were stored in 4 bits, on a grid of one scale and one offset for 32 weights.
 ``--off-grid`` first merges an adapter of rank 64 that scripts/finetune trains on the development
@@ -144,10 +144,12 @@ def main() -> None:
         measure(place, make, texts, options)
     for label, _, file in (each.partition("=") for each in options.checkpoint):
         place = work / label
-        measure(place, lambda place=place, file=file: export(file, _FLOAT, place), texts, options)  # type: ignore[misc]
+        measure(place, lambda place=place, file=file: export(file, _FLOAT, place), texts, options)
+        # type: ignore[misc]
     for rival in options.rival:
         place = work / rival
-        measure(place, lambda rival=rival: make_rival(rival, source, work, options), texts, options)  # type: ignore[misc]
+        measure(place, lambda rival=rival: make_rival(rival, source, work, options), texts, options)
+        # type: ignore[misc]
     found = collect(work, name, [*RECIPES, *RIVALS])
     print(tables([found]))
     if answered := task_table(work, name):
@@ -387,7 +389,7 @@ def ask(place: Path, bundle: Path, options: argparse.Namespace) -> None:
 
 
 def read_result(place: Path, name: str) -> dict[str, Any]:
-    """What a recipe lost on a text, or its answers to ``task-NAME``; empty if it has neither."""
+    """Read a recipe's loss on a text, or its answers to ``task-NAME``; empty if it has neither."""
     path = place / f"{name}.json"
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 

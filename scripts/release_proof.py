@@ -1,8 +1,8 @@
-"""What is tried of a release before it gets its name: a newcomer's way, without a checkout.
+"""Tries a release before it gets its name: a newcomer's way, without a checkout.
 
-In an environment that knows nothing of the checkout, the commands of the release's own
-``INSTALL.md`` are run, then the verbs, the README's Python, an export of SmolLM2 and a served
-answer. For a Jetson, pip resolves and hashes what it would install there.
+It runs in an environment that knows nothing of the checkout. It runs the commands of the release's
+own ``INSTALL.md``, then the verbs, the README's Python, an export of SmolLM2 and a served answer.
+For a Jetson, pip resolves and hashes what it would install there.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ PYTHONS = ("3.10", "3.12", "3.13")
 """JetPack 6's, JetPack 7's and the newest."""
 
 LIMIT_S = 900.0
-"""Of a single step; SmolLM2 takes half a minute on two idle cores."""
+"""Limit of a single step; SmolLM2 takes half a minute on two idle cores."""
 
 _SETTINGS = re.compile(r"(https?_proxy|no_proxy|ssl_cert_file|pip_\w+)", re.IGNORECASE)
-_BUNDLE = "bundles/deepseek-r1-distill-qwen-1.5b-int4"  # the one that the README's Python opens
+_BUNDLE = "bundles/deepseek-r1-distill-qwen-1.5b-int4"  # the README's Python opens it
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was tried.
+    """Result of one proof.
 
     Attributes:
-        name: for people.
-        python: its version, ``3.12``.
-        seconds: wall clock.
+        name: name for people.
+        python: its Python's version, ``3.12``.
+        seconds: wall clock time.
         reason: why it failed, or empty.
     """
 
@@ -54,12 +54,12 @@ class Row:
 
 
 class ProofError(Exception):
-    """Something that was tried does not do what it should."""
+    """A proof failed."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A newcomer's: a home, one Python, and how an index is reached; nothing of this checkout.
+    """A newcomer's machine: a home, one Python, and an index; nothing of this checkout.
 
     Attributes:
         home: its home directory, which is empty at first.
@@ -109,7 +109,7 @@ def find_pythons(versions: Sequence[str] = PYTHONS) -> dict[str, Path]:
     """Find an interpreter of each version, on the path or in pyenv.
 
     Raises:
-        ReleaseError: one is not here.
+        ReleaseError: one is missing here.
     """
     found = {}
     for version in versions:
@@ -117,7 +117,7 @@ def find_pythons(versions: Sequence[str] = PYTHONS) -> dict[str, Path]:
         root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
         candidates = [shutil.which(name), *sorted(root.glob(f"versions/{version}.*/bin/{name}"))]
         for candidate in filter(None, candidates):
-            # A shim of pyenv runs only what somebody chose.
+            # A shim of pyenv runs only a version that somebody chose.
             show = [str(candidate), "-c", "import sys; print(sys.executable)"]
             done = subprocess.run(show, check=False, capture_output=True, text=True)
             if done.returncode == 0:
@@ -139,7 +139,7 @@ def read_commands(page: str) -> list[str]:
 def is_whole(machine: Machine) -> None:
     """Check the checksums as ``INSTALL.md`` says, and that they name every file."""
     check = read_commands((machine.folder / "INSTALL.md").read_text("utf-8"))[0].splitlines()
-    machine.run(check[-1], machine.folder)  # minisign has verified when it signed
+    machine.run(check[-1], machine.folder)  # minisign verified it when it signed
     named = {line[66:] for line in (machine.folder / SUMS).read_text("utf-8").splitlines()}
     there = {
         path.relative_to(machine.folder).as_posix()
@@ -151,14 +151,14 @@ def is_whole(machine: Machine) -> None:
 
 
 def installs(machine: Machine) -> None:
-    """Run what ``INSTALL.md`` has for a laptop."""
+    """Run the commands of ``INSTALL.md`` for a laptop."""
     page = (machine.folder / "INSTALL.md").read_text("utf-8")
     machine.run(read_commands(page)[1], machine.folder)
     machine.run("edge-llm/bin/python -m pip check")
 
 
 def is_alone(machine: Machine) -> None:
-    """See that every package comes from the environment, and none of a checkout is on the path."""
+    """Check that all packages come from the environment, and no path leads to a checkout."""
     own = f"{machine.home}/edge-llm/"
     script = (
         "import edge, edge_fleet, edge_lab, edge_serve, engines, export, sys\n"
@@ -186,7 +186,7 @@ def shows_help(machine: Machine) -> None:
 
 
 def names_what_is_missing(machine: Machine) -> None:
-    """See that the cure of an error is for an installation, not for a checkout."""
+    """Check that the cure of an error is for an installation, not for a checkout."""
     script = "from edge.errors import install_command; print(install_command('report'))"
     command = machine.run(["edge-llm/bin/python", "-c", script])
     if "vl-convert-python" not in command or "-e " in command or str(machine.folder) in command:
@@ -195,8 +195,8 @@ def names_what_is_missing(machine: Machine) -> None:
 
 def exports(machine: Machine) -> None:
     """Export SmolLM2, under the name of the bundle that the README's Python opens."""
-    options = ["--quant", "int4", "--method", "rtn", "--kv-capacity", "256"]  # which ends answers
-    # What the export's own warning says there: the newest ONNX Runtime for Python 3.10 is too old.
+    options = ["--quant", "int4", "--method", "rtn", "--kv-capacity", "256"]  # it ends answers
+    # The export's own warning says so: the newest ONNX Runtime for Python 3.10 is too old.
     if "3.10." in machine.run(["edge-llm/bin/python", "--version"]):
         options += ["--dialect", "portable"]
     machine.run([machine.edge_llm, "export", str(smollm2_gguf()), "-o", _BUNDLE, *options])
@@ -216,7 +216,7 @@ def runs_the_python_of_the_readme(machine: Machine) -> None:
 
 @contextmanager
 def served(machine: Machine, port: int) -> Iterator[None]:
-    """Run ``edge-llm serve`` until the end of the block, and see it end well."""
+    """Run ``edge-llm serve`` until the end of the block, and check that it ends well."""
     command = [machine.edge_llm, "serve", _BUNDLE, "--port", str(port)]
     log = machine.home / "serve.log"
     with log.open("w") as output:
@@ -253,7 +253,7 @@ def _is_ready(port: int) -> bool:
 
 
 def answers_over_http(machine: Machine) -> None:
-    """Serve the bundle, and have a chat answered."""
+    """Serve the bundle, and get a chat answered."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     body = {
@@ -273,9 +273,10 @@ def answers_over_http(machine: Machine) -> None:
 
 
 def resolves(machine: Machine, version: str, target: Target, *, is_offline: bool) -> None:
-    """Have pip choose, hash and resolve all that it would install on a target's machine.
+    """Have pip choose, hash and resolve everything that it would install on a target's machine.
 
-    Without ``--no-deps``: something that a package requires and the lock does not name is an error.
+    It runs without ``--no-deps``: a requirement of a package that the lock does not name is an
+    error.
     """
     own = (machine.folder / OWN_LOCK).read_text("utf-8")
     with_extras = machine.home / f"{target.lock}.txt"

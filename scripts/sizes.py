@@ -3,9 +3,9 @@
 usage: python -m scripts.sizes            measures and compares; exit code 1 if a budget is passed
        python -m scripts.sizes --static   packages and files alone, which loads nothing
 
-A code line has something on it that is neither a comment nor part of a docstring. A budget is what
-the code had when somebody last looked: a change that needs more edits the figure here, where a
-reader sees it, and says why in its commit. A budget that is more than 2 % too wide fails, too.
+A code line has something on it that is neither a comment nor part of a docstring. A budget is the
+size at the last review: a change that needs more edits the figure here, where a reader sees it, and
+says why in its commit. A budget that is more than 2 % too wide fails, too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FILES = {"edge/bundle/manifest.py": 304}
 
 @dataclass(frozen=True)
 class Loaded:
-    """What is in ``sys.modules`` after one chat with default settings.
+    """Content of ``sys.modules`` after one chat with default settings.
 
     Attributes:
         modules: modules of the product.

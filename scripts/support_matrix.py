@@ -1,7 +1,7 @@
-"""The table of recipes and TensorRT versions in docs/support-matrix.md, computed by checking.
+"""Computes the table of recipes and TensorRT versions in docs/support-matrix.md by checking.
 
-Each recipe is exported from a tiny model, and its graph is held against `engines.rules` for every
-version. The size of a model changes nothing of what a rule sees.
+Each recipe is exported from a tiny model, and its graph is checked by `engines.rules` for every
+version. A model's size changes nothing that a rule sees.
 
 ::
 
@@ -30,7 +30,7 @@ from tests.export.quantize.loud_checkpoint import loud_by_token, write_loud_chec
 PAGE = Path(__file__).parent.parent / "docs" / "support-matrix.md"
 BEGIN = "<!-- Written by scripts/support_matrix.py -->"
 END = "<!-- End of what scripts/support_matrix.py writes -->"
-# Neither rounding nor calibration changes what a rule sees, but for the inputs of down: in every
+# Neither rounding nor calibration changes what a rule sees, except for the inputs of down: in every
 # real model they are rotated and have a range per token, so they are here.
 _QUICK: dict[str, Any] = {"method": "rtn", "clip": "absmax"}
 _W8A8: dict[str, Any] = {"quant": "int8-w8a8", "clip": "absmax", "calibration_tokens": 512}
@@ -65,11 +65,11 @@ GRAPHS: tuple[Recipe, ...] = (
     Recipe("--target jetpack7", {"target": "jetpack7"}),
     Recipe("--dialect portable", {"dialect": "portable"}),
 )
-"""How a graph is written. ``jetpack7`` differs from ``native`` only where inputs are INT8."""
+"""Ways to write a graph; ``jetpack7`` differs from ``native`` only if inputs are INT8."""
 
 
 def checked(root: Path) -> Iterator[tuple[Recipe, Recipe, list[Verdict] | None]]:
-    """Export every recipe in every way and check it; None where the target refuses the recipe.
+    """Export every recipe in every way and check it; None if the target refuses the recipe.
 
     Args:
         root: an empty directory for the bundles.
@@ -112,7 +112,7 @@ def table(root: Path) -> str:
 
 
 def cell(verdict: Verdict) -> str:
-    """What the table says of one graph and one version."""
+    """Return the table's cell for one graph and one version."""
     if not verdict.legal:
         return f"no: {', '.join(finding.rule for finding in verdict.refusals)}"
     warnings = [finding.rule for finding in verdict.findings]
@@ -120,7 +120,7 @@ def cell(verdict: Verdict) -> str:
 
 
 def with_table(page: str, text: str) -> str:
-    """The page with another table between the two marks.
+    """Return the page with another table between the two marks.
 
     Raises:
         ValueError: a mark is missing.

@@ -3,12 +3,12 @@
 usage: scripts/train-eagle3 BUNDLE TEXTS.jsonl -o HEAD [--minutes 20] [--draft-vocab 8192] ...
 
 BUNDLE is the model as it will be served: the head learns from the hidden states and distributions
-of its CPU graph, so from those of its quantized weights. TEXTS is what ``--calibration`` takes. The
-model's own answers are best (``scripts/distill``), since those are what the head will guess.
+of its CPU graph, so from those of its quantized weights. TEXTS is anything that ``--calibration``
+takes. The model's own answers are best (``scripts/distill``), since the head will guess such text.
 
 The head is trained as it is used (training-time test, arXiv 2503.01840, section 3.2): it goes on
 from its own hidden states for some tokens, and each of them counts. Every tenth text is held out.
-How often its guesses are right there is printed, and the last line of standard output is JSON.
+The share of right guesses there is printed, and the last line of standard output is JSON.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ if TYPE_CHECKING:
 
 HELD_OUT_EVERY = 10
 BEST = 16
-"""Of the model's distribution at each place, the most probable tokens that are kept."""
-_DECAY = 0.8  # of the weight of a guess to that of the one before it
+"""Number of most probable tokens to keep of the model's distribution at each place."""
+_DECAY = 0.8  # weight of a guess relative to the one before it
 _SHORTEST = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """What the model has to say about one text of ``n`` tokens.
+    """The model's output for one text of ``n`` tokens.
 
     Attributes:
         ids: int64 ``[n]``.
         states: inputs of the three layers, float16 ``[n, 3 * hidden]``.
         best: the most probable tokens after each, int64 ``[n, BEST]``, best first.
         probabilities: float32 ``[n, BEST]``.
-        first: the first token that the model wrote, or would have to: of a chat, of its last turn.
+        first: the first token that the model wrote or would write; in a chat, of the last turn.
     """
 
     ids: NDArray[np.int64]
@@ -126,28 +126,28 @@ def train(
 
     Args:
         bundle: the model.
-        texts: what to learn from, and what to hold out.
+        texts: texts to learn from, some of which are held out.
         output: directory of the head; it must not exist, or be empty.
         minutes: CPU time for the training, all threads together; the learning rate falls with it.
         draft_vocab: tokens that the head can guess: the most frequent of the texts.
         intermediate: width of the head's MLP; None is the model's.
         ahead: guesses in a row that are trained.
-        learning_rate: at its highest.
+        learning_rate: highest learning rate.
         batch_size: texts at once.
-        max_tokens: of a text.
-        bfloat16: multiply in it; weights and sums stay float32.
-        seed: of weights and order.
+        max_tokens: most tokens of a text.
+        bfloat16: whether to multiply in bfloat16; weights and sums stay float32.
+        seed: seed of weights and order.
 
     Returns:
-        Numbers of texts and tokens, ``right``, the share of held-out places at which each guess in
-        a row is right, and ``tokens_per_verify``, the tokens per step of the model that a greedy
-        chain of ``ahead`` guesses would give on the held-out texts.
+        Numbers of texts and tokens; ``right``, the share of held-out places at which each guess in
+        a row is right; and ``tokens_per_verify``, the tokens per step of the model with a greedy
+        chain of ``ahead`` guesses on the held-out texts.
 
     Raises:
-        ConfigError: a number out of range, an output that is there, too few texts, or states or a
-            loss that are no finite numbers.
+        ConfigError: a number is out of range, the output exists, there are too few texts, or
+            states or a loss are not finite.
         DependencyError: torch is missing.
-        BundleError, BackendError: see the bundle.
+        BundleError, BackendError: the bundle cannot be opened or run.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} exists; name a new directory")
@@ -199,13 +199,13 @@ def train(
 
 
 def layers_of(model: ModelSpec) -> tuple[int, int, int]:
-    """The layers whose inputs are read, as usual; a model of few layers has others."""
+    """Return the layers whose inputs are read, as usual; a model of few layers has others."""
     count = model.num_layers
     return (2, count // 2, count - 3) if count >= 6 else (0, count // 2, count)
 
 
 def head_spec(model: ModelSpec, draft_vocab: int, intermediate: int | None) -> ModelSpec:
-    """The head's own numbers: one layer like the model's, with fewer tokens."""
+    """Return the head's own numbers: one layer like the model's, with fewer tokens."""
     return ModelSpec(
         architecture="llama",
         hidden_size=model.hidden_size,
@@ -224,7 +224,7 @@ def head_spec(model: ModelSpec, draft_vocab: int, intermediate: int | None) -> M
 def make_lessons(
     bundle: Path, manifest: Manifest, texts: Path, max_tokens: int
 ) -> Iterator[Lesson]:
-    """Let the model read texts; what it computes on the way is what the head learns."""
+    """Let the model read texts, and yield what it computes on the way for the head to learn."""
     tokenizer = Tokenizer(
         (bundle / "tokenizer.json").read_bytes(), manifest.tokens, str(bundle / "tokenizer.json")
     )
@@ -258,7 +258,7 @@ def make_lessons(
 def first_own(
     tokenizer: Tokenizer, template: ChatTemplate | None, document: Mapping[str, Any]
 ) -> int:
-    """Where the assistant's last turn begins in the tokens of a chat; 0 for other texts."""
+    """Return where the assistant's last turn begins in a chat's tokens; 0 for other texts."""
     messages = document.get("messages")
     if template is None or not messages or messages[-1].get("role") != "assistant":
         return 0
@@ -271,10 +271,10 @@ def lesson(
     logits: NDArray[np.float32],
     first: int,
 ) -> Lesson:
-    """Keep what counts of the model's numbers.
+    """Keep those of the model's numbers that count.
 
     Raises:
-        ConfigError: hidden states that float16 does not hold, or none at all.
+        ConfigError: float16 does not hold the hidden states, or they are not finite.
     """
     best = np.argpartition(logits, -BEST, axis=-1)[:, -BEST:]
     best = np.take_along_axis(best, np.argsort(-np.take_along_axis(logits, best, -1)), -1)
@@ -291,7 +291,7 @@ def lesson(
 
 
 def feeds(manifest: Manifest, capacity: int, embeds: NDArray[np.float32]) -> dict[str, Any]:
-    """The inputs of a step that reads a whole text."""
+    """Return the inputs of a step that reads a whole text."""
     model, dialect = manifest.model, io_spec.DIALECTS[manifest.dialect]
     count = embeds.shape[1]
     cache = np.zeros((1, model.num_kv_heads, capacity, model.head_dim), np.float32)
@@ -307,7 +307,7 @@ def feeds(manifest: Manifest, capacity: int, embeds: NDArray[np.float32]) -> dic
 
 
 def choose_tokens(lessons: Sequence[Lesson], count: int, total: int) -> NDArray[np.int64]:
-    """The tokens that the model finds most probable most often, ascending; then the first ones."""
+    """Return the tokens most often most probable, ascending, filled up with the first ones."""
     found = np.zeros(total)
     for each in lessons:
         np.add.at(found, each.best[:, 0], 1.0)
@@ -319,7 +319,7 @@ def choose_tokens(lessons: Sequence[Lesson], count: int, total: int) -> NDArray[
 def read_weights(
     bundle: Path, manifest: Manifest
 ) -> tuple[NDArray[np.float16], tuple[NDArray[np.float32], bool]]:
-    """The token table; the weight of the final norm, and whether the table is the lm_head, too."""
+    """Read the token table; the weight of the final norm, and whether the table is the lm_head."""
     table = EmbeddingTable(bundle / EMBEDDINGS_NAME)
     rows = table[np.arange(table.vocab_size)]
     table.close()
@@ -341,10 +341,10 @@ def learn(
     bfloat16: bool,
     seed: int,
 ) -> int:
-    """Train until the time is over; returns the steps of the optimizer.
+    """Train until the time is over; return the steps of the optimizer.
 
     Raises:
-        ConfigError: the loss became infinite, or no number.
+        ConfigError: the loss became infinite or NaN.
     """
     import torch
 
@@ -379,9 +379,9 @@ def learn(
 
 
 def make_batches(lengths: Sequence[int], size: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Batches of texts for ever, each text once a round, of similar lengths since they are padded.
+    """Yield batches of texts for ever, each text once a round; lengths are similar, to pad little.
 
-    Among neighbours in length it is chance, anew in each round, who shares a batch and when.
+    Which neighbours in length share a batch, and when, is drawn anew in each round.
     """
     rng = np.random.RandomState(seed)
     while True:
@@ -395,9 +395,9 @@ def make_batches(lengths: Sequence[int], size: int, seed: int) -> Iterator[NDArr
 def measure(
     head: HeadModule, lessons: Sequence[Lesson], ahead: int, batch_size: int
 ) -> tuple[list[float], list[float]]:
-    """Shares of places at which each guess is right, and at which it and those before it are.
+    """Return the shares of places at which each guess is right, and at which all up to it are.
 
-    Places are those of the model's own turns: what a template repeats is easily guessed.
+    Only places in the model's own turns count: a template's repetitions are easily guessed.
     """
     import torch
 
@@ -420,7 +420,7 @@ def measure(
 
 
 def rope_scaling(rope: RopeSpec) -> dict[str, Any] | None:
-    """``rope_scaling`` of a ``config.json``, from which `parse_config` reads this RoPE."""
+    """Write a config's ``rope_scaling``, from which `parse_config` reads this RoPE."""
     if rope.kind == "default":
         return None
     names = {
@@ -444,7 +444,7 @@ def write_head(
     """Write config and weights as they are published.
 
     Raises:
-        ConfigError: a weight is no number that float16 holds.
+        ConfigError: float16 does not hold a weight.
     """
     spec, model = head.spec, manifest.model
     weights = {name: value.astype(np.float16) for name, value in head.published().items()}

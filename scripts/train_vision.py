@@ -1,18 +1,18 @@
-"""Train a small model that sees: a SmolVLM of one's own around SmolLM2-135M.
+"""Train a small model that sees: a SmolVLM of our own around SmolLM2-135M.
 
 usage: scripts/train-vision -o CHECKPOINT [--state DIRECTORY] [--minutes 60] ...
 
-CHECKPOINT becomes a directory as SmolVLM's are published (Idefics3's layout), which transformers
+CHECKPOINT becomes a directory like SmolVLM's published ones (Idefics3's layout), which transformers
 and ``edge-llm export`` load. The decoder is SmolLM2-135M-Instruct as ``scripts/quickstart`` has it
-and stays as it is; what is trained is a ViT, a projector, and the rows of three tokens that the
-decoder has not seen. It learns drawn pictures, see `scripts/vision_pictures.py`, in two stages:
+and is not trained. A ViT, a projector, and the rows of three tokens that the decoder has not seen
+are. They learn drawn pictures (`scripts/vision_pictures.py`) in two stages:
 
 1. By labels, without the decoder: each patch says what is drawn there, and each of a tile's four
    rows is drawn towards the decoder's own token rows of one answer (colour, what, number, place).
 2. By answers, through the decoder: the loss of the answer's tokens goes back through it to the
    rows. A picture's questions share the picture's part of the prompt.
 
-The state is saved every few minutes, and the same command goes on from it.
+The state is saved every few minutes, and the same command resumes from it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from scripts.vision_checkpoint import (
 from scripts.vision_pictures import ANSWERS, Drawing, draw
 from scripts.vision_score import beside_another
 
-# Which row of a tile learns which answer in the first stage.
+# The answer that each row of a tile learns in the first stage.
 LABELS: Sequence[tuple[str, Sequence[str]]] = (
     ("colour", ANSWERS["colour"]),
     ("what", (*ANSWERS["shape"], "digit")),
@@ -63,7 +63,7 @@ LABELS: Sequence[tuple[str, Sequence[str]]] = (
 )
 NO_LABEL = -100
 MARKS_RATE = 3e-3  # learning rate of rows of the token table, which are 0.14 wide
-# What the two heads of each patch say in the first stage; the last class of each is "nothing".
+# Classes of the two heads of each patch in the first stage; the last class of each is "nothing".
 PATCH_LABELS: Sequence[Sequence[str]] = (ANSWERS["colour"], (*ANSWERS["shape"], *ANSWERS["digit"]))
 
 
@@ -72,10 +72,10 @@ class Stage:
     """How long and how fast one of the two stages learns.
 
     Attributes:
-        name: in the state's file and in what is printed.
-        steps: of the optimizer.
-        pictures: of one step.
-        learning_rate: at its highest, of the ViT and the projector.
+        name: its name in the state's file and in the output.
+        steps: steps of the optimizer.
+        pictures: pictures per step.
+        learning_rate: highest learning rate of the ViT and the projector.
     """
 
     name: str
@@ -85,13 +85,13 @@ class Stage:
 
 
 class Sight(nn.Module):  # type: ignore[misc]
-    """What is trained: pixels in, rows of a prompt out.
+    """The trained part: pixels in, rows of a prompt out.
 
     Attributes:
         vision: Idefics3's ViT.
         connector: its pixel shuffle and projection.
         marks: rows of the tokens `FAKE`, `GLOBAL` and `END`, ``[3, hidden]``.
-        heads: of the patches, one for each of `PATCH_LABELS`; no part of the checkpoint.
+        heads: heads of the patches, one for each of `PATCH_LABELS`; no part of the checkpoint.
     """
 
     MARKS = (FAKE, GLOBAL, END)
@@ -110,13 +110,13 @@ class Sight(nn.Module):  # type: ignore[misc]
         )
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """What the ViT makes of pictures.
+        """Run the ViT and the connector on pictures.
 
         Args:
             pixels: ``[pictures, 3, TILE_PX, TILE_PX]``.
 
         Returns:
-            Rows ``[pictures, ROWS, hidden]`` and the patches that they are made of
+            Rows ``[pictures, ROWS, hidden]`` and the patches that they are made from
             ``[pictures, patches, ViT's hidden]``, both fp32.
         """
         side = TILE_PX // PATCH_PX
@@ -167,12 +167,12 @@ def main() -> None:
 
 
 class Training:
-    """A model, what it has learned so far, and where that is kept.
+    """A model, its training so far, and the files that keep both.
 
     Args:
-        state: directory of the files that a later run goes on from.
+        state: directory of the files from which a later run resumes.
         deadline_s: when to stop, by `time.monotonic`.
-        seed: of the first weights.
+        seed: seed of the first weights.
     """
 
     def __init__(self, state: Path, *, deadline_s: float, seed: int) -> None:
@@ -198,7 +198,7 @@ class Training:
         self.seen: dict[str, int] = {}
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a text."""
+        """Return the tokens of a text."""
         found: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return found
 
@@ -252,10 +252,11 @@ class Training:
         return step >= stage.steps
 
     def _optimizers(self, stage: Stage) -> list[Any]:
-        """Muon for the ViT's square matrices, AdamW for the rest.
+        """Make Muon for the ViT's square matrices, AdamW for the rest.
 
-        A patch has 768 values and a row 3,072, many of them alike, so a step of what reads them
-        moves far: it is a tenth as long.
+        A patch has 768 values and a row 3,072, many of them alike, so a step of the weights that
+        read
+        them moves far: their learning rate is a tenth.
         """
         matrices: list[Tensor] = []
         wide: list[Tensor] = []
@@ -296,7 +297,7 @@ class Training:
         fresh.replace(path)
 
     def label_loss(self, drawings: Sequence[Drawing], rows: Tensor, patches: Tensor) -> Tensor:
-        """How far rows are from their answers' token rows, and patches from `PATCH_LABELS`."""
+        """Return how far rows are from their answers' token rows, patches from `PATCH_LABELS`."""
         labels = torch.tensor([labels_of(drawing) for drawing in drawings])
         total = torch.zeros(())
         for place, classes in enumerate(self.classes):
@@ -316,14 +317,14 @@ class Training:
         return total
 
     def answer_loss(self, drawings: Sequence[Drawing], rows: Tensor, step: int) -> Tensor:
-        """The mean loss of the answers' tokens, through the decoder."""
+        """Return the mean loss of the answers' tokens, through the decoder."""
         logits, wanted, _ = self._answers(drawings, rows, step)
         return nn.functional.cross_entropy(logits, wanted)
 
     def _answers(
         self, drawings: Sequence[Drawing], rows: Tensor, step: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``[n, vocabulary]`` of all answers' tokens, the right tokens, their questions."""
+        """Return all answers' logits ``[n, vocabulary]``, the right tokens, and their questions."""
         packed = [self.pack(drawing, step) for drawing in drawings]
 
         def padded(values: Iterable[Sequence[int]], padding: int) -> Tensor:
@@ -346,7 +347,7 @@ class Training:
         """Ask everything about held-out pictures, beside them and beside another one.
 
         An answer is right if each of its tokens is the most likely one after those before it, so
-        it is what would be written greedily.
+        that greedy decoding would write it.
         """
         counted = {kind: {"asked": 0, "right": 0, "right_beside_another": 0} for kind in ANSWERS}
         drawings = [draw("held-out", number) for number in range(pictures)]
@@ -367,7 +368,7 @@ class Training:
         return counted
 
     def pack(self, drawing: Drawing, step: int | None) -> Packed:
-        """A picture and all of its questions as one sequence.
+        """Pack a picture and all of its questions into one sequence.
 
         The phrasings are those of a step, or for None those of the score.
         """
@@ -388,13 +389,13 @@ class Training:
         return packed
 
     def decode(self, ids: Tensor, rows: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:
-        """The decoder's last hidden states.
+        """Compute the decoder's last hidden states.
 
         Args:
             ids: tokens ``[pictures, longest]``.
-            rows: of the pictures, ``[pictures, ROWS, hidden]``.
-            positions: of the tokens in their prompts, ``[pictures, longest]``.
-            blocks: 0 for the picture's part, then the number of the question; -1 behind the end.
+            rows: rows of the pictures, ``[pictures, ROWS, hidden]``.
+            positions: positions of the tokens in their prompts, ``[pictures, longest]``.
+            blocks: 0 for the picture's part, then the number of the question; -1 after the end.
 
         Returns:
             ``[pictures, longest, hidden]``, bf16.
@@ -414,7 +415,7 @@ class Training:
         return states
 
     def logits(self, states: Tensor) -> Tensor:
-        """Logits ``[n, vocabulary]`` of hidden states ``[n, hidden]``."""
+        """Compute logits ``[n, vocabulary]`` of hidden states ``[n, hidden]``."""
         logits = (states @ self._table.T).float()
         marks = (states @ self.sight.marks.to(torch.bfloat16).T).float()
         return logits.index_copy(1, torch.tensor(self._mark_ids), marks)
@@ -434,7 +435,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Packed:
-    """Tokens of a picture and its questions; see `Training.decode`."""
+    """Tokens of a picture and its questions, for `Training.decode`."""
 
     ids: list[int]
     positions: list[int]
@@ -443,19 +444,19 @@ class Packed:
 
 
 def pace(step: int, steps: int) -> float:
-    """Learning rate over its highest: up over 50 steps, then down to nothing."""
+    """Return the learning rate over its highest: up over 50 steps, then down to nothing."""
     return min(1.0, (step + 1) / 50) * (1.0 - step / steps)
 
 
 def pixels_of(drawings: Sequence[Drawing]) -> Tensor:
-    """What transformers' image processor makes of square pictures: ``[n, 3, edge, edge]``."""
+    """Return the pixels that transformers' image processor makes: ``[n, 3, edge, edge]``."""
     edge = (TILE_PX, TILE_PX)
     tiles = [np.asarray(d.image.resize(edge, Image.Resampling.LANCZOS)) for d in drawings]
     return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def labels_of(drawing: Drawing) -> list[int]:
-    """Which of the classes of `LABELS` a picture is, or `NO_LABEL`."""
+    """Return the class of `LABELS` that each row shows, or `NO_LABEL`."""
     facts = drawing.facts
     words = {
         "colour": facts["colour"],
@@ -469,7 +470,7 @@ def labels_of(drawing: Drawing) -> list[int]:
 
 
 def patch_labels_of(drawing: Drawing) -> NDArray[np.int64]:
-    """Which of `PATCH_LABELS` each patch of a picture is, ``[2, patches]``."""
+    """Return which of `PATCH_LABELS` each patch of a picture is, ``[2, patches]``."""
     side = TILE_PX // PATCH_PX
     third = (np.arange(side) * 2 + 1) * 3 // (2 * side)
     place = third[:, None] * 3 + third[None]
@@ -484,9 +485,9 @@ def patch_labels_of(drawing: Drawing) -> NDArray[np.int64]:
 
 
 def row_scores(rows: Tensor, classes: Tensor) -> Tensor:
-    """Logits ``[n, classes]`` of rows ``[n, hidden]``: the nearer a class, the higher.
+    """Compute logits ``[n, classes]`` of rows ``[n, hidden]``: the nearer a class, the higher.
 
-    Not a plain product: "top left" lies between "top" and "left", where no product is highest.
+    It is not a plain product: "top left" is between "top" and "left", where no product is highest.
     """
     spread = (classes - classes.mean(0)).pow(2).sum(1).mean()
     return (rows[:, None] - classes).pow(2).sum(-1) * (-2.5 / spread)

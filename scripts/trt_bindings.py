@@ -1,13 +1,13 @@
-"""Does NVIDIA's Python API have, in each version, every name and call that this code uses?
+"""Checks that NVIDIA's Python API has, in each version, every name and call that this code uses.
 
 PyPI has the binary bindings of TensorRT without its libraries. They import over libraries of the
 same names whose functions all return null, and then show every class, method and signature. The
 stub libraries are written here, byte by byte (`stub_library`), so no compiler is needed.
 
-What this code uses is read from its source (`find_uses`): chains that begin at the module, such as
+The uses are read from this code's source (`find_uses`): chains that begin at the module, such as
 ``trt.MemoryPoolType.WORKSPACE``, and attributes and calls whose names are members of some class of
-the bindings. A name must be in every version but those that `PRESENCE` takes out, for each of which
-the code has a guard.
+the bindings. A name must be in every version except those that `PRESENCE` takes out, for each of
+which the code has a guard.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ WHEELS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 PLUGINS_SINCE: Release = (10, 13)
-"""The first release that is to compile our plugin; see `engines.compat.plugins_of`."""
+"""The first release that is to compile our plugin, as in `engines.compat.plugins_of`."""
 
 SOURCES = ("edge/backends/tensorrt/bound_context.py",)
 """Files that use TensorRT's objects without its module; all others are found."""
@@ -94,7 +94,7 @@ PRESENCE: dict[str, tuple[Release, Release]] = {
     "CausalMaskKind": ((11, 0), _NEVER),
     "causal_kind": ((11, 0), _NEVER),
     "key_value_lengths": ((11, 0), _NEVER),
-    # TensorRT for RTX alone.
+    # Only in TensorRT for RTX.
     "ComputeCapability": (_NEVER, _NEVER),
     "num_compute_capabilities": (_NEVER, _NEVER),
     "set_compute_capability": (_NEVER, _NEVER),
@@ -114,7 +114,7 @@ _ELSEWHERE = {
     *("reshape", "astype", "tobytes", "nbytes", "decompress", "hexdigest", "callback"),
     *("VERSION_TEXT", "CUresult", "CUDA_SUCCESS"),
 }
-"""Of other libraries and of Python, in the files that use TensorRT too."""
+"""Names of other libraries and of Python, in the files that use TensorRT too."""
 
 
 # The stub libraries.
@@ -139,12 +139,12 @@ _DT_HASH, _DT_STRTAB, _DT_SYMTAB, _DT_STRSZ, _DT_SYMENT, _DT_SONAME = 4, 5, 6, 1
 
 
 def stub_library(soname: str, functions: Iterable[str], machine: str) -> bytes:
-    """A shared library whose functions all return 0 (ELF, System V ABI).
+    """Make a shared library whose functions all return 0 (ELF, System V ABI).
 
     Args:
-        soname: its name for whoever links to it.
-        functions: names.
-        machine: as `platform.machine` has it: ``x86_64`` or ``aarch64``.
+        soname: its name for programs that link to it.
+        functions: names of its functions.
+        machine: value of `platform.machine`: ``x86_64`` or ``aarch64``.
     """
     number, code = _MACHINES[machine]
     strings = b"\0" + soname.encode() + b"\0"
@@ -198,13 +198,13 @@ def _segment(kind: int, flags: int, at: int, size: int, alignment: int) -> bytes
 
 @dataclass
 class Uses:
-    """What some source files use of TensorRT, each with where: ``file:line``.
+    """Uses of TensorRT in some source files, each with its place: ``file:line``.
 
     Attributes:
         chains: names after the module, e.g. ``("MemoryPoolType", "WORKSPACE")``.
-        members: names of attributes of whatever object.
+        members: names of attributes of any object.
         calls: such a name, the number of positional arguments and the keywords; the name has a
-            dot in front if it is a class that is called.
+            dot in front if a class is called.
     """
 
     chains: dict[tuple[str, ...], str] = field(default_factory=dict)
@@ -213,7 +213,7 @@ class Uses:
 
 
 def find_uses(files: Iterable[Path]) -> Uses:
-    """Read source files; members are everything that is an attribute, TensorRT's or not."""
+    """Read source files; members are all attributes, TensorRT's or not."""
     uses = Uses()
     for path in files:
         where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
@@ -222,7 +222,7 @@ def find_uses(files: Iterable[Path]) -> Uses:
 
 
 def source_files() -> list[Path]:
-    """Every file of the product that names TensorRT's module, and `SOURCES`."""
+    """Return every file of the product that names TensorRT's module, and `SOURCES`."""
     found = {ROOT / name for name in SOURCES}
     for package in ("edge", "edge_lab", "edge_fleet", "engines"):
         for path in (ROOT / package).rglob("*.py"):
@@ -274,7 +274,7 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _visit_lookup(self, node: ast.Call, at: str) -> None:
-        """Names in ``getattr`` and ``hasattr`` are uses too."""
+        """Count names in ``getattr`` and ``hasattr`` as uses, too."""
         if not isinstance(node.func, ast.Name) or node.func.id not in ("getattr", "hasattr"):
             return
         name = node.args[1]
@@ -286,7 +286,7 @@ class _Finder(ast.NodeVisitor):
                 self.uses.members.setdefault(name.value, at)
 
     def _is_other(self, node: ast.expr) -> bool:
-        """Whether an object is surely none of TensorRT's: ours, or of an imported module."""
+        """Return whether an object is surely none of TensorRT's: ours, or an imported module's."""
         while isinstance(node, ast.Attribute):
             node = node.value
             if isinstance(node, ast.Name) and node.id in ("self", "cls"):
@@ -294,7 +294,7 @@ class _Finder(ast.NodeVisitor):
         return isinstance(node, ast.Name) and node.id in self.modules
 
     def _chain(self, node: ast.expr) -> tuple[str, ...] | None:
-        """Names after the module; an empty tuple is the module itself, None something else."""
+        """Return the names after the module; () is the module itself, None something else."""
         if isinstance(node, ast.Name):
             return () if node.id == "trt" else self.aliases.get(node.id)
         if not isinstance(node, ast.Attribute):
@@ -306,7 +306,7 @@ class _Finder(ast.NodeVisitor):
 
 
 def own_names() -> set[str]:
-    """Every name that the product itself defines: functions, classes, fields, variables."""
+    """Return every name that the product itself defines: functions, classes, fields, variables."""
     found: set[str] = set()
     for package in ("edge", "edge_lab", "edge_fleet", "engines"):
         for path in (ROOT / package).rglob("*.py"):
@@ -325,11 +325,11 @@ def _is_own_field(node: ast.Attribute) -> bool:
     return stored and isinstance(node.value, ast.Name) and node.value.id == "self"
 
 
-# What a version has.
+# The API of a version.
 
 Surface = Mapping[str, Any]
-"""``names``: of the module. ``members``: by class, each with its docstring, or null where it is
-nothing to call."""
+"""``names`` lists the module's names. ``members`` has by class each member with its docstring, or
+null if it cannot be called."""
 
 _DESCRIBE = """
 import json, sys
@@ -377,8 +377,8 @@ def check_plugin(wheel: Path, stubs: Path, script: str) -> bool:
     """Let the bindings of an unpacked wheel ask our plugins.
 
     Args:
-        wheel: the unpacked one.
-        stubs: where the stub libraries are.
+        wheel: the unpacked wheel.
+        stubs: directory of the stub libraries.
         script: ``trt_plugin``, or ``trt_plugin_v3`` for those whose kernels Python launches.
     """
     paths = os.pathsep.join(map(str, (wheel, ROOT)))
@@ -388,10 +388,10 @@ def check_plugin(wheel: Path, stubs: Path, script: str) -> bool:
 
 
 def find_strangers(uses: Uses, universe: Iterable[str], own: Iterable[str]) -> Iterator[str]:
-    """Members that are no name of any version, of this code or of Python: misspelt, perhaps.
+    """Yield members that are no name of any version, of this code or of Python: misspelt, perhaps.
 
     Args:
-        uses: by the code.
+        uses: uses by the code.
         universe: members of any class of any version.
         own: names that the code defines.
     """
@@ -404,12 +404,12 @@ def find_strangers(uses: Uses, universe: Iterable[str], own: Iterable[str]) -> I
 def find_problems(
     uses: Uses, surface: Surface, release: Release, universe: Iterable[str]
 ) -> Iterator[str]:
-    """What a version lacks of what is used.
+    """Yield the used names and calls that a version lacks.
 
     Args:
-        uses: by the code.
-        surface: of the version.
-        release: of the version.
+        uses: uses by the code.
+        surface: API of the version.
+        release: the version.
         universe: members of any class of any version: another name is not TensorRT's.
     """
     known = set(universe)
@@ -433,7 +433,7 @@ def find_problems(
 
 
 def _absent(chain: tuple[str, ...], surface: Surface) -> str | None:
-    """The first name of a chain that is not there."""
+    """Return the first name of a chain that is missing."""
     if chain and chain[0] not in surface["names"]:
         return chain[0]
     for at in range(1, len(chain)):
@@ -477,7 +477,7 @@ class Signature:
     anything: bool
 
     def takes(self, count: int, keywords: tuple[str, ...]) -> bool:
-        """Whether this many positional arguments and these keywords fit."""
+        """Return whether this many positional arguments and these keywords fit."""
         if self.anything:
             return True
         given = {*self.names[:count], *keywords}
@@ -492,7 +492,7 @@ class Signature:
 
 
 def parse_signatures(doc: str) -> list[Signature]:
-    """Read the signatures of a docstring by pybind11; of overloads, each."""
+    """Read the signatures of a docstring by pybind11, one for each overload."""
     lines = [re.sub(r"^\d+\. ", "", line.strip()) for line in doc.splitlines()]
     overloaded = any(line == "Overloaded function." for line in lines)
     found = []
@@ -527,7 +527,7 @@ def _parse_signature(inside: str) -> Signature:
 
 
 def fetch_wheel(version: str) -> Path:
-    """Download a wheel, if it is not here, and unpack it.
+    """Download a wheel, if it is not here yet, and unpack it.
 
     Raises:
         RuntimeError: no wheel for this Python and machine, or another hash.
@@ -568,7 +568,7 @@ def write_stubs(directory: Path) -> Path:
 
 
 def main() -> int:
-    """Check all versions; 1 if one of them lacks something."""
+    """Check all versions; return 1 if one of them lacks something."""
     CACHE.mkdir(parents=True, exist_ok=True)
     stubs = write_stubs(CACHE / "stubs")
     try:

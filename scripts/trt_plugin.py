@@ -1,8 +1,8 @@
-"""Does NVIDIA's own code take our plugins, and what launches does it make of them?
+"""Checks whether NVIDIA's own code takes our plugins, and which launches it makes of them.
 
 ``tensorrt.plugin`` is plain Python in the bindings of TensorRT: it checks the signatures of a
-plugin, and asks it as the builder does. What it needs of the libraries is the registry of plugins
-and arithmetic on sizes, which are stood in for here; every rule is NVIDIA's. `trt_bindings.py`
+plugin, and asks it as the builder does. It needs only the registry of plugins and arithmetic on
+sizes from the libraries; stand-ins here replace both, and every rule is NVIDIA's. `trt_bindings.py`
 runs this once per version, over an unpacked wheel and stub libraries.
 """
 
@@ -27,7 +27,7 @@ from .trt_plugin_cases import MOVING, Case, make_cases
 
 
 class Registry:
-    """The registry of plugins, which is in the library."""
+    """Stands in for the registry of plugins, which is in the library."""
 
     def __init__(self) -> None:
         self._creators: dict[tuple[str, str, str], Any] = {}
@@ -41,7 +41,7 @@ class Registry:
 
     @property
     def creators(self) -> list[Any]:
-        """All of them."""
+        """Return all creators."""
         return list(self._creators.values())
 
     def get_creator(self, name: str, version: str, namespace: str) -> Any:
@@ -50,23 +50,23 @@ class Registry:
 
 
 class Size:
-    """``IDimensionExpr``: a number, which is known at build or not."""
+    """Stands in for ``IDimensionExpr``: a number that may or may not be known at build."""
 
     def __init__(self, value: int, *, constant: bool) -> None:
         self.value, self._constant = value, constant
 
     def is_constant(self) -> bool:
-        """Whether it is known when the engine is built."""
+        """Return whether it is known when the engine is built."""
         return self._constant
 
     def get_constant_value(self) -> int:
-        """The number, if it is."""
+        """Return the number, if it is known."""
         assert self._constant
         return self.value
 
 
 class Sizes:
-    """``IExprBuilder``."""
+    """Stands in for ``IExprBuilder``."""
 
     def __init__(self) -> None:
         kinds = trt.DimensionOperation
@@ -82,40 +82,40 @@ class Sizes:
         }
 
     def constant(self, value: int) -> Size:
-        """A number that is known."""
+        """Make a number that is known."""
         return Size(value, constant=True)
 
     def operation(self, kind: Any, first: Size, second: Size) -> Size:
-        """A number of two."""
+        """Compute a number from two."""
         known = first.is_constant() and second.is_constant()
         return Size(self._operations[kind](first.value, second.value), constant=known)
 
 
 class Launch:
-    """``IKernelLaunchParams``: takes whatever is set."""
+    """Stands in for ``IKernelLaunchParams``: takes whatever is set."""
 
 
 class Numbers(dict[int, Any]):
-    """``ISymExprs``."""
+    """Stands in for ``ISymExprs``."""
 
     nbSymExprs = 0  # noqa: N815 - NVIDIA's name
 
 
 def load_module() -> Any:
-    """The module ``tensorrt.plugin`` over the stand-ins."""
+    """Import the module ``tensorrt.plugin`` over the stand-ins."""
     registry = Registry()
     trt.get_plugin_registry = lambda: registry
     sys.modules["tensorrt"] = trt
     module = importlib.import_module("tensorrt_bindings.plugin")
     trt.IDimensionExpr, trt.DimsExprs = Size, lambda length: [None] * length
     tensor = importlib.import_module("tensorrt_bindings.plugin._tensor")
-    # Of the library they can be written only.
+    # In the library these can only be written.
     tensor.SymExprImpl.expr = tensor.SymExprImpl.dtype = tensor.SymExprImpl.type = None
     return module
 
 
 def make(rule: PluginRule) -> Any:
-    """A new plugin of a rule, by the creator that is registered."""
+    """Make a new plugin of a rule, by the creator that is registered."""
     creator = trt.get_plugin_registry().get_creator(rule.name, "1", NAMESPACE)
     return creator.create_plugin(
         rule.name,
@@ -127,13 +127,13 @@ def make(rule: PluginRule) -> Any:
 
 
 def types_of(case: Case, names: Iterable[str]) -> list[Any]:
-    """TensorRT's names for the types of tensors."""
+    """Return TensorRT's names for the types of tensors."""
     kinds = {"float16": "HALF", "float32": "FLOAT", "int32": "INT32"}
     return [getattr(trt.DataType, kinds[case.tensors[name][1].name]) for name in names]
 
 
 def sizes_of(case: Case) -> list[list[Size]]:
-    """The shapes of the inputs."""
+    """Return the shapes of the inputs."""
     moving = MOVING[case.rule]
     return [
         [
@@ -145,7 +145,7 @@ def sizes_of(case: Case) -> list[list[Size]]:
 
 
 def describe(sizes: Sequence[Size], dtype: Any) -> Any:
-    """``DynamicPluginTensorDesc``."""
+    """Make a ``DynamicPluginTensorDesc``."""
     found = trt.DynamicPluginTensorDesc()
     found.desc.dims = [size.value if size.is_constant() else -1 for size in sizes]
     found.desc.type, found.desc.format = dtype, trt.TensorFormat.LINEAR
@@ -155,7 +155,7 @@ def describe(sizes: Sequence[Size], dtype: Any) -> Any:
 
 
 def problems_of_shapes(case: Case, outputs: Iterable[Sequence[Size]]) -> Iterator[str]:
-    """What is wrong with the shapes that a plugin gave its outputs."""
+    """Yield what is wrong with the shapes that a plugin gave its outputs."""
     given = [tuple(size.value for size in output) for output in outputs]
     if given != [case.tensors[name][0] for name in case.rule.outputs]:
         yield f"the outputs' shapes are {given}"
@@ -164,7 +164,7 @@ def problems_of_shapes(case: Case, outputs: Iterable[Sequence[Size]]) -> Iterato
 
 
 def fitting(case: Case) -> list[int]:
-    """Tactics of a profile whose usual and largest step is that of a case."""
+    """Return the tactics of a profile whose usual and largest step is a case's."""
     shapes = [case.tensors[name][0] for name in case.rule.inputs]
     return list(fitting_tactics(case.rule, shapes, shapes))
 
@@ -172,7 +172,7 @@ def fitting(case: Case) -> list[int]:
 def compare_launch(
     wanted: WantedLaunch, code: Ptx, launch: Any, numbers: Numbers, kernel: tuple[str, bytes]
 ) -> Iterator[str]:
-    """What is wrong with the launch that a plugin gave TensorRT."""
+    """Yield what is wrong with the launch that a plugin gave TensorRT."""
     expected = {
         **dict(zip(("grid_x", "grid_y", "grid_z"), wanted.grid, strict=True)),
         "block_x": code.threads,
@@ -193,7 +193,7 @@ def compare_launch(
 
 
 def problems_of(case: Case, ptx: dict[str, Ptx]) -> Iterator[str]:
-    """Ask a new plugin about a case; yields what is wrong with its answers."""
+    """Ask a new plugin about a case; yield what is wrong with its answers."""
     made = make(case.rule)
     reads, writes = types_of(case, case.rule.inputs), types_of(case, case.rule.outputs)
     inputs = sizes_of(case)
@@ -221,7 +221,7 @@ def problems_of(case: Case, ptx: dict[str, Ptx]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Register the plugins twice and ask them about every case; 1 if an answer is wrong."""
+    """Register the plugins twice and ask them about every case; return 1 if an answer is wrong."""
     module = load_module()
     ptx = {
         name: Ptx(f"PTX of {name}", f"entry{place}", 128, 512 * place)

@@ -1,4 +1,4 @@
-"""What `trt_plugin` and `trt_plugin_v3` ask our plugins about, and the launches that are right."""
+"""Cases that `trt_plugin` and `trt_plugin_v3` ask our plugins about, and the right launches."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ATTENTIONS = (
 )
 # Sequences, rows of logits of each, logits, and how many are kept.
 SEARCHES = ((1, 1, 151_936, 256), (8, 1, 32_000, 257), (2, 3, 320, 8), (1, 16, 262_144, 1024))
-# Sequences, tokens and what follows from them are not known when the engine is built: the axes.
+# Axes that depend on sequences and tokens, which are not known when the engine is built.
 MOVING: dict[PluginRule, dict[str, tuple[int, ...]]] = {
     PRODUCT: {"x": (0, 1)},
     PARTS: {
@@ -57,10 +57,10 @@ class Case:
     """A plugin for tensors of some shapes.
 
     Attributes:
-        rule: of the plugin.
-        value: of its attribute.
+        rule: rule of the plugin.
+        value: value of its attribute.
         tensors: shapes and types of its inputs and outputs, as the kernels have them.
-        launches: what is to be launched, by tactic.
+        launches: the right launches, by tactic.
     """
 
     rule: PluginRule
@@ -75,7 +75,7 @@ class Case:
 def make_cases() -> Iterator[Case]:
     """Make the cases of every plugin."""
     for batch, seq, depth, columns, group, planes, bias in PRODUCTS:
-        # Of one column without a bias the plugin adds a zero.
+        # Where there is one column and no bias, the plugin adds a zero.
         added = bias or columns == 1
         jobs = [
             product(tactic, batch * seq, columns, depth, group=group, bias=added)
@@ -96,7 +96,7 @@ def make_cases() -> Iterator[Case]:
 
 
 def _unfold(buffers: Buffers, batch: int, names: Collection[str]) -> Buffers:
-    """The kernels' rows are sequences, and rows of each, in the graph."""
+    """Split the kernels' rows into sequences and rows of each, as in the graph."""
     return {
         name: ((batch, shape[0] // batch, *shape[1:]), dtype) if name in names else (shape, dtype)
         for name, (shape, dtype) in buffers.items()

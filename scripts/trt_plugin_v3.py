@@ -1,9 +1,9 @@
-"""Do NVIDIA's bindings take the plugins whose kernels Python launches, and what do these launch?
+"""Checks whether NVIDIA's bindings take the plugins whose kernels Python launches, and how.
 
-The classes and fields are NVIDIA's, and what passes through them is read back in C++. What asks a
-plugin is in TensorRT's library, which is not here: this asks in its place, and a driver that keeps
-what it is given stands in for CUDA. `trt_bindings.py` runs this once per version, over an unpacked
-wheel and stub libraries.
+The classes and fields are NVIDIA's, and what passes through them is read back in C++. TensorRT's
+library, which asks a plugin, is not here. This script asks in its place, and a driver that only
+records stands in for CUDA. `trt_bindings.py` runs this once per version, over an unpacked wheel and
+stub libraries.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _STREAM, _READ, _WRITTEN = 0x5000, range(0x1000, 0x5000, 0x800), range(0x6000, 0
 
 
 class Driver:
-    """``cuda.bindings.driver``, which keeps modules and launches.
+    """Stands in for ``cuda.bindings.driver``; it keeps modules and launches.
 
     Attributes:
-        modules: PTX of each, with its zero byte.
+        modules: PTX of each module, with its zero byte.
         launches: arguments of ``cuLaunchKernel``; the function is its module and its name.
     """
 
@@ -53,7 +53,7 @@ class Driver:
         self.result = 0
 
     def module(self) -> Any:
-        """For ``sys.modules``."""
+        """The module for ``sys.modules``."""
         module: Any = types.ModuleType("cuda.bindings.driver")
         module.CUresult = types.SimpleNamespace(CUDA_SUCCESS=0)
         modes = types.SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
@@ -75,7 +75,7 @@ class Driver:
 
 
 def create(rule: PluginRule, fields: Any, phase: Any) -> Any:
-    """A plugin by NVIDIA's code, which hands our creator the fields as TensorRT has them."""
+    """Make a plugin by NVIDIA's code, which hands our creator the fields as TensorRT has them."""
     registry = trt.get_plugin_registry()
     creator = registry.get_creator(rule.name, plugins.VERSION, NAMESPACE)
     made = trt.IPluginCreatorV3One.create_plugin(creator, "layers.0.qkv", fields, phase)
@@ -83,13 +83,13 @@ def create(rule: PluginRule, fields: Any, phase: Any) -> Any:
 
 
 def owned(made: Any) -> Any:
-    """Keep a plugin for good: it is TensorRT's to destroy, and one that Python drops crashes."""
+    """Keep a plugin for good: TensorRT destroys it, and one that Python drops crashes."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
     return made
 
 
 def problems_of_build(case: Case, made: Any) -> Iterator[str]:
-    """Ask a plugin what a builder asks; yields what is wrong."""
+    """Ask a plugin as a builder does; yield what is wrong."""
     rule = case.rule
     reads, writes = types_of(case, rule.inputs), types_of(case, rule.outputs)
     core = made.plugin_name, made.plugin_version, made.plugin_namespace, made.num_outputs
@@ -123,7 +123,7 @@ def problems_of_build(case: Case, made: Any) -> Iterator[str]:
 
 
 def problems_of_run(case: Case, fields: Any, ptx: dict[str, Ptx], cuda: Driver) -> Iterator[str]:
-    """Make a plugin of what a plan has, and run it by each tactic; yields what is wrong."""
+    """Make a plugin from a plan's fields, and run it by each tactic; yield what is wrong."""
     made = create(case.rule, fields, trt.TensorRTPhase.RUNTIME)
     if isinstance(made, trt.IPluginV3OneBuild):
         yield "a plugin of a plan can build"
@@ -153,7 +153,7 @@ def problems_of_run(case: Case, fields: Any, ptx: dict[str, Ptx], cuda: Driver) 
 
 
 def problems_of_errors(case: Case, cuda: Driver) -> Iterator[str]:
-    """What a function raises, which TensorRT prints at most, comes back."""
+    """Check that a function's exception, which TensorRT would at most print, comes back."""
     made = owned(plugins.register(trt).for_build(case.rule, case.value))
     ports = _ports(case, case.rule.inputs)
     cuda.result = 1
@@ -171,7 +171,7 @@ def problems_of_errors(case: Case, cuda: Driver) -> Iterator[str]:
 
 
 def _ports(case: Case, names: Collection[str]) -> list[Any]:
-    """``PluginTensorDesc`` of tensors."""
+    """Make the ``PluginTensorDesc`` of tensors."""
     found = [trt.PluginTensorDesc() for _ in names]
     for port, name in zip(found, names, strict=True):
         port.dims, port.format = case.tensors[name][0], trt.TensorFormat.LINEAR
@@ -179,11 +179,11 @@ def _ports(case: Case, names: Collection[str]) -> list[Any]:
 
 
 def main() -> int:
-    """Register the plugins twice and ask them about every case; 1 if an answer is wrong."""
+    """Register the plugins twice and ask them about every case; return 1 if an answer is wrong."""
     registry, cuda = Registry(), Driver()
     trt.get_plugin_registry = lambda: registry
     sys.modules["cuda.bindings.driver"] = cuda.module()
-    dims_exprs, trt.DimsExprs = trt.DimsExprs, list  # its sizes are made by the library alone
+    dims_exprs, trt.DimsExprs = trt.DimsExprs, list  # only the library makes its sizes
     ptx = load_ptx()
     for _ in range(2):
         plugin_v3.register(trt, ptx, ptx)
@@ -200,7 +200,7 @@ def main() -> int:
         problems += [f"{case}: {each}" for each in problems_of_build(case, made)]
         fields = owned(made.clone()).get_fields_to_serialize()
         gc.collect()
-        _churn = [np.zeros(1, np.int32) for _ in range(4096)]  # over what nothing keeps alive
+        _churn = [np.zeros(1, np.int32) for _ in range(4096)]  # overwrite what nothing keeps alive
         problems += [f"{case}: {each}" for each in problems_of_run(case, fields, ptx, cuda)]
     problems += problems_of_errors(cases[0], cuda)
     if len(cuda.modules) != len(set(cuda.modules)):

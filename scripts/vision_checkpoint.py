@@ -1,4 +1,4 @@
-"""What `scripts/train-vision` writes: a directory as SmolVLM's are published, in Idefics3's layout.
+"""Writes a checkpoint for `scripts/train-vision`: Idefics3's layout, as SmolVLM's are published.
 
 Its decoder is SmolLM2-135M, so the tokens that SmolVLM adds have the ids that they have there.
 """
@@ -45,14 +45,14 @@ AFTER_QUESTION = f"{END}\nAssistant:"
 
 
 def extended_tokenizer(tokenizer_json: bytes) -> Any:
-    """SmolLM2's tokenizer with SmolVLM's tokens behind it."""
+    """Return SmolLM2's tokenizer with SmolVLM's tokens appended."""
     tokenizer = Tokenizer.from_str(tokenizer_json.decode("utf-8"))
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in TOKENS])
     return tokenizer
 
 
 def new_model(decoder: Any, tokenizer: Any) -> Any:
-    """An Idefics3 around a decoder; what is not the decoder's begins at random."""
+    """Make an Idefics3 around a decoder; all other weights begin at random."""
     text = decoder.config.to_dict()
     old = text["vocab_size"]
     text |= {
@@ -76,7 +76,7 @@ def new_model(decoder: Any, tokenizer: Any) -> Any:
 
 
 def write_texts(output: Path, tokenizer: Any) -> None:
-    """Everything of the checkpoint that is no weight, under the names of published ones."""
+    """Write all files of the checkpoint except its weights, under the usual names."""
     tokenizer.save(str(output / "tokenizer.json"))
     files: dict[str, Any] = {
         "tokenizer_config.json": {

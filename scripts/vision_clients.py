@@ -72,7 +72,7 @@ def compare(questions: Sequence[Question], said: Mapping[str, Sequence[str]]) ->
         said: the answers of each way, in the order of the questions; `FIRST` is among them.
 
     Returns:
-        How many were asked; for each way how many are equal and right; what differs.
+        How many were asked; for each way how many are equal and right; the texts that differ.
     """
     ways, differences = {}, []
     for way, texts in said.items():
@@ -141,7 +141,7 @@ def _uri(question: Question) -> str:
 
 
 def _chat(question: Question) -> list[Any]:
-    """The messages of OpenAI's Chat Completions."""
+    """Return the messages of OpenAI's Chat Completions."""
     picture = {"type": "image_url", "image_url": {"url": _uri(question)}}
     return [{"role": "user", "content": [picture, {"type": "text", "text": question.text}]}]
 
@@ -150,13 +150,13 @@ def _chat(question: Question) -> list[Any]:
 
 
 class _CommandLine:
-    """What the commands answer, each with an engine of its own."""
+    """Answers of the commands, each of which has an engine of its own."""
 
     def __init__(self, bundle: Path, engine: Sequence[str], files: Mapping[int, Path]) -> None:
         self._bundle, self._engine, self._files = bundle, engine, files
 
     def run(self, questions: Sequence[Question]) -> list[str]:
-        """One process for each question."""
+        """Answer each question in a process of its own."""
         texts = []
         for question in questions:
             picture = str(self._files[question.drawing.number])
@@ -168,7 +168,7 @@ class _CommandLine:
         return texts
 
     def batch(self, questions: Sequence[Question]) -> list[str]:
-        """One file of requests."""
+        """Answer all questions from one file of requests."""
         directory = next(iter(self._files.values())).parent
         requests, answers = directory / "requests.jsonl", directory / "answers.jsonl"
         rows = [
@@ -200,7 +200,7 @@ class _CommandLine:
 
 
 def _clients(url: str, model: str, opened: ExitStack) -> dict[str, Callable[[Question], str]]:
-    """What asks the server one question, by the client and the protocol that it speaks."""
+    """Make functions that ask the server one question, by client and protocol."""
     import anthropic
     import ollama
     import openai

@@ -1,8 +1,8 @@
-"""Drawn pictures and questions about them, for `scripts/train-vision` and its score.
+"""Draws pictures and makes questions about them, for `scripts/train-vision` and its score.
 
 A picture shows one to six equal shapes of one colour, or one digit. Everything follows from a
 split and a number, so a set of pictures needs no files. The colours that go with a shape or a
-digit are not the same in the two splits: what is asked about at the end was never drawn before.
+digit differ between the two splits: the score asks only about pairs that were never drawn before.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ _SIZES_PX = (128, 192, 256, 320)
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture and what is true of it.
+    """One picture and the facts about it.
 
     Attributes:
         image: RGB, square, 128 to 320 pixels wide.
-        facts: the answer of each kind of question that the picture can be asked.
-        places: of `PLACES`, where something is drawn.
-        number: within its split.
+        facts: the answer of each kind of question that can be asked about the picture.
+        places: the `PLACES` at which something is drawn.
+        number: its number within its split.
     """
 
     image: Image.Image
@@ -94,18 +94,18 @@ class Drawing:
     number: int
 
     def png(self) -> bytes:
-        """The picture as a PNG file."""
+        """Return the picture as a PNG file."""
         file = io.BytesIO()
         self.image.save(file, "PNG")
         return file.getvalue()
 
     def question(self, kind: str, phrasing: int) -> str:
-        """A question of a kind; any number names one of its phrasings."""
+        """Return a question of a kind; any number names one of its phrasings."""
         return QUESTIONS[kind][phrasing % len(QUESTIONS[kind])]
 
 
 def is_held_out(colour: str, what: str) -> bool:
-    """Whether a colour is drawn with a shape or a digit in the held-out pictures alone.
+    """Return whether a colour is drawn with a shape or a digit only in held-out pictures.
 
     A sixth of the colours of each shape and a fifth of those of each digit are.
     """
@@ -119,8 +119,8 @@ def draw(split: Split, number: int) -> Drawing:
     """Draw a picture.
 
     Args:
-        split: what the picture is for.
-        number: of the picture; a picture of another number is another one.
+        split: use of the picture.
+        number: number of the picture; another number gives another picture.
     """
     chance = random.Random(f"{split} {number}")
     shown = NUMBERS if chance.random() < 1 / 3 else SHAPES
@@ -154,7 +154,7 @@ def draw(split: Split, number: int) -> Drawing:
 
 
 def _background(chance: random.Random) -> tuple[int, int, int]:
-    """Near white, or near black."""
+    """Return a colour near white, or near black."""
     return _near((236, 236, 236) if chance.random() < 0.7 else (18, 18, 18), 16, chance)
 
 

@@ -3,8 +3,8 @@
 usage: scripts/train-vision --score MODEL... [--pictures 500] [-o SCORE.json]
 
 MODEL is the checkpoint, which transformers then runs, or a bundle of it, which `edge.LLM` runs.
-Each picture is asked every kind of question that it can be asked, and each question is asked a
-second time beside another picture: what is right then is what a blind guess gets right.
+Each picture is asked every kind of question that it allows, and each question is asked a second
+time beside another picture: the answers that are right then show what a blind guess achieves.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from scripts.command import run_main, say
 from scripts.vision_pictures import ANSWERS, Drawing, draw
 
 MAX_TOKENS = 8
-_BATCH = 32  # of transformers
+_BATCH = 32  # batch size in transformers
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked beside a picture.
+    """A question to ask beside a picture.
 
     Attributes:
         drawing: the picture.
-        kind: of `ANSWERS`.
+        kind: one of `ANSWERS`.
         text: the question.
-        answer: the right one.
+        answer: the right answer.
     """
 
     drawing: Drawing
@@ -46,11 +46,11 @@ class Question:
     answer: str
 
     def is_right(self, answer: str) -> bool:
-        """Whether an answer is the right one, but for its case and a full stop."""
+        """Return whether an answer is right, apart from its case and a full stop."""
         return answer.strip().rstrip(".").lower() == self.answer
 
 
-# Greedy answers to questions, in order.
+# Takes questions and returns greedy answers in their order.
 Answerer = Callable[[Sequence[Question]], list[str]]
 
 
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def as_line(counted: dict[str, Any]) -> str:
-    """One model's score for a reader."""
+    """Write one model's score for a reader."""
     kinds = ", ".join(
         f"{kind} {100 * n['right'] / n['asked']:.1f} % (another picture: "
         f"{100 * n['right_beside_another'] / n['asked']:.1f} %)"
@@ -94,8 +94,8 @@ def score(answer: Answerer, pictures: int) -> dict[str, Any]:
     """Ask everything and count.
 
     Returns:
-        For each kind how many were asked and right, beside their picture and beside another one;
-        the seconds that the questions beside their pictures took.
+        For each kind, how many questions were asked and how many answered right, beside their
+        picture and beside another one; the seconds for the questions beside their pictures.
     """
     drawings = [draw("held-out", number) for number in range(pictures)]
     questions = held_out_questions(drawings)
@@ -125,7 +125,7 @@ def score(answer: Answerer, pictures: int) -> dict[str, Any]:
 
 
 def held_out_questions(drawings: Sequence[Drawing]) -> list[Question]:
-    """Everything that can be asked about pictures."""
+    """List everything that can be asked about pictures."""
     return [
         Question(drawing, kind, drawing.question(kind, drawing.number), answer)
         for drawing in drawings
@@ -134,7 +134,7 @@ def held_out_questions(drawings: Sequence[Drawing]) -> list[Question]:
 
 
 def beside_another(drawings: Sequence[Drawing]) -> list[Drawing]:
-    """For each picture the next one, in a circle, with shapes or with a digit as it has."""
+    """Pair each picture with the next one, in a circle, that has shapes or a digit as it has."""
     after: dict[int, int] = {}
     for has_digit in (False, True):
         places = [
@@ -145,7 +145,7 @@ def beside_another(drawings: Sequence[Drawing]) -> list[Drawing]:
 
 
 def open_answerer(model: Path, threads: int, opened: ExitStack) -> Answerer:
-    """A checkpoint in transformers, or a bundle in edge-llm.
+    """Open a checkpoint in transformers, or a bundle in edge-llm.
 
     Raises:
         ConfigError: it is neither.

@@ -1,14 +1,13 @@
 """Attacks a running service on loopback as one client, and times another's chats beside it.
 
 Attackers come from 127.0.0.2 (of `addresses` from eight, 127.0.0.10 on) and the good client from
-127.0.0.1, which are clients of their own where the service has no keys. Each attack keeps its
-connections busy for some seconds; the good client asks one chat of 4 tokens after the other, alone
-and beside it. An attack is held if each of these chats is answered, with a P95 of at most three
-times that alone; else the exit code is 1. The service must listen on loopback; give it and this
-script a core each (taskset), or they slow each other.
-
-With --equal N it attacks nobody, and says how many tokens a second N clients get together that each
-ask for one answer of 64 tokens after the other.
+127.0.0.1; a service without keys takes each address for a client. Each attack keeps its connections
+busy for some seconds. The good client asks one chat of 4 tokens after the other, alone and beside
+it. An attack is held if each of these chats is answered, with a P95 of at most three times the P95
+alone; else the exit code is 1. The service must listen on loopback. Give it and this script a core
+each (taskset), or they slow each other.
+With --equal N it attacks nobody. It prints how many tokens a second N clients get together that
+each ask for one answer of 64 tokens after the other.
 
 Usage: python scripts/attacks/fair.py --port 8000 [--seconds 20] [--only n16,long] [--json]
        python scripts/attacks/fair.py --port 8000 --equal 8 [--seconds 20]
@@ -33,18 +32,18 @@ GOOD, ATTACKER = "127.0.0.1", "127.0.0.2"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ANSWER_S = 60.0
 MOST_S, MOST_EQUAL = 120.0, 200
-MOST_RATIO = 3.0  # of the P95 beside an attack to that alone
+MOST_RATIO = 3.0  # P95 beside an attack over the P95 alone
 
 
 def ask(port: int, source: str, path: str, body: dict[str, Any], timeout_s: float) -> int:
-    """Send one request; returns its status, or 0 where no answer came in time."""
+    """Send one request; return its status, or 0 if no answer came in time."""
     return fetch(port, source, path, body, timeout_s)[0]
 
 
 def fetch(
     port: int, source: str, path: str, body: dict[str, Any], timeout_s: float
 ) -> tuple[int, bytes]:
-    """Send one request; returns status and body, or 0 and nothing where no answer came in time."""
+    """Send one request; return status and body, or 0 and nothing if no answer came in time."""
     connection = http.client.HTTPConnection(
         GOOD, port, timeout=timeout_s, source_address=(source, 0)
     )
@@ -61,7 +60,7 @@ def fetch(
 
 
 def leave_unread(port: int, source: str, body: dict[str, Any], over: threading.Event) -> int:
-    """Ask for a stream and read nothing of it until the attack is over; 0 if that was refused."""
+    """Ask for a stream and read nothing of it until the attack ends; 0 if that was refused."""
     try:
         with socket.create_connection((GOOD, port), ANSWER_S, (source, 0)) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -79,13 +78,13 @@ def chat(**fields: Any) -> dict[str, Any]:
 
 
 def text(number: int, tokens: int, **fields: Any) -> dict[str, Any]:
-    """A prompt of about so many tokens, unlike that of any other number."""
+    """Make a prompt of about this many tokens, unlike that of any other number."""
     return {"prompt": f"{number}" + " one" * tokens, "temperature": 0, **fields}
 
 
 @dataclass(frozen=True)
 class Attack:
-    """So many connections, each with one request after the other, in turn from these addresses."""
+    """Connections that each send one request after the other, from these addresses in turn."""
 
     connections: int
     path: str
@@ -113,11 +112,11 @@ ATTACKS = {
 
 @dataclass
 class Seen:
-    """What the good client got.
+    """Answers that the good client got.
 
     Attributes:
-        seconds: of each answer.
-        statuses: how many of each; 0 is none in time.
+        seconds: time of each answer.
+        statuses: number of answers by status; 0 means none in time.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -125,7 +124,7 @@ class Seen:
 
     @property
     def p95_s(self) -> float:
-        """The least time that 95 % of the answers took at most."""
+        """The least time that 95 % of the answers did not exceed."""
         return sorted(self.seconds)[math.ceil(0.95 * len(self.seconds)) - 1]
 
     def told(self) -> dict[str, Any]:
@@ -138,7 +137,7 @@ class Seen:
 
 
 def watch(port: int, seconds: float) -> Seen:
-    """Ask chats for so long, at least one."""
+    """Ask chats for this long, at least one."""
     seen, until = Seen(), time.monotonic() + seconds
     while True:
         began = time.monotonic()
@@ -152,7 +151,7 @@ def watch(port: int, seconds: float) -> Seen:
 
 
 def beside(port: int, attack: Attack, seconds: float) -> tuple[Seen, Counter[int]]:
-    """Watch while an attack goes on; returns what the good client got, and what the attackers."""
+    """Watch during an attack; return the good client's answers, and the attackers' statuses."""
     over = threading.Event()
     statuses: Counter[int] = Counter()
 
@@ -183,7 +182,7 @@ def beside(port: int, attack: Attack, seconds: float) -> tuple[Seen, Counter[int
 
 
 def equal(port: int, clients: int, seconds: float) -> float:
-    """Tokens per second of so many clients with an address each."""
+    """Return the tokens per second of this many clients with an address each."""
     began = time.monotonic()
     counts, refused = [0] * clients, list[str]()
 

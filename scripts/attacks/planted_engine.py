@@ -1,15 +1,16 @@
-"""Plants a stranger's engine in a signed bundle, and looks whether any of it reaches TensorRT.
+"""Plants a stranger's engine in a signed bundle, and checks whether any of it reaches TensorRT.
 
-The stranger cannot sign the bundle, but can write into its directory: an ``engine.json`` with GPU
-code of theirs (``python_kernels``), a large batch and a date that is yet to come, so that it would
-come before the device's own engine, and a plan whose hash it has. Tried unsigned, signed with
-the stranger's key, and with the device's own ``engine.json`` changed in place. Where there is no
-TensorRT, the stand-in of the tests takes its place. The bundle is copied, and the copy signed.
+The stranger cannot sign the bundle, but can write into its directory. They put an ``engine.json``
+there, and a plan with the right hash. It has GPU code of theirs (``python_kernels``), a large batch
+and a date in the future, so that it would be preferred to the device's own engine. It is tried
+unsigned, signed with the stranger's key, and with the device's own ``engine.json`` changed in
+place. Without TensorRT the stand-in of the tests takes its place. The bundle is copied, and the
+copy signed.
 
 Usage: python scripts/attacks/planted_engine.py BUNDLE
 
-Exit code 0: nothing of the stranger's was used, and the device's own engine was, where it was left
-as it was. 1: something was.
+Exit code 0: nothing of the stranger's was used, and the device's own engine was, if it was left
+unchanged. 1: something of the stranger's was used.
 """
 
 from __future__ import annotations
@@ -61,16 +62,16 @@ def plant(bundle: Path, name: str, batch: int, created: str) -> Path:
 
 
 def give_kernels(directory: Path) -> None:
-    """Let an engine have GPU code that is launched by Python."""
+    """Give an engine GPU code that Python launches."""
     info = read_engine_info(directory)
     changed = msgspec.structs.replace(info, plugins="python", python_kernels=(b"stranger's code",))
     (directory / ENGINE_JSON).write_bytes(msgspec.json.encode(changed))
 
 
 def open_bundle(bundle: Path, keys: Path) -> tuple[list[str], str]:
-    """Open a bundle as a service does; returns what reached TensorRT of which engine, and why not.
+    """Open a bundle as a service does; return what reached TensorRT by engine, and why not.
 
-    The stand-in checks no kernels, so what counts is that they were handed over.
+    The stand-in checks no kernels, so it counts that they were handed over.
     """
     seen: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -95,7 +96,7 @@ def open_bundle(bundle: Path, keys: Path) -> tuple[list[str], str]:
 
 
 def attack(bundle: Path, room: Path) -> bool:
-    """Try each way; returns whether nothing of the stranger's was used."""
+    """Try each way; return whether nothing of the stranger's was used."""
     ours, theirs = make_key(), make_key()
     keys = room / "trusted-keys"
     keys.write_text(ours.public_text)

@@ -1,7 +1,7 @@
-"""Is a registry that sends a byte at a time, and times how long `edge-llm bundle pull` follows it.
+"""Sends a byte at a time as a registry, and times how long `edge-llm bundle pull` follows it.
 
 A roll-out holds its lock meanwhile, so a registry that is followed for ever keeps a device from
-every other bundle. A byte a second comes within any limit for one read.
+every other bundle. A byte per second stays within any limit on a single read.
 
 Usage: python scripts/attacks/registry_drip.py [--only head,manifest,blob] [--limit-s 600] [--json]
 """
@@ -26,7 +26,7 @@ ATTACKS = ("head", "manifest", "blob")
 
 
 def answer(name: str, path: str) -> bytes:
-    """What comes at once; the rest of it, or of what was announced, drips."""
+    """Return the bytes to send at once; the rest drips."""
     if name == "head":
         return b"HTTP/1.1 200 OK\r\nX: "
     if name == "blob" and "/manifests/" in path:

@@ -1,8 +1,8 @@
-"""Moves a tag of a real registry to what a device must not take, and lets the device roll out.
+"""Moves a tag of a real registry to a bundle that a device must refuse, and lets it roll out.
 
 Whoever can write to a registry can point a tag at any bundle that the vendor ever signed, or leave
-it where it is for ever. Each attack begins with a device on release 2 of BUNDLE; then its tag leads
-to something else, and `edge-llm bundle rollout` has to refuse it with exit code 65 and leave the
+it where it is for ever. Each attack begins with a device on release 2 of BUNDLE. Then its tag leads
+to another bundle, and `edge-llm bundle rollout` has to refuse it with exit code 65 and leave the
 link. Needs Debian's docker-registry, and twice the space of BUNDLE.
 
 Usage: python scripts/attacks/replay.py BUNDLE [--only older,frozen] [--no-releases] [--json]
@@ -33,10 +33,10 @@ LIFE_S = 6.0
 
 @dataclass(frozen=True)
 class Attack:
-    """What the tag leads to after release 2.
+    """The bundle to which the tag leads after release 2.
 
     Attributes:
-        release: its number; None was signed without one; 2 is what the device has.
+        release: its number; None if it was signed without one; 2 is what the device has.
         name: repository that it was signed for; None is any.
         lives: whether it expires after `LIFE_S`, and is offered then.
     """
@@ -68,7 +68,7 @@ def must(*arguments: str | Path) -> None:
 
 @contextmanager
 def registry(folder: Path) -> Iterator[str]:
-    """Debian's registry on loopback; its address."""
+    """Run Debian's registry on loopback; yield its address."""
     config, log = folder / "registry.yml", folder / "registry.log"
     config.write_text(
         "version: 0.1\nlog: {level: info, accesslog: {disabled: true}}\n"
@@ -92,7 +92,7 @@ def registry(folder: Path) -> Iterator[str]:
 
 
 def copy(address: str, source: str, target: str, tag: str) -> None:
-    """Let a tag lead to what another repository has: what a registry itself can do any time."""
+    """Point a tag at another repository's content, which a registry itself can do any time."""
 
     def ask(method: str, path: str, data: bytes | None = None, **headers: str) -> bytes:
         request = urllib.request.Request(f"http://{address}/v2/{path}", data, headers)
@@ -119,7 +119,7 @@ class Vendor:
         self.keys = self.key.with_suffix(".pub")
 
     def offer(self, attack: Attack, repository: str, comment: str) -> float:
-        """Push what an attack offers as REPOSITORY:stable; returns when it expires."""
+        """Push the bundle of an attack as REPOSITORY:stable; return when it expires."""
         expires = time.time() + LIFE_S if attack.lives else 0.0
         options: list[str] = []
         if self.releases and attack.release is not None:
@@ -139,7 +139,7 @@ class Vendor:
         return expires
 
     def _forget_release(self) -> None:
-        """As a bundle was before: the same files, and a manifest without a release."""
+        """Restore the bundle before releases: the same files, and a manifest without a release."""
         from edge.bundle.manifest import read_manifest
         from edge_lab.place import update_manifest
 

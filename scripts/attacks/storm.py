@@ -2,8 +2,8 @@
 
 Attackers from 127.0.0.2 connect, send a chat and leave, after ``--stay-ms`` or at once. Beside them
 ``/health`` is asked from 127.0.0.1 on the service's port and on its probe port, and one chat of 4
-tokens after the other; then it is seen what the next chats get. With ``--pid`` there follow rounds
-of clients that leave, and what the process has resident after each of them, and after 15 s of rest.
+tokens after the other. Then the next chats are timed. With ``--pid``, rounds of clients that leave
+follow, and the process's resident memory is read after each of them and after 15 s of rest.
 
 Give the service a processor of its own (``taskset``). Usage: python scripts/attacks/storm.py
 --port 8000 [--probe-port 9000] [--pid PID] [--seconds 15] [--stay-ms 0] [--rounds 12] [--json]
@@ -50,8 +50,8 @@ def leave(port: int, stay_s: float) -> None:
 
 
 def storm(port: int, stay_s: float, most: int, over: Event, left: Any) -> None:
-    """Leave again and again in `THREADS` threads: ``most`` times, or where that is 0 until over."""
-    os.nice(10)  # what it costs is its own; what is measured is the server
+    """Leave again and again in `THREADS` threads: ``most`` times, or until ``over`` if it is 0."""
+    os.nice(10)  # the server is to be measured, not the attackers
     lock = threading.Lock()
     begun = 0
 
@@ -90,14 +90,14 @@ class Attackers:
         self._process.start()
 
     def wait(self) -> int:
-        """Wait for their end; returns how many have left."""
+        """Wait for their end; return how many have left."""
         self._process.join(MOST_S)
         self._process.kill()
         return int(self._left.value)
 
 
 def ask(port: int, path: str, body: bytes | None = None) -> tuple[int, float]:
-    """Send one request; returns its status, 0 where no answer came in time, and the seconds."""
+    """Send one request; return its status, 0 if no answer came in time, and the seconds."""
     began = time.monotonic()
     connection = http.client.HTTPConnection(GOOD, port, timeout=MOST_S, source_address=(GOOD, 0))
     status = 0
@@ -112,7 +112,7 @@ def ask(port: int, path: str, body: bytes | None = None) -> tuple[int, float]:
 
 
 class Watch(threading.Thread):
-    """Asks the same again and again, until it is told to stop; once at least."""
+    """Asks the same question again and again until it is told to stop; at least once."""
 
     def __init__(self, port: int, path: str, body: bytes | None = None) -> None:
         super().__init__(daemon=True)
@@ -143,7 +143,7 @@ class Watch(threading.Thread):
 
 
 def watched(given: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Watch for so long."""
+    """Watch for this long."""
     watches = {
         "health": Watch(given.port, "/health"),
         "chat": Watch(given.port, "/v1/chat/completions", CHAT),
