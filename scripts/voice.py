@@ -22,6 +22,7 @@ _ENTRY = re.compile(r"^\s*(?:\*{0,2}[\w.]+(?:, \*{0,2}[\w.]+)*|``[^`]+``(?:, ``[
 _FRAGMENT = {"of", "that", "as", "see"}
 _OPENING = {"what", "of", "likewise"}
 _LIST = re.compile(r"^\s*(?:[-*|]|\d+\.) ")
+_COLUMNS = re.compile(r"\S {2,}\S")
 _HEADING = re.compile(r"^\s*\w+:$")
 _END = re.compile(r"(?<=[.!?:;])[)\"'`]*\s+")
 
@@ -72,7 +73,7 @@ def sentences(docstring: str) -> Iterator[tuple[int, str]]:
         width = len(line) - len(line.lstrip())
         is_new = (
             not line.strip()
-            or bool(_LIST.match(line) or _ENTRY.match(line))
+            or bool(_LIST.match(line) or _ENTRY.match(line) or _COLUMNS.search(line))
             or (paragraph and width < indent)
         )
         if is_new or _HEADING.match(line):

@@ -15,6 +15,13 @@ many words as a sentence may have here, so nothing is found.
 
 - Of a list, too.
 
+======  ===============================
+name    a row of a table has no full stop
+first   number of rows, one after the other
+second  number of rows, twice as many as the first ones, or fewer
+rest    number of rows that are left when all others have been taken away
+======  ===============================
+
 Args:
     first: number of rows, at most `second`.
     second, third: rows that are left.
