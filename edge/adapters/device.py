@@ -1,6 +1,6 @@
-"""Adapters of slots in the GPU's memory, of which a TensorRT engine binds the part of its slots.
+"""Keeps each slot's adapter in GPU memory; a TensorRT step binds the part of its slots.
 
-All of it is there from the load on, since CUDA graphs hold addresses.
+All memory is allocated when the engine is loaded, since CUDA graphs hold addresses.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from .graph_inputs import Basis, read_basis, read_section, slot_values
 from .slots import AdapterSlots
 
 Copy = Callable[[int, "int | NDArray[Any]", int], None]
-"""Copies bytes to an address, from another or from an array, which is read when it returns."""
+"""Copies bytes to an address, from an address or an array; the array is read before it returns."""
 
 
 class DeviceSlots(AdapterSlots):
-    """See `AdapterSlots`.
+    """`AdapterSlots` in the memory of a GPU.
 
     Args:
-        address: of memory of `slots_bytes`, which is zeros.
-        store: floats as the engine has them, two bytes each.
-        copy: see `Copy`.
+        address: address of `slots_bytes` bytes of zeroed memory.
+        store: converts floats to the engine's type, two bytes each.
+        copy: copies bytes as `Copy` says.
         clear: fills bytes at an address with zeros.
     """
 
@@ -46,14 +46,14 @@ class DeviceSlots(AdapterSlots):
         super().__init__(model, rank, basis, num_slots, np.uint16)
         self._store, self._copy, self._clear = store, copy, clear
         self._base = address
-        self._places: dict[str, tuple[int, int]] = {}  # the first slot's address, bytes of a slot
+        self._places: dict[str, tuple[int, int]] = {}  # address of the first slot, bytes per slot
         for name, shape in self._shapes(1, rank):
             size = 2 * int(np.prod(shape))
             self._places[name] = address, size
             address += num_slots * size
 
     def bring(self, source: int, target: int) -> None:
-        """Let one slot have what another has; nothing is copied where it has it."""
+        """Copy one slot's adapter to another slot, unless it is there already."""
         self._active[target] = self._active[source]
         if self._held[target] != self._held[source]:
             self._held[target] = "?"
@@ -62,7 +62,7 @@ class DeviceSlots(AdapterSlots):
             self._held[target] = self._held[source]
 
     def _allocate(self) -> None:
-        """It is there."""
+        """Do nothing: the memory was allocated at load."""
 
     def _write(self, name: str, slot: int, values: NDArray[Any] | None) -> None:
         address, size = self._address(name, slot), self._places[name][1]
@@ -80,7 +80,7 @@ class DeviceSlots(AdapterSlots):
 
 
 def slots_bytes(manifest: Manifest, num_slots: int) -> int:
-    """The GPU's memory for the adapters of slots."""
+    """Return how many bytes of GPU memory the adapters of all slots need."""
     section = read_section(manifest)
     return 0 if section is None else 2 * num_slots * slot_values(manifest.model, section.rank)
 
@@ -88,7 +88,7 @@ def slots_bytes(manifest: Manifest, num_slots: int) -> int:
 def open_device_slots(
     bundle: Path, manifest: Manifest, num_slots: int, **memory: Any
 ) -> DeviceSlots:
-    """Make the slots of a bundle that takes adapters; for ``memory`` see `DeviceSlots`."""
+    """Make the slots of a bundle that takes adapters; ``memory`` goes to `DeviceSlots`."""
     section = read_section(manifest)
     assert section is not None, "the bundle takes no adapters"
     basis = read_basis(bundle, manifest)

@@ -1,7 +1,7 @@
-"""What a decoder with adapters takes besides: the section of its manifest, and two inputs a linear.
+"""Names the extra inputs of a decoder with adapters: a manifest section, and two inputs per linear.
 
-Per joined linear, with ``P`` modules in it (3 of ``qkv``, 2 of ``gate_up``, else 1) and ``r`` the
-rank of a step, 0 or that of the bundle:
+For each joined linear, ``P`` is the number of modules in it (3 in ``qkv``, 2 in ``gate_up``, else
+1), and ``r`` is the rank of a step: 0 or the bundle's.
 
 ====  =================================  =================  =====================================
 I/O   name                               shape              meaning
@@ -10,13 +10,13 @@ in    adapters.layers.i.qkv.a            [B, P * r, in]     each sequence's own 
 in    adapters.layers.i.qkv.b            [B, out, P * r]    its B, scaled, block-diagonal
 ====  =================================  =================  =====================================
 
-The graph adds ``(x @ a.T) @ b.T`` to the product, before a bias. A step in which no sequence has an
-adapter runs at rank 0, which is the graph without any; a sequence without one beside others has
-zeros.
+The graph adds ``(x @ a.T) @ b.T`` to the product, before a bias. If no sequence of a step has an
+adapter, the step runs at rank 0, which is the graph without adapters. A sequence without an adapter
+next to others with one gets zeros.
 
 Export may fold factors on the inputs of linears into the layers before them
-(`export.quantize.scaled_checkpoint`), and an adapter was trained without. So the bundle keeps the
-factors, and `Basis` brings an adapter to what the graph computes with.
+(`export.quantize.scaled_checkpoint`), but an adapter was trained without them. So the bundle keeps
+the factors, and `Basis` converts an adapter to the channels that the graph computes with.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ from edge.files import MALFORMED
 from .safetensors_header import read_header
 
 SECTION = "adapters"
-"""Of the manifest, see `read_section`."""
+"""Names the manifest's section, which `read_section` reads."""
 FACTORS_NAME = "adapters.safetensors"
-"""The bundle's file of `Basis`; a bundle whose export folded no factors has none."""
+"""Names the bundle's file of `Basis`; a bundle whose export folded no factors has none."""
 MAX_RANK = 128
 ADAPTER = ".adapter"
-"""Of a tensor's name, behind that of its linear: what is added to the product."""
+"""Follows the linear's name in the name of the tensor that is added to the product."""
 _RANK_DIMS = {parts: f"adapter_rank_x{parts}" for parts in (1, 2, 3)}
-"""Names of the graph's dimensions: ranks of as many joined modules."""
+"""Names the graph's dimensions: the ranks of one, two or three joined modules."""
 Array = NDArray[np.float32]
 _DIVIDED = {"qkv": "o", "gate_up": "down"}
 
 
 class AdapterSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The manifest's section.
+    """The manifest's section about adapters.
 
     Attributes:
         rank: the largest rank of an adapter that the bundle takes.
-        linears: names of the joined linears that take one, in the order of the graph's inputs.
+        linears: names of the joined linears that take an adapter, in order of the graph's inputs.
     """
 
     rank: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]
@@ -67,22 +67,22 @@ class AdapterSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def adapted_linears(model: ModelSpec) -> list[LinearSpec]:
-    """The joined linears that can have adapters: all but the lm_head."""
+    """Return the joined linears that can have adapters: all but the lm_head."""
     return [layer for layer in linear_layers(model) if layer.name != "lm_head"]
 
 
 def section(model: ModelSpec, rank: int) -> dict[str, Any]:
-    """Make the manifest's section of a bundle that takes adapters of a rank."""
+    """Make the manifest's section for a bundle that takes adapters up to ``rank``."""
     names = tuple(layer.name for layer in adapted_linears(model))
     made: dict[str, Any] = msgspec.to_builtins(AdapterSection(rank, names))
     return made
 
 
 def read_section(manifest: Manifest) -> AdapterSection | None:
-    """Read what a bundle says of adapters; None where it takes none, as a bundle's head.
+    """Read the adapter section; None if the bundle takes no adapters or is a head.
 
     Raises:
-        BundleError: the section does not fit, or names other linears than the model has.
+        BundleError: the section is malformed, or names other linears than the model has.
     """
     if isinstance(manifest, HeadManifest):
         return None
@@ -97,7 +97,7 @@ def read_section(manifest: Manifest) -> AdapterSection | None:
 
 
 def adapter_inputs(manifest: Manifest, float_type: FloatType) -> list[TensorSpec]:
-    """The inputs of a bundle's graph for adapters, in graph order; none where it takes none."""
+    """Return the graph's inputs for adapters, in graph order; empty if the bundle takes none."""
     if read_section(manifest) is None:
         return []
     return [spec for pair in linear_inputs(manifest.model, float_type).values() for spec in pair]
@@ -106,7 +106,7 @@ def adapter_inputs(manifest: Manifest, float_type: FloatType) -> list[TensorSpec
 def linear_inputs(
     model: ModelSpec, float_type: FloatType
 ) -> dict[str, tuple[TensorSpec, TensorSpec]]:
-    """A and B of each joined linear, by its name."""
+    """Return A and B of each joined linear, by its name."""
     found = {}
     for layer in adapted_linears(model):
         name, (width, out) = f"{SECTION}.{layer.name}", layer.shape
@@ -119,22 +119,22 @@ def linear_inputs(
 
 
 def rank_sizes(rank: int) -> dict[str, int]:
-    """The dimensions of all linears' inputs in a step of some rank."""
+    """Return the dimensions of all linears' inputs in a step at ``rank``."""
     return {name: parts * rank for parts, name in _RANK_DIMS.items()}
 
 
 def with_adapters(profile: ProfileName) -> ProfileName:
-    """The profile of an engine that runs the same steps at the rank of adapters."""
+    """Return the profile of an engine that runs the same steps at the adapters' rank."""
     return cast(ProfileName, f"{profile}-adapters")
 
 
 def slot_values(model: ModelSpec, rank: int) -> int:
-    """Numbers that A and B of all linears hold for one slot."""
+    """Return how many numbers A and B of all linears hold for one slot."""
     return sum(len(layer.rows) * rank * sum(layer.shape) for layer in adapted_linears(model))
 
 
 def check_aligned(model: ModelSpec, rank: int) -> None:
-    """Refuse a rank whose slots an engine could not be given, as they follow each other.
+    """Refuse a rank at which the slots of an engine would not be aligned.
 
     Raises:
         ConfigError: A or B of a slot does not end at a multiple of `ALIGNMENT` bytes.
@@ -149,27 +149,27 @@ def check_aligned(model: ModelSpec, rank: int) -> None:
 
 
 class Basis:
-    """Brings adapters of the model as it was trained to the channels of a bundle's graph.
+    """Converts adapters from the model as it was trained to the channels of a bundle's graph.
 
     Args:
-        model: the bundle's.
-        factors: on the input channels of linears by name, float32 ``[in]``; the layers before
-            divide by them.
+        model: the bundle's model.
+        factors: factors on the input channels of linears by name, float32 ``[in]``; the layers
+            before divide by them.
     """
 
     def __init__(self, model: ModelSpec, factors: Mapping[str, Array]) -> None:
         self._model, self._factors = model, factors
 
     def __call__(self, layer: LinearSpec, a: Array, b: Array) -> tuple[Array, Array]:
-        """A ``[n, in]`` and B ``[out, n]`` of a linear, as its graph needs them."""
+        """Return A ``[n, in]`` and B ``[out, n]`` of a linear as its graph needs them."""
         block, _, kind = layer.name.rpartition(".")
         columns = self._factors.get(layer.name)
         if columns is not None:
             a = a * columns
-        # Whose factors the last rows of B are divided by: those of the values, or of up.
+        # Divide the last rows of B (values, or up) by the factors of the linear that reads them.
         rows = self._factors.get(f"{block}.{_DIVIDED.get(kind)}")
         if rows is not None:
-            if kind == "qkv":  # one factor per KV channel, which its query heads share
+            if kind == "qkv":  # one factor per KV channel, shared by its query heads
                 shape = (self._model.num_kv_heads, -1, self._model.head_dim)
                 rows = rows.reshape(shape)[:, 0].reshape(-1)
             b = b.copy()
@@ -178,7 +178,7 @@ class Basis:
 
 
 def read_basis(bundle: Path, manifest: Manifest) -> Basis:
-    """Read the factors of a bundle, whose files are verified.
+    """Read the factors of a bundle whose files are verified.
 
     Raises:
         BundleError: the file is not one that the exporter wrote.

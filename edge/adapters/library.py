@@ -1,7 +1,7 @@
-"""Where a bundle's adapters are kept: ``BUNDLE.adapters/NAME/``, beside the bundle.
+"""Keeps a bundle's adapters beside it, in ``BUNDLE.adapters/NAME/``.
 
-A bundle is signed and replaced as a whole, so what comes and goes is not in it. The names are those
-of directories, each as peft saved it.
+A bundle is signed and replaced as a whole, so adapters, which come and go, are not inside it. Each
+directory is one adapter as peft saved it, and the directory's name is the adapter's.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 
 
 def check_name(name: str) -> str:
-    """Return a name that an adapter may have.
+    """Return ``name`` if an adapter may have it.
 
     Raises:
-        ConfigError: it has other characters, or too many.
+        ConfigError: the name has other characters, or too many.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(
@@ -37,7 +37,7 @@ def check_name(name: str) -> str:
 
 
 def library(bundle: Path) -> Path:
-    """Return the directory of a bundle's adapters, which need not exist."""
+    """Return the directory of a bundle's adapters; it need not exist."""
     path = bundle.absolute()
     return path.with_name(f"{path.name}.adapters")
 
@@ -49,11 +49,11 @@ def stored_adapters(bundle: Path) -> dict[str, Path]:
 
 
 def add_adapter(bundle: Path, source: Path, name: str) -> Path:
-    """Copy an adapter, which has been read and fits, to where a bundle's are.
+    """Copy an adapter that has been read and fits into the bundle's library.
 
     Raises:
-        ConfigError: the name is none, or is taken.
-        ResourceError: it cannot be written.
+        ConfigError: the name is invalid or taken.
+        ResourceError: the adapter cannot be written.
     """
     target = library(bundle) / check_name(name)
     if os.path.lexists(target):
@@ -79,10 +79,10 @@ def add_adapter(bundle: Path, source: Path, name: str) -> Path:
 
 
 def remove_adapter(bundle: Path, name: str) -> None:
-    """Remove an adapter; answers that it gives go on.
+    """Remove an adapter; answers that use it continue.
 
     Raises:
-        RequestError: there is none of this name.
+        RequestError: there is no adapter of this name.
         ResourceError: it cannot be removed.
     """
     path = stored_adapters(bundle).get(name)
@@ -95,7 +95,7 @@ def remove_adapter(bundle: Path, name: str) -> None:
 
 
 def unknown_adapter(name: str, known: Collection[str]) -> RequestError:
-    """Say that there is no adapter of this name."""
+    """Return the error for a name that no adapter has."""
     names = ", ".join(known) or "none"
     return RequestError(
         f"there is no adapter {name!r:.80}; there are: {names} (edge-llm adapter add PATH BUNDLE)"

@@ -1,4 +1,4 @@
-"""The adapters of one open bundle: those that are kept beside it, and those given by path."""
+"""Holds the adapters of one open bundle: those kept beside it, and those loaded by path."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .peft_file import adapter_files, read_adapter
 from .weights import AdapterWeights
 
 MOST_BYTES = 1 << 30
-"""Of adapters beside the bundle, in memory; the least recently used ones go, and are read again."""
+"""Limits the memory of adapters from beside the bundle; the least recently used are dropped."""
 
 
 class Adapters:
     """Adapters by name; one that is kept beside the bundle is read when it is first asked for.
 
-    Any thread may call. An answer holds the weights that it began with, so one that is replaced or
-    taken away changes no answer that runs.
+    Any thread may call. An answer holds the weights that it began with, so replacing or removing an
+    adapter changes no answer that runs.
 
     Args:
         bundle: directory of the bundle.
-        manifest: its description.
-        backend: name of the engine, whose floats decide the type of what stays in memory.
-        trusted_keys: see `edge.adapters.trust`.
+        manifest: manifest of the bundle.
+        backend: name of the engine; its floats decide in which type adapters stay in memory.
+        trusted_keys: file of trusted keys, for `edge.adapters.trust`.
     """
 
     def __init__(
@@ -49,15 +49,15 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """Names that an answer may ask for, in order."""
+        """Return the names that an answer may ask for, in order."""
         return sorted({*self._given, *stored_adapters(self._bundle)})
 
     def read(self, path: Path, name: str) -> AdapterWeights:
-        """Read an adapter, hold it against the bundle, and keep nothing.
+        """Read an adapter and check it against the bundle, without keeping it.
 
         Raises:
             ConfigError: the bundle takes no adapters.
-            CheckpointError: see `read_adapter`.
+            CheckpointError: `read_adapter` refuses the adapter.
         """
         section = read_section(self._manifest)
         if section is None:
@@ -71,18 +71,18 @@ class Adapters:
         )
 
     def load(self, path: Path, name: str | None = None) -> str:
-        """Take an adapter into memory; one of that name is replaced.
+        """Load an adapter into memory; it replaces a loaded one of the same name.
 
         Args:
             path: the directory that ``peft`` saved, or the file of its weights.
-            name: by which answers ask for it; None is the directory's.
+            name: name by which answers ask for it; None takes the directory's.
 
         Returns:
-            Its name.
+            The adapter's name.
 
         Raises:
-            ConfigError: the bundle takes no adapters, or the name cannot be one.
-            CheckpointError: it does not fit the bundle.
+            ConfigError: the bundle takes no adapters, or the name is invalid.
+            CheckpointError: the adapter does not fit the bundle.
         """
         name = check_name(own_name(path) if name is None else name)
         weights = self.read(path, name)
@@ -91,25 +91,25 @@ class Adapters:
         return name
 
     def unload(self, name: str) -> None:
-        """Take an adapter that `load` took in out of memory.
+        """Drop an adapter that `load` loaded.
 
         Raises:
-            RequestError: there is none of this name.
+            RequestError: there is no loaded adapter of this name.
         """
         with self._lock:
             if self._given.pop(name, None) is None:
                 raise RequestError(f"no adapter {name!r:.80} was loaded; see LLM.adapters.names")
 
     def is_loaded(self, name: str) -> bool:
-        """Whether `load` has taken it in."""
+        """Whether `load` has loaded this adapter."""
         return name in self._given
 
     def find(self, name: str) -> AdapterWeights:
         """Return an adapter by its name.
 
         Raises:
-            RequestError: there is none.
-            ConfigError, CheckpointError: the one beside the bundle cannot be read.
+            RequestError: there is no adapter of this name.
+            ConfigError, CheckpointError: the adapter beside the bundle cannot be read.
         """
         with self._lock:
             if (given := self._given.get(name)) is not None:
@@ -122,7 +122,7 @@ class Adapters:
             kept, weights = self._stored.pop(name, (None, None))
             if weights is None or kept != stamp:
                 weights = self.read(known[name], name)
-            self._stored[name] = stamp, weights  # behind those that were used before it
+            self._stored[name] = stamp, weights  # at the end: the most recently used
             while len(self._stored) > 1 and self._stored_bytes() > MOST_BYTES:
                 del self._stored[next(iter(self._stored))]
             return weights
@@ -131,11 +131,11 @@ class Adapters:
         return sum(each.num_bytes for _, each in self._stored.values())
 
     def take(self, name_or_path: str) -> str:
-        """Return the name of an adapter, which is loaded where a path is given.
+        """Return the name of an adapter; a path is loaded first.
 
         Raises:
-            RequestError: neither.
-            ConfigError, CheckpointError: see `load`.
+            RequestError: it is neither a known name nor a path.
+            ConfigError, CheckpointError: `load` refuses the path.
         """
         if name_or_path in self.names:
             return name_or_path
@@ -146,7 +146,7 @@ class Adapters:
 
 
 def own_name(path: Path) -> str:
-    """Return what an adapter is called where nobody names it: as its directory."""
+    """Return the default name of an adapter: that of its directory."""
     path = path.absolute()
     return path.parent.name if path.suffix == ".safetensors" else path.name
 

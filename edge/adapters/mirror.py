@@ -1,4 +1,4 @@
-"""Adapters of slots in a device's memory that takes whole tensors only: each has a twin here."""
+"""Mirrors the slots' adapters on a device to which only whole tensors can be copied."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Store = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 class MirroredSlots(AdapterSlots):
-    """See `AdapterSlots`; a step that needs what has changed copies it to the device first.
+    """`AdapterSlots` with a copy on the device; a step first copies what it needs and has changed.
 
     Args:
         cache: an `edge.backends.ort.device_cache.OrtDeviceCache`, which uploads arrays.
-        store: floats as the device has them.
+        store: converts floats to the device's type.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MirroredSlots(AdapterSlots):
         self._stale = False
 
     def settle(self, slots: Iterable[int]) -> None:
-        """See the base class."""
+        """Zero slots without an adapter as the base class does, and copy changes to the device."""
         super().settle(slots)
         if self._stale:
             for name, block in self._blocks.items():
@@ -71,7 +71,7 @@ class MirroredSlots(AdapterSlots):
 def adapt_device(
     backend: Any, runner: Any, bundle: Path, manifest: Manifest, cache: Any, store: Store
 ) -> None:
-    """Let a backend on a device of ONNX Runtime take adapters; see `adapt` and `MirroredSlots`."""
+    """Let an ONNX Runtime backend on a device take adapters, by `adapt` with `MirroredSlots`."""
     element = 16 if manifest.dtype == "bf16" else cache.dtype.type  # as `device_step` has them
     place = (cache.device.name, cache.device.index, element)
     kind = partial(MirroredSlots, cache=cache, store=store)

@@ -1,9 +1,9 @@
-"""``adapter_config.json`` of a LoRA adapter in peft's layout: its rank and scale, and what is none.
+"""Checks ``adapter_config.json`` of a LoRA in peft's layout, and reads its rank and scale.
 
-The keys are those of ``peft.LoraConfig`` (0.21). A key that changes what the adapter computes and
-is not a plain low-rank sum is refused by name, as is a key that this version does not know, unless
-it is switched off. `export` reads adapters by it that are merged, `edge.adapters.peft_file` those
-that are switched at run time.
+The keys are those of ``peft.LoraConfig`` (0.21). An adapter that is more than a plain low-rank sum
+is refused by the name of the key that makes it so. A key that this version does not know is refused
+unless it is switched off. `export` uses it for adapters that it merges, and
+`edge.adapters.peft_file` for adapters that are switched at run time.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Config = TypeVar("Config", bound="PeftConfig")
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""What stands before a module's name in `ADAPTER_WEIGHTS`."""
+"""Precedes a module's name in `ADAPTER_WEIGHTS`."""
 PAIR = (".lora_A.weight", ".lora_B.weight")
-"""What follows the name of a linear module there."""
+"""Follow the name of a linear module in `ADAPTER_WEIGHTS`."""
 _OFF: tuple[Any, ...] = (None, False, "", [], {})
-# Of no effect on a finished adapter: where it came from, how it was trained or initialized.
+# Without effect on a finished adapter: where it came from, how it was trained or initialized.
 _INFORMATIVE = {
     "auto_mapping",
     "corda_config",
@@ -43,16 +43,16 @@ _INFORMATIVE = {
     "task_type",
     "velora_config",
 }
-# These take a part out of the base model's weights before training starts, so that the adapter
-# does not fit the base model any more. LoftQ does too, but its base is a checkpoint of its own.
+# These initializations take a part out of the base model's weights before training starts, so the
+# adapter no longer fits the base model. LoftQ does too, but its base is a checkpoint of its own.
 _MOVES_THE_BASE = ("pissa", "corda", "olora", "lora_ga", "mica")
 
 
 class PeftConfig(msgspec.Struct, frozen=True):
-    """What of ``adapter_config.json`` decides what the adapter computes.
+    """The keys of ``adapter_config.json`` that decide what the adapter computes.
 
-    ``fan_in_fan_out`` describes base models whose weights are ``[in, out]``; peft switches it off
-    for linear layers, which is all that our architectures have, so it decides nothing.
+    ``fan_in_fan_out`` is not among them: it describes base models whose weights are ``[in, out]``,
+    and peft switches it off for linear layers, which is all that our architectures have.
     """
 
     r: int
@@ -72,7 +72,7 @@ class PeftConfig(msgspec.Struct, frozen=True):
     base_model_name_or_path: str | None = None
 
     def factor(self, rank: int, alpha: float) -> float:
-        """Factor on ``B @ A``: alpha / r, with rsLoRA alpha / sqrt(r) (arXiv 2312.03732)."""
+        """Return the factor on ``B @ A``: alpha / r; rsLoRA: alpha / sqrt(r) (arXiv 2312.03732)."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
@@ -81,11 +81,12 @@ def parse_config(values: Mapping[str, Any], path: Path, kind: type[Config]) -> C
 
     Args:
         values: the JSON object.
-        path: for messages.
-        kind: what to make of it.
+        path: the file's path, for messages.
+        kind: the struct to return.
 
     Raises:
-        CheckpointError: a wrong type, or an adapter that is not a plain LoRA; the key is named.
+        CheckpointError: a value has a wrong type, or the adapter is not a plain LoRA; the message
+            names the key.
     """
     peft_type = values.get("peft_type")
     if peft_type != "LORA":

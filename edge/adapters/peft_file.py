@@ -1,7 +1,7 @@
 """Reads a LoRA as ``peft`` saves it: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Nothing of a file is used before all of it has been found to fit the bundle: its keys, the name and
-shape of every tensor, its rank. Values are looked at while they are copied.
+Nothing is used before the whole file fits the bundle: its keys, the name and shape of every tensor,
+and its rank. Values are checked while they are copied.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _MERGE = "merge it instead: edge-llm export --lora"
 
 
 def adapter_files(path: Path) -> tuple[Path, Path]:
-    """Return the config and the weights of an adapter: of its directory, or of its weights' file.
+    """Return the config and the weights of an adapter, given its directory or its weights file.
 
     Raises:
-        CheckpointError: they are not there, or the weights are pickled.
+        CheckpointError: the files are missing, or the weights are pickled.
     """
     weights = path if path.suffix == ".safetensors" else path / ADAPTER_WEIGHTS
     config = weights.with_name(ADAPTER_CONFIG)
@@ -71,20 +71,20 @@ def read_adapter(
     trusted_keys: Path | None = None,
     dtype: type[np.float16] | type[np.float32] = np.float32,
 ) -> AdapterWeights:
-    """Read an adapter and hold it against the bundle that it is for.
+    """Read an adapter and check that it fits its bundle.
 
     Args:
         path: directory of the adapter, or the file of its weights.
-        name: by which requests will choose it.
-        manifest: of the bundle.
+        name: name by which requests choose it.
+        manifest: manifest of the bundle.
         most_rank: the rank that the bundle was exported for.
-        bundle: its directory, whose tokenizer is compared where the adapter has one of its own.
-        trusted_keys: see `edge.adapters.trust`.
-        dtype: of the tensors.
+        bundle: the bundle's directory; its tokenizer is compared with the adapter's, if it has one.
+        trusted_keys: file of trusted keys, for `edge.adapters.trust`.
+        dtype: type of the returned tensors.
 
     Raises:
-        CheckpointError: no plain LoRA of linear layers, or one for another base, of a higher rank,
-            or with values that ``dtype`` cannot hold, or not signed where it must be.
+        CheckpointError: the adapter is not a plain LoRA of linear layers, is for another base, has
+            a higher rank or values that ``dtype`` cannot hold, or lacks a required signature.
         ConfigError: the file of trusted keys cannot be used.
     """
     config_path, weights_path = adapter_files(path)
@@ -137,12 +137,12 @@ def _parse(data: bytes, path: Path) -> PeftConfig:
 
 
 def _check_base(config: PeftConfig, manifest: Manifest, path: Path) -> None:
-    """Compare the names of two published models; what a directory is called says nothing."""
+    """Compare the base model's name with the bundle's, if both are names of published models."""
     given = _HUB_ID.fullmatch(config.base_model_name_or_path or "")
     if given is None or manifest.source.kind != "hub":
         return
     theirs, ours = given[1].lower(), manifest.source.location.rpartition("/")[2].lower()
-    if not (theirs.startswith(ours) or ours.startswith(theirs)):  # of one with -bnb-4bit at its end
+    if not (theirs.startswith(ours) or ours.startswith(theirs)):  # one may end with -bnb-4bit
         raise CheckpointError(
             f"{path}: the adapter was trained over {given[0]}, and this bundle is of "
             f"{manifest.source.location}; use a bundle of its base"
@@ -178,7 +178,7 @@ def _sort(
     linears: list[LinearSpec],
     most_rank: int,
 ) -> dict[str, dict[int, tuple[TensorEntry, TensorEntry]]]:
-    """Find A and B of each module, by the joined linear's name and the module's place in it."""
+    """Find A and B of each module; returns them by joined linear and the module's place in it."""
     left = dict(entries)
     found: dict[str, dict[int, tuple[TensorEntry, TensorEntry]]] = {}
     for linear in linears:
@@ -216,7 +216,7 @@ def _sort(
 
 
 def _of_module(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """What the first pattern says that is the end of a module's name."""
+    """Return the value of the first pattern that matches the end of a module's name."""
     for pattern, value in patterns.items():
         stem = pattern.removeprefix("^").replace("\\.", ".")
         is_end = pattern[0] != "^" and module.endswith(f".{stem}")
@@ -234,7 +234,7 @@ def _join(
     rank: int,
     dtype: type[np.float16] | type[np.float32],
 ) -> tuple[Floats, Floats]:
-    """Stack A of a joined linear's modules, and set their scaled B side by side."""
+    """Stack the A of a joined linear's modules, and place their scaled B block-diagonally."""
     count = len(linear.rows)
     a = np.zeros((count * rank, linear.shape[0]), dtype)
     b = np.zeros((linear.shape[1], count * rank), dtype)

@@ -1,7 +1,7 @@
-"""The header of a ``.safetensors`` file, checked strictly before any of its bytes count.
+"""Reads the header of a ``.safetensors`` file and checks it strictly before any tensor is used.
 
 Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header size, a JSON header,
-one byte buffer without holes). `export` maps checkpoints by it, and adapters are read by it.
+one byte buffer without holes). `export` maps checkpoints with it; adapters are read with it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 from edge.errors import CheckpointError
 
-# A header has about 100 bytes per tensor; the reference implementation takes 100 MB, which become
-# 3 GB of Python's objects.
+# A header has about 100 bytes per tensor. The reference implementation allows 100 MB, which would
+# become 3 GB of Python objects.
 _MAX_HEADER_BYTES = 16_000_000
 _MAX_DIMS = 8
 _MAX_SIZE = 1 << 48
@@ -25,7 +25,7 @@ _LENGTH_BYTES = 8
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of the header: its type as the file names it, shape and bytes in the file."""
+    """One tensor of the header: its type as the file names it, shape, and place in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,15 +39,15 @@ def read_header(
     """Read the header of an open file, and check that it describes the file.
 
     Args:
-        file: the file, wherever its position is.
-        path: for messages.
-        item_bytes: bytes of an element by the name of each type that the file may hold.
+        file: the open file, at any position.
+        path: the file's path, for messages.
+        item_bytes: bytes per element of each type that the file may hold, by the type's name.
 
     Returns:
         Every tensor by its name.
 
     Raises:
-        CheckpointError: the header is not valid, or a tensor has another type.
+        CheckpointError: the header is invalid, or a tensor has another type.
         OSError: the file cannot be read.
     """
     size = file.seek(0, 2)

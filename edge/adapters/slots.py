@@ -1,7 +1,8 @@
-"""Each slot's own adapter in memory, of which a step binds the part of its slots, as of the cache.
+"""Keeps each slot's adapter in memory; a step binds the part of its slots, as with the KV cache.
 
-Memory is taken when the first adapter comes; until then, and whenever no slot of a step has one,
-steps run at rank 0 and read nothing, or at rank 1 and read zeros where the engine needs that.
+Memory is allocated when the first adapter comes. Until then, and whenever no slot of a step has an
+adapter, steps run at rank 0 and read nothing. Where the engine needs it, they run at rank 1 and
+read zeros.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ Shape = tuple[int, ...]
 
 
 class AdapterSlots:
-    """A and B of every joined linear, ``[slots, ...]`` each, in the memory of the CPU.
+    """A and B of every joined linear for each slot, ``[slots, ...]``, in CPU memory.
 
     Args:
-        model: the bundle's.
-        rank: of a step in which some slot has an adapter; smaller adapters are filled up with
+        model: the bundle's model.
+        rank: rank of a step in which some slot has an adapter; smaller adapters are padded with
             zeros.
-        basis: the bundle's.
-        num_slots: as many as the cache has.
-        dtype: of the graph's floats.
-        idle_rank: rank of a step in which no slot has one; above 0 it multiplies zeros.
+        basis: the bundle's basis.
+        num_slots: number of slots of the KV cache.
+        dtype: type of the graph's floats.
+        idle_rank: rank of a step in which no slot has an adapter; above 0 it multiplies zeros.
     """
 
     def __init__(
@@ -55,41 +56,41 @@ class AdapterSlots:
     ) -> None:
         self.rank, self._basis, self._dtype = rank, basis, np.dtype(dtype)
         self._layers = adapted_linears(model)
-        self._specs = linear_inputs(model, "fp32")  # whose types nobody reads here
+        self._specs = linear_inputs(model, "fp32")  # only names and shapes are used, not the type
         self._inputs = [spec for pair in self._specs.values() for spec in pair]
-        self._held = [""] * num_slots  # digest of what a slot's memory has; zeros have none
+        self._held = [""] * num_slots  # digest of the adapter in a slot's memory; "" is zeros
         self._active = [False] * num_slots
         self._blocks: dict[str, NDArray[Any]] = {}
         self._idle_rank = idle_rank
         largest = max(int(np.prod(shape)) for _, shape in self._shapes(num_slots, idle_rank))
-        self._nothing = np.zeros(max(largest, 64), np.float32)  # what idle inputs point at
+        self._nothing = np.zeros(max(largest, 64), np.float32)  # idle inputs point here
 
     @property
     def num_bytes(self) -> int:
-        """Memory that is taken."""
+        """Return how much memory is allocated, in bytes."""
         return sum(block.nbytes for block in self._blocks.values())
 
     def put(self, slot: int, weights: AdapterWeights | None) -> None:
-        """Give a slot an adapter or none, see `edge.backends.Backend`.
+        """Give a slot an adapter or none, as `edge.backends.Backend` describes.
 
         Raises:
-            BackendError: it does not fit the bundle; the slot keeps what it has.
-            ResourceError: there is no memory for the first one.
+            BackendError: the adapter does not fit the bundle; the slot keeps what it has.
+            ResourceError: there is no memory for the first adapter.
         """
         if weights is not None and weights.digest != self._held[slot]:
             self._check(weights)
             self._allocate()
-            self._held[slot], self._active[slot] = "?", False  # until all of it is there
+            self._held[slot], self._active[slot] = "?", False  # until all of it is written
             self._fill(slot, weights)
             self._held[slot] = weights.digest
         self._active[slot] = weights is not None
 
     def rank_of(self, slots: Iterable[int]) -> int:
-        """The rank at which slots run together: 0 if none has an adapter."""
+        """Return the rank at which slots run together: 0 if none has an adapter."""
         return self.rank if any(self._active[slot] for slot in slots) else 0
 
     def settle(self, slots: Iterable[int]) -> None:
-        """Let the memory of slots without an adapter be zeros, beside others that have one."""
+        """Zero the memory of slots without an adapter, if others of these slots have one."""
         for slot in slots:
             if self._held[slot] and not self._active[slot]:
                 for spec in self._inputs:
@@ -97,7 +98,7 @@ class AdapterSlots:
                 self._held[slot] = ""
 
     def inputs(self, first: int, batch: int, rank: int) -> Iterator[tuple[str, Shape, int]]:
-        """Name, shape and address of every input of such slots."""
+        """Yield name, shape and address of every input for ``batch`` slots from ``first`` on."""
         for name, shape in self._shapes(batch, rank or self._idle_rank):
             yield name, shape, self._address(name, first) if rank else self._empty()
 
@@ -107,7 +108,7 @@ class AdapterSlots:
             yield spec.name, tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
 
     def try_all(self) -> None:
-        """Give every slot an adapter of random numbers, until `forget`."""
+        """Give every slot an adapter of random numbers, until `forget` is called."""
         random = np.random.default_rng(0)
         tensors = {}
         for layer in self._layers:
@@ -121,7 +122,7 @@ class AdapterSlots:
             self.put(slot, AdapterWeights("a trial", "trial", self.rank, tensors))
 
     def forget(self) -> None:
-        """Take all adapters away and give their memory back; nothing may be bound to it."""
+        """Drop all adapters and free their memory; nothing may be bound to it."""
         self._blocks = {}
         self._held, self._active = [""] * len(self._held), [False] * len(self._held)
 
@@ -149,10 +150,10 @@ class AdapterSlots:
             for spec, values in zip(self._specs[layer.name], pair, strict=True):
                 self._write(spec.name, slot, values)
 
-    # What differs where the memory is a device's.
+    # A subclass for a device's memory overrides these.
 
     def _allocate(self) -> None:
-        """Take memory for all slots, unless it is there."""
+        """Allocate memory for all slots, unless that is done."""
         if self._blocks:
             return
         try:
@@ -165,7 +166,7 @@ class AdapterSlots:
             ) from error
 
     def _write(self, name: str, slot: int, values: NDArray[Any] | None) -> None:
-        """Overwrite a slot's part of an input; None is zeros."""
+        """Overwrite a slot's part of an input; None writes zeros."""
         self._blocks[name][slot] = 0 if values is None else values
 
     def _address(self, name: str, first: int) -> int:
@@ -176,13 +177,13 @@ class AdapterSlots:
 
 
 class AdaptedStep:
-    """A bound step of ONNX Runtime, whose inputs for adapters are bound anew as the rank changes.
+    """A bound step of ONNX Runtime that binds its adapter inputs anew when the rank changes.
 
     Args:
         step: an `edge.backends.ort.runner.BoundStep` with a ``binding``.
-        slots: of the backend.
+        slots: the backend's adapter slots.
         first: the first slot of the step.
-        batch: its slots.
+        batch: number of slots of the step.
         place: device, its number and the type of elements, as a binding takes them.
     """
 
@@ -196,12 +197,12 @@ class AdaptedStep:
 
     @property
     def hidden(self) -> NDArray[np.float32] | None:
-        """See `edge.backends.ort.runner.BoundStep`."""
+        """Return the hidden states, as `edge.backends.ort.runner.BoundStep` does."""
         hidden: NDArray[np.float32] | None = self._step.hidden
         return hidden
 
     def run(self, step: Any) -> NDArray[np.float32]:
-        """See `edge.backends.ort.runner.BoundStep`."""
+        """Run the step with the adapters of its slots, and return the logits."""
         rank = self._slots.rank_of(self._of)
         if rank:
             self._slots.settle(self._of)
@@ -223,31 +224,31 @@ def adapt(
     place: tuple[Any, ...] = ("cpu", 0, np.float32),
     kind: Callable[..., AdapterSlots] = AdapterSlots,
 ) -> None:
-    """Let a backend of ONNX Runtime take adapters, where its bundle does.
+    """Let a backend of ONNX Runtime take adapters, if its bundle does.
 
     Args:
-        backend: gets ``adapter_rank`` and ``set_adapter``.
-        runner: its `edge.backends.ort.runner.StepRunner`.
+        backend: the backend, which gets ``adapter_rank`` and ``set_adapter``.
+        runner: the backend's `edge.backends.ort.runner.StepRunner`.
         bundle: the bundle's directory; its files are verified.
-        manifest: its manifest.
-        trial: run once while every slot has an adapter; it raises where it finds a fault.
-        place: see `AdaptedStep`.
+        manifest: the bundle's manifest.
+        trial: runs once while every slot has an adapter; it raises if it finds a fault.
+        place: device, number and element type, as in `AdaptedStep`.
         kind: makes the slots.
 
     Raises:
-        BundleError: see `read_section` and `read_basis`.
-        BackendError: the trial's.
+        BundleError: `read_section` or `read_basis` refuses the bundle.
+        BackendError: the trial found a fault.
     """
     section = read_section(manifest)
-    if section is None:  # a head, whose bundle has one
+    if section is None:  # a draft head's bundle; the model's bundle has the section
         if trial is not None:
             trial()
         return
     basis = read_basis(bundle, manifest)
     import onnxruntime
 
-    # Before, tried from 1.23 on, a batch of transposed products over nothing stays unwritten. What
-    # a GPU makes of them nobody has tried.
+    # Versions 1.23 to 1.31 leave a batch of transposed products over nothing unwritten. GPUs have
+    # not been tried.
     is_sound = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 32)
     idle_rank = 0 if is_sound and kind is AdapterSlots else 1
     slots = kind(manifest.model, section.rank, basis, backend.num_slots, idle_rank=idle_rank)

@@ -1,8 +1,9 @@
-"""Which adapters a machine takes: those that one of its trusted keys has signed, if it names any.
+"""Decides which adapters a machine takes: if it has trusted keys, those that one of them signed.
 
 The policy is that of bundles (`edge.bundle.trust`). The signature is ``SHA256SUMS.minisig`` beside
-the weights, of what ``sha256sum`` prints of both files: a config of one adapter with the weights of
-another one is not what was signed. ``SHA256SUMS`` itself is made anew here and never read.
+the weights. It signs what ``sha256sum`` prints for config and weights together, so the config of
+one adapter cannot be used with the weights of another. ``SHA256SUMS`` itself is never read: its
+text is computed again here.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _NAMES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 def check_trusted(
     path: Path, weights: Path, hashes: Sequence[Any], trusted_keys: Path | None
 ) -> None:
-    """Hold an adapter that is to be used to the machine's policy.
+    """Check an adapter against the machine's policy.
 
     Args:
-        path: as the adapter was named.
+        path: the adapter's path as the user gave it, for messages.
         weights: file of its weights.
         hashes: SHA-256 of its config and of its weights.
-        trusted_keys: the option, see `trusted_keys_file`.
+        trusted_keys: the option, as `trusted_keys_file` takes it.
 
     Raises:
         CheckpointError: there is a policy, and no trusted key has signed the adapter.

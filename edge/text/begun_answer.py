@@ -1,7 +1,7 @@
-"""Reads the answer that a chat's last message has begun, for the model to go on with it.
+"""Reads an answer that a chat's last message begins, so that the model can continue it.
 
 A template closes every message, so the last one does not go through it: `encode_chat` renders the
-messages before it up to the opening of an answer, and the text that was begun follows there.
+messages before it up to the opening of an answer, and appends the begun text.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class BegunAnswer:
     Attributes:
         content: its text so far.
         reasoning: its reasoning so far.
-        place: where it goes on: in its ``reasoning``; in its ``text``, with all reasoning behind
-            it; or at its ``start``, where there is nothing yet.
+        place: where it continues: in its ``reasoning``; in its ``text``, after all reasoning; or at
+            its ``start``, if there is nothing yet.
     """
 
     content: str = ""
@@ -35,11 +35,11 @@ class BegunAnswer:
     place: Literal["start", "reasoning", "text"] = "start"
 
     def prompt(self, opened: bool, cover: Callable[[str], str]) -> str:
-        """Return what follows the opening of an answer.
+        """Return the text that follows the opening of an answer.
 
         Args:
             opened: whether the template has opened a reasoning.
-            cover: keeps text of the client's apart from control tokens.
+            cover: keeps a client's text apart from control tokens.
         """
         if self.place == "start":
             return ""
@@ -54,14 +54,14 @@ class BegunAnswer:
 def take_begun_answer(
     messages: Sequence[Mapping[str, Any]], *, reasons: bool
 ) -> tuple[Sequence[Mapping[str, Any]], BegunAnswer]:
-    """Take the last message, an answer that was begun, from the others.
+    """Separate the last message, an answer that was begun, from the others.
 
-    Its reasoning is ``reasoning_content``; without that key, what stands in the content before
-    ``</think>``, or behind a leading ``<think>``. It goes on there if no text follows it and no tag
-    closes it.
+    Its reasoning is ``reasoning_content``. Without that key it is the content before ``</think>``,
+    or after a leading ``<think>``. The answer continues in its reasoning if no text follows it and
+    no tag closes it.
 
     Args:
-        messages: see `normalize_messages`.
+        messages: messages as `normalize_messages` takes them.
         reasons: whether the model reasons; else tags are plain text.
 
     Returns:
@@ -69,7 +69,7 @@ def take_begun_answer(
 
     Raises:
         RequestError: a message is wrong; the last one is not the assistant's, calls tools, or has
-            nothing before it; or it breaks off in a reasoning, and the model has none.
+            nothing before it; or it ends in a reasoning, and the model has none.
     """
     before, (last,) = messages[:-1], normalize_messages(messages[-1:], len(messages) - 1)
     where = f"messages[{len(before)}]"
@@ -103,7 +103,7 @@ def take_begun_answer(
 
 
 def _split(content: str) -> BegunAnswer:
-    """Tell the reasoning in a content from its text."""
+    """Separate the reasoning in a content from its text."""
     head, end, _ = content.partition(THINK_END)
     has_start = content.lstrip().startswith(THINK_START)
     if not has_start and (not end or THINK_START in head):
@@ -111,14 +111,14 @@ def _split(content: str) -> BegunAnswer:
     splitter = ReasoningSplitter(opened=not has_start)
     parts = [splitter.push(content), splitter.flush()]
     reasoning, text = ("".join(texts) for texts in zip(*parts, strict=True))
-    # A tag alone says where to go on, too.
+    # Even a tag alone says where the answer continues.
     return replace(
         _place(reasoning, text, is_closed=bool(end)), place="text" if end else "reasoning"
     )
 
 
 def _place(reasoning: str, content: str, *, is_closed: bool) -> BegunAnswer:
-    reasoning = reasoning.lstrip("\n")  # next to the tags there are line breaks already
+    reasoning = reasoning.lstrip("\n")  # line breaks next to the tags are added again
     if is_closed:
         reasoning = reasoning.rstrip("\n")
         return BegunAnswer(content, reasoning, "text" if content or reasoning else "start")

@@ -1,7 +1,7 @@
 """Turns chat messages into token ids.
 
-What a client writes is data. `encode_chat` renders the model's chat template such that only control
-tokens written by the *template* become control tokens; the same characters in a message stay plain
+A client's text is data. `encode_chat` renders the model's chat template such that only control
+tokens written by the *template* become control tokens. The same characters in a message stay plain
 text, whoever sent them.
 """
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from .template_trials import Tried
     from .tokenizer import Tokenizer
 
-_MAX_SOURCE_CHARS = 1 << 18  # those of tool-calling models have some 15,000
+_MAX_SOURCE_CHARS = 1 << 18  # templates of tool-calling models have about 15,000
 _REPAIR = "repair the source's template and export the bundle again"
-# Names that a caller may not set: this module's variables and functions, and those of minijinja.
+# Names that a caller may not set: variables and functions of this module and of minijinja.
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
     | {"raise_exception", "strftime_now", "namespace", "range", "dict", "debug"}
@@ -43,14 +43,14 @@ class ChatTemplate:
     values are empty, and there are ``raise_exception``, ``strftime_now``, a ``tojson`` that does
     not escape HTML, loop controls and ``{% generation %}``. The template sees plain JSON data only.
 
-    A template of `known_templates` is compiled and rendered here. Any other is in a child with
-    limits (`template_child`), since a few lines can ask for all memory or for ever; first it is
-    tried with some short conversations.
+    A template of `known_templates` is compiled and rendered here. Any other one runs in a child
+    with limits (`template_child`), since a few lines can ask for all memory or run forever. It is
+    first tried with some short conversations.
 
     Attributes:
         source: the Jinja text.
         tokens: the manifest's tokens.
-        variables: names that the template looks up; an option outside them would have no effect.
+        variables: names that the template looks up; any other option would have no effect.
         is_known: whether it runs in this process.
     """
 
@@ -68,7 +68,7 @@ class ChatTemplate:
             ResourceError: no process could be started for it, or it got hardly any time.
         """
         try:
-            import_module("minijinja")  # the child would only say that it failed
+            import_module("minijinja")  # checked here, since the child would only report a failure
         except ImportError as error:
             raise DependencyError(
                 "chat templates need the package minijinja; pip install 'minijinja>=3.1'"
@@ -108,7 +108,7 @@ class ChatTemplate:
         tokens from typed ones. `encode_chat` does.
 
         Args:
-            messages: see `normalize_messages`.
+            messages: messages as `normalize_messages` takes them.
             add_generation_prompt: end with the opening of the assistant's answer.
             tools: JSON schemas of functions, in OpenAI's form.
             extra: further variables of the template, e.g. ``enable_thinking``.
@@ -125,10 +125,9 @@ class ChatTemplate:
     def _normalize(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Normalize messages, and bring them into the form that this template reads.
 
-        The arguments of calls, which may be JSON text, become objects where the template needs
-        them so. No content beside calls becomes an empty
-        one where the template fails without. System messages become one, at the front, where the
-        template refuses or drops some of several.
+        The arguments of calls, which may be JSON text, become objects if the template needs them
+        so. A missing content beside calls becomes an empty one if the template fails without it.
+        System messages become one, at the front, if the template refuses or drops some of several.
         """
         plain_messages = normalize_messages(messages)
         for index, message in enumerate(plain_messages):
@@ -155,7 +154,7 @@ class ChatTemplate:
     def _try(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
     ) -> str | None:
-        """Render a conversation; None where the template fails."""
+        """Render a conversation; None if the template fails."""
         try:
             return self._text(self._context(messages, True, tools))
         except TemplateFailure:
@@ -168,7 +167,7 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None,
         extra: dict[str, Any],
     ) -> str:
-        """Render messages and options that are plain JSON data already; see `render`."""
+        """Render messages and options that are plain JSON data already, as `render` does."""
         context = self._context(messages, add_generation_prompt, tools)
         if tools and "tools" not in self.variables:
             raise RequestError("tools: this model's chat template has no place for them")
@@ -216,7 +215,7 @@ class ChatTemplate:
         """Compile the template, render some short conversations, and return its variables.
 
         Raises:
-            TemplateFailure: see `TemplateEngine`; also if it passes a limit, which is ``limit``.
+            TemplateFailure: `TemplateEngine` failed, or reached a limit of the child (``limit``).
         """
         from .template_child import ask
         from .template_trials import CONVERSATIONS, TOOLS
@@ -250,17 +249,17 @@ def encode_chat(
     even put a control token together from parts of messages.
 
     Templates look for the reasoning tags of past answers, to cut the reasoning out. They cannot see
-    these tags now, so `cut_reasoning` does it for them.
+    these tags here, so `cut_reasoning` does it for them.
 
     Args:
         tokenizer: the model's tokenizer.
         template: the model's chat template.
-        messages: see `normalize_messages`.
+        messages: messages as `normalize_messages` takes them.
         add_generation_prompt: end with the opening of the assistant's answer.
         tools: JSON schemas of functions, in OpenAI's form.
-        begun: an answer to the messages that the model is to go on with.
-        max_tokens: refuse, before it is encoded, what surely has more tokens.
-        on_piece: see `Tokenizer.encode`.
+        begun: an answer to the messages that the model is to continue.
+        max_tokens: refuse, before encoding, text that surely has more tokens.
+        on_piece: called before each piece of a long text, as in `Tokenizer.encode`.
         extra: further variables of the template.
 
     Returns:
@@ -268,7 +267,7 @@ def encode_chat(
 
     Raises:
         ContextLengthError: the rendered messages surely have more than ``max_tokens``.
-        RequestError: see `ChatTemplate.render`.
+        RequestError: `ChatTemplate.render` refuses the messages or an option.
     """
     plain_messages = [
         cut_reasoning(message, template.source) for message in template._normalize(messages)
@@ -291,7 +290,7 @@ def encode_chat(
         if least > max_tokens:
             raise ContextLengthError(least, max_tokens, at_least=True)
 
-    # All is encoded in one go, so that the ids are the library's own. If that finds other control
+    # All is encoded in one go, so that the ids are the library's own. If it finds other control
     # tokens than the template wrote, someone typed one, and the pieces are encoded one by one.
     control_ids = frozenset(tokenizer.control_tokens.values())
     ids = tokenizer.encode(shield.uncover(rendered), control=True, on_piece=on_piece)

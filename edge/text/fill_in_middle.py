@@ -1,7 +1,7 @@
-"""Fill-in-the-middle: the tokens that ask a code model for what stands between two texts.
+"""Encodes fill-in-the-middle prompts: they ask a code model for the text between two texts.
 
-Each family has three control tokens of its own. All of them put the text before the gap first, then
-the text after it, then the mark after which the model writes the middle.
+Each family has three control tokens for it. All families put the text before the gap first, then
+the text after it, then the token after which the model writes the middle.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class FillInMiddle:
     """Token ids that frame the two texts.
 
     Attributes:
-        before: comes before the text in front of the gap.
-        after: comes before the text behind the gap.
-        middle: the model goes on from here.
+        before: id before the text that precedes the gap.
+        after: id before the text that follows the gap.
+        middle: id after which the model writes the middle.
         ends: ids that end the middle, besides the model's own end tokens.
     """
 
@@ -37,18 +37,18 @@ class FillInMiddle:
         suffix: str,
         on_piece: Callable[[], None] | None = None,
     ) -> list[int]:
-        """Return the ids of a prompt that asks for what stands between two texts.
+        """Return the ids of a prompt that asks for the text between two texts.
 
         Control tokens in the texts stay text. Either text may be empty.
 
         Args:
-            tokenizer: the tokenizer that the ids are of.
-            prefix: the text in front of the gap.
-            suffix: the text behind it.
-            on_piece: see `Tokenizer.encode`.
+            tokenizer: the tokenizer of the ids.
+            prefix: the text before the gap.
+            suffix: the text after the gap.
+            on_piece: called before each piece of a long text, as in `Tokenizer.encode`.
 
         Raises:
-            RequestError: see `Tokenizer.encode`.
+            RequestError: `Tokenizer.encode` refuses a text.
         """
         ids = [self.before, *tokenizer.encode(prefix, on_piece=on_piece)]
         ids += [self.after, *tokenizer.encode(suffix, goes_on=True, on_piece=on_piece)]
@@ -60,7 +60,7 @@ class FillInMiddle:
 
 @dataclass(frozen=True)
 class _Family:
-    """Texts of the tokens of one family; ``ends`` are used as far as they exist."""
+    """The texts of one family's tokens; those of ``ends`` that the vocabulary has are used."""
 
     before: str
     after: str
@@ -93,10 +93,10 @@ _FAMILIES = (
 def fill_in_middle(tokenizer: Tokenizer) -> FillInMiddle:
     """Find the tokens with which a model fills a gap.
 
-    They say that its vocabulary was made for that, not that the model was trained on it.
+    They show that the vocabulary was made for it, not that the model was trained on it.
 
     Raises:
-        RequestError: the vocabulary has none.
+        RequestError: the vocabulary has no such tokens.
     """
     known = tokenizer.control_tokens
     for family in _FAMILIES:

@@ -1,7 +1,7 @@
-"""Chat templates that were read and found to be bounded by what they are given.
+"""Lists chat templates that were read and found to be bounded by their input.
 
-They run in the process that renders, any other in a child with limits (`chat_template`). None of
-these makes a list or text of its own size, and none gives a message's value to a filter's option.
+They run in the process that renders; any other runs in a child with limits (`chat_template`). None
+of these builds a list or text of its own size, or passes a message's value to a filter's option.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 
 R1_WITHOUT_THINK = "b6835114b7303ddd78919a82e4d9f7d8c26ed0d7dfc36beeb12d524f6144eab1"
-"""The template of `KNOWN_TEMPLATES` that `with_think` changes."""
+"""Names the template of `KNOWN_TEMPLATES` that `with_think` changes."""
 KNOWN_TEMPLATES = {
     R1_WITHOUT_THINK: (
         "DeepSeek-R1-Distill, ends at <｜Assistant｜> (GGUF of the 7B of January 2025)"
@@ -27,7 +27,7 @@ KNOWN_TEMPLATES = {
         "SmolLM2-Instruct (GGUF of the 135M)"
     ),
 }
-"""SHA-256 of a template's text without white space at its end, and whose it is."""
+"""Maps the SHA-256 of a template, without white space at its end, to the model it belongs to."""
 
 
 def is_known_template(source: str) -> bool:
@@ -38,8 +38,8 @@ def is_known_template(source: str) -> bool:
 def with_think(source: str) -> str:
     """Open the reasoning where DeepSeek-R1-Distill's template of January 2025 does not.
 
-    The authors' of February does: without it these models tend to skip their reasoning ("usage
-    recommendations" in DeepSeek-R1's README). Any other template stays as it is.
+    The authors' template of February does. Without it these models tend to skip their reasoning
+    ("usage recommendations" in DeepSeek-R1's README). Any other template stays as it is.
     """
     if _digest(source) != R1_WITHOUT_THINK:
         return source

@@ -1,4 +1,4 @@
-"""Checks chat messages that a client wrote, and brings them into the form of templates."""
+"""Checks chat messages that a client wrote, and brings them into the form that templates expect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KEYS_BY_ROLE = {
     ),
     "tool": frozenset({"role", "content", "tool_call_id", "name"}),
 }
-# OpenAI's rule for the name of a participant; the name of a tool is free.
+# OpenAI's rule for the name of a participant; names of tools are not restricted.
 _PARTICIPANT = re.compile(r"[^\s<|\\/>]{1,64}")
 
 
@@ -32,13 +32,13 @@ def normalize_messages(
     ``system``. ``content`` is a string or a list of ``{"type": "text", "text": ...}``, joined by
     newlines; an assistant's content may be missing if there are ``tool_calls``. An assistant's
     reasoning, as ``reasoning_content`` or ``reasoning``, goes to the template as
-    ``reasoning_content``: R1's template drops it, Qwen3's keeps it where the model wants it. The
-    ``name`` of a participant goes to the template; most have no use for it. A key with the value
-    None counts as absent.
+    ``reasoning_content``: R1's template drops it, Qwen3's keeps it if the model wants it. The
+    ``name`` of a participant goes to the template; most ignore it. A key with the value None counts
+    as absent.
 
     Args:
-        messages: at least one.
-        first: the number of the first one, for errors.
+        messages: at least one message.
+        first: number of the first message, for errors.
 
     Returns:
         A copy made of plain dicts, lists and scalars; normalizing it again changes nothing.
@@ -54,7 +54,7 @@ def normalize_messages(
 def _normalize(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"messages[{index}]: give an object, not {type(message).__name__}")
-    if isinstance(message.get("content"), list):  # first: a picture may be no plain data
+    if isinstance(message.get("content"), list):  # first, since a picture need not be plain data
         message = {**message, "content": _content(index, message["content"], False)}
     found: dict[str, Any] = plain_copy(dict(message), f"messages[{index}]")
     found = {key: value for key, value in found.items() if value is not None}
@@ -86,7 +86,7 @@ def _normalize(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_arguments(text: str) -> dict[str, Any] | None:
-    """Read the arguments of a call, a JSON object; null and an empty text stand for none.
+    """Read the arguments of a call, a JSON object; null and an empty text mean no arguments.
 
     Returns:
         The object; None if the text is anything else.
@@ -101,7 +101,7 @@ def read_arguments(text: str) -> dict[str, Any] | None:
 
 
 def parse_arguments(index: int, function: Any) -> None:
-    """Replace the text of a call's arguments by what it says."""
+    """Replace the JSON text of a call's arguments by the object."""
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return
     parsed = read_arguments(function["arguments"])
@@ -127,12 +127,12 @@ def _content(index: int, content: Any, optional: bool) -> str | None:
 
 
 def refuse(index: int, key: str, why: str) -> NoReturn:
-    """Raise the error that names a message's place."""
+    """Raise an error that names the message and the key."""
     raise RequestError(f"messages[{index}].{key}: {why}")
 
 
 def plain_copy(value: Any, where: str) -> Any:
-    """Return a deep copy made through JSON: a template can call methods of what it is given."""
+    """Return a deep copy made through JSON: a template can call methods of its values."""
     try:
         return msgspec.json.decode(msgspec.json.encode(value))
     except (TypeError, *MALFORMED) as error:

@@ -1,4 +1,4 @@
-"""Where a model's reasoning is, in a prompt, in a past answer and in the text that it writes."""
+"""Finds a model's reasoning in a prompt, in a past answer and in the text that it writes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _SPLITS_REASONING = re.compile(rf"split\(\s*['\"]{THINK_END}['\"]")
 
 
 def cut_reasoning(message: dict[str, Any], source: str) -> dict[str, Any]:
-    """Cut an assistant's content as its template would, if that splits it at ``</think>``.
+    """Cut an assistant's content as its template would, if the template splits it at ``</think>``.
 
-    R1's template keeps what follows the last tag; Qwen3's does so too and drops the newlines there,
-    unless the reasoning is given apart.
+    R1's template keeps the text after the last tag. Qwen3's does so too and drops the newlines
+    there, unless the reasoning is given separately.
     """
     content = message["content"]
     if message["role"] != "assistant" or not content or THINK_END not in content:
@@ -54,17 +54,17 @@ class ReasoningSplitter:
                 so that the text begins inside the reasoning; a second start tag is dropped then.
             start: opening tag.
             end: closing tag.
-            goes_on: whether the text goes on in a reasoning that has some text already.
+            goes_on: whether the text continues a reasoning that has some text already.
         """
         self._opened = opened
         self._start = start
         self._end = end
         self._phase = "reasoning" if goes_on else "start"
         self._held = ""
-        self._trims = False  # newlines that come next belong to a tag
+        self._trims = False  # whether the next newlines belong to a tag
 
     def push(self, text: str) -> tuple[str, str]:
-        """Add text; return what is certain so far: ``(reasoning, answer)``."""
+        """Add text; return the parts that are certain so far: ``(reasoning, answer)``."""
         self._held += text
         if self._phase == "start" and not self._find_start():
             return "", ""
@@ -84,7 +84,7 @@ class ReasoningSplitter:
         self._trims = trims
 
     def _find_start(self) -> bool:
-        """Leave the phase ``start`` once it is certain where the text begins; returns whether."""
+        """Leave the phase ``start`` once the beginning is certain; returns whether it is."""
         text = self._held.lstrip()
         if text.startswith(self._start):
             self._held = text[len(self._start) :]
@@ -126,6 +126,6 @@ def prompt_opens_reasoning(rendered: str) -> bool:
 
 
 def template_reasons(source: str, control_tokens: Collection[str] = ()) -> bool:
-    """Tell whether to split reasoning off: the template has its tag or switch, or a token is it."""
+    """Tell whether to split off reasoning: the template has a tag or switch, or a token is it."""
     marks = (THINK_START, THINK_END, "enable_thinking")
     return any(mark in source for mark in marks) or THINK_START in control_tokens

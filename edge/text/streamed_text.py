@@ -1,4 +1,4 @@
-"""A stream of token ids as text: `Detokenizer`, and `StopMatcher` for the strings that end it."""
+"""Turns a stream of token ids into text: `Detokenizer`, and `StopMatcher` for stop strings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_STOP_CHARS = 1024
 class Detokenizer:
     """Turns a stream of token ids into text, whole characters at a time.
 
-    All that `push` and `flush` return is, joined, what `Tokenizer.decode` returns for the ids.
+    Joined, the returns of `push` and `flush` are what `Tokenizer.decode` returns for the ids.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Detokenizer:
         Args:
             tokenizer: the tokenizer that made the ids.
             skip: ids that leave no text (e.g. the end of the answer).
-            goes_on: the text is the rest of a longer one, so its first space stays.
+            goes_on: whether the text is the rest of a longer one, so its first space stays.
         """
         self._tokenizer = tokenizer
         self._skip = frozenset(skip)
@@ -48,7 +48,7 @@ class Detokenizer:
         return self._checked(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
 
     def flush(self) -> str:
-        """End the stream; return what is left of an incomplete character, as U+FFFD."""
+        """End the stream; return the rest of an incomplete character as U+FFFD."""
         return self._checked(self._decoder.decode(b"", final=True))
 
     def _checked(self, text: str) -> str:
@@ -63,11 +63,11 @@ class StopMatcher:
 
     The stop that is complete first wins; of several that end together, the longest. One automaton
     for all of them (Aho and Corasick, 1975, doi:10.1145/360825.360855) reads each character once.
-    Its depth is the length of the longest suffix that could still become a stop, which is just
-    what has to be held back.
+    Its depth is the length of the longest suffix that could still become a stop, so that many
+    characters are held back.
 
     Attributes:
-        matched: the stop that was hit; None before.
+        matched: the stop that was found; None before.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -85,8 +85,8 @@ class StopMatcher:
             )
         self._children: list[dict[str, int]] = [{}]
         self._depth = [0]
-        self._match_length = [0]  # of the longest stop that ends at this node, else 0
-        stop: Any  # from a client, perhaps of the wrong type
+        self._match_length = [0]  # length of the longest stop that ends at each node, else 0
+        stop: Any  # given by a client, perhaps of the wrong type
         for index, stop in enumerate(stops):
             if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP_CHARS:
                 raise RequestError(
@@ -103,8 +103,8 @@ class StopMatcher:
         """Add text.
 
         Returns:
-            The text that is safe to emit, and whether a stop was hit. The stop itself and all
-            after it is dropped; later calls return ``("", True)``.
+            The text that is safe to emit, and whether a stop was found. The stop and all text after
+            it are dropped; later calls return ``("", True)``.
         """
         if self.matched is not None:
             return "", True
@@ -125,7 +125,7 @@ class StopMatcher:
         return buffer[:safe], False
 
     def flush(self) -> str:
-        """End the text; return what was held back, since no stop came of it."""
+        """End the text; return what was held back, since it did not become a stop."""
         held, self._held, self._node = self._held, "", 0
         return held
 
@@ -142,7 +142,7 @@ class StopMatcher:
         self._match_length[node] = len(stop)
 
     def _link(self) -> list[int]:
-        """For each node, the node of its longest proper suffix; found breadth first."""
+        """Return each node's longest proper suffix node, found breadth first."""
         fallback = [0] * len(self._children)
         queue = deque(self._children[0].values())
         while queue:

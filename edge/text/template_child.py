@@ -1,4 +1,4 @@
-"""Runs chat templates of strangers in a child with limits, one for all templates of the process."""
+"""Runs untrusted chat templates in a child with limits, one for all templates of the process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edge.limited_child import ChildError, LimitedChild, LimitError, Limits
 from .template_engine import Task, TaskResult, TemplateFailure
 
 TEMPLATE_LIMITS = Limits(cpu_s=2.0, memory_bytes=512 << 20)
-"""What one rendering of an unknown template may cost; a body of 4 MB takes 0.1 s and 80 MB."""
+"""Limits one rendering of an unknown template; a body of 4 MB takes 0.1 s and 80 MB."""
 _child = LimitedChild("edge.text.template_engine:work", TEMPLATE_LIMITS)
 
 
@@ -17,7 +17,7 @@ def ask(task: Task) -> TaskResult:
     """Let the child compile and try a template, or render it.
 
     Raises:
-        TemplateFailure: see `TemplateEngine`; also if it passes a limit, which is ``limit``.
+        TemplateFailure: `TemplateEngine` failed, or a limit of the child was reached (``limit``).
         ResourceError: no process could be started for it, or it got hardly any time.
     """
     try:

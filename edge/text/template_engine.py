@@ -1,8 +1,8 @@
 """Compiles and renders a Jinja chat template with ``minijinja``, in this process or in a child.
 
-Fuel bounds the steps of a template and the characters that it makes, but neither its memory nor the
-time of one step: lists that are doubled 60 times cost 60 steps. `edge.text.chat_template` decides
-where a template runs; this module is all that the child imports.
+Fuel bounds the steps of a template and the characters that it writes, but neither its memory nor
+the time of one step: lists that are doubled 60 times cost 60 steps. `edge.text.chat_template`
+decides where a template runs; this module is all that the child imports.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, Literal, NoReturn
 
 import msgspec
 
-# Steps and characters that one rendering may take; a prompt of 500,000 characters takes some
-# 2 million with R1's template, and an endless loop ends after 0.2 s.
+# Steps and characters of one rendering. A prompt of 500,000 characters takes about 2 million with
+# R1's template; an endless loop ends after 0.2 s.
 FUEL = 10_000_000
 
 _TEMPLATE_NAME = "chat_template.jinja"
@@ -28,13 +28,12 @@ _CACHED_ENGINES = 8
 FailureKind = Literal["syntax", "fuel", "limit", "refused", "failed"]
 
 
-class TemplateFailure(Exception):  # noqa: N818 - no fault of the program
+class TemplateFailure(Exception):  # noqa: N818 - not a fault of the program
     """A template cannot be compiled, or rendered with these messages.
 
     Attributes:
-        kind: ``syntax``, ``fuel`` (too many steps), ``limit`` (too much time or memory,
-            in a child), ``refused`` (the template's own
-            ``raise_exception``) or ``failed``.
+        kind: ``syntax``, ``fuel`` (too many steps), ``limit`` (too much time or memory, in a
+            child), ``refused`` (by the template's own ``raise_exception``) or ``failed``.
         why: one line for a person.
     """
 
@@ -66,10 +65,10 @@ class TemplateEngine:
             lstrip_blocks=True,
             undefined_behavior="lenient",
             auto_escape_callback=lambda _: False,
-            debug=False,  # else an error would quote the messages
+            debug=False,  # otherwise an error would quote the messages
             filters={"tojson": _to_json},
             tests={
-                "sequence": lambda value: hasattr(value, "__getitem__"),  # a text is one, too
+                "sequence": lambda value: hasattr(value, "__getitem__"),  # also a text
                 "number": lambda value: isinstance(value, (int, float, _Float)),
                 "float": lambda value: isinstance(value, (float, _Float)),
             },
@@ -87,16 +86,16 @@ class TemplateEngine:
         """Render with these variables.
 
         Raises:
-            TemplateFailure: it does not end, refuses the messages or fails.
+            TemplateFailure: the template does not end, refuses the messages or fails.
         """
         try:
             plain = _plain.decode(msgspec.json.encode(context))
-            # Options are compared more often than written.
+            # Options are compared more often than they are written.
             plain |= {name: each for name, each in context.items() if isinstance(each, float)}
             rendered: str = self._environment.render_template(_TEMPLATE_NAME, **plain)
         except (TemplateFailure, MemoryError):
             raise
-        except Exception as error:  # a template may provoke any error of a Python method
+        except Exception as error:  # a template may cause any error of a Python method
             if getattr(error, "kind", None) == "OutOfFuel":
                 raise TemplateFailure("fuel", f"it did not end within {FUEL} steps") from error
             raise TemplateFailure("failed", _describe(error)) from error
@@ -107,11 +106,11 @@ class TemplateEngine:
 
 
 class Task(msgspec.Struct, omit_defaults=True):
-    """What the child shall do.
+    """A task for the child.
 
     Attributes:
         source: the template.
-        context: variables to render it with; None only compiles it and tries ``trials``.
+        context: variables to render it with; None only compiles it and runs ``trials``.
         trials: variables to try it with; only a rendering that does not end counts.
     """
 
@@ -121,7 +120,7 @@ class Task(msgspec.Struct, omit_defaults=True):
 
 
 class TaskResult(msgspec.Struct, omit_defaults=True):
-    """What came of a `Task`: text or variables, or a failure's ``kind`` and ``why``."""
+    """The result of a `Task`: text or variables, or a failure's ``kind`` and ``why``."""
 
     text: str | None = None
     variables: list[str] = []
@@ -133,13 +132,13 @@ _engines: OrderedDict[str, TemplateEngine] = OrderedDict()
 
 
 def prepare() -> None:
-    """Render, and fail, once: minijinja imports a part of itself then; the time zone is read."""
+    """Render and fail once, so that minijinja imports its last parts and the time zone is read."""
     with suppress(TemplateFailure):
         TemplateEngine("{{ strftime_now('%H') ~ (1.0 | tojson) }}{{ 1 + {} }}").render({})
 
 
 def work(data: bytes) -> bytes:
-    """Do an encoded `Task`; returns an encoded `TaskResult`."""
+    """Do an encoded `Task`; return an encoded `TaskResult`."""
     task = msgspec.json.decode(data, type=Task)
     try:
         engine = _engine(task.source)
@@ -177,10 +176,10 @@ def _try(engine: TemplateEngine, context: dict[str, Any]) -> None:
 class _Float:
     """A float within messages or tools that minijinja would not write as Python does.
 
-    It hands 21.0 to a filter as 21, and writes 1e20 and 1e-5 in full. A template can write this one
-    and ask whether it is a number; it is refused when it computes with it, and does not get the
-    right answer when it compares it. Floats that a template writes down or computes itself are
-    minijinja's own: 21.0 | tojson gives 21.
+    minijinja passes 21.0 to a filter as 21, and writes 1e20 and 1e-5 in full. A template can write
+    this float and ask whether it is a number. Computing with it is refused, and comparing it gives
+    a wrong result. Floats that a template writes down or computes itself are minijinja's own:
+    21.0 | tojson gives 21.
     """
 
     __slots__ = ("value",)
@@ -230,7 +229,7 @@ def _to_json(
 
 
 def _without_generation_tags(source: str) -> str:
-    """Replace ``{% generation %}``, which marks text for training, by an ``if`` that holds."""
+    """Replace ``{% generation %}``, which marks text for training, by an ``if`` that is true."""
     return re.sub(
         r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}",
         lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}",
@@ -239,5 +238,5 @@ def _without_generation_tags(source: str) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """Return the error in one line; minijinja's own message ends with the template's line."""
+    """Return the error in one line, without the template's line that ends minijinja's message."""
     return str(getattr(error, "message", None) or repr(error)).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Short conversations with which a chat template is tried, and what they tell about it."""
+"""Tries a chat template with short conversations, and says what they show about it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 Messages = list[dict[str, Any]]
 Try = Callable[[Messages, list[dict[str, Any]] | None], str | None]
-"""Renders messages and tools with the opening of an answer; None where the template fails."""
+"""Renders messages and tools with the opening of an answer; None if the template fails."""
 
-# Turns of every role, and a call.
+# Turns of every role, and a tool call.
 _CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 _PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
 _ADD = {"name": "add", "description": "Adds.", "parameters": _PARAMETERS}
@@ -37,11 +37,11 @@ _SYSTEMS: Messages = [
     {"role": "system", "content": "Prefer walnut."},
     {"role": "user", "content": "1+1?"},
 ]
-_KEY = "basalt"  # of a call's arguments; no template has it
+_KEY = "basalt"  # a key of a call's arguments that no template contains
 
 
 class Tried:
-    """What is found out about a template by trying it, once it matters.
+    """Facts about a template that trying it shows; each is found when it is first needed.
 
     Args:
         render: tries the template.
@@ -52,7 +52,7 @@ class Tried:
 
     @cached_property
     def writes_each_system(self) -> bool:
-        """Whether it writes every system message, also a later one."""
+        """Whether it writes every system message, including later ones."""
         text = self._render(_SYSTEMS, None) or ""
         return all(m["content"] in text for m in _SYSTEMS if m["role"] == "system")
 
@@ -60,8 +60,8 @@ class Tried:
     def wants_objects(self) -> bool:
         """Whether the arguments of a call must be an object, and not its JSON as text.
 
-        Of a text, Qwen2.5's template makes a JSON string, and Qwen3-Coder's, which writes key by
-        key, fails. R1's and Qwen3's write it as it is.
+        Given a text, Qwen2.5's template writes a JSON string, and Qwen3-Coder's, which goes key by
+        key, fails. R1's and Qwen3's write the text as it is.
         """
         of_object, of_text = (
             self._call(None, arguments) or self._call("", arguments) or ""
@@ -73,16 +73,16 @@ class Tried:
 
     @cached_property
     def wants_content(self) -> bool:
-        """Whether it fails with calls beside no content, and not beside an empty one.
+        """Whether it fails if a message with calls has no content, but not if that is empty.
 
-        The first template of Qwen3 does; R1's writes calls only where there is none.
+        Qwen3's first template does; R1's writes calls only if there is no content.
         """
         arguments = {"a": 1} if self.wants_objects else '{"a": 1}'
         works = self._call("", arguments) is not None
         return works and self._call(None, arguments) is None
 
     def _call(self, content: str | None, arguments: dict[str, Any] | str) -> str | None:
-        """Render a conversation with a call; None where the template fails."""
+        """Render a conversation with a call; None if the template fails."""
         question, answer, result = CONVERSATIONS[-1]
         call = {**_CALL, "function": {"name": "add", "arguments": arguments}}
         called = {**answer, "content": content, "tool_calls": [call]}

@@ -1,6 +1,6 @@
-"""Text to token ids and back: `Tokenizer`.
+"""Turns text into token ids and back: `Tokenizer`.
 
-Control tokens are *all* ``added_tokens`` of an HF ``tokenizer.json``, special or not: the R1
+Control tokens are *all* ``added_tokens`` of an HF ``tokenizer.json``, special or not. The R1
 distills list ``<｜User｜>`` and ``<think>`` as ``special: false``, yet they steer the model as much
 as the end-of-sentence token does. Text is plain unless the caller says otherwise, so a control
 token that a user types never acts as one.
@@ -30,13 +30,13 @@ from .tokenizer_file import MAX_FILE_BYTES, MAX_ID, TokenizerFile, parse_tokeniz
 if TYPE_CHECKING:
     from edge.bundle.manifest import Tokens
 
-_LONG_CHARS = 1 << 14  # encoding more takes at least about 10 ms
+_LONG_CHARS = 1 << 14  # encoding a longer text takes at least about 10 ms
 _PIECE_CHARS = 1 << 15  # the library takes about 200 bytes per character while it encodes
-_NFC_RATIO = 4.0  # NFC makes text shorter, at most 7 bytes to 2 (below)
+_NFC_RATIO = 4.0  # NFC shortens text at most from 7 bytes to 2 (see `_is_bounded`)
 _MAX_ID = 2**31 - 1  # ids are int32 in engines
-# In front of a text it takes the space that a sentencepiece vocabulary would put there. No word and
-# no run of spaces has it, so the tokens after it are those of the text alone (CodeLlama's own code
-# uses the same character).
+# Written before a text, it takes the space that a sentencepiece vocabulary would put there. No word
+# and no run of spaces contains it, so the tokens after it are those of the text alone (CodeLlama's
+# own code uses the same character).
 _STANDS_ALONE = "☺"
 
 
@@ -51,7 +51,7 @@ class Tokenizer:
         """Use `from_file` or `from_bytes`.
 
         Raises:
-            BundleError: the file is malformed, of a kind that is not supported, or contradicts
+            BundleError: the file is malformed, of an unsupported kind, or contradicts
                 ``tokens``.
             DependencyError: the ``tokenizers`` library is missing.
         """
@@ -62,7 +62,7 @@ class Tokenizer:
         self._cuts = _finds_cuts(file)
         self._control_tokens = {token.content: token.id for token in file.added_tokens}
         self._control_texts = {token.id: token.content for token in file.added_tokens}
-        # Longest first: the library, too, takes the longest of the tokens that start together.
+        # Longest first, since the library takes the longest of the tokens that start together.
         longest_first = sorted(self._control_tokens, key=len, reverse=True)
         self._control_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self._token_bytes: dict[int, bytes] = {}
@@ -71,11 +71,11 @@ class Tokenizer:
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
         if self.vocab_size > MAX_ID + 1:
             raise BundleError(f"{where} has the id {self.vocab_size - 1}, the most is {MAX_ID}")
-        """One more than the highest id; the model's own vocabulary may be padded beyond it."""
+        """One more than the highest id; the model's vocabulary may be padded beyond it."""
         known = set(vocabulary)
         plain = vocabulary.keys() - self._control_tokens.keys()
         self.longest_token = max(map(len, vocabulary), default=1)
-        """Characters of the longest token, as ``tokenizer.json`` spells it."""
+        """Length of the longest token in characters, as ``tokenizer.json`` spells it."""
         self._composes = file.normalizer is not None
         self._byte_weights = (
             _byte_weights(plain, known) if _is_bounded(file, self._byte_level) else None
@@ -111,16 +111,16 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, data: bytes, tokens: Tokens) -> Tokenizer:
-        """Use the content of a ``tokenizer.json``; see `from_file`."""
+        """Make a tokenizer from the content of a ``tokenizer.json``, as `from_file` does."""
         return cls(data, tokens)
 
     @property
     def control_tokens(self) -> Mapping[str, int]:
-        """The id of every control token, by its text."""
+        """Return the id of every control token, by its text."""
         return MappingProxyType(self._control_tokens)
 
     def id_of(self, text: str) -> int | None:
-        """The id of the token with exactly this text as ``tokenizer.json`` spells it, or None."""
+        """Return the id of the token that ``tokenizer.json`` spells exactly like this, or None."""
         found: int | None = self._library.token_to_id(text)
         return found
 
@@ -138,15 +138,15 @@ class Tokenizer:
         Args:
             text: any Unicode text.
             add_bos: start with the model's begin-of-sequence token.
-            goes_on: the text is the rest of a longer one, so a sentencepiece vocabulary gets no
-                space before it.
+            goes_on: whether the text is the rest of a longer one, so a sentencepiece vocabulary
+                gets no space before it.
             control: whether the text of a control token becomes that token (for a rendered chat
                 template); else everything is plain text and no id of a control token comes out.
-            on_piece: called before each piece of a long text; what it raises ends the work.
+            on_piece: called before each piece of a long text; an error it raises ends the work.
 
         Raises:
-            RequestError: the text has lone surrogates, needs a token that the vocabulary lacks,
-                or ``add_bos`` is asked of a model without bos.
+            RequestError: the text has lone surrogates, needs a token that the vocabulary lacks, or
+                ``add_bos`` is set for a model without bos.
         """
         try:
             text.encode()  # some versions of the library replace lone surrogates silently
@@ -163,7 +163,7 @@ class Tokenizer:
         if goes_on:
             ids = ids[len(self._encode_piece(_STANDS_ALONE, control)) :]
         if not control and not self._control_texts.keys().isdisjoint(ids):
-            # The vocabulary proper may contain the text of a control token (SmolLM2 does).
+            # The vocabulary itself may contain the text of a control token (SmolLM2's does).
             ids = [piece for id_ in ids for piece in self._spelled(id_)]
         if add_bos:
             if self.tokens.bos is None:
@@ -172,8 +172,8 @@ class Tokenizer:
         return ids
 
     def _encode_piece(self, text: str, control: bool) -> list[int]:
-        # Where no control token is in the text, both settings give the same ids, and with this
-        # one nobody waits.
+        # If no control token is in the text, both settings give the same ids, and with this one no
+        # thread waits.
         with self._switch.held(plain=False):
             ids = self._call_library(text)
         if not control and not self._control_texts.keys().isdisjoint(ids):
@@ -182,7 +182,7 @@ class Tokenizer:
         return ids
 
     def _call_library(self, text: str) -> list[int]:
-        # The library gives other threads the interpreter only where it is handed a batch.
+        # The library releases the interpreter to other threads only for a batch.
         with _panics("the library tokenizers panics at this text", RequestError):
             if len(text) > _LONG_CHARS:
                 encoding = self._library.encode_batch_fast([text], add_special_tokens=False)[0]
@@ -194,7 +194,7 @@ class Tokenizer:
     def _pieces(self, text: str) -> Iterator[str]:
         """Cut a long text where its ids are the same as without the cut, if there is such a place.
 
-        While the library encodes a piece it takes memory for it, and holds up whoever wants the
+        While the library encodes a piece it takes memory for it, and blocks threads that want the
         other setting for control tokens.
         """
         start = 0
@@ -207,11 +207,10 @@ class Tokenizer:
         yield text[start:] if start else text
 
     def least_tokens(self, text: str) -> int:
-        """The fewest tokens that a plain text can have, without encoding it; 0 if unknown.
+        """Return the fewest tokens that a plain text can have, without encoding it; 0 if unknown.
 
-        A byte that occurs in no token of more than k bytes takes at least 1/k of a token. NFC
-        leaves ASCII before ASCII as it is; of the rest anything may become of it, in a quarter of
-        the bytes.
+        A byte that occurs in no token of more than k bytes takes at least 1/k of a token. NFC keeps
+        ASCII before ASCII as it is; the other bytes may become anything, in a quarter of the bytes.
         """
         weights = self._byte_weights
         if weights is None:
@@ -224,7 +223,7 @@ class Tokenizer:
             if composes:
                 stays = part < 0x80
                 stays[:-1] &= stays[1:]
-                stays[-1] = False  # what comes next is in another part
+                stays[-1] = False  # the next byte is in another part
                 num_changing += len(part) - int(stays.sum())
                 part = part[stays]
             counts += np.bincount(part, minlength=256)
@@ -232,7 +231,7 @@ class Tokenizer:
         return math.ceil(least - 1e-6)
 
     def split_control(self, text: str) -> list[tuple[str, bool]]:
-        """Cut text into non-empty pieces, each with whether it is a control token."""
+        """Cut text into non-empty pieces, and say of each whether it is a control token."""
         if not self._control_tokens:
             return [(text, False)] if text else []
         pieces = self._control_pattern.split(text)
@@ -241,8 +240,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Turn token ids into text.
 
-        Control tokens appear as their text, invalid UTF-8 as U+FFFD; ids beyond the tokenizer
-        (a padded vocabulary) are empty.
+        Control tokens appear as their text, and invalid UTF-8 as U+FFFD; ids beyond the tokenizer
+        (a padded vocabulary) give no text.
 
         Raises:
             RequestError: an id is negative or exceeds 31 bits.
@@ -252,7 +251,7 @@ class Tokenizer:
         )
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; not always whole UTF-8 characters.
+        """Return the bytes of a token; not always whole UTF-8 characters.
 
         Raises:
             RequestError: the id is negative or exceeds 31 bits.
@@ -268,7 +267,7 @@ class Tokenizer:
         else:
             token: str | None = self._library.id_to_token(token_id)
             if token is None:
-                return b""  # not cached: a client may send any number of such ids
+                return b""  # not cached, since a client may send any number of such ids
             found = _from_byte_level(token) if self._byte_level else _from_sentencepiece(token)
         self._token_bytes[token_id] = found
         return found
@@ -278,7 +277,7 @@ class Tokenizer:
         return text[1:] if self._strips_space and text.startswith(" ") else text
 
     def _spelled(self, token_id: int) -> list[int]:
-        """The token itself or, if it is a control token, the ids of its single bytes."""
+        """Return the token itself; if it is a control token, the ids of its single bytes."""
         if token_id not in self._control_texts:
             return [token_id]
         names = (
@@ -321,7 +320,7 @@ def _load_library(file: TokenizerFile, where: str) -> Any:
 
 
 def _decoder_kind(decoder: Any, where: str) -> tuple[bool, bool]:
-    """Whether a vocabulary is byte-level (else sentencepiece), and loses its first space."""
+    """Whether a vocabulary is byte-level (else sentencepiece), and drops its first space."""
     kinds = decoder.get("decoders") if _kind(decoder) == "Sequence" else [decoder]
     names = [_kind(kind) for kind in kinds] if isinstance(kinds, list) else []
     if names == ["ByteLevel"]:
@@ -341,10 +340,10 @@ def _decoder_kind(decoder: Any, where: str) -> tuple[bool, bool]:
 
 
 def _is_bounded(file: TokenizerFile, byte_level: bool) -> bool:
-    """Whether each token stands for its own bytes and nothing else of the text is dropped.
+    """Whether each token stands for its own bytes and no other part of the text is dropped.
 
-    NFC is allowed for: over all of Unicode 14 it makes 7 bytes 2 at most (U+1FBE U+0308 U+0301 to
-    U+0390), and leaves ASCII alone.
+    NFC is allowed: over all of Unicode 14 it shortens 7 bytes to 2 at most (U+1FBE U+0308 U+0301 to
+    U+0390), and keeps ASCII.
     """
     if not byte_level or "Removed" in repr(file.pre_tokenizer):
         return False
@@ -354,9 +353,9 @@ def _is_bounded(file: TokenizerFile, byte_level: bool) -> bool:
 
 
 def _byte_weights(vocabulary: Collection[str], known: Collection[str]) -> NDArray[np.float64]:
-    """For each byte, the least part of a token that it takes: 1 over the longest that has it.
+    """Return the least part of a token that each byte takes: 1 over the longest that has it.
 
-    What the vocabulary has no token for is dropped, or becomes part of an unknown token: 0.
+    It is 0 for bytes without a token, which are dropped or become part of an unknown token.
 
     Args:
         vocabulary: tokens that plain text may become, in GPT-2's stand-ins for bytes.
@@ -366,10 +365,10 @@ def _byte_weights(vocabulary: Collection[str], known: Collection[str]) -> NDArra
         Weights by byte, ``[256]``.
     """
     by_length: dict[int, list[str]] = {}
-    for token in filter(None, vocabulary):  # an empty one stands for nothing
+    for token in filter(None, vocabulary):  # an empty token stands for nothing
         by_length.setdefault(len(token), []).append(token)
     weights = np.zeros(256)
-    for length in sorted(by_length):  # the longest comes last and stays
+    for length in sorted(by_length):  # the longest comes last and wins
         chars = set().union(*by_length[length])
         weights[[_CHAR_TO_BYTE[char] for char in chars if char in _CHAR_TO_BYTE]] = 1 / length
     weights[[byte for byte, char in enumerate(_BYTE_TO_CHAR) if char not in known]] = 0
@@ -377,10 +376,10 @@ def _byte_weights(vocabulary: Collection[str], known: Collection[str]) -> NDArra
 
 
 def _finds_cuts(file: TokenizerFile) -> bool:
-    """Whether `_CUT` finds places where words end, whatever stands around them.
+    """Whether words end at every place that `_CUT` finds, whatever surrounds it.
 
-    True of the pre-tokenizers of Qwen2, Llama 3 and GPT-2 (also after Digits), with tokens that
-    have no space in them and take none from their neighbours.
+    This holds for the pre-tokenizers of Qwen2, Llama 3 and GPT-2 (also after Digits), with tokens
+    that contain no space and take none from their neighbours.
     """
     if file.normalizer not in (None, {"type": "NFC"}):
         return False
@@ -407,23 +406,23 @@ def _finds_cuts(file: TokenizerFile) -> bool:
 
 @contextmanager
 def _panics(what: str, kind: type[EdgeError]) -> Iterator[None]:
-    """Turn a panic of the library, which is no `Exception`, into an error of this kind."""
+    """Turn a panic of the library, which is not an `Exception`, into an error of this kind."""
     try:
         yield
     except Exception:
         raise
     except BaseException as error:
         if type(error).__name__ != "PanicException":
-            raise  # KeyboardInterrupt and what else ends a program
+            raise  # KeyboardInterrupt, or another error that ends the program
         raise kind(f"{what}: {str(error)[:200]}; change it or upgrade tokenizers") from error
 
 
 class _ControlSwitch:
     """Guards a setting of the library's object: whether it recognizes control tokens.
 
-    Threads that want the same setting encode at once. One that wants the other waits until they
-    are done, and those that come later wait for it: first come, first served. A second object for
-    the other setting would double its 80 MB (128,000 tokens).
+    Threads that want the same setting encode at the same time. A thread that wants the other one
+    waits until they are done, and later ones wait for it: first come, first served. A second object
+    for the other setting would double its 80 MB (128,000 tokens).
     """
 
     def __init__(self, library: Any) -> None:
@@ -443,7 +442,7 @@ class _ControlSwitch:
                 self._changed.wait_for(
                     lambda: self._line[0] is place and (self._plain == plain or not self._active)
                 )
-            finally:  # an interrupt, too, lets the next one in
+            finally:  # also after an interrupt, the next thread gets its turn
                 self._line.remove(place)
                 self._changed.notify_all()
             if self._plain != plain:
@@ -462,7 +461,7 @@ def _kind(decoder: Any) -> Any:
 
 
 def _byte_chars() -> list[str]:
-    """GPT-2's printable stand-in for every byte (openai/gpt-2, ``encoder.py``)."""
+    """Return GPT-2's printable stand-in for every byte (openai/gpt-2, ``encoder.py``)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
@@ -478,7 +477,7 @@ _WORDS = frozenset(
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in (r"\p{N}", r"\p{N}{1,3}")
 )
-# No word of theirs goes on over a space, nor from a Chinese letter to a mark.
+# None of their words continues over a space, or from a Chinese letter to a punctuation mark.
 _CUT = re.compile(r"(?<=[!-~])(?= [A-Za-z])|(?<=[\u4e00-\u9fff])(?=[，。、；：？！])")
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -487,7 +486,7 @@ def _from_byte_level(token: str) -> bytes:
     try:
         return bytes([_CHAR_TO_BYTE[char] for char in token])
     except KeyError:
-        return token.encode()  # not written in stand-ins, so it is text; the library does the same
+        return token.encode()  # not in stand-ins, so it is text; the library does the same
 
 
 def _from_sentencepiece(token: str) -> bytes:

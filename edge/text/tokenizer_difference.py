@@ -1,4 +1,4 @@
-"""Says where two ``tokenizer.json`` differ in what the ids of a text mean."""
+"""Finds where two ``tokenizer.json`` differ in the meaning of ids."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class _File(msgspec.Struct):
 def tokenizer_difference(ours: Path, theirs: Path) -> str | None:
     """Compare tokens and merges of two ``tokenizer.json``.
 
-    Tokens that only one has count as a difference unless they are added ones (control tokens, such
-    as those that a later version of a family adds): an id that the other has no token for, or a
-    token that it has no id for. How a text is cut before it is merged is not compared, since ids
-    are never made of the other's text.
+    Tokens that only one file has count as a difference, since an id or a token would have no
+    counterpart. Added tokens do not (control tokens, such as those that a later version of a family
+    adds). How a text is cut before it is merged is not compared, since ids are never made of the
+    other's text.
 
     Args:
         ours: one file.
-        theirs: another one.
+        theirs: the other file.
 
     Returns:
-        The first difference as a clause, by id and text; None where there is none.
+        The first difference as a clause, by id and text; None if there is none.
 
     Raises:
-        BundleError: a file is no ``tokenizer.json`` of byte pairs.
+        BundleError: a file is not a ``tokenizer.json`` of byte pairs.
     """
     data = _read(ours), _read(theirs)
     if data[0] == data[1]:

@@ -1,7 +1,7 @@
-"""Reads an HF ``tokenizer.json`` and lets through what is known to be bounded.
+"""Reads an HF ``tokenizer.json`` and accepts only parts that are known to be bounded.
 
-The library runs whatever pipeline the file describes: nine replacements of a letter by ten ask for
-gigabytes at once and end the process, a regular expression can take for ever, and some values make
+The library runs any pipeline that the file describes. Nine replacements of a letter by ten ask for
+gigabytes at once and kill the process, a regular expression can take forever, and some values make
 it panic. So each part must be of a type in this module, with values in range, and text must pass
 through it in a time that grows with its length (`is_linear`).
 """
@@ -17,9 +17,9 @@ from edge.errors import BundleError
 from edge.files import MALFORMED
 
 MAX_FILE_BYTES = 64 << 20
-"""Qwen's has 11 MB, Gemma's 33."""
+"""Limits the file; Qwen's has 11 MB, Gemma's 33."""
 MAX_ID = (1 << 22) - 1
-"""The largest id of a token; vocabularies have some 150,000."""
+"""Limits the id of a token; vocabularies have about 150,000."""
 _MAX_ADDED_TOKENS = 1 << 14
 _MAX_REGEX_CHARS = 4096
 
@@ -28,7 +28,7 @@ _Parts = msgspec.Meta(max_length=8)
 
 
 class _Tagged(msgspec.Struct, tag=True, forbid_unknown_fields=True):
-    """A part of a pipeline, by its ``type``; a key that is not looked at is refused."""
+    """A part of a pipeline, by its ``type``; a key that is not checked is refused."""
 
 
 class _NFC(_Tagged, tag="NFC"):
@@ -65,7 +65,7 @@ class _Text(msgspec.Struct):
 
 
 class _Replace(_Tagged, tag="Replace"):
-    """Text by text that is no longer, so that no chain of them makes much of little."""
+    """Replaces text by text that is not longer, so that no chain of them blows a text up."""
 
     pattern: _Text
     content: Annotated[str, msgspec.Meta(max_length=16)]
@@ -139,7 +139,7 @@ class AddedToken(msgspec.Struct):
 
 
 class _Model(msgspec.Struct):
-    """A byte-pair model; a prefix or suffix of words makes the library panic with some letters."""
+    """A byte-pair model; a prefix or suffix of words makes the library panic at some letters."""
 
     type: str = "BPE"
     dropout: Annotated[float, msgspec.Meta(ge=0, le=0)] | None = None
@@ -156,8 +156,8 @@ class _Model(msgspec.Struct):
 class TokenizerFile(msgspec.Struct):
     """The parts of a ``tokenizer.json`` that matter; the vocabulary is never parsed in Python.
 
-    Post-processor, truncation and padding are left out on purpose: who adds bos or cuts a prompt
-    is decided here and not in that file.
+    Post-processor, truncation and padding are left out on purpose: this program decides about bos
+    and about cutting a prompt, not the file.
     """
 
     model: msgspec.Raw
@@ -175,11 +175,11 @@ def parse_tokenizer(data: bytes, where: str) -> TokenizerFile:
         where: path for error messages.
 
     Returns:
-        The file, whose ``model`` holds nothing but what was looked at, each key once, and whose
-        added tokens are all special: then one switch of the library turns all of them off and on.
+        The file. Its ``model`` holds only what was checked, each key once. Its added tokens are all
+        special: then one switch of the library turns all of them off and on.
 
     Raises:
-        BundleError: it is malformed, or has a part that is not known to be bounded.
+        BundleError: the file is malformed, or has a part that is not known to be bounded.
     """
     if len(data) > MAX_FILE_BYTES:
         raise BundleError(
@@ -194,7 +194,7 @@ def parse_tokenizer(data: bytes, where: str) -> TokenizerFile:
         model = msgspec.json.decode(file.model, type=_Model)
         msgspec.convert(file.normalizer, type=_Normalizer | None)
         msgspec.convert(file.pre_tokenizer, type=_PreTokenizer | None)
-        # Encoded anew: of two equal keys the library may read the other one.
+        # Encoded anew, because of two equal keys the library may read the other one.
         file.model = msgspec.Raw(msgspec.json.encode(model))
     except MALFORMED as error:
         raise BundleError(
@@ -221,22 +221,22 @@ _ATOM = (
 )
 _COUNT = r"(?:\?|\{\d?,?[1-9]\})"  # at most nine, and never followed by another count
 _GROUP = rf"\((?:\?i?:){_ATOM}+(?:\|{_ATOM}+)*\)"
-# Once a branch has met a part without bound, it cannot fail any more.
+# Once a branch has reached an unbounded part, it cannot fail any more.
 _BRANCH = re.compile(
     rf"(?:(?:{_GROUP}|{_ATOM}){_COUNT}?){{0,64}}(?:{_ATOM}[+*](?:{_ATOM}[*?])*)?\Z"
 )
 _SPLITS = re.compile(rf"({_GROUP}|{_ATOM}|[*+?]|{_COUNT})")
 _MAX_COUNTS = 4
-# White space: a run of it is taken by one of these, so no place of it is looked at often.
+# A run of white space is taken by one of these, so none of its places is looked at often.
 _SPACES = re.compile(r"(?:^|\|)(?:\\s\*\[\\r\\n\]\+?\|)?\\s\+\(\?!\\S\)\|\\s\+\Z")
 
 
 def is_linear(pattern: str) -> bool:
-    r"""Tell whether finding all matches takes a time that grows with the text's length only.
+    r"""Tell whether finding all matches takes a time that grows linearly with the text's length.
 
-    Known are alternations whose branches have single characters or classes, few of them counted,
-    and end in a part without bound, e.g. ``[^\r\n\p{L}]?\p{L}+``; and how GPT-2's descendants
-    split white space, if it comes last.
+    Accepted are alternations whose branches have single characters or classes, few of them counted,
+    and end in an unbounded part, e.g. ``[^\r\n\p{L}]?\p{L}+``. The way in which GPT-2's descendants
+    split white space is accepted if it comes last.
     """
     if len(pattern) > _MAX_REGEX_CHARS:
         return False

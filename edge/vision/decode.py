@@ -1,8 +1,8 @@
-"""Decodes pictures of strangers into tiles; Pillow runs in confined children only.
+"""Decodes untrusted pictures into tiles; Pillow runs only in confined children.
 
-A picture of up to `USUAL_PIXELS` goes to one child that stays, so that it costs hardly more than
-its decoding. A larger one has a child of its own with more time and memory, one at a time, so that
-the usual ones never wait for it. Both are niced: what decodes tokens goes first.
+A picture of up to `USUAL_PIXELS` goes to one child that keeps running, so it costs little more than
+its decoding. A larger one gets a child of its own with more time and memory, one at a time, so the
+usual ones never wait for it. Both are niced, so that generation goes first.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from .section import VisionSection
 
 USUAL_PIXELS = 16_000_000
-"""Of a picture that does not need a child of its own."""
+"""Limits the pixels of a picture that the child for usual pictures decodes."""
 USUAL_LIMITS = Limits(cpu_s=5.0, memory_bytes=768 << 20, nice=5, tasks=20, confined=True)
-"""What such a picture may cost; a photograph of 12 million pixels takes 0.2 s and 200 MB."""
+"""Limits that child; a photograph of 12 million pixels takes 0.2 s and 200 MB."""
 LARGE_LIMITS = Limits(cpu_s=20.0, memory_bytes=1536 << 20, nice=10, tasks=1, confined=True)
-"""What a larger one may cost; a JPEG of 10,000 x 10,000 pixels takes 2 s and 1 GB."""
+"""Limits the child of a larger picture; a JPEG of 10,000 x 10,000 takes 2 s and 1 GB."""
 MIN_PILLOW = (13, 0) if sys.version_info >= (3, 11) else (12, 3)
-"""As in the extra ``images``: the newest that there is for each Python."""
+"""Equals the bound in the extra ``images``: the newest Pillow for each Python."""
 _FUNCTION = "edge.vision.decode_child:work"
 _usual = LimitedChild(_FUNCTION, USUAL_LIMITS)
 _large = threading.Lock()
@@ -46,10 +46,10 @@ class Tiles:
     """A decoded picture.
 
     Attributes:
-        pixels: uint8 ``[tiles, tile_px, tile_px, 3]``, RGB; the last tile shows the picture whole.
-        layout: how it was cut.
-        width, height: of the picture as it is shown, in pixels.
-        section: of the bundle for which it was cut.
+        pixels: uint8 ``[tiles, tile_px, tile_px, 3]``, RGB; the last tile shows the whole picture.
+        layout: how the picture was cut.
+        width, height: the picture's size as it is shown, in pixels.
+        section: the section of the bundle for which it was cut.
     """
 
     pixels: np.ndarray
@@ -62,7 +62,7 @@ class Tiles:
         """Return tiles as the encoder takes them: float32 ``[tiles, 3, tile_px, tile_px]``.
 
         Args:
-            which: of the tiles; a tile of 512 x 512 pixels takes 3 MB.
+            which: the tiles to return; a tile of 512 x 512 pixels takes 3 MB.
         """
         pixels = self.pixels[which]
         values = np.empty((len(pixels), 3, *pixels.shape[1:3]), np.float32)
@@ -77,14 +77,14 @@ def decode_picture(
     """Decode a picture, and cut it into tiles.
 
     Args:
-        picture: see `as_picture`.
-        section: of the bundle.
-        tiles: see `plan_layout`.
+        picture: a picture, or the bytes of one, as `as_picture` takes them.
+        section: the bundle's section ``vision``.
+        tiles: limit on the number of tiles, as `plan_layout` takes it.
 
     Raises:
-        RequestError: it is no picture of a known format, damaged, too large, or takes too long.
+        RequestError: the format is unknown, or the picture is damaged, too large or too slow.
         DependencyError: Pillow is missing or too old.
-        ResourceError: see `LimitedChild.ask`; among others, this kernel confines no process.
+        ResourceError: `LimitedChild.ask` failed, e.g. because this kernel confines no process.
     """
     picture = as_picture(picture)
     answer = _ask(picture, section, tiles)
@@ -100,9 +100,9 @@ def picture_size(picture: Picture | bytes) -> tuple[int, int]:
     """Return a picture's width and height as it is shown, in pixels, from its header.
 
     Raises:
-        RequestError: as `decode_picture`, for what the header tells.
-        DependencyError: see `decode_picture`.
-        ResourceError: see `decode_picture`.
+        RequestError: `decode_picture` would refuse the picture for its header.
+        DependencyError: Pillow is missing or too old.
+        ResourceError: `LimitedChild.ask` failed.
     """
     picture = as_picture(picture)
     if picture.size is not None:
@@ -148,7 +148,7 @@ def _ask_child(
 
 
 def _damaged(picture: Picture, why: str, answer: Decoded | None = None) -> RequestError:
-    why = re.sub(r"[^ -~]", "?", why)  # may quote the picture
+    why = re.sub(r"[^ -~]", "?", why)  # it may quote the picture's bytes
     return RequestError(
         f"{_name(picture, answer)} is damaged or cut off ({why}); send the whole file, or save it "
         "anew"
@@ -162,9 +162,9 @@ def _name(picture: Picture, answer: Decoded | None = None) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _normalised_bytes(section: VisionSection) -> np.ndarray:
-    """Return what each value of a byte becomes: float32 ``[3, 256]``.
+    """Return the float of each value of a byte: float32 ``[3, 256]``.
 
-    The order of roundings is transformers'.
+    Roundings happen in the order of transformers.
     """
     values = (np.arange(256, dtype=np.float64) * section.rescale).astype(np.float32)
     mean, std = np.array(section.mean, np.float32), np.array(section.std, np.float32)

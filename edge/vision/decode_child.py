@@ -1,10 +1,9 @@
-"""Decodes, turns, resizes and cuts a picture by Pillow, in a child of `edge.vision.decode`.
+"""Decodes, turns, resizes and cuts a picture with Pillow, in a child of `edge.vision.decode`.
 
-Pixels are those of transformers' processors on their Pillow backend, with two exceptions, where a
-person would call those wrong: 16-bit grey is divided by 256 instead of cut off at 255, and EXIF
-data that cannot be read does not refuse a picture. Like there, a picture is turned as its EXIF
-orientation says, what is transparent stands on white, an animation is its first frame, and colour
-profiles are passed over.
+Pixels are those of transformers' processors on their Pillow backend, with two exceptions where
+those look wrong. 16-bit grey is divided by 256 instead of clipped at 255, and unreadable EXIF data
+does not refuse a picture. As in transformers, a picture is turned by its EXIF orientation,
+transparent parts become white, an animation is its first frame, and colour profiles are ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from .section import VisionSection
 
-_BAND_PX = 256  # rows of a picture that are converted at a time, so that no whole copies pile up
+_BAND_PX = 256  # rows of a picture to convert at a time, so that no whole copies pile up
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -34,17 +33,17 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = 5  # from this orientation on width and height change places
-# What announces EXIF data in a PNG, where they may come after the pixels.
+_SIDEWAYS = 5  # from this orientation on, width and height change places
+# These mark EXIF data in a PNG, which may come after the pixels.
 _LATE_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
 
 def prepare() -> None:
-    """Import what decoders import when they are first used; confined, the child cannot."""
+    """Import what decoders import on first use; once confined, the child cannot."""
     from PIL import MpoImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 
     Image.preinit()
-    Image.MAX_IMAGE_PIXELS = None  # see `Task.max_pixels`, which names what was found
+    Image.MAX_IMAGE_PIXELS = None  # `Task.max_pixels` limits it, with a message that names the size
     exif = Image.Exif()
     exif[_ORIENTATION] = 6
     for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
@@ -55,14 +54,14 @@ def prepare() -> None:
 
 
 def work(data: bytes) -> bytes:
-    """Do a `Task`; returns a `Decoded`, both in MessagePack."""
+    """Do a `Task` and return a `Decoded`, both in MessagePack."""
     task = msgspec.msgpack.decode(data, type=Task)
     answer = Decoded()
     try:
         _do(task, answer)
     except MemoryError:
         raise
-    except UnidentifiedImageError:  # its text names an object of this process
+    except UnidentifiedImageError:  # its message contains the repr of an object here
         answer.why = "its header is not understood"
     except Exception as error:  # noqa: BLE001 - whatever a decoder raises, it is about the picture
         answer.why = f"{error}"[:200] or type(error).__name__
@@ -76,7 +75,7 @@ def _do(task: Task, answer: Decoded) -> None:
     else:
         image = Image.open(io.BytesIO(task.data), formats=[task.format])
         has_late_exif = task.format == "PNG" and any(mark in task.data for mark in _LATE_EXIF)
-        # Without such a mark there is none to find, and Pillow would look for it after the pixels.
+        # Without such a mark there is no EXIF data, and Pillow would look for it after the pixels.
         may_turn = has_late_exif or task.format != "PNG"
     answer.width, answer.height = image.size
     is_header_enough = task.section is None and not has_late_exif
@@ -88,14 +87,14 @@ def _do(task: Task, answer: Decoded) -> None:
     if task.section is None:
         return
     image = upright_rgb(image)
-    if image.size != (answer.width, answer.height):  # by which its rows were counted
+    if image.size != (answer.width, answer.height):  # the tiles were planned by this size
         raise ValueError("its size is not what its header says")
     layout = plan_layout(*image.size, task.section, task.tiles)
     answer.pixels = b"".join(each.tobytes() for each in _tiles(image, layout, task.section))
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an open picture, 1 where there is none that can be read."""
+    """Return the EXIF orientation of an open picture, or 1 if it has none that can be read."""
     try:
         found = image.getexif().get(_ORIENTATION, 1)
     except MemoryError:
@@ -106,10 +105,10 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode a picture, convert it to RGB on white, and turn it as it is shown.
+    """Decode a picture, convert it to RGB on white, and turn it the way it is shown.
 
     Args:
-        image: as Pillow opens it; an animation at its first frame.
+        image: the picture as Pillow opens it, an animation at its first frame.
     """
     image.load()
     turn = orientation(image)

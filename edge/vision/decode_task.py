@@ -1,4 +1,4 @@
-"""What `edge.vision.decode` asks its children, and what they answer; neither loads Pillow."""
+"""Defines the messages between `edge.vision.decode` and its children; neither side loads Pillow."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class Task(msgspec.Struct, array_like=True):
     """A picture to decode.
 
     Attributes:
-        data: the encoded picture, or its pixels, RGB in rows, if ``raw`` is their size.
+        data: the encoded picture; if ``raw`` is set, its pixels, RGB in rows.
         format: Pillow's name of the encoding; no other decoder is tried.
         raw: width and height of pixels that need no decoder.
-        section: of the bundle; None asks for the size only.
-        tiles: see `plan_layout`.
-        max_pixels: a picture with more is not decoded.
+        section: the bundle's section ``vision``; None asks for the size only.
+        tiles: limit on the number of tiles, as `plan_layout` takes it.
+        max_pixels: a picture with more pixels is not decoded.
     """
 
     data: bytes
@@ -29,13 +29,13 @@ class Task(msgspec.Struct, array_like=True):
 
 
 class Decoded(msgspec.Struct, array_like=True):
-    """What a picture is.
+    """The answer to a `Task`.
 
     Attributes:
-        width, height: as it is shown, in pixels; 0 where the header is not understood.
-        pixels: of each tile, RGB in rows; empty where they were not asked for.
-        too_large: whether it has more than ``max_pixels``, and was not decoded.
-        why: what a decoder found wrong; empty if nothing.
+        width, height: the picture's size as it is shown, in pixels; 0 if the header is invalid.
+        pixels: pixels of each tile, RGB in rows; empty if only the size was asked for.
+        too_large: whether the picture has more than ``max_pixels`` and was not decoded.
+        why: the decoder's complaint; empty if there is none.
     """
 
     width: int = 0

@@ -1,4 +1,4 @@
-"""Opens a bundle's vision encoder where its decoder runs, and runs it a tile at a time."""
+"""Opens a bundle's vision encoder on the decoder's engine, and runs it one tile at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _TYPES: dict[str, FloatType] = {
     "tensor(float)": "fp32", "tensor(float16)": "fp16", "tensor(bfloat16)": "bf16",
 }  # fmt: skip
-_BF16 = 16  # NumPy has no such type; ONNX's number
+_BF16 = 16  # ONNX's number of the type; NumPy has no such type
 
 
 def open_encoder(
@@ -36,8 +36,8 @@ def open_encoder(
     """Open the encoder where ``backend`` runs; the bundle's files have been checked.
 
     Raises:
-        BundleError: its graph is not what the section says, or the engine has none.
-        BackendError: it cannot be opened.
+        BundleError: the graph is not what the section says, or the engine has no encoder.
+        BackendError: the encoder cannot be opened.
         DependencyError: a library is missing.
     """
     if backend.name == "tensorrt":
@@ -56,9 +56,9 @@ class OrtEncoder:
     Args:
         bundle: the bundle's directory.
         manifest: its manifest.
-        section: of the manifest.
-        device: where it runs; None is the CPU.
-        num_threads: of the CPU; None is one per physical core.
+        section: its section ``vision``.
+        device: device to run on; None is the CPU.
+        num_threads: CPU threads; None is one per physical core.
 
     Raises:
         BundleError: the graph's inputs and outputs are not those of the section.
@@ -108,7 +108,7 @@ class OrtEncoder:
         self._where = device.name
 
     def encode(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """See `edge.vision.rows.TileEncoder`."""
+        """Turn ``[3, height, width]`` into ``[rows, hidden]``; the tile's edge is ``tile_px``."""
         if self._session is None:
             raise BackendError("the vision encoder is closed; load the bundle again")
         given = np.ascontiguousarray(to_storage(pixels[None], self._type))
@@ -125,5 +125,5 @@ class OrtEncoder:
         return from_storage(self._output[0], self._type).astype(np.float32)
 
     def close(self) -> None:
-        """See `edge.vision.rows.TileEncoder`."""
+        """Free the session; calling it twice is harmless."""
         self._session = None

@@ -1,4 +1,4 @@
-"""The vision encoder as a TensorRT engine: a context of one tile, on a stream of its own."""
+"""Runs the vision encoder as a TensorRT engine: a context for one tile, on its own stream."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _log = logging.getLogger(__name__)
 
 
 class EncoderEngine(Engine):
-    """The encoder's plan, deserialized; see `Engine`.
+    """The encoder's plan, deserialized as an `Engine`.
 
     Args:
         chosen: the directory, and a record that names this plan.
-        manifest: of the bundle.
-        section: of the manifest.
+        manifest: the bundle's manifest.
+        section: the manifest's section ``vision``.
     """
 
     def __init__(self, chosen: ChosenEngine, manifest: Manifest, section: VisionSection) -> None:
@@ -42,7 +42,7 @@ class EncoderEngine(Engine):
         super().__init__(chosen, manifest)
 
     def _check(self, chosen: ChosenEngine, manifest: Manifest) -> None:
-        """Hold names, types and shapes against the section: a wrong one is a wrong address."""
+        """Compare names, types and shapes with the section: a wrong one gives a wrong address."""
         engine, types = self._engine, self._module.DataType
         dtype = types.BF16 if manifest.dtype == "bf16" else types.HALF
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -59,18 +59,18 @@ class EncoderEngine(Engine):
 class EngineEncoder:
     """A `edge.vision.rows.TileEncoder` on TensorRT.
 
-    Everything is allocated when it is opened. It computes beside the decoder's engine, in turns
-    with it, since both are the engine's thread's.
+    Everything is allocated when it is opened. It takes turns with the decoder's engine, since both
+    run in the engine's thread.
 
     Args:
-        manifest: of the bundle.
-        section: of the manifest.
-        backend: runs the decoder; the plan is in its engine's directory.
+        manifest: the bundle's manifest.
+        section: the manifest's section ``vision``.
+        backend: the decoder's backend; the encoder's plan is in its engine's directory.
 
     Raises:
         BundleError: the engine was built without an encoder, or the plan is damaged.
-        BackendError: TensorRT refuses it.
-        DeviceMemoryError: it does not fit into the GPU's memory.
+        BackendError: TensorRT refuses the plan.
+        DeviceMemoryError: the GPU's memory is too small.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class EngineEncoder:
         info = vision_plan(backend.engine_dir, backend.info)
         chosen = ChosenEngine(backend.engine_dir, info, load_module(info.flavour))
         self._type = manifest.dtype
-        self._device = cuda.Device()  # waits as the backend's does
+        self._device = cuda.Device()  # in the backend's mode of waiting
         self._resources = ExitStack()
         self._context: Any = None
         try:
@@ -95,7 +95,7 @@ class EngineEncoder:
             raise
 
     def _bind(self) -> None:
-        """Allocate memory, and make the context that is bound to it."""
+        """Allocate memory, and make a context that is bound to it."""
         device, engine = self._device, self._engine
         size = max(engine.activations_bytes, ALIGNMENT)
         activations = cuda.DeviceMemory(device, size, "the encoder's activations")
@@ -125,7 +125,7 @@ class EngineEncoder:
         self._call("set_input_shape", PIXEL_VALUES, (1, *engine.shapes[PIXEL_VALUES]))
 
     def encode(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """See `edge.vision.rows.TileEncoder`."""
+        """Turn ``[3, height, width]`` into ``[rows, hidden]``."""
         if self._context is None:
             raise BackendError("the vision encoder is closed; load the bundle again")
         source, target = self._hosts[PIXEL_VALUES], self._hosts[IMAGE_ROWS]
@@ -138,14 +138,14 @@ class EngineEncoder:
                 if not self._device.integrated:
                     self._stream.download(target.reshape(-1), self._addresses[IMAGE_ROWS])
             finally:
-                self._stream.synchronize()  # what was put there before an error runs, too
+                self._stream.synchronize()  # work enqueued before an error still runs
         return from_storage(target, self._type).astype(np.float32)
 
     def _call(self, method: str, *args: Any) -> None:
         with self._engine.listener:
             try:
                 done = getattr(self._context, method)(*args)
-            except RuntimeError:  # how set_optimization_profile_async says no
+            except RuntimeError:  # set_optimization_profile_async refuses by this error
                 done = False
         if not done:
             raise BackendError(
@@ -154,7 +154,7 @@ class EngineEncoder:
             )
 
     def close(self) -> None:
-        """See `edge.vision.rows.TileEncoder`."""
+        """Free context and memory; calling it twice is harmless."""
         self._context, self._hosts = None, {}
         try:
             with self._device.active():

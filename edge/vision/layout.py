@@ -1,15 +1,15 @@
-"""Says how a picture is cut into tiles, and by which text it stands in a prompt, from its size.
+"""Plans how a picture is cut into tiles and which text replaces it in a prompt, from its size.
 
-Nothing is decoded for it, so a picture's rows of ``inputs_embeds`` are known before it is encoded.
-The arithmetic is that of transformers' processors, to the last rounding of a float: Idefics3 and
-SmolVLM in ``image_processing_pil_idefics3.py`` and ``processing_idefics3.py``, InternVL in
-``image_processing_pil_got_ocr2.py`` and ``processing_internvl.py``.
+No pixel is decoded for this, so the number of a picture's rows of ``inputs_embeds`` is known before
+it is encoded. The arithmetic is that of transformers' processors, to the last rounding of a float:
+Idefics3 and SmolVLM in ``image_processing_pil_idefics3.py`` and ``processing_idefics3.py``,
+InternVL in ``image_processing_pil_got_ocr2.py`` and ``processing_internvl.py``.
 
-A limit on the tiles gives what the same processors give with other settings of theirs:
+A limit on the tiles gives what the same processors give with other settings:
 
-- Idefics3: the longer edge shrinks to the most tiles, ``size={"longest_edge": n * tile_px}``, whose
-  grid has no more than the limit. A grid has two tiles or more. With a lower limit there is none:
-  ``do_image_splitting=False``.
+- Idefics3: the longer edge shrinks to the most tiles whose grid stays within the limit,
+  ``size={"longest_edge": n * tile_px}``. A grid has two tiles or more. With a lower limit there is
+  no grid: ``do_image_splitting=False``.
 - InternVL: ``max_patches`` is the limit.
 """
 
@@ -28,12 +28,12 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a picture becomes tiles; the last tile shows it whole.
+    """How a picture becomes tiles; the last tile shows the whole picture.
 
     Attributes:
         steps: sizes to which it is resized, one after the other; the last one is cut into tiles.
-        rows, cols: of the grid of tiles beside the one that shows it whole; both may be 0.
-        whole_of_steps: whether the tile that shows it whole is resized from the last of the steps,
+        rows, cols: the grid of tiles, without the tile of the whole picture; both may be 0.
+        whole_of_steps: whether the tile of the whole picture is resized from the last of the steps,
             as in Idefics3, and not from the picture.
     """
 
@@ -44,7 +44,7 @@ class Layout:
 
     @property
     def tiles(self) -> int:
-        """Number of tiles, the one that shows the picture whole included."""
+        """Return the number of tiles, with the one that shows the whole picture."""
         return self.rows * self.cols + 1
 
     def image_rows(self, section: VisionSection) -> int:
@@ -52,10 +52,10 @@ class Layout:
         return self.tiles * section.rows_per_tile
 
     def placeholder_text(self, section: VisionSection) -> str:
-        """Return what takes the place of the chat template's ``image_token``.
+        """Return the text that replaces the chat template's ``image_token``.
 
-        It has `image_rows` image tokens, in the order of the tiles, and what the family writes
-        around them.
+        It has `image_rows` image tokens, in the order of the tiles, and the family's tokens around
+        them.
         """
         rows = section.image_token * section.rows_per_tile
         if section.family == "internvl":
@@ -77,11 +77,11 @@ def plan_layout(width: int, height: int, section: VisionSection, tiles: int | No
     """Plan the tiles of a picture.
 
     Args:
-        width: of the picture as it is shown, in pixels, at least 1.
-        height: the same.
-        section: of the bundle.
-        tiles: tiles beside the one that shows the picture whole, at most; None for as many as the
-            family takes.
+        width: the picture's width as it is shown, in pixels, at least 1.
+        height: its height in pixels, at least 1.
+        section: the bundle's section ``vision``.
+        tiles: most tiles, not counting the one of the whole picture; None is the family's own
+            limit.
     """
     most = section.max_tiles - 1 if tiles is None else min(tiles, section.max_tiles - 1)
     if section.family == "internvl":
@@ -104,7 +104,7 @@ def plan_layout(width: int, height: int, section: VisionSection, tiles: int | No
 
 
 def _fit(width: int, height: int, edge: int) -> Size:
-    """Return the size whose longer side is ``edge`` pixels, and the other one even."""
+    """Return the size whose longer side is ``edge`` pixels and whose other side is even."""
     aspect = width / height
     if width >= height:
         width, height = edge, int(edge / aspect)
@@ -130,7 +130,8 @@ def _whole_tiles(width: int, height: int, tile_px: int) -> Size:
 def _nearest_grid(width: int, height: int, tile_px: int, most: int) -> tuple[int, int]:
     """Return rows and columns of the grid whose shape is nearest to the picture's.
 
-    Of two grids of one shape it is the larger one, if that has less than twice the picture's area.
+    Of two grids of equal shape it takes the larger one if that has less than twice the picture's
+    area.
     """
     aspect = width / height
     grids = [

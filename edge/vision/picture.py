@@ -1,4 +1,4 @@
-"""Takes what a caller gives as a picture: encoded bytes, a path, an array or a PIL image."""
+"""Accepts pictures as callers give them: encoded bytes, a path, an array or a PIL image."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from edge.errors import RequestError
 from edge.files import read_file
 
 MAX_BYTES = 64 << 20
-"""Of an encoded picture; a PNG of 20 million pixels of a photograph has some 40 MB."""
+"""Limits an encoded picture; a PNG of a 20-megapixel photograph has about 40 MB."""
 MAX_PIXELS = 100_000_000
-"""Of a picture, 10,000 x 10,000."""
+"""Limits the pixels of a picture: 10,000 x 10,000."""
 _FORMATS = {
     "PNG": (b"\x89PNG\r\n\x1a\n",),
     "JPEG": (b"\xff\xd8\xff",),
@@ -50,19 +50,19 @@ class Picture:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of what was given: the same picture in two encodings has two."""
+        """Return a hash of the data as given; one picture in two encodings has two hashes."""
         return hashlib.sha256(f"{self.format} {self.size} ".encode() + self.data).hexdigest()
 
 
 def as_picture(value: object) -> Picture:
-    """Take what a message has as its picture; nothing is decoded, except of a PIL image.
+    """Check and wrap the picture of a message; only a PIL image is decoded.
 
     Args:
         value: bytes of a PNG, JPEG, WebP, GIF or BMP; a path of such a file; a uint8 array
             ``[height, width, 3]``, RGB; or a PIL image.
 
     Raises:
-        RequestError: it is none of these, too large, or a file that cannot be read.
+        RequestError: the value is none of these, too large, or a file that cannot be read.
     """
     match value:
         case Picture():
@@ -138,7 +138,7 @@ def _array(array: np.ndarray) -> Picture:
 
 
 def _pil_image(image: object) -> Picture:
-    from PIL import Image  # the caller has it loaded
+    from PIL import Image  # loaded already, since the caller has a PIL image
 
     from .decode_child import upright_rgb
 

@@ -1,9 +1,9 @@
-"""The vision encoder of an engine: a second plan beside the decoder's.
+"""Finds the vision encoder of an engine: a second plan beside the decoder's.
 
-``engine.json`` names it in the section ``vision`` of its ``extras``. So what vouches for the record
-vouches for both plans, and both are replaced in one step. `engine_file.open_plan` maps and hashes
-what `vision_plan` returns. It has one profile: `PIXEL_VALUES` of 1 to ``max_tiles`` tiles, tuned
-for one.
+``engine.json`` names it in the section ``vision`` of its ``extras``, so a signature of the record
+covers both plans, and both are replaced in one step. `engine_file.open_plan` maps and hashes the
+plan of the record that `vision_plan` returns. The plan has one profile: `PIXEL_VALUES` of 1 to
+``max_tiles`` tiles, tuned for one.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class VisionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def vision_plan(directory: Path, info: EngineInfo) -> EngineInfo:
-    """Return an engine's record with the encoder's plan in the place of the decoder's.
+    """Return an engine's record with the encoder's plan in place of the decoder's.
 
     Args:
-        directory: the engine's.
-        info: its ``engine.json``.
+        directory: the engine's directory.
+        info: the engine's ``engine.json``.
 
     Raises:
         BundleError: the engine was built without an encoder, or its section is damaged.

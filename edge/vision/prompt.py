@@ -1,9 +1,9 @@
-"""Turns messages with pictures into token ids, of which some are rows of pictures.
+"""Turns messages with pictures into token ids, some of which stand for rows of pictures.
 
-A picture in a message becomes a mark, a character that nothing else in the request has. The chat
-template sees a part of type ``image`` in its place, or the mark itself, and what it writes there
-becomes the placeholders of all its rows. So only what stands at a mark is a placeholder: a control
-token in a text is plain text, as in every chat (`edge.text.chat_template`).
+A picture in a message becomes a mark, a character that occurs nowhere else in the request. The
+chat template sees a part of type ``image`` in its place, or the mark itself. What the template
+writes there becomes the placeholders of all the picture's rows. So only a mark can become a
+placeholder: a control token in a text is plain text, as in every chat (`edge.text.chat_template`).
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from .rows import PictureRows, PictureTable
 from .section import VisionSection, read_vision
 
 CPU_TILES = 1
-"""Tiles of a picture beside the one that shows it whole, on a CPU, where nothing else is asked."""
+"""Limits the tiles of a picture on a CPU by default, not counting the whole picture's."""
 _WORD = "granite"
 
 
 class PromptIds(list[int]):
-    """Token ids of a prompt; they hold its pictures.
+    """Token ids of a prompt, with its pictures.
 
     Attributes:
-        pictures: one for each run of rows.
+        pictures: the picture of each run of rows.
     """
 
     pictures: tuple[PictureRows, ...] = ()
@@ -48,8 +48,8 @@ class PicturesLengthError(ContextLengthError):
     """The prompt does not fit into the KV cache, and its pictures are a part of it.
 
     Attributes:
-        num_rows: what the pictures take of it.
-        tiles: tiles of a picture at most, beside the one that shows it whole.
+        num_rows: rows that the pictures take.
+        tiles: most tiles per picture, not counting the one of the whole picture.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class PictureReader:
 
     Args:
         table: path of the bundle's token table, and its open descriptor.
-        manifest: of the bundle, whose files have been checked.
-        backend: what runs its decoder; the encoder goes there, too.
+        manifest: manifest of the bundle, whose files have been checked.
+        backend: the decoder's backend; the encoder runs on the same device.
         config: options of the engine.
-        template: the bundle's chat template; None where it has none.
+        template: the bundle's chat template; None if it has none.
 
     Attributes:
-        section: of the manifest.
-        tiles: tiles of a picture at most, beside the one that shows it whole.
+        section: the manifest's section ``vision``.
+        tiles: most tiles per picture, not counting the one of the whole picture.
         table: the token table, with the rows of pictures.
 
     Raises:
@@ -116,17 +116,17 @@ class PictureReader:
         max_tokens: int | None = None,
         **options: Any,
     ) -> PromptIds:
-        """Render messages and encode them as `edge.text.chat_template.encode_chat`, pictures too.
+        """Render and encode messages with pictures, as `edge.text.chat_template.encode_chat` does.
 
         A user's content may be a list of ``{"type": "text", "text": ...}`` and ``{"type": "image",
-        "image": X}``; see `as_picture` for X.
+        "image": X}``, where X is what `as_picture` takes.
 
         Raises:
             RequestError: a message is wrong, or a picture cannot be read.
-            ContextLengthError: the prompt has more tokens than ``max_tokens``; no pixel of a
-                picture has been decoded.
+            ContextLengthError: the prompt has more tokens than ``max_tokens``; no picture has been
+                decoded.
             OverloadError: too many pictures wait for the encoder.
-            What `encode_chat` raises.
+            Exception: any other error that `encode_chat` raises.
         """
         mark, plain, given = _take_pictures(messages, template.source)
         known = [self.table.find(self._digest(picture)) for picture in given]
@@ -171,7 +171,7 @@ class PictureReader:
         return self.table.add(self._digest(picture), tiles)
 
     def _place(self, found: PromptIds, image_id: int) -> None:
-        """Put the rows of the pictures in the places of their placeholders."""
+        """Replace the placeholders by the ids of the pictures' rows."""
         rows = [id_ for picture in found.pictures for id_ in picture.ids]
         places = [place for place, id_ in enumerate(found) if id_ == image_id]
         for place, row in zip(places, rows, strict=True):
@@ -179,7 +179,7 @@ class PictureReader:
 
 
 def template_of_text(template: ChatTemplate, section: VisionSection) -> ChatTemplate:
-    """Return a chat template that writes texts also where it reads contents as parts alone."""
+    """Return a template that accepts texts even if it was written for contents as parts only."""
     return _PictureTemplate(template, section)
 
 
@@ -187,12 +187,12 @@ class _PictureTemplate(ChatTemplate):
     """A chat template that writes the placeholders of pictures.
 
     Args:
-        template: the bundle's.
-        section: of the manifest.
+        template: the bundle's chat template.
+        section: the manifest's section ``vision``.
     """
 
     def __init__(self, template: ChatTemplate, section: VisionSection) -> None:
-        self.__dict__.update(template.__dict__)  # it is compiled already
+        self.__dict__.update(template.__dict__)  # takes over the compiled template
         self._section = section
         self._mark, self._layouts = "", tuple[Layout, ...]()
         parts = [{"type": "image"}, {"type": "text", "text": _WORD}]
@@ -203,8 +203,8 @@ class _PictureTemplate(ChatTemplate):
         """Return the template for one request.
 
         Args:
-            mark: stands for a picture in a content; empty where there is none.
-            layouts: of the pictures, in order.
+            mark: character that stands for a picture in a content; empty if there is none.
+            layouts: layouts of the pictures, in order.
         """
         found = copy(self)
         found._mark, found._layouts = mark, tuple(layouts)
@@ -223,7 +223,7 @@ class _PictureTemplate(ChatTemplate):
         return self._fill(rendered)
 
     def _parts(self, content: str | None) -> Iterator[dict[str, str]]:
-        """A content as a list of parts."""
+        """Yield the parts of a content."""
         texts = (content or "").split(self._mark) if self._mark else [content]
         for number, text in enumerate(texts):
             if number:
@@ -232,9 +232,9 @@ class _PictureTemplate(ChatTemplate):
                 yield {"type": "text", "text": text}
 
     def _fill(self, rendered: str) -> str:
-        """Write all placeholders of each picture, where the template has one for it.
+        """Write all placeholders of each picture, where the template wrote one for it.
 
-        Control tokens of messages are covered, so that every one that is there is the template's.
+        Control tokens of messages are masked here, so every placeholder found is the template's.
         """
         token = self._section.image_token
         if self._mark:
@@ -250,7 +250,7 @@ class _PictureTemplate(ChatTemplate):
 
 
 def _places(message: Any) -> list[int]:
-    """Which parts of a message's content are pictures."""
+    """Return the indices of those parts of a message's content that are pictures."""
     parts = message.get("content") if isinstance(message, Mapping) else None
     parts = parts if isinstance(parts, list | tuple) else ()
     found = (isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
@@ -260,7 +260,7 @@ def _places(message: Any) -> list[int]:
 def _take_pictures(
     messages: Sequence[Any], source: str
 ) -> tuple[str, Sequence[Mapping[str, Any]], list[Picture]]:
-    """Replace pictures in messages by a mark; texts beside each other are joined by newlines.
+    """Replace pictures in messages by a mark; adjacent texts are joined by newlines.
 
     Returns:
         The mark, the messages, and the pictures in order.

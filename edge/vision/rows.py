@@ -1,8 +1,9 @@
-"""Gives the rows of pictures token ids of their own, and keeps them while a prompt has them.
+"""Gives the rows of pictures their own token ids, and keeps them while a prompt uses them.
 
-A picture in a prompt is a run of ids above every vocabulary. What goes by token ids, the prefix
-cache or a queue, then goes by the picture, too. The encoder runs when the scheduler asks for it
-(`PictureTable.prepare`), a tile at a time, and only for rows that no cache has.
+A picture in a prompt is a run of ids above every vocabulary. So everything that compares token ids,
+such as the prefix cache and the queue, also tells pictures apart. The encoder runs when the
+scheduler asks for it (`PictureTable.prepare`), one tile at a time, and only for rows that no cache
+has.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
     from .decode import Tiles
 
 KEPT_BYTES = 64 << 20
-"""Rows and pixels of pictures that are kept for later prompts."""
+"""Limits the rows and pixels of pictures that are kept for later prompts."""
 MOST_PIXEL_BYTES = 256 << 20
-"""Pixels of all pictures that wait for the encoder."""
+"""Limits the pixels of all pictures that wait for the encoder."""
 _ROW_BITS = 16
-# It begins anywhere: ids that another process had, as of an answer put away, mean nothing here.
+# Starts at a random number, so that ids of another process, e.g. in a stored answer, match nothing.
 _numbers = itertools.count(secrets.randbits(40))
 
 
@@ -50,18 +51,18 @@ class TileEncoder(Protocol):
 
 
 class PictureRows:
-    """A picture as an open bundle knows it. Its rows are there as long as somebody holds it.
+    """A picture in an open bundle; its rows stay as long as somebody holds it.
 
     Args:
-        digest: of what it was made of.
+        digest: hash of everything that its rows depend on.
         tiles: its pixels.
         rows_per_tile: rows that each tile becomes.
 
     Attributes:
-        number: tells it from every other one of this process.
+        number: number of this picture, unique in this process.
         layout: how it was cut into tiles.
         is_ready: for each tile, whether its rows have been computed, ``[tiles]``.
-        rows: of all tiles, ``[tiles * rows_per_tile, hidden]``; empty before the first.
+        rows: rows of all tiles, ``[tiles * rows_per_tile, hidden]``; empty before the first.
     """
 
     def __init__(
@@ -79,18 +80,18 @@ class PictureRows:
 
     @property
     def ids(self) -> range:
-        """The token ids of its rows."""
+        """Return the token ids of its rows."""
         first = PICTURE_IDS + (self.number << _ROW_BITS)
         return range(first, first + self.num_rows)
 
     @property
     def pixel_bytes(self) -> int:
-        """Bytes of its pixels, which are dropped after the last tile."""
+        """Return the bytes of its pixels, which are dropped after the last tile."""
         tiles = self._tiles
         return 0 if tiles is None else tiles.pixels.nbytes
 
     def encode_tile(self, rows: NDArray[np.int64], encoder: TileEncoder) -> bool:
-        """Compute the first tile that some rows need; returns whether there was one."""
+        """Compute the first tile that ``rows`` need; returns whether there was one."""
         wanted = rows // self._rows_per_tile
         missing = wanted[~self.is_ready[wanted]]
         if self._tiles is None or not missing.size:
@@ -114,19 +115,19 @@ class PictureRows:
 
 
 class PictureTable(EmbeddingTable):
-    """The token table, and after it the rows of pictures by the ids that they have here.
+    """The token table, followed by the rows of pictures under the ids that they have here.
 
     Any thread may add pictures; only the engine's thread reads rows.
 
     Args:
-        path: see `EmbeddingTable`.
-        descriptor: see there.
+        path: path of the token table, as `EmbeddingTable` takes it.
+        descriptor: the table's open file descriptor.
         encoder: computes rows.
-        rows_per_tile: of its output.
+        rows_per_tile: rows per tile that the encoder returns.
 
     Attributes:
         encoded_tiles: tiles computed so far.
-        encoding_s: seconds that these took.
+        encoding_s: time that they took, in seconds.
     """
 
     has_pictures = True
@@ -151,14 +152,14 @@ class PictureTable(EmbeddingTable):
             return found
 
     def add(self, digest: str, tiles: Tiles) -> PictureRows:
-        """Keep a picture; one with this digest that is here already is returned instead.
+        """Keep a picture; if one with this digest is here already, that one is returned.
 
         Args:
-            digest: of all that its rows depend on.
+            digest: hash of everything that its rows depend on.
             tiles: its pixels.
 
         Raises:
-            OverloadError: too many wait for the encoder.
+            OverloadError: too many pictures wait for the encoder.
         """
         with self._lock:
             found = self._by_digest.get(digest)
@@ -175,7 +176,7 @@ class PictureTable(EmbeddingTable):
             return found
 
     def forget(self) -> None:
-        """Know no picture again; who holds one goes on with it."""
+        """Drop all pictures; a request that holds one can go on using it."""
         with self._lock:
             self._kept.clear()
             self._by_digest.clear()
@@ -190,17 +191,17 @@ class PictureTable(EmbeddingTable):
             taken -= oldest.pixel_bytes + oldest.num_rows * row_bytes
 
     def check_held(self, ids: Sequence[int], pictures: Sequence[PictureRows]) -> None:
-        """Refuse rows of pictures that a request does not hold: ids alone give nobody a picture.
+        """Refuse rows of pictures that a request does not hold: knowing ids gives no access.
 
         Raises:
-            RequestError: there is one.
+            RequestError: an id is of a picture that the request does not hold.
         """
         held = {picture.number for picture in pictures}
         if not held.issuperset(_numbers_of(_rows_of(ids))):
             raise _gone()
 
     def prepare(self, ids: Sequence[int]) -> bool:
-        """Compute the next tile that some ids need; returns whether there was one.
+        """Compute the next tile that ``ids`` need; returns whether there was one.
 
         Raises:
             BackendError: the encoder failed.
@@ -216,7 +217,7 @@ class PictureTable(EmbeddingTable):
         return False
 
     def __getitem__(self, ids: NDArray[np.int64]) -> NDArray[np.float16]:
-        """Read the rows of ``ids`` (any shape) to ``[*ids.shape, hidden]``; see `EmbeddingTable`.
+        """Read the rows of ``ids`` (any shape) to ``[*ids.shape, hidden]``.
 
         Raises:
             BackendError: the encoder failed.
@@ -236,7 +237,7 @@ class PictureTable(EmbeddingTable):
         return found.reshape(*ids.shape, self.hidden_size)
 
     def check(self, ids: NDArray[np.int64]) -> None:
-        """Refuse ids that have no row; see `EmbeddingTable`."""
+        """Refuse ids that have no row, as `EmbeddingTable` does."""
         super().check(ids[ids < PICTURE_IDS])
         for id_ in ids[ids >= PICTURE_IDS].tolist():
             number, row = divmod(id_ - PICTURE_IDS, 1 << _ROW_BITS)
@@ -250,7 +251,7 @@ class PictureTable(EmbeddingTable):
         return found
 
     def close(self) -> None:
-        """Close file and encoder; calling it twice is harmless."""
+        """Close the file and the encoder; calling it twice is harmless."""
         super().close()
         encoder = self.__dict__.get("_encoder")  # the constructor may have failed
         if encoder is not None:
@@ -264,11 +265,11 @@ def _gone() -> RequestError:
 
 
 def _numbers_of(rows: NDArray[np.int64]) -> Iterable[int]:
-    """Numbers of the pictures that some rows are of, in order."""
+    """Return the numbers of the pictures that ``rows`` belong to, in order."""
     return dict.fromkeys((rows >> _ROW_BITS).tolist())
 
 
 def _rows_of(ids: Iterable[int]) -> NDArray[np.int64]:
-    """Those of some ids that are rows of pictures, from 0 on."""
+    """Return those of ``ids`` that are rows of pictures, counted from 0."""
     found: NDArray[np.int64] = np.array([i for i in ids if i >= PICTURE_IDS], np.int64)
     return found - PICTURE_IDS

@@ -1,8 +1,8 @@
-"""The manifest's section ``vision``: how pictures become rows of ``inputs_embeds``.
+"""Defines the manifest's section ``vision``: how pictures become rows of ``inputs_embeds``.
 
 The encoder is a second graph of the bundle. It takes `PIXEL_VALUES` ``[tiles, 3, tile_px,
-tile_px]`` in the graph's float type (fp16 or bf16 in ``graph``, fp32 in ``cpu_graph``) and puts out
-`IMAGE_ROWS` ``[tiles, rows_per_tile, hidden]``, the projector included. The number of tiles is
+tile_px]`` in the graph's float type: fp16 or bf16 in ``graph``, fp32 in ``cpu_graph``. It puts out
+`IMAGE_ROWS` ``[tiles, rows_per_tile, hidden]``, after the projector. The number of tiles is
 dynamic.
 """
 
@@ -17,7 +17,7 @@ from edge.bundle.manifest import Count, Manifest, is_file_name
 from edge.errors import BundleError
 
 SECTION = "vision"
-"""Of the manifest, see `read_vision`."""
+"""Names the manifest's section, which `read_vision` reads."""
 PIXEL_VALUES = "pixel_values"
 IMAGE_ROWS = "image_rows"
 
@@ -34,28 +34,29 @@ class VisionSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A vision encoder, and the pictures that it takes.
 
     Attributes:
-        family: whose rules cut a picture into tiles and write its placeholder text.
+        family: family whose rules cut a picture into tiles and write its placeholder text.
         tile_px: edge of a tile in pixels.
         rows_per_tile: rows of ``inputs_embeds`` that a tile becomes, at most 2**16 in all tiles.
-        longest_edge_px: the longer edge of a picture, to which it is resized before it is split.
-        max_tiles: tiles of a picture at most, with the one that shows it whole.
-        mean, std: of each channel, red first: a value becomes ``(value * rescale - mean) / std``.
+        longest_edge_px: length to which a picture's longer edge is resized before it is split.
+        max_tiles: most tiles of a picture, with the one that shows it whole.
+        mean, std: mean and deviation of each channel, red first: a value becomes
+            ``(value * rescale - mean) / std``.
         resample: Pillow's number of the filter that resizes, e.g. 1 for Lanczos.
-        rescale: what a byte of a pixel is multiplied with.
-        image_token: stands in the text where a row of a picture comes; the chat template writes it
-            once for a whole picture.
-        begin_token: before each tile.
-        end_token: after the last tile.
-        whole_token: after ``begin_token``, before the tile that shows the whole picture.
-        tile_token: the same for another tile; ``{row}`` and ``{col}`` stand for its place, which
-            counts from 1 (`tile_text`).
-        quant: how the encoder's weights are stored. The floats of ``cpu_graph`` are fp32; beside
+        rescale: factor on each byte of a pixel.
+        image_token: token that stands for one row of a picture; the chat template writes it once
+            for a whole picture.
+        begin_token: token before each tile.
+        end_token: token after the last tile.
+        whole_token: token after ``begin_token`` and before the tile of the whole picture.
+        tile_token: token after ``begin_token`` and before any other tile; ``{row}`` and ``{col}``
+            are replaced by its place, which counts from 1 (`tile_text`).
+        quant: how the encoder's weights are stored. The floats of ``cpu_graph`` are fp32; with
             ``int8`` weights ONNX Runtime rounds inputs of products to INT8 as well.
-        loss: root of the summed squared difference of the rows of ``cpu_graph``, as ONNX Runtime
-            runs it, from those with the source's weights, over that of the latter, on a drawn tile;
-            None was not measured.
-        graph, cpu_graph: the files of both graphs.
-        weight_bytes: what the weights of ``graph`` take.
+        loss: relative error of the rows of ``cpu_graph`` on ONNX Runtime, measured on a random
+            tile: the root of the summed squared difference from the rows with the source's weights,
+            over the root of the latter's sum of squares; None if not measured.
+        graph, cpu_graph: names of the two graphs' files.
+        weight_bytes: size of the weights of ``graph``.
     """
 
     family: Family
@@ -79,15 +80,15 @@ class VisionSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_bytes: Count = 0
 
     def tile_text(self, row: int, col: int) -> str:
-        """Return the token of a tile by its place, which counts from 1."""
+        """Return the token of a tile by its place, counted from 1."""
         return self.tile_token.replace("{row}", str(row)).replace("{col}", str(col))
 
 
 def read_vision(manifest: Manifest) -> VisionSection | None:
-    """Read a bundle's section; None if the bundle reads text only.
+    """Read a bundle's vision section; None if the bundle reads text only.
 
     Raises:
-        BundleError: the section does not fit, or names a file that the bundle does not have.
+        BundleError: the section is malformed, or names a file that the bundle does not have.
     """
     section = read_extra(manifest, SECTION, VisionSection)
     if section is None:

@@ -1,1 +1,6 @@
-"""Several answers to one question: what each of them says, and when they settle it."""
+"""Decides votes among several answers to one question.
+
+Here: what the answer of a sample is, where a thought can be ended, and the test that says when
+enough samples agree. Pure functions of texts and counts: drawing samples is in `edge.runtime.vote`
+and `edge.runtime.stop_when_sure`.
+"""

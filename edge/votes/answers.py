@@ -1,4 +1,4 @@
-r"""Finds what a sample answers, in a form in which equal answers are equal texts."""
+r"""Finds the answer of a sample, normalised so that equal answers are equal texts."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ _ALONE = re.compile(r"(?<![\w'])\(?([A-J])(?:[).:]|\*\*|\s*$)")
 
 
 def answer_finder(rule: str) -> AnswerFinder:
-    r"""Return a function from a sample's text to its answer, or None where it has none.
+    r"""Return a function that returns the answer in a sample's text, or None.
 
     Args:
-        rule: ``number`` (the last box, what follows ``####``, or the last number), ``choice`` (a
-            letter from A to J), ``boxed`` (the text in the last ``\boxed{}``), ``json:FIELD`` (that
-            field of the last JSON object) or ``regex:PATTERN`` (the first group of the last match,
-            or all of it), which runs in a limited process.
+        rule: ``number`` takes the last box, else the number after ``####``, else the last
+            number. ``choice`` takes a letter from A to J, ``boxed`` the text in the last
+            ``\boxed{}``. ``json:FIELD`` takes that field of the last JSON object.
+            ``regex:PATTERN`` takes the first group of the last match, or the whole match, and
+            runs in a limited process.
 
     Raises:
-        RequestError: no such rule, or a wrong pattern.
+        RequestError: there is no such rule, or the pattern is wrong.
     """
     given: Any = rule
     if not isinstance(given, str):
@@ -64,7 +65,7 @@ def _number(text: str) -> str | None:
             rest //= prime
     if rest != 1 or value.denominator == 1:
         return str(value)
-    # Exact: a denominator of twos and fives has an end; of more digits, a fraction is as good.
+    # A denominator of twos and fives gives a finite decimal; with more digits it is a fraction.
     decimal = Decimal(value.numerator) / Decimal(value.denominator)
     exact = decimal * value.denominator == value.numerator
     return format(decimal.normalize(), "f") if exact else str(value)
@@ -85,7 +86,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _field(text: str, name: str) -> str | None:
-    """A field of the last JSON object in a text that has it."""
+    """Return a field of the last JSON object in a text that has it."""
     decoder, found, at = json.JSONDecoder(), None, text.find("{")
     while at >= 0:
         try:

@@ -1,4 +1,4 @@
-"""Where a thought can be ended, by family of models, and how the answer is then begun."""
+"""Lists where a thought can be ended, by family of models, and how the answer then begins."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class Family:
     """How models of one kind think.
 
     Attributes:
-        turns: words with which a thought turns; it can be ended before each.
-        close: what ends the thought and begins the answer, whose end is a brace.
+        turns: words with which a thought changes direction; it can be ended before each.
+        close: text that ends the thought and begins the answer, which a closing brace ends.
     """
 
     turns: tuple[str, ...]
@@ -19,7 +19,7 @@ class Family:
 
 
 BLANK_LINE = "\n\n"
-"""A thought of any family can be ended after a paragraph."""
+"""Ends a paragraph; a thought of any family can be ended there."""
 
 _TURNS = (
     "Wait",
@@ -34,6 +34,6 @@ _TURNS = (
     "\u518d\u68c0\u67e5",  # check again
 )
 THINKING = Family(_TURNS, "\n</think>\n\n**Final Answer**\n\\boxed{")
-"""Models that think between tags, as R1 does."""
+"""Describes models that think between tags, as R1 does."""
 PLAIN = Family(_TURNS, "\n\nThe final answer is \\boxed{")
-"""Models that think in the answer itself."""
+"""Describes models that think in the answer itself."""

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)")
 _UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-_ARGUMENT = rf"\s*(\{{-?{_UNSIGNED}\}}|\d)"  # LaTeX takes one digit where there is no brace
+_ARGUMENT = rf"\s*(\{{-?{_UNSIGNED}\}}|\d)"  # without braces, LaTeX takes one digit
 _FRACTION = re.compile(rf"(?:(?<![\d,.])({_UNSIGNED})[ \t]*)?\\[dt]?frac{_ARGUMENT}{_ARGUMENT}")
 _THIN_SPACE = re.compile(r"(?<=\d)(?:\\[,:; ]|[~\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 _POWER = re.compile(
@@ -16,11 +16,11 @@ _POWER = re.compile(
     r"10\^(?:(-?\d{1,3})(?!\d)|\{(-?\d{1,3})\})"
 )
 _STEP = re.compile(r"\d+[.:)]\s+\S")  # the number of a heading
-# What may stand before an answer's number: signs, currencies, "The final answer is".
+# These may precede an answer's number: signs, currencies, "The final answer is".
 _LEAD = re.compile(
     r"(?:[^\w]|(?:the|final|answer|result|total|is|about|rs|us|usd|eur)\b)*", re.IGNORECASE
 )
-_ASIDE = re.compile(r"[.,;]\s|(?<!=)\s\(")  # what follows is no part of an equation
+_ASIDE = re.compile(r"[.,;]\s|(?<!=)\s\(")  # text after it is not part of an equation
 _EQUALS = re.compile(r"=|\u2248|approx")
 _SPACED_MINUS = re.compile(r"(?<![\w)\s])\s*-\s+(?=[\d.])")
 
@@ -28,7 +28,7 @@ _SPACED_MINUS = re.compile(r"(?<![\w)\s])\s*-\s+(?=[\d.])")
 def parse_number(text: str) -> Fraction | None:
     r"""Read a number such as ``1,234.50``, ``$3``, ``1/2``, ``50\%`` or ``\frac{1}{2}``, else None.
 
-    A percent sign, a currency and a unit after the number are ignored. Of an equation such as
+    A percent sign, a currency and a unit after the number are ignored. In an equation such as
     ``x_1 = 4`` the last side counts.
     """
     plain = _SPACED_MINUS.sub("-", _without_latex(text).replace("\\", "").replace("$", ""))
@@ -43,11 +43,11 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def find_number(text: str) -> str | None:
-    r"""Find an answer's final number: in the last box, after ``####``, or the last one.
+    r"""Find an answer's final number: in the last box, else after ``####``, else the last one.
 
-    A ``\boxed{}`` that is empty counts as none: it repeats the instruction.
-    Markdown's headings begin with ``####``, too: only a number right after it counts, or one that
-    is called the answer; where there are several, no number of a heading either.
+    An empty ``\boxed{}`` is ignored, since it repeats the instruction. ``####`` also begins
+    headings in Markdown. So a number counts only directly after it, or where the text calls it the
+    answer, and if there are several ``####``, the number of a heading does not count.
     """
     boxes = [boxed(part) for part in text.split("\\boxed{")[1:]]
     for inner in reversed(boxes):
@@ -69,7 +69,7 @@ def _without_latex(text: str) -> str:
     for latex, plain in (("\\!", ""), ("{,}", ","), ("\u2212", "-")):
         text = text.replace(latex, plain)
     text = _THIN_SPACE.sub("", text)
-    with suppress(ValueError):  # more digits than Python reads
+    with suppress(ValueError):  # more digits than Python parses
         return _POWER.sub(_power, _FRACTION.sub(_mixed_number, text))
     return text
 
@@ -86,7 +86,7 @@ def _power(match: re.Match[str]) -> str:
 
 
 def boxed(text: str) -> str:
-    """The text up to the brace that closes an open one."""
+    """Return the text up to the brace that closes an open one."""
     depth = 1
     for at, char in enumerate(text):
         depth += (char == "{") - (char == "}")

@@ -1,6 +1,6 @@
 """Searches samples for a caller's regular expression, in a process with limits.
 
-Python's expressions can take exponential time, and hold the interpreter while they do.
+Python's expressions can take exponential time, and block the interpreter while they run.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Counts the answers of samples, and says when one of them has won.
 
-The test is sequential: after each sample it asks how likely the second answer is to be the more
-frequent one after all, and ends when that is less than the error that was allowed. The shares of
-the two have a uniform prior (adaptive consistency, https://arxiv.org/abs/2305.11860).
+The test is sequential. After each sample it computes how likely the second answer is to be the more
+frequent one after all, and ends when that is below the allowed error. The shares of the two have a
+uniform prior (adaptive consistency, https://arxiv.org/abs/2305.11860).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class VoteRule:
     """How a vote is held.
 
     Attributes:
-        answers: what the answer of a sample is, see `edge.votes.answers.answer_finder`.
+        answers: rule that finds the answer of a sample, for `edge.votes.answers.answer_finder`.
         first: samples that are drawn at once, 2 or more.
-        most: samples at most.
-        error: how probable it may be that more samples would have another winner, 0..0.5.
+        most: most samples that are drawn.
+        error: allowed probability, 0..0.5, that more samples would have another winner.
 
     Raises:
-        RequestError: a value of the wrong type or out of its range.
+        RequestError: a value has a wrong type or is out of its range.
     """
 
     answers: str = "number"
@@ -49,13 +49,13 @@ class VoteRule:
 
 @dataclass(frozen=True)
 class VoteSample:
-    """One answer of a vote.
+    """One sample of a vote.
 
     Attributes:
-        answer: what was found in it; None where it has none or was cancelled.
+        answer: the answer found in it; None if it has none or was cancelled.
         confidence: its weight, the geometric mean of the probabilities of its tokens.
         text, reasoning: what the model wrote.
-        tokens: tokens that were sampled.
+        tokens: number of sampled tokens.
         finish_reason: why it ended; ``cancelled`` once the vote was decided.
     """
 
@@ -69,15 +69,15 @@ class VoteSample:
 
 @dataclass(frozen=True)
 class VoteResult:
-    """What a vote came to.
+    """The result of a vote.
 
     Attributes:
-        answer: the answer that won, or that leads where nothing is decided; None where no sample
+        answer: the answer that won, or the leading one if nothing was decided; None if no sample
             has one.
         agreed: samples that gave it.
-        counted: samples that came to their end, also those without an answer.
-        decided: whether the test ended the vote, and not the most samples, a full queue or the
-            caller.
+        counted: samples that finished, including those without an answer.
+        decided: whether the test ended the vote, rather than the limit on samples, a full queue or
+            the caller.
         samples: all samples, in the order in which they were started.
     """
 
@@ -94,9 +94,9 @@ class Tally:
 
     Attributes:
         rule: how the vote is held.
-        votes: how many samples gave each answer.
-        weights: the sum of their confidences.
-        samples: samples that have ended, also those in which no answer was found.
+        votes: number of samples that gave each answer.
+        weights: sum of the confidences of those samples, by answer.
+        samples: samples that have finished, including those without an answer.
     """
 
     rule: VoteRule
@@ -113,12 +113,12 @@ class Tally:
 
     @property
     def leader(self) -> str | None:
-        """The answer with the most confidence in all; of equal ones the first to come."""
+        """Return the answer with the highest sum of confidences; of equal ones, the first one."""
         return max(self.weights, key=lambda answer: self.weights[answer], default=None)
 
     @property
     def agreed(self) -> int:
-        """Samples that gave the leading answer."""
+        """Return how many samples gave the leading answer."""
         return 0 if self.leader is None else self.votes[self.leader]
 
     @property
@@ -128,9 +128,9 @@ class Tally:
         return agreed > second and doubt(agreed, second) <= self.rule.error
 
     def missing(self, running: int) -> int:
-        """How many more samples to start while this many run; 0 once it is decided.
+        """Return how many more samples to start while ``running`` run; 0 once it is decided.
 
-        That is as few as could decide it if all of them agreed with the leader.
+        That is the smallest number that could decide it if all agreed with the leader.
         """
         if self.is_decided:
             return 0
@@ -149,10 +149,10 @@ class Tally:
 
 
 def doubt(agreed: int, second: int) -> float:
-    """How probable it is that the second answer is the more frequent one, after these votes.
+    """Return the probability that the second answer is the more frequent one, given these votes.
 
-    Of the shares of both, with a uniform prior, this is the mass below one half: the regularised
-    incomplete beta function at 1/2, a sum of binomials.
+    With a uniform prior on the shares of both, it is the mass below one half: the regularised
+    incomplete beta function at 1/2, which is a sum of binomials.
     """
     tries = agreed + second + 1
     return sum(comb(tries, hits) for hits in range(agreed + 1, tries + 1)) / (1 << tries)
