@@ -1,4 +1,9 @@
-"""Turns a bundle and a prompt into an answer. Importing it loads nothing heavy."""
+"""Turns a bundle and a prompt into an answer: the slim runtime that a device needs.
+
+Here: bundles, backends, text, the scheduler, and what they need of the machine; the packages' own
+docstrings say more. No training, export, engine build, HTTP or fleet: those packages stand on this
+one, which imports none of them. ``import edge`` loads nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +25,7 @@ if TYPE_CHECKING:
     from .runtime.structured_output import OutputFormat
 
 # From 1.29 on, ONNX Runtime's wheels for Linux report model and machine to Microsoft unless this is
-# set before they are loaded. A value that the user has set stays.
+# set before they are loaded. A value that the user has set is kept.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {

@@ -1,3 +1,3 @@
-"""The one version string."""
+"""Holds the one version string."""
 
 __version__ = "0.1.0"

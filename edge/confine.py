@@ -1,9 +1,9 @@
-"""Confines this process for good: from then on it can compute, and use what it has open.
+"""Confines this process for good: it can then only compute, and use what it has open.
 
-A seccomp filter answers every other system call with EPERM, so no file is opened, no process or
-thread started, no socket made, no signal sent, whatever the code in it tries. Linux on x86-64 and
-aarch64 only. Source: seccomp(2), linux/seccomp.h, linux/bpf_common.h and the tables of system calls
-of Linux 6.1.
+A seccomp filter answers every other system call with EPERM. So no file is opened, no process or
+thread started, no socket made and no signal sent, whatever the code in it tries. Linux on x86-64
+and aarch64 only. Source: seccomp(2), linux/seccomp.h, linux/bpf_common.h and the tables of system
+calls of Linux 6.1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ALLOWED = {  # name: (number on x86-64, on aarch64)
     "mremap": (25, 216),
     "madvise": (28, 233),
     "nanosleep": (35, 101),
-    "setitimer": (38, 103),  # the limit of a task that is done; RLIMIT_CPU stays
+    "setitimer": (38, 103),  # clears the time limit of a finished task; RLIMIT_CPU stays
     "getpid": (39, 172),
     "exit": (60, 93),
     "gettimeofday": (96, 169),
@@ -65,10 +65,10 @@ class _Program(ctypes.Structure):
 
 
 def confine() -> None:
-    """Confine this process; import what it needs before, since no file opens after.
+    """Confine this process; import everything it needs first, since no file opens afterwards.
 
     Raises:
-        ResourceError: the kernel cannot do it.
+        ResourceError: the kernel cannot confine a process.
     """
     machine = os.uname().machine
     if sys.platform != "linux" or machine not in _MACHINES:
@@ -94,7 +94,7 @@ def confine() -> None:
 
 
 def _filter(arch: int, column: int) -> list[tuple[int, int, int, int]]:
-    """Instructions (code, jump if true, jump if false, constant) of the filter."""
+    """Return the filter's instructions: (code, jump if true, jump if false, constant)."""
     numbers = sorted(each[column] for each in _ALLOWED.values())
     count = len(numbers)
     return [

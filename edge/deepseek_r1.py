@@ -1,7 +1,7 @@
-"""The module `deepseek_r1` of DeepSeek-R1 tutorials, which no package of DeepSeek's has.
+"""Provides the module `deepseek_r1` that DeepSeek-R1 tutorials import.
 
-pyproject.toml also installs this file beside `edge`, so that `from deepseek_r1 import
-DeepSeekModel` finds it.
+No package by DeepSeek has it. pyproject.toml also installs this file beside `edge`, so that `from
+deepseek_r1 import DeepSeekModel` works.
 """
 
 from __future__ import annotations

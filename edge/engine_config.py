@@ -1,7 +1,7 @@
 """Defines `EngineConfig`: every option of the engine, with type, range, default and description.
 
-`edge.LLM`, the scheduler, the backends, the service and the command line all read this class: its
-fields are their options, keys and flags, and the docstring's text about a field is the help of its
+`edge.LLM`, the scheduler, the backends, the service and the command line all read this class. Its
+fields are their options, keys and flags, and a field's text in the docstring is the help of its
 flag. A new option is added here and where it takes effect.
 """
 
@@ -25,9 +25,9 @@ Prefill = Literal["plain", "int8"]
 GpuWait = Literal["auto", "spin", "yield", "block"]
 GPU_BACKENDS = ("tensorrt", "ort-cuda")
 INT8_PREFILL_TOKENS = 16
-"""Tokens of a sequence in one step from which on ``prefill`` int8 takes the INT8 products."""
+"""Tokens of a sequence in one step from which on ``prefill`` int8 uses the INT8 products."""
 LEAST_CHUNK = 3
-"""Tokens of the longest step at least, to run no token alone: an odd number is twos and a three."""
+"""Shortest limit of a step that runs no token alone: an odd number is twos and one three."""
 _DRAFT_TOKENS = 5
 EAGLE3 = Path("eagle3")
 """The `EngineConfig.draft` that means the bundle's own head."""
@@ -73,61 +73,62 @@ class EngineConfig:
     """How a bundle is opened and its answers are computed.
 
     Attributes:
-        backend: engine that runs the bundle; auto takes a TensorRT engine of the bundle, which on a
-            machine with a GPU must work, else ONNX Runtime on a CUDA GPU, else on the CPU.
-        kv_capacity: tokens that prompt and answer may take together; by default the bundle's own,
-            or what memory holds of it.
-        num_threads: CPU threads, with which auto takes the CPU; by default one per physical core
-            that this process may use.
-        gpu_wait: how the thread that runs a TensorRT engine waits for the end of a step: spin asks
-            again and again, yield lets other threads run in between, block sleeps until the GPU's
-            interrupt, the latest to wake up and the only one that leaves its CPU free. auto is what
-            this process has chosen already, else spin where it may run on four CPUs or more, else
-            yield. Any other value makes the backend auto take TensorRT, and is refused without it.
-        prefill: int8 makes the CPU read prompts two to three times as fast, with activations
-            rounded to int8 and weights of a byte each, which are held besides the bundle's own and
-            refused where memory does not hold them; plain multiplies as in decode.
-        prefill_chunk: prompt tokens per step at most; an engine may take fewer. Drafts need at
-            least 2, prefill int8 16.
+        backend: engine that runs the bundle. auto takes the bundle's TensorRT engine, which must
+            work if the machine has a GPU; else ONNX Runtime on a CUDA GPU, else on the CPU.
+        kv_capacity: tokens that prompt and answer may take together; by default the bundle's own
+            capacity, or as much of it as fits into memory.
+        num_threads: CPU threads; if set, auto takes the CPU. By default one per physical core that
+            this process may use.
+        gpu_wait: how the thread that runs a TensorRT engine waits for the end of a step. spin asks,
+            yield polls and lets other threads run in between, block sleeps until the GPU
+            interrupts: it wakes up latest, but frees its CPU. auto keeps the mode that this process
+                uses already;
+            else it is spin if the process may run on four CPUs or more, else yield. With any other
+            value than auto the backend auto takes TensorRT; without TensorRT it is refused.
+        prefill: int8 makes the CPU read prompts two to three times as fast. It rounds activations
+            to int8 and holds a second copy of the weights, one byte each; it is refused if memory
+            does not suffice. plain multiplies as in decode.
+        prefill_chunk: most prompt tokens per step; an engine may take fewer. Drafts need 2 or more,
+            prefill int8 16.
         int8_activations: let the CPU round activations to int8, its fastest kernel; by default
-            where it can. Off is many times slower, but exact. On is refused where nothing can be
+            wherever it can. Off is many times slower, but exact. On is refused if nothing can be
             rounded; GPU engines never round.
-        deterministic: on the CPU, a request has the same answer to the bit whatever else runs,
-            however its prompt is cut and whatever is cached. Of an earlier answer no rows are used
-            again, and nothing is drafted.
+        deterministic: on the CPU, give a request the same answer to the bit whatever else runs,
+            however its prompt is cut and whatever is cached. Prefix reuse and drafting are then
+            off.
         num_slots: sequences that the KV cache has room for: running ones, and ended ones whose rows
             are kept.
         max_batch: sequences that are computed at once; by default one per slot. More than a
             TensorRT engine was built for (build --max-batch) take turns.
-        queue_capacity: sequences that may wait for a slot; one more is refused, by the service
-            with 429, and so are more new forms of answers than this.
-        target_itl_ms: milliseconds between two tokens of a stream that must be kept: fewer
-            sequences are then computed at once, and prompts get what is left. By default all
-            slots are used, and a prompt runs at nine tenths of the speed that it has alone.
+        queue_capacity: sequences that may wait for a slot. One more is refused, by the service with
+            429; the same limit holds for new answer formats that are being prepared.
+        target_itl_ms: milliseconds between two tokens of a stream that must be kept. Fewer
+            sequences are then computed at once, and prompts get the time that is left. By default
+            all slots are used, and a prompt runs at nine tenths of the speed that it has alone.
         reuse_prefix: keep the cache rows of ended sequences for later prompts that begin alike.
-        overflow: when a slot of the cache is full, stop ends the answer; slide drops old tokens,
-            except the first ones, and goes on.
+        overflow: what happens when a slot of the cache is full. stop ends the answer; slide drops
+            old tokens, except the first ones, and continues.
         draft: a smaller bundle with the same tokenizer that drafts tokens (on the command line and
-            in settings also by its name), or eagle3 for the bundle's own head, where that is
-            measured to pay; answers stay what they are. It takes memory of its own, with as many
+            in settings also by its name), or eagle3 for the bundle's own head. It drafts only where
+            that is measured to pay, and changes no answer. It takes memory of its own, with as many
             slots.
-        speculative: drafted tokens per step at most, where that is measured to pay; guessed by
-            draft, or without one from what the text repeats. 0 drafts none; by default 0, or 5
-            with draft.
+        speculative: most drafted tokens per step; the engine drafts fewer where fewer are measured
+            to pay. They come from draft, or without one from repetitions in the text. 0 drafts
+            none; by default 0, or 5 with draft.
         prefix_dir: directory of prefixes that edge-llm cache build stored; prompts that begin with
             one of them load its rows.
         stop_when_sure: end a thought once trials at its paragraphs give the same answer twice, each
-            with at least this probability, e.g. 0.9. Trials run in slots that are free, so it takes
-            two slots or more; a request may say otherwise. By default thoughts end by themselves.
+            with at least this probability, e.g. 0.9. Trials run in free slots, so it takes two
+            slots or more; a request may set its own value. By default thoughts end by themselves.
         trusted_keys: file of minisign public keys; a bundle that none of them has signed is not
-            opened. By default what EDGE_LLM_TRUSTED_KEYS names, or /etc/edge-llm/trusted-keys where
-            it exists; without any, every bundle is opened.
-        image_tiles: tiles that a picture is cut into at most, beside the one that shows it whole;
-            each takes as many tokens as the others and is seen more sharply. By default 1 on a CPU,
-            on a GPU what the model was trained with. Only for bundles that read pictures.
+            opened. By default the file that EDGE_LLM_TRUSTED_KEYS names, or
+            /etc/edge-llm/trusted-keys if it exists; without any, every bundle is opened.
+        image_tiles: most tiles that a picture is cut into, beside the one that shows it whole. Each
+            takes as many tokens as the others and shows more detail. By default 1 on a CPU, and on
+            a GPU as many as the model was trained with. Only for bundles that read pictures.
 
     Raises:
-        ConfigError: a value of the wrong type or out of its range, or two that exclude each other.
+        ConfigError: a value has a wrong type or is out of its range, or two exclude each other.
     """
 
     backend: BackendName = "auto"
@@ -162,7 +163,7 @@ class EngineConfig:
             "queue_capacity", "target_itl_ms", "reuse_prefix", "trusted_keys",
         ),
     }  # fmt: skip
-    """Where the help of a verb shows each option."""
+    """Says in which section of a verb's help each option is shown."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -217,7 +218,7 @@ class EngineConfig:
 
     @property
     def cpu_option(self) -> str | None:
-        """Name of an option that is set and that only the CPU can honour; None if there is none."""
+        """Return the name of a set option that only the CPU can honour; None if there is none."""
         if self.num_threads is not None:
             return "num_threads"
         if self.prefill == "int8":
@@ -228,7 +229,7 @@ class EngineConfig:
 
     @property
     def gpu_option(self) -> str | None:
-        """Name of an option that is set and that only TensorRT can honour; None without one."""
+        """Return the name of a set option that only TensorRT can honour; None if there is none."""
         return None if self.gpu_wait == "auto" else "gpu_wait"
 
     @property
@@ -238,25 +239,26 @@ class EngineConfig:
 
     @property
     def max_draft_tokens(self) -> int:
-        """Drafted tokens per step at most: `speculative`, or its default."""
+        """Return the most drafted tokens per step: `speculative`, or its default."""
         if self.speculative is None:
             return 0 if self.draft is None else _DRAFT_TOKENS
         return self.speculative
 
     @property
     def target_itl_s(self) -> float | None:
-        """`target_itl_ms` in seconds."""
+        """Return `target_itl_ms` in seconds."""
         return None if self.target_itl_ms is None else self.target_itl_ms / 1e3
 
     def with_options(self, **options: Unpack[EngineOptions]) -> Self:
         """Return the same configuration with other values.
 
         Raises:
-            ConfigError: an unknown option, named with the nearest known one; or see the class.
+            ConfigError: an option is unknown, and the message names the nearest known one; or a
+                value is refused, as in the class.
         """
         known = [field.name for field in dataclasses.fields(self)]
         for name in options:
             if name not in known:
                 raise unknown_name(f"the engine has no option {name!r}", name, known)
-        # A text as draft, prefix_dir or trusted_keys becomes a path when it is checked.
+        # A text for draft, prefix_dir or trusted_keys becomes a path when it is checked.
         return dataclasses.replace(self, **options)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@
         NonFiniteError            the model computed a NaN or an infinity
         DeviceError               the GPU or its driver failed
       BuildError                  TensorRT refused a graph or failed to build it              70
-      GateError                   it works, and is not good enough                             3
+      GateError                   the result is not good enough                                3
 
 Each message says what was wrong, what was found and what to do next. Exit codes are those of
 BSD ``sysexits.h``, so that a service manager can tell a bad configuration (do not restart) from
@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 
 _DISTRIBUTION = "jetson-edge-llm"
 EXIT_GATE_MISSED = 3
-"""Exit code of a verb that worked and whose result misses a gate; not one of ``sysexits.h``."""
+"""Exit code of a verb that worked but whose result misses a gate; not one of ``sysexits.h``."""
 
 
 class EdgeError(Exception):
@@ -59,13 +59,13 @@ class ContextLengthError(RequestError):
     """The prompt does not fit into the KV cache.
 
     Attributes:
-        num_tokens: tokens that were given.
+        num_tokens: tokens of the prompt.
         capacity: tokens that fit.
         at_least: whether the prompt was not encoded, and may have more than ``num_tokens``.
     """
 
     def __init__(self, num_tokens: int, capacity: int, at_least: bool = False) -> None:
-        super().__init__(num_tokens, capacity, at_least)  # pickle and copy rebuild it from these
+        super().__init__(num_tokens, capacity, at_least)  # pickle and copy rebuild it from args
         self.num_tokens = num_tokens
         self.capacity = capacity
         self.at_least = at_least
@@ -121,7 +121,7 @@ class OverloadError(EdgeError):
     exit_code = 75
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
-        super().__init__(message, retry_after_s)  # pickle and copy rebuild it from these
+        super().__init__(message, retry_after_s)  # pickle and copy rebuild it from args
         self.message = message
         self.retry_after_s = retry_after_s
 
@@ -157,7 +157,7 @@ class DeviceError(BackendError):
     """
 
     def __init__(self, message: str, fatal: bool = False) -> None:
-        super().__init__(message, fatal)  # pickle and copy rebuild it from these
+        super().__init__(message, fatal)  # pickle and copy rebuild it from args
         self.message = message
         self.fatal = fatal
 
@@ -169,11 +169,11 @@ class BuildError(EdgeError):
     """TensorRT refused a graph, or failed to build an engine of it.
 
     Attributes:
-        cause: equal for two refusals of one kind, wherever in a graph they are; empty if unknown.
+        cause: equal for refusals of one kind, wherever in a graph they are; empty if unknown.
     """
 
     def __init__(self, message: str, cause: str = "") -> None:
-        super().__init__(message, cause)  # pickle and copy rebuild it from these
+        super().__init__(message, cause)  # pickle and copy rebuild it from args
         self.message = message
         self.cause = cause
 
@@ -191,7 +191,7 @@ class GateError(EdgeError):
     exit_code = EXIT_GATE_MISSED
 
     def __init__(self, message: str, figures: dict[str, Any]) -> None:
-        super().__init__(message, figures)  # pickle and copy rebuild it from these
+        super().__init__(message, figures)  # pickle and copy rebuild it from args
         self.message = message
         self.figures = figures
 
@@ -200,10 +200,10 @@ class GateError(EdgeError):
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs what an extra of this project needs.
+    """Return the command that installs the requirements of an extra.
 
-    The project is on no package index, and whoever takes its name there could run code here. So a
-    checkout is installed by its path, and elsewhere the extra's own requirements are named.
+    The project is on no package index, where anyone could take its name and run code here. So a
+    checkout is installed by its path; elsewhere the extra's own requirements are named.
 
     Args:
         extra: one of ``optional-dependencies`` in ``pyproject.toml``.
@@ -247,13 +247,13 @@ def _requirements(extra: str) -> list[str]:
 
 
 def _pip_install() -> str:
-    """Return what installs for this very Python: the pip on the path may belong to another."""
+    """Return the command that installs for this very Python: pip on the path may be another's."""
     import shlex
     import shutil
     from importlib.util import find_spec
 
     if shutil.which("pip") == str(Path(sys.executable).with_name("pip")):
         return "pip install"
-    if find_spec("pip") is None and shutil.which("uv"):  # as in environments that uv makes
+    if find_spec("pip") is None and shutil.which("uv"):  # environments made by uv lack pip
         return f"uv pip install --python {shlex.quote(sys.executable)}"
     return f"{shlex.quote(sys.executable)} -m pip install"

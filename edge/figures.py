@@ -1,7 +1,7 @@
 """Computes log-probabilities of logits.
 
-Logits that hold NaN or an infinity are a `NonFiniteError`, never a figure. Everything is computed
-in float64.
+Logits with NaN or an infinity raise `NonFiniteError` instead of giving a figure. Everything is
+computed in float64.
 """
 
 from __future__ import annotations

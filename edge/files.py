@@ -1,4 +1,4 @@
-"""Reads files whose origin nobody vouches for: plain files of a limited size, or in chunks."""
+"""Reads untrusted files: plain files of a limited size, or in chunks."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from typing import BinaryIO
 import msgspec
 
 MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError)
-"""What parsers of JSON and TOML raise: also for text that is no UTF-8, numbers of 5,000 digits and
-brackets 100,000 deep."""
+"""Lists the errors that parsers of JSON and TOML raise, also for text that is not UTF-8, numbers of
+5,000 digits and brackets 100,000 deep."""
 _CHUNK_BYTES = 1 << 22
 
 
 def is_file(path: Path) -> bool:
-    """Whether a plain file is there: not so either where none can be or may be looked for.
+    """Whether a plain file is there; False if it is impossible or forbidden to look.
 
-    `Path.is_file` raises where a name is too long or a directory is closed to this user.
+    `Path.is_file` raises if a name is too long or a directory is closed to this user.
     """
     return stat.S_ISREG(_mode(path))
 
 
 def is_directory(path: Path) -> bool:
-    """Whether a directory is there; see `is_file`."""
+    """Whether a directory is there; False in the cases that `is_file` names."""
     return stat.S_ISDIR(_mode(path))
 
 
 def exists(path: Path) -> bool:
-    """Whether anything is there; see `is_file`."""
+    """Whether anything is there; False in the cases that `is_file` names."""
     return _mode(path) != 0
 
 
 def list_directory(path: Path) -> list[Path]:
-    """What is in a directory, in order; nothing where none can be listed."""
+    """Return the entries of a directory, in order; empty if it cannot be listed."""
     try:
         return sorted(path.iterdir())
     except OSError:
@@ -47,10 +47,11 @@ def list_directory(path: Path) -> list[Path]:
 def open_file(path: Path) -> BinaryIO:
     """Open a plain file for reading.
 
-    A pipe would be waited for, and a device may have no end. A symbolic link is followed.
+    Anything else is refused: a pipe would block, and a device may have no end. A symbolic link is
+    followed.
 
     Raises:
-        OSError: it cannot be opened or is no plain file; ``strerror`` says so.
+        OSError: it cannot be opened or is not a plain file; ``strerror`` says which.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     file = os.fdopen(descriptor, "rb")
@@ -61,14 +62,15 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
-    """Read a plain file whole; see `open_file`.
+    """Read a whole plain file, opened by `open_file`.
 
     Args:
         path: the file.
-        max_bytes: the most that is read.
+        max_bytes: size of the largest file that is read.
 
     Raises:
-        OSError: it cannot be opened or read, is no plain file, or is larger; ``strerror`` says so.
+        OSError: it cannot be opened or read, is not a plain file, or is larger; ``strerror`` says
+            which.
     """
     with open_file(path) as file:
         data = file.read(max_bytes + 1)
@@ -78,13 +80,13 @@ def read_file(path: Path, max_bytes: int) -> bytes:
 
 
 def read_guarded_file(path: Path, max_bytes: int, owners: Collection[int] = ()) -> bytes:
-    """Read a plain file that only root, this user and ``owners`` can change; see `read_file`.
+    """Read a plain file that only root, this user and ``owners`` can change, as `read_file` does.
 
-    The rule is sshd's: links are followed, then the file and every directory above it must belong
-    to one of these, and others must not write to it. A sticky directory, as ``/tmp`` is, passes.
+    The rule is sshd's. Links are followed; then the file and every directory above it must belong
+    to one of these, and others must not write to it. A sticky directory such as ``/tmp`` passes.
 
     Raises:
-        OSError: see `read_file`; or somebody else can change it.
+        OSError: `read_file` fails, or somebody else can change the file.
     """
     path = Path(os.path.realpath(path))
     data = read_file(path, max_bytes)
@@ -105,25 +107,25 @@ def read_guarded_file(path: Path, max_bytes: int, owners: Collection[int] = ()) 
 
 
 def is_jetson(root: Path = Path("/")) -> bool:
-    """Whether CPU and GPU share one memory here."""
+    """Whether this machine is a Jetson, on which CPU and GPU share one memory."""
     return exists(root / "dev/nvmap")
 
 
 def drop_cached(descriptor: int, root: Path = Path("/")) -> None:
     """On a Jetson, drop the cached pages of an open file that this process has not mapped.
 
-    TensorRT tries no kernel that needs more than is free at once, and since Jetson Linux 36.4.7 the
-    driver is reported to allocate no more either (llama.cpp, pull request 23732), while files that
-    were just hashed fill that. Elsewhere the page cache is wanted.
+    TensorRT tries no kernel that needs more memory than is free at once. Since Jetson Linux 36.4.7
+    the driver is reported to allocate no more either (llama.cpp, pull request 23732). Files that
+    were just hashed fill that memory. On other machines the page cache is wanted.
     """
     if is_jetson(root):
-        with contextlib.suppress(OSError):  # a file system without writing has no sync
-            os.fdatasync(descriptor)  # pages that are not written yet would stay
+        with contextlib.suppress(OSError):  # a read-only file system has no sync
+            os.fdatasync(descriptor)  # pages that are not written yet could not be dropped
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_chunks(descriptor: int) -> Iterator[bytes]:
-    """Read an open file from its start to its end, wherever its position is."""
+    """Read an open file from its start to its end, whatever its position."""
     at = 0
     while chunk := os.pread(descriptor, _CHUNK_BYTES, at):
         yield chunk
@@ -131,10 +133,10 @@ def read_chunks(descriptor: int) -> Iterator[bytes]:
 
 
 def read_text_file(path: Path, max_bytes: int) -> str:
-    """Read a plain file of UTF-8 text; see `read_file` and `decode_text`.
+    """Read a plain file of UTF-8 text by `read_file` and `decode_text`.
 
     Raises:
-        OSError: see `read_file`; also that it is not UTF-8.
+        OSError: `read_file` fails, or the file is not UTF-8.
     """
     data = read_file(path, max_bytes)
     try:
@@ -147,7 +149,7 @@ def read_text_file(path: Path, max_bytes: int) -> str:
 def decode_text(data: bytes) -> str:
     """Decode UTF-8 as `Path.read_text` does: every kind of line end becomes a newline.
 
-    A byte-order mark, as editors on Windows write it, is left out.
+    A byte-order mark, which editors on Windows write, is dropped.
 
     Raises:
         UnicodeDecodeError: it is not UTF-8.
@@ -159,7 +161,7 @@ def decode_text(data: bytes) -> str:
 def _mode(path: Path) -> int:
     try:
         return path.stat().st_mode
-    except (OSError, ValueError):  # a null character is a ValueError
+    except (OSError, ValueError):  # ValueError: the path has a null character
         return 0
 
 

@@ -1,8 +1,8 @@
-"""Makes settings of what flags, files and the environment give, and keeps where each came from.
+"""Makes settings from flags, files and the environment, and records where each value came from.
 
 A table (``model``) is written ``name=value,name=value`` in one text, a list ``value,value``. A
-field whose metadata has a `Finder` takes names beside paths, and in a table of them a value alone
-has the name of the directory that was found. Files and the environment are in
+field whose metadata has a `Finder` takes names as well as paths; in a table of them a value without
+a name gets the name of the directory that was found. Reading files and the environment is in
 `edge_serve.config_file`.
 """
 
@@ -19,7 +19,7 @@ from .errors import ConfigError, EdgeError
 from .settings_fields import FINDER, Finder, checked, field_kind, field_types, unknown_name
 from .user_paths import expand_user
 
-_PATH_BEGINS = ("/", "./", "../", "~")  # a name may have a slash in it, as owner/model
+_PATH_BEGINS = ("/", "./", "../", "~")  # a name may contain a slash, as in owner/model
 Settings = TypeVar("Settings")
 
 
@@ -39,12 +39,12 @@ class Resolved(Generic[Settings]):
 
 @dataclass(frozen=True)
 class Given:
-    """A value as it was written, and where."""
+    """A value as it was written, and its origin."""
 
     raw: Any
     origin: str
-    base: Path | None = None  # what a relative path is relative to
-    is_text: bool = False  # numbers arrive as text
+    base: Path | None = None  # directory that a relative path is relative to
+    is_text: bool = False  # whether numbers arrive as text
 
 
 def read_flags(cls: type[Settings], flags: Mapping[str, Any]) -> Settings:
@@ -61,7 +61,7 @@ def read_flags(cls: type[Settings], flags: Mapping[str, Any]) -> Settings:
 
 
 def resolve(cls: type[Settings], values: Mapping[str, Given]) -> Resolved[Settings]:
-    """Convert every value to its field's type, and keep where it came from.
+    """Convert every value to its field's type, and record where it came from.
 
     Raises:
         ConfigError: a value has the wrong type or is out of its range.
@@ -78,10 +78,10 @@ def resolve(cls: type[Settings], values: Mapping[str, Given]) -> Resolved[Settin
 
 
 def given_flags(flags: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Given]:
-    """Take the flags that were given.
+    """Return the flags that were given.
 
     Raises:
-        ConfigError: a name is that of no field.
+        ConfigError: no field has this name.
     """
     found = {}
     for name, raw in flags.items():
@@ -115,8 +115,8 @@ def _convert(name: str, hint: Any, value: Given, finder: Finder | None) -> Any:
 def _pairs(name: str, raw: Any, origin: str, find: Callable[[str], Path] | None) -> Any:
     """Read ``a=b,c=d``, or ``("a=b", "c=d")`` of a repeated flag, as a mapping.
 
-    With ``find`` a part that has no ``=``, or begins as a path does, is found, and has the name of
-    its directory.
+    If ``find`` is given, a part that has no ``=``, or begins as a path does, is found by it and
+    gets the name of its directory.
     """
     if isinstance(raw, Mapping):
         return raw

@@ -1,11 +1,12 @@
-"""Runs what strangers wrote in a process of its own, with limits on its time and memory.
+"""Runs untrusted work in a process of its own, with limits on its time and memory.
 
-Some libraries cannot be stopped from within: they hold the interpreter, or the process ends where
-memory does. So the work is done by a child that the kernel ends, and the parent goes on. The child
-is also confined (`edge.confine`) before its first task: code that takes it over can open nothing.
+Some libraries cannot be stopped from within: they hold the interpreter, or running out of memory
+ends the process. So a child does the work; the kernel can end it, and the parent continues. The
+child is also confined (`edge.confine`) before its first task: code that takes it over can open
+nothing.
 
 The child imports a module and calls its function with bytes for each task, one at a time. A frame
-on its pipes is a letter, eight bytes of length (little-endian), and that many bytes.
+on its pipes is a letter, a length of eight bytes (little-endian), and that many bytes.
 """
 
 from __future__ import annotations
@@ -35,28 +36,28 @@ _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from edge.limited_child import serve; serve(*sys.argv[2:])"
 )
-_WALL_FACTOR = 10  # it may have to wait for a core
+_WALL_FACTOR = 10  # wall clock per CPU second, since the child may have to wait for a core
 _MIN_WALL_S = 10.0
 _HELD_UP = "RDTt"  # states of a process that waits for a core or a disk, or was stopped
-_LEAST_SHARE = 0.01  # of a core; a child that is held up and gets less is not waited for
+_LEAST_SHARE = 0.01  # share of a core; a child that is held up and gets less is given up
 _log = logging.getLogger(__name__)
-_warned: list[str] = []  # the log says once that this machine confines nobody
+_warned: list[str] = []  # so that the log says only once that nothing can be confined here
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one task may cost.
+    """Limits of one task.
 
     Attributes:
-        cpu_s: CPU seconds; the wall clock may show ten times as many, and at least 10: longer only
-            for a child that did not sleep and had less, as on a busy machine.
-        memory_bytes: address space of the child, the interpreter included (some 40 MB).
-        answer_bytes: length of an answer.
+        cpu_s: CPU seconds. The wall clock may show ten times as many, and at least 10; longer only
+            if the child did not sleep and got less CPU time, as on a busy machine.
+        memory_bytes: address space of the child, the interpreter included (about 40 MB).
+        answer_bytes: longest answer.
         nice: added to the child's niceness.
-        tasks: as many times ``cpu_s`` is what a child may have in its life: the kernel ends it
-            then, whatever its code does. Before that another takes its place.
-        confined: whether no task is done where the kernel confines no process; else a warning is
-            logged.
+        tasks: a child may use this many times ``cpu_s`` in its life. Then the kernel ends it,
+            whatever its code does; normally another has taken its place before.
+        confined: whether to refuse tasks if the kernel cannot confine a process; otherwise that is
+            only logged as a warning.
     """
 
     cpu_s: float
@@ -68,7 +69,7 @@ class Limits:
 
     @property
     def life_s(self) -> int:
-        """CPU seconds that a child may have in its life, its start included."""
+        """Return the CPU seconds that a child may use in its life, with its start."""
         return math.ceil(self.tasks * self.cpu_s) + 1
 
     def __str__(self) -> str:
@@ -76,28 +77,28 @@ class Limits:
 
 
 class LimitError(Exception):
-    """A task passed a limit, and its child was ended; callers say what the task was."""
+    """A task reached a limit, and its child was ended; the caller's message names the task."""
 
 
 class ChildError(Exception):
-    """The child failed in a way that is no limit's; the message is its own."""
+    """The child failed for another reason than a limit; the message is the child's."""
 
 
 class LimitedChild:
     """A child that does tasks for any thread, one after the other.
 
-    It starts with the first task and again after each that passed a limit (some 0.1 s), and ends
-    with this object or this process. Use it as a context manager for a single task.
+    It starts with the first task, and again after each task that reached a limit (about 0.1 s). It
+    ends with this object or this process. Use it as a context manager for a single task.
     """
 
     def __init__(self, function: str, limits: Limits) -> None:
-        """Prepare; nothing is started yet.
+        """Prepare the child without starting it.
 
         Args:
             function: ``module:name`` of a function from bytes to bytes. If its module has a
                 function ``prepare``, the child calls that first, to import and open what tasks
-                need: confined, they cannot.
-            limits: of each task.
+                need; once confined, they cannot.
+            limits: limits of each task.
         """
         self._function = function
         self._limits = limits
@@ -107,13 +108,13 @@ class LimitedChild:
         self._owner = 0
 
     def ask(self, task: bytes) -> bytes:
-        """Do a task.
+        """Do a task and return its answer.
 
         Raises:
-            LimitError: it took more than the limits, and an answer is not known.
+            LimitError: the task reached a limit before it answered.
             ChildError: the function raised an exception, which it should not.
-            ResourceError: no process could be started, this machine is too busy to tell whether it
-                would pass the limits, or it must be confined and cannot be.
+            ResourceError: no process could be started; this machine is too busy to tell whether the
+                task would reach its limits; or it must be confined and cannot be.
         """
         with self._lock:
             process = self._started()
@@ -149,7 +150,7 @@ class LimitedChild:
             if self._process.poll() is None and self._has_time(self._process):
                 return self._process
             self._stop()
-        # Isolated and without site: nothing of the environment changes what the child imports.
+        # Isolated and without site, so that the environment does not change what the child imports.
         path = [str(Path(__file__).resolve().parent.parent), *sys.path]
         limits = self._limits
         command = [sys.executable, "-I", "-S", "-c", _START, json.dumps(path), self._function]
@@ -160,7 +161,7 @@ class LimitedChild:
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # what it has to say comes in a frame
+                stderr=subprocess.DEVNULL,  # errors come in a frame
                 bufsize=0,
             )
         except OSError as error:
@@ -173,7 +174,7 @@ class LimitedChild:
         return process
 
     def _has_time(self, process: subprocess.Popen[bytes]) -> bool:
-        """Whether the kernel leaves a child the time of one more task."""
+        """Whether the kernel leaves a child the CPU time of one more task."""
         return _state(process.pid)[1] + self._limits.cpu_s < self._limits.life_s
 
     def _take_unconfined(self, why: str) -> None:
@@ -200,7 +201,7 @@ class LimitedChild:
                 clock.wait(target, select.POLLOUT)
                 frame = frame[os.write(target, frame) :]
         except BrokenPipeError:
-            pass  # why is in the answer, or in how it ended
+            pass  # the reason is in the answer, or in how the child ended
         head = self._read(process, source, 1 + _LENGTH_BYTES, clock)
         length = int.from_bytes(head[1:], "little")
         if length > self._limits.answer_bytes:
@@ -224,7 +225,7 @@ class LimitedChild:
 
     @staticmethod
     def _explain(process: subprocess.Popen[bytes], clock: _Clock) -> NoReturn:
-        """Raise the error for a child that closed its pipe: a signal means a limit."""
+        """Raise the error for a child that closed its pipe; a signal means a limit."""
         while True:
             try:
                 code = process.wait(_MIN_WALL_S)
@@ -237,7 +238,7 @@ class LimitedChild:
 
 
 def _nothing() -> None:
-    """Nothing is to be ended."""
+    """Do nothing, since there is nothing to end."""
 
 
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:
@@ -245,7 +246,7 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
     assert process.stdout is not None
     process.stdin.close()
     process.stdout.close()
-    if owner == os.getpid():  # after a fork, the child is another process's
+    if owner == os.getpid():  # after a fork, the child belongs to another process
         process.kill()
         process.wait()
 
@@ -258,7 +259,7 @@ class _Clock:
 
         Args:
             process: the child.
-            cpu_s: see `Limits`.
+            cpu_s: CPU seconds of the task, as in `Limits`.
         """
         self._process = process
         self._wall_s = max(_WALL_FACTOR * cpu_s, _MIN_WALL_S)
@@ -267,18 +268,18 @@ class _Clock:
         self._end_s = self._seen_s + cpu_s
 
     def wait(self, descriptor: int, event: int) -> None:
-        """Wait for an event of its pipes; raises what `extend` does."""
+        """Wait for an event of the child's pipes; raises the errors of `extend`."""
         poll = select.poll()
         poll.register(descriptor, event)
         while not poll.poll(max(0.0, self._deadline - time.monotonic()) * 1e3):
             self.extend()
 
     def extend(self) -> None:
-        """Give more time to a child that was held up and comes on.
+        """Give more time to a child that was held up and makes progress.
 
         Raises:
-            LimitError: it was not held up: it has had its CPU time, or sleeps.
-            ResourceError: it does not come on.
+            LimitError: it was not held up: it has used its CPU time, or sleeps.
+            ResourceError: it makes no progress.
         """
         state, spent_s = _state(self._process.pid)
         if spent_s >= self._end_s or state not in _HELD_UP:
@@ -310,23 +311,23 @@ def serve(function: str, cpu_s: str, memory_bytes: str, nice: str, life_s: str) 
     """Do tasks from standard input until it ends; runs in the child.
 
     Args:
-        function: see `LimitedChild`.
-        cpu_s: see `Limits`.
-        memory_bytes: see `Limits`.
-        nice: see `Limits`.
-        life_s: see `Limits`.
+        function: ``module:name`` of the function, as in `LimitedChild`.
+        cpu_s: field of `Limits`, as text like the others.
+        memory_bytes: field of `Limits`.
+        nice: field of `Limits`.
+        life_s: field of `Limits`.
     """
     import resource
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this one
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # its default is to end the process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this child
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the default ends the process
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     os.nice(int(nice))
     resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
     resource.setrlimit(resource.RLIMIT_CPU, (int(life_s), int(life_s)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     source, target = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # frames only
+    sys.stdout = sys.stderr  # standard output carries frames only
     work: Callable[[bytes], bytes] | None = None
     while len(head := source.read(1 + _LENGTH_BYTES)) == 1 + _LENGTH_BYTES:
         kind, answer = _RESULT, b""
@@ -350,7 +351,7 @@ def serve(function: str, cpu_s: str, memory_bytes: str, nice: str, life_s: str) 
 
 
 def _prepare(function: str) -> tuple[Callable[[bytes], bytes], bytes]:
-    """Import what the tasks need, and confine this process; also returns why it is not."""
+    """Import the function and confine this process; also returns why it could not be confined."""
     from edge.confine import confine
 
     name, _, function = function.partition(":")

@@ -1,4 +1,4 @@
-"""Finds what was meant by a name that is not known, such as another program's."""
+"""Finds the name that was meant by an unknown one, such as another program's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SAME = (
     ("export", "create", "convert"),
     ("run", "generate"),
 )  # fmt: skip
-"""Names of one thing: here, in transformers, vLLM, llama.cpp, Ollama and the protocols."""
+"""Pairs names of the same thing: ours, and those of other programs and of the protocols."""
 _INSTEAD = {
     "do_sample": "temperature 0 takes the likeliest token, more draws it",
     **dict.fromkeys(("num_beams", "length_penalty"), "answers are sampled, without beams"),
@@ -35,12 +35,12 @@ _INSTEAD = {
 
 
 def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Find the known name that stands for the same, or else the one that is written most alike.
+    """Find the known name with the same meaning, or else the one with the most similar spelling.
 
     Args:
         name: the name that was given.
         known: the names that are known.
-        cutoff: how much alike they must be, 0..1, as `difflib.get_close_matches` counts.
+        cutoff: least similarity, 0..1, as `difflib.get_close_matches` counts it.
     """
     names = list(known)
     same = {other for group in _SAME if name in group for other in group}
@@ -50,17 +50,17 @@ def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | 
 
 
 def instead_of(name: str, known: Iterable[str], otherwise: str) -> str:
-    """Say what to give in place of a name; ``otherwise`` where nothing is like it."""
+    """Say which name to use instead; returns ``otherwise`` if no known name is similar."""
     near = nearest_name(name, known, _alike(name))
     return f"did you mean {near}?" if near else _INSTEAD.get(name, otherwise)
 
 
 def answer_option(name: str, known: list[str], sampling: list[str]) -> str:
-    """Say what to give in place of a name that no option of `LLM.submit` and its kin has.
+    """Say which option to use instead of a name that `LLM.submit` and its kin do not know.
 
     Args:
         name: the name that was given.
-        known: the options that there are.
+        known: the options that exist.
         sampling: the fields of `SamplingParams`.
     """
     if nearest_name(name, ["n"], 1.0):
@@ -72,5 +72,5 @@ def answer_option(name: str, known: list[str], sampling: list[str]) -> str:
 
 
 def _alike(name: str) -> float:
-    """How much alike a known name must be to this one: what has a sentence is not guessed."""
+    """Return how similar a known name must be to this one; nothing is similar to a sentence."""
     return 1.0 if name in _INSTEAD else 0.6

@@ -1,6 +1,6 @@
-"""Settings as fields of a frozen dataclass: their types and ranges, checked when one is made.
+"""Checks settings, the fields of a frozen dataclass, against their types and ranges.
 
-What flags, files and the environment give is in `edge.layered_settings`.
+Values of flags, files and the environment are combined in `edge.layered_settings`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from .user_paths import expand_user
 FINDER = "finder"
 """Key of a `Finder` in a field's metadata."""
 Finder = Callable[[str, Path], Path]
-"""Finds what a text names; the second argument is what a relative path is relative to."""
+"""Finds what a text names; the second argument is the directory of relative paths."""
 
 Section = Literal[
     "Models", "Source", "Server", "Network", "Answer", "Quantization", "Graph", "Task", "Text",
     "Traffic", "Runs", "Comparison", "Thresholds", "Wishes", "Device", "Shapes", "Kernels",
     "Engine", "Memory", "Limits", "Log", "Output", "Help", "Expert",
 ]  # fmt: skip
-"""Sections of a verb's options, in the order of its help; only ``--help-all`` shows the last."""
+"""Lists the sections of a verb's options in their order; only ``--help-all`` shows the last."""
 SECTIONS = "SECTIONS"
-"""Attribute of a class of settings: by section the fields that are options. Others are none."""
+"""Names the attribute of a settings class that lists by section which fields are options."""
 
 
 def check_fields(settings: object) -> None:
     """Check every field of a frozen dataclass against its type and the range in ``Annotated``.
 
-    A text where a path is needed becomes a path, and a whole number where a float is needed a
-    float. Meant for ``__post_init__``.
+    A text becomes a path where a path is needed, and a whole number a float where a float is
+    needed. Meant for ``__post_init__``.
 
     Raises:
         ConfigError: a value has the wrong type or is out of its range.
@@ -47,10 +47,10 @@ def check_fields(settings: object) -> None:
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Make the error for a name that is not known, with the nearest one that is.
+    """Make the error for an unknown name; it suggests the nearest known one.
 
     Args:
-        what: how the message begins.
+        what: text with which the message begins.
         name: the name that was given.
         known: the names that are known.
     """
@@ -75,7 +75,7 @@ def field_types(cls: Any) -> dict[str, Any]:
 
 
 def field_sections(cls: type) -> dict[str, Section]:
-    """Read in which section the option of each field is; a field in none has no option."""
+    """Return the section of each field's option; a field without a section has no option."""
     found: dict[str, Section] = {}
     for base in reversed(cls.__mro__):
         for section, names in vars(base).get(SECTIONS, {}).items():
@@ -98,8 +98,8 @@ def checked(
         name: the field's name.
         raw: the value as it was given.
         hint: the field's type.
-        origin: where the value came from, as an error's message begins.
-        strict: false reads numbers from text.
+        origin: where the value came from; an error's message begins with it.
+        strict: whether to refuse numbers that are text; false reads them.
         find: makes a path of a text.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Paths that depend on the user: what ``~`` means, and where data, caches and state are."""
+"""Finds paths that depend on the user: the meaning of ``~``, and data, cache and state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .errors import ConfigError
 
 
 def expand_user(text: str) -> Path:
-    """Make a path of a text, with the home directory in the place of ``~`` or ``~NAME``.
+    """Make a path of a text, with the home directory in place of ``~`` or ``~NAME``.
 
     Raises:
         ConfigError: there is no such home directory.
@@ -26,12 +26,12 @@ def expand_user(text: str) -> Path:
 def user_directory(
     variable: str, default: str, environ: Mapping[str, str] = os.environ
 ) -> Path | None:
-    """Find a directory of the user, as the XDG base directory specification has them.
+    """Find a directory of the user, as the XDG base directory specification defines it.
 
     Args:
-        variable: that names it, where it is set.
-        default: below the home, where it is not.
-        environ: where the variable and ``HOME`` are looked for.
+        variable: environment variable that names the directory.
+        default: path below the home, if the variable is not set.
+        environ: environment with the variable and ``HOME``.
 
     Returns:
         The directory, which need not exist; None for a user without a home, as in a container whose

@@ -1,7 +1,9 @@
-"""The command ``edge-llm``: verbs come from the entry-point group ``edge_llm.commands``.
+"""The command ``edge-llm``; its verbs come from the entry-point group ``edge_llm.commands``.
 
-A verb parses, calls the library and prints. Results go to stdout, progress and figures to stderr.
-An `EdgeError` is one line on stderr and its own exit code (see `edge.errors`).
+Here: ``edge-llm run`` and what the verbs of all packages share: options, sections of the help, and
+printing. A verb parses, calls the library and prints; the work itself belongs to the library.
+Results go to stdout, progress and figures to stderr. An `EdgeError` becomes one line on stderr and
+its own exit code (`edge.errors`).
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class _Verbs(click.Group):
         return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the verbs in their groups; only those of other packages are loaded."""
+        """List the verbs in their groups; loads only verbs that other packages registered."""
         installed = self.list_commands(ctx)
         known = {name for lines in GROUPS.values() for name in lines}
         others = {
@@ -101,20 +103,20 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command and leave with its exit code."""
-    if sys.argv[1:2] == ["serve"]:  # until it has handlers, or they would end it as it is loaded
+    """Run the command and exit with its exit code."""
+    if sys.argv[1:2] == ["serve"]:  # until it has handlers; else a signal while loading ends it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGTERM})
-    if sys.stdin is None:  # closed, as by <&-
+    if sys.stdin is None:  # closed, e.g. by <&-
         sys.stdin = Path(os.devnull).open()  # noqa: SIM115
     if sys.stdout is None:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-    if sys.stderr is None:  # the last of the three, so that each gets its own number
+    if sys.stderr is None:  # opened last, so that each of the three gets its own number
         sys.stderr = Path(os.devnull).open("w", errors="backslashreplace")  # noqa: SIM115
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # A verb sees bytes that are no text and refuses them with a proper error.
+        # A verb sees bytes that are not text and refuses them with a proper error.
         sys.stdin.reconfigure(errors="surrogateescape")
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors != "surrogateescape":
-        # As standard error does anyway: a character that the locale lacks is shown by its number.
+        # As on standard error: a character that the locale lacks is printed by its number.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(standalone_mode=False, prog_name="edge-llm")
@@ -129,9 +131,9 @@ def main() -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        # What a verb writes into files has errors of its own; this is standard output.
+        # Verbs handle errors of the files that they write; this one is of standard output.
         click.echo("edge-llm: error: the output cannot be written: the disk is full", err=True)
-        # What is left in the buffer would fail again at the end, and Python would exit with 120.
+        # The rest of the buffer would fail again at the end, and Python would exit with 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ResourceError.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -140,7 +142,7 @@ def main() -> None:
 
 
 def _show_usage_error(error: click.ClickException) -> None:
-    """Print one line that names the verb's help; the help itself where no verb was given."""
+    """Print one line that names the verb's help; without a verb, print the help itself."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     message = error.format_message()
     if context is None or "\n" in message:
@@ -152,18 +154,18 @@ def _show_usage_error(error: click.ClickException) -> None:
 
 
 def echo_json(value: Any) -> None:
-    """Print one line of JSON (`to_json`) on stdout; in another locale than UTF-8 in ASCII."""
+    """Print one line of JSON (`to_json`) on stdout; ASCII only if the locale is not UTF-8."""
     text = to_json(value, ensure_ascii=not _writes_utf8(), separators=(",", ":"))
-    # A byte of a name that is no UTF-8 becomes \udc and two digits, which JSON reads as such.
+    # A byte of a name that is not UTF-8 becomes \udc and two digits, which JSON reads as such.
     click.echo(text.encode(errors="backslashreplace").decode())
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """Write JSON; a number that is not finite is null, since JSON has none.
+    """Encode as JSON; a number that is not finite becomes null, since JSON has none.
 
     Args:
-        value: what is written.
-        **options: of `json.dumps`.
+        value: the value to encode.
+        **options: options for `json.dumps`.
     """
     finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
     return json.dumps(finite, allow_nan=False, **options)

@@ -1,4 +1,4 @@
-"""``python -m edge.cli``: the same as ``edge-llm``."""
+"""Runs ``edge-llm`` as ``python -m edge.cli``."""
 
 from . import main
 

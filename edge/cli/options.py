@@ -30,10 +30,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class BundlePath(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
-    """A bundle, by its directory or by a name that `find_bundle` knows.
+    """A bundle, given by its directory or by a name that `find_bundle` knows.
 
     Args:
-        offers_export: whether a person who names a checkpoint is asked to have it exported.
+        offers_export: whether to offer an export to a person who names a checkpoint.
     """
 
     name = "bundle"
@@ -42,7 +42,7 @@ class BundlePath(click.ParamType):  # type: ignore[type-arg]  # generic from cli
         self._offers_export = offers_export
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Find the bundle, or end with the error that says which there are."""
+        """Find the bundle, or fail with the error that lists the bundles that there are."""
         path = Path(value)
         if self._offers_export and is_checkpoint(path):
             exported = None if ctx is None else _offer_export(ctx, path)
@@ -53,18 +53,18 @@ class BundlePath(click.ParamType):  # type: ignore[type-arg]  # generic from cli
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """See `complete_bundle`."""
+        """Offer bundles by name, and directories, as `complete_bundle` does."""
         return complete_bundle(ctx, param, incomplete)
 
 
 def _offer_export(ctx: click.Context, path: Path) -> Path | None:
-    """Ask a person at a terminal whether to export a checkpoint; return the bundle if it was."""
+    """Ask a person at a terminal whether to export a checkpoint; return the exported bundle."""
     root, bundle = ctx.find_root().command, checkpoint_bundle(path)
     verb = root.get_command(ctx, "export") if isinstance(root, click.Group) else None
     if verb is None or ctx.resilient_parsing or exists(bundle) or not sys.stdin.isatty():
         return None
     arguments = [str(path), "-o", str(bundle), "--target", "here", "--fast"]
-    with redirect_stdout(sys.stderr):  # standard output is for the answer
+    with redirect_stdout(sys.stderr):  # standard output is reserved for the answer
         verb.main([*arguments, "--dry-run"], "edge-llm export", standalone_mode=False)
         if not click.confirm(f"{path} is a checkpoint. Export it to {bundle} now?", True):
             return None
@@ -74,10 +74,10 @@ def _offer_export(ctx: click.Context, path: Path) -> Path | None:
 
 
 def take_only_bundle() -> Path:
-    """Find the bundle of a verb that names none, and say which it is.
+    """Find the bundle for a verb that was given none, and print which one it is.
 
     Raises:
-        ConfigError: see `only_bundle`.
+        ConfigError: `only_bundle` finds none or several.
     """
     found = only_bundle()
     click.echo(f"edge-llm: {found.name}, the only bundle here", err=True)
@@ -96,7 +96,7 @@ json_option = option("Output", "--json", "as_json", is_flag=True, help="Print on
 
 _MANY_ANSWERS = {"num_slots", "max_batch", "queue_capacity", "target_itl_ms", "reuse_prefix"}
 ONE_ANSWER = tuple(field.name for field in fields(EngineConfig) if field.name not in _MANY_ANSWERS)
-"""Options of the engine for a verb that gives one answer at a time."""
+"""Lists the engine's options for a verb that gives one answer at a time."""
 
 
 def engine_options(*names: str) -> Callable[[Command], Command]:
@@ -109,10 +109,10 @@ def take_engine(options: dict[str, Any], **fixed: Unpack[EngineOptions]) -> Engi
 
     Args:
         options: the verb's options; those that are not the engine's stay.
-        **fixed: what the verb itself sets.
+        **fixed: values that the verb sets itself.
 
     Raises:
-        ConfigError: see `EngineConfig`.
+        ConfigError: `EngineConfig` refuses a value.
     """
     given = {
         field.name: options.pop(field.name)
@@ -125,7 +125,7 @@ def take_engine(options: dict[str, Any], **fixed: Unpack[EngineOptions]) -> Engi
 
 
 def sampling_options(command: Command) -> Command:
-    """Add the sampling options; what is not given is the model's own default."""
+    """Add the sampling options; an option that is not given takes the model's default."""
     texts, sections = option_texts(SamplingParams), field_sections(SamplingParams)
     add = option(sections["stop"], "--stop", multiple=True, help=f"{texts['stop']} Repeatable.")
     command = add(command)
@@ -140,17 +140,17 @@ def take_sampling(options: dict[str, Any]) -> SamplingParams:
     """Move the sampling options out of a verb's keyword arguments.
 
     Raises:
-        RequestError: a value out of range.
+        RequestError: a value is out of range.
     """
     given = {name: options.pop(name) for name in (*KNOBS, "stop")}
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 
 
 def check_utf8(text: str, what: str) -> None:
-    """Refuse bytes of an argument or of standard input that were no UTF-8.
+    """Refuse text of an argument or of standard input whose bytes were not UTF-8.
 
     Raises:
-        RequestError: there is one; it names ``what`` the text is.
+        RequestError: a byte is not UTF-8; the message calls the text ``what``.
     """
     try:
         text.encode()

@@ -33,7 +33,7 @@ from .settings_options import complete_bundle
 from .vote_options import answer_json, take_vote, vote_options
 
 _NAME = re.compile(r"[\w.:/~-]*|[./~].*", re.ASCII | re.DOTALL)
-"""What may be meant as a bundle's name or path; other texts are prompts."""
+"""Matches names and paths of bundles; any other text is a prompt."""
 
 
 @click.command(cls=SectionCommand)
@@ -114,7 +114,7 @@ def run(
 
 
 def _find(ctx: click.Context, name: str | None, prompt: str | None) -> tuple[Path, str | None]:
-    """Find the bundle, and the prompt where that alone is given and cannot be a bundle's name."""
+    """Find the bundle; if only a prompt is given and cannot be a bundle's name, the only one."""
     if name is None:
         return take_only_bundle(), prompt
     try:
@@ -130,7 +130,7 @@ def _find(ctx: click.Context, name: str | None, prompt: str | None) -> tuple[Pat
 
 
 def _check_prompt(prompt: str, raw: bool) -> None:
-    """Refuse what is no question: a template would make one of nothing, too."""
+    """Refuse an empty question: a template would make a prompt of nothing, too."""
     if not raw and not prompt.strip():
         raise RequestError("the prompt is empty; give one as an argument or pipe it in")
     check_utf8(prompt, "prompt")

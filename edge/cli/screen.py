@@ -1,4 +1,4 @@
-"""How answers and figures look on a terminal."""
+"""Shows answers and figures on a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edge.runtime.stream import GenerationChunk
 
 
-# C0 but newline and tab, DEL, and C1, whose U+009B alone begins an escape sequence.
+# C0 except newline and tab; DEL; and C1, whose U+009B alone begins an escape sequence.
 _PICTURES = {
     **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
     0x7F: "\N{SYMBOL FOR DELETE}",
@@ -25,22 +25,22 @@ _PICTURES = {
 
 
 def visible(text: str) -> str:
-    """Show control characters as signs: what a model writes is no command to a terminal."""
+    """Replace control characters by visible signs, so that an answer cannot command a terminal."""
     return text.translate(_PICTURES)
 
 
 def is_dumb() -> bool:
-    """Whether ``TERM`` says that the terminal knows no escape sequences."""
+    """Whether ``TERM`` names a terminal without escape sequences."""
     return os.environ.get("TERM", "").lower() in ("dumb", "unknown")
 
 
 def dim(text: str) -> str:
-    """Make text paler, where the terminal can."""
+    """Make text paler if the terminal can."""
     return text if is_dumb() else click.style(text, dim=True)
 
 
 def open_shown(bundle: Path, config: EngineConfig) -> LLM:
-    """Open a bundle, and show on a terminal that it is being loaded; elsewhere nothing."""
+    """Open a bundle; on a terminal, show that it is being loaded."""
     from edge.runtime.llm import LLM
 
     if is_dumb() or not sys.stderr.isatty():
@@ -52,10 +52,10 @@ def open_shown(bundle: Path, config: EngineConfig) -> LLM:
 
 
 class StreamPrinter:
-    """A printer of an answer as it comes: reasoning dim, then the answer.
+    """Prints an answer as it comes: the reasoning dim, then the answer.
 
     Attributes:
-        text: the answer so far, reasoning left out.
+        text: the answer so far, without reasoning.
         stats, finish_reason: those fields of the last chunk.
     """
 
@@ -85,11 +85,11 @@ class StreamPrinter:
         click.echo(text, nl=False)
 
     def end(self, note: str = "") -> None:
-        """End the line, after a note about how the answer ended."""
+        """End the line, after a note on how the answer ended."""
         click.echo(note and f" {note}")
 
     def warn_if_cut_off(self, llm: LLM) -> None:
-        """Say on stderr what ended an answer before the model did."""
+        """Say on stderr why an answer ended before the model ended it."""
         if self.finish_reason != "length" or self.stats is None:
             return
         if self.stats.context_left != 0:

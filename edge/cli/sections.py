@@ -25,19 +25,19 @@ class SectionOption(click.Option):
 def option(
     section: Section, *names: str, **attributes: Any
 ) -> Callable[[_AnyCommand], _AnyCommand]:
-    """Add an option to a section of the help; all else is as for `click.option`."""
+    """Add an option to a section of the help; the rest is as in `click.option`."""
     return click.option(*names, cls=SectionOption, section=section, **attributes)
 
 
 class SectionCommand(click.Command):
-    """A verb that shows its options in sections; what has none is in the section of the help."""
+    """A verb that shows its options in sections; an option without one goes to the last."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Add ``--help-all`` to what the verb takes."""
+        """Add ``--help-all`` to the verb's parameters."""
         return [*super().get_params(ctx), self._help_all]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the sections, and how many options there are besides."""
+        """Write the sections, and how many more options there are."""
         sections: dict[Section, list[tuple[str, str]]] = {name: [] for name in get_args(Section)}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)

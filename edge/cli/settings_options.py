@@ -1,4 +1,4 @@
-"""A flag for every field of a settings class, so that file, environment and flags cannot differ."""
+"""Makes a flag of every field of a settings class, so that flags, file and environment agree."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ENTRY = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", re.MULTILINE)
 def complete_bundle(
     _ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Offer the bundles that have names, and directories."""
+    """Offer names of bundles, and directories."""
     names = [directory.name for directory in bundle_directories()]
     items = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return items or [CompletionItem(incomplete, type="dir")]
@@ -37,9 +37,8 @@ def settings_options(
 ) -> Callable[[Command], Command]:
     """Add one option per field that has a section (`field_sections`).
 
-    What is not given is None, or an empty tuple for tables.
-
-    The help is the field's entry under ``Attributes:`` in the docstring of its class.
+    An option that is not given is None, or an empty tuple for tables. Its help is the field's entry
+    under ``Attributes:`` in the docstring of its class.
 
     Args:
         cls: a dataclass with a default for every field.
@@ -61,11 +60,11 @@ def settings_options(
 
 
 def attribute_texts(cls: type) -> dict[str, str]:
-    """Read what the docstrings of a class and its bases say about each attribute."""
+    """Read the text on each attribute from the docstrings of a class and its bases."""
     texts: dict[str, str] = {}
     for base in reversed(inspect.getmro(cls)):
         after = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
-        section = re.split(r"\n(?=\S)", after)[0]  # another one may follow
+        section = re.split(r"\n(?=\S)", after)[0]  # another section may follow
         for names, text in _ENTRY.findall(section):
             for name in names.split(", "):
                 texts[name] = " ".join(text.split())
@@ -79,7 +78,7 @@ def option_texts(cls: type) -> dict[str, str]:
 
 
 def default_text(field: dataclasses.Field[Any]) -> str:
-    """Write the default of a field as it follows its help; nothing where there is none to name."""
+    """Write the default of a field as it follows its help; empty if there is none to name."""
     if any(field.default is none for none in (None, dataclasses.MISSING, False)):
         return ""
     return f"  [default: {'on' if field.default is True else field.default}]"
@@ -108,7 +107,7 @@ def _option(
     if typing.get_origin(kind) is typing.Literal:
         choice = click.Choice(list(typing.get_args(kind)))
         return option(section, flag, field.name, type=choice, help=text)
-    # Kept as text: the settings read a flag exactly as they read an environment variable.
+    # Kept as text, so that the settings read a flag exactly as an environment variable.
     metavar = {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
     if complete is not None:
         metavar = "BUNDLE"

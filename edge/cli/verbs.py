@@ -1,4 +1,4 @@
-"""The verbs as ``edge-llm --help`` shows them: in groups, a line of at most 60 characters each.
+"""Lists the verbs as ``edge-llm --help`` shows them: in groups, a line of 60 characters each.
 
 The lines are here, and not only in the verbs' own modules, so that the help loads none of those.
 """
@@ -47,4 +47,4 @@ GROUPS = {
         "man": "Print the manual page",
     },
 }
-"""Groups in the order in which a model goes through them; in each the verbs, with their lines."""
+"""Maps each group to its verbs and their lines, in the order of a model's life."""

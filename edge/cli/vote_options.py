@@ -1,4 +1,4 @@
-"""The options of a verb that can hold a vote."""
+"""Adds the options of a verb that can hold a vote."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def take_vote(options: dict[str, Any]) -> tuple[VoteRule | None, int]:
     """Move the options of a vote out of a verb's keyword arguments, and count the slots it takes.
 
     Raises:
-        RequestError: a wrong number or kind, or a kind of answer without a vote.
+        RequestError: a number or kind is wrong, or a kind of answer is given without a vote.
     """
     most, answers = options.pop("vote"), options.pop("answers")
     if most is None:
@@ -44,7 +44,7 @@ def take_vote(options: dict[str, Any]) -> tuple[VoteRule | None, int]:
 
 
 def answer_json(chunks: Iterable[GenerationChunk]) -> dict[str, Any]:
-    """Wait for an answer and return it for JSON, with what the vote came to if there was one."""
+    """Wait for an answer and return it for JSON, with the result of the vote if there was one."""
     from edge.runtime.stream import join_chunks
 
     all_chunks = list(chunks)

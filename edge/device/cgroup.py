@@ -1,8 +1,7 @@
-"""Reads what the control groups of this process leave it: of containers, of systemd units.
+"""Reads what the control groups of this process, of a container or a systemd unit, leave it.
 
-``/proc/meminfo`` and the list of CPUs are the machine's. A group's limit holds for all that is in
-it, and each of its parents may have a smaller one, so the whole chain counts:
-
+``/proc/meminfo`` and the list of CPUs describe the whole machine. A group's limit holds for all
+processes in it, and each of its parents may have a smaller one, so the whole chain counts:
 =====  ==================================  ==============================================
 v2     ``memory.max``, ``memory.high``     ``memory.current``, ``inactive_file`` of
                                            ``memory.stat``
@@ -11,9 +10,9 @@ v2     ``cpu.max``
 v1     ``cpu.cfs_quota_us``, ``cpu.cfs_period_us``
 =====  ==================================  ==============================================
 
-Above ``memory.high`` processes are held up until they are unusable, so that is a limit, too. File
-pages that nobody uses any more count as free, as they do in ``MemAvailable``. A kernel may have
-both versions mounted, with memory in one of them (systemd's hybrid hierarchy).
+Above ``memory.high`` processes are slowed until they are unusable, so it counts as a limit, too.
+File pages that nobody uses any more count as free, as they do in ``MemAvailable``. A kernel may
+have both versions mounted, with memory in one of them (systemd's hybrid hierarchy).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-_UNLIMITED = 1 << 60  # v1 has no word for it, only a number near 2**63
+_UNLIMITED = 1 << 60  # v1 has no word for "unlimited", only a number near 2**63
 
 
 class _Version(NamedTuple):
@@ -43,11 +42,11 @@ _V1 = _Version(
 
 
 def read_room_bytes(root: Path = Path("/"), *, is_hard: bool = False) -> int | None:
-    """Bytes that this process can take before a group's limit is met; None if nothing limits it.
+    """Return how many bytes this process can take before it meets a limit; None without one.
 
     Args:
-        root: where ``proc`` and ``sys`` are.
-        is_hard: count those limits alone at which the kernel ends a process.
+        root: directory that contains ``proc`` and ``sys``.
+        is_hard: count only limits at which the kernel kills a process.
     """
     rooms = [
         room
@@ -59,10 +58,10 @@ def read_room_bytes(root: Path = Path("/"), *, is_hard: bool = False) -> int | N
 
 
 def read_cpu_quota(root: Path = Path("/")) -> float | None:
-    """CPUs whose whole time this process may use up; None if nothing limits it.
+    """Return how many CPUs' whole time this process may use; None if nothing limits it.
 
     Args:
-        root: where ``proc`` and ``sys`` are.
+        root: directory that contains ``proc`` and ``sys``.
     """
     quotas = [
         quota
@@ -74,7 +73,7 @@ def read_cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def _groups(root: Path, controller: str) -> Iterator[tuple[_Version, Path, Path]]:
-    """This process's groups that a controller limits, each with the top of what is mounted."""
+    """Yield this process's groups of a controller, each with the root of its mount."""
     paths = {}
     for line in _lines(root / "proc/self/cgroup"):
         number, controllers, path = (*line.split(":", 2), "", "")[:3]
@@ -122,7 +121,7 @@ def _quota(group: Path, version: _Version) -> float | None:
 
 
 def _number(path: Path) -> int | None:
-    """A file's number; None for ``max``, or where there is none."""
+    """Read a number from a file; None for ``max``, or if there is no number."""
     return _parse("".join(_lines(path)))
 
 
@@ -133,10 +132,10 @@ def _parse(text: str) -> int | None:
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text("utf-8", "replace").splitlines()
-    except OSError:  # not there, or a group that has just ended
+    except OSError:  # the file is missing, or the group has just ended
         return []
 
 
 def _unescape(path: str) -> str:
-    """Undo what ``/proc/self/mountinfo`` does to spaces and backslashes."""
+    """Undo the escapes of spaces and backslashes in ``/proc/self/mountinfo``."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)

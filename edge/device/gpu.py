@@ -1,4 +1,4 @@
-"""The GPU as the CUDA driver names it. Asked through ``libcuda.so.1`` alone, without a context."""
+"""Reads the GPU's name and size from the CUDA driver, ``libcuda.so.1``, without a context."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Gpu:
     """A GPU.
 
     Attributes:
-        name: as the driver has it.
+        name: the driver's name of the GPU.
         compute_capability: e.g. ``8.7``.
-        num_sms: streaming multiprocessors that are on, which a Jetson's power mode decides.
+        num_sms: streaming multiprocessors that are on; on a Jetson the power mode decides.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Gpu:
 
 
 def find_gpu() -> Gpu | None:
-    """The first GPU; None without a driver or a GPU."""
+    """Return the first GPU; None without a driver or a GPU."""
     try:
         cuda = load_driver()
     except OSError:
@@ -37,16 +37,16 @@ def find_gpu() -> Gpu | None:
 
 
 def load_driver() -> ctypes.CDLL:
-    """Load the driver's library, which is not initialized yet.
+    """Load the driver's library, without initializing it.
 
     Raises:
-        OSError: it is not installed, or does not load.
+        OSError: the library is not installed, or does not load.
     """
     return ctypes.CDLL("libcuda.so.1")
 
 
 def read_gpu(cuda: ctypes.CDLL, device: ctypes.c_int) -> Gpu | None:
-    """Ask an initialized driver about a device; None if it does not say."""
+    """Ask an initialized driver about a device; None if the driver does not answer."""
     name = ctypes.create_string_buffer(256)
     major, minor, num_sms = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     codes = (

@@ -1,9 +1,9 @@
-"""Huge pages for memory that is already filled: the weights of a loaded model.
+"""Makes huge pages of memory that is already filled: the weights of a loaded model.
 
-A decode step reads every weight once. In pages of 4 KB the processor looks up each address anew; in
-pages of 2 MB it reads faster. ONNX Runtime and malloc ask for no huge pages, so they are made
-afterwards, in place: Linux 6.1 collapses small pages at once, and a kernel that is only advised
-does it by itself, some time later.
+A decode step reads every weight once. With pages of 2 MB the processor looks up far fewer addresses
+than with pages of 4 KB, so it reads faster. ONNX Runtime and malloc ask for no huge pages, so they
+are made afterwards, in place. Linux 6.1 collapses small pages at once; an older kernel is only
+advised, and does it some time later.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ MADV_COLLAPSE = 25  # Linux 6.1
 
 _PIECE_BYTES = 64 << 20
 _SMAPS = Path("/proc/self/smaps")
-# Holes are filled when pages are collapsed: so little may become resident that was not used.
+# Collapsing fills holes, so only little memory may become resident that was not used.
 _MIN_RESIDENT = 0.9
 
 
 def collapse_filled(min_region_bytes: int) -> Iterator[int]:
-    """Make huge pages of what is resident in this process's large anonymous regions, bit by bit.
+    """Make huge pages of the resident parts of this process's large anonymous regions, bit by bit.
 
-    Regions that are advised against huge pages stay small (`HostCache`), and so does every 2 MB of
-    which less than nine tenths are resident. What the kernel refuses is no error: it stays small.
+    Two kinds stay small: regions that are advised against huge pages (`HostCache`), and blocks of
+    2 MB of which less than nine tenths are resident. A refusal by the kernel is no error: those
+    pages stay small.
 
     Args:
-        min_region_bytes: size of the smallest region that is looked at.
+        min_region_bytes: size of the smallest region that is considered.
 
     Yields:
-        Bytes of the next piece that are in huge pages now because of this call, or were before.
+        Bytes of the next piece that are in huge pages, through this call or before.
     """
     at, wanted, made, spent_s, refusal = 0, 0, 0, 0.0, ""
     try:
@@ -48,7 +49,7 @@ def collapse_filled(min_region_bytes: int) -> Iterator[int]:
         started = time.perf_counter()
         while True:
             piece, done = 0, 0
-            # Looked for anew each time: memory comes and goes between two pieces.
+            # Searched anew each time, since memory comes and goes between two pieces.
             for address, length in _resident_runs(libc, min_region_bytes, at):
                 num_bytes = min(length, _PIECE_BYTES - piece)
                 at, piece = address + num_bytes, piece + num_bytes
@@ -66,7 +67,7 @@ def collapse_filled(min_region_bytes: int) -> Iterator[int]:
                 break
             yield done
             started = time.perf_counter()
-    except (OSError, AttributeError) as error:  # no smaps, no such function, no such advice
+    except (OSError, AttributeError) as error:  # no smaps, function, or advice of this kind
         refusal = f"; {error}"
     _log.debug(
         "%d of %d MB are in huge pages after %.1f s%s",
@@ -78,12 +79,12 @@ def collapse_filled(min_region_bytes: int) -> Iterator[int]:
 
 
 def _large_regions(min_bytes: int) -> Iterator[tuple[int, int]]:
-    """First and last address of each private anonymous region that may have huge pages."""
+    """Yield first and last address of each private anonymous region that may have huge pages."""
     region: list[str] = []
     for line in _SMAPS.read_text().splitlines():
         fields = line.split()
         if not fields[0].endswith(":"):
-            region = fields  # addresses, permissions, offset, device, inode, name if it has one
+            region = fields  # addresses, permissions, offset, device, inode, perhaps a name
         elif fields[0] == "VmFlags:" and "nh" not in fields:
             start, end = (int(address, 16) for address in region[0].split("-"))
             anonymous = region[5:] == [] or region[5] == "[heap]" or region[5][:6] == "[anon:"
@@ -92,10 +93,10 @@ def _large_regions(min_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def _resident_runs(libc: ctypes.CDLL, min_bytes: int, after: int) -> Iterator[tuple[int, int]]:
-    """Address and bytes of neighbouring huge pages that are resident already, nearly all of each.
+    """Yield address and bytes of runs of huge pages of which nearly all is resident already.
 
     Raises:
-        OSError: a region is not there any more.
+        OSError: a region no longer exists.
     """
     for begin, end in _large_regions(min_bytes):
         start = max(begin + -begin % HUGE_PAGE_BYTES, after)

@@ -1,6 +1,6 @@
-"""Memory of the system and of this process's control group, from ``/proc``.
+"""Reads the memory of the system and of this process's control group, from ``/proc``.
 
-On Orin the GPU's memory is the system's memory, so ``MemAvailable`` is what is left for both.
+On Orin the GPU's memory is the system's memory, so ``MemAvailable`` is what both have left.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _STEP_BYTES = 128 << 20
 
 
 def read_available_memory_bytes(root: Path = Path("/")) -> int | None:
-    """Memory that this process can have without swapping.
+    """Return how many bytes this process can have without swapping.
 
-    That is ``MemAvailable``, or less where a control group limits it.
+    That is ``MemAvailable``, or less if a control group limits it.
     """
     from .cgroup import read_room_bytes
 
@@ -26,19 +26,19 @@ def read_available_memory_bytes(root: Path = Path("/")) -> int | None:
 
 
 def read_swap_bytes(root: Path = Path("/")) -> int:
-    """Swap that is free; what a control group may use of it is not read."""
+    """Return the bytes of free swap; a control group's limit on swap is not read."""
     return read_kib(root / "proc/meminfo", "SwapFree") or 0
 
 
 def read_mem_available_bytes(root: Path = Path("/")) -> int | None:
-    """``MemAvailable`` of the whole system."""
+    """Return ``MemAvailable`` of the whole system, in bytes."""
     return read_kib(root / "proc/meminfo", "MemAvailable")
 
 
 def read_free_memory_bytes(root: Path = Path("/")) -> int | None:
-    """Memory that a driver can have at once, page cache not counted.
+    """Return how many bytes a driver can have at once, without dropping page cache.
 
-    That is ``MemFree`` without ``CmaFree``: contiguous pages that are kept for other devices.
+    That is ``MemFree`` without ``CmaFree``: contiguous pages that are reserved for other devices.
     """
     meminfo = root / "proc/meminfo"
     free = read_kib(meminfo, "MemFree")
@@ -46,14 +46,14 @@ def read_free_memory_bytes(root: Path = Path("/")) -> int | None:
 
 
 def make_free(num_bytes: int, root: Path = Path("/")) -> None:
-    """Have the kernel give up page cache until so many bytes are free; needs no rights.
+    """Make the kernel drop page cache until ``num_bytes`` are free; needs no rights.
 
-    Memory is taken, which the kernel finds by dropping page cache, and given back at once. No more
-    is taken than can be had without swapping, so it ends early where that is less.
+    It allocates memory, for which the kernel drops page cache, and frees it at once. It never takes
+    more than is available without swapping, so it stops early if that is less.
 
     Args:
-        num_bytes: what is about to be allocated for the GPU.
-        root: where ``proc`` and ``sys`` are.
+        num_bytes: bytes that are about to be allocated for the GPU.
+        root: directory that contains ``proc`` and ``sys``.
     """
     taken: list[mmap.mmap] = []
     try:
@@ -71,7 +71,7 @@ def make_free(num_bytes: int, root: Path = Path("/")) -> None:
 
 
 def read_kib(path: Path, key: str) -> int | None:
-    """Bytes of a line such as ``VmRSS:  1234 kB``; None if it is not there."""
+    """Return the bytes of a line such as ``VmRSS:  1234 kB``; None if there is no such line."""
     try:
         text = path.read_text("utf-8", "replace")
     except OSError:  # missing or forbidden

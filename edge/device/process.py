@@ -1,4 +1,4 @@
-"""Resident memory of this process, and the CPUs that it has: from ``/proc`` and the kernel."""
+"""Reads this process's resident memory, and the CPUs that it may use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def read_cpu_flags() -> frozenset[str]:
-    """What x86 cores can do, as ``/proc/cpuinfo`` names it; empty where it does not say."""
+    """Return the abilities of x86 cores by their names in ``/proc/cpuinfo``; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -20,21 +20,21 @@ def read_cpu_flags() -> frozenset[str]:
 
 
 def count_usable_cpus() -> int:
-    """Count the logical CPUs that this process may run on; a quota of time is not regarded."""
+    """Count the logical CPUs that this process may run on, regardless of a quota of time."""
     return len(os.sched_getaffinity(0))
 
 
 def choose_num_threads(root: Path = Path("/")) -> int:
-    """Choose how many threads compute: one per physical core that this process may use.
+    """Choose the number of computing threads: one per physical core that this process may use.
 
-    ONNX Runtime counts the cores of the machine, pins a thread to each, and lets them spin: those
-    that share a core hold each other up, and the kernel's limits do not bind them.
+    ONNX Runtime by itself counts the machine's cores, pins a thread to each, and lets them spin.
+    Threads that share a core then block each other, and it ignores the kernel's limits.
 
     Args:
-        root: where ``proc`` and ``sys`` are.
+        root: directory that contains ``proc`` and ``sys``.
 
     Returns:
-        The threads; 0 leaves them to ONNX Runtime, where nothing restricts this process.
+        Number of threads; 0 lets ONNX Runtime choose, as nothing restricts this process.
     """
     from .cgroup import read_cpu_quota
 
@@ -61,14 +61,14 @@ def _read(path: Path) -> str:
 
 
 def read_rss_bytes() -> int | None:
-    """Resident memory now; None where the system does not say."""
+    """Return the resident memory now, in bytes; None if the system does not say."""
     from .memory import read_kib
 
     return read_kib(_STATUS, "VmRSS")
 
 
 def read_rss_peak_bytes() -> int:
-    """The most resident memory since `reset_rss_peak`, else since the process started."""
+    """Return the peak of resident memory in bytes, since `reset_rss_peak` or the start."""
     from .memory import read_kib
 
     peak = read_kib(_STATUS, "VmHWM")
@@ -76,7 +76,7 @@ def read_rss_peak_bytes() -> int:
 
 
 def reset_rss_peak() -> bool:
-    """Start the peak anew; False where the system, or a container, does not allow it."""
+    """Restart the peak; False if the system, or a container, does not allow it."""
     try:
         Path("/proc/self/clear_refs").write_text("5", "ascii")
     except OSError:

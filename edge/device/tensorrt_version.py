@@ -1,4 +1,4 @@
-"""The version of a TensorRT, to the build number, without which it loads no plan."""
+"""Reads the version of TensorRT with its build number: a plan loads only in the same build."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 def loaded_version(trt: Any) -> str:
     """Return the version with its build number, e.g. ``10.3.0.30``.
 
-    The Python package of TensorRT 10.3 has three numbers; the library that it has loaded has all.
-    Where that does not say, it is the package's.
+    The Python package of TensorRT 10.3 gives three numbers, the library that it loads gives all
+    four. If the library gives none, the package's version is returned.
 
     Args:
         trt: the module ``tensorrt`` or ``tensorrt_rtx``.
@@ -26,6 +26,6 @@ def loaded_version(trt: Any) -> str:
             getattr(library, f"getInferLib{part}Version")
             for part in ("Major", "Minor", "Patch", "Build")
         ]
-    except (OSError, AttributeError):  # it has another name, or lacks one of these
+    except (OSError, AttributeError):  # the library has another name, or lacks a function
         return version
     return ".".join(str(call()) for call in calls)
