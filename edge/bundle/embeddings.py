@@ -1,4 +1,4 @@
-"""The token embedding table: it stays on disk, a row is read when its token comes."""
+"""Reads the token embedding table: it stays on disk, and a row is read when its token comes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class EmbeddingTable:
     """Rows of ``[vocab, hidden]`` embeddings by token id, as fp16.
 
     The file is safetensors (8-byte little-endian header length, JSON header, bytes) with the tensor
-    ``token_embeddings``: fp16, or INT8 with ``token_embeddings.scale`` fp32 ``[vocab]`` beside it;
-    the few lines here save the runtime a dependency. Rows are read with ``pread`` (2 us each from
-    the page cache), the scales once. A memory map would do the same, but the kernel maps 64 KiB
-    around every row, and 450 MB of the table count as resident after some prompts.
+    ``token_embeddings``: fp16, or INT8 with its ``token_embeddings.scale``, fp32 ``[vocab]``. The
+    few lines here save the runtime a dependency. Rows are read with ``pread`` (2 us each from the
+    page cache), the scales once. A memory map would work as well, but the kernel maps 64 KiB around
+    every row, and 450 MB of the table count as resident after some prompts.
 
     Args:
-        path: the file; with a descriptor only for messages.
-        descriptor: of the file, where it is open already; it is duplicated.
+        path: the file; with a descriptor, only used in messages.
+        descriptor: descriptor of the file, if it is open already; it is duplicated.
 
     Attributes:
         has_pictures: whether it also has rows of pictures, from `PICTURE_IDS` on.
@@ -48,14 +48,14 @@ class EmbeddingTable:
             if descriptor is None:
                 self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             else:
-                self._file = os.dup(descriptor)  # not inherited by children either
+                self._file = os.dup(descriptor)  # the copy is not inherited by children either
             header_bytes = int.from_bytes(os.pread(self._file, 8, 0), "little")
             if not 2 <= header_bytes <= _MAX_HEADER_BYTES:
                 raise ValueError(f"its header claims {header_bytes} bytes")
             header: dict[str, Any] = json.loads(os.pread(self._file, header_bytes, 8))
             found = os.fstat(self._file).st_size
             self._read_layout(header, 8 + header_bytes, found)
-        # A header can also hold numbers too large, and brackets too deep.
+        # A header can also hold numbers that are too large, and brackets nested too deep.
         except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             self.close()
             raise BundleError(
@@ -94,9 +94,9 @@ class EmbeddingTable:
         """Read the rows of ``ids`` (any shape) to ``[*ids.shape, hidden]``.
 
         Raises:
-            RequestError: an id outside the table.
+            RequestError: an id is outside the table.
             BackendError: the table is closed.
-            BundleError: the file cannot be read any more.
+            BundleError: the file can no longer be read.
         """
         self.check(ids)
         if self._file < 0:
@@ -122,7 +122,7 @@ class EmbeddingTable:
         """Refuse ids that have no row.
 
         Raises:
-            RequestError: an id outside the table.
+            RequestError: an id is outside the table.
         """
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             wrong = ids.min() if ids.min() < 0 else ids.max()

@@ -1,9 +1,9 @@
-"""What is in a bundle's ``engines/<name>/``, and whether it may be loaded here.
+"""Reads a bundle's ``engines/<name>/``, and decides whether the engine may be loaded here.
 
 ``engine.json`` says what the plan was built from and for. A plan is executable code: its hash is
-checked before TensorRT sees a byte of it, and `engine_records` says whose engines are read at all.
-A plan's file name carries its hash, so replacing ``engine.json`` in one step replaces the engine in
-one step.
+checked before TensorRT sees a byte of it, and `engine_records` decides whose engines are read at
+all. A plan's file name contains its hash, so replacing ``engine.json`` replaces the engine in one
+step.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PackedKernels = Annotated[bytes, msgspec.Meta(max_length=1 << 20)]  # base64 in 
 
 
 def where_tensorrt_is_from(flavour: Flavour) -> str:
-    """Say what to install, for a `DependencyError`; running an engine needs more than a build."""
+    """Say how to install TensorRT, for a `DependencyError`; running needs more than building."""
     if flavour == "tensorrt-rtx":
         return install_command("check")
     return (
@@ -73,7 +73,7 @@ class ProfileInfo(_Struct, frozen=True):
 
     @property
     def limits(self) -> StepLimits:
-        """The most that one run takes.
+        """Return the most that one run takes.
 
         Raises:
             BundleError: the profile lacks an input of the graph.
@@ -98,7 +98,7 @@ class LayerCount(_Struct, frozen=True):
 
 
 class WeightBytes(_Struct, frozen=True):
-    """The linear layers that store their weights in one type: how many, and their bytes."""
+    """Number of linear layers that store their weights in one type, and their bytes."""
 
     dtype: str
     count: int
@@ -110,10 +110,10 @@ class RefusedRung(_Struct, frozen=True):
 
     Attributes:
         kv_read: how attention was to read the cache.
-        attention: what was asked of attention (see `EngineInfo`); None where nothing can be.
-        reason: TensorRT's.
-        scales: ``stored``, or ``fp32`` where those of INT8 inputs were widened.
-        kernels: ``own`` if edge-llm's own were to compute the products of few bits.
+        attention: requested kind of attention (`EngineInfo`); None if nothing can be requested.
+        reason: TensorRT's reason.
+        scales: ``stored``, or ``fp32`` if the scales of INT8 inputs were widened.
+        kernels: ``own`` if edge-llm's kernels were to compute the products of few bits.
     """
 
     kv_read: KvRead
@@ -124,7 +124,7 @@ class RefusedRung(_Struct, frozen=True):
 
     @property
     def label(self) -> str:
-        """What it was, in a few words."""
+        """Describe the variant in a few words."""
         return _label(self)
 
 
@@ -133,12 +133,12 @@ class TunedRung(_Struct, frozen=True):
 
     Attributes:
         kv_read: how attention reads the cache.
-        attention: what was asked of attention (see `EngineInfo`); None where nothing can be.
-        decode_s: seconds of a decode step, the median; None if it was not timed.
-        problem: why it is of no use; None if it answers right.
-        scales: ``stored``, or ``fp32`` where those of INT8 inputs were widened.
-        kernels: ``own`` if edge-llm's own compute the products of few bits.
-        prefill_s: seconds of a prompt of 256 tokens, the median; as ``decode_s``.
+        attention: requested kind of attention (`EngineInfo`); None if nothing can be requested.
+        decode_s: median time of a decode step in seconds; None if it was not timed.
+        problem: why it is not usable; None if its answers are right.
+        scales: ``stored``, or ``fp32`` if the scales of INT8 inputs were widened.
+        kernels: ``own`` if edge-llm's kernels compute the products of few bits.
+        prefill_s: median time of a prompt of 256 tokens in seconds; None if it was not timed.
     """
 
     kv_read: KvRead
@@ -151,17 +151,17 @@ class TunedRung(_Struct, frozen=True):
 
     @property
     def label(self) -> str:
-        """What it was, in a few words."""
+        """Describe the variant in a few words."""
         return _label(self)
 
 
 class SkippedTactics(_Struct, frozen=True):
-    """Kernels that TensorRT did not try, since the GPU's memory that was free did not suffice.
+    """Kernels that TensorRT did not try, because too little GPU memory was free.
 
     Attributes:
-        count: how many.
-        largest_bytes: of one's request, at most.
-        available_bytes: at such a request, at least; None if TensorRT did not say.
+        count: number of kernels.
+        largest_bytes: largest request of one of them.
+        available_bytes: least memory available at such a request; None if TensorRT did not say.
     """
 
     count: Annotated[int, msgspec.Meta(ge=1)]
@@ -182,7 +182,7 @@ def _label(rung: RefusedRung | TunedRung) -> str:
 
 
 class OutsideTensor(_Struct, frozen=True):
-    """A weight that an engine takes as an input: what it is, and its first byte in the file."""
+    """A weight that an engine takes as an input: type, shape, and its first byte in the file."""
 
     dtype: io_spec.ElementType
     shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=8)]
@@ -190,15 +190,15 @@ class OutsideTensor(_Struct, frozen=True):
 
     @property
     def end(self) -> int:
-        """The byte after its last one."""
+        """Return the offset after its last byte."""
         return self.offset + math.prod(self.shape) * io_spec.ELEMENT_BYTES[self.dtype]
 
 
 class OutsideWeights(_Struct, frozen=True):
-    """Weights that are not in the plan but in a file beside it, as they lie in device memory.
+    """Weights in a file beside the plan, in the layout that they have in device memory.
 
     Attributes:
-        file: its name.
+        file: name of the file.
         tensors: inputs of the engine by name.
     """
 
@@ -214,9 +214,9 @@ class EngineInfo(_Struct, frozen=True):
     Attributes:
         key: hash of everything that the plan depends on; the same key is the same engine.
         plan: the plan's file name.
-        compute_capability: the GPU's that it was built for, e.g. ``8.7``.
+        compute_capability: compute capability of the GPU it was built for, e.g. ``8.7``.
         device: the GPU's name; None if it was compiled without one.
-        num_sms: streaming multiprocessors that were on; None without a GPU, and of older engines.
+        num_sms: streaming multiprocessors that were on; None without a GPU, and in older engines.
         jetpack, l4t: versions of the Jetson that built it.
         sources: SHA-256 of the graph and of its weights.
         kv_buckets: numbers of cache rows that a step may read (see ``kv_read``), ascending.
@@ -224,38 +224,38 @@ class EngineInfo(_Struct, frozen=True):
         options: build options that `rebuild_command` repeats.
         profiles: optimization profiles in the order of the engine.
         builder: ``api`` or ``trtexec``.
-        peak_memory_bytes: resident memory of the build, at most; None if it was not measured.
+        peak_memory_bytes: peak of the build's resident memory; None if it was not measured.
         weights, layers: summary of the parsed network.
-        attention: ``own`` if edge-llm's own kernels compute the attentions of ``own_attentions``;
-            else ``fused`` if TensorRT had to make one kernel of each, ``decomposed`` if it was free
-            to; None in dialect ``portable``, and not known of older engines.
+        attention: ``own`` if edge-llm's kernels compute the attentions of ``own_attentions``. Else
+            ``fused`` if TensorRT had to make one kernel of each, or ``decomposed`` if it was free
+            to choose. None in dialect ``portable``; not known of older engines.
         refused: variants that TensorRT refused before this one.
         tuned: variants that were built and tried; this engine is the fastest that is right.
-        compiled: summary of what TensorRT made of it, per profile; all layers are in the file
-            beside the plan (`engine_layers.read_layers`).
+        compiled: summary per profile of the compiled layers; all layers are in the file beside the
+            plan (`engine_layers.read_layers`).
         compiled_unknown: why ``compiled`` is empty; None if it is not.
         scales: ``fp32`` if the scales of INT8 inputs were widened for this TensorRT, else
             ``stored``.
-        best_logits: logits of each row that are put out by themselves (`io_spec.best_outputs`); 0
-            for none.
-        kernels: ``own`` if edge-llm's own kernels compute the layers of ``own_linears``, else
+        best_logits: number of best logits of each row that have outputs of their own
+            (`io_spec.best_outputs`); 0 for none.
+        kernels: ``own`` if edge-llm's kernels compute the layers of ``own_linears``, else
             ``tensorrt``.
         own_linears: linear layers that own kernels compute.
-        left_linears: with own kernels, those that TensorRT computes all the same, and why;
-            attentions too, and the search for the best logits as ``top_k``.
+        left_linears: with own kernels, layers that TensorRT computes all the same, and why;
+            includes attentions, and the search for the best logits as ``top_k``.
         own_attentions: attentions that own kernels compute, such as ``layers.0.attention``.
         own_top_k: whether own kernels find the best logits; they do not in older engines.
         plugins: how own kernels are in the engine: ``compiled`` into the plan, or ``python``, whose
-            launches `edge.backends.tensorrt.plugins` makes; None without own kernels, and of
-            engines from before there were both, which have the first kind.
+            launches `edge.backends.tensorrt.plugins` makes. None without own kernels; also in
+            engines from before there were two kinds, which have the first.
         skipped_tactics: kernels that were not tried for lack of memory; None if there were none,
-            and of older engines.
-        power_mode, gpu_clocks_hz: the Jetson's at the build, and between what the GPU's clock was
-            free to move while kernels were timed.
+            and in older engines.
+        power_mode, gpu_clocks_hz: the Jetson's power mode at the build, and the range in which the
+            GPU's clock could move while kernels were timed.
         python_kernels: with ``python``, the kernels (`edge.backends.tensorrt.plugin_kernels.pack`).
         outside: weights that only own kernels read; None if all are in the plan, as in older
             engines and in those without own kernels.
-        extras: sections of optional rooms by name, as in the manifest.
+        extras: sections of optional packages by name, as in the manifest.
     """
 
     schema_version: int
@@ -307,12 +307,12 @@ class EngineInfo(_Struct, frozen=True):
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes that are loaded: the plan's, and those of the weights outside it."""
+        """Return how many bytes are loaded: the plan's, and those of the weights outside it."""
         return self.plan_bytes + (self.outside.num_bytes if self.outside else 0)
 
     @property
     def buckets_read(self) -> tuple[int, ...]:
-        """Those of ``kv_buckets``; empty where every attention reads just what a sequence has."""
+        """Return the ``kv_buckets`` in use; empty if attention reads only a sequence's rows."""
         left = any(name.endswith(".attention") for name in self.left_linears)
         if self.kv_read == "lengths" or (self.own_attentions and not left):
             return ()
@@ -320,14 +320,14 @@ class EngineInfo(_Struct, frozen=True):
 
 
 class _AnyEngine(msgspec.Struct):
-    """What is read of an engine of any edge-llm."""
+    """The fields that are read from an engine of any version of edge-llm."""
 
     schema_version: int
     options: dict[str, Any] = {}
 
 
 def read_engine_bytes(directory: Path) -> bytes:
-    """Read ``engine.json`` and parse nothing.
+    """Read ``engine.json`` without parsing it.
 
     Raises:
         BundleError: it is missing or cannot be read.
@@ -342,12 +342,13 @@ def read_engine_bytes(directory: Path) -> bytes:
 
 
 def read_engine_info(directory: Path, trusted_keys: Path | None = None) -> EngineInfo:
-    """Read ``engine.json``; the plan is not hashed (see `open_plan`).
+    """Read ``engine.json``; the plan is hashed only by `open_plan`.
 
     Args:
-        directory: the engine's.
-        trusted_keys: file of public keys, where somebody has to vouch for the engine before it is
-            parsed (`who_vouches`); None to look at any, and to run any where there is no policy.
+        directory: the engine's directory.
+        trusted_keys: file of public keys, if somebody has to vouch for the engine before it is
+            parsed (`who_vouches`). None to look at any engine, and to run any on a machine without
+            a policy.
 
     Raises:
         BundleError: it is missing, not JSON, or of another schema.
@@ -363,7 +364,7 @@ def read_engine_info(directory: Path, trusted_keys: Path | None = None) -> Engin
 
 
 def decode_engine_info(directory: Path, data: bytes) -> EngineInfo:
-    """Parse an ``engine.json``; see `read_engine_info`.
+    """Parse the bytes of an ``engine.json``.
 
     Raises:
         BundleError: it is not JSON, or of another schema.
@@ -382,7 +383,7 @@ def decode_engine_info(directory: Path, data: bytes) -> EngineInfo:
     try:
         info = msgspec.json.decode(data, type=EngineInfo)
     except MALFORMED as error:
-        if "unknown field" in str(error):  # a field more leaves the version as it is
+        if "unknown field" in str(error):  # adding a field does not change the version
             raise BundleError(
                 f"{path} is of a newer edge-llm ({error}); install that one, or {again}"
             ) from error
@@ -400,23 +401,23 @@ def decode_engine_info(directory: Path, data: bytes) -> EngineInfo:
 def read_outside(
     directory: Path, info: EngineInfo, outside: OutsideWeights, buffer: Any
 ) -> Iterator[tuple[int, Any]]:
-    """Read the weights outside a plan piece by piece, and hash what is handed out.
+    """Read the weights outside a plan piece by piece, and hash them on the way.
 
-    On a Jetson what was read leaves the page cache, which would fill the GPU's memory.
+    On a Jetson the pieces are dropped from the page cache, which would fill the GPU's memory.
 
     Args:
-        directory: of the engine.
+        directory: the engine's directory.
         info: its ``engine.json``.
-        outside: of ``info``.
-        buffer: bytes, an array of them or a view. Pieces lie in its halves in turn, so each stays
-            as it is until the next but one is asked for.
+        outside: the field of ``info``.
+        buffer: bytes, an array of them or a view. Pieces alternate between its halves, so each
+            stays unchanged until the next but one is requested.
 
     Yields:
-        The place of a piece in the file, and the piece.
+        The offset of a piece in the file, and the piece.
 
     Raises:
-        IntegrityError: the file cannot be read or, once all of it is, is not what ``engine.json``
-            says.
+        IntegrityError: the file cannot be read or, once all of it is read, does not match
+            ``engine.json``.
     """
     path, digest, size = directory / outside.file, hashlib.sha256(), 0
     again = f"build it again with: {rebuild_command(directory, info, again=True)}"
@@ -444,10 +445,10 @@ def read_outside(
 
 @contextmanager
 def open_plan(directory: Path, info: EngineInfo) -> Iterator[mmap.mmap]:
-    """Map the plan and hash the map: what is at its path later is not looked at.
+    """Map the plan and hash the map, so that a later change at its path does not matter.
 
-    On a Jetson a plan that is read takes its size of the GPU's memory again, and so does the page
-    cache, which is given up before the plan is loaded and after.
+    On a Jetson, loading a plan takes its size of the GPU's memory a second time, and the page cache
+    a third time. So cached pages are dropped before the plan is loaded and after.
 
     Raises:
         IntegrityError: it is missing, or has another size or hash than ``engine.json`` says.
@@ -460,8 +461,8 @@ def open_plan(directory: Path, info: EngineInfo) -> Iterator[mmap.mmap]:
             file = stack.enter_context(os.fdopen(descriptor, "rb"))
             size = os.fstat(descriptor).st_size
             plan = None
-            if size == info.plan_bytes:  # nothing empty is mapped, nor what has no end
-                stack.callback(drop_cached, descriptor)  # when it is not mapped any more
+            if size == info.plan_bytes:  # an empty or endless file is never mapped
+                stack.callback(drop_cached, descriptor)  # runs once it is no longer mapped
                 plan = stack.enter_context(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
         except OSError as error:
             raise IntegrityError(f"{path} cannot be read ({error.strerror}); {again}") from error
@@ -471,7 +472,7 @@ def open_plan(directory: Path, info: EngineInfo) -> Iterator[mmap.mmap]:
                 f"{path} is damaged: {size} bytes with SHA-256 {found[:16]}…, "
                 f"{ENGINE_JSON} says {info.plan_bytes} with {info.plan_sha256[:16]}…; {again}"
             )
-        plan.madvise(mmap.MADV_DONTNEED)  # what this process uses is not dropped
+        plan.madvise(mmap.MADV_DONTNEED)  # pages in use by this process are not dropped
         drop_cached(descriptor)
         yield plan
 
@@ -488,13 +489,13 @@ def check_engine(
     """Refuse an engine of another graph, another TensorRT or another GPU.
 
     Args:
-        directory: the engine's.
+        directory: the engine's directory.
         info: its ``engine.json``.
-        manifest: its bundle's.
-        flavour: which TensorRT is at hand.
-        tensorrt_version: its version, e.g. ``10.16.2.10``; as many of its four parts count as both
-            have: ``trtexec`` and older records say three.
-        compute_capability: the GPU's that is here, e.g. ``8.7``.
+        manifest: the bundle's manifest.
+        flavour: which TensorRT is installed.
+        tensorrt_version: its version, e.g. ``10.16.2.10``. Only parts that both versions have are
+            compared, since ``trtexec`` and older records give three of the four.
+        compute_capability: compute capability of this machine's GPU, e.g. ``8.7``.
 
     Raises:
         BundleError: it does not fit; the message has the command that rebuilds it.
@@ -518,25 +519,25 @@ def check_engine(
 
 
 def engine_rank(info: EngineInfo, num_slots: int) -> tuple[bool, int, int, str]:
-    """Order engines that fit a machine; the greatest is the one that runs.
+    """Rank engines that fit a machine; the one with the greatest rank runs.
 
     Args:
-        info: its ``engine.json``.
+        info: the engine's ``engine.json``.
         num_slots: sequences that will run at once.
     """
     enough = info.max_batch >= num_slots
-    # The smallest batch that is enough, else the largest; then the longest cache.
+    # The smallest batch that suffices, else the largest; then the longest cache.
     batch = -info.max_batch if enough else info.max_batch
     return enough, batch, info.kv_capacity, info.created
 
 
 def rebuild_command(directory: Path, info: EngineInfo | _AnyEngine, *, again: bool = False) -> str:
-    """The command line that builds this engine again, on the machine where it is typed.
+    """Return the command line that builds this engine again, on the machine where it is typed.
 
     Args:
-        directory: the engine's.
+        directory: the engine's directory.
         info: its ``engine.json``.
-        again: for an engine that a build would take for up to date.
+        again: whether the command must also rebuild an engine that a build thinks is up to date.
     """
     parts = ["edge-llm", "build", str(directory.parent.parent)]
     for name, value in info.options.items():
@@ -553,19 +554,19 @@ def rebuild_command(directory: Path, info: EngineInfo | _AnyEngine, *, again: bo
 
 
 def find_engines(bundle: Path) -> list[Path]:
-    """Directories of the bundle's engines, in name order; names that a terminal obeys are none."""
+    """List the directories of the bundle's engines by name; unprintable names are left out."""
     found = (path.parent for path in (bundle / ENGINES_DIR).glob(f"[!.]*/{ENGINE_JSON}"))
     return sorted(directory for directory in found if directory.name.isprintable())
 
 
 def no_engine(bundle: Path) -> BundleError:
-    """Make the error for a bundle that has none."""
+    """Make the error for a bundle that has no engine."""
     return BundleError(
         f"{bundle} has no TensorRT engine; build one on this machine with: edge-llm build {bundle}"
     )
 
 
 def versions_agree(*versions: str) -> bool:
-    """Whether versions of TensorRT are one, as far as each says."""
+    """Whether versions of TensorRT agree in all parts that they have in common."""
     parts = [version.split(".")[:4] for version in versions]
     return all(theirs == ours for theirs, ours in zip(*parts, strict=False))

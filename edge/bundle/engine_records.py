@@ -1,10 +1,10 @@
-"""Which engines a machine runs where it names trusted keys: those it built, and those signed.
+"""Decides which engines a machine with trusted keys runs: those it built, and those signed.
 
-A bundle's signature says nothing of its engines, which are built on each device, and an engine is
-executable code. So each build leaves a record outside of the bundle, a file named by the SHA-256 of
-``engine.json``, which has the plan's hash and the kernels. An engine that was built elsewhere needs
-``engine.json.minisig``, with a trusted key. Before one of the two is found, nothing of
-``engine.json`` is parsed.
+A bundle's signature does not cover its engines, which are built on each device, and an engine is
+executable code. So each build leaves a record outside of the bundle. It is a file named by the
+SHA-256 of ``engine.json``, which contains the plan's hash and the kernels. An engine that was built
+elsewhere needs ``engine.json.minisig``, by a trusted key. Nothing of ``engine.json`` is parsed
+before one of the two is found.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ ENGINE_SIGNATURE = "engine.json.minisig"
 RECORDS_VARIABLE = "EDGE_LLM_ENGINE_RECORDS"
 BUILDERS_VARIABLE = "EDGE_LLM_ENGINE_BUILDERS"
 DEFAULT_RECORDS = Path("/var/lib/edge-llm/engine-records")
-"""Where root's builds write, and where every user looks."""
+"""Directory to which root's builds write, and in which every user looks."""
 built_here: set[str] = set()
-"""SHA-256 of what this process built; engines that are only tried have no other record."""
+"""SHA-256 of each engine that this process built; engines only for trials have no other record."""
 _MAX_RECORD_BYTES = 1 << 13  # a hash and the longest path
 
 
 class UnvouchedError(BundleError):
-    """Nobody vouches for an engine, and the machine names trusted keys."""
+    """Nobody vouches for an engine on a machine that has trusted keys."""
 
 
 def record_directories() -> list[Path]:
-    """Where records are looked for; this user's builds write to the first."""
+    """Return the directories that hold records; this user's builds write to the first."""
     if named := os.environ.get(RECORDS_VARIABLE):
         return [Path(named), DEFAULT_RECORDS]
     if os.geteuid() == 0:
@@ -44,13 +44,13 @@ def record_directories() -> list[Path]:
 
 
 def why_unrecorded(data: bytes) -> str | None:
-    """Say why no record of this machine has a file; None if one has.
+    """Return why no record of this machine contains a file; None if one does.
 
     Args:
         data: the file's bytes.
 
     Raises:
-        ConfigError: ``EDGE_LLM_ENGINE_BUILDERS`` names a user that is none.
+        ConfigError: ``EDGE_LLM_ENGINE_BUILDERS`` names an unknown user.
     """
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 in built_here:
@@ -68,16 +68,17 @@ def who_vouches(directory: Path, data: bytes, trusted_keys: Path) -> str:
     """Find who vouches for an engine: this machine, which built it, or a trusted key.
 
     Args:
-        directory: the engine's.
-        data: bytes of its ``engine.json``, which nobody has parsed yet.
+        directory: the engine's directory.
+        data: bytes of its ``engine.json``, not parsed yet.
         trusted_keys: file of public keys.
 
     Returns:
-        Who, in a few words.
+        Who vouches for it, in a few words.
 
     Raises:
-        UnvouchedError: nobody does; it says why, and what to do.
-        ConfigError: the file of trusted keys cannot be used; or see `why_unrecorded`.
+        UnvouchedError: nobody does; the message says why, and what to do.
+        ConfigError: the file of trusted keys, or the environment as in `why_unrecorded`, cannot be
+            used.
     """
     unrecorded = why_unrecorded(data)
     if unrecorded is None:
@@ -94,7 +95,7 @@ def who_vouches(directory: Path, data: bytes, trusted_keys: Path) -> str:
 
 
 def _builders() -> list[int]:
-    """Ids of the users whose records count, besides root's and this user's."""
+    """Return the ids of users whose records count, besides root's and this user's."""
     import pwd
 
     names = os.environ.get(BUILDERS_VARIABLE, "").split()

@@ -1,8 +1,9 @@
-"""Decodes a section of the manifest for the optional room that owns it.
+"""Decodes a section of the manifest for the optional package that owns it.
 
 The manifest carries `Manifest.extras` and knows no section. A capability that only some bundles
-have keeps its struct in its own room, writes it under its own name, and reads it here when a bundle
-is opened for it. A section that no room reads stays in the bundle and changes nothing.
+have keeps its struct in its own package. It writes the struct under its own name, and reads it here
+when a bundle is opened for it. A section that no package reads stays in the bundle and changes
+nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ Section = TypeVar("Section")
 
 
 def read_extra(manifest: Manifest, name: str, kind: type[Section]) -> Section | None:
-    """Decode a section; None where the bundle has none.
+    """Decode a section; None if the bundle does not have it.
 
     Args:
-        manifest: of the bundle.
-        name: of the section, which is its room's.
-        kind: a `msgspec.Struct` of the room; one with ``forbid_unknown_fields`` refuses keys of a
-            newer edge-llm instead of passing over them.
+        manifest: the bundle's manifest.
+        name: the section's name, which is its package's.
+        kind: a `msgspec.Struct` of the package. One with ``forbid_unknown_fields`` refuses the keys
+            of a newer edge-llm instead of ignoring them.
 
     Raises:
         BundleError: the section does not fit.

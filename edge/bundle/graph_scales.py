@@ -1,4 +1,4 @@
-"""Reads the scales of an 8-bit KV cache from a graph: of bundles whose manifest lacks them."""
+"""Reads the scales of an 8-bit KV cache from a graph, for bundles whose manifest lacks them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def read_graph_scales(bundle: Path, manifest: Manifest, name: str) -> Scales:
     Args:
         bundle: directory of the bundle.
         manifest: its manifest.
-        name: file name of the graph, which is held against its hash first.
+        name: file name of the graph; its hash is checked first.
 
     Raises:
         IntegrityError: the graph is damaged.
-        BundleError: see `graph_scales`.
+        BundleError: `graph_scales` finds a scale missing or wrong.
     """
     verify_files(bundle, manifest, [name])
     path = bundle / name
@@ -39,8 +39,8 @@ def graph_scales(graph: OnnxFile, manifest: Manifest, path: Path) -> Scales:
 
     Args:
         graph: the decoder.
-        manifest: of its bundle.
-        path: of the decoder, for messages.
+        manifest: the bundle's manifest.
+        path: path of the decoder's file, for messages.
 
     Raises:
         BundleError: one is missing, or has another shape, or is not above zero.

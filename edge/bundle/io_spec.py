@@ -1,8 +1,8 @@
-"""The decoder graph's inputs and outputs: the contract between export, engines and edge.
+"""Defines the decoder graph's inputs and outputs: the contract between export, engines and edge.
 
-This is the only place where a tensor's name, shape or type is written down. ``B`` is the batch,
-``S`` the tokens of this step per sequence, ``N`` the positions that get logits, ``K`` the cache
-rows that attention reads, ``C`` the capacity (static), ``T`` the float type of the graph.
+This is the only place where a tensor's name, shape or type is written down. In shapes, ``B`` is the
+batch, ``S`` the tokens of this step per sequence, and ``N`` the positions that get logits. ``K`` is
+the cache rows that attention reads, ``C`` the capacity (static), and ``T`` the graph's float type.
 
 Dialect ``native`` (opset 24, TensorRT >= 10.15, ONNX Runtime >= 1.26):
 
@@ -11,13 +11,13 @@ I/O   name                      shape              type   meaning
 ====  ========================  =================  =====  =========================================
 in    inputs_embeds             [B, S, hidden]     T      rows of the token table
 in    position_ids              [B, S]             int64  absolute position of each token
-in    write_indices             [B]                int64  first cache row this step writes
+in    write_indices             [B]                int64  first cache row that this step writes
 in    kv_positions              [K]                int64  0..K-1; attention reads K cache rows
 in    logits_indices            [B, N]             int64  which positions of S get logits
 in    past_key_values.i.key     [B, kv, C, dim]    T      the cache; same for .value
 out   present.i.key             [B, kv, C, dim]    T      the same memory, updated in place
 out   logits                    [B, N, vocab]      T      scores
-out   hidden_states             [B, S, hidden]     T      only of a bundle with a head
+out   hidden_states             [B, S, hidden]     T      only in a bundle with a head
 ====  ========================  =================  =====  =========================================
 
 Dialect ``portable`` (opset 21, TensorRT >= 10.3, ONNX Runtime 1.23): the cache is an input only
@@ -27,24 +27,24 @@ and the runtime appends the step's rows itself. ``write_indices`` is replaced by
 In a bundle with an 8-bit cache (`Manifest.kv_cache`) the cache tensors of most layers are int8:
 multiples of the scales in `kv_scales`.
 
-What comes out first depends on the model's task (`ModelSpec.task`): logits of the vocabulary, of
-the two tokens ``no`` and ``yes`` alone (``rerank``), or, without an lm_head, ``embeddings``
+The first output depends on the model's task (`ModelSpec.task`): logits of the vocabulary; logits of
+only the two tokens ``no`` and ``yes`` (``rerank``); or, without an lm_head, ``embeddings``
 ``[B, N, hidden]``, the hidden state after the final norm (``embed``).
 
-An engine can be built with three more outputs, which say of each row of logits what most draws
-need, so that the row itself stays on the device: ``best_values`` ``[B, N, k]`` (T, falling) and
-``best_ids`` ``[B, N, k]`` (int32), the k best logits and their tokens, and ``best_rest``
-``[B, N, 1]`` (fp32), the mass of all others, where that of the best is 1. They are no part of a
-bundle: `engines.graph` adds them, and they come last.
+An engine can be built with three more outputs. They hold what most draws need of each row of
+logits, so that the row itself stays on the device. ``best_values`` ``[B, N, k]`` (T, descending)
+and ``best_ids`` ``[B, N, k]`` (int32) are the k best logits and their tokens. ``best_rest``
+``[B, N, 1]`` (fp32) is the mass of all others, where the mass of the best one is 1. They are not
+part of a bundle: `engines.graph` adds them, and they come last.
 
-An engine whose attention is our own (docs/kernels.md) goes by the positions of tokens. TensorRT
-may then drop what only a mask reads: ``kv_positions`` and, in ``portable``, ``past_lengths``.
+An engine whose attention is our own (docs/kernels.md) uses the positions of tokens. TensorRT may
+then drop inputs that only a mask reads: ``kv_positions`` and, in ``portable``, ``past_lengths``.
 
-``hidden_states`` is what a head that drafts tokens reads (`manifest.DraftHead`): the inputs of
-three layers, joined by the head's ``fc``. A head is a decoder in the same contract. Its
+``hidden_states`` are read by a head that drafts tokens (`manifest.DraftHead`): the inputs of
+three layers, joined by the head's ``fc``. A head is a decoder with the same contract. Its
 ``inputs_embeds`` are ``[embedding | hidden state]``, twice as wide, and its ``hidden_states`` are
-its residual stream. They come for every token of a step and not for the ``logits_indices``: a head
-reads all of a prompt, of which nobody wants all logits.
+its residual stream. They come for every token of a step, not only for ``logits_indices``: a head
+reads the whole prompt, of which nobody wants all logits.
 
 A cache row's index is the position of its token. A token attends to the cache rows whose position
 is not greater than its own, so rows of padding after a sequence are never read.
@@ -84,7 +84,7 @@ EMBEDDINGS_SCALES = "token_embeddings.scale"
 
 BATCH, SEQ, NUM_LOGITS, KV = "batch", "seq", "num_logits", "kv"
 
-# An RoPE table longer than this costs more memory than anyone's context needs on an edge device.
+# A longer RoPE table costs more memory than any context on an edge device is worth.
 MAX_ROPE_POSITIONS = 32768
 
 ElementType = Literal["fp16", "bf16", "fp32", "int64", "int32", "int8"]
@@ -100,19 +100,19 @@ class TensorSpec:
 
 
 def output_name(model: ModelSpec) -> str:
-    """Name of the output ``[B, N, width]`` with what a step is run for."""
+    """Return the name of the main output ``[B, N, width]``, which depends on the task."""
     return EMBEDDINGS if model.task == "embed" else LOGITS
 
 
 def output_width(model: ModelSpec) -> int:
-    """Numbers per position of that output: a row of logits, or a hidden state."""
+    """Return the width of the main output: a row of logits, or a hidden state."""
     if model.task == "rerank":
         return 2
     return model.hidden_size if model.task == "embed" else model.vocab_size
 
 
 def best_outputs(vocab_size: int, best_logits: int, dtype: FloatType) -> list[TensorSpec]:
-    """Outputs with the best logits of each row, in graph order; none where that many are none."""
+    """Return the outputs for the best logits of each row, in graph order; none if too many."""
     if not best_logits:
         return []
     shape = (BATCH, NUM_LOGITS, min(best_logits, vocab_size))
@@ -124,88 +124,88 @@ def best_outputs(vocab_size: int, best_logits: int, dtype: FloatType) -> list[Te
 
 
 def sum_parts(vocab_size: int) -> int:
-    """Parts into which a row is cut to be summed: the greatest divisor up to the square root.
+    """Return the number of parts of a row's sum: the greatest divisor up to the square root.
 
-    Sums of the parts, then the sum of these: however an engine adds, no number passes through more
+    The parts are summed, then their sums. However an engine adds, no number passes through more
     than ``parts + vocab_size / parts`` additions, which bounds the rounding (`sum_error`).
     """
     return next(n for n in range(math.isqrt(vocab_size), 0, -1) if vocab_size % n == 0)
 
 
 def sum_error(vocab_size: int) -> float:
-    """Bound on the error of the sums from which ``best_rest`` comes, relative to that of the row.
+    """Return a bound on the relative error of the sums from which ``best_rest`` comes.
 
-    That of float32 additions, and of an exponential: CUDA's quick one is wrong by less than 2e-5
-    where it is above 1e-38 (CUDA C++ Programming Guide, "Intrinsic Functions": 2 units in the last
-    place, and one for each 0.85 of the argument).
+    It covers float32 additions and an exponential. CUDA's fast exponential has an error below 2e-5
+    above 1e-38 (CUDA C++ Programming Guide, "Intrinsic Functions": 2 units in the last place, and
+    one for each 0.85 of the argument).
     """
     parts = sum_parts(vocab_size)
     return 1.1 * (parts + vocab_size // parts) * 2.0**-24 + 2e-5
 
 
 def past_key(layer: int) -> str:
-    """Cache input of a layer's keys."""
+    """Return the name of the cache input of a layer's keys."""
     return f"{PAST_PREFIX}{layer}.key"
 
 
 def past_value(layer: int) -> str:
-    """Cache input of a layer's values."""
+    """Return the name of the cache input of a layer's values."""
     return f"{PAST_PREFIX}{layer}.value"
 
 
 def present_key(layer: int) -> str:
-    """In-place cache output of a layer's keys (``native``)."""
+    """Return the name of the in-place cache output of a layer's keys (``native``)."""
     return f"{PRESENT_PREFIX}{layer}.key"
 
 
 def present_value(layer: int) -> str:
-    """In-place cache output of a layer's values (``native``)."""
+    """Return the name of the in-place cache output of a layer's values (``native``)."""
     return f"{PRESENT_PREFIX}{layer}.value"
 
 
 def new_key(layer: int) -> str:
-    """This step's keys of a layer (``portable``)."""
+    """Return the name of the output of this step's keys of a layer (``portable``)."""
     return f"new.{layer}.key"
 
 
 def new_value(layer: int) -> str:
-    """This step's values of a layer (``portable``)."""
+    """Return the name of the output of this step's values of a layer (``portable``)."""
     return f"new.{layer}.value"
 
 
 def cache_inputs(layer: int) -> tuple[str, str]:
-    """Cache inputs of a layer: its keys and its values."""
+    """Return the names of a layer's cache inputs: keys and values."""
     return past_key(layer), past_value(layer)
 
 
 def key_scale(layer: int) -> str:
-    """Constant with the scales of a layer's keys in an 8-bit cache, ``[kv, 1, dim]``."""
+    """Return the name of the scales of a layer's keys in an 8-bit cache, ``[kv, 1, dim]``."""
     return f"layers.{layer}.k.cache_scale"
 
 
 def value_scale(layer: int) -> str:
-    """Constant with the scales of a layer's values in an 8-bit cache, ``[kv, 1, dim]``."""
+    """Return the name of the scales of a layer's values in an 8-bit cache, ``[kv, 1, dim]``."""
     return f"layers.{layer}.v.cache_scale"
 
 
 def layer_output(layer: int) -> str:
-    """Output of a decoder layer ``[B, S, hidden]``, a tensor within the graph."""
+    """Return the name of a decoder layer's output ``[B, S, hidden]``, a tensor in the graph."""
     return f"layers.{layer}.mlp_residual"
 
 
 @dataclass(frozen=True)
 class DialectSpec:
-    """What differs between the dialects for whoever plans or runs a decoder.
+    """The differences between the dialects for code that plans or runs a decoder.
 
     Attributes:
         opset: version of its operators.
         min_tensorrt: the first TensorRT whose parser has all of them.
         min_onnxruntime: the first ONNX Runtime whose CPU has all of them.
-        min_onnxruntime_int8: the same where the cache is in 8 bits.
+        min_onnxruntime_int8: the first ONNX Runtime for a cache in 8 bits.
         cursor: name of the input ``[B]`` with the row after the last valid one of each sequence.
         cache_outputs: names of a layer's outputs of keys and values.
-        in_place: whether the graph writes the step's rows into the cache itself, also for slots
-            that are idle; otherwise it returns them and the runtime appends them.
+        in_place: whether the graph itself writes the step's rows into the cache, also for idle
+            slots; otherwise it returns them and the runtime appends them.
         one_attention_operator: whether attention is a single operator; otherwise its scores are
             tensors of the graph.
     """
@@ -220,11 +220,11 @@ class DialectSpec:
     one_attention_operator: bool
 
     def rows_read(self, starts: Sequence[int], kv_len: int) -> int:
-        """Cache rows that a step's attention reads: the length of ``kv_positions``.
+        """Return how many cache rows a step's attention reads: the length of ``kv_positions``.
 
         Args:
             starts: first row of each sequence that the step writes.
-            kv_len: rows that are valid after the step, of the longest sequence.
+            kv_len: valid rows of the longest sequence after the step.
         """
         if self.in_place:
             return kv_len
@@ -237,7 +237,7 @@ DIALECTS: dict[Dialect, DialectSpec] = {
         opset=24,
         min_tensorrt=(10, 15),
         min_onnxruntime=(1, 26),
-        # 1.27 has GroupQueryAttention with an INT8 cache, and where it splits queries, keys and
+        # 1.27 has GroupQueryAttention with an INT8 cache. But where that splits queries, keys and
         # values itself, it is wrong from the second sequence of a batch on.
         min_onnxruntime_int8=(1, 28),
         cursor=WRITE_INDICES,
@@ -259,7 +259,7 @@ DIALECTS: dict[Dialect, DialectSpec] = {
 
 
 def rope_positions(model: ModelSpec) -> int:
-    """Rows of the cos/sin table: the model's own maximum, at most 32k."""
+    """Return the rows of the cos/sin table: the model's own maximum, at most 32k."""
     return min(model.max_position_embeddings, MAX_ROPE_POSITIONS)
 
 
@@ -267,11 +267,11 @@ KV_CAPACITY, REASONING_KV_CAPACITY = 4096, 8192
 
 
 def default_kv_capacity(*, reasons: bool, positions: int) -> int:
-    """The KV capacity where nobody gives one: tokens of prompt and answer.
+    """Return the default KV capacity: tokens of prompt and answer.
 
     Args:
         reasons: whether the model thinks before it answers; R1 may do so for thousands of tokens.
-        positions: tokens that the model can take at most.
+        positions: most tokens that the model can take.
     """
     return min(REASONING_KV_CAPACITY if reasons else KV_CAPACITY, positions)
 
@@ -280,7 +280,7 @@ def check_capacity(capacity: int, positions: int) -> None:
     """Refuse a KV capacity that the graph's RoPE table of ``positions`` rows cannot serve.
 
     Raises:
-        ConfigError: outside 2..positions.
+        ConfigError: it is outside 2..positions.
     """
     if not 2 <= capacity <= positions:
         raise ConfigError(
@@ -289,7 +289,7 @@ def check_capacity(capacity: int, positions: int) -> None:
 
 
 def needed_onnxruntime(dialect: Dialect, *, int8_cache: bool) -> tuple[int, int]:
-    """The first ONNX Runtime whose CPU runs a decoder."""
+    """Return the first ONNX Runtime whose CPU runs a decoder of this dialect."""
     spec = DIALECTS[dialect]
     return spec.min_onnxruntime_int8 if int8_cache else spec.min_onnxruntime
 
@@ -297,7 +297,7 @@ def needed_onnxruntime(dialect: Dialect, *, int8_cache: bool) -> tuple[int, int]
 def cache_types(
     model: ModelSpec, dtype: FloatType, int8_layers: Collection[int]
 ) -> list[ElementType]:
-    """Element type of each cache tensor: keys and values of layer after layer."""
+    """Return the element type of each cache tensor: keys and values of layer after layer."""
     types: list[ElementType] = []
     for layer in range(model.num_layers):
         types += ["int8" if layer in int8_layers else dtype] * 2
@@ -312,7 +312,7 @@ def decoder_inputs(
     int8_layers: Collection[int] = (),
     embeds_width: int | None = None,
 ) -> list[TensorSpec]:
-    """Inputs of the decoder in graph order; ``embeds_width`` is another than the hidden size."""
+    """Return the decoder's inputs in graph order; ``embeds_width`` None is the hidden size."""
     cache = (BATCH, model.num_kv_heads, capacity, model.head_dim)
     specs = [
         TensorSpec(INPUTS_EMBEDS, (BATCH, SEQ, embeds_width or model.hidden_size), dtype),
@@ -336,10 +336,10 @@ def decoder_outputs(
     hidden_width: int = 0,
     best_logits: int = 0,
 ) -> list[TensorSpec]:
-    """Outputs of the decoder in graph order.
+    """Return the decoder's outputs in graph order.
 
-    Hidden states, if any, are the last of a bundle's graph; the ``best_logits`` best logits of each
-    row, if any, those of an engine's.
+    Hidden states, if any, are the last output of a bundle's graph; the ``best_logits`` best logits
+    of each row, if any, the last ones of an engine.
     """
     spec = DIALECTS[dialect]
     rows = capacity if spec.in_place else SEQ
@@ -367,6 +367,6 @@ ELEMENT_BYTES: dict[ElementType, int] = {
 def kv_bytes_per_token(
     model: ModelSpec, dtype: FloatType, int8_layers: Collection[int] = ()
 ) -> int:
-    """Bytes of cache that one token takes over all layers."""
+    """Return how many bytes of cache one token takes over all layers."""
     types = cache_types(model, dtype, int8_layers)
     return model.num_kv_heads * model.head_dim * sum(ELEMENT_BYTES[each] for each in types)

@@ -1,10 +1,10 @@
-"""The scales of an 8-bit KV cache, and what rows are with and without them.
+"""Converts rows of an 8-bit KV cache, and reads their scales.
 
 A row of the cache holds ``round(x / scale)``, at most 127 and at least -128, with one scale per
-head and channel; the scales are constants of the graph (`io_spec.key_scale`, `io_spec.value_scale`)
+head and channel. The scales are constants of the graph (`io_spec.key_scale`, `io_spec.value_scale`)
 and do not change while it runs. The manifest repeats them in its section ``kv_scales``, so that no
-runtime parses the graph for them. Floats of such a row, rounded again with the same scale, give the
-same integers: a row may be read as floats and written back.
+runtime parses the graph for them. Converting a row to floats and back with the same scales gives
+the same integers, so a row may be read as floats and written back.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .extras import read_extra
 from .manifest import Manifest
 
 SECTION = "kv_scales"
-"""Of the manifest, see `read_scales`."""
+"""Names the manifest's section, which `read_scales` reads."""
 Scales = Mapping[int, NDArray[np.float32]]
-"""Of each INT8 tensor of the cache, by its number: twice the layer, and one more for values.
-Each ``[kv_heads, 1, head_dim]``."""
+"""Maps each INT8 tensor of the cache to its scales, ``[kv_heads, 1, head_dim]``. A tensor's number
+is twice its layer, and one more for values."""
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,12 +42,12 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_scales(bundle: Path, manifest: Manifest, graph: str) -> Scales:
-    """Read the scales of a bundle's cache; none where it is in floats.
+    """Read the scales of a bundle's cache; empty if the cache is in floats.
 
     Args:
         bundle: directory of the bundle.
         manifest: its manifest, which has the scales unless an older edge-llm wrote it.
-        graph: file name of the graph that has them, too.
+        graph: file name of the graph, which has them, too.
 
     Raises:
         BundleError: they do not fit the model, or one is not above zero.
@@ -73,14 +73,14 @@ def read_scales(bundle: Path, manifest: Manifest, graph: str) -> Scales:
 
 
 def scales_section(scales: Scales) -> dict[str, Any]:
-    """Make the section of the manifest from which `read_scales` has the same scales."""
+    """Make the manifest's section from which `read_scales` reads these scales."""
     ordered = [scales[number].astype("<f4").tobytes() for number in sorted(scales)]
     section: dict[str, Any] = msgspec.to_builtins(_Section(b"".join(ordered)))
     return section
 
 
 def scales_sha256(scales: Scales) -> str:
-    """SHA-256 of scales and the numbers of their tensors; empty without any."""
+    """Return the SHA-256 of scales and the numbers of their tensors; empty without scales."""
     digest = hashlib.sha256()
     for number in sorted(scales):
         digest.update(number.to_bytes(4, "little"))
@@ -89,10 +89,10 @@ def scales_sha256(scales: Scales) -> str:
 
 
 def quantize_rows(rows: NDArray[np.floating], scale: NDArray[np.float32]) -> NDArray[np.int8]:
-    """The integers of rows ``[kv_heads, length, head_dim]``.
+    """Round rows ``[kv_heads, length, head_dim]`` to integers.
 
     Raises:
-        BackendError: a value is not finite, which 8 bits cannot say.
+        BackendError: a value is not finite, which 8 bits cannot express.
     """
     steps = rows.astype(np.float32) / scale
     if not np.isfinite(steps).all():
@@ -102,16 +102,16 @@ def quantize_rows(rows: NDArray[np.floating], scale: NDArray[np.float32]) -> NDA
 
 
 def dequantize_rows(codes: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The floats of rows ``[kv_heads, length, head_dim]``."""
+    """Return rows ``[kv_heads, length, head_dim]`` as floats."""
     return codes * scale
 
 
 def pack_rows(rows: NDArray[np.floating], scales: Scales) -> NDArray[np.uint8]:
-    """The bytes of rows, plane after plane: INT8 where there are scales, else as they are.
+    """Return the bytes of rows, plane after plane: INT8 where there are scales, else unchanged.
 
     Args:
         rows: ``[2 * layers, kv_heads, length, head_dim]``.
-        scales: of the planes in INT8.
+        scales: scales of the planes in INT8.
     """
     parts: list[NDArray[Any]] = [
         quantize_rows(plane, scales[number]) if number in scales else plane
@@ -126,7 +126,7 @@ def unpack_rows(
     dtype: np.dtype[Any],
     scales: Scales,
 ) -> NDArray[np.floating]:
-    """The inverse of `pack_rows`: rows of ``shape`` and ``dtype``."""
+    """Return rows of ``shape`` and ``dtype`` from bytes of `pack_rows`, whose inverse it is."""
     rows: NDArray[np.floating] = np.empty(shape, dtype)
     at = 0
     for number, plane in enumerate(rows):
@@ -141,6 +141,6 @@ def unpack_rows(
 
 
 def packed_bytes(shape: tuple[int, int, int, int], dtype: np.dtype[Any], num_int8: int) -> int:
-    """Length of what `pack_rows` gives, with that many planes in INT8."""
+    """Return the length of the bytes of `pack_rows`, with ``num_int8`` planes in INT8."""
     planes, heads, length, dim = shape
     return heads * length * dim * (num_int8 + (planes - num_int8) * dtype.itemsize)

@@ -1,4 +1,4 @@
-"""Bundles by name: where this machine keeps them, and which one a name means."""
+"""Finds bundles by name: where this machine keeps them, and which one a name means."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ CATALOGUE = {
     "deepseek-r1:8b": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
     "deepseek-r1:8b-0528": "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B",
 }
-"""Hub ids of the models that this project is for, by the name that every verb prints.
+"""Maps names that every verb prints to hub ids, for the models that this project is for.
 
-What else they may be called is in `hub_id`.
+`hub_id` knows their other names.
 """
 _SEPARATORS = re.compile(r"[-_:/ ]+")
-_ALIKE = 0.85  # of a name with a slip in it and the right one
+_ALIKE = 0.85  # least similarity of a name with a typo to the right one
 _SIZE = re.compile(r"(?<![0-9a-z.])[0-9.]+[bm](?![0-9a-z])")
 _QUANTIZED = re.compile(r"([-_: ]((int|fp|bf|w)[0-9]\w*|source))+$", re.IGNORECASE)
 
 
 def roots() -> list[Path]:
-    """Directories that hold bundles, the first to be searched first; they need not exist.
+    """Return the directories that hold bundles, in the order of search; they need not exist.
 
-    ``EDGE_LLM_BUNDLES`` (several are separated as in ``PATH``), else ``bundles`` in the working
-    directory and ``edge-llm/bundles`` among the user's data (``XDG_DATA_HOME``, XDG Base Directory
-    Specification), which a user without a home does not have.
+    They are those of ``EDGE_LLM_BUNDLES`` (separated as in ``PATH``), if it is set. Else they are
+    ``bundles`` in the working directory and ``edge-llm/bundles`` among the user's data
+    (``XDG_DATA_HOME``, XDG Base Directory Specification), which a user without a home does not
+    have.
     """
     if given := os.environ.get(BUNDLES_VARIABLE):
         return [Path(entry) for entry in given.split(os.pathsep) if entry]
@@ -46,11 +47,11 @@ def roots() -> list[Path]:
 
 
 def bundle_directories() -> Iterator[Path]:
-    """All bundles below the `roots`. Of two with one name the first root's is found."""
+    """Yield all bundles below the `roots`; of two with one name, the one in the first root."""
     seen = set()
     for root in roots():
         for directory in list_directory(root):
-            hidden = directory.name.startswith(".")  # an export that is under way
+            hidden = directory.name.startswith(".")  # an unfinished export
             if hidden or directory.name in seen:
                 continue
             if is_file(directory / MANIFEST_NAME):
@@ -66,15 +67,15 @@ def bundle_name(hub_id: str, quantization: str) -> str:
 def find_bundle(name: str) -> Path:
     """Find a bundle by its directory, by its name, or by some words of its name.
 
-    A directory is taken as it is. Else the name is looked for below the `roots`: the whole name
-    first, then bundles whose names have all of its words, such as ``1.5b`` or ``qwen-1.5b:int8``;
-    of several the one that ends with the last word, such as ``int8`` and not ``int8-w8a8``.
-    A name of the `CATALOGUE` or a hub id there, alone or with a quantization behind a hyphen,
-    stands for its model.
+    A directory is used as it is. Else the name is looked for below the `roots`. The whole name
+    comes first, then bundles whose names have all of its words, such as ``1.5b`` or
+    ``qwen-1.5b:int8``. Of several, the one that ends with the last word wins, such as ``int8`` and
+    not ``int8-w8a8``. A name of the `CATALOGUE` or a hub id there, alone or followed by a hyphen
+    and a quantization, stands for its model.
 
     Raises:
-        BundleError: no bundle, or more than one, has that name, or it is that of a checkpoint or
-            another file.
+        BundleError: no bundle, or more than one, has that name, or it is the name of a checkpoint
+            or another file.
     """
     path = Path(name)
     if name and is_checkpoint(path):
@@ -102,10 +103,10 @@ def find_bundle(name: str) -> Path:
 
 
 def only_bundle() -> Path:
-    """Find the bundle that is meant where none is named: the only one below the `roots`.
+    """Find the bundle to use if none is named: the only one below the `roots`.
 
     Raises:
-        ConfigError: there is not exactly one; those that there are are named.
+        ConfigError: there is not exactly one; the message lists them.
     """
     known = list(bundle_directories())
     if len(known) > 1:
@@ -120,20 +121,20 @@ def only_bundle() -> Path:
 def find_setting(text: str, base: Path) -> Path:
     """Find the bundle that a setting names, as `find_bundle` does.
 
-    A text with a ``/`` is a path, whether or not there is anything yet: who opens it will say.
-    A hub id of the `CATALOGUE` is none.
+    A text with a ``/`` is a path, whether or not it exists yet: opening it will tell. A hub id of
+    the `CATALOGUE` is not a path.
 
     Args:
-        text: as it was written.
-        base: what a relative path is relative to.
+        text: the setting's text as it was written.
+        base: directory that relative paths are relative to.
 
     Returns:
-        The directory, absolute where it was found by its name.
+        The directory; absolute if it was found by its name.
 
     Raises:
-        BundleError: no bundle, or more than one, has that name, or it is that of a checkpoint or
-            another file.
-        ConfigError: it begins with a home directory that is not known.
+        BundleError: no bundle, or more than one, has that name, or it is the name of a checkpoint
+            or another file.
+        ConfigError: it begins with the home of an unknown user.
     """
     path = base / expand_user(text)
     if is_checkpoint(path):
@@ -150,14 +151,14 @@ def find_setting(text: str, base: Path) -> Path:
 def hub_id(name: str) -> str | None:
     """Return the hub id of a model of the `CATALOGUE`, by any of its names in any case.
 
-    These are the short name, the hub id, and words of both with ``r1`` among them or a size alone:
+    These are the short name, the hub id, and words of both that include ``r1`` or a size alone:
     ``r1-qwen-1.5b``, ``DeepSeek-R1-Distill-Qwen-1.5B``, ``1.5B``.
 
     Returns:
-        None where it is the name of no such model.
+        None if no such model has this name.
 
     Raises:
-        ConfigError: it could be more than one; they are named.
+        ConfigError: it could be more than one; the message names them.
     """
     found = _named(name)
     if len(found) > 1:
@@ -167,21 +168,21 @@ def hub_id(name: str) -> str | None:
 
 
 def nearest_model(name: str) -> str:
-    """Say which name of the `CATALOGUE` a name is nearest to, or which there are."""
+    """Say which name of the `CATALOGUE` is nearest to a name, or which names there are."""
     wanted = name.lower()
     near = difflib.get_close_matches(wanted, [s for s in CATALOGUE if _size_fits(wanted, s)], 1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(CATALOGUE)}"
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is what `export` reads and no bundle: a GGUF file, or a model's directory."""
+    """Whether a path is a checkpoint, which `export` reads: a GGUF file, or a model's directory."""
     if path.suffix.lower() == ".gguf":
         return is_file(path)
     return is_file(path / "config.json") and not is_file(path / MANIFEST_NAME)
 
 
 def checkpoint_bundle(path: Path) -> Path:
-    """Where the bundle of a checkpoint on this machine belongs: beside it, never around it."""
+    """Return where the bundle of a local checkpoint belongs: beside it, never around it."""
     path = path.resolve() if path.name in ("", "..") else path
     name = (path.stem if path.suffix.lower() == ".gguf" else path.name).lower()
     target = roots()[0] / name
@@ -190,7 +191,7 @@ def checkpoint_bundle(path: Path) -> Path:
 
 
 def _size_fits(wanted: str, right: str) -> bool:
-    """Whether two names, in lower case, may be of one model: a 14b is no slip of a 1.5b."""
+    """Whether two names, in lower case, may mean one model: a 14b is no typo of a 1.5b."""
     return set(_SIZE.findall(wanted)) <= set(_SIZE.findall(right))
 
 
@@ -212,7 +213,7 @@ def _no_bundle(path: Path) -> str:
     if not is_checkpoint(path):
         return f"{path} is a file; a bundle is a directory"
     target = checkpoint_bundle(path)
-    named = target if exists(Path(target.name)) else target.name  # what is here comes first
+    named = target if exists(Path(target.name)) else target.name  # a local path would win
     run = f"edge-llm run {shlex.quote(str(named))}"
     if not is_file(target / MANIFEST_NAME):
         output = shlex.quote(str(target))

@@ -1,4 +1,4 @@
-"""The decoder's tensors: fused linear layers and norms, and the checkpoint tensors of each."""
+"""Lists the decoder's fused linear layers and norms, and the checkpoint tensors of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .manifest import ModelSpec
 TOKEN_TABLE = "model.embed_tokens.weight"
 """HF name of the token embeddings ``[vocab, hidden]``."""
 ROTATION = "rotation"
-"""The constant that rotates ``n`` input channels of a linear layer in the graph is
+"""Begins the name of the constant that rotates ``n`` input channels of a linear layer in the graph:
 ``rotation.n``."""
 
 
@@ -45,7 +45,8 @@ class NormSpec:
 def linear_layers(model: ModelSpec) -> list[LinearSpec]:
     """List every linear layer in the order in which the graph runs them.
 
-    The lm_head is the last: of two rows where the model judges documents, and none where it embeds.
+    The lm_head is the last. It has two rows if the model judges documents, and is absent if the
+    model embeds.
     """
     return [part for part in _parts(model) if isinstance(part, LinearSpec)]
 
@@ -56,14 +57,14 @@ def norm_layers(model: ModelSpec) -> list[NormSpec]:
 
 
 def norm_sources(model: ModelSpec) -> dict[str, str]:
-    """HF name of every RMSNorm weight by its name in the graph."""
+    """Return the HF name of every RMSNorm weight by its name in the graph."""
     return {norm.name: norm.source for norm in norm_layers(model)}
 
 
 def expected_tensors(model: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """HF name and shape of every tensor of the model; linears are ``[out, in]``.
+    """Return HF name and shape of every tensor of the model; linears are ``[out, in]``.
 
-    ``lm_head.weight`` is absent where the embeddings are tied.
+    ``lm_head.weight`` is absent if the embeddings are tied.
     """
     tensors: dict[str, tuple[int, ...]] = {}
     tensors[TOKEN_TABLE] = (model.vocab_size, model.hidden_size)
@@ -79,7 +80,7 @@ def expected_tensors(model: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def _parts(model: ModelSpec) -> Iterator[LinearSpec | NormSpec]:
-    """The whole decoder, in the order of the graph."""
+    """Yield the whole decoder, in the order of the graph."""
     hidden, wide, dim = model.hidden_size, model.intermediate_size, model.head_dim
     q_width, kv_width = model.num_heads * dim, model.num_kv_heads * dim
     for i in range(model.num_layers):
@@ -107,7 +108,7 @@ def _parts(model: ModelSpec) -> Iterator[LinearSpec | NormSpec]:
 
 
 def fuse(name: str, width: int, rows: dict[str, int], *, has_bias: bool = False) -> LinearSpec:
-    """Make one layer of modules with one input of ``width``, by HF name and number of outputs."""
+    """Fuse modules that share one input of ``width``; ``rows`` has their outputs by HF name."""
     return LinearSpec(
         name=name,
         weights=tuple(f"{module}.weight" for module in rows),

@@ -1,8 +1,8 @@
-"""The bundle's ``manifest.json``: what the model is, how it was quantized, every file's hash.
+"""Defines the bundle's ``manifest.json``: the model, how it was quantized, every file's hash.
 
-Every struct is frozen and refuses unknown keys, so that a typo or a newer schema is an error that
-names the key instead of a silent default. The manifest guards itself too: ``self_sha256`` is the
-SHA-256 of the file's own bytes with that value replaced by 64 zeros.
+Every struct is frozen and refuses unknown keys. So a typo or a newer schema is an error that names
+the key instead of a silent default. The manifest also guards itself: ``self_sha256`` is the SHA-256
+of the file's own bytes with that value replaced by 64 zeros.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from edge.files import MALFORMED, read_file
 from .manifest_checks import check_fit, head_files
 
 SCHEMA_VERSION = 8
-"""2 added `SamplingDefaults.assumed`, 3 `Manifest.tensorrt` and `TensorScheme.planes`, 4
-`Source.quantization` and, of `LinearInfo`, ``from_source``, ``offsets`` and ``reordered``, 5
-`Manifest.kv_cache` and `Manifest.head`, 6 `ModelSpec.task`, `Manifest.embedding` and
-`Manifest.reranking`, 7 of `LinearInfo` ``per_token`` and ``rotation_block``, 8
-`Manifest.extras`."""
+"""Counts versions of the schema. 2 added `SamplingDefaults.assumed`; 3 `Manifest.tensorrt` and
+`TensorScheme.planes`; 4 `Source.quantization`, and ``from_source``, ``offsets`` and ``reordered``
+of `LinearInfo`; 5 `Manifest.kv_cache` and `Manifest.head`; 6 `ModelSpec.task`,
+`Manifest.embedding` and `Manifest.reranking`; 7 ``per_token`` and ``rotation_block`` of
+`LinearInfo`; 8 `Manifest.extras`."""
 _READABLE_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8)
 MANIFEST_NAME = "manifest.json"
 ENGINES_DIR = "engines"
@@ -41,20 +41,20 @@ Treatment = Literal["kept", "requantized", "dequantized"]
 Task = Literal["generate", "embed", "rerank"]
 
 
-# Ranges: far beyond what exists, and small enough that nothing made of them is large. They are
-# checked where a manifest is decoded, so also before one is written.
+# Ranges: far beyond existing models, and small enough that nothing computed from them is large.
+# They are checked when a manifest is decoded, so also before one is written.
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 _Heads = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 _Layers = Annotated[int, msgspec.Meta(ge=1, le=1000)]
 _LayerInput = Annotated[int, msgspec.Meta(ge=0, le=1000)]
-Rows = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]  # of a token table; ids are below
+Rows = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]  # of a token table; ids are below it
 _Positions = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 _Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 22)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
-# A terminal shows it: no control characters, and none that turn the direction of writing.
+# A terminal shows it, so it may have no control characters, and none that reverse the writing.
 _UNPRINTABLE = "\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"
 Line = Annotated[str, msgspec.Meta(max_length=1000, pattern=rf"^[^{_UNPRINTABLE}]*\Z")]
 _TokenText = Annotated[str, msgspec.Meta(max_length=1000)]
@@ -137,15 +137,15 @@ class TensorScheme(_Struct, frozen=True):
 
 
 class FromSource(_Struct, frozen=True):
-    """What became of the integers in which a quantized checkpoint stores a linear layer.
+    """How the exporter treated the integers of a layer in a quantized checkpoint.
 
     Attributes:
         treatment: ``kept`` code for code, ``requantized``, or ``dequantized`` to the graph's float
             type.
         groups: groups of weights that share a scale in the bundle; 0 if dequantized.
-        changed_groups: of these, the ones that were rounded anew.
+        changed_groups: number of those groups that were rounded anew.
         relative_error: root of the summed squared difference from the dequantized source over that
-            of its weights; 0.0 where every weight is the source's.
+            of its weights; 0.0 if every weight is the source's.
         note: why it was not kept, or what else differs from the source, for a person, or None.
     """
 
@@ -163,19 +163,19 @@ class LinearInfo(_Struct, frozen=True):
         scheme: how its weight is stored.
         shape: ``[in, out]``.
         num_bytes: bytes of the weight and its scales.
-        activation_scale: scale of its input (``w8a8``), which is rounded to INT8 multiples of it;
-            with ``per_token`` of the input divided by the largest magnitude.
-        float_channels: input channels (``w8a8``) that are not rounded: their weights are stored
-            in the graph's float type besides, and are zero in the INT8 weight. Bundles from schema
-            version 7 on have none.
-        per_token: whether a token's input (``w8a8``) is divided by the largest magnitude in it
-            before it is rounded, so that each token has its own range.
-        rotation_block: input channels that a Hadamard matrix mixes first; 0 for none.
-        offsets: whether the graph adds the sums of each group's inputs, times an offset per group
-            and output: what zero points are without a zero point (`export.graph.decoder`).
-        reordered: whether the graph takes the input channels in another order.
-        from_source: what became of the source's integers; None where the source is float or the
-            recipe quantized it anew.
+            activation_scale: scale of its input (``w8a8``), which is rounded to INT8 multiples of
+                it; with ``per_token``, scale of the input divided by the largest magnitude.
+            float_channels: input channels (``w8a8``) that are not rounded: their weights are stored
+                again in the graph's float type, and are zero in the INT8 weight. Bundles from
+                schema version 7 on have none.
+            per_token: whether a token's input (``w8a8``) is divided by the largest magnitude in it
+                before it is rounded, so that each token has its own range.
+            rotation_block: number of input channels that a Hadamard matrix mixes first; 0 for none.
+            offsets: whether the graph adds the sum of each group's inputs, times an offset per
+                group and output. It replaces zero points (`export.graph.decoder`).
+            reordered: whether the graph takes the input channels in another order.
+            from_source: what was done with the source's integers; None if the source is float or
+                the recipe quantized it anew.
     """
 
     scheme: TensorScheme
@@ -209,16 +209,16 @@ class Calibration(_Struct, frozen=True):
 
 
 class Quantization(_Struct, frozen=True):
-    """What was done to the weights.
+    """How the weights were quantized.
 
     Attributes:
-        name: the recipe's name, e.g. ``int4``; ``source`` is as the checkpoint was quantized.
-        method: how the integers of INT4 layers were found; ``source`` where the checkpoint's own
-            are kept.
+        name: the recipe's name, e.g. ``int4``; ``source`` keeps the checkpoint's quantization.
+        method: how the integers of INT4 layers were found; ``source`` if the checkpoint's own are
+            kept.
         clip: ``absmax``, ``mse`` or ``none`` for a float bundle.
         linears: every linear layer by name (``layers.0.qkv``, ``layers.0.o``,
             ``layers.0.gate_up``, ``layers.0.down``, ``lm_head``).
-        calibration: None if nothing was calibrated.
+        calibration: the text used for calibration; None if nothing was calibrated.
         smoothed: whether SmoothQuant's factors are folded into the weights of W8A8 layers.
         rotated: whether the residual stream and the values of the heads are rotated.
         embeddings: how the rows of the token table are stored; INT8 rows have one scale each.
@@ -235,18 +235,18 @@ class Quantization(_Struct, frozen=True):
 
 
 class KvCache(_Struct, frozen=True):
-    """A cache of keys and values in 8 bits, but for the layers that stay in float.
+    """A cache of keys and values in 8 bits, except in layers that stay in float.
 
     The scales are constants of the graphs (`edge.bundle.kv_scales`): one per head and channel, for
     keys after RoPE and for values.
 
     Attributes:
         kind: how rows are stored.
-        score_errors: of each layer, the expected error of an attention score, the root of its mean
-            square for the worst head, in nats: how far rounding the keys moves what softmax takes.
+        score_errors: each layer's expected error of an attention score in nats, as the root of its
+            mean square for the worst head: how far rounding the keys moves the softmax's input.
         limit: the largest such error of a layer in 8 bits.
-        float_layers: the layers above it, whose rows stay in the graph's float type, ascending.
-        calibration: the text that the scales were found with.
+        float_layers: layers above the limit, whose rows stay in the graph's float type, ascending.
+        calibration: the text with which the scales were found.
     """
 
     kind: Literal["int8"]
@@ -259,11 +259,11 @@ class KvCache(_Struct, frozen=True):
 
 
 class SamplingDefaults(_Struct, frozen=True):
-    """The model's own generation config; what a caller leaves open is taken from here.
+    """The model's own generation config, for parameters that a caller leaves open.
 
     Attributes:
         assumed: the family whose published values these are, because the source states none; None
-            where they are the source's own.
+            if they are the source's own.
     """
 
     temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] = 1.0
@@ -279,9 +279,9 @@ class Tokens(_Struct, frozen=True):
 
     Attributes:
         bos: id and text of the begin-of-sequence token, or None if the model has none.
-        bos_text: see ``bos``; what the chat template writes as ``bos_token``.
+        bos_text: text of ``bos``, which the chat template writes as ``bos_token``.
         eos: every id that ends an answer.
-        eos_text: what the chat template writes as ``eos_token``.
+        eos_text: text that the chat template writes as ``eos_token``.
         add_bos: whether plain text (not a chat) starts with ``bos``.
     """
 
@@ -321,13 +321,13 @@ class Source(_Struct, frozen=True):
 
     Attributes:
         kind: an HF directory, a hub id or a GGUF file.
-        location: the directory's or file's name, or the hub id (never an absolute path), which
-            ``modelscope:`` precedes where it is of that hub.
+        location: the directory's or file's name, or the hub id (never an absolute path); a
+            ModelScope id has the prefix ``modelscope:``.
         revision: commit of the hub repository, else None.
         sha256: SHA-256 of the GGUF file, or of the safetensors files' hashes in name order.
         licence: the licence that the source states.
-        adapter: what was merged into the weights, or None.
-        quantization: how the weights were quantized already, or None.
+        adapter: the adapter that was merged into the weights, or None.
+        quantization: how the source's weights were quantized already, or None.
     """
 
     kind: Literal["directory", "hub", "gguf"]
@@ -347,7 +347,7 @@ class ReducedVocabulary(_Struct, frozen=True):
     Attributes:
         original_size: rows of the source's token table.
         size: rows that were kept.
-        file: name of the file that said which (never a path).
+        file: name of the file that listed them (never a path).
         sha256: SHA-256 of that file.
         text_tokens_original: tokens of the file's text with the whole vocabulary; None for a list
             of ids.
@@ -370,12 +370,12 @@ class FileInfo(_Struct, frozen=True):
 
 
 class Graphs(_Struct, frozen=True):
-    """The decoder's files, by who reads them.
+    """The decoder's files, by the program that reads them.
 
     Attributes:
-        decoder: typed for the engine.
-        cpu: its fp32-typed twin for ONNX Runtime CPU, which shares the weights of ``decoder`` and
-            adds scales, norms and biases in fp32.
+        decoder: the graph typed for an engine.
+        cpu: its fp32-typed twin for ONNX Runtime on the CPU, which shares the weights of
+            ``decoder`` and adds scales, norms and biases in fp32.
     """
 
     decoder: str = "decoder.onnx"
@@ -389,15 +389,15 @@ class DraftHead(_Struct, frozen=True):
     inputs of three of its layers, joined by the head's ``fc``.
 
     Attributes:
-        name: of the directory that it was read from (never a path).
+        name: name of the directory that it was read from (never a path).
         sha256: SHA-256 of its file of weights.
-        model: the head's own decoder, of one layer. Its vocabulary is what it can guess.
-        layers: the layers of the model whose inputs are joined; the number of layers stands for
-            the last one's output, before the final norm.
+        model: the head's own decoder, of one layer; its vocabulary is the tokens that it can guess.
+        layers: the layers of the model whose inputs are joined; the number of layers stands for the
+            last one's output, before the final norm.
         norm_before_residual: whether the residual stream begins with the normalised hidden states.
-        linears: its linear layers, as `Quantization.linears`.
-        vocabulary: the file that lists the model's id of each of its tokens; None if it guesses
-            all of them.
+        linears: its linear layers, as in `Quantization.linears`.
+        vocabulary: the file that lists the model's id of each of its tokens; None if it guesses all
+            of them.
         graphs: its files.
     """
 
@@ -417,10 +417,10 @@ class Embedding(_Struct, frozen=True):
     Attributes:
         append: ids that follow each text; the last one's hidden state is the text's vector.
         normalize: whether vectors have length 1.
-        prompts: what is put before a text, by the name that a caller gives, e.g. ``query``.
-        default_prompt: name of the prompt of a text for which none is named; None is none.
+        prompts: texts to put before a text, by the name that a caller gives, e.g. ``query``.
+        default_prompt: name of the prompt of a text for which none is named; None is no prompt.
         least_dimensions: the fewest leading dimensions that may stand for all (Matryoshka); None
-            where the model was not trained for it.
+            if the model was not trained for it.
     """
 
     append: Annotated[tuple[_Id, ...], msgspec.Meta(max_length=16)] = ()
@@ -437,8 +437,8 @@ class Reranking(_Struct, frozen=True):
 
     Attributes:
         yes, no: the ids of both answers; the graph has their logits, ``no`` first.
-        prefix, suffix: what stands before and after the pair; the only control tokens of a prompt.
-        instruction: what to judge by, where a caller says nothing else.
+        prefix, suffix: texts before and after the pair; only they have control tokens.
+        instruction: default instruction for judging, if a caller gives none.
     """
 
     yes: _Id
@@ -454,13 +454,13 @@ class Manifest(_Struct, frozen=True):
     ``self_sha256`` stays the last field: `decode_manifest` looks for it at the end of the file.
 
     Attributes:
-        head: what drafts tokens from the model's hidden states.
+        head: the head that drafts tokens from the model's hidden states, or None.
         tensorrt: versions of TensorRT whose rules the graph keeps, by name, as the exporter knew
             them; None if nobody checked.
-        kv_cache: how the cache is stored; None is in the graph's float type.
-        embedding: for a model that embeds, else None.
-        reranking: for a model that judges documents, else None.
-        extras: sections of optional rooms by name; `edge.bundle.extras` decodes one for its room.
+        kv_cache: how the cache is stored; None is the graph's float type.
+        embedding: set for a model that embeds, else None.
+        reranking: set for a model that judges documents, else None.
+        extras: sections of optional packages by name; `edge.bundle.extras` decodes them.
     """
 
     schema_version: int
@@ -490,7 +490,7 @@ class Manifest(_Struct, frozen=True):
 
     @property
     def int8_layers(self) -> tuple[int, ...]:
-        """Layers whose cache rows are INT8, ascending; the others' are of the float type."""
+        """Return the layers whose cache rows are INT8, ascending; others use the float type."""
         if self.kv_cache is None:
             return ()
         kept = self.kv_cache.float_layers
@@ -498,26 +498,26 @@ class Manifest(_Struct, frozen=True):
 
     @property
     def embeds_width(self) -> int:
-        """Numbers per token that the graph takes as ``inputs_embeds``."""
+        """Return the width of ``inputs_embeds``, in numbers per token."""
         return self.model.hidden_size
 
     @property
     def hidden_width(self) -> int:
-        """Numbers per token that the graph puts out as ``hidden_states``; 0 if it does not."""
+        """Return the width of ``hidden_states``, in numbers per token; 0 without that output."""
         return 0 if self.head is None else self.head.model.hidden_size
 
 
 class HeadManifest(Manifest, frozen=True):
-    """A manifest of a bundle's head alone, as whoever runs a decoder wants it; never written."""
+    """The manifest of a bundle's head alone, for code that runs a decoder; never written."""
 
     @property
     def embeds_width(self) -> int:
-        """A token's embedding, and the hidden state of the token before it."""
+        """Return the width of a token's embedding and the hidden state of the token before it."""
         return 2 * self.model.hidden_size
 
     @property
     def hidden_width(self) -> int:
-        """The residual stream after the layer: the hidden state from which it goes on."""
+        """Return the width of the residual stream after the layer, from which a head continues."""
         return self.model.hidden_size
 
 
@@ -554,8 +554,8 @@ def fingerprint(manifest: Manifest) -> str:
 def is_file_name(name: str) -> bool:
     """Check that a file of a bundle may have this name.
 
-    It is plain ASCII of at most 200 bytes, no directory and not hidden; names that begin with
-    `MANIFEST_NAME` are the manifest's, its signature's and their temporary files'.
+    It must be plain ASCII of at most 200 bytes, without a slash and not hidden. Names that begin
+    with `MANIFEST_NAME` are reserved for the manifest, its signature and their temporary files.
     """
     return _FILE_NAME.match(name) is not None and name != ENGINES_DIR
 
@@ -578,8 +578,8 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
         where: path for error messages.
 
     Raises:
-        BundleError: not JSON, another schema version, an unknown or missing key, a wrong type, a
-            file name that points out of the bundle.
+        BundleError: it is not JSON, or has another schema version, an unknown or missing key, a
+            wrong type, or a file name that points out of the bundle.
         IntegrityError: the self-hash does not match.
     """
     try:
@@ -621,9 +621,9 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
 
 
 def printable(text: str) -> str:
-    """Replace what a manifest may not have in a name: what a terminal obeys, or UTF-8 cannot say.
+    """Replace characters that a name may not have: a terminal obeys them, or UTF-8 has none.
 
-    Python reads bytes of a file's name that are no UTF-8 as lone surrogates.
+    Python reads bytes of a file's name that are not UTF-8 as lone surrogates.
     """
     return re.sub(rf"[{_UNPRINTABLE}\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)[:1000]
 
@@ -633,9 +633,10 @@ class _Version(msgspec.Struct):
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    """Read ``manifest.json`` of a bundle directory; files are not hashed (`verified_files`).
+    """Read ``manifest.json`` of a bundle directory; files are hashed by `verified_files`.
 
-    Who signed it is not asked: what opens a bundle calls `edge.bundle.trust.open_manifest`.
+    It does not check the signature: code that opens a bundle for use calls
+    `edge.bundle.trust.open_manifest`.
 
     Raises:
         BundleError: the directory or the manifest is missing or invalid.
@@ -644,7 +645,7 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def read_manifest_bytes(bundle: Path) -> bytes:
-    """Read the bytes of ``manifest.json``, which nobody has looked at yet.
+    """Read the bytes of ``manifest.json``, unchecked.
 
     Raises:
         BundleError: the directory or the file is missing or cannot be read.

@@ -1,4 +1,4 @@
-"""Refuses numbers that no manifest may have, or not together."""
+"""Refuses numbers that no manifest may have, alone or together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check_ranges(spec: ModelSpec, where: str) -> None:
     """Refuse dimensions that no manifest may have.
 
     Raises:
-        BundleError: one is out of its range; it is named.
+        BundleError: one is out of its range; the message names it.
     """
     try:
         msgspec.json.decode(msgspec.json.encode(spec), type=type(spec))
@@ -25,10 +25,10 @@ def check_ranges(spec: ModelSpec, where: str) -> None:
 
 
 def check_fit(manifest: Manifest, where: str) -> None:
-    """Refuse numbers that are in range and contradict each other.
+    """Refuse numbers that are in range but contradict each other.
 
     Raises:
-        BundleError: they do; what is wrong is named.
+        BundleError: some do; the message names the contradiction.
     """
     model, rope = manifest.model, manifest.model.rope
     ids = [*manifest.tokens.eos, *([] if manifest.tokens.bos is None else [manifest.tokens.bos])]
@@ -69,7 +69,7 @@ def check_fit(manifest: Manifest, where: str) -> None:
 
 
 def _task_faults(manifest: Manifest) -> list[tuple[bool, str]]:
-    """What of a model's task contradicts the rest, and whether it does."""
+    """Return pairs: whether the task contradicts another field, and the message for it."""
     task, embedding, reranking = manifest.model.task, manifest.embedding, manifest.reranking
     ids = () if embedding is None else embedding.append
     if reranking is not None:
@@ -90,7 +90,7 @@ def _task_faults(manifest: Manifest) -> list[tuple[bool, str]]:
 
 
 def _head_faults(head: DraftHead, model: ModelSpec) -> list[str]:
-    """What of a head contradicts itself or its model."""
+    """Return messages for contradictions of a head with itself or its model."""
     own = head.model
     return [
         f"the head {text}"
@@ -110,6 +110,6 @@ def _head_faults(head: DraftHead, model: ModelSpec) -> list[str]:
 
 
 def head_files(head: DraftHead) -> list[str]:
-    """Names of a head's files."""
+    """Return the names of a head's files."""
     named = [] if head.vocabulary is None else [head.vocabulary]
     return [head.graphs.decoder, head.graphs.cpu, *named]

@@ -1,8 +1,9 @@
-"""What a bundle's weights take of memory: numbers that its exporter counted, in the manifest.
+"""Reads how much memory a bundle's weights take: numbers that its exporter put into the manifest.
 
-Of a bundle from before they are counted from its linear layers (`weights.count_facts`). What grows
-with slots and steps follows from the model's dimensions: the cache by `io_spec.kv_bytes_per_token`,
-the rest by `edge.backends.host_memory` and `edge_lab.planner.memory`.
+For a bundle from before that, they are counted from its linear layers (`weights.count_facts`).
+Memory that grows with slots and steps follows from the model's dimensions: the cache by
+`io_spec.kv_bytes_per_token`, the rest by `edge.backends.host_memory` and
+`edge_lab.planner.memory`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .extras import read_extra
 from .manifest import Count, HeadManifest, Manifest
 
 SECTION = "memory"
-"""Of the manifest, see `read_memory_facts`."""
+"""Names the manifest's section, which `read_memory_facts` reads."""
 Part = Literal["attention", "mlp", "lm_head", "scales", "norms", "rope"]
 PARTS: tuple[Part, ...] = ("attention", "mlp", "lm_head", "scales", "norms", "rope")
 
@@ -24,9 +25,9 @@ class MemoryFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes of a bundle's weights.
 
     Attributes:
-        weights: by part, as they are stored, and as an engine holds them.
-        host: by part, in ONNX Runtime on the CPU: floats in FP32, integers packed.
-        host_loading_bytes: what ONNX Runtime takes besides while it loads them.
+        weights: bytes by part, as they are stored and as an engine holds them.
+        host: bytes by part in ONNX Runtime on the CPU: floats in FP32, integers packed.
+        host_loading_bytes: extra bytes that ONNX Runtime takes while it loads them.
     """
 
     weights: dict[Part, Count]
@@ -35,11 +36,12 @@ class MemoryFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_memory_facts(manifest: Manifest, beside: Manifest | None = None) -> MemoryFacts:
-    """Read what a bundle's weights take.
+    """Read how many bytes a bundle's weights take.
 
     Args:
-        manifest: of the bundle, or of its head.
-        beside: of what drafts for it; a head adds a product to its graph (`manifest_linears`).
+        manifest: manifest of the bundle, or of its head.
+        beside: manifest of the head that drafts for it, which adds a product to its graph
+            (`manifest_linears`); None without one.
 
     Raises:
         BundleError: the section does not fit.

@@ -1,7 +1,7 @@
 """Checks signatures in minisign's format: Ed25519 over a file's BLAKE2b-512.
 
-The format is that of https://jedisct1.github.io/minisign/, so Debian's ``minisign`` signs what is
-checked here; `edge_lab.signing` runs it. The arithmetic is that of `cryptography` and `hashlib`.
+The format is that of https://jedisct1.github.io/minisign/, so Debian's ``minisign`` makes the
+signatures; `edge_lab.signing` runs it. The arithmetic is that of `cryptography` and `hashlib`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from edge.errors import ConfigError, DependencyError, IntegrityError, install_co
 from edge.files import read_file, read_guarded_file
 
 MAX_BYTES = 1 << 16
-"""Longest file of keys, and longest signature."""
+"""Limits a file of keys, and a signature."""
 _COMMENT = "untrusted comment: "
 _TRUSTED = "trusted comment: "
-MAX_COMMENT = 1024  # minisign reads no longer one
+MAX_COMMENT = 1024  # minisign reads no longer comment
 _PUBLIC = struct.Struct("<2s8s32s")
 _SIGNATURE = struct.Struct("<2s8s64s")
 _PLAIN, _PREHASHED = b"Ed", b"ED"
@@ -34,7 +34,7 @@ _FIELD = 2**255 - 19
 _ORDER_8 = int.from_bytes(
     bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"), "little"
 )
-# The y of the eight points of small order: any signature can be forged that such a key is to check.
+# The y of the eight points of small order: for such a key anybody can forge a signature.
 # Chalkias et al. 2020, "Taming the many EdDSAs", table 1; libsodium's ge25519_has_small_order.
 _SMALL_ORDER = (0, 1, _FIELD - 1, _ORDER_8, _FIELD - _ORDER_8)
 
@@ -45,9 +45,10 @@ class PublicKey:
 
     Attributes:
         id: its eight bytes, which a signature names.
-        key: 32 bytes, of Ed25519.
-        comment: what stood above it in its file; nothing vouches for it.
-        names: patterns of the names that it vouches for; none is whatever it has signed.
+        key: the Ed25519 key, 32 bytes.
+        comment: the comment above it in its file; nothing vouches for it.
+        names: patterns of the names that it vouches for; if empty, it vouches for everything that
+            it has signed.
     """
 
     id: bytes
@@ -57,7 +58,7 @@ class PublicKey:
 
     @property
     def name(self) -> str:
-        """The id as minisign prints it."""
+        """Return the id as minisign prints it."""
         return key_name(self.id)
 
     def covers(self, name: str) -> bool:
@@ -78,7 +79,7 @@ class Signature:
         prehashed: whether the file's BLAKE2b-512 was signed, else the file itself.
         signature: 64 bytes.
         comment: the trusted comment, which is signed too.
-        comment_signature: 64 bytes, of ``signature`` and ``comment``.
+        comment_signature: signature of ``signature`` and ``comment``, 64 bytes.
     """
 
     key_id: bytes
@@ -89,10 +90,10 @@ class Signature:
 
 
 def check_signature(data: bytes, signature: Signature, keys: Iterable[PublicKey]) -> PublicKey:
-    """Find the key that signed bytes, comment included.
+    """Find the key that signed these bytes and the comment.
 
     Raises:
-        IntegrityError: the key is none of ``keys``, or the signature is not of these bytes.
+        IntegrityError: the key is not among ``keys``, or the signature is of other bytes.
         DependencyError: cryptography is not installed.
     """
     trusted = list(keys)
@@ -108,10 +109,10 @@ def check_signature(data: bytes, signature: Signature, keys: Iterable[PublicKey]
 
 
 def parse_signature(data: bytes, where: str) -> Signature:
-    """Read the file of a signature.
+    """Read the content of a signature's file.
 
     Raises:
-        IntegrityError: it is none.
+        IntegrityError: it is not a signature.
     """
     try:
         lines = data.decode("utf-8").rstrip("\n").split("\n")
@@ -133,14 +134,14 @@ def parse_signature(data: bytes, where: str) -> Signature:
 
 
 def parse_public_keys(text: str, where: str) -> list[PublicKey]:
-    """Read public keys, as many as there are: files of minisign's, one after the other.
+    """Read any number of public keys: files of minisign's, one after the other.
 
     A line ``names: PATTERN ...`` before a key binds it to these names. Empty lines and lines that
-    begin with ``#`` count for nothing.
+    begin with ``#`` are ignored.
 
     Raises:
-        ConfigError: a line is no key, or one whose signatures anybody can forge; an id comes twice;
-            names are none or have no key after them; or there is no key at all.
+        ConfigError: a line is not a key, or a key whose signatures anybody can forge; an id comes
+            twice; names are empty or no key follows them; or there is no key at all.
     """
     keys: dict[bytes, PublicKey] = {}
     comment, names = "", None
@@ -185,12 +186,12 @@ def parse_public_keys(text: str, where: str) -> list[PublicKey]:
 
 
 def read_public_keys(path: Path) -> list[PublicKey]:
-    """Read a file of public keys; see `parse_public_keys`.
+    """Read a file of public keys by `parse_public_keys`.
 
-    Whoever can change it decides what this machine runs, so it is read by `read_guarded_file`.
+    Whoever can change it decides what this machine runs, so `read_guarded_file` reads it.
 
     Raises:
-        ConfigError: it cannot be read, somebody else can change it, or see there.
+        ConfigError: it cannot be read, somebody else can change it, or its content is refused.
     """
     try:
         return parse_public_keys(read_guarded_file(path, MAX_BYTES).decode("utf-8"), str(path))
@@ -199,13 +200,13 @@ def read_public_keys(path: Path) -> list[PublicKey]:
 
 
 def find_signer(path: Path, data: bytes, trusted_keys: Path, what: str) -> PublicKey | str:
-    """Find the trusted key that signed bytes to which no release gives a name.
+    """Find the trusted key that signed bytes which belong to no named release.
 
     Args:
         path: file of the signature.
         data: the bytes.
         trusted_keys: file of public keys.
-        what: such bytes, in the plural, for messages.
+        what: the kind of the bytes, in the plural, for messages.
 
     Returns:
         The key, or why there is none.

@@ -1,10 +1,10 @@
-"""A small ONNX model file (weights external) as editable Python, without the ``onnx`` package.
+"""Edits a small ONNX model file (weights external) in Python, without the ``onnx`` package.
 
 The runtime needs three things of a graph: to see its inputs and outputs before an engine parses
-it, to give the cache another capacity, and to rewrite attention for the CPU. The check of what
-TensorRT takes also reads attributes and constants (`onnx_values`). Protocol Buffers' wire format
+it, to give the cache another capacity, and to rewrite attention for the CPU. The check of
+TensorRT's rules also reads attributes and constants (`onnx_values`). Protocol Buffers' wire format
 (https://protobuf.dev/programming-guides/encoding) is simple enough for that: a message is a list
-of ``(field, wire type, value)``. Fields that are not edited are kept as they were, byte for byte.
+of ``(field, wire type, value)``. Fields that are not edited stay as they were, byte for byte.
 Field numbers are those of ``onnx.proto3``.
 """
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edge.errors import BundleError
 
-_MAX_FIELDS = 1 << 18  # of a message; a decoder of 126 layers has 10,000 nodes
+_MAX_FIELDS = 1 << 18  # fields of a message; a decoder of 126 layers has 10,000 nodes
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _EXTERNAL = 1  # a TensorProto's data_location
 _INT64, _TYPE_FLOAT, _TYPE_INT, _TYPE_STRING, _TYPE_INTS = 7, 1, 2, 3, 7
@@ -31,10 +31,10 @@ _ELEMENTS = (
 ELEMENT_TYPES = dict(enumerate(_ELEMENTS.split(), 1))
 """Names of ``TensorProto.DataType``; ``fp8`` is E4M3FN and ``fp4`` E2M1, as TensorRT has them."""
 ELEMENT_NUMBERS = {name: number for number, name in ELEMENT_TYPES.items()}
-# Of the small models that the runtime writes itself. From opset 16 on ONNX Runtime CUDA warns about
-# every ScatterND; IR version 8 goes with ONNX 1.11.
+# Versions of the small models that the runtime writes itself. From opset 16 on ONNX Runtime CUDA
+# warns about every ScatterND; IR version 8 goes with ONNX 1.11.
 _IR_VERSION, _OPSET = 8, 13
-_NEW_IR_VERSION = 10  # of ONNX 1.16, the first with INT4
+_NEW_IR_VERSION = 10  # the version of ONNX 1.16, the first with INT4
 
 Value = int | bytes
 
@@ -78,7 +78,7 @@ class Message:
         return Message(fields)
 
     def serialize(self) -> bytes:
-        """The inverse of `parse`: the same bytes for numbers in their shortest form."""
+        """Encode the message; numbers in their shortest form give the bytes that `parse` read."""
         out = bytearray()
         for number, wire_type, value in self.fields:
             _write_varint(out, number << 3 | wire_type)
@@ -95,17 +95,17 @@ class Message:
         return [value for n, _, value in self.fields if n == number and isinstance(value, bytes)]
 
     def text(self, number: int) -> str:
-        """The last occurrence of a string field, or an empty string."""
+        """Return the last occurrence of a string field, or an empty string."""
         values = self.all_bytes(number)
         return _text(values[-1]) if values else ""
 
     def integer(self, number: int) -> int:
-        """The last occurrence of a varint field, or 0."""
+        """Return the last occurrence of a varint field, or 0."""
         values = [value for n, _, value in self.fields if n == number and isinstance(value, int)]
         return values[-1] if values else 0
 
     def child(self, number: int) -> Message:
-        """The last occurrence of a message field; empty if absent."""
+        """Return the last occurrence of a message field; empty if absent."""
         values = self.all_bytes(number)
         return Message.parse(values[-1]) if values else Message()
 
@@ -121,7 +121,7 @@ class Message:
         return self
 
     def replace(self, number: int, values: Iterable[bytes]) -> None:
-        """Put ``values`` in the place of the first occurrence of a length-delimited field."""
+        """Replace the first occurrence of a length-delimited field by ``values``."""
         places = [i for i, entry in enumerate(self.fields) if entry[0] == number]
         at = places[0] if places else len(self.fields)
         kept = [entry for entry in self.fields if entry[0] != number]
@@ -130,7 +130,7 @@ class Message:
 
 @dataclass
 class Node:
-    """A node of the graph; attributes, and fields that nothing here edits, stay encoded."""
+    """A node of the graph; attributes, and fields that are not edited here, stay encoded."""
 
     op_type: str
     inputs: list[str]
@@ -142,7 +142,7 @@ class Node:
 
     @staticmethod
     def decode(data: bytes) -> Node:
-        """Read a NodeProto."""
+        """Decode a NodeProto."""
         message = Message.parse(data)
         return Node(
             message.text(4),
@@ -155,7 +155,7 @@ class Node:
         )
 
     def encode(self) -> bytes:
-        """Write a NodeProto."""
+        """Encode as a NodeProto."""
         message = Message()
         for value in self.inputs:
             message.add(1, value)
@@ -174,7 +174,7 @@ class Node:
 
 @dataclass(frozen=True)
 class ValueInfo:
-    """Name, element type (see `ELEMENT_TYPES`) and dimensions (a string is dynamic)."""
+    """Name, element type (in `ELEMENT_TYPES`) and dimensions (a string is dynamic)."""
 
     name: str
     dtype: str
@@ -186,7 +186,7 @@ class ExternalTensor:
     """Where an initializer's bytes are.
 
     Attributes:
-        dtype: element type (see `ELEMENT_TYPES`).
+        dtype: element type (in `ELEMENT_TYPES`).
         shape: its dimensions.
         file: name of the data file, relative to the model.
         offset, num_bytes: its bytes in that file.
@@ -200,7 +200,7 @@ class ExternalTensor:
 
 
 class OnnxFile:
-    """A model to look at and edit.
+    """A model to inspect and edit.
 
     Attributes:
         nodes: the nodes in topological order; edit the list or its nodes, then `serialize`.
@@ -217,17 +217,17 @@ class OnnxFile:
 
     @property
     def inputs(self) -> list[ValueInfo]:
-        """The graph's inputs in order."""
+        """Return the graph's inputs in order."""
         return [_value_info(value) for value in self._graph.all_bytes(11)]
 
     @property
     def outputs(self) -> list[ValueInfo]:
-        """The graph's outputs in order."""
+        """Return the graph's outputs in order."""
         return [_value_info(value) for value in self._graph.all_bytes(12)]
 
     @property
     def opsets(self) -> dict[str, int]:
-        """Version of each operator domain that the model declares; ``""`` is ONNX's own."""
+        """Return the version of each operator domain of the model; ``""`` is ONNX's own."""
         declared = [Message.parse(data) for data in self._model.all_bytes(8)]
         return {
             "" if each.text(1) == "ai.onnx" else each.text(1): each.integer(2) for each in declared
@@ -235,18 +235,18 @@ class OnnxFile:
 
     @property
     def initializers(self) -> list[bytes]:
-        """The graph's constants, each an encoded TensorProto (see `edge.bundle.onnx_values`)."""
+        """Return the graph's constants, each an encoded TensorProto (`edge.bundle.onnx_values`)."""
         return self._graph.all_bytes(5)
 
     def serialize(self, first: str = "") -> bytes:
-        """The edited model, with nodes and initializers that nothing uses left out.
+        """Encode the edited model, without nodes and initializers that nothing uses.
 
         Args:
-            first: of a tensor. Nodes that read it come before all others, also before those whose
-                outputs they read: ONNX has no such order, and ONNX Runtime takes any.
+            first: name of a tensor. Nodes that read it are moved before all others, even before
+                those whose outputs they read. ONNX has no such order; ONNX Runtime takes any.
         """
         self.prune()
-        # An input that is left out has the empty name.
+        # An optional input that is absent has the empty name.
         nodes = sorted(self.nodes, key=lambda node: not first or first not in node.inputs)
         self._graph.replace(1, (node.encode() for node in nodes))
         self._model.replace(7, [self._graph.serialize()])
@@ -283,10 +283,10 @@ class OnnxFile:
         return name
 
     def add_output(self, info: Message) -> None:
-        """Make a tensor of the graph one more output; see `tensor_info`.
+        """Make a tensor of the graph one more output; ``info`` is made by `tensor_info`.
 
         Raises:
-            BundleError: no node makes it.
+            BundleError: no node computes it.
         """
         name = info.text(1)
         if not any(name in node.outputs for node in self.nodes):
@@ -297,7 +297,7 @@ class OnnxFile:
         self._graph.add(12, info)
 
     def add_inputs(self, infos: Iterable[Message]) -> None:
-        """Make tensors inputs of the graph; constants of their names go. See `tensor_info`."""
+        """Make tensors inputs, and drop constants of their names; `tensor_info` makes ``infos``."""
         new = {info.text(1): info for info in infos}
         tensors = self._graph.all_bytes(5)
         self._graph.replace(5, [data for data in tensors if Message.parse(data).text(8) not in new])
@@ -305,7 +305,7 @@ class OnnxFile:
             self._graph.add(11, info)
 
     def remove_values(self, names: Iterable[str]) -> None:
-        """Take inputs and outputs of these names, where there are such, out of the graph."""
+        """Remove inputs and outputs of these names from the graph, if there are any."""
         unwanted = set(names)
         for number in (11, 12):
             infos = self._graph.all_bytes(number)
@@ -318,8 +318,8 @@ class OnnxFile:
         """Make a tensor, old or new, a constant whose bytes are in a file.
 
         Args:
-            name: of the tensor.
-            dtype: its element type (see `ELEMENT_TYPES`).
+            name: name of the tensor.
+            dtype: its element type (in `ELEMENT_TYPES`).
             shape: its dimensions.
             place: the file beside the model's, its first byte there, and its number of bytes.
         """
@@ -341,10 +341,10 @@ class OnnxFile:
         return {each.text(8): _external(each) for each in tensors if each.integer(14) == _EXTERNAL}
 
     def put_in_memory(self, values: Mapping[str, NDArray[Any]]) -> None:
-        """Give initializers by these names other values, old or new, which no file holds.
+        """Set values of initializers, old or new, that are kept in no file.
 
-        The model says that they are external, each in a file of its own name; whoever opens a
-        session on it must hand `in_memory` to it, or write those files.
+        The model says that they are external, each in a file of its own name. Code that opens a
+        session on it must pass `in_memory` to the session, or write those files.
         """
         tensors = self._graph.all_bytes(5)
         kept = [data for data in tensors if Message.parse(data).text(8) not in values]
@@ -370,7 +370,7 @@ class OnnxFile:
 
 
 def attribute(name: str, value: int | float | str | Sequence[int]) -> bytes:
-    """An AttributeProto: an int, a float, a string, or ints."""
+    """Encode an AttributeProto: an int, a float, a string, or ints."""
     message = Message().add(1, name)
     if isinstance(value, str):
         message.add(4, value).add(20, _TYPE_STRING)
@@ -402,7 +402,7 @@ def _external(tensor: Message) -> ExternalTensor:
 
 
 def _elsewhere(name: str, dtype: str, shape: Sequence[int], place: tuple[str, int, int]) -> Message:
-    """A TensorProto of external data."""
+    """Make a TensorProto of external data."""
     tensor = Message()
     for size in shape:
         tensor.add(1, size)
@@ -452,10 +452,10 @@ def _text(data: bytes) -> str:
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number that begins at a byte, and the byte after it.
+    """Return the number that begins at a byte, and the offset after it.
 
     Raises:
-        BundleError: it does not end, or exceeds 64 bits.
+        BundleError: the number does not end, or exceeds 64 bits.
     """
     result = shift = 0
     while True:
@@ -472,7 +472,7 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _write_varint(out: bytearray, value: int) -> None:
-    value &= (1 << 64) - 1  # negative int64 fields take ten bytes, as protobuf has it
+    value &= (1 << 64) - 1  # protobuf writes a negative int64 in ten bytes
     while value >= 0x80:
         out.append(value & 0x7F | 0x80)
         value >>= 7
@@ -487,15 +487,15 @@ def small_model(
     weights: Sequence[Message] = (),
     opset: int = _OPSET,
 ) -> bytes:
-    """A ModelProto; fields as in ``onnx.proto3``.
+    """Encode a ModelProto; fields are those of ``onnx.proto3``.
 
     Args:
-        nodes: of the graph.
+        nodes: the graph's nodes.
         inputs: its inputs, each a ValueInfoProto.
-        outputs: its outputs, likewise.
+        outputs: its outputs, each a ValueInfoProto.
         constants: int64 constants of one number.
         weights: further initializers, each a TensorProto.
-        opset: of the operators.
+        opset: version of the operators.
     """
     graph = Message()
     for node in nodes:
@@ -512,7 +512,7 @@ def small_model(
 
 
 def tensor_info(name: str, element: int, shape: Sequence[int | str]) -> Message:
-    """A ValueInfoProto of a tensor; a string is a dynamic dimension."""
+    """Make a ValueInfoProto of a tensor; a string is a dynamic dimension."""
     dims = Message()
     for size in shape:
         dims.add(1, Message().add(2 if isinstance(size, str) else 1, size))

@@ -1,7 +1,7 @@
-"""Constants and attributes of an ONNX graph as plain values, without the ``onnx`` package.
+"""Reads constants and attributes of an ONNX graph as plain values, without the ``onnx`` package.
 
-Nothing is trusted: a type, a size or an offset that does not fit what is there is a `BundleError`.
-Weights stay in their file; `Constants.values` reads those that it is asked for.
+Nothing is trusted: a type, size or offset that does not fit the file is a `BundleError`. Weights
+stay in their file; `Constants.values` reads only those that it is asked for.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ELEMENT_BITS = {
     )
     for name in names.split()
 }
-"""Of an element by its type, packed."""
+"""Maps each element type to NumPy's type of its packed elements."""
 _NUMPY = {
     name: f"<{code}{ELEMENT_BITS[name] // 8}"
     for code, names in (
@@ -50,15 +50,15 @@ _TYPE_FLOAT, _TYPE_INT, _TYPE_STRING, _TYPE_TENSOR, _TYPE_FLOATS, _TYPE_INTS = 1
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor whose values the file knows.
+    """A tensor whose values are in a file.
 
     Attributes:
-        name: of the tensor.
-        dtype: see `edge.bundle.onnx_file.ELEMENT_TYPES`.
+        name: name of the tensor.
+        dtype: element type (in `edge.bundle.onnx_file.ELEMENT_TYPES`).
         shape: its dimensions; empty is a scalar.
-        raw: its bytes, packed; None where another file has them.
-        location: name of that file, beside the graph's; None where there is none.
-        offset: of the first byte in that file.
+        raw: its bytes, packed; None if another file has them.
+        location: name of that file, beside the graph's; None if there is none.
+        offset: offset of the first byte in that file.
     """
 
     name: str
@@ -70,24 +70,24 @@ class Constant:
 
     @property
     def volume(self) -> int:
-        """Number of elements."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all elements, packed."""
+        """Return the bytes of all elements, packed."""
         return (self.volume * ELEMENT_BITS[self.dtype] + 7) // 8
 
 
 class Constants:
-    """The constants of a graph by name: initializers, and what ``Constant`` nodes give.
+    """The constants of a graph by name: initializers, and the values of ``Constant`` nodes.
 
     Args:
         graph: the graph.
-        directory: of the graph's file, where the files of external values are.
+        directory: directory of the graph's file and of the files of external values.
 
     Raises:
-        BundleError: a constant that is no valid tensor, or a name that comes twice.
+        BundleError: a constant is not a valid tensor, or a name comes twice.
     """
 
     def __init__(self, graph: OnnxFile, directory: Path | None = None) -> None:
@@ -96,7 +96,7 @@ class Constants:
         for data in graph.initializers:
             self._add(read_constant(data))
         self.initializers = frozenset(self._by_name)
-        """Names of those that no node gives."""
+        """Names of the constants that are not values of nodes."""
         for node in graph.nodes:
             constant = _constant_node(node)
             if constant is not None:
@@ -108,18 +108,18 @@ class Constants:
         self._by_name[constant.name] = constant
 
     def get(self, name: str) -> Constant | None:
-        """The constant of a name; None if a node or the caller makes the tensor."""
+        """Return the constant of a name; None if a node or the caller makes the tensor."""
         return self._by_name.get(name)
 
     def values(self, name: str) -> npt.NDArray[Any] | None:
-        """All values of a constant as a flat array; bf16 as float32.
+        """Return all values of a constant as a flat array; bf16 as float32.
 
         Returns:
-            None for types of less than 8 bits and FP8, and for values in another file where no
+            None for types of less than 8 bits and FP8, and for values in another file if no
             directory was given.
 
         Raises:
-            BundleError: no such constant; its file is missing or too short.
+            BundleError: there is no such constant, or its file is missing or too short.
         """
         constant = self._by_name.get(name)
         if constant is None:
@@ -138,7 +138,7 @@ class Constants:
 
 
 def node_attributes(node: Node) -> dict[str, Any]:
-    """Attributes of a node: int, float, str, tuple of ints or floats, or `Constant`.
+    """Return the attributes of a node: int, float, str, tuple of ints or floats, or `Constant`.
 
     Other kinds (graphs, lists of strings) are None, so that their presence shows.
 
@@ -156,8 +156,8 @@ def read_constant(data: bytes) -> Constant:
     """Read a TensorProto.
 
     Raises:
-        BundleError: an unknown element type, sizes below 0, more or fewer values than the shape
-            says, a location that is no plain file name.
+        BundleError: the element type is unknown, a size is below 0, there are more or fewer values
+            than the shape says, or the location is not a plain file name.
     """
     message = Message.parse(data)
     name, element = message.text(8), message.integer(2)
@@ -191,7 +191,7 @@ def _constant_node(node: Node) -> Constant | None:
 
 
 def _constant_of(output: str, name: str, value: Any) -> Constant | None:
-    """What a ``Constant`` node's attribute gives; None for strings and sparse tensors."""
+    """Return the value of a ``Constant`` node's attribute; None for strings and sparse tensors."""
     if name == "value" and isinstance(value, Constant):
         return Constant(output, value.dtype, value.shape, value.raw, value.location, value.offset)
     kind: type
@@ -234,7 +234,7 @@ def _read_external(directory: Path, constant: Constant) -> bytes:
     assert constant.location is not None
     path = directory / constant.location
     try:
-        # The size first, so that no size in a file makes this ask for that much memory.
+        # The size comes first, so that no size in a file makes this allocate that much memory.
         if path.stat().st_size < constant.offset + constant.num_bytes:
             raise BundleError(
                 f"{path} is too short: the constant {constant.name!r} has {constant.num_bytes} "
@@ -250,12 +250,12 @@ def _read_external(directory: Path, constant: Constant) -> bytes:
 
 
 def _typed_values(message: Message, dtype: str) -> bytes:
-    """The bytes of a tensor that has its numbers one by one."""
+    """Return the bytes of a tensor that stores its numbers one by one."""
     number = _TYPED_FIELDS.get(dtype, _INT32_DATA)
-    if dtype in ("fp32", "fp64"):  # as they are in the file, packed or not
+    if dtype in ("fp32", "fp64"):  # the same bytes in the file, packed or not
         return b"".join(message.all_bytes(number))
     values = [value & 0xFFFFFFFFFFFFFFFF for value in _varints(message, number)]
-    if ELEMENT_BITS[dtype] == 4:  # each entry has the bytes of two elements
+    if ELEMENT_BITS[dtype] == 4:  # each entry has two elements
         return bytes(value & 0xFF for value in values)
     size = ELEMENT_BITS[dtype] // 8
     mask = (1 << 8 * size) - 1
@@ -288,14 +288,14 @@ def _attribute_value(message: Message) -> Any:
 
 
 def _guess_type(message: Message) -> int:
-    """The type of an attribute that states none, from the field that is there."""
+    """Guess the type of an attribute that states none, from the field that is there."""
     by_field = {2: _TYPE_FLOAT, 3: _TYPE_INT, 4: _TYPE_STRING, 5: _TYPE_TENSOR}
     by_field.update({7: _TYPE_FLOATS, 8: _TYPE_INTS})
     return next((by_field[n] for n, _, _ in message.fields if n in by_field), 0)
 
 
 def _varints(message: Message, number: int) -> list[int]:
-    """A repeated integer field, packed or not."""
+    """Return a repeated integer field, packed or not."""
     found: list[int] = []
     for n, _, value in message.fields:
         if n == number:

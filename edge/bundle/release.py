@@ -1,9 +1,9 @@
-"""The release that a bundle is: its number, until when it is offered, and its name.
+"""Reads a bundle's release: its number, its expiry, and its name.
 
-A signature says who made a bundle, and says it for ever. So whoever can move a registry's tag could
-bring back an older bundle of the same key; a number in the signed manifest tells the two apart, an
-expiry says that a tag stood still, and a name which repository is meant. These are a version and an
-expiration of The Update Framework's metadata, and its targets' names.
+A signature says who made a bundle, forever. So whoever can move a registry's tag could bring back
+an older bundle of the same key. A number in the signed manifest tells the two apart, an expiry
+shows that a tag was not moved, and a name says which repository is meant. They are the version, the
+expiration and the targets' names of The Update Framework's metadata.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from .extras import read_extra
 from .manifest import Manifest
 
 RELEASE = "release"
-"""The manifest's section."""
+"""Names the manifest's section."""
 _Instant = Annotated[datetime, msgspec.Meta(tz=True)]
 _NAME = r"^[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*\Z"
 
 
 class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `edge-llm bundle sign --release` writes.
+    """The section that `edge-llm bundle sign --release` writes.
 
     Attributes:
         number: higher than that of every release that must not come back in its place.
-        signed: when it was signed, by the clock of who did.
-        expires: from when on no device fetches it any more; None is never.
-        name: repository in which it belongs, e.g. ``acme/r1-7b``; None is any.
+        signed: when it was signed, by the signer's clock.
+        expires: time from which no device fetches it any more; None is never.
+        name: repository to which it belongs, e.g. ``acme/r1-7b``; None is any.
     """
 
     number: Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
@@ -44,7 +44,7 @@ class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_release(manifest: Manifest) -> Release | None:
-    """Read which release a bundle is; None if it has no number.
+    """Read a bundle's release; None if it has no number.
 
     Raises:
         BundleError: the section does not fit.
@@ -53,5 +53,5 @@ def read_release(manifest: Manifest) -> Release | None:
 
 
 def say_time(when: datetime) -> str:
-    """Write a time for a person, to the minute."""
+    """Format a time for a person, to the minute."""
     return f"{when:%Y-%m-%d %H:%M %Z}"

@@ -1,8 +1,8 @@
-"""Rotary position embedding: the frequencies, and turning vectors that are rotated already.
+"""Computes rotary position embedding: frequencies, and rotating vectors that carry a position.
 
 Frequencies follow ``transformers.modeling_rope_utils``: ``default`` (RoFormer, arXiv 2104.09864),
 ``linear`` (arXiv 2306.15595), ``llama3`` (Llama 3.1's wavelength bands) and ``yarn``
-(arXiv 2309.00071, by parts with an attention factor). All in float64.
+(arXiv 2309.00071, by parts with an attention factor). Everything is float64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Array = NDArray[np.float64]
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Array:
-    """Radians per position of each rotated pair, float64 ``[head_dim / 2]``."""
+    """Return radians per position of each rotated pair, float64 ``[head_dim / 2]``."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     base: Array = 1.0 / rope.theta**exponents
     if rope.kind == "linear":
@@ -37,10 +37,10 @@ def turn(vectors: NDArray[np.floating], frequencies: Array, positions: int) -> A
     ``p + positions``. An attention factor stays in the vector's length.
 
     Args:
-        vectors: ``[..., head_dim]``; element ``i`` pairs with ``i + head_dim / 2``, as
-            ``RotaryEmbedding`` of ONNX has it without ``interleaved``.
+        vectors: ``[..., head_dim]``; element ``i`` pairs with ``i + head_dim / 2``, as in ONNX's
+            ``RotaryEmbedding`` without ``interleaved``.
         frequencies: a result of `inverse_frequencies`, ``[head_dim / 2]``.
-        positions: how much further.
+        positions: number of positions to add; may be negative.
 
     Returns:
         Float64, in the shape of ``vectors``.
@@ -66,7 +66,7 @@ def _llama3(base: Array, rope: RopeSpec) -> Array:
 
 def _yarn(base: Array, rope: RopeSpec, head_dim: int) -> Array:
     def dimension_of(rotations: float) -> float:
-        """Dimension whose pair turns ``rotations`` times within the original context."""
+        """Return the dimension whose pair turns ``rotations`` times in the original context."""
         return (
             head_dim
             * math.log(rope.original_max_positions / (rotations * 2 * math.pi))

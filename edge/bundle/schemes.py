@@ -1,12 +1,12 @@
-"""How weights are stored: the kinds of scheme, the rules of each ``--quant``, and their bytes.
+"""Defines how weights are stored: kinds of scheme, the rules of each ``--quant``, their bytes.
 
 A new kind of scheme is a name in `manifest.SchemeKind`, an entry in `SCHEMES`, and a rule in
 `RULES` for the ``--quant`` that uses it. The planner, the checks of disk and memory, and the
 options ``--quant``, ``--keep`` and ``--group-size`` read it from there.
 
 TensorRT takes one scale per group of weights for INT4 only (NvInfer.h of 10.3 to 11.1,
-IDequantizeLayer), and what INT8 weights with float inputs it takes it unpacks in every step. So
-INT8 is stored as two INT4 planes, ``w = 16 * high + low``, each of which stays packed.
+IDequantizeLayer). INT8 weights with float inputs, as far as it takes them, it unpacks in every
+step. So INT8 is stored as two INT4 planes, ``w = 16 * high + low``, each of which stays packed.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from typing import Literal
 from .manifest import SchemeKind, TensorScheme
 
 GROUP_SIZES = (128, 64, 32)
-"""Weights that share a scale: what TensorRT's INT4 block quantization was built with."""
+"""Numbers of weights that may share a scale; TensorRT's INT4 block quantization has these."""
 HIGH_PLANE = 16
-"""What one in the high plane counts; its scale is this many times the low plane's."""
+"""Weight of one in the high plane; its scale is this many times the low plane's."""
 PLANES_RANGE = (-128, 119)
-"""Of the integers that are stored as planes: 7 in each is 119; joined they are INT8."""
+"""Range of integers that are stored as planes: 7 in each is 119; joined they are INT8."""
 PLANES_LEAST = -136
-"""The least that two planes can hold; only layers with offsets (`LinearInfo.offsets`) reach it."""
+"""Least integer that two planes can hold; only layers with offsets reach it."""
 INT4_GROUP_SIZE = 32
-"""Of INT4 layers where nobody says: 128 loses three times as much (docs/quantization.md)."""
+"""Default group size of INT4 layers; 128 loses three times as much (docs/quantization.md)."""
 SCALE_BYTES = 2
-"""Of a scale in a graph typed FP16 or BF16."""
+"""Bytes of a scale in a graph typed FP16 or BF16."""
 
 Quant = Literal["fp16", "bf16", "int8", "int8-w8a8", "int4"]
 
 
 @dataclass(frozen=True)
 class SchemeFacts:
-    """What all weights of one kind of scheme have in common.
+    """Facts about all weights of one kind of scheme.
 
     Attributes:
-        kind: its name.
+        kind: name of the kind.
         weight_bits: bits of a stored weight, in a graph typed FP16 or BF16.
-        group_sizes: weights that may share a scale, largest first; 0 is one scale per output
-            channel. Empty for weights without scales.
-        default_group_size: taken where nobody says; None is the largest that fits the model.
+        group_sizes: numbers of weights that may share a scale, largest first; 0 is one scale per
+            output channel. Empty for weights without scales.
+        default_group_size: default group size; None is the largest that fits the model.
         int8_inputs: whether the layer's inputs are rounded to INT8 too, with one scale.
         planes: whether new bundles store it as two INT4 planes.
     """
@@ -64,9 +64,9 @@ SCHEMES: dict[str, SchemeFacts] = {
     )
 }
 
-# INT4 in the lm_head, one matrix, adds up to two fifths to what all INT4 layers together lose
-# (docs/measured.md). INT8 inputs are of no use in the lm_head, which runs for one of a
-# prompt's tokens.
+# INT4 in the lm_head, one matrix, adds up to two fifths of the loss of all INT4 layers together
+# (docs/measured.md). INT8 inputs do not help the lm_head, which runs for only one of a prompt's
+# tokens.
 RULES: dict[Quant, tuple[tuple[str, SchemeKind], ...]] = {
     "fp16": (("*", "float"),),
     "bf16": (("*", "float"),),
@@ -74,17 +74,17 @@ RULES: dict[Quant, tuple[tuple[str, SchemeKind], ...]] = {
     "int8-w8a8": (("*", "w8a8"), ("lm_head", "int8")),
     "int4": (("*", "int4"), ("lm_head", "int8")),
 }
-"""The scheme of the layers whose names match a shell wildcard; the last match wins."""
+"""Lists the scheme of layers whose names match a shell wildcard; the last match wins."""
 
 
 def fold_quant(name: str) -> str:
-    """Write a precision as `RULES` has it: ``INT8_W8A8`` and ``w8a8`` are ``int8-w8a8``."""
+    """Normalise a precision to a name of `RULES`: ``INT8_W8A8``, ``w8a8`` are ``int8-w8a8``."""
     folded = name.strip().lower().replace("_", "-")
     return {"w8a8": "int8-w8a8", "float16": "fp16", "bfloat16": "bf16"}.get(folded, folded)
 
 
 def stored_bytes(shape: tuple[int, int], scheme: TensorScheme) -> tuple[int, int]:
-    """Bytes of a weight ``[in, out]`` and of its scales, in a graph typed FP16 or BF16."""
+    """Return bytes of a weight ``[in, out]`` and of its scales, in a graph typed FP16 or BF16."""
     width, out = shape
     facts = SCHEMES[scheme.kind]
     weight = (width * out * facts.weight_bits + 7) // 8

@@ -1,4 +1,4 @@
-"""Bytes that a TensorRT engine takes besides its weights."""
+"""Counts bytes that a TensorRT engine takes besides its weights."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .manifest import Dialect, Manifest, ModelSpec
 ProfileName = Literal[
     "prefill", "decode", "batch", "prefill-adapters", "decode-adapters", "batch-adapters"
 ]
-"""Those of a bundle that takes adapters come twice: at rank 0, and at its rank."""
+"""Names the profiles; a bundle with adapters has each twice: at rank 0, and at its rank."""
 
 INDEX_BYTES = 8
-"""Of a position, a cursor or an index: int64."""
+"""Bytes of a position, a cursor or an index: int64."""
 ENGINE_FLOAT_BYTES = 2
-"""Of an activation, a cached value or a logit in an engine: FP16 or BF16."""
+"""Bytes of an activation, a cached value or a logit in an engine: FP16 or BF16."""
 ALIGNMENT = 256
-"""What TensorRT asks of every tensor's address (NvInferRuntime.h, setTensorAddress)."""
+"""Alignment of every tensor's address in TensorRT (NvInferRuntime.h, setTensorAddress)."""
 DEFAULT_MAX_LOGITS = 64
-"""Rows of logits that one run of an engine returns at most; scoring a prompt asks for many, and
-gets them from several runs. 512 rows of the 1.5B's vocabulary are 156 MB, several times over."""
+"""Most rows of logits that one run of an engine returns. Scoring a prompt needs more, and gets them
+from several runs. 512 rows of the 1.5B's vocabulary are 156 MB, several times over."""
 CAPTURE_BYTES = 256 * 10**6
-"""What an engine's CUDA graphs may take of the GPU's memory before no more are captured."""
+"""Most GPU memory of an engine's CUDA graphs; beyond it no more are captured."""
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 """Scratch memory of a kernel. TensorRT's own default is all of the device's memory, which on a
 Jetson is also the host's."""
@@ -48,17 +48,17 @@ class StepLimits(NamedTuple):
     num_logits: int
 
     def covers(self, batch: int, seq: int, num_logits: int) -> bool:
-        """Whether a run fits."""
+        """Whether a run of this size fits."""
         return batch <= self.batch and seq <= self.seq and num_logits <= self.num_logits
 
 
 def profile_limits(max_batch: int, max_prefill: int) -> tuple[StepLimits, ...]:
-    """The optimization profiles of an engine, in the order in which it has them.
+    """Return the optimization profiles of an engine, in the order in which it has them.
 
-    TensorRT sizes an engine's scratch memory for the largest run of any profile, so none takes more
-    tokens in all than one chunk of a prompt: ``prefill`` one long chunk, ``batch`` short chunks of
-    several sequences (drafts, ends of prompts), ``decode`` one token of each. Nor does one return
-    more logits of a sequence than the runner asks for.
+    TensorRT sizes an engine's scratch memory for the largest run of any profile. So none takes more
+    tokens in all than one chunk of a prompt: ``prefill`` takes one long chunk, ``batch`` short
+    chunks of several sequences (drafts, ends of prompts), ``decode`` one token of each. Nor does
+    one return more logits of a sequence than the runner requests.
     """
     prefill = StepLimits("prefill", 1, max_prefill, min(max_prefill, DEFAULT_MAX_LOGITS))
     decode = StepLimits("decode", max_batch, 1, 1)
@@ -69,22 +69,22 @@ def profile_limits(max_batch: int, max_prefill: int) -> tuple[StepLimits, ...]:
 
 
 def cache_slots(num_slots: int) -> int:
-    """Slots that an engine's cache has: several share one more, in which prompts are read."""
+    """Return the slots of an engine's cache: several share one more, in which prompts are read."""
     return num_slots + (num_slots > 1)
 
 
 def cache_element_bytes(manifest: Manifest) -> int:
-    """Bytes of the smallest element of an engine's cache."""
+    """Return the bytes of the smallest element of an engine's cache."""
     return ELEMENT_BYTES["int8" if manifest.int8_layers else manifest.dtype]
 
 
 def check_slots(model: ModelSpec, capacity: int, element_bytes: int = ENGINE_FLOAT_BYTES) -> None:
-    """Refuse a KV capacity whose slots an engine could not be given, as they follow each other.
+    """Refuse a KV capacity at which the slots of an engine would not be aligned.
 
     Args:
         model: dimensions.
         capacity: rows of a slot.
-        element_bytes: of the smallest element of the cache.
+        element_bytes: bytes of the smallest element of the cache.
 
     Raises:
         ConfigError: the keys or values of a slot do not end at a multiple of `ALIGNMENT` bytes.
@@ -108,10 +108,10 @@ def activation_bytes(
 ) -> int:
     """Estimate an engine's scratch memory: two copies of the tensors of its widest layer.
 
-    With ``rows_in_fp32`` its last layer makes FP32 rows of the logits, for the best of them.
+    With ``rows_in_fp32`` its last layer makes FP32 rows of the logits, to find the best of them.
 
-    TensorRT sizes it for the largest run of any profile. Where attention is made of single
-    operators (dialect ``portable``), the scores count too.
+    TensorRT sizes it for the largest run of any profile. If attention is made of single operators
+    (dialect ``portable``), the scores count too.
     """
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     widest = max(2 * model.intermediate_size, qkv) + 2 * model.hidden_size

@@ -1,4 +1,4 @@
-"""What a bundle's graph can be used for."""
+"""Checks that a bundle's graph is used for its own task."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_task(manifest: Manifest, task: Task) -> None:
     """Refuse to use a bundle for another task than its own.
 
     Raises:
-        RequestError: its graph does not put out what the task needs.
+        RequestError: its graph does not have the output that the task needs.
     """
     own = manifest.model.task
     if own != task:

@@ -1,11 +1,12 @@
-"""Which bundles a machine opens: those that one of its trusted keys has signed, if it names any.
+"""Decides which bundles a machine opens: if it has trusted keys, those that one of them signed.
 
-A bundle's signature is ``manifest.json.minisig``, of the bytes of ``manifest.json``, which has the
-hash of every other file. So one signature vouches for all of them, whoever carried them here.
+A bundle's signature is ``manifest.json.minisig``. It signs the bytes of ``manifest.json``, which
+contain the hash of every other file. So one signature vouches for all files, whoever delivered
+them.
 
-The policy is a file of public keys: the option ``trusted_keys``, else what
-``EDGE_LLM_TRUSTED_KEYS`` names, else ``/etc/edge-llm/trusted-keys`` where it exists. It is read
-whenever a bundle is opened, so a key that is taken out vouches for nothing from then on.
+The policy is a file of public keys: the option ``trusted_keys``, else the file that
+``EDGE_LLM_TRUSTED_KEYS`` names, else ``/etc/edge-llm/trusted-keys`` if it exists. It is read
+whenever a bundle is opened, so a removed key vouches for nothing from then on.
 """
 
 from __future__ import annotations
@@ -28,31 +29,32 @@ DEFAULT_KEYS = Path("/etc/edge-llm/trusted-keys")
 
 
 def trusted_keys_file(given: Path | None = None) -> Path | None:
-    """Find the file of trusted keys; None where this machine opens whatever it is given.
+    """Find the file of trusted keys; None if this machine opens every bundle.
 
     Args:
-        given: the option; it comes before what the machine has.
+        given: the option; it comes before the machine's own file.
     """
     if given is not None:
         return given
     if named := os.environ.get(KEYS_VARIABLE):
         return Path(named)
-    # What is there and cannot be read is an error where it is read, and no open door.
+    # If it exists but cannot be read, reading it is an error: the policy must not be skipped.
     return DEFAULT_KEYS if os.path.lexists(DEFAULT_KEYS) else None
 
 
 def open_manifest(bundle: Path, trusted_keys: Path | None = None) -> Manifest:
-    """Read the manifest of a bundle that is to be opened, and hold it to the machine's policy.
+    """Read the manifest of a bundle that is to be opened, and check it against the policy.
 
-    The bytes whose signature is checked are those that are parsed. Files are not hashed yet.
+    The bytes that are parsed are those whose signature was checked. Files are not hashed yet.
 
     Args:
         bundle: directory of the bundle.
-        trusted_keys: see `trusted_keys_file`.
+        trusted_keys: the option, as `trusted_keys_file` takes it.
 
     Raises:
-        BundleError: see `edge.bundle.manifest.read_manifest`; or it is not signed.
-        IntegrityError: see there; or the signature is none, is of other bytes or of a foreign key.
+        BundleError: `edge.bundle.manifest.read_manifest` refuses it, or it is not signed.
+        IntegrityError: the self-hash does not match, or the signature is malformed, of other bytes
+            or of a foreign key.
         ConfigError: the file of trusted keys cannot be used.
         DependencyError: there is a policy, and cryptography is not installed.
     """
@@ -62,15 +64,16 @@ def open_manifest(bundle: Path, trusted_keys: Path | None = None) -> Manifest:
 
 
 def check_trusted(data: bytes, bundle: Path, trusted_keys: Path | None) -> None:
-    """Hold the bytes of a manifest that is to be opened to the machine's policy.
+    """Check the bytes of a manifest that is to be opened against the machine's policy.
 
     Args:
-        data: what is parsed after this.
+        data: the bytes that will be parsed.
         bundle: directory that they were read from.
-        trusted_keys: see `trusted_keys_file`.
+        trusted_keys: the option, as `trusted_keys_file` takes it.
 
     Raises:
-        BundleError, IntegrityError, ConfigError, DependencyError: see `open_manifest`.
+        BundleError, IntegrityError, ConfigError, DependencyError: for the reasons in
+            `open_manifest`.
     """
     file = trusted_keys_file(trusted_keys)
     if file is not None:
@@ -81,19 +84,20 @@ def check_trusted(data: bytes, bundle: Path, trusted_keys: Path | None) -> None:
 def check_manifest(
     data: bytes, signature: bytes | None, trusted_keys: Path, where: str
 ) -> tuple[PublicKey, Signature]:
-    """Hold a manifest and its signature to a file of trusted keys.
+    """Check a manifest and its signature against a file of trusted keys.
 
     Args:
         data: bytes of ``manifest.json``.
         signature: bytes of its signature; None if it has none.
         trusted_keys: file of public keys.
-        where: names the bundle.
+        where: name of the bundle, for messages.
 
     Returns:
         The key that signed, and the signature.
 
     Raises:
-        BundleError, IntegrityError, ConfigError, DependencyError: see `open_manifest`.
+        BundleError, IntegrityError, ConfigError, DependencyError: for the reasons in
+            `open_manifest`.
     """
     from .minisign import check_signature, parse_signature, read_public_keys
 
@@ -129,7 +133,7 @@ def read_signature_bytes(bundle: Path) -> bytes | None:
     """Read the signature of a bundle; None if it is not signed.
 
     Raises:
-        BundleError: it is there and cannot be read.
+        BundleError: it exists but cannot be read.
     """
     from .minisign import MAX_BYTES
 

@@ -1,4 +1,4 @@
-"""Files that are whole whenever a process is killed or the power fails: old or new."""
+"""Replaces files so that a kill or a power failure leaves the old file or the new one, whole."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from edge.errors import ConfigError
 
 
 def replace_durably(path: Path, write: Callable[[BinaryIO], object], *, mode: int) -> None:
-    """Write a file beside ``path`` and swap: whenever this ends, ``path`` is whole, old or new.
+    """Write a file beside ``path`` and swap; whenever this ends, ``path`` is whole, old or new.
 
-    What fails leaves nothing behind. What is killed leaves one file (`temp_path`), which the next
-    call or `sweep_temp` takes away.
+    A failure leaves nothing behind. A kill leaves one file (`temp_path`), which the next call or
+    `sweep_temp` removes.
 
     Args:
-        path: the file; its directory is there.
+        path: the file; its directory exists.
         write: writes the content.
-        mode: rights of the file.
+        mode: permissions of the file.
 
     Raises:
         ConfigError: another process is writing the same file.
@@ -41,18 +41,18 @@ def replace_durably(path: Path, write: Callable[[BinaryIO], object], *, mode: in
             os.fsync(file.fileno())
             temp.replace(path)
         except BaseException:
-            temp.unlink(missing_ok=True)  # a full disk would stay full
+            temp.unlink(missing_ok=True)  # otherwise a full disk would stay full
             raise
     fsync(path.parent)
 
 
 def temp_path(path: Path) -> Path:
-    """The hidden file beside ``path`` that `replace_durably` writes first."""
+    """Return the hidden file beside ``path`` that `replace_durably` writes first."""
     return path.with_name(f".{path.name}.tmp")  # a fixed name: a killed process leaves one at most
 
 
 def sweep_temp(temp: Path) -> None:
-    """Remove what a killed `replace_durably` left, if no living one is writing it.
+    """Remove the file of a killed `replace_durably`, unless a living one is writing it.
 
     Raises:
         OSError: it cannot be removed.
@@ -60,7 +60,7 @@ def sweep_temp(temp: Path) -> None:
     try:
         descriptor = os.open(temp, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
-        return  # none is there, or it is no file of ours
+        return  # there is none, or it is not our file
     try:
         if try_lock(descriptor, temp):
             temp.unlink()
@@ -69,11 +69,11 @@ def sweep_temp(temp: Path) -> None:
 
 
 def try_lock(descriptor: int, path: Path | None = None) -> bool:
-    """Lock an open file or directory; the kernel unlocks it when it is closed, by a kill too.
+    """Lock an open file or directory; the kernel unlocks it when it is closed, also by a kill.
 
     Args:
-        descriptor: the file's.
-        path: where it must still be; None where nobody renames it.
+        descriptor: the file's descriptor.
+        path: path at which it must still be; None if nobody renames it.
 
     Returns:
         Whether it is locked now; False if another process has it.
@@ -90,12 +90,12 @@ def try_lock(descriptor: int, path: Path | None = None) -> bool:
 
 
 def fsync(path: Path) -> None:
-    """Make a file, or the names in a directory, last."""
+    """Write a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some FUSE and shared-folder mounts have no fsync for directories: nothing to be done.
+        # Some FUSE and shared-folder mounts have no fsync for directories; nothing can be done.
         if error.errno != errno.EINVAL or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise
     finally:

@@ -1,4 +1,4 @@
-"""Files of a bundle, held against the hashes of its manifest before any parser sees them."""
+"""Checks files of a bundle against the hashes of its manifest before any parser sees them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from edge.files import read_chunks
 
 from .manifest import MANIFEST_NAME, FileInfo, Manifest
 
-_NICENESS = 5  # beside a busy machine's work this thread still ends while the engine is opened
+_NICENESS = 5  # even on a busy machine this thread ends while the engine is opened
 
 
 class VerifiedFiles:
-    """Files of a bundle, opened once, hashed side by side, and read by the same descriptors.
+    """Files of a bundle, opened once, hashed in parallel, and read by the same descriptors.
 
-    What `read` returns, and what is read by a `descriptor`, is of the file that was hashed,
-    whatever is put at its path meanwhile. After a library that opens files by their paths comes
-    `check_unchanged`. Use it as a context manager.
+    Everything that `read` or a `descriptor` returns is from the file that was hashed, whatever is
+    put at its path meanwhile. Call `check_unchanged` after a library has opened files by their
+    paths. Use it as a context manager.
     """
 
     def __init__(
@@ -33,13 +33,13 @@ class VerifiedFiles:
         names: Iterable[str] | None = None,
         later: Collection[str] = (),
     ) -> None:
-        """Open and hash; see `verify_files`. Only `finish` waits for the hashes of ``later``."""
+        """Open and hash as `verify_files` does; only `finish` waits for the hashes of ``later``."""
         self._bundle = bundle
         self._manifest = manifest
         self._files: dict[str, tuple[int, os.stat_result]] = {}
         self._hashes: dict[str, Future[FileInfo]] = {}
-        # The engine, which is opened meanwhile, goes first: of two cores one is its own, and
-        # on Linux a thread has a niceness of its own (nice(2)).
+        # The engine is opened meanwhile and goes first: it gets one core to itself, and on Linux a
+        # thread has its own niceness (nice(2)).
         threads = max(len(os.sched_getaffinity(0)) - 1, 1)
         self._pool = ThreadPoolExecutor(threads, initializer=os.nice, initargs=(_NICENESS,))
         self._closed = False
@@ -59,7 +59,7 @@ class VerifiedFiles:
         """Wait for all hashes.
 
         Raises:
-            IntegrityError: see `verify_files`.
+            IntegrityError: a file does not match, as in `verify_files`.
         """
         self._wait(self._files)
 
@@ -74,10 +74,10 @@ class VerifiedFiles:
         return data
 
     def descriptor(self, name: str) -> int:
-        """A descriptor of a file that was hashed; it ends with this object.
+        """Return a descriptor of a file that was hashed; it is closed with this object.
 
         Raises:
-            IntegrityError: see `verify_files`, for one of ``later``.
+            IntegrityError: a file of ``later`` does not match, as in `verify_files`.
         """
         self._wait([name])
         return self._files[name][0]
@@ -85,12 +85,12 @@ class VerifiedFiles:
     def check_unchanged(self) -> None:
         """`finish`; then check that the paths still lead to these files, and nobody wrote to them.
 
-        Whatever happens to a file changes its time of change (ctime). Where nothing else differs it
-        is hashed again: a hard link that a backup made, or other rights, left its bytes as they
-        were. One that was swapped and put back would pass then, but its directory was written to.
+        Every change of a file changes its ctime. If nothing else differs, the file is hashed again:
+        a hard link of a backup, or other permissions, left its bytes unchanged. A file that was
+        swapped and put back would pass then, but its directory was written to.
 
         Raises:
-            IntegrityError: one is another, or was changed; it is named.
+            IntegrityError: a file was replaced or changed; the message names it.
         """
         self.finish()
         for name, (descriptor, before) in self._files.items():
@@ -109,7 +109,7 @@ class VerifiedFiles:
     def close(self) -> None:
         """Close the files, hashed or not; calling it twice is harmless."""
         self._closed = True
-        self._pool.shutdown(cancel_futures=True)  # another file may get a descriptor's number
+        self._pool.shutdown(cancel_futures=True)  # a closed descriptor's number may be used again
         while self._files:
             os.close(self._files.popitem()[1][0])
 
@@ -124,13 +124,13 @@ class VerifiedFiles:
         check_listed(self._bundle, self._manifest, name)
         expected = self._manifest.files[name]
         try:
-            # A pipe would be waited for.
+            # Opening a pipe would block.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             found = os.fstat(descriptor)
             self._files[name] = descriptor, found
             if not stat.S_ISREG(found.st_mode):
                 raise IntegrityError(f"{path} is no plain file; copy or export the bundle again")
-            # The size first: it is free, and a cut-off copy is the most common fault.
+            # The size comes first: it is free, and a truncated copy is the most common fault.
             if found.st_size != expected.num_bytes:
                 raise IntegrityError(
                     f"{path} has {found.st_size} bytes, the manifest says {expected.num_bytes}; "
@@ -172,10 +172,10 @@ class VerifiedFiles:
 
 
 def check_listed(bundle: Path, manifest: Manifest, name: str) -> None:
-    """Refuse a file that is to be read, and that the manifest does not list.
+    """Refuse a file that is to be read but is not listed in the manifest.
 
     Raises:
-        IntegrityError: nothing vouches for it.
+        IntegrityError: it is not listed, so nothing vouches for it.
     """
     if name not in manifest.files:
         raise IntegrityError(
@@ -193,8 +193,8 @@ def verify_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None =
         names: files to check; all by default.
 
     Raises:
-        IntegrityError: a file is missing, no plain file, has another size or another hash, or the
-            manifest does not list it; the file is named.
+        IntegrityError: a file is missing, is not a plain file, has another size or hash, or is not
+            listed in the manifest; the message names the file.
     """
     VerifiedFiles(bundle, manifest, names).close()
 
@@ -210,7 +210,7 @@ def sha256_file(path: Path) -> FileInfo:
 
 
 def sha256_descriptor(descriptor: int) -> FileInfo:
-    """Hash an open file from its start, as `sha256_file`."""
+    """Hash an open file from its start, as `sha256_file` does."""
     return _sha256(read_chunks(descriptor))
 
 

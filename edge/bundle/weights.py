@@ -1,4 +1,4 @@
-"""Bytes of the weights by part, for every quantization that ``edge-llm export`` writes."""
+"""Counts bytes of the weights by part, for every quantization that ``edge-llm export`` writes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from edge.bundle.sizes import ENGINE_FLOAT_BYTES
 
 # ONNX Runtime keeps the fp32 scales, packs them beside the integers, and adds sums of each group.
 ORT_SCALE_COPIES = 3
-_ORT_INT8_FACTOR = 1.1  # measured: what the 8-bit kernel's layout adds
+_ORT_INT8_FACTOR = 1.1  # measured: the layout of the 8-bit kernel adds this
 _ORT_LOAD_FACTOR = 0.45  # measured: a layer's original lives beside its packed copy for a while
-_ORT_JOINED_BYTES = 1.0  # per weight in planes: the joined one, until all are packed
+_ORT_JOINED_BYTES = 1.0  # per weight in planes: the joined weight, until all are packed
 _PART_OF: dict[str, Part] = {
     "qkv": "attention",
     "o": "attention",
@@ -35,7 +35,7 @@ class Linear(NamedTuple):
         name: e.g. ``layers.0.qkv``.
         shape: ``[in, out]``.
         scheme: how its weight is stored.
-        num_bytes: of weight and scales, as a bundle's manifest has them; None: not exported yet.
+        num_bytes: bytes of weight and scales from a bundle's manifest; None: not exported yet.
     """
 
     name: str
@@ -45,29 +45,29 @@ class Linear(NamedTuple):
 
     @property
     def part(self) -> Part:
-        """Where its weight counts: ``attention``, ``mlp`` or ``lm_head``."""
+        """Return the part that its weight counts to: ``attention``, ``mlp`` or ``lm_head``."""
         return part_of(self.name)
 
     @property
     def stored_bytes(self) -> tuple[int, int]:
-        """Bytes of its weight and of its scales; real ones where it is in a bundle.
+        """Return bytes of its weight and of its scales; the real ones if it is in a bundle.
 
-        What the scheme does not tell counts to the weight: channels in float, the width of scales
-        in FP32.
+        Bytes that the scheme does not explain count to the weight: channels in float, and scales in
+        FP32.
         """
         weight, scales = stored_bytes(self.shape, self.scheme)
         if self.num_bytes is None:
             return weight, scales
-        # The scale of the inputs is not among the bytes that the manifest gives a layer.
+        # The manifest's bytes of a layer do not include the scale of the inputs.
         own = scales - (SCALE_BYTES if SCHEMES[self.scheme.kind].int8_inputs else 0)
         return self.num_bytes - own, scales
 
     @property
     def unpacked_bytes(self) -> int:
-        """Bytes that TensorRT moves in every step because it unpacks the weight.
+        """Return how many bytes TensorRT moves in every step because it unpacks the weight.
 
         It does so with INT8 weights whose inputs are floats (rule ``int8-weight-only``): the copy
-        in floats is written, and read by the product.
+        in floats is written, and the product reads it.
         """
         if self.scheme.kind != "int8" or self.scheme.planes:
             return 0
@@ -75,16 +75,16 @@ class Linear(NamedTuple):
 
 
 def part_of(layer: str) -> Part:
-    """Where a linear layer counts, by its name.
+    """Return the part that a linear layer counts to, by its name.
 
     Raises:
-        KeyError: it is no linear layer of a decoder.
+        KeyError: it is not a linear layer of a decoder.
     """
     return _PART_OF[layer.rpartition(".")[2]]
 
 
 def unpacked_bytes(weights: int) -> int:
-    """Bytes written and read again where this many weights are unpacked in a step."""
+    """Return bytes written and read again if this many weights are unpacked in a step."""
     return 2 * ENGINE_FLOAT_BYTES * weights
 
 
@@ -92,9 +92,9 @@ def manifest_linears(manifest: Manifest, draft: Manifest | None = None) -> list[
     """List the linear layers of a bundle, as its manifest has them.
 
     Args:
-        manifest: the bundle's.
-        draft: of what drafts for it. For a head the graph has one product more, which joins the
-            hidden states that the head reads; a session without the head leaves it out.
+        manifest: the bundle's manifest.
+        draft: manifest of the head that drafts for it. With a head the graph has one more product,
+            which joins the hidden states that the head reads; a session without the head drops it.
     """
     linears = [
         Linear(name, linear.shape, linear.scheme, linear.num_bytes)
@@ -115,7 +115,8 @@ def weight_parts(model: ModelSpec, linears: Iterable[Linear], positions: int) ->
         positions: rows of the RoPE table.
 
     Returns:
-        ``norms`` has the biases too. ``rope`` is the cos/sin table, of which a step reads a row.
+        Bytes by part. ``norms`` includes the biases. ``rope`` is the cos/sin table, of which a step
+        reads a row.
     """
     parts: dict[Part, int] = dict.fromkeys(PARTS, 0)
     for linear in linears:
@@ -130,11 +131,11 @@ def weight_parts(model: ModelSpec, linears: Iterable[Linear], positions: int) ->
 
 
 def count_facts(model: ModelSpec, linears: Sequence[Linear], positions: int) -> MemoryFacts:
-    """Count what the weights of a model take.
+    """Count how much memory the weights of a model take.
 
     Args:
         model: dimensions.
-        linears: its linear layers (`manifest_linears`, or of a recipe).
+        linears: its linear layers (`manifest_linears`, or from a recipe).
         positions: rows of the RoPE table.
     """
     parts = weight_parts(model, linears, positions)
@@ -152,7 +153,7 @@ def _host_parts(parts: Mapping[Part, int], linears: Iterable[Linear]) -> dict[Pa
     result["scales"] *= ORT_SCALE_COPIES
     for linear in linears:
         weight, scales = stored_bytes(linear.shape, linear.scheme)
-        if linear.scheme.planes:  # joined at load, which leaves the low plane's scales
+        if linear.scheme.planes:  # joined at load, so the low plane's scales remain
             result["scales"] -= ORT_SCALE_COPIES * scales
         grown = {"float": 2.0, "int8": _ORT_INT8_FACTOR}.get(linear.scheme.kind, 1.0)
         result[linear.part] += round((grown - 1) * weight)
