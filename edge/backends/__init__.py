@@ -1,4 +1,9 @@
-"""Inference engines behind one small protocol; everything above it is plain Python."""
+"""Defines one small protocol for inference engines, which `edge.runtime` drives.
+
+Here: the engines themselves (ONNX Runtime on the CPU and on CUDA, TensorRT), the choice among them,
+their memory, and the steps that they take. A backend computes steps and holds the KV cache. It
+knows no requests, texts or sampling; those are in `edge.runtime`.
+"""
 
 from __future__ import annotations
 
@@ -18,31 +23,31 @@ if TYPE_CHECKING:
 __all__ = ["Backend", "BestLogits", "Floats", "Ints", "Rows", "Step"]
 
 Rows = NDArray[np.float32] | list[list[BestLogits]]
-"""What a step gives: of ``B`` sequences ``N`` rows of logits each, or the best of each row."""
+"""The result of a step: for ``B`` sequences ``N`` rows of logits each, or the best of each row."""
 
 
 class Backend(Protocol):
     """A decoder with a fixed-size KV cache of ``num_slots`` sequences.
 
     A slot is one sequence's rows of the cache. A row's index is its token's position. The caller
-    keeps the books (which rows of a slot are valid); a backend only computes.
+    keeps track of the valid rows of each slot; a backend only computes.
 
     Attributes:
         name: ``ort-cpu``, ``ort-cuda`` or ``tensorrt``.
         num_slots: sequences that the cache holds.
         capacity: tokens that a slot holds.
         max_step_tokens: the most tokens per sequence that one `forward` takes.
-        rounds_activations: activations are rounded to int8, so the rows of its cache are not those
-            of an engine that computes in float.
-        kv_scales: of the cache tensors in 8 bits (`edge.bundle.kv_scales`); empty where rows are
-            floats. Such rows come and go as float32, and lose nothing on the way.
+        rounds_activations: whether activations are rounded to int8, so that the rows of its cache
+            differ from those of an engine that computes in float.
+        kv_scales: scales of the cache tensors in 8 bits (`edge.bundle.kv_scales`); empty if rows
+            are floats. Such rows are read and written as float32, without loss.
         hidden_states: float32 ``[B, S, width]`` of the newest step's tokens, valid until the next
-            step; None where the graph has no such output or nobody asked for it.
-        meanwhile: called in every step, in its thread, once a device has been given all of it, so
-            that the CPU does something instead of waiting; it must not raise, nor use the backend.
-            None where steps keep the CPU itself busy.
-        adapter_rank: the largest rank of an adapter that `set_adapter` takes; 0 where it takes
-            none, which is so of bundles that were exported without ``--adapters``.
+            step; None if the graph has no such output or nobody asked for it.
+        meanwhile: called in every step, in the step's thread, once the device has all its work, so
+            that the CPU does something instead of waiting. It must not raise, nor use the backend.
+            None if steps keep the CPU itself busy.
+        adapter_rank: the largest rank of an adapter that `set_adapter` takes; 0 if it takes none,
+            as with bundles that were exported without ``--adapters``.
     """
 
     name: str
@@ -56,17 +61,17 @@ class Backend(Protocol):
 
     @property
     def hidden_states(self) -> NDArray[np.float32] | None:
-        """See the class."""
+        """Return the attribute that the class describes."""
         ...
 
     @property
     def failed(self) -> str | None:
-        """Why no step can succeed any more (closed, or the device is lost); None while it works."""
+        """Return why no step can succeed any more (closed, or device lost); None while it works."""
         ...
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of the cache."""
+        """Return the memory of the cache, in bytes."""
         ...
 
     def forward(self, step: Step) -> NDArray[np.float32]:
@@ -84,20 +89,20 @@ class Backend(Protocol):
     def forward_best(self) -> Callable[[Step], Rows] | None:
         """As `forward`, with the rows left where they were computed; None if they are here anyway.
 
-        Rows come whole where one run does not hold them all. The best of a row, and what it
-        fetches, are valid until the next call of `forward` or `forward_best`.
+        Rows come whole if one run cannot hold them all. The best of a row, and what it fetches, are
+        valid until the next call of `forward` or `forward_best`.
         """
         ...
 
     def read_slot(self, slot: int, length: int) -> Floats:
         """Copy the first ``length`` rows: ``[2 * layers, kv_heads, length, head_dim]``.
 
-        Entry ``2 * i`` holds the keys of layer ``i``, entry ``2 * i + 1`` its values.
+        Entry ``2 * i`` holds the keys of layer ``i``, and entry ``2 * i + 1`` its values.
         """
         ...
 
     def write_slot(self, slot: int, rows: Floats) -> None:
-        """Overwrite the first rows of a slot with what `read_slot` returned."""
+        """Overwrite the first rows of a slot with rows that `read_slot` returned."""
         ...
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
@@ -105,13 +110,13 @@ class Backend(Protocol):
         ...
 
     def set_adapter(self, slot: int, weights: AdapterWeights | None) -> None:
-        """Give the sequence of a slot an adapter, or none, which is how slots begin.
+        """Give the sequence of a slot an adapter, or none, as slots have at first.
 
-        Nothing is copied where the slot held the same adapter last.
+        Nothing is copied if the slot had the same adapter last.
 
         Raises:
             BackendError: ``adapter_rank`` is 0, or the adapter does not fit the bundle.
-            ResourceError: there is no memory for the first one.
+            ResourceError: there is no memory for the first adapter.
         """
         ...
 

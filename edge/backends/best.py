@@ -1,9 +1,9 @@
-"""What an engine says of a row of logits that stays where it was computed.
+"""Describes a row of logits that stays where it was computed, by its best entries.
 
 A token of an answer needs few of a row's numbers. An engine that was built with the outputs for it
-(`edge.bundle.io_spec.best_outputs`) hands out the best logits of a row, their ids, and what mass
-all others have. From these `edge.runtime.best_draw` draws the token that the whole row would give;
-where they do not suffice, the row is fetched.
+(`edge.bundle.io_spec.best_outputs`) returns the best logits of a row, their ids, and the mass of
+all others. From these `edge.runtime.best_draw` draws the token that the whole row would give; if
+they do not suffice, the row is fetched.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 _UNITS: dict[FloatType, float] = {"fp16": 2.0**-11, "bf16": 2.0**-8, "fp32": 2.0**-24}
 _FAR = 12.0
-_MOST = 8e4  # times a unit: its exponential twice is still a number
+_MOST = 8e4  # in units; the exponential of twice as much is still finite
 
 
 class BestLogits(NamedTuple):
     """The best logits of one row.
 
     Attributes:
-        values: float32 ``[k]``, falling, exactly those of the row.
-        ids: integers ``[k]``: their tokens; of equal values in any order.
-        rest: the mass of all other tokens, where that of the best one is 1, as the engine computed
-            it; NaN if there is no such number.
-        vocab_size: length of the row.
-        dtype: its float type.
-        row: fetches it, float32 ``[vocab]``; like the row, valid until the engine's next step.
+            values: float32 ``[k]``, descending, exactly those of the row.
+            ids: integers ``[k]``: their tokens; equal values come in any order.
+            rest: the mass of all other tokens, relative to the best one's, as the engine computed
+                it; NaN if there is no such number.
+            vocab_size: length of the row.
+            dtype: the row's float type.
+            row: fetches the row, float32 ``[vocab]``; valid until the engine's next step.
     """
 
     values: NDArray[np.float32]
@@ -48,11 +48,11 @@ class BestLogits(NamedTuple):
     def rest_bound(self) -> float:
         """Bound the true mass of all other tokens.
 
-        The engine rounds twice. Its sums do (`sum_error`). And a compiler may sum logits that it
-        has not yet rounded to the graph's type, as ONNX Runtime does: each is then off by half a
-        unit in the last place, also the best one, which moves a mass by a factor. Tokens too far
-        below the best for that factor have less than ``exp(-_FAR)`` in all. Own kernels sum up the
-        others alone, of logits as they are, and err less (`engines.own_top_k`).
+        There are two kinds of rounding. The engine's sums round (`sum_error`). And a compiler may
+        sum logits before it rounds them to the graph's type, as ONNX Runtime does. Then each logit,
+        also the best one, is off by half a unit in the last place, which scales a mass by a factor.
+        Tokens too far below the best for that factor have less than ``exp(-_FAR)`` in all. Own
+        kernels sum only the others, from rounded logits, and err less (`engines.own_top_k`).
         """
         greatest, far = float(self.values[0]), math.log(self.vocab_size) + _FAR
         best = float(np.exp(self.values - self.values[0]).sum())

@@ -1,9 +1,8 @@
-"""The choice of the engine that runs a bundle.
+"""Chooses the engine that runs a bundle.
 
-The CPU never stands in for a GPU in silence. Where a bundle has an engine and the machine a GPU, an
-engine that cannot be used is an error, unless the CPU was asked for. Where there is a GPU and no
-engine, the CPU is taken, and `unused_gpu` has the sentence that the log, ``/ready`` and ``/stats``
-say.
+The CPU never replaces a GPU silently. If the bundle has an engine and the machine a GPU, an engine
+that cannot be used is an error, unless the CPU was requested. If there is a GPU and no engine, the
+CPU is used, and `unused_gpu` has the sentence for the log, ``/ready`` and ``/stats``.
 """
 
 from __future__ import annotations
@@ -27,20 +26,21 @@ def open_backend(
 ) -> Backend:
     """Load a bundle, whose files are trusted (`verify_files` comes first).
 
-    What ``auto`` passes over, and why, is logged. On a machine with a GPU it passes over no engine
-    of the bundle.
+    It logs every engine that ``auto`` skips, and why. On a machine with a GPU ``auto`` skips no
+    engine of the bundle.
 
     Args:
         bundle: directory of the bundle.
         manifest: manifest of the bundle.
         config: name of the engine, and the sizes of its cache and of its steps. A TensorRT engine
             has the longest step that it was built for. Without ``kv_capacity``, ONNX Runtime takes
-            what memory holds of the bundle's (`default_capacity`).
+            as much of the bundle's capacity as memory holds (`default_capacity`).
         beside: manifest of a bundle that will be opened beside this one, with the same slots and
-            capacity, for which the CPU leaves memory.
+            capacity; the CPU leaves memory for it.
 
     Raises:
-        ConfigError, BundleError, DependencyError, BackendError, DeviceMemoryError: see the engine.
+        ConfigError, BundleError, DependencyError, BackendError, DeviceMemoryError: the engine
+            cannot be opened; the engine's class says when.
     """
     backend = _open(bundle, manifest, config, beside)
     warning = unused_gpu(backend.name, config)
@@ -50,16 +50,16 @@ def open_backend(
 
 
 def tries_gpu(bundle: Path, config: EngineConfig) -> bool:
-    """Whether `open_backend` tries another engine than the CPU's first."""
+    """Whether `open_backend` tries another engine before the CPU's."""
     return next(_gpu_engines(bundle, config), None) is not None
 
 
 def unused_gpu(backend: str, config: EngineConfig) -> str | None:
-    """Return why the GPU here computes nothing, though nobody named the CPU as backend; else None.
+    """Return why the GPU is not used although nobody requested the CPU; else None.
 
     Args:
         backend: name of the engine that was chosen.
-        config: by which it was chosen.
+        config: options that the choice followed.
     """
     if backend != "ort-cpu" or config.backend == "ort-cpu":
         return None
@@ -86,9 +86,9 @@ def serial_slots(backend: Backend, config: EngineConfig) -> str | None:
 
     Args:
         backend: the engine that was opened.
-        config: by which it was opened.
+        config: options that it was opened with.
     """
-    info: EngineInfo | None = getattr(backend, "info", None)  # TensorRT's
+    info: EngineInfo | None = getattr(backend, "info", None)  # only TensorRT's has it
     wanted = min(config.max_batch or backend.num_slots, backend.num_slots)
     if info is None or wanted <= info.max_batch:
         return None
@@ -111,7 +111,7 @@ def _open(
 
 
 def _gpu_engines(bundle: Path, config: EngineConfig) -> Iterator[BackendName]:
-    """Names of the engines on the GPU to try, one after the other; without one, the CPU's."""
+    """Yield the names of the GPU engines to try, in order; without one, the CPU's."""
     if config.backend in GPU_BACKENDS:
         yield config.backend
     elif config.gpu_option is not None:
@@ -121,7 +121,7 @@ def _gpu_engines(bundle: Path, config: EngineConfig) -> Iterator[BackendName]:
                 f"build {bundle} makes one; or leave the option out"
             )
         yield "tensorrt"
-    # An engine that has no use for an option of the CPU's would ignore the caller's wish.
+    # An engine that cannot honour an option for the CPU would ignore the caller's wish.
     elif config.backend == "auto" and config.cpu_option is None:
         if find_engines(bundle):
             yield "tensorrt"
@@ -132,7 +132,7 @@ def _gpu_engines(bundle: Path, config: EngineConfig) -> Iterator[BackendName]:
 def _pass_over(
     name: BackendName, error: BundleError | DependencyError, bundle: Path, config: EngineConfig
 ) -> None:
-    """Log why an engine is not used, or raise where no other may stand in for it."""
+    """Log why an engine is not used, or raise if no other may replace it."""
     is_asked_for = config.backend != "auto" or config.gpu_option is not None
     if isinstance(error, DependencyError):
         if is_asked_for:
@@ -226,7 +226,7 @@ def _open_ort_cpu(
 
 
 def _wants_hidden_states(manifest: Manifest, config: EngineConfig) -> bool:
-    """Whether someone reads them: a head those of its model, and its own when it guesses on."""
+    """Whether hidden states are read: a model's by its head, a head's when it guesses on."""
     return config.drafts_with_head or isinstance(manifest, HeadManifest)
 
 

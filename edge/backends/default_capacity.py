@@ -1,4 +1,4 @@
-"""The KV cache's capacity: the bundle's own or what memory holds of it; or as asked, if it fits."""
+"""Chooses the KV cache's capacity: the requested one if it fits, else what memory holds."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def host_capacity(
     beside: Manifest | None = None,
     asked: int | None = None,
 ) -> int:
-    """Cache rows per slot on the CPU, such that a full cache still fits the memory that is free.
+    """Return the cache rows per slot on the CPU such that a full cache still fits free memory.
 
-    The cache takes memory as it fills: without this, a long answer would end with the process
-    killed. A smaller capacity than the bundle's is logged.
+    The cache takes memory as it fills. Without this limit, a long answer would end with the process
+    killed. A capacity below the bundle's is logged.
 
     Args:
-        manifest: of the bundle.
+        manifest: manifest of the bundle.
         num_slots: sequences that the cache holds.
         max_step_tokens: the most tokens per sequence and step.
-        extra_bytes: of weights in another form besides the bundle's.
+        extra_bytes: bytes of weights in another form, in addition to the bundle's.
         beside: manifest of a bundle that will be opened beside this one, with the same slots.
-        asked: rows that somebody asked for; they are given, or refused.
+        asked: requested rows; they are granted or refused. None requests none.
 
     Raises:
-        ResourceError: the cache that was asked for is larger than all memory that is free.
+        ResourceError: the requested cache is larger than all free memory.
     """
     wanted, free = asked or manifest.kv_capacity, read_available_memory_bytes()
 
@@ -58,13 +58,13 @@ def host_capacity(
     def need(capacity: int) -> int:
         own = plan(manifest, capacity)
         peak = own.load_peak
-        if beside is not None:  # it is loaded after the first
+        if beside is not None:  # it is loaded after this bundle
             other = plan(beside, min(capacity, beside.rope_positions))
             loading = other.load_peak - other.process_bytes
             peak = max(peak, own.process_bytes + other.model_bytes + loading)
         return peak + extra_bytes
 
-    if free is None or need(wanted) <= free:  # None: the system does not tell
+    if free is None or need(wanted) <= free:  # None: the system does not say
         return wanted
     if asked is not None:
         _judge_asked(asked, num_slots, plan(manifest, asked).cache, need(asked), free)
@@ -83,7 +83,7 @@ def host_capacity(
 
 
 def _judge_asked(asked: int, num_slots: int, cache: int, whole: int, free: int) -> None:
-    """Refuse a capacity that cannot be, and warn of one that the plan finds too large."""
+    """Refuse a capacity that is impossible, and warn of one that exceeds the plan."""
     if cache > free:
         raise ResourceError(
             f"--kv-capacity {asked}: a full KV cache of {num_slots} slots takes {cache / 1e9:.1f} "
@@ -103,18 +103,18 @@ def _judge_asked(asked: int, num_slots: int, cache: int, whole: int, free: int) 
 def device_backend(
     open_with: Callable[[int], Backend], manifest: Manifest, num_slots: int
 ) -> Backend:
-    """Open a backend that knows only by running out of memory that it has too little.
+    """Open a backend that notices a lack of memory only by running out of it.
 
     The capacity is halved until it fits.
 
     Args:
         open_with: opens the backend with this many rows per slot.
-        manifest: of the bundle.
+        manifest: manifest of the bundle.
         num_slots: sequences that the cache holds, for the log.
 
     Raises:
         DeviceMemoryError: not even `LEAST_CAPACITY` fits.
-        EdgeError: see the backend.
+        EdgeError: any other error of the backend.
     """
     wanted = capacity = manifest.kv_capacity
     while True:

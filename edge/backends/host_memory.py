@@ -1,4 +1,4 @@
-"""Memory of a process that computes on the CPU, by part, and the peak of loading it.
+"""Plans the memory of a process that computes on the CPU, by part, and the peak of loading it.
 
 Measured with Python 3.11, numpy, click, tokenizers and ONNX Runtime 1.30 on x86-64.
 """
@@ -13,10 +13,10 @@ from edge.bundle.memory_facts import MemoryFacts
 from edge.bundle.sizes import INDEX_BYTES
 
 LEAST_CAPACITY = 1024
-"""Tokens; less is no conversation, so a machine with no room for it is left to fail by itself."""
+"""Least capacity in tokens; a machine without room for it is left to fail by itself."""
 PYTHON_BYTES = 58_000_000
 SESSION_BYTES = 4_000_000
-"""Of ONNX Runtime's session besides weights and steps."""
+"""Memory of ONNX Runtime's session besides weights and steps."""
 _TOKENIZER_BYTES, _TOKENIZER_BYTES_PER_TOKEN = 20_000_000, 360
 _FP32_BYTES = 4
 
@@ -25,10 +25,10 @@ class HostMemory(NamedTuple):
     """Bytes by part.
 
     Attributes:
-        weights: in ONNX Runtime's form.
-        loading: what ONNX Runtime takes besides while it loads them.
+        weights: the weights in ONNX Runtime's form.
+        loading: extra bytes that ONNX Runtime takes while it loads them.
         cache: keys and values of all slots, full.
-        activations: scratch of the largest step.
+        activations: scratch memory of the largest step.
         io: inputs and outputs of the session besides the cache.
         embeddings: rows of the token table held in memory; the table itself stays in its file.
         tokenizer: vocabulary and merges.
@@ -44,17 +44,17 @@ class HostMemory(NamedTuple):
 
     @property
     def model_bytes(self) -> int:
-        """Bytes that one model more takes in a process that is there."""
+        """Return the bytes that one more model adds to a running process."""
         return self.weights + self.cache + self.activations + self.io + self.embeddings
 
     @property
     def process_bytes(self) -> int:
-        """Bytes of the whole process with a full cache."""
+        """Return the bytes of the whole process with a full cache."""
         return self.model_bytes + SESSION_BYTES + PYTHON_BYTES + self.tokenizer
 
     @property
     def load_peak(self) -> int:
-        """Bytes of the process while it loads, or with a full cache if that is more."""
+        """Return the peak bytes of the process: while it loads, or with a full cache."""
         return self.process_bytes + max(self.loading - self.cache - self.activations, 0)
 
 
@@ -72,19 +72,19 @@ def plan_host_memory(
 
     Args:
         model: dimensions.
-        facts: what its weights take.
-        dialect: of its graph.
-        token_bytes: of cache that a token takes over all layers.
+        facts: bytes of its weights.
+        dialect: dialect of its graph.
+        token_bytes: bytes of cache that a token takes over all layers.
         num_slots: sequences that the cache holds.
         kv_capacity: rows of each.
         max_step_tokens: the most tokens per sequence and step.
     """
     step = min(max_step_tokens, kv_capacity)
-    # ONNX Runtime frees between operators and prefills one sequence at a time: the scores of its
-    # attention or the MLP are the most that lives at once.
+    # ONNX Runtime frees between operators and prefills one sequence at a time. So at most the
+    # scores of attention, or the MLP's tensors, are alive at once.
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     scores = model.num_heads * step * kv_capacity
-    mlp = step * 4 * model.intermediate_size  # gate and up, fused and then apart
+    mlp = step * 4 * model.intermediate_size  # gate and up, first fused and then separate
     activations = max(scores + 2 * step * qkv, mlp) + 2 * step * model.hidden_size
     tokens = max(step, num_slots)
     values = tokens * model.hidden_size + num_slots * io_spec.output_width(model)
@@ -103,10 +103,10 @@ def plan_host_memory(
 
 
 def embedding_bytes(model: ModelSpec, max_step_tokens: int) -> int:
-    """Bytes of the token table's rows that a step reads."""
+    """Return the bytes of the token table's rows that a step reads."""
     return 2 * max_step_tokens * model.hidden_size
 
 
 def tokenizer_bytes(model: ModelSpec) -> int:
-    """Bytes of vocabulary and merges."""
+    """Return the bytes of vocabulary and merges."""
     return _TOKENIZER_BYTES + _TOKENIZER_BYTES_PER_TOKEN * model.vocab_size

@@ -1,4 +1,4 @@
-"""Finds what an engine on the GPU lacks first."""
+"""Finds the first thing that a GPU engine lacks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .cuda.errors import explain_init_failure
 def raise_missing(
     error: DependencyError, config: EngineConfig, needs_engine: Path | None = None
 ) -> None:
-    """Raise what lacks first, in the order in which it is got: GPU, driver, engine.
+    """Raise for the first missing thing, in the order of setting up: GPU, driver, engine.
 
-    It returns where nothing lacks but what ``error`` names.
+    It returns if only what ``error`` names is missing.
 
     Args:
         error: why nothing was opened.
-        config: by which it was asked for.
-        needs_engine: the bundle that must have an engine; None where it need not.
+        config: options of the attempt.
+        needs_engine: the bundle that must have an engine; None if it need not.
 
     Raises:
         DependencyError: there is no GPU, or no driver.

@@ -1,11 +1,11 @@
-"""The only door to CUDA: through PyCUDA, or else through cuda-bindings (`driver`).
+"""Wraps CUDA for all of `edge`, through PyCUDA, or else through cuda-bindings (`driver`).
 
-Graphs and the flags of the primary context always go through cuda-bindings, since PyCUDA has
-neither. Nothing here computes or knows a model. Addresses are plain integers, all copies are
-asynchronous on one `Stream`, and every call that fails raises one clear `EdgeError`.
+Graphs and the flags of the primary context always use cuda-bindings, since PyCUDA has neither.
+Nothing here computes or knows a model. Addresses are plain integers, all copies are asynchronous on
+one `Stream`, and every call that fails raises one clear `EdgeError`.
 
 Memory and streams belong to a context, and are freed only in a thread where that context is
-current: whoever calls here stands inside ``with device.active()``.
+current: callers must be inside ``with device.active()``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class Stream:
-    """A CUDA stream: what is put on it runs in that order, and apart from the host.
+    """A CUDA stream: its work runs in order, asynchronously to the host.
 
     Attributes:
         handle: its address, as TensorRT takes it.
@@ -42,10 +42,10 @@ class Stream:
         self.handle = int(self._stream.handle)
 
     def synchronize(self) -> None:
-        """Wait until everything on it has run.
+        """Wait until all work on it has run.
 
         Raises:
-            DeviceError: something that was put on it failed.
+            DeviceError: some of the work failed.
         """
         try:
             self._stream.synchronize()
@@ -53,14 +53,14 @@ class Stream:
             raise self._device.error("run a step", error) from error
 
     def upload(self, target: int, source: NDArray[Any]) -> None:
-        """Copy a contiguous, pinned host array to the device; it must not change until it ran."""
+        """Copy a contiguous, pinned host array to the device; it must not change until then."""
         try:
             self._device.driver.memcpy_htod_async(target, source, self._stream)
         except self._device.driver.Error as error:
             raise self._device.error("copy to the GPU", error) from error
 
     def download(self, target: NDArray[Any], source: int) -> None:
-        """Fill a contiguous, pinned host array; its values are there after `synchronize`."""
+        """Fill a contiguous, pinned host array; its values are valid after `synchronize`."""
         try:
             self._device.driver.memcpy_dtoh_async(target, source, self._stream)
         except self._device.driver.Error as error:
@@ -73,12 +73,12 @@ class Stream:
         )
 
     def close(self) -> None:
-        """Destroy it; work that is on it is waited for by the driver."""
+        """Destroy the stream; the driver waits for its work."""
         self._stream = None
 
 
 class Box(NamedTuple):
-    """One side of a `BoxCopy`: rows ``pitch`` bytes apart, in layers of ``rows`` of them.
+    """One side of a `BoxCopy`: layers of ``rows`` rows, each ``pitch`` bytes after the last.
 
     Attributes:
         base: a device address, or a contiguous host array.
@@ -92,9 +92,9 @@ class Box(NamedTuple):
 
 
 class BoxCopy:
-    """Copies a box out of one strided memory into another by a single ``cuMemcpy3DAsync``.
+    """Copies a box from one strided memory to another by a single ``cuMemcpy3DAsync``.
 
-    The object is made once and run with other addresses: nothing is allocated in a step.
+    The object is made once and run with other addresses, so nothing is allocated in a step.
     """
 
     def __init__(self, device: Device) -> None:
@@ -128,11 +128,11 @@ class BoxCopy:
 
 
 class DeviceMemory:
-    """A block of device memory, in pieces behind one range of addresses where it must be.
+    """A block of device memory, made of pieces at consecutive addresses if necessary.
 
     Attributes:
         address: 256-byte aligned (cuMemAlloc) or better.
-        num_bytes: its size.
+        num_bytes: size of the block.
     """
 
     def __init__(self, device: Device, num_bytes: int, purpose: str) -> None:
@@ -141,18 +141,18 @@ class DeviceMemory:
         self.address = int(self._block)
 
     def close(self) -> None:
-        """Give it back; twice is harmless."""
+        """Free it; calling it twice is harmless."""
         block, self._block, self.address = self._block, None, 0
         if block is not None:
             block.free()
 
 
 class PinnedMemory:
-    """Host memory that the GPU reaches by itself.
+    """Host memory that the GPU can access directly.
 
     Attributes:
         array: ``[num_bytes]`` uint8; never use it after `close`.
-        address: where the device sees it, or 0 if it was not mapped.
+        address: its address on the device, or 0 if it was not mapped.
     """
 
     def __init__(self, device: Device, num_bytes: int, purpose: str, *, mapped: bool) -> None:
@@ -172,7 +172,7 @@ class PinnedMemory:
         self.array[...] = 0
 
     def close(self) -> None:
-        """Give it back; twice is harmless."""
+        """Free it; calling it twice is harmless."""
         block, self._block, self.address = self._block, None, 0
         self.array = np.empty(0, np.uint8)
         if block is not None:
@@ -187,7 +187,7 @@ class GraphExec:
         self._handle = handle
 
     def launch(self, stream: Stream) -> None:
-        """Put one run of it on a stream.
+        """Put one run of the graph on a stream.
 
         Raises:
             DeviceError: the driver refuses.
@@ -195,7 +195,7 @@ class GraphExec:
         self._device.graph_call("launch a CUDA graph", "cuGraphLaunch", self._handle, stream.handle)
 
     def close(self) -> None:
-        """Destroy it; twice is harmless."""
+        """Destroy it; calling it twice is harmless."""
         handle, self._handle = self._handle, None
         if handle is not None:
             self._device.graph_call("destroy a CUDA graph", "cuGraphExecDestroy", handle)
@@ -206,21 +206,21 @@ class Device:
 
     Args:
         ordinal: number of the GPU.
-        wait: how threads wait for it, see `EngineConfig.gpu_wait`.
+        wait: how threads wait for it, as `EngineConfig.gpu_wait`.
 
     Attributes:
-        driver: PyCUDA, or what stands in for it.
-        name: of the GPU.
+        driver: PyCUDA, or its replacement.
+        name: name of the GPU.
         compute_capability: e.g. ``8.7``.
         num_sms: streaming multiprocessors that are on.
         integrated: whether it shares the host's memory, as on a Jetson.
-        wait: how threads wait for it now: ``spin``, ``yield``, ``block``, or ``driver`` where the
-            driver chooses; None where nobody can say.
+        wait: how threads wait for it now: ``spin``, ``yield``, ``block``, or ``driver`` if the
+            driver chooses; None if it is unknown.
 
     Raises:
-        DependencyError: PyCUDA and cuda-bindings are missing, cuda-bindings for a ``wait`` by name,
-            or the driver does not start; the message has the cure.
-        DeviceError: a ``wait`` by name cannot be had, or the GPU is lost.
+        DependencyError: both PyCUDA and cuda-bindings are missing; cuda-bindings is missing and
+            ``wait`` is not auto; or the driver does not start. The message has the cure.
+        DeviceError: a ``wait`` other than auto cannot be set, or the GPU is lost.
     """
 
     def __init__(self, ordinal: int = 0, wait: GpuWait = "auto") -> None:
@@ -242,7 +242,7 @@ class Device:
             raise DependencyError(explain_init_failure(reason_of(error))) from error
 
     def _set_wait(self, ordinal: int, wish: GpuWait) -> str | None:
-        """See `set_wait`; without a wish by name no failure keeps the GPU from being used."""
+        """Set the mode by `set_wait`; with auto, a failure does not keep the GPU from use."""
         found: str | None = None
         try:
             found = set_wait(self._graphs, ordinal, wish)
@@ -271,7 +271,7 @@ class Device:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Make its context the thread's own for as long as the block lasts."""
+        """Make its context current in this thread while the block runs."""
         self.enter()
         try:
             yield
@@ -295,7 +295,7 @@ class Device:
 
         Raises:
             DependencyError: cuda-bindings is missing.
-            DeviceError: the call failed, or the driver's library does not have it.
+            DeviceError: the call failed, or the driver's library lacks the function.
         """
         graphs = self._graphs
         try:
@@ -305,14 +305,14 @@ class Device:
 
     @property
     def function_attribute(self) -> Any:
-        """``CUfunction_attribute`` of cuda-bindings."""
+        """Return ``CUfunction_attribute`` of cuda-bindings."""
         return self._graphs.module.CUfunction_attribute
 
     def memory_info(self) -> tuple[int, int]:
-        """Free and all bytes of device memory.
+        """Return free and total device memory, in bytes.
 
-        On an integrated GPU the driver counts the page cache as used, though the kernel gives it
-        up on demand (NVIDIA, CUDA for Tegra): there the free bytes are ``MemAvailable``.
+        On an integrated GPU the driver counts the page cache as used, though the kernel drops it on
+        demand (NVIDIA, CUDA for Tegra). There the free bytes are ``MemAvailable``.
         """
         free, total = self.call("ask for free memory", self.driver.mem_get_info)
         if self.integrated:
@@ -324,7 +324,7 @@ class Device:
     def make_room(self, purpose: str, num_bytes: int) -> None:
         """Refuse early what does not fit: on a Jetson the kernel would kill the process instead.
 
-        What fits but is not free at once on an integrated GPU is made free (`make_free`).
+        On an integrated GPU, memory that is available but not free is made free (`make_free`).
 
         Raises:
             DeviceMemoryError: it does not fit.
@@ -351,7 +351,7 @@ class Device:
         """Call an allocator of the driver.
 
         Raises:
-            DeviceMemoryError: it did not fit.
+            DeviceMemoryError: the memory does not suffice.
             DeviceError: the driver failed in another way.
         """
         try:
@@ -362,7 +362,7 @@ class Device:
             raise self._no_room(purpose, num_bytes) from error
 
     def mem_alloc(self, num_bytes: int) -> Any:
-        """As ``driver.mem_alloc``; a block that cannot be had is made of `Pieces`."""
+        """Allocate as ``driver.mem_alloc``; if there is no such block, it is made of `Pieces`."""
         try:
             return self.driver.mem_alloc(num_bytes)
         except self.driver.MemoryError as refused:
@@ -390,15 +390,15 @@ class Device:
             raise self.error(doing, error) from error
 
     def error(self, doing: str, error: BaseException) -> DeviceError:
-        """Make the driver's exception one of ours."""
+        """Convert the driver's exception to one of ours."""
         from .errors import device_error
 
         return device_error(doing, error)
 
     def begin_capture(self, stream: Stream) -> None:
-        """Record what is put on the stream from now on instead of running it.
+        """Record work that is put on the stream from now on instead of running it.
 
-        Other threads may go on with what a capture forbids (mode THREAD_LOCAL).
+        Other threads may still do what a capture forbids (mode THREAD_LOCAL).
         """
         doing, name = "begin a capture", "cuStreamBeginCapture"
         self.graph_call(doing, name, stream.handle, self._graphs.capture_mode)
@@ -407,13 +407,13 @@ class Device:
         """End the recording, make it runnable and upload it, so that no launch has to.
 
         Raises:
-            DeviceError: what was recorded cannot be a graph; the stream is usable again.
+            DeviceError: the recording cannot be a graph; the stream is usable again.
         """
         graph = self.graph_call("end a capture", "cuStreamEndCapture", stream.handle)
         try:
             handle = self.graph_call("instantiate a CUDA graph", "cuGraphInstantiate", graph, 0)
         except DeviceError:
-            with contextlib.suppress(DeviceError):  # the first error is the one to tell
+            with contextlib.suppress(DeviceError):  # the first error is the one to report
                 self._destroy_captured(graph)
             raise
         ready = GraphExec(self, handle)
@@ -427,11 +427,11 @@ class Device:
         return ready
 
     def abandon_capture(self, stream: Stream) -> None:
-        """End a recording that failed, whatever it holds; harmless if none is open."""
+        """End a failed recording, whatever it holds; harmless if none is open."""
         try:
             graph = self.graph_call("end a capture", "cuStreamEndCapture", stream.handle)
         except DeviceError:
-            return  # none is open, or what broke it has been told
+            return  # none is open, or its failure has been reported
         self._destroy_captured(graph)
 
     def _destroy_captured(self, graph: Any) -> None:
@@ -440,8 +440,8 @@ class Device:
 
 @functools.cache
 def _primary_context(driver: Any, ordinal: int) -> Any:
-    """The context of a GPU, kept until the process ends, as CUDA's own runtime keeps it.
+    """Return the context of a GPU, kept until the process ends, as CUDA's own runtime does.
 
-    PyCUDA gives it back only in the thread that retained it, which need not be alive by then.
+    PyCUDA releases it only in the thread that retained it, which may have ended by then.
     """
     return driver.Device(ordinal).retain_primary_context()

@@ -1,7 +1,7 @@
-"""What `cuda` needs of PyCUDA, made of ``cuda.bindings.driver``, NVIDIA's own binary package.
+"""Provides PyCUDA's functions for `cuda` by ``cuda.bindings.driver``, NVIDIA's binary package.
 
 Names and meanings are PyCUDA's (`driver.Driver`). The functions of ``cuda.bindings`` return
-their error first, and raise RuntimeError where the driver's library or a symbol of it is missing.
+their error first, and raise RuntimeError if the driver's library or a symbol of it is missing.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class Error(Exception):
 
 
 class OutOfMemoryError(Error):
-    """Memory did not suffice."""
+    """There is not enough memory."""
 
 
 class Calls:
-    """The functions of ``cuda.bindings.driver``, whose errors are raised.
+    """The functions of ``cuda.bindings.driver``; their errors are raised.
 
     Args:
         module: ``cuda.bindings.driver``.
 
     Attributes:
-        Error: what a call that fails raises.
-        capture_mode: a capture forbids its own thread what no graph can hold, and no other thread.
+        Error: exception of a call that fails.
+        capture_mode: mode in which a capture restricts only its own thread.
     """
 
     Error: type[Exception] = Error
@@ -48,10 +48,10 @@ class Calls:
         self.capture_mode = module.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
     def __call__(self, name: str, *args: Any) -> Any:
-        """Call a function; its value, or its values as a list if there are several.
+        """Call a function; return its value, or a list of its values if there are several.
 
         Raises:
-            Error: it failed, or the driver's library does not have it.
+            Error: it failed, or the driver's library lacks it.
         """
         try:
             code, *values = getattr(self.module, name)(*args)
@@ -69,7 +69,7 @@ class Calls:
 
 
 class BindingsDriver:
-    """A `driver.Driver`.
+    """A `driver.Driver` on cuda-bindings.
 
     Args:
         module: ``cuda.bindings.driver``.
@@ -121,7 +121,7 @@ class BindingsDriver:
 
 
 class _Device:
-    """As ``pycuda.driver.Device``."""
+    """Stands in for ``pycuda.driver.Device``."""
 
     def __init__(self, call: Calls, ordinal: int) -> None:
         self._call = call
@@ -146,7 +146,7 @@ class _Device:
 
 
 class _Context:
-    """As ``pycuda.driver.Context``."""
+    """Stands in for ``pycuda.driver.Context``."""
 
     def __init__(self, call: Calls, handle: Any) -> None:
         self._call, self._handle = call, handle
@@ -159,13 +159,13 @@ class _Context:
 
 
 class _Stream:
-    """As ``pycuda.driver.Stream``."""
+    """Stands in for ``pycuda.driver.Stream``."""
 
     def __init__(self, call: Calls) -> None:
         self._call = call
         self.stream = call("cuStreamCreate", 0)
         self.handle = int(self.stream)
-        # At the end of the process no context is current, and the driver tidies up by itself.
+        # At the end of the process no context is current, and the driver cleans up by itself.
         weakref.finalize(self, release, call, "cuStreamDestroy", self.stream).atexit = False
 
     def synchronize(self) -> None:
@@ -173,7 +173,7 @@ class _Stream:
 
 
 def release(call: Calls, name: str, *args: Any) -> None:
-    """Give something back; on a lost device that fails, and, as in PyCUDA, is no error."""
+    """Release a handle; a failure on a lost device is ignored, as PyCUDA does."""
     try:
         call(name, *args)
     except Error as error:
@@ -181,7 +181,7 @@ def release(call: Calls, name: str, *args: Any) -> None:
 
 
 class _DeviceBlock:
-    """As ``pycuda.driver.DeviceAllocation``."""
+    """Stands in for ``pycuda.driver.DeviceAllocation``."""
 
     def __init__(self, call: Calls, num_bytes: int) -> None:
         self._call = call
@@ -195,7 +195,7 @@ class _DeviceBlock:
 
 
 class _HostBlock:
-    """As ``pycuda.driver.PagelockedHostAllocation``, the base of an array of bytes."""
+    """Stands in for ``pycuda.driver.PagelockedHostAllocation``, the base of an array of bytes."""
 
     def __init__(self, call: Calls, num_bytes: int, flags: int) -> None:
         self._call = call
@@ -215,7 +215,7 @@ class _HostBlock:
 
 
 def _field(name: str) -> Any:
-    """A field of CUDA_MEMCPY3D under another name."""
+    """Make a property for a field of CUDA_MEMCPY3D under another name."""
 
     def read(copy: _Memcpy3D) -> Any:
         return getattr(copy.fields, name)
@@ -227,7 +227,7 @@ def _field(name: str) -> Any:
 
 
 class _Memcpy3D:
-    """As ``pycuda.driver.Memcpy3D``."""
+    """Stands in for ``pycuda.driver.Memcpy3D``."""
 
     src_pitch, src_height = _field("srcPitch"), _field("srcHeight")
     dst_pitch, dst_height = _field("dstPitch"), _field("dstHeight")

@@ -1,4 +1,4 @@
-"""Which library calls the CUDA driver: PyCUDA, or cuda-bindings where PyCUDA does not import."""
+"""Chooses the library that calls the CUDA driver: PyCUDA, else cuda-bindings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CURE = (
 
 
 class Driver(Protocol):
-    """What `cuda` calls, under the names of ``pycuda.driver``, which fits as it is.
+    """The functions that `cuda` calls, named as in ``pycuda.driver``, which fits as it is.
 
     Addresses are integers. A call that fails raises ``Error``, or ``MemoryError`` out of memory;
     the message is the driver's sentence.
@@ -51,13 +51,13 @@ class Driver(Protocol):
         """Start the driver."""
 
     def mem_alloc(self, num_bytes: int) -> Any:
-        """Allocate device memory: ``int()`` is its address, ``free()`` gives it back."""
+        """Allocate device memory; ``int()`` is its address, ``free()`` frees it."""
 
     def pagelocked_empty(self, shape: int, dtype: type[np.uint8], *, mem_flags: int) -> Any:
-        """A pinned array; its ``base`` has ``get_device_pointer()`` and ``free()``."""
+        """Make a pinned array; its ``base`` has ``get_device_pointer()`` and ``free()``."""
 
     def mem_get_info(self) -> tuple[int, int]:
-        """Free and all bytes of device memory."""
+        """Return free and total device memory, in bytes."""
         ...
 
     def memcpy_htod_async(self, dest: int, src: NDArray[Any], stream: Any) -> None:
@@ -71,7 +71,7 @@ class Driver(Protocol):
 
 
 def load_driver() -> Driver:
-    """Import PyCUDA, or else cuda-bindings; what is passed over, and why, is logged.
+    """Import PyCUDA, or else cuda-bindings; why PyCUDA is not used is logged.
 
     Raises:
         DependencyError: neither can be imported.
@@ -95,10 +95,10 @@ def load_driver() -> Driver:
 
 
 def load_bindings(needed: str = "CUDA graphs and gpu_wait need cuda-bindings") -> Calls:
-    """Import the calls of cuda-bindings, for what PyCUDA does not have.
+    """Import the calls of cuda-bindings, for functions that PyCUDA lacks.
 
     Args:
-        needed: how the message begins: who needs it.
+        needed: first words of the message, which say who needs it.
 
     Raises:
         DependencyError: it cannot be imported.
@@ -120,5 +120,5 @@ def _problem(name: str, package: str, error: ImportError) -> str:
 
 @functools.cache
 def _driver_of(module: ModuleType) -> BindingsDriver:
-    """One per process, since a primary context is retained once per driver."""
+    """Return the one driver of this process, since each retains a primary context once."""
     return BindingsDriver(module)

@@ -1,4 +1,4 @@
-"""What the CUDA driver's sentences mean: which errors lose the GPU, and why it does not start."""
+"""Explains the CUDA driver's sentences: which errors lose the GPU, and why it does not start."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NO_LIBRARY = (
     "the driver's library libcuda.so.1 does not load or is too old; install the driver (on a "
     "Jetson: the package nvidia-l4t-cuda), in a container start it with --runtime nvidia"
 )
-# Cause and cure of what cuInit answers; the first that fits counts.
+# Causes and cures of cuInit's errors; the first that fits counts.
 _INIT_CURES = (
     (
         "no CUDA-capable device",
@@ -64,7 +64,7 @@ _INIT_CURES = (
         "invalid device ordinal",
         "there is no GPU of this number here (CUDA 101); check CUDA_VISIBLE_DEVICES",
     ),
-    # How cuda-bindings says that it found no driver: 12 at first, 12 from then on, and 13.
+    # How cuda-bindings says that it found no driver: early versions of 12, later ones, and 13.
     ("Failed to dlopen", _NO_LIBRARY),
     ('Function "', _NO_LIBRARY),
     ("is an NVIDIA driver library", _NO_LIBRARY),
@@ -80,11 +80,11 @@ _INIT_CURES = (
 
 
 def explain_init_failure(text: str, root: Path = Path("/")) -> str:
-    """Say what is wrong when the driver does not start, and what to do.
+    """Say why the driver does not start, and what to do.
 
     Args:
-        text: what the driver said.
-        root: where ``dev`` with the device nodes is.
+        text: the driver's message.
+        root: directory that contains ``dev`` with the device nodes.
     """
     # On a Jetson they belong to the groups video and render; elsewhere CUDA opens no render node.
     for name in (*GPU_NODES, *(RENDER_NODES if is_jetson(root) else ())):
@@ -102,7 +102,7 @@ def explain_init_failure(text: str, root: Path = Path("/")) -> str:
 
 
 def device_error(doing: str, error: BaseException) -> DeviceError:
-    """Make the driver's exception one of ours; ``doing`` ends the words "the GPU could not"."""
+    """Convert the driver's exception; ``doing`` completes the words "the GPU could not"."""
     reason = reason_of(error)
     fatal = is_fatal(reason)
     cure = "start the process anew" if fatal else "try again"
@@ -113,12 +113,13 @@ def cure_for_memory(num_bytes: int, cure: str, root: Path = Path("/")) -> str:
     """Say what helps after an allocation failed.
 
     Args:
-        num_bytes: what was asked for.
-        cure: what helps where there is too little.
-        root: where ``dev`` and ``proc`` are.
+        num_bytes: size of the allocation.
+        cure: advice for when there is too little memory.
+        root: directory that contains ``dev`` and ``proc``.
 
     Returns:
-        ``cure``, or, where a Jetson has that much and does not give it, why, and what helps then.
+        ``cure``; but if a Jetson has that much memory and does not give it, the reason and what
+        helps then.
     """
     free, available = read_free_memory_bytes(root), read_mem_available_bytes(root)
     if free is None or available is None or available < num_bytes or not is_jetson(root):
@@ -133,12 +134,12 @@ def cure_for_memory(num_bytes: int, cure: str, root: Path = Path("/")) -> str:
 
 
 def is_fatal(reason: str) -> bool:
-    """Return whether nothing works on the GPU any more, by the driver's sentence."""
+    """Whether the driver's sentence means that nothing works on the GPU any more."""
     return any(sign in reason for sign in _FATAL)
 
 
 def is_out_of_memory(text: str) -> bool:
-    """Return whether CUDA or TensorRT says that there is too little memory, for the GPU or not."""
+    """Whether CUDA or TensorRT says that memory is short, the GPU's or the host's."""
     return _NO_MEMORY.search(text) is not None
 
 

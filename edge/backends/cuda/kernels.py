@@ -1,4 +1,4 @@
-"""Compiled kernels: loaded and launched by the driver alone, through cuda-bindings."""
+"""Loads and launches compiled kernels by the driver alone, through cuda-bindings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .errors import device_error
 if TYPE_CHECKING:
     from . import Stream
 
-_FREE_SHARED_BYTES = 48 * 1024  # of a program; more must be asked for (CUDA programming guide)
+_FREE_SHARED_BYTES = 48 * 1024  # per program; more must be requested (CUDA programming guide)
 
 
 class ForeignStream(NamedTuple):
-    """A stream that somebody else made, by its address."""
+    """A stream that other code made, by its address."""
 
     handle: int
 
@@ -37,7 +37,7 @@ class CurrentContext:
     """The driver in whatever context is current, as in a function that TensorRT calls.
 
     Args:
-        needed: how the message begins where cuda-bindings is missing: who needs it.
+        needed: first words of the message if cuda-bindings is missing; they say who needs it.
     """
 
     def __init__(self, needed: str) -> None:
@@ -48,7 +48,7 @@ class CurrentContext:
         return load_bindings(self._needed)
 
     def check(self) -> None:
-        """Raise now what the first call would.
+        """Raise now the error that the first call would raise.
 
         Raises:
             DependencyError: cuda-bindings is missing.
@@ -70,7 +70,7 @@ class CurrentContext:
 
     @property
     def handle(self) -> int:
-        """Address of the context.
+        """Return the address of the context.
 
         Raises:
             DependencyError: cuda-bindings is missing.
@@ -80,18 +80,18 @@ class CurrentContext:
 
 
 class Kernel:
-    """A kernel out of a cubin, or out of PTX that the driver compiles.
+    """A kernel from a cubin, or from PTX that the driver compiles.
 
     Args:
-        device: whose context is current.
+        device: device whose context is current.
         image: the cubin, or PTX with a zero byte at its end.
         entry: name of the function.
-        threads: of a program.
+        threads: threads of a program.
         shared_bytes: dynamic shared memory of a program.
 
     Raises:
         DependencyError: cuda-bindings is missing.
-        DeviceError: the cubin is of another GPU, PTX does not compile, or the driver fails.
+        DeviceError: the cubin is for another GPU, PTX does not compile, or the driver fails.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Kernel:
         """Put one run of it on a stream.
 
         Args:
-            stream: where it runs.
+            stream: stream to run on.
             grid: programs along x, y and z.
             pointers_and_numbers: a value per parameter, and whether it is a device address; other
                 numbers are INT32.
@@ -144,7 +144,7 @@ class Kernel:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Unload it; twice is harmless."""
+        """Unload it; calling it twice is harmless."""
         module, self._module = self._module, None
         if module is not None:
             self._device.graph_call("unload a kernel", "cuModuleUnload", module)

@@ -1,7 +1,7 @@
-"""A block of device memory made of pieces behind one range of addresses.
+"""Makes a block of device memory from pieces at consecutive virtual addresses.
 
-The driver's virtual memory management (cuda.h, ``cuMemCreate``) needs no block that lies in one
-piece. It goes through cuda-bindings; PyCUDA has none of it.
+The driver's virtual memory management (cuda.h, ``cuMemCreate``) needs no block of contiguous
+physical memory. It is used through cuda-bindings; PyCUDA does not have it.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 from .bindings import Calls, OutOfMemoryError, release
 
 PIECE_BYTES = 64 << 20
-"""Of a piece at first, and the most that is not worth pieces: 4 GB are 64 of them."""
+"""First size of a piece, and the largest block not worth pieces; 4 GB are 64 pieces."""
 
 
 class Pieces:
-    """As ``pycuda.driver.DeviceAllocation``: ``int()`` is its address, `free` gives it back.
+    """Stands in for ``pycuda.driver.DeviceAllocation``: ``int()`` is its address, `free` frees it.
 
     Args:
-        call: of cuda-bindings; a context is current.
+        call: the calls of cuda-bindings; a context is current.
         ordinal: number of the GPU.
-        num_bytes: rounded up to what the driver gives out (``cuMemGetAllocationGranularity``).
+        num_bytes: size, rounded up to the driver's unit (``cuMemGetAllocationGranularity``).
 
     Raises:
-        Calls.Error: memory does not suffice, in pieces of the least size either, or this driver
-            lacks the calls.
+        Calls.Error: memory does not suffice even in pieces of the least size, or this driver lacks
+            the calls.
     """
 
     def __init__(self, call: Calls, ordinal: int, num_bytes: int) -> None:
@@ -47,7 +47,7 @@ class Pieces:
             raise
 
     def _fill(self, kind: object, unit: int) -> None:
-        """Put memory behind the range; pieces get smaller when none of their size can be had."""
+        """Map memory to the range; pieces get smaller when none of their size is available."""
         size = max(unit, PIECE_BYTES // unit * unit)
         at, end = self._address, self._address + self._num_bytes
         while at < end:
@@ -63,7 +63,7 @@ class Pieces:
                 self._call("cuMemMap", at, size, 0, piece, 0)
                 self._pieces.append(size)
             finally:
-                release(self._call, "cuMemRelease", piece)  # mapped, it lives as long as that
+                release(self._call, "cuMemRelease", piece)  # the mapping keeps it alive
             at += size
 
     def __int__(self) -> int:
@@ -73,7 +73,7 @@ class Pieces:
         return len(self._pieces)
 
     def free(self) -> None:
-        """Wait for the GPU, as ``cuMemFree`` does, and give it back; on a lost one that fails."""
+        """Wait for the GPU, as ``cuMemFree`` does, and free it; on a lost GPU that fails."""
         release(self._call, "cuCtxSynchronize")
         at = self._address
         for size in self._pieces:

@@ -1,7 +1,7 @@
-"""ONNX Runtime on the CPU: the default engine of any machine, and the reference of every other.
+"""Runs a bundle on the CPU: the default engine of any machine, and the reference for all others.
 
-The cache lives in numpy arrays that are bound as input and output at one address, so a step writes
-its rows in place and copies nothing.
+The cache is in numpy arrays that are bound as input and output at one address. So a step writes its
+rows in place and copies nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .session import (
 if TYPE_CHECKING:
     from edge.bundle.kv_scales import Scales
 
-_WEIGHTS_BYTES = 8 << 20  # regions from this size on hold weights
+_WEIGHTS_BYTES = 8 << 20  # larger regions hold weights
 
 
 class OrtBackend:
@@ -57,33 +57,33 @@ class OrtBackend:
         kv_capacity: rows per slot; None is the bundle's own. Only the small graph file is
             re-shaped in memory, the weights stay untouched.
         max_step_tokens: the most tokens per sequence and step; bounds the activations' memory.
-        num_threads: None is one per physical core.
-        fuse_attention: rewrite attention for the CPU, where `cpu_attention.can_fuse`; off runs the
-            graph as is.
+        num_threads: CPU threads; None is one per physical core.
+        fuse_attention: whether to rewrite attention for the CPU, if `cpu_attention.can_fuse`; off
+            runs the graph as it is.
         int8_activations: let MatMulNBits round each block of activations to int8 (accuracy level
-            4), its fastest kernel. That error is this engine's own, not the bundle's; off
-            multiplies dequantized weights in FP32, as engines with float activations do in
-            theirs, and weights are then dequantized in every step: decode is many times slower.
-            None rounds where this ONNX Runtime can, true refuses where it rounds nothing.
+            4), its fastest kernel. That error is this engine's own, not the bundle's. Off
+            multiplies dequantized weights in FP32, like engines with float activations. Weights are
+            then dequantized in every step, so decode is many times slower. None rounds if this ONNX
+            Runtime can; true is refused if nothing would be rounded.
         int8_prompts: run steps of many tokens in a second session whose weights are INT8
             (`int8_prompts`).
-        deterministic: compute a token alike whatever runs beside it (`even_rows`), but for steps of
-            one token and of several, which differ.
-        hidden_states: put out what a head reads, where the manifest has one.
+        deterministic: compute a token alike whatever runs beside it (`even_rows`). Steps of one
+            token and of several still differ.
+        hidden_states: put out the hidden states that a head reads, if the manifest has one.
 
     Raises:
-        BackendError: ONNX Runtime has no such kernels here for ``deterministic``.
+        BackendError: ONNX Runtime has no kernels here for ``deterministic``.
         DependencyError: onnxruntime is missing, or too old for the bundle's dialect or for
             ``int8_activations``.
         BundleError: the graph's inputs and outputs are not those of `io_spec`.
-        ConfigError: a number out of range, ``int8_activations`` or ``int8_prompts`` where they
-            change nothing, or ``deterministic`` where attention is not rewritten.
+        ConfigError: a number is out of range; ``int8_activations`` or ``int8_prompts`` would change
+            nothing; or ``deterministic`` is set and attention is not rewritten.
         ResourceError: there is no memory for the cache, or for the weights of ``int8_prompts``.
     """
 
     name = "ort-cpu"
     meanwhile: Callable[[], None] | None = None
-    forward_best = None  # rows are here: to find their best would cost more than drawing from them
+    forward_best = None  # rows are in host memory: finding the best costs more than drawing
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class OrtBackend:
                 hidden_states=hidden_states,
             )
             session = open_session(graph, bundle, manifest, num_threads, int8_activations=rounds)
-            del graph  # with weights that the session has in its own form by now
+            del graph  # its weights are in the session's own form by now
             _return_freed_memory()
             return session
 
@@ -151,7 +151,7 @@ class OrtBackend:
             self.kv_scales = read_scales(bundle, manifest, manifest.graphs.cpu)
         self._session = open_graph(prompts=False)
         self._prompt_session = open_graph(prompts=True) if int8_prompts else None
-        # Behind each step a piece; behind the first one, which an answer waits for, none.
+        # One piece after each step; none after the first step, since an answer waits for it.
         self._collapsing = itertools.chain([0], collapse_filled(_WEIGHTS_BYTES))
         model = self._model
         shape = (num_slots, model.num_kv_heads, self.capacity, model.head_dim)
@@ -202,7 +202,7 @@ class OrtBackend:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of the cache when full."""
+        """Return the memory of the cache when full, in bytes."""
         return sum(array.nbytes for array in self._cache.arrays)
 
     def forward(self, step: Step) -> NDArray[np.float32]:
@@ -245,7 +245,7 @@ class OrtBackend:
             )
 
     def _session_of(self, shape: RunShape) -> Any:
-        """The session that runs steps of a shape."""
+        """Return the session that runs steps of a shape."""
         if shape.seq < INT8_PREFILL_TOKENS or shape.num_logits > 1 or self._prompt_session is None:
             return self._session
         return self._prompt_session
@@ -268,14 +268,14 @@ def load_cpu_graph(
         bundle: the bundle's directory.
         manifest: its manifest.
         capacity: rows of the cache.
-        fuse_attention: rewrite attention for the CPU, where `can_fuse`.
-        int8_activations: as `open_session` will be told.
-        int8_prompts: the form for steps of many tokens.
-        deterministic: the form whose products treat all rows alike.
-        hidden_states: see `load_graph`.
+        fuse_attention: whether to rewrite attention for the CPU, if `can_fuse`.
+        int8_activations: the value that `open_session` will get.
+        int8_prompts: whether to make the form for steps of many tokens.
+        deterministic: whether to make the form whose products treat all rows alike.
+        hidden_states: whether to keep the output for a head, as in `load_graph`.
 
     Raises:
-        DependencyError: see `import_onnxruntime`.
+        DependencyError: `import_onnxruntime` finds none that is new enough.
         BundleError: the graph is not one that edge-llm's exporter wrote.
     """
     path = bundle / manifest.graphs.cpu
@@ -288,7 +288,7 @@ def load_cpu_graph(
         from .int8_prompts import widen_products
 
         widened = widen_products(graph, bundle, manifest)
-    # Else no kernel takes 8-bit weights, and a joined one is unpacked to float in every step.
+    # Otherwise no kernel takes 8-bit weights, and a joined one is unpacked to float in every step.
     if int8_activations and multiplies_8_bits(ort):
         join_planes(graph, bundle, manifest, accuracy_level=accuracy_level(True), without=widened)
     if deterministic:
@@ -299,10 +299,10 @@ def load_cpu_graph(
 
 
 def _check_memory(manifest: Manifest) -> None:
-    """Refuse INT8 weights for prompts that memory does not hold."""
+    """Refuse INT8 weights for prompts that do not fit into memory."""
     from .int8_prompts import int8_bytes
 
-    needed = 2 * int8_bytes(manifest)  # while the session packs them, they are there twice
+    needed = 2 * int8_bytes(manifest)  # they exist twice while the session packs them
     free = read_available_memory_bytes()
     if free is not None and free < needed:
         raise ResourceError(
@@ -312,16 +312,16 @@ def _check_memory(manifest: Manifest) -> None:
 
 
 class _HostStep:
-    """Fixed arrays of one step shape, bound once and run many times.
+    """Fixed arrays for one step shape, bound once and run many times.
 
     Args:
-        session: ONNX Runtime's.
-        dialect, model: of its graph.
-        cache: of all slots.
+        session: ONNX Runtime's session.
+        dialect, model: dialect and dimensions of its graph.
+        cache: the cache of all slots.
         kv_positions: 0, 1, 2, ... up to the capacity.
-        shape: of the steps.
-        outputs: where logits and hidden states go.
-        embeds_width: see `manifest.Manifest`.
+        shape: shape of the steps.
+        outputs: memory for logits and hidden states.
+        embeds_width: width of ``inputs_embeds``, as in `manifest.Manifest`.
     """
 
     def __init__(
@@ -342,7 +342,7 @@ class _HostStep:
         self._inputs = make_inputs(dialect, embeds_width, np.float32, shape)
         self._logits, self.hidden = outputs
         rows = (batch, model.num_kv_heads, seq, model.head_dim)
-        # ONNX Runtime is given bare addresses; what they point at must outlive a `close`.
+        # ONNX Runtime gets bare addresses; the arrays at them must outlive a `close`.
         self._caches = [array[first : first + batch] for array in cache.arrays]
         inputs, bound, self._new = cache_tensors(
             dialect, self._caches, lambda cache: np.empty(rows, dtype=cache.dtype)
@@ -373,7 +373,7 @@ class _HostStep:
         return self._logits
 
     def _append(self, step: Step) -> None:
-        """Copy the step's keys and values into the cache, where the graph does not write them."""
+        """Copy the step's keys and values into the cache, if the graph does not write them."""
         if not self._new:
             return
         for row, start in enumerate(step.starts):
@@ -386,9 +386,9 @@ def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
 
 
 def _return_freed_memory() -> None:
-    """Give the kernel back what loading has freed: 200 MB of packed weights' originals at 1.5B.
+    """Return memory freed by loading to the kernel: 200 MB of packed weights' originals at 1.5B.
 
-    glibc keeps it for a process that would need it again; elsewhere there is nothing to call.
+    glibc keeps it for later use by the process; other C libraries need no such call.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

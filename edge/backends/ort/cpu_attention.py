@@ -1,17 +1,17 @@
-"""The load-time rewrite of attention for ONNX Runtime CPU.
+"""Rewrites attention at load for ONNX Runtime on the CPU.
 
-The plain graph writes the cache (TensorScatter), slices the rows that count, and attends over the
-slice. ONNX Runtime CPU copies that slice every step and repeats it for every query head: at 4,000
-tokens of context a step of the 1.5B takes 3.9 times what it takes at 128. Its own operator
-GroupQueryAttention does all three in place (1.7 times). The file on disk stays plain ONNX; only the
-session's copy is rewritten, and a parity test holds both against each other.
+The plain graph writes the cache (TensorScatter), slices the valid rows, and attends over the slice.
+ONNX Runtime copies that slice every step and repeats it for every query head: at 4,000 tokens of
+context a step of the 1.5B takes 3.9 times as long as at 128. Its own operator GroupQueryAttention
+does all three in place (1.7 times). The file on disk stays plain ONNX. Only the session's copy is
+rewritten, and a parity test compares both.
 
-GroupQueryAttention (``com.microsoft``, onnxruntime ContribOperators.md) takes queries, keys and
-values as ``[B, S, heads * D]``, or all three as the fused projection gives them and rotates them
-itself; the cache; ``seqlens_k`` = valid rows after this step minus one, and the largest such count.
-It masks and rotates by cache row, which is the position here. With a cache in 8 bits
-(``k_quant_type``, ``v_quant_type``, ``kv_cache_bit_width``) it takes the scales, rounds the rows
-that it writes, and multiplies the integers that it reads.
+GroupQueryAttention (``com.microsoft``, onnxruntime ContribOperators.md) has these inputs: queries,
+keys and values as ``[B, S, heads * D]``, or the fused projection, which it splits and rotates
+itself; the cache; ``seqlens_k`` = valid rows after this step minus one; and the largest number of
+valid rows. It masks and rotates by cache row, which equals the position here. With a cache in 8
+bits (``k_quant_type``, ``v_quant_type``, ``kv_cache_bit_width``) it takes the scales, rounds the
+rows that it writes, and multiplies the integers that it reads.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from edge.bundle.onnx_file import Node, OnnxFile, attribute
 from edge.errors import BundleError
 
 OWN_DOMAIN = "com.microsoft"
-"""Of ONNX Runtime's own operators."""
+"""Domain of ONNX Runtime's own operators."""
 _KEY_SCALE_INPUT = 12
 
 
 def can_fuse(manifest: Manifest) -> bool:
     """Whether GroupQueryAttention takes a decoder's attention.
 
-    It refuses heads whose size is no multiple of 8, or of 16 where it rotates them
+    It refuses heads whose size is not a multiple of 8, or of 16 if it rotates them
     (onnxruntime group_query_attention_helper.h).
     """
     multiple = 8 if manifest.model.qk_norm else 16
@@ -56,7 +56,8 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
             continue
         keys, key_rows, key_scale = _written(producers, node.inputs[1])
         values, value_rows, value_scale = _written(producers, node.inputs[2])
-        # Transpose and Reshape merged the heads to [B, S, H * D], which the operator returns.
+        # Transpose and Reshape merged the heads to [B, S, H * D], which the operator returns
+        # itself.
         transposed = expect_node(consumers, node.outputs[0], "Transpose")
         merged = expect_node(consumers, transposed.outputs[0], "Reshape")
         outputs = [merged.outputs[0], keys.outputs[0], values.outputs[0]]
@@ -73,14 +74,14 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
             inputs = [q, k, v]
             tables = []
         else:
-            # Nothing lies between the fused projection and the rotation: the operator splits and
-            # rotates by itself, by cache row, which is the position here.
+            # Nothing is between the fused projection and the rotation, so the operator splits and
+            # rotates by itself, by cache row, which equals the position here.
             inputs = [expect_node(producers, v, "Split").inputs[0], "", ""]
             tables = expect_node(producers, node.inputs[0], "RotaryEmbedding").inputs[1:3]
             attributes.append(attribute("do_rotary", 1))
         inputs += [keys.inputs[0], values.inputs[0], "cpu.seqlens", "cpu.total", *tables]
         if key_scale is not None and value_scale is not None:
-            # Before them: cos, sin, position_ids, attention_bias and head_sink.
+            # The inputs before them are cos, sin, position_ids, attention_bias and head_sink.
             inputs += [""] * (_KEY_SCALE_INPUT - len(inputs)) + [key_scale, value_scale]
             attributes += [
                 attribute("k_quant_type", "PER_CHANNEL"),
@@ -108,7 +109,7 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
 
 
 def _written(producers: dict[str, Node], name: str) -> tuple[Node, str, str | None]:
-    """What attention reads: the node that writes it, the rows before rounding, their scales."""
+    """Return the node that writes attention's input, the rows before rounding, and their scales."""
     factor = producers.get(name)
     if factor is None or factor.op_type != "Mul":
         scatter = expect_node(
@@ -124,7 +125,7 @@ def _written(producers: dict[str, Node], name: str) -> tuple[Node, str, str | No
 
 
 def expect_node(nodes: dict[str, Node], name: str, *op_types: str) -> Node:
-    """The node that makes or reads a tensor."""
+    """Return the node that makes or reads a tensor; refuse a node of another type."""
     node = nodes.get(name)
     if node is None or node.op_type not in op_types:
         found = "nothing" if node is None else node.op_type
@@ -136,7 +137,7 @@ def expect_node(nodes: dict[str, Node], name: str, *op_types: str) -> Node:
 
 
 def _rows(producers: dict[str, Node], name: str, shape: str, nodes: list[Node]) -> str:
-    """``[B, S, heads * D]`` of a tensor that the graph transposed to ``[B, heads, S, D]``."""
+    """Return ``[B, S, heads * D]`` of a tensor, which the graph has as ``[B, heads, S, D]``."""
     transpose = expect_node(producers, name, "Transpose")
     reshape_or_norm = expect_node(producers, transpose.inputs[0], "Reshape", "RMSNormalization")
     if reshape_or_norm.op_type == "Reshape":
@@ -149,7 +150,7 @@ def _rows(producers: dict[str, Node], name: str, shape: str, nodes: list[Node]) 
 def _rope_on_rows(
     producers: dict[str, Node], name: str, shape: str, heads: int, nodes: list[Node]
 ) -> str:
-    """The rotation of ``name``, done on ``[B, S, heads * D]`` so that nothing is transposed."""
+    """Add the rotation of ``name`` on ``[B, S, heads * D]``, so that nothing is transposed."""
     rope = expect_node(producers, name, "RotaryEmbedding")
     rows = _rows(producers, rope.inputs[0], shape, nodes)
     nodes.append(
@@ -165,7 +166,7 @@ def _rope_on_rows(
 
 
 def _sequence_lengths(graph: OnnxFile) -> list[Node]:
-    """``write_indices + S - 1`` per sequence and the largest ``write_indices + S``, as int32."""
+    """Make nodes for ``write_indices + S - 1`` and the largest ``write_indices + S``, as int32."""
     one = graph.add_int64("cpu.one", [1])
     int32 = attribute("to", 6)
 

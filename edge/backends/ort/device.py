@@ -1,4 +1,4 @@
-"""A device of ONNX Runtime: its provider, and sessions that really run there."""
+"""Opens sessions of ONNX Runtime on a device, and makes sure that they run there."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OrtDevice:
-    """Where the graph runs and its tensors lie.
+    """The device on which the graph runs and its tensors are.
 
     Attributes:
-        name: as ONNX Runtime's bindings call it.
-        index: which one.
+        name: the device's name in ONNX Runtime's bindings.
+        index: number of the device.
         provider: the execution provider.
         options: its options.
     """
@@ -40,7 +40,7 @@ class OrtDevice:
 
 
 def import_for_device(manifest: Manifest, device: OrtDevice) -> ModuleType:
-    """The module ``onnxruntime``, built for a device.
+    """Import the module ``onnxruntime``, built for a device.
 
     Raises:
         DependencyError: it is missing, too old, or built without the device's provider.
@@ -54,7 +54,7 @@ def import_for_device(manifest: Manifest, device: OrtDevice) -> ModuleType:
             f"{install_command('cuda')} (for a Jetson see docs/orin.md)"
         )
     if device.name == "cuda" and hasattr(ort, "preload_dlls"):
-        # Finds CUDA and cuDNN where pip installed them; what it cannot find it prints.
+        # Finds CUDA and cuDNN where pip installed them; it prints what it cannot find.
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             ort.preload_dlls()
         _log.debug("%s", printed.getvalue())
@@ -62,19 +62,19 @@ def import_for_device(manifest: Manifest, device: OrtDevice) -> ModuleType:
 
 
 def open_on_device(ort: ModuleType, device: OrtDevice, model: bytes, options: Any) -> Any:
-    """A session on a device.
+    """Open a session on a device.
 
     Raises:
-        DependencyError: the provider did not load; ONNX Runtime alone would go on with the CPU.
+        DependencyError: the provider did not load; ONNX Runtime by itself would use the CPU.
     """
     provider = device.provider
     providers: list[Any] = [(provider, dict(device.options))]
     if provider != "CPUExecutionProvider":
         providers.append("CPUExecutionProvider")
     try:
-        # Nothing that fails, now or in a step, may go on elsewhere.
+        # Nothing that fails, now or in a step, may fall back to another provider.
         session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
-    except RuntimeError as error:  # of the provider; those of a graph are of other classes
+    except RuntimeError as error:  # the provider's errors; a graph's have other classes
         if names_device(str(error)):
             raise
         raise DependencyError(

@@ -1,4 +1,4 @@
-"""The KV cache in memory of a device that ONNX Runtime allocated, at fixed addresses."""
+"""Holds the KV cache in device memory that ONNX Runtime allocated, at fixed addresses."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class OrtDeviceCache:
 
     Args:
         ort: the module ``onnxruntime``.
-        device: where.
+        device: device of the tensors.
         num_tensors: keys and values of all layers.
-        shape: of each tensor.
-        dtype: that holds its elements; bf16 as uint16.
+        shape: shape of each tensor.
+        dtype: NumPy's type of the elements; bf16 is held as uint16.
 
     Attributes:
-        device: where.
-        dtype: that holds the elements.
+        device: device of the tensors.
+        dtype: NumPy's type of the elements.
         positions: 0, 1, 2, ... up to the capacity.
     """
 
@@ -41,7 +41,7 @@ class OrtDeviceCache:
     ) -> None:
         self._ort, self.device, self.dtype = ort, device, dtype
         self._slot_bytes = int(np.prod(shape[1:])) * dtype.itemsize
-        # Zeros, not what lay there before: a masked row is multiplied by 0, and NaN times 0 is NaN.
+        # Zeros instead of old memory: a masked row is multiplied by 0, and NaN times 0 is NaN.
         self._tensors = [self.upload(np.zeros(shape, dtype)) for _ in range(num_tensors)]
         self.positions = self.upload(np.arange(shape[2], dtype=np.int64))
         self._mover = RowMover(
@@ -50,11 +50,11 @@ class OrtDeviceCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the tensors."""
+        """Return the memory of the tensors, in bytes."""
         return sum(tensor.shape[0] * self._slot_bytes for tensor in self._tensors)
 
     def blocks(self, first: int, batch: int) -> list[Block]:
-        """The part of each tensor that holds ``batch`` slots from ``first`` on."""
+        """Return the part of each tensor that holds ``batch`` slots from ``first`` on."""
         offset = first * self._slot_bytes
         return [
             Block(tensor.address + offset, (batch, *tensor.shape[1:]), tensor.owner)
@@ -67,7 +67,7 @@ class OrtDeviceCache:
         return rows
 
     def write(self, slot: int, rows: NDArray[Any]) -> None:
-        """Overwrite the first rows of a slot with what `read` returned."""
+        """Overwrite the first rows of a slot with rows that `read` returned."""
         new = [self.upload(array[None]) for array in rows]
         self.writer(self.blocks(slot, 1), new).write([0])
 
@@ -77,18 +77,18 @@ class OrtDeviceCache:
         self.writer(self.blocks(target, 1), rows).write([0])
 
     def writer(self, caches: Sequence[Block], rows: Sequence[Block]) -> RowWriter:
-        """Prepare writes of rows; see `RowMover.writer`."""
+        """Prepare writes of rows by `RowMover.writer`."""
         return self._mover.writer(caches, rows)
 
     def allocate(self, shape: Sequence[int]) -> Block:
-        """An uninitialized tensor on the device, of the cache's type."""
+        """Allocate an uninitialized tensor on the device, of the cache's type."""
         value = self._ort.OrtValue.ortvalue_from_shape_and_type(
             list(shape), self.dtype.type, self.device.name, self.device.index
         )
         return Block(value.data_ptr(), shape, value)
 
     def upload(self, array: NDArray[Any]) -> Block:
-        """A copy of an array on the device."""
+        """Copy an array to the device."""
         value = self._ort.OrtValue.ortvalue_from_numpy(
             np.ascontiguousarray(array), self.device.name, self.device.index
         )

@@ -1,4 +1,4 @@
-"""A step on a device of ONNX Runtime, bound to memory there."""
+"""Runs a step on a device of ONNX Runtime, bound to memory there."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class DeviceStep:
     """Fixed buffers on the device for one step shape, bound once and run many times.
 
     Args:
-        session: ONNX Runtime's.
-        dialect, model: of its graph.
-        cache: of all slots.
-        faults: explains what fails.
-        float_type: of the graph.
-        shape: of the steps.
-        outputs: where logits and hidden states go.
-        kv_len_of_batch: give the graph the length of the longest sequence of this very batch,
-            which `GroupQueryAttention` wants.
-        embeds_width: see `manifest.Manifest`.
+        session: ONNX Runtime's session.
+        dialect, model: dialect and dimensions of its graph.
+        cache: the cache of all slots.
+        faults: explains failures.
+        float_type: float type of the graph.
+        shape: shape of the steps.
+        outputs: memory for logits and hidden states.
+        kv_len_of_batch: whether to give the graph the length of this batch's longest sequence,
+            which `GroupQueryAttention` needs.
+        embeds_width: width of ``inputs_embeds``, as in `manifest.Manifest`.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class DeviceStep:
         self._float_type, self._kv_len_of_batch = float_type, kv_len_of_batch
         self._device, self._positions = cache.device, cache.positions
         self._element = _BF16 if float_type == "bf16" else cache.dtype.type
-        # Bound anew in every step: a binding copies host memory to where the graph wants it, and
-        # ONNX Runtime wants some of the indices on the host and some on the device.
+        # Bound anew in every step, since a binding copies host memory to where the graph needs it.
+        # ONNX Runtime needs some of the indices on the host and some on the device.
         self._inputs = make_inputs(dialect, embeds_width, cache.dtype, shape)
         self._logits, self._hidden = outputs  # ONNX Runtime copies them from the device
         rows = (batch, model.num_kv_heads, seq, model.head_dim)
@@ -64,7 +64,7 @@ class DeviceStep:
         inputs, bound, self._new = cache_tensors(
             dialect, self._caches, lambda _: cache.allocate(rows)
         )
-        # Appending the rows that a graph returns is a run of its own.
+        # Appending the rows that a graph returns is a separate run.
         self._append = cache.writer(self._caches, self._new) if self._new else None
         self.binding = session.io_binding()
         for name, block in inputs.items():

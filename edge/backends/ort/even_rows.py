@@ -1,15 +1,16 @@
-"""What makes ONNX Runtime's CPU compute every token of a step alike, however many there are.
+"""Makes ONNX Runtime's CPU compute every token of a step alike, however many there are.
 
-Its products of packed weights (MatMulNBits) take other kernels for one row, for a pair and for the
-odd one that is left, and where these sum a row's parts in another order, what a sequence gets
-depends on what runs beside it. A last bit is enough: activations are rounded to int8 after it, and
-a greedy answer may part. Observed with ONNX Runtime 1.32: on x86 with AVX-512, kernels of groups
-of 32 agree, those of larger groups do not for a lone or last odd row; with AVX2 (emulated) INT4
-rows agree from two on, and one alone is another's. Attention sums one token in its own way, too.
+Its products of packed weights (MatMulNBits) use different kernels for one row, for a pair, and for
+the odd row that is left. If these sum a row's parts in different orders, a sequence's results
+depend on what runs beside it. A last bit is enough: activations are rounded to int8 after it, and a
+greedy answer may change. Observed with ONNX Runtime 1.32: on x86 with AVX-512, kernels for groups
+of 32 agree, but those for larger groups do not for a lone or last odd row. With AVX2 (emulated),
+INT4 rows agree from two on, and a lone row differs. Attention also sums a single token in its own
+way.
 
-So groups are cut to 32 at load, which changes no weight; a lone token of a decode step runs beside
-an idle slot where it must; and whether that is enough is found by trying, not by rules for
-processors (`find_unevenness`). That prompts run no lone token is the scheduler's part.
+So groups are cut to 32 at load, which changes no weight, and a lone token of a decode step runs
+beside an idle slot if necessary. Whether that is enough is found by trying, not by rules for
+processors (`find_unevenness`). The scheduler sees to it that prompts run no lone token.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from edge.bundle.onnx_file import ExternalTensor, Node, OnnxFile, attribute
 from edge.bundle.onnx_values import node_attributes
 
 _GROUP = 32
-_CHUNK = 6  # tokens of the trial's prompt, or fewer where a step or a slot holds fewer
+_CHUNK = 6  # tokens of the trial's prompt, or fewer if a step or a slot holds fewer
 
 
 def cut_groups(graph: OnnxFile, bundle: Path) -> None:
-    """Cut groups of more than 32 weights to 32, each with the scale of the whole.
+    """Cut groups of more than 32 weights to 32, each with the scale of the whole group.
 
     Args:
         graph: a decoder with FP32 scales, its planes joined.
-        bundle: where its weights are.
+        bundle: directory of its weights.
     """
-    graph.prune()  # of high planes
+    graph.prune()  # drops high planes
     stored = graph.external_tensors()
     values: dict[str, NDArray[Any]] = {}
 
@@ -67,12 +68,12 @@ def cut_groups(graph: OnnxFile, bundle: Path) -> None:
 def find_unevenness(backend: Backend, hidden_size: int) -> str | None:
     """Try whether a token's numbers depend on what runs beside it; the cache must be empty.
 
-    A sequence runs in chunks cut at several places, then a token of it alone and beside others.
+    A sequence runs in chunks cut at several places, then one token of it alone and beside others.
     All must agree in every bit. It takes about a dozen short steps and leaves rows that the first
     real tokens overwrite.
 
     Returns:
-        What differs; None if nothing does.
+        A description of the difference; None if there is none.
     """
     random = np.random.default_rng(0)
     slots = list(range(min(backend.num_slots, 3)))

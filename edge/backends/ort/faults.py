@@ -1,4 +1,4 @@
-"""Failures of a device as ONNX Runtime words them, and whether the device outlives them."""
+"""Interprets failures of a device in ONNX Runtime's messages, and whether the device is lost."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _NO_DEVICE = re.compile(r"\bCUDA failure (?:35|100)\b")  # the driver is too old
 
 
 def names_device(text: str) -> bool:
-    """Whether a message is of a device that is there, and not of one that cannot be had."""
+    """Whether a message is about a device that exists, not about one that cannot be used."""
     failed = _NO_MEMORY.search(text) or _DEVICE_FAILED.search(text)
     return failed is not None and _NO_DEVICE.search(text) is None
 
 
 class DeviceFaults:
-    """Turns ONNX Runtime's exceptions, which are of many classes, into ours.
+    """Turns ONNX Runtime's exceptions, which have many classes, into ours.
 
     Args:
         device: its name in messages.
-        cache: what its KV cache takes, for the message about too little memory.
+        cache: size of its KV cache, for the message about too little memory.
 
     Attributes:
         lost: why the device cannot be used any more; None while it can.
@@ -38,7 +38,7 @@ class DeviceFaults:
         """Refuse work on a lost device.
 
         Raises:
-            DeviceError: it is lost.
+            DeviceError: the device is lost.
         """
         if self.lost is not None:
             raise DeviceError(
@@ -49,7 +49,7 @@ class DeviceFaults:
 
     @contextlib.contextmanager
     def explain(self, when: str) -> Iterator[None]:
-        """Raise errors of ours for whatever fails inside; ``when`` says what was being done."""
+        """Raise one of our errors for any failure inside; ``when`` says what was being done."""
         try:
             yield
         except EdgeError:
@@ -66,7 +66,7 @@ class DeviceFaults:
                 f"programs ({text})"
             )
         if _DEVICE_FAILED.search(text):
-            # Errors of a CUDA context stay with it: every later call would fail likewise.
+            # Errors of a CUDA context stay with it: every later call would fail, too.
             self.lost = f"{self._device} failed {when}: {text}"
             return DeviceError(
                 f"{self.lost}; restart the process, and run edge-llm doctor if it happens again",

@@ -1,11 +1,11 @@
-"""ONNX Runtime on an NVIDIA GPU: the same graph that engines are built from, without an engine.
+"""Runs a bundle on an NVIDIA GPU with ONNX Runtime: the graph of engines, without an engine.
 
-It runs ``decoder.onnx``, typed fp16 or bf16. The CUDA provider of ONNX Runtime has kernels for all
-of dialect ``native`` (TensorScatter and Attention of opset 24 among them, OperatorKernels.md), and
-for `GroupQueryAttention`, which reads and writes the cache in place; so the load-time rewrite of
-the CPU serves here, too. Dialect ``portable`` runs as it is and its new rows are scattered.
+It runs ``decoder.onnx``, typed fp16 or bf16. ONNX Runtime's CUDA provider has kernels for all of
+dialect ``native``, including TensorScatter and Attention of opset 24 (OperatorKernels.md). It also
+has `GroupQueryAttention`, which reads and writes the cache in place, so the load-time rewrite for
+the CPU is used here, too. Dialect ``portable`` runs as it is and its new rows are scattered.
 
-The cache lies in device memory that ONNX Runtime allocated, at fixed addresses. Only a step's
+The cache is in device memory that ONNX Runtime allocated, at fixed addresses. Only a step's
 embeddings and indices go in, and only logits come out.
 """
 
@@ -55,25 +55,25 @@ class OrtCudaBackend:
         num_slots: sequences that the cache holds.
         kv_capacity: rows per slot; None is the bundle's own.
         max_step_tokens: the most tokens per sequence and step; bounds the activations' memory.
-        fuse_attention: rewrite attention to `GroupQueryAttention`, where `can_fuse`; off runs the
-            graph as it is, which copies the cache's valid rows in every step.
-        device: another one than the first GPU; tests put the CPU here.
-        hidden_states: put out what a head reads, where the manifest has one.
+            fuse_attention: whether to rewrite attention to `GroupQueryAttention`, if `can_fuse`;
+                off runs the graph as it is, which copies the cache's valid rows in every step.
+            device: another device than the first GPU; tests use the CPU.
+            hidden_states: put out the hidden states that a head reads, if the manifest has one.
 
     Attributes:
-        nodes_elsewhere: operators that work on tensors but run outside the device, with their
-            number; empty if all is well. They are logged as a warning, too.
+            nodes_elsewhere: number of nodes by operator that work on tensors but run outside the
+                device; empty if all is well. They are logged as a warning, too.
 
     Raises:
         DependencyError: onnxruntime-gpu, a library or a kernel that it needs is missing.
         DeviceMemoryError: weights and cache do not fit into the device's memory.
         BundleError: the graph's inputs and outputs are not those of `io_spec`.
-        ConfigError: a number out of range.
+            ConfigError: a number is out of range.
     """
 
     name = "ort-cuda"
     meanwhile: Callable[[], None] | None = None  # ONNX Runtime returns when the device is done
-    forward_best = None  # bundles have no outputs for it, only engines
+    forward_best = None  # only engines have outputs for it, not bundles
     rounds_activations = False
 
     def __init__(
@@ -130,7 +130,7 @@ class OrtCudaBackend:
             self._warm_up(1)
             self._check_in_place()
         except BaseException:
-            self.close()  # references go in a circle, and less is tried at once (`device_backend`)
+            self.close()  # drops cycles, so that a smaller try has memory (`device_backend`)
             raise
         self.nodes_elsewhere = tensor_nodes_elsewhere(events, self.device.provider)
         if self.nodes_elsewhere:
@@ -145,9 +145,9 @@ class OrtCudaBackend:
         """Open the session, allocate the cache, and profile a first step; returns its events."""
         options = session_options(self._ort, bundle, manifest)
         hand_over(graph, self._ort, options)
-        # Weights outside the arena: it would round every one of them up.
+        # Weights stay out of the arena, which would round every one of them up.
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        # MatMulNBits keeps activations as they are typed, as an engine does; 4 would mean int8.
+        # MatMulNBits keeps the activations' type, as an engine does; 4 would mean int8.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         model = self._model
         shape = (self.num_slots, model.num_kv_heads, self.capacity, model.head_dim)
@@ -182,12 +182,12 @@ class OrtCudaBackend:
 
     @property
     def failed(self) -> str | None:
-        """See `edge.backends.Backend.failed`; a lost device needs the process to restart."""
+        """See `edge.backends.Backend.failed`; after a lost device the process must restart."""
         return "the backend is closed" if self._session is None else self._faults.lost
 
     @property
     def cache_bytes(self) -> int:
-        """Device memory of the cache."""
+        """Return the device memory of the cache, in bytes."""
         return self._cache.num_bytes
 
     def forward(self, step: Step) -> NDArray[np.float32]:
@@ -197,7 +197,7 @@ class OrtCudaBackend:
         return self._runner.run(step)
 
     def read_slot(self, slot: int, length: int) -> Floats:
-        """See `edge.backends.Backend.read_slot`; bf16 rows come as float32, which holds them."""
+        """See `edge.backends.Backend.read_slot`; bf16 rows become float32, without loss."""
         self._check_usable()
         with self._faults.explain("while reading a slot"):
             rows = self._cache.read(slot, length)
@@ -231,7 +231,7 @@ class OrtCudaBackend:
         try:
             self.write_slot(slot, row)
         except EdgeError as error:
-            # Its rows may be a prefix that others share, and nobody would notice.
+            # Its rows may be a prefix that others share, and nobody would notice the fault.
             self._faults.lost = self._faults.lost or f"a slot's row could not be put back: {error}"
             raise
 
@@ -241,7 +241,7 @@ class OrtCudaBackend:
         self.forward(step_after([0], [position], embeds, last_token(1)[None]))
 
     def _check_in_place(self) -> None:
-        """The rows of two steps must be there: a copied cache would have lost the first."""
+        """Check that the rows of two steps exist: a copied cache would have lost the first."""
         if not self.read_slot(0, 2).any(axis=(1, 3)).all():
             raise BackendError(
                 f"ONNX Runtime {self._ort.__version__} did not update the cache in place on "
@@ -267,8 +267,8 @@ class OrtCudaBackend:
 def _take_total_from_shape(graph: OnnxFile) -> None:
     """Give GroupQueryAttention its total length as a shape, which is known on the host.
 
-    It wants that number in host memory. Computed from ``write_indices``, which lie on the device,
-    it would make the host wait for the device once more in every step.
+    The operator needs that number in host memory. Computed from ``write_indices``, which are on the
+    device, it would make the host wait for the device once more in every step.
     """
     for index, node in enumerate(graph.nodes):
         if node.outputs == ["cpu.longest"]:

@@ -1,10 +1,10 @@
-"""Host memory of a KV cache that costs what is written into it.
+"""Holds a KV cache in host memory that costs only what is written into it.
 
 Where the kernel gives huge pages freely, the first row of a sequence makes 2 MB resident in every
-head of every layer: eight slots of 40 tokens took as much as eight full ones (numpy asks for huge
-pages above 4 MB, and some systems always give them). With small pages alone, attention over 3,000
-rows takes 3 to 5 % longer. So pages are small at first, and made huge once they are half full:
-resident is at most twice what was used.
+head of every layer: eight slots of 40 tokens took as much as eight full ones. (numpy asks for huge
+pages above 4 MB, and some systems always give them.) With small pages alone, attention over 3,000
+rows takes 3 to 5 % longer. So pages are small at first, and made huge once they are half full: at
+most twice the used memory is resident.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
 if TYPE_CHECKING:
     from edge.bundle.kv_scales import Scales
 
-_CHECK_ROWS = 256  # a slot grows by this many before its pages are looked at again
-_TOKENS_PER_PAGE = 16  # a page takes 0.6 ms or more to copy: no step shall wait for all of them
+_CHECK_ROWS = 256  # a slot grows by this many rows before its pages are checked again
+_TOKENS_PER_PAGE = 16  # copying a page takes 0.6 ms or more: no step may wait for all of them
 
 
 class HostCaches:
-    """Tensors of which some hold INT8 and the others float32; see `HostCache`.
+    """Tensors in `HostCache` of which some hold INT8 and the others float32.
 
     Args:
-        shape: of each tensor.
+        shape: shape of each tensor.
         num_tensors: keys and values of all layers.
-        scales: of those in INT8, by number.
+        scales: scales of the tensors in INT8, by number.
 
     Attributes:
         arrays: the tensors in order.
@@ -70,7 +70,7 @@ class HostCaches:
         return rows
 
     def write(self, slot: int, rows: Floats) -> None:
-        """Overwrite the first rows of a slot with what `read` returned.
+        """Overwrite the first rows of a slot with rows that `read` returned.
 
         Raises:
             BackendError: a value for INT8 is not finite; nothing is written then.
@@ -91,7 +91,7 @@ class HostCaches:
             part.copy(source, target, length)
 
     def close(self) -> None:
-        """Let go of the memory, which lives on while anyone else holds a tensor."""
+        """Drop the memory, which lives on while anyone else holds a tensor."""
         self.arrays = []
         for part in self._parts:
             part.close()
@@ -102,18 +102,18 @@ class HostCaches:
             part.wrote(slot, num_rows)
 
     def settle(self, num_tokens: int) -> None:
-        """Make some of the pages huge that have become half full, behind a step of that size."""
+        """Make some half-full pages huge, after a step of ``num_tokens`` tokens."""
         for part in self._parts:
             part.settle(num_tokens)
 
 
 class HostCache:
-    """Zeroed tensors  ``[slots, kv_heads, capacity, head_dim]`` in memory of their own.
+    """Zeroed tensors ``[slots, kv_heads, capacity, head_dim]`` in memory of their own.
 
     Args:
         num_tensors: keys and values of all layers.
-        shape: of each tensor.
-        dtype: of its elements.
+        shape: shape of each tensor.
+        dtype: type of its elements.
 
     Attributes:
         arrays: the tensors. They keep their memory alive, also without this object.
@@ -127,11 +127,11 @@ class HostCache:
     ) -> None:
         slots, self._heads, capacity, head_dim = shape
         self._row_bytes = head_dim * dtype.itemsize
-        self._block_bytes = capacity * self._row_bytes  # rows of one slot and head
+        self._block_bytes = capacity * self._row_bytes  # all rows of one slot and head
         num_bytes = slots * self._heads * self._block_bytes
-        self._rows = np.zeros(slots, np.int64)  # that were ever written, from the first one on
+        self._rows = np.zeros(slots, np.int64)  # rows ever written, counted from the first
         self._check_at = [1] * slots
-        # Every tensor begins at a huge page, so that one list of pages goes for all.
+        # Every tensor begins at a huge page, so that one list of pages is valid for all.
         self._huge = np.zeros(num_bytes // HUGE_PAGE_BYTES, np.bool_)
         self._pending: deque[tuple[mmap.mmap, int]] = deque()
         self._blocks: list[tuple[mmap.mmap, int]] = []
@@ -149,7 +149,7 @@ class HostCache:
         self.wrote(target, length)
 
     def close(self) -> None:
-        """Let go of the memory, which lives on while anyone else holds a tensor."""
+        """Drop the memory, which lives on while anyone else holds a tensor."""
         self.arrays, self._blocks = [], []
         self._pending.clear()
 
@@ -166,17 +166,17 @@ class HostCache:
         self._huge |= full
 
     def settle(self, num_tokens: int) -> None:
-        """Make some of the pages huge that have become half full, behind a step of that size."""
+        """Make some half-full pages huge, after a step of ``num_tokens`` tokens."""
         for _ in range(min(1 + num_tokens // _TOKENS_PER_PAGE, len(self._pending))):
             block, offset = self._pending.popleft()
             _advise(block, "MADV_HUGEPAGE", offset, HUGE_PAGE_BYTES)
-            # Refused by an older kernel, or where no 2 MB are free in one piece: it stays small.
+            # An older kernel refuses, or no 2 MB are free in one piece: then the page stays small.
             with contextlib.suppress(OSError):
                 block.madvise(MADV_COLLAPSE, offset, HUGE_PAGE_BYTES)
 
     def _used_bytes(self) -> NDArray[np.int64]:
-        """Bytes of written rows in each whole huge page of a tensor."""
-        used = np.repeat(self._rows * self._row_bytes, self._heads)  # of each slot and head
+        """Return the bytes of written rows in each whole huge page of a tensor."""
+        used = np.repeat(self._rows * self._row_bytes, self._heads)  # per slot and head
         before = np.concatenate([[0], np.cumsum(used)])
         edges = np.arange(len(self._huge) + 1, dtype=np.int64) * HUGE_PAGE_BYTES
         index, within = np.divmod(edges, self._block_bytes)
@@ -186,7 +186,7 @@ class HostCache:
 
 
 def _reserve(num_bytes: int) -> tuple[mmap.mmap, int]:
-    """Private zeros in small pages, and the offset of the first huge page's border in them."""
+    """Reserve private zeros in small pages; also return the offset of their first huge page."""
     try:
         block = mmap.mmap(
             -1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -199,7 +199,7 @@ def _reserve(num_bytes: int) -> tuple[mmap.mmap, int]:
 
 
 def _advise(block: mmap.mmap, name: str, offset: int, num_bytes: int) -> None:
-    """Advise the kernel; a system without huge pages has no such advice, or refuses it."""
+    """Advise the kernel; a system without huge pages lacks such advice, or refuses it."""
     advice: int | None = getattr(mmap, name, None)
     if advice is not None:
         with contextlib.suppress(OSError):

@@ -1,24 +1,24 @@
-"""The load-time form of a decoder that reads prompts: products of INT8 by INT8 instead of by INT4.
+"""Rewrites a decoder at load for reading prompts: products of INT8 by INT8 instead of by INT4.
 
 A decode step is bound by reading weights, a prompt by multiplying. ONNX Runtime's product of INT4
-blocks (MatMulNBits) unpacks them for every tile of tokens; its product of two INT8 matrices has no
+blocks (MatMulNBits) unpacks them for every tile of tokens. Its product of two INT8 matrices has no
 blocks and is two to three times as fast for hundreds of tokens. So each INT4 or two-plane weight
 becomes INT8 with one scale per output, and inputs are rounded to 8 bits with one scale per token:
 
     y = (round(x / a) @ W8) * b * a,    a = max |x| / 127 of each token,  b = scale of each output
 
-The inputs of ``down`` are products of two activations and spread too wide for 8 bits: what rounding
-left over is rounded once more, 254 times as fine, and multiplied, too. The lm_head stays as it is,
-since a prompt wants one row of logits.
+The inputs of ``down`` are products of two activations and spread too wide for 8 bits. So the rest
+of the rounding is rounded once more, 254 times as fine, and multiplied, too. The lm_head stays as
+it is, since a prompt needs one row of logits.
 
 The first token of a text may hold a few activations a thousand times as large as the others, which
 rounding by token then loses. Its own logits are wrong; those of later tokens are measured in
 docs/benchmarks.md. So such a step must have `INT8_PREFILL_TOKENS` and a single row of logits.
 
 On x86 without VNNI, ONNX Runtime's kernel for UINT8 by INT8 adds pairs of products in 16 bits,
-where they saturate; the weights are UINT8 around 128 there, whose kernel is exact.
+where they saturate. There the weights are UINT8 around 128, whose kernel is exact.
 
-Only a session's copy of the graph is rewritten; the cache that it fills is the other session's.
+Only a session's copy of the graph is rewritten; it fills the cache of the other session.
 `MatMulIntegerToFloat` is an operator of ONNX Runtime (ContribOperators.md).
 """
 
@@ -42,15 +42,15 @@ from .cpu_attention import OWN_DOMAIN, expect_node
 from .join_planes import drop_high_products
 
 _LARGEST = 127
-_FINE = 254  # half a step is the most that rounding leaves
-_CHUNK_BYTES = 1 << 17  # of packed weights; with its temporaries it stays in the L2 cache
+_FINE = 254  # rounding leaves at most half a step
+_CHUNK_BYTES = 1 << 17  # of packed weights; with temporaries it fits the L2 cache
 _ONE, _FINE_STEP, _ZERO = "int8.one", "int8.fine", "int8.zero_point"
 _WEIGHT_ZERO = "int8.weight_zero_point"
 _LEAST, _STEP, _LAST_AXIS = "int8.least", "int8.step", "int8.last_axis"
 
 
 def int8_linears(manifest: Manifest) -> list[str]:
-    """Names of the linear layers that have INT8 products for prompts.
+    """Return the names of the linear layers that get INT8 products for prompts.
 
     Raises:
         ConfigError: there are none.
@@ -61,7 +61,7 @@ def int8_linears(manifest: Manifest) -> list[str]:
         for name, linear in linears.items()
         if (linear.scheme.kind == "int4" or linear.scheme.planes)
         and name != "lm_head"
-        and linear.shape[1] % 2 == 0  # rows end within a byte of odd ones
+        and linear.shape[1] % 2 == 0  # rows of an odd length end within a byte
     ]
     if not names or any(linear.scheme.kind == "w8a8" for linear in linears.values()):
         raise ConfigError(
@@ -72,10 +72,10 @@ def int8_linears(manifest: Manifest) -> list[str]:
 
 
 def int8_bytes(manifest: Manifest) -> int:
-    """Bytes of the INT8 weights, besides the ones that decode reads.
+    """Return the bytes of the INT8 weights, which come on top of those that decode reads.
 
     Raises:
-        ConfigError: see `int8_linears`.
+        ConfigError: `int8_linears` finds none.
     """
     linears = manifest.quantization.linears
     shapes = [linears[name].shape for name in int8_linears(manifest)]
@@ -86,16 +86,16 @@ def widen_products(graph: OnnxFile, bundle: Path, manifest: Manifest) -> list[st
     """Replace products with weights in one INT4 plane or two by products of INT8 and INT8.
 
     Args:
-        graph: of the decoder, with FP32 scales and planes that are not joined.
+        graph: the decoder, with FP32 scales and planes that are not joined.
         bundle: the bundle's directory.
         manifest: its manifest.
 
     Returns:
-        The names of the layers that were replaced, see `int8_linears`.
+        The names of the layers that were replaced: those of `int8_linears`.
 
     Raises:
         BundleError: the graph is not one that edge-llm's exporter wrote.
-        ConfigError: see `int8_linears`.
+        ConfigError: `int8_linears` finds no layer.
     """
     names, linears = int8_linears(manifest), manifest.quantization.linears
     drop_high_products(graph, [name for name in names if linears[name].scheme.planes])
@@ -148,8 +148,8 @@ def _round(name: str, twice: bool) -> list[Node]:
     """Round a tensor ``[..., n]`` to ``{name}.int8``, with a step ``{name}.step`` per row.
 
     Args:
-        name: of the tensor.
-        twice: what is left over then becomes ``{name}.int8_rest``.
+        name: name of the tensor.
+        twice: whether the rest of the rounding becomes ``{name}.int8_rest``.
     """
     nodes = [
         _node("Abs", [name], f"{name}.size"),
@@ -169,7 +169,7 @@ def _round(name: str, twice: bool) -> list[Node]:
 
 
 def _multiply(tensor: str, name: str, outputs: list[str], twice: bool) -> list[Node]:
-    """The product of a rounded tensor (see `_round`) and the INT8 weight of a layer."""
+    """Multiply a tensor rounded by `_round` with the INT8 weight of a layer."""
 
     def multiply(inputs: str, step: str, output: str) -> Node:
         operands = [inputs, f"{name}.int8", step, f"{name}.int8_scale", _ZERO, _WEIGHT_ZERO]
@@ -189,12 +189,12 @@ def _multiply(tensor: str, name: str, outputs: list[str], twice: bool) -> list[N
 def _read(
     bundle: Path, name: str, stored: dict[str, ExternalTensor]
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """A weight ``[in, out]`` in INT8, and its scale ``[out]``."""
+    """Read a weight ``[in, out]`` in INT8, and its scale ``[out]``."""
     low, high = stored[f"{name}.weight"], stored.get(f"{name}.high_weight")
     scales = _load(bundle, stored[f"{name}.scale"], np.dtype(np.float32))
     rows, columns = low.shape
     group_size = rows // len(scales)
-    # The most that a plane, or two, can hold; taken as it is, no weight has to be looked at twice.
+    # The most that one plane, or two, can hold; by using it, each weight is read only once.
     largest = HIGH_PLANE // 2 if high is None else HIGH_PLANE**2 // 2
     if high is not None and f"{name}.offset" in stored:
         largest = -PLANES_LEAST
@@ -230,7 +230,7 @@ def unpack(planes: list[NDArray[np.uint8]], out: NDArray[np.float32]) -> None:
     """
     signed = [plane.view(np.int8) for plane in planes]
     for column in (0, 1):
-        # A shift to the left drops the other nibble, one to the right brings the sign back.
+        # A shift to the left drops the other nibble, one to the right restores the sign.
         values = [(plane if column else plane << 4) >> 4 for plane in signed]
         out[..., column::2] = values[0]
         if len(values) > 1:

@@ -1,21 +1,21 @@
-"""The load-time form of INT4 and INT8 weights for ONNX Runtime: joined planes, packed by output.
+"""Packs INT4 and INT8 weights at load for ONNX Runtime: planes are joined, and packed by output.
 
-In the file such a weight is ``16 * high + low``: two matrix products and their sum, which is what
-TensorRT keeps packed. Where activations are rounded to int8, ONNX Runtime has one kernel for 8-bit
-weights (MatMulNBits) and takes two passes over the activations for two planes. So each pair becomes
-one 8-bit weight of the low plane's scales, held in memory; only the session's copy of the graph is
-rewritten, and a parity test holds both against each other.
+In the file such a weight is ``16 * high + low``: two matrix products and their sum, which TensorRT
+keeps packed. If activations are rounded to int8, ONNX Runtime has one kernel for 8-bit weights
+(MatMulNBits), while two planes would take two passes over the activations. So each pair becomes one
+8-bit weight with the low plane's scales, held in memory. Only the session's copy of the graph is
+rewritten, and a parity test compares both.
 
 Integers of others' checkpoints reach down to -136 (`PLANES_LEAST`), in layers with offsets. Those
-are joined around 136; where the kernel takes 128 for granted, the layer's offsets make up for it.
+are joined around 136; where the kernel takes 128 for granted, the layer's offsets correct it.
 
-The joined weights are UINT8 with a zero point of 128: what ONNX Runtime's option for exact products
-of INT8 (`session.session_options`) makes of an INT8 constant in groups does not run.
+The joined weights are UINT8 with a zero point of 128, since INT8 constants in groups do not run
+under ONNX Runtime's option for exact INT8 products (`session.session_options`).
 
 MatMulNBits (``com.microsoft``, onnxruntime ContribOperators.md) takes weights as
 ``[out, groups, group size]``, around 128 or, two to a byte, around 8, and scales as
-``[out, groups]``. ONNX Runtime makes it of `DequantizeLinear` and `MatMul` by itself, on one core
-and with one more copy of all weights; here layers are packed beside each other.
+``[out, groups]``. ONNX Runtime can make it of `DequantizeLinear` and `MatMul` by itself, but on one
+core and with one more copy of all weights; here layers are packed in parallel.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _ZERO_POINT = np.uint8(128)
-_SIGNS = np.uint8(0x88)  # of two weights in a byte: from two's complement to around 8
+_SIGNS = np.uint8(0x88)  # flips two weights in a byte from two's complement to around 8
 _BEYOND = np.uint8(-128 - PLANES_LEAST)
-_ROOM = 2  # times the weights, whose scales are half as wide in the bundle
-_CHUNK_BYTES = 1 << 19  # of a plane; with its temporaries it stays in the L2 cache
+_ROOM = 2  # times the weights, since the bundle's scales are half as wide
+_CHUNK_BYTES = 1 << 19  # of a plane; with temporaries it fits the L2 cache
 
 
 def join_planes(
@@ -59,18 +59,18 @@ def join_planes(
 ) -> None:
     """Replace every pair of planes, and INT4 in products of MatMulNBits, in `OnnxFile.in_memory`.
 
-    Nothing but the new weights takes memory. On a CPU they are in files (`lent_weights`), where
-    there is room for such; else INT4 stays as it is: ONNX Runtime packs one layer after the other,
-    and gives each back, but would keep all that it is handed over until the last one.
+    Only the new weights take memory. On a CPU they are in files (`lent_weights`) if there is room
+    for such files; else INT4 stays as it is. ONNX Runtime packs and releases files one layer after
+    the other, but would keep weights that it is handed until the last one is packed.
 
     Args:
-        graph: of the decoder.
+        graph: the decoder.
         bundle: the bundle's directory.
         manifest: its manifest.
-        accuracy_level: write the products as MatMulNBits with this level (see
-            `session.accuracy_level`), for a graph whose scales are FP32; None leaves
+        accuracy_level: write the products as MatMulNBits with this level
+            (`session.accuracy_level`), for a graph whose scales are FP32. None leaves
             `DequantizeLinear` and `MatMul`, and INT4 as it is.
-        without: layers that are left alone.
+        without: layers that are not changed.
 
     Raises:
         BundleError: the graph is not one that edge-llm's exporter wrote.
@@ -94,7 +94,7 @@ def join_planes(
         size = math.prod(shape) * np.dtype(dtype).itemsize
         memory = map_file(size) if in_files and dtype is np.uint8 else None
         if memory is None:
-            # Small pages, unlike numpy's: the kernel makes room for huge ones, in more time than
+            # Small pages, unlike numpy's: making room for huge ones costs the kernel more time than
             # they save.
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         joined[name] = np.frombuffer(memory, dtype).reshape(shape)
@@ -108,7 +108,7 @@ def join_planes(
         groups = rows // group_size
         beyond = _BEYOND if high and linears[name].offsets else np.uint8(0)
         dequantized = expect_node(consumers, weight, "DequantizeLinear")
-        if accuracy_level is None or columns % 2:  # rows end within a byte of odd ones
+        if accuracy_level is None or columns % 2:  # rows of an odd length end within a byte
             if high is None:
                 return
             part = allocate(weight, low.shape)
@@ -158,11 +158,11 @@ def join(low: NDArray[np.uint8], high: NDArray[np.uint8], out: NDArray[np.uint8]
 
     Args:
         low: plane ``[..., n]``.
-        high: plane likewise.
+        high: plane ``[..., n]``.
         out: ``[..., 2 * n]``, in any layout.
     """
     sign = np.uint8(HIGH_PLANE // 2)
-    # Bytes wrap around: the sum of nibble and plane is what two's complement makes of it.
+    # Bytes wrap around, so the sum of nibble and plane is right in two's complement.
     for column, (below, above) in enumerate(
         ((low & 15, high << 4), (low >> 4, high & 0xF0)),
     ):
@@ -173,13 +173,13 @@ def join(low: NDArray[np.uint8], high: NDArray[np.uint8], out: NDArray[np.uint8]
 
 
 def hand_over(graph: OnnxFile, ort: ModuleType, options: onnxruntime.SessionOptions) -> None:
-    """Let a session take the weights that are in memory; nothing is copied."""
+    """Pass the weights in memory to a session; nothing is copied."""
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in graph.in_memory.values()]
     options.add_external_initializers(list(graph.in_memory), values)
 
 
 def drop_high_products(graph: OnnxFile, names: list[str]) -> None:
-    """Let the low plane's product be the sum; what only the high plane needs is then unused."""
+    """Replace the sum by the low plane's product; nodes only for the high plane become unused."""
     producers = {output: node for node in graph.nodes for output in node.outputs}
     consumers = {name: node for node in graph.nodes for name in node.inputs}
     sums = set()
@@ -204,7 +204,7 @@ def _read_joined(
 def _read_transposed(
     bundle: Path, low: ExternalTensor, high: ExternalTensor | None, out: NDArray[np.uint8]
 ) -> None:
-    """Pack the planes ``[in, out]`` of a weight, or its only one, as MatMulNBits takes them."""
+    """Pack the one or two planes ``[in, out]`` of a weight as MatMulNBits takes them."""
     rows, columns = low.shape
     planes = [_map(bundle, plane).reshape(rows, -1) for plane in (low, high) if plane]
     width = max(_CHUNK_BYTES // rows, 1)  # bytes of a row of a plane in one chunk
@@ -226,7 +226,7 @@ def _read_transposed(
 
 
 def _map(bundle: Path, tensor: ExternalTensor) -> NDArray[np.uint8]:
-    """A tensor's bytes in the page cache, where the kernel begins to read them in their order."""
+    """Map a tensor's bytes, and make the kernel read them ahead in their order."""
     start = tensor.offset % mmap.ALLOCATIONGRANULARITY
     size, place = start + tensor.num_bytes, tensor.offset - start
     with (bundle / tensor.file).open("rb") as file:

@@ -1,10 +1,11 @@
-"""New weights in files in memory, each of which ONNX Runtime gives back once it has packed it.
+"""Passes new weights to ONNX Runtime as files in memory; it releases each once it is packed.
 
-Values that a session is given (`SessionOptions.add_external_initializers`) it copies, and both stay
-until all are packed. A file it maps, tensor by tensor, and each map ends with the packing of it.
-The files have names only while the session looks for them: then the kernel frees a weight with
-its last map. What a process that is killed meanwhile leaves, the next one removes. Names have to
-be real ones: ONNX Runtime takes no link that leads elsewhere, such as those in ``/proc/self/fd``.
+ONNX Runtime copies values that a session is given (`SessionOptions.add_external_initializers`), and
+both copies stay until all are packed. Files it maps, tensor by tensor, and each map ends when the
+tensor is packed. The files have names only while the session looks for them, so the kernel frees a
+weight with its last map. If a process is killed meanwhile, the next one removes its files. The
+names have to be real: ONNX Runtime follows no link out of the folder, such as those in
+``/proc/self/fd``.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ _MOST_COPIED_BYTES = 1 << 26  # of norms and biases
 
 
 def has_room(num_bytes: int) -> bool:
-    """Whether files of so many bytes can be made in memory."""
+    """Whether files of this many bytes can be made in memory."""
     try:
         os.close(_open_file())
         return shutil.disk_usage(_FOLDER).free > num_bytes
-    except (OSError, AttributeError):  # no such folder, no right to write there, or no Linux
+    except (OSError, AttributeError):  # the folder is missing or not writable, or not Linux
         return False
 
 
 class _Map(mmap.mmap):
-    file: int  # a descriptor, which ends with the map
+    file: int  # a descriptor, closed with the map
 
 
 def map_file(num_bytes: int) -> mmap.mmap | None:
-    """Make memory that is a file without a name, which `lend` gives it.
+    """Make memory that is a file without a name; `lend` names it.
 
     Returns:
-        None if there is no room for it (any more), which a page that is written to could not say.
+        None if there is no room for it (any more); writing to a page could not report that.
     """
     try:
         file = _open_file()
@@ -66,19 +67,19 @@ def map_file(num_bytes: int) -> mmap.mmap | None:
 
 @contextlib.contextmanager
 def lend(graph: OnnxFile, bundle: Path) -> Iterator[Path]:
-    """Where a session on a graph, which is serialized already, finds its weights as it opens.
+    """Provide the path at which a session on an already serialized graph finds its weights.
 
     Args:
-        graph: nothing is in its memory then, unless none of it is of `map_file` or the folder has
-            become full.
-        bundle: where the other weights are.
+        graph: the graph. Afterwards its memory is empty, unless none of it is of `map_file` or the
+            folder has become full.
+        bundle: directory of the other weights.
     """
     with contextlib.ExitStack() as stack:
         yield _fill_folder(graph, bundle, stack) or bundle
 
 
 def _fill_folder(graph: OnnxFile, bundle: Path, stack: contextlib.ExitStack) -> Path | None:
-    """Give all weights names in a folder until the stack ends; None where that cannot be."""
+    """Give all weights names in a folder until the stack ends; None if that is impossible."""
     tensors = graph.external_tensors()
     others = {name: tensor for name, tensor in tensors.items() if name not in graph.in_memory}
     too_much = sum(tensor.num_bytes for tensor in others.values()) > _MOST_COPIED_BYTES
@@ -100,12 +101,12 @@ def _fill_folder(graph: OnnxFile, bundle: Path, stack: contextlib.ExitStack) -> 
                     to.seek(tensor.offset)
                     to.write(source.read(tensor.num_bytes))
             for name, value in graph.in_memory.items():
-                if name in files:  # Given a descriptor, `link` follows the link to the file.
+                if name in files:  # given a descriptor, `link` follows the link to the file
                     os.link(f"/proc/self/fd/{files[name]}", folder / name, src_dir_fd=files[name])
                 else:
                     value.tofile(folder / name)
             stack.enter_context(made.pop_all())
-    except OSError:  # another process has taken the room since `has_room`, or there is no /proc
+    except OSError:  # another process has used the room since `has_room`, or there is no /proc
         return None
     graph.in_memory.clear()
     stack.enter_context(_unlinking(folder, names))
@@ -114,7 +115,7 @@ def _fill_folder(graph: OnnxFile, bundle: Path, stack: contextlib.ExitStack) -> 
 
 @contextlib.contextmanager
 def _unlinking(folder: Path, names: list[str]) -> Iterator[None]:
-    """Take the names away once a session has mapped all of them."""
+    """Remove the names once a session has mapped all of the files."""
     opened = threading.Event()
 
     def unlink_mapped() -> None:
@@ -136,13 +137,13 @@ def _unlinking(folder: Path, names: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _make_folder() -> Iterator[Path]:
-    """A folder that is locked as long as its process lives; those of killed ones are removed."""
+    """Make a folder that is locked while its process lives, and remove those of killed ones."""
     for path in Path(_FOLDER).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError), _locked(path, fcntl.LOCK_NB) as left:
             names = [entry.name for entry in os.scandir(left)]
             for name in names:
-                os.unlink(name, dir_fd=left)  # at that path may be something else by now
-            if names:  # an empty one may be about to be locked
+                os.unlink(name, dir_fd=left)  # by descriptor: the path may lead elsewhere by now
+            if names:  # another process may be about to lock an empty one
                 path.rmdir()
     with tempfile.TemporaryDirectory(dir=_FOLDER, prefix=_PREFIX) as made, _locked(made):
         yield Path(made).resolve()

@@ -1,8 +1,8 @@
-"""Which provider of ONNX Runtime really ran which node of a graph.
+"""Finds which provider of ONNX Runtime really ran which node of a graph.
 
-A node that a provider has no kernel for runs on the CPU, without an error: every such node costs
-two copies and a wait. The profile of one step says what ran where, in every version of ONNX
-Runtime. Arithmetic on shapes and indices is placed on the CPU on purpose and does not count.
+A node for which a provider has no kernel runs on the CPU, without an error, and costs two copies
+and a wait. The profile of one step says what ran where, in every version of ONNX Runtime.
+Arithmetic on shapes and indices is placed on the CPU on purpose and does not count.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _INDEX_ELEMENTS = 4096
 
 
 def tensor_nodes_elsewhere(events: Iterable[Mapping[str, Any]], provider: str) -> dict[str, int]:
-    """Operators of a profiled step that worked on tensors, but not on the provider asked for.
+    """Count nodes of a profiled step that worked on tensors, but not on ``provider``.
 
     Args:
-        events: what ``InferenceSession.end_profiling`` wrote.
+        events: the events that ``InferenceSession.end_profiling`` wrote.
         provider: e.g. ``CUDAExecutionProvider``.
 
     Returns:
@@ -27,7 +27,7 @@ def tensor_nodes_elsewhere(events: Iterable[Mapping[str, Any]], provider: str) -
     """
     counts: Counter[str] = Counter()
     for event in events:
-        # An event per node and phase; only the kernel's names a provider.
+        # There is an event per node and phase; only the kernel's names a provider.
         arguments = event.get("args", {})
         where = arguments.get("provider")
         if event.get("cat") != "Node" or not where or where == provider:

@@ -1,9 +1,9 @@
-"""Rows of a KV cache in device memory, moved by ONNX Runtime's own kernels.
+"""Moves rows of a KV cache in device memory by ONNX Runtime's own kernels.
 
-ONNX Runtime's Python API copies whole tensors only. A slot's rows are a strided part of each cache
-tensor, so two tiny graphs do the work on whatever device the session has, and no second way to
-that device's memory is needed: ``ScatterND`` writes rows in place, ``Slice`` reads them. Each has
-one node per cache tensor, so one call moves all layers. Elements are opaque: two bytes are uint16.
+ONNX Runtime's Python API copies whole tensors only, but a slot's rows are a strided part of each
+cache tensor. So two tiny graphs do the work on the session's device: ``ScatterND`` writes rows in
+place, ``Slice`` reads them. No other access to the device's memory is needed. Each graph has one
+node per cache tensor, so one call moves all layers. Elements are opaque: two bytes are uint16.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from edge.bundle.onnx_file import ELEMENT_NUMBERS, Node, small_model, tensor_inf
 
 
 class Block:
-    """A contiguous tensor in device memory: what a binding needs to know of it.
+    """A contiguous tensor in device memory, as a binding needs it.
 
     Attributes:
-        address: of its first element.
+        address: address of its first element.
         shape: its dimensions.
         owner: keeps the memory alive.
     """
@@ -38,9 +38,9 @@ class RowMover:
     Args:
         open_session: makes a session of a model's bytes on the device.
         allocate: makes an uninitialized block of a shape there.
-        device: name and index of the device, as ONNX Runtime's bindings call it.
+        device: name and index of the device in ONNX Runtime's bindings.
         num_tensors: cache tensors, keys and values of all layers.
-        dtype: of the elements, two or four bytes each.
+        dtype: type of the elements, two or four bytes each.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class RowMover:
 
 
 class RowWriter:
-    """Writes the rows that lie in some blocks now; made by `RowMover.writer`."""
+    """Writes the current rows of some blocks; made by `RowMover.writer`."""
 
     def __init__(self, session: Any, binding: Any, shape: Sequence[int]) -> None:
         self._session = session

@@ -1,7 +1,7 @@
-"""Steps on ONNX Runtime: which slots run together, and what a session's binding is made of.
+"""Runs steps on ONNX Runtime: decides which slots run together, and names bindings.
 
 A slot is a contiguous part of each cache tensor, so a step on slots ``first .. first + B`` binds
-the addresses of that part. What the memory is, and how it is bound, is the backend's.
+the addresses of that part. The backend decides about the memory, and how it is bound.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class RunShape(NamedTuple):
-    """What a binding is made for: the first slot, sequences, tokens and logits of each."""
+    """Key of a binding: the first slot, the number of sequences, and tokens and logits of each."""
 
     first: int
     batch: int
@@ -30,7 +30,7 @@ class RunShape(NamedTuple):
 
 
 class StepOutputs(NamedTuple):
-    """Host memory for what leaves the engine, in its own type.
+    """Host memory for the outputs of the graph, in its own type.
 
     Attributes:
         logits: ``[B, N, width]``.
@@ -50,37 +50,37 @@ class BoundStep(Protocol):
 
     @property
     def hidden(self) -> NDArray[np.float32] | None:
-        """See the class."""
+        """Return the attribute that the class describes."""
         ...
 
     def run(self, step: Step) -> NDArray[np.float32]:
-        """Logits ``[B, N, vocab]``; the step's slots are those that are bound."""
+        """Return logits ``[B, N, vocab]`` of a step on the slots that are bound."""
         ...
 
 
 class StepRunner:
     """Runs steps window by window; a decode step is bound once per run of slots.
 
-    All decode steps put out into the same memory, since runs of 32 slots are 528 and together would
-    take 3.6 GB at a vocabulary of 151,936.
+    All decode steps share one output memory. There are 528 runs of 32 slots, which would take 3.6
+    GB at a vocabulary of 151,936.
 
-    A run reads all weights, a row more computes: at the 1.5B shape (INT4, 2 cores) 20 ms and 10 ms.
-    So decode spans one idle slot, whose written row is put back.
+    A run reads all weights, and each row adds computation: at the 1.5B shape (INT4, 2 cores) 20 ms
+    and 10 ms. So decode may span one idle slot; the row that it writes there is put back.
 
     Args:
-        bind: prepares a step of a shape, which writes what leaves the engine into the memory given.
-        read_slot: see `edge.backends.Backend.read_slot`.
-        put_back: overwrites the first rows of a slot with what ``read_slot`` returned.
-        num_slots: of the cache.
-        out_width: length of a row of logits, see `io_spec.output_width`.
-        hidden_width: see `manifest.Manifest`; 0 for a graph without that output.
-        dtype: of what leaves the engine.
-        fused: the graph has `GroupQueryAttention`, which takes several tokens after a past for one
-            sequence at a time.
+        bind: prepares a step of a shape, which writes its outputs into the given memory.
+        read_slot: reads rows, as `edge.backends.Backend.read_slot`.
+        put_back: overwrites the first rows of a slot with rows that ``read_slot`` returned.
+        num_slots: slots of the cache.
+        out_width: length of a row of logits, from `io_spec.output_width`.
+        hidden_width: width of hidden states, as in `manifest.Manifest`; 0 without that output.
+        dtype: type of the outputs.
+        fused: whether the graph has `GroupQueryAttention`, which takes several tokens after a past
+            for one sequence at a time.
 
     Attributes:
-        bind: as given; `edge.adapters` puts its own part before.
-        hidden: see `edge.backends.Backend.hidden_states`.
+        bind: the argument; `edge.adapters` wraps it.
+        hidden: hidden states, as `edge.backends.Backend.hidden_states`.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class StepRunner:
         self.hidden: NDArray[np.float32] | None = None
 
     def run(self, step: Step) -> NDArray[np.float32]:
-        """Run a checked step; see `edge.backends.Backend.forward`."""
+        """Run a checked step, as `edge.backends.Backend.forward` does."""
         windows = self._batching.plan(step)
         if len(windows) == 1 and windows[0].whole:
             return self._run(step)
@@ -124,7 +124,7 @@ class StepRunner:
         return logits
 
     def pair_lone_tokens(self) -> None:
-        """Run no decode step of one slot from now on, but beside an idle one."""
+        """From now on, run a decode step of one slot only beside an idle one."""
         self._batching = replace(self._batching, min_decode=2)
 
     def forget(self) -> None:
@@ -144,7 +144,7 @@ class StepRunner:
     def _run(self, step: Step) -> NDArray[np.float32]:
         shape = RunShape(step.slots[0], step.batch, step.seq, step.num_logits)
         if shape.seq == shape.num_logits == 1:
-            # Decode repeats the same shapes for ever.
+            # Decode repeats the same shapes forever.
             bound = self._decode_steps.get(shape)
             if bound is None:
                 logits, hidden = self._decode_outputs
@@ -168,7 +168,7 @@ class StepRunner:
 def make_inputs(
     dialect: io_spec.DialectSpec, embeds_width: int, dtype: Any, shape: RunShape
 ) -> dict[str, NDArray[Any]]:
-    """Make arrays for what changes with each step, by the name of the input; see `fill_inputs`."""
+    """Make arrays for the inputs that change with each step, by name, for `fill_inputs`."""
     _, batch, seq, num_logits = shape
     return {
         io_spec.INPUTS_EMBEDS: np.empty((batch, seq, embeds_width), dtype),
@@ -183,7 +183,7 @@ def fill_inputs(inputs: dict[str, NDArray[Any]], step: Step, embeds: NDArray[Any
 
     Args:
         inputs: the arrays.
-        step: what runs.
+        step: the step.
         embeds: its embeddings in the graph's float type.
     """
     values = (embeds, step.positions, step.starts, step.logits_indices)
@@ -194,16 +194,16 @@ def fill_inputs(inputs: dict[str, NDArray[Any]], step: Step, embeds: NDArray[Any
 def cache_tensors(
     dialect: io_spec.DialectSpec, caches: Sequence[T], make_rows: Callable[[T], T]
 ) -> tuple[dict[str, T], dict[str, T], list[T]]:
-    """Name what the graph's cache inputs and outputs are bound to.
+    """Name the memory that the graph's cache inputs and outputs are bound to.
 
     Args:
-        dialect: of the graph.
+        dialect: dialect of the graph.
         caches: the bound slots' part of each cache tensor: keys and values of layer after layer.
         make_rows: makes memory for the rows that a step returns for one of them, in its type.
 
     Returns:
         Inputs and outputs by name, and the memory of the rows that the runtime must append to
-        ``caches``, in their order; empty where the graph writes in place.
+        ``caches``, in their order; empty if the graph writes in place.
     """
     layers = range(len(caches) // 2)
     new = [] if dialect.in_place else [make_rows(cache) for cache in caches]

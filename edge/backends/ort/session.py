@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime on a bundle's graphs, and what they need to be opened."""
+"""Opens sessions of ONNX Runtime on a bundle's graphs, after checking their options."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _EXACT_SINCE_SCHEMA = 3
-_ROUNDS_INT8_WEIGHTS_SINCE = (1, 25)  # MatMulNBits of INT8 weights; of INT4 ones 1.23 has it
+_ROUNDS_INT8_WEIGHTS_SINCE = (1, 25)  # MatMulNBits with INT8 weights; with INT4 since 1.23
 
 
 def check_sizes(
@@ -31,13 +31,13 @@ def check_sizes(
     """Check the sizes of a cache and of its steps, and return the rows per slot.
 
     Args:
-        manifest: of the bundle.
+        manifest: manifest of the bundle.
         num_slots: sequences that the cache holds.
         kv_capacity: rows per slot; None is the bundle's own.
         max_step_tokens: the most tokens per sequence and step.
 
     Raises:
-        ConfigError: a number out of range.
+        ConfigError: a number is out of range.
     """
     if num_slots < 1 or max_step_tokens < 1:
         raise ConfigError(
@@ -58,7 +58,7 @@ def check_threads(num_threads: int | None) -> None:
         raise ConfigError(f"num_threads ({num_threads}) must be positive; leave it open for all")
     cpus = count_usable_cpus()
     if num_threads is not None and num_threads > cpus:
-        # They would spin and wait for each other; thousands never finish a step.
+        # They would spin and wait for each other; with thousands, no step ever ends.
         raise ConfigError(
             f"num_threads ({num_threads}) is more than the {cpus} CPUs that this process may use; "
             "leave it open for all"
@@ -73,14 +73,14 @@ def load_graph(
     *,
     hidden_states: bool = False,
 ) -> OnnxFile:
-    """Read a decoder, give its cache ``capacity`` rows and hold it against `io_spec`.
+    """Read a decoder, give its cache ``capacity`` rows and check it against `io_spec`.
 
     Args:
         path: the graph.
-        manifest: of the decoder.
-        float_type: of the graph.
+        manifest: manifest of the decoder.
+        float_type: float type of the graph.
         capacity: rows of the cache.
-        hidden_states: keep the output for a head; without it nothing of that is computed.
+        hidden_states: whether to keep the output for a head; without it that is not computed.
 
     Raises:
         BundleError: its inputs and outputs are not those of `io_spec`.
@@ -130,19 +130,19 @@ def open_session(
     """Open a session on the CPU.
 
     Args:
-        graph: what runs, its weights beside it in ``bundle``.
+        graph: the graph, whose weights are beside it in ``bundle``.
         bundle: the bundle's directory.
         manifest: its manifest.
-        num_threads: None is one per physical core (`choose_num_threads`).
+        num_threads: CPU threads; None is one per physical core (`choose_num_threads`).
         int8_activations: let MatMulNBits round activations to int8.
 
     Raises:
-        DependencyError: see `import_onnxruntime`.
+        DependencyError: `import_onnxruntime` finds none that is new enough.
         BackendError: ONNX Runtime refuses the graph.
     """
     ort = import_onnxruntime(manifest, "the CPU backend needs onnxruntime", "cpu")
-    # Weights are packed in the order of the file, whatever runs first. The largest is packed while
-    # the others do not take memory twice.
+    # Weights are packed in the order of the file, whatever runs first. The largest is packed first,
+    # while the others do not take memory twice.
     model = graph.serialize(first="lm_head.weight")
     with lend(graph, bundle) as folder:
         options = session_options(ort, folder, manifest)
@@ -160,22 +160,22 @@ def open_session(
 
 
 def accuracy_level(int8_activations: bool) -> int:
-    """What MatMulNBits computes with, as its schema numbers it: 1 is fp32, 4 is int8."""
+    """Return MatMulNBits's number of the type that it computes with: 1 is fp32, 4 is int8."""
     return 4 if int8_activations else 1
 
 
 def rounds_activations(manifest: Manifest) -> bool:
-    """Whether the CPU rounds activations to int8 when it serves a bundle."""
+    """Whether the CPU rounds activations to int8 when it runs a bundle."""
     kinds = {linear.scheme.kind for linear in manifest.quantization.linears.values()}
     return not kinds.isdisjoint(("int4", "int8"))
 
 
 def check_int8_activations(manifest: Manifest) -> None:
-    """Refuse the wish that activations are rounded where it would change nothing.
+    """Refuse the option to round activations if it would change nothing.
 
     Raises:
         ConfigError: no linear layer of the bundle has integer weights and float inputs.
-        DependencyError: this ONNX Runtime multiplies them in float, whatever it is asked for.
+        DependencyError: this ONNX Runtime multiplies them in float regardless of the option.
     """
     schemes = [linear.scheme for linear in manifest.quantization.linears.values()]
     if any(scheme.kind == "int4" or scheme.planes for scheme in schemes):
@@ -196,23 +196,23 @@ def check_int8_activations(manifest: Manifest) -> None:
 
 
 def onnxruntime_version(ort: ModuleType) -> tuple[int, int]:
-    """Major and minor version of the module ``onnxruntime``."""
+    """Return major and minor version of the module ``onnxruntime``."""
     major, minor = ort.__version__.split(".")[:2]
     return int(major), int(minor)
 
 
 def multiplies_8_bits(ort: ModuleType) -> bool:
-    """Whether MatMulNBits takes INT8 weights; an older one has them dequantized."""
+    """Whether MatMulNBits takes INT8 weights; in older versions they are dequantized."""
     return onnxruntime_version(ort) >= _ROUNDS_INT8_WEIGHTS_SINCE
 
 
 def import_onnxruntime(manifest: Manifest, need: str, extra: str) -> ModuleType:
-    """The module ``onnxruntime``.
+    """Import the module ``onnxruntime``.
 
     Args:
-        manifest: of the bundle that it shall run.
-        need: begins the message if it is missing.
-        extra: what to install then.
+        manifest: manifest of the bundle that it will run.
+        need: first words of the message if it is missing.
+        extra: name of the extra to install then.
 
     Raises:
         DependencyError: it is missing or too old for the bundle's dialect.
@@ -237,7 +237,7 @@ def import_onnxruntime(manifest: Manifest, need: str, extra: str) -> ModuleType:
 def session_options(
     ort: ModuleType, bundle: Path, manifest: Manifest
 ) -> onnxruntime.SessionOptions:
-    """Options that every session on a bundle has: quiet, exact, and the weights are found."""
+    """Make the options of every session on a bundle: quiet, exact, and able to find the weights."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = choose_num_threads()
@@ -247,8 +247,8 @@ def session_options(
     schemes = [linear.scheme for linear in manifest.quantization.linears.values()]
     if any(scheme.kind == "w8a8" for scheme in schemes):
         # On x86 without VNNI the kernel for INT8 inputs adds pairs of products in 16 bits, where
-        # they saturate. This takes another (onnxruntime_session_options_config_keys.h). With what
-        # old bundles hold, INT8 in groups and no zero points, it does not run.
+        # they saturate. This selects another (onnxruntime_session_options_config_keys.h). It does
+        # not run the INT8 in groups without zero points that old bundles hold.
         if manifest.schema_version < _EXACT_SINCE_SCHEMA:
             _log.warning(
                 "%s: on an x86 CPU without VNNI its INT8 products are not exact; export it again",
