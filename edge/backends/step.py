@@ -1,4 +1,4 @@
-"""One step of a decoder as a value, and the loop that runs a prompt in steps."""
+"""Defines one step of a decoder as a value, and the loop that runs a prompt in steps."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Step:
         embeds: ``[B, S, hidden]`` rows of the token table.
         positions: int64 ``[B, S]``, consecutive in each row; row ``b`` writes cache rows
             ``positions[b, 0] .. positions[b, 0] + S - 1`` of its slot.
-        kv_len: rows that attention must see at least: ``positions.max() + 1``.
+        kv_len: least number of rows that attention must see: ``positions.max() + 1``.
         logits_indices: int64 ``[B, N]`` indices into ``S`` of the tokens that get logits.
         starts: the first position of each sequence.
         batch, seq, num_logits: ``B``, ``S`` and ``N``.
-        end: the row after the last one that is written, of the longest sequence.
+        end: the row after the last written one, of the longest sequence.
 
     Raises:
         BackendError: the arrays do not fit each other, slots repeat, positions are not
@@ -69,7 +69,7 @@ class Step:
             raise BackendError(f"slots {list(self.slots)} are not distinct")
         starts, seq = positions[:, 0].tolist(), positions.shape[1]
         end = max(starts) + seq
-        # The class is frozen, for others.
+        # The class is frozen to others.
         vars(self).update(starts=starts, batch=batch, seq=seq, num_logits=wanted.shape[1], end=end)
         if min(starts) < 0 or end > self.kv_len:
             raise BackendError(
@@ -78,17 +78,17 @@ class Step:
             )
         if seq > 1 and not (np.diff(positions) == 1).all():
             raise BackendError("the positions of a sequence are not consecutive")
-        # Every token of an answer passes here, and for few numbers lists are quicker than NumPy.
+        # This runs for every token of an answer, and for few numbers lists are faster than NumPy.
         if any(index < 0 or index >= seq for row in wanted.tolist() for index in row):
             raise BackendError(
                 f"logits are wanted at {wanted.tolist()}, of {seq} tokens per sequence"
             )
 
     def check(self, backend: Backend) -> None:
-        """Refuse what a backend cannot run: its operators write where they are told.
+        """Refuse what a backend cannot run, since its operators write wherever they are told.
 
         Raises:
-            BackendError: the backend is closed, or the step names a slot that it does not have,
+            BackendError: the backend is closed; or the step names a slot that it does not have,
                 writes or reads past its capacity, or is longer than it takes.
         """
         if backend.failed is not None:
@@ -125,38 +125,38 @@ def step_after(
         logits_indices: ``[B, N]`` indices into ``S``.
 
     Raises:
-        BackendError: see `Step`.
+        BackendError: the arrays do not fit each other, as in `Step`.
     """
     seq = embeds.shape[1]
     return Step(slots, embeds, positions_from(past, seq), max(past) + seq, logits_indices)
 
 
 def positions_from(starts: Sequence[int], seq: int) -> Ints:
-    """Consecutive positions ``[B, seq]`` from the first one of each sequence on."""
+    """Return consecutive positions ``[B, seq]`` from the first one of each sequence on."""
     first = np.array(starts, dtype=np.int64)[:, None]
     return first if seq == 1 else first + np.arange(seq)
 
 
 def refuse_adapter(slot: int, weights: AdapterWeights | None) -> None:
-    """Stand for `Backend.set_adapter` where there are none."""
+    """Implement `Backend.set_adapter` for a bundle without adapters."""
     raise BackendError("the bundle takes no adapters; export it again with --adapters RANK")
 
 
 def all_tokens(count: int) -> Ints:
-    """Indices of every token of a chunk, for `prefill`."""
+    """Return the indices of every token of a chunk, for `prefill`."""
     return np.arange(count)
 
 
 def last_token(count: int) -> Ints:
-    """Index of the last token of a chunk, for `prefill`."""
+    """Return the index of the last token of a chunk, for `prefill`."""
     return np.array([count - 1])
 
 
 def zero_rows(backend: Backend, slot: int, end: int, first: int = 0) -> None:
     """Overwrite rows ``first`` to ``end`` of a slot, which may hold a NaN, with 0.
 
-    A masked row still counts where attention multiplies its weight of 0 by what the row holds: a
-    NaN left there would reach whoever gets the slot next.
+    Masked rows are multiplied by an attention weight of 0, and a NaN stays a NaN. Left there, it
+    would reach the next sequence in this slot.
 
     Raises:
         EdgeError: the engine failed.
@@ -168,10 +168,10 @@ def zero_rows(backend: Backend, slot: int, end: int, first: int = 0) -> None:
 
 
 class TokenTable(Protocol):
-    """Rows of a token table by id; see `edge.bundle.embeddings.EmbeddingTable`."""
+    """Rows of a token table by id, as `edge.bundle.embeddings.EmbeddingTable`."""
 
     def __getitem__(self, ids: Ints, /) -> Floats:
-        """Rows ``[..., hidden]`` of ids ``[...]``."""
+        """Return rows ``[..., hidden]`` of ids ``[...]``."""
         ...
 
 
@@ -186,25 +186,25 @@ def prefill(
     wanted: Callable[[int], Ints] = last_token,
     keep_nan: bool = False,
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """Run tokens of one sequence in chunks; each runs when it is asked for.
+    """Run tokens of one sequence in chunks; each chunk runs when it is requested.
 
     Args:
         backend: the engine, whose longest step bounds a chunk.
         table: its token table.
         ids: the tokens, ``[n]``.
-        slot: whose rows are written.
+        slot: slot whose rows are written.
         past: rows of the slot that are kept; the tokens' rows follow them.
         max_tokens: bounds a chunk, too.
-        wanted: from a chunk's number of tokens to the indices of those that get logits.
-        keep_nan: leave rows that hold a NaN; else they are zeroed at the end (`zero_rows`), also
-            where the caller ends early.
+        wanted: given a chunk's number of tokens, returns the indices of those that get logits.
+        keep_nan: leave rows that hold a NaN; otherwise they are zeroed at the end (`zero_rows`),
+            also if the caller stops early.
 
     Yields:
         The part of ``ids`` that has run, and its logits ``[len(wanted), vocab]`` in float32, valid
         until the backend's next step.
 
     Raises:
-        RequestError: an id outside the table.
+        RequestError: an id is outside the table.
         BackendError: the engine failed, or the tokens do not fit its cache.
     """
     tokens = np.asarray(ids, dtype=np.int64)

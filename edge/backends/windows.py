@@ -1,8 +1,8 @@
-"""Which neighbouring slots run together: what an engine computes is a contiguous part of the cache.
+"""Plans which neighbouring slots run together: an engine computes a contiguous part of the cache.
 
 Decode is bound by reading the weights, so few wide runs beat many narrow ones: a window may span
-slots that are idle. What an idle slot computes is thrown away, and what it writes must land where
-nobody reads, or be put back.
+idle slots. The results of an idle slot are thrown away. Its writes must go where nobody reads, or
+be put back.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from .step import Step, positions_from
 
 UNBOUNDED = sys.maxsize
-_WASTE = 0.1  # of a step's time that its padding may take
+_WASTE = 0.1  # the most of a step's time that its padding may take
 # Reading the weights takes an Orin as long as multiplying by 40 to 80 tokens (docs/planner.md).
 _READ_TOKENS = 40
-_TILE = 128  # rows that a product computes at once: padding begins no further one
+_TILE = 128  # rows that a product computes at once; padding never adds a whole tile
 
 
 class Window(NamedTuple):
@@ -30,7 +30,7 @@ class Window(NamedTuple):
     Attributes:
         first: the first slot.
         batch: slots, idle ones included.
-        rows: which of the caller's sequences run.
+        rows: the caller's sequences that run, by index.
         places: their places in the batch.
     """
 
@@ -46,26 +46,27 @@ class Window(NamedTuple):
 
     @property
     def idle(self) -> list[int]:
-        """Places in the batch that are none of the caller's sequences."""
+        """Return the places in the batch that hold none of the caller's sequences."""
         return [place for place in range(self.batch) if place not in self.places]
 
 
 @dataclass(frozen=True)
 class Batching:
-    """What an engine takes in one run.
+    """The limits of one run of an engine.
 
     Attributes:
-        decode_gap: idle slots that a window may span between two neighbours, where each sequence
-            has one token.
-        chunk_gap: the same where sequences have several tokens.
-        max_batch: slots of a window, idle ones included.
-        max_shared_seq: tokens of each sequence, where several sequences run together.
-        max_tokens, max_logits: of all sequences together, where one has several of them.
-        alone_after_past: run several tokens one sequence at a time as soon as any of them follow
-            others.
-        min_decode: slots of a window where each sequence has one token: a lone one runs beside an
-            idle neighbour. Needs ``num_slots``.
-        num_slots: of the cache.
+        decode_gap: idle slots that a window may span between two neighbours, if each sequence has
+            one token.
+        chunk_gap: the same if sequences have several tokens.
+        max_batch: most slots of a window, with idle ones.
+        max_shared_seq: most tokens of each sequence if several sequences run together.
+        max_tokens, max_logits: most tokens and logits of all sequences together, if one has
+            several tokens.
+        alone_after_past: whether sequences run one at a time as soon as several tokens of one
+            follow others.
+        min_decode: least slots of a window in which each sequence has one token; a lone sequence
+            then runs beside an idle neighbour. Needs ``num_slots``.
+        num_slots: slots of the cache.
     """
 
     decode_gap: int
@@ -79,7 +80,7 @@ class Batching:
     num_slots: int = UNBOUNDED
 
     def plan(self, step: Step) -> list[Window]:
-        """Cover a step's slots by windows that the engine takes, in slot order."""
+        """Cover a step's slots by windows that the engine can run, in slot order."""
         seq, num, width = step.seq, step.num_logits, self.max_batch
         if seq > 1 or num > 1:
             width = min(width, self.max_tokens // seq, self.max_logits // max(num, 1))
@@ -92,16 +93,16 @@ class Batching:
         return [self._widened(window) for window in windows]
 
     def _widened(self, window: Window) -> Window:
-        """The window with idle slots behind it, or at the end of the cache before it."""
+        """Widen a window by idle slots after it, or before it at the end of the cache."""
         batch = max(window.batch, min(self.min_decode, self.num_slots))
         return placed_in(window, min(window.first, self.num_slots - batch), batch)
 
 
 def canonical_windows(num_slots: int, max_batch: int) -> list[tuple[int, int]]:
-    """Few windows that together cover any other one: their CUDA graphs can all be there at load.
+    """Return few windows that together cover any other one, so that all have CUDA graphs at load.
 
-    Widths are powers of two and ``max_batch``. A window may begin at every half of its width, the
-    widest anywhere, so that a window of ``n`` slots lies in one of less than ``4 * n``, and two
+    Widths are powers of two and ``max_batch``. A window may begin at every half of its width, and
+    the widest anywhere. So a window of ``n`` slots lies in one of less than ``4 * n``, and two
     neighbours run alone.
 
     Returns:
@@ -118,13 +119,13 @@ def canonical_windows(num_slots: int, max_batch: int) -> list[tuple[int, int]]:
 
 
 def prompt_lengths(longest: int, most: int) -> list[int]:
-    """Few lengths that steps of a prompt are padded to, so that an engine has few shapes.
+    """Return few lengths to which a prompt's steps are padded, so that an engine has few shapes.
 
-    Padding takes at most a tenth of a step's time, or more where that makes too many lengths.
+    Padding takes at most a tenth of a step's time, or more if that makes too many lengths.
 
     Args:
-        longest: tokens of a step at most.
-        most: lengths, 1 or more.
+        longest: most tokens of a step.
+        most: most lengths, 1 or more.
 
     Returns:
         Lengths from 2 on, ascending; the last one is ``longest``. A lone token is a decode step.
@@ -142,9 +143,9 @@ def prompt_lengths(longest: int, most: int) -> list[int]:
 
 
 def spread(values: Sequence[int]) -> list[int]:
-    """The last value first, then what halves the gaps: those at the front stand for all."""
+    """Reorder values: the last one first, then those that halve the gaps, from coarse to fine."""
     order, gaps = list(values[-1:]), [(0, len(values) - 1)]
-    for low, high in gaps:  # it grows
+    for low, high in gaps:  # the list grows meanwhile
         if low < high:
             middle = (low + high) // 2
             order.append(values[middle])
@@ -153,10 +154,10 @@ def spread(values: Sequence[int]) -> list[int]:
 
 
 def padded_step(step: Step, seq: int, num_logits: int) -> Step:
-    """The same step with more tokens per sequence, and more logits of each.
+    """Return the same step with more tokens per sequence, and more logits of each.
 
-    The last token is run again behind itself, at the positions that follow: it is as finite as the
-    step, no other token sees it, and its rows are nobody's.
+    The last token is repeated after itself, at the positions that follow. Its values are as finite
+    as the step's, no other token sees it, and its rows belong to nobody.
     """
     if (seq, num_logits) == (step.seq, step.num_logits):
         return step
@@ -171,7 +172,7 @@ def padded_step(step: Step, seq: int, num_logits: int) -> Step:
 
 
 def placed_in(window: Window, first: int, batch: int) -> Window:
-    """The same sequences in a wider window, which begins at ``first``."""
+    """Place the same sequences in a wider window that begins at ``first``."""
     shift = window.first - first
     return Window(first, batch, window.rows, tuple(place + shift for place in window.places))
 
@@ -180,7 +181,7 @@ def plan_windows(slots: Sequence[int], max_width: int, max_gap: int) -> list[Win
     """Cover distinct slots by as few windows as possible, in slot order.
 
     Args:
-        slots: of the caller's sequences, in any order.
+        slots: slots of the caller's sequences, in any order.
         max_width: slots per window.
         max_gap: idle slots that a window may hold between two neighbours of ``slots``.
     """
@@ -202,20 +203,20 @@ def plan_windows(slots: Sequence[int], max_width: int, max_gap: int) -> list[Win
 
 
 def window_step(window: Window, step: Step) -> Step:
-    """Make the step of a window's slots, in their order; idle ones run something at position 0."""
+    """Make the step of a window's slots, in their order; idle ones run a token at position 0."""
     if window.whole and window.batch == step.batch:
         return step
     slots = range(window.first, window.first + window.batch)
     at, starts = [-1] * window.batch, [0] * window.batch
     for place, row in zip(window.places, window.rows, strict=True):
         at[place], starts[place] = row, step.starts[row]
-    rows = np.array(at)  # an idle slot runs the tokens of some other one
+    rows = np.array(at)  # an idle slot runs the tokens of another sequence
     positions = positions_from(starts, step.seq)
     return Step(slots, step.embeds[rows], positions, step.kv_len, step.logits_indices[rows])
 
 
 def _repeat_last(values: NDArray[Any], count: int) -> NDArray[Any]:
-    """Repeat the last one of axis 1 until there are ``count``."""
+    """Repeat the last entry of axis 1 until there are ``count``."""
     more = np.repeat(values[:, -1:], count - values.shape[1], axis=1)
     return np.concatenate([values, more], axis=1)
 

@@ -1,4 +1,4 @@
-"""The GPU's memory for the adapters of all slots; what is in it is `edge.adapters.device`'s."""
+"""Reserves GPU memory for the adapters of all slots; `edge.adapters.device` fills it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def reserve_adapters(
     stream: cuda.Stream,
     resources: ExitStack,
 ) -> DeviceSlots:
-    """Allocate it, all zeros.
+    """Allocate the memory, all zeros.
 
     Args:
         bundle: directory of the bundle, which takes adapters.
         manifest: its manifest.
-        num_slots: as many as the cache has.
-        device: where.
-        stream: on what copies run.
-        resources: what is allocated is pushed here.
+        num_slots: number of slots of the cache.
+        device: device to allocate on.
+        stream: stream that copies run on.
+        resources: gets the allocation, to free it.
 
     Raises:
         DeviceMemoryError: it does not fit.

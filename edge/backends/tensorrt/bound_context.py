@@ -1,7 +1,7 @@
-"""An execution context of an engine, bound to the memory of the runner.
+"""Binds an execution context of an engine to the memory of the runner.
 
-Between two steps only what differs is set anew: a decode step in the same slots sets nothing,
-another bucket one shape. TensorRT wants addresses aligned to 256 bytes (NvInferRuntime.h).
+Between two steps only differences are set: a decode step in the same slots sets nothing, another
+bucket one shape. TensorRT wants addresses aligned to 256 bytes (NvInferRuntime.h).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class StepShape(NamedTuple):
         first: the first slot.
         batch, seq, num_logits: sequences, tokens and logits of each.
         kv: rows of the cache that attention reads.
-        rank: of adapters, 0 where none of the sequences has one.
+        rank: rank of adapters; 0 if none of the sequences has one.
     """
 
     first: int
@@ -45,13 +45,12 @@ class BoundContext:
     """An execution context, its profile, and the memory that its tensors are bound to.
 
     Args:
-        engine: whose.
+        engine: engine of the context.
         profile: ``prefill`` or ``decode``.
-        activations: memory that all contexts share: their runs follow each other on one stream.
-        buffers, cache, new_rows, adapters: what the tensors are bound to; ``new_rows`` for
-            ``portable``.
+        activations: memory that all contexts share, since they run one after another on one stream.
+        buffers, cache, new_rows, adapters: memory of the tensors; ``new_rows`` for ``portable``.
         kv_positions: address of 0, 1, 2, ... up to the capacity.
-        stream: where it runs.
+        stream: stream to run on.
     """
 
     def __init__(
@@ -93,12 +92,12 @@ class BoundContext:
                 self._call("set_tensor_address", name, address)
 
     def bind(self, shape: StepShape) -> None:
-        """Tell the context what differs from the step before.
+        """Set what differs from the step before.
 
         Raises:
             BackendError: TensorRT refuses a shape or an address.
         """
-        old, self._bound = self._bound, None  # a failure half way leaves nothing to rely on
+        old, self._bound = self._bound, None  # after a failure half way nothing can be relied on
         if shape == old:
             self._bound = old
             return
@@ -139,7 +138,7 @@ class BoundContext:
         self._bound = shape
 
     def time_layers(self, times: LayerTimes) -> None:
-        """Report the layers of every later run to ``times``; there is no way back."""
+        """Report the layers of every later run to ``times``; this cannot be undone."""
         self._context.profiler = self._profiler = self._engine.make_profiler(times)
         self._times = times
 
@@ -167,7 +166,7 @@ class BoundContext:
         with self._engine.listener:
             try:
                 done = getattr(self._context, method)(*args)
-            except RuntimeError:  # how set_optimization_profile_async says no
+            except RuntimeError:  # set_optimization_profile_async refuses by this error
                 done = False
         if not done:
             self._engine.raise_failure()

@@ -1,17 +1,17 @@
-"""CUDA graphs of steps: the launches of a whole step become one.
+"""Captures CUDA graphs of steps, so that the launches of a whole step become one.
 
 TensorRT's rules (developer guide, "CUDA Graphs"): after a change of shapes, one ordinary run comes
-before the capture; and a graph is valid only while the context that it was captured from stays as
-it was. So every graph has an execution context of its own, bound once; activations are shared,
-which makes a context cheap. That several contexts share a profile is allowed since TensorRT 10.0
-(PreviewFeature.PROFILE_SHARING_0806 is always on).
+before the capture, and a graph is valid only while its context does not change. So every graph has
+an execution context of its own, bound once. Activations are shared, which makes a context cheap.
+Several contexts may share a profile since TensorRT 10.0 (PreviewFeature.PROFILE_SHARING_0806 is
+always on).
 
-All graphs are captured at load, within bounds on time and memory: between two tokens no context is
-built, and no context changes its shape. So there are graphs of a few windows and lengths only, and
-steps run in the least that has room.
+All graphs are captured at load, within limits on time and memory: between two tokens no context is
+built, and none changes its shape. So there are graphs of few windows and lengths only, and a step
+runs in the smallest that has room.
 
-Whether there can be graphs is tried once, at load: cuda-bindings may be missing, or the driver's
-library may lack one of its calls. Without graphs steps go on, one launch after the other.
+Whether graphs work is tried once, at load: cuda-bindings may be missing, or the driver's library
+may lack one of its calls. Without graphs a step is launched kernel by kernel.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .bound_context import BoundContext, StepShape
 _log = logging.getLogger(__name__)
 
 CAPTURE_S = 15.0
-"""What capturing may take of a load's time before it stops."""
+"""Limits the time of a load that is spent on capturing."""
 _PROBE_BYTES = 256
 
 
@@ -45,9 +45,9 @@ class StepGraphs:
     """Graphs by `StepShape`.
 
     Args:
-        device, stream: where; the device's context is current.
-        make_context: a fresh context for steps of a shape.
-        max_graphs: graphs that are captured at most; 0 turns them off.
+        device, stream: device and stream of the steps; the device's context is current.
+        make_context: makes a new context for steps of a shape.
+        max_graphs: most graphs that are captured; 0 turns them off.
 
     Attributes:
         disabled: why there are no graphs, or None.
@@ -66,13 +66,13 @@ class StepGraphs:
         self._device, self._stream = device, stream
         self._make_context, self._max_graphs = make_context, max_graphs
         self._entries: dict[StepShape, _Entry] = {}
-        self._covers: dict[StepShape, StepShape | None] = {}  # found once, not per token
+        self._covers: dict[StepShape, StepShape | None] = {}  # searched once, not for each token
         self.disabled: str | None = None if max_graphs else "switched off"
         if max_graphs:
             self._probe()
 
     def _probe(self) -> None:
-        """Capture, launch and destroy a graph, so that no token finds out that it fails."""
+        """Capture, launch and destroy a graph, so that a failure shows before the first token."""
         memory = cuda.DeviceMemory(self._device, _PROBE_BYTES, "a trial of CUDA graphs")
         try:
             graph = self._record(lambda: self._stream.clear(memory.address, _PROBE_BYTES))
@@ -90,7 +90,7 @@ class StepGraphs:
         self._device.begin_capture(self._stream)
         try:
             put()
-        except BaseException:  # an interrupt, too, must not leave the stream recording
+        except BaseException:  # also after an interrupt the stream must not stay in recording
             self._device.abandon_capture(self._stream)
             raise
         return self._device.end_capture(self._stream)
@@ -104,12 +104,12 @@ class StepGraphs:
     def capture(
         self, shapes: Iterable[StepShape], put: Callable[[BoundContext, StepShape], None]
     ) -> None:
-        """Capture steps, the most useful first, until a bound is reached.
+        """Capture steps, the most useful first, until a limit is reached.
 
         Args:
-            shapes: of steps.
-            put: puts a step's copies and its run on the stream; what it reads later must lie in
-                fixed buffers, and what it writes now is lost.
+            shapes: shapes of the steps.
+            put: puts a step's copies and its run on the stream. It must read only fixed buffers;
+                the results of the run are lost.
 
         Raises:
             DeviceError: the GPU is lost.
@@ -133,7 +133,7 @@ class StepGraphs:
         )
 
     def _capture(self, shape: StepShape, put: Callable[[BoundContext, StepShape], None]) -> bool:
-        """Capture one; returns whether to go on."""
+        """Capture one graph; returns whether to continue."""
         context: BoundContext | None = None
         try:
             context = self._make_context(shape)
@@ -141,8 +141,8 @@ class StepGraphs:
             put(context, shape)
             self._stream.synchronize()
             graph = self._record(lambda: put(context, shape))
-        except BaseException as error:  # an interrupt, too, must leave nothing behind
-            with contextlib.suppress(DeviceError):  # the first error is the one to tell
+        except BaseException as error:  # also after an interrupt nothing must be left behind
+            with contextlib.suppress(DeviceError):  # the first error is the one to report
                 self._stream.synchronize()
             if context is not None:
                 context.close()
@@ -155,14 +155,14 @@ class StepGraphs:
         return True
 
     def _stop(self, reason: str) -> None:
-        """Capture no more, and keep what is there."""
+        """Stop capturing, and keep the graphs that there are."""
         if not self._entries:
             self._disable(reason)
         else:
             _log.warning("%d CUDA graphs were captured, then: %s", len(self), reason)
 
     def cover(self, wanted: StepShape) -> StepShape | None:
-        """The captured step with the fewest tokens that has room for this one, or None."""
+        """Return the captured step with the fewest tokens that has room for this one, or None."""
         if wanted not in self._covers:
             end = wanted.first + wanted.batch
             self._covers[wanted] = min(
@@ -182,7 +182,7 @@ class StepGraphs:
         return self._covers[wanted]
 
     def longest(self, slots: Sequence[int], takes: Callable[[StepShape], bool]) -> StepShape | None:
-        """The captured step of one of these slots alone, of most tokens, that ``takes`` takes."""
+        """Return the longest captured step of one of these slots alone that ``takes`` accepts."""
         found = [each for each in self._entries if each.batch == 1 and each.first in slots]
         return max(filter(takes, found), key=lambda each: (each.seq, -each.kv), default=None)
 
@@ -190,7 +190,7 @@ class StepGraphs:
         """Put a step on the stream as a graph.
 
         Returns:
-            False if there is none: run the step in the ordinary way.
+            False if there is no graph: run the step in the ordinary way.
 
         Raises:
             BackendError: the step failed.
@@ -206,7 +206,7 @@ class StepGraphs:
         self.disabled = reason
 
     def _disable(self, reason: str) -> None:
-        """Go on without graphs."""
+        """Continue without graphs."""
         self.switch_off(reason)
         _log.warning("steps go on without CUDA graphs: %s", reason)
 
@@ -215,7 +215,7 @@ class StepGraphs:
         try:
             entry.graph.close()
         except DeviceError as error:  # on a lost device nothing can be destroyed
-            # As text: who keeps the record must not keep the engine by the error's traceback.
+            # Logged as text, since a record with the error's traceback would keep the engine alive.
             _log.warning("a CUDA graph could not be freed: %s", str(error))
 
     def close(self) -> None:

@@ -1,10 +1,10 @@
-"""The KV cache in device memory: a block for each size of element.
+"""Holds the KV cache in device memory: one block for each size of element.
 
-So one strided copy moves a slot of all layers of a block. Where no block of that size can be had,
-not of pieces either, each layer has its own, and a copy of its own. The layout of a block:
+So one strided copy moves a slot of all layers of a block. If a block of that size is not available,
+not even in pieces, each layer has its own block and its own copy. The layout of a block is
 ``[tensors, slots, kv_heads, rows, head_dim]``. Tensor ``2 * i`` of the cache holds the keys of
-layer ``i``, tensor ``2 * i + 1`` its values; in an 8-bit cache they are INT8 but for the layers
-that stay in float. A slot of a tensor is what an engine with that batch binds.
+layer ``i``, and tensor ``2 * i + 1`` its values. In an 8-bit cache they are INT8, except for layers
+that stay in float. An engine binds the slots of its batch in each tensor.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class DeviceCache:
     """Keys and values of all slots.
 
     Args:
-        device, stream: where, and on what its copies run.
-        resources: what is allocated is pushed here.
-        manifest: of the bundle.
-        scales: of the tensors in INT8, by number.
-        num_slots: sequences.
-        rows: per slot.
+        device, stream: device of the cache, and stream of its copies.
+        resources: gets all allocations, to free them.
+        manifest: manifest of the bundle.
+        scales: scales of the tensors in INT8, by number.
+        num_slots: number of slots.
+        rows: rows per slot.
 
     Raises:
         ConfigError: slots of this size would not start at addresses that TensorRT takes.
@@ -94,21 +94,21 @@ class DeviceCache:
 
     @property
     def planes(self) -> list[CachePlanes]:
-        """The tensors of each block."""
+        """Return the tensors of each block."""
         return [block.planes for block in self._blocks]
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all blocks."""
+        """Return the memory of all blocks, in bytes."""
         return sum(block.num_bytes for block in self._blocks)
 
     def address(self, entry: int, slot: int) -> int:
-        """Where a slot of a tensor starts."""
+        """Return the address of a slot of a tensor."""
         block, index = self._of_tensor[entry]
         return block.address(index, slot)
 
     def read(self, slot: int, length: int) -> Floats:
-        """The first rows of a slot: ``[2 * layers, kv_heads, length, head_dim]``, fp16 or fp32."""
+        """Read a slot's first rows: ``[2 * layers, kv_heads, length, head_dim]``, fp16 or fp32."""
         entries, heads, dim = self._shape
         plain = self._dtype == "fp16" and not self._scales
         rows: Floats = np.empty((entries, heads, length, dim), np.float16 if plain else np.float32)
@@ -147,7 +147,7 @@ class DeviceCache:
         return np.ascontiguousarray(chosen, dtype=np.float16).view(np.uint16)
 
     def clear(self, slot: int | None = None) -> None:
-        """Put zeros into every row of a slot, or of every slot."""
+        """Zero every row of a slot, or of every slot."""
         for block in self._blocks:
             block.clear(slot)
 
@@ -162,13 +162,13 @@ class DeviceCache:
         """Copy a step's new rows of one sequence into its slot, all layers at once.
 
         Args:
-            new: where the engine left them.
-            place: of the sequence in the batch.
+            new: memory in which the engine left them.
+            place: place of the sequence in the batch.
             batch: sequences that the engine ran.
-            seq: tokens of each, padding among them.
-            slot: of the sequence.
-            start: the first row that is written.
-            rows: how many are; what padding left behind them stays there.
+            seq: tokens of each, with padding.
+            slot: slot of the sequence.
+            start: the first row to write.
+            rows: number of rows; rows of padding after them are not copied.
         """
         for block, source in zip(self._blocks, new.boxes(place, batch, seq), strict=True):
             block.append(source, rows, slot, start)
@@ -184,7 +184,7 @@ def split_by_layer(blocks: list[CachePlanes]) -> list[CachePlanes]:
 
 
 class _Block:
-    """Tensors with elements of one size; see `DeviceCache`."""
+    """Tensors with elements of one size, for `DeviceCache`."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class _Block:
         self._slots, self._rows = num_slots, rows
         self._row_bytes = model.head_dim * planes.element_bytes
         self._slot_bytes = model.num_kv_heads * rows * self._row_bytes
-        self.num_bytes = planes.how_many * num_slots * self._slot_bytes
+        self.num_bytes = planes.num_planes * num_slots * self._slot_bytes
         name = f"the KV cache of {num_slots} x {rows} tokens"
         memory = cuda.DeviceMemory(device, self.num_bytes, name)
         resources.callback(memory.close)
@@ -214,7 +214,7 @@ class _Block:
         if slot is None:
             self._stream.clear(self._address, self.num_bytes)
             return
-        for index in range(self.planes.how_many):
+        for index in range(self.planes.num_planes):
             self._stream.clear(self.address(index, slot), self._slot_bytes)
 
     def address(self, index: int, slot: int) -> int:
@@ -222,7 +222,7 @@ class _Block:
 
     def read(self, slot: int, length: int) -> NDArray[Any]:
         kind = np.int8 if self.planes.is_int8 else np.uint16
-        found = np.empty((self.planes.how_many, self._heads, length, self._dim), kind)
+        found = np.empty((self.planes.num_planes, self._heads, length, self._dim), kind)
         if found.size:
             self._run(self._host_box(found), self._box(slot), length)
             self._stream.synchronize()
@@ -246,7 +246,7 @@ class _Block:
             source,
             width=rows * self._row_bytes,
             height=self._heads,
-            depth=self.planes.how_many,
+            depth=self.planes.num_planes,
             stream=self._stream,
         )
 
@@ -259,7 +259,7 @@ class _Block:
 
 
 class NewRows:
-    """Where an engine of dialect ``portable`` leaves the step's keys and values."""
+    """Memory in which an engine of dialect ``portable`` leaves the step's keys and values."""
 
     def __init__(
         self,
@@ -273,7 +273,7 @@ class NewRows:
         self._parts: list[tuple[CachePlanes, int]] = []
         self._of_tensor: dict[int, tuple[int, int, int]] = {}
         for planes in blocks:
-            num_bytes = new_rows_bytes(sizes, model, planes.how_many, planes.element_bytes)
+            num_bytes = new_rows_bytes(sizes, model, planes.num_planes, planes.element_bytes)
             block = cuda.DeviceMemory(device, num_bytes, "the step's keys and values")
             resources.callback(block.close)
             self._parts.append((planes, block.address))
@@ -281,12 +281,12 @@ class NewRows:
                 self._of_tensor[number] = block.address, index, planes.element_bytes
 
     def address(self, entry: int, batch: int, seq: int) -> int:
-        """Where the rows ``[batch, kv_heads, seq, head_dim]`` of a tensor go."""
+        """Return the address for the rows ``[batch, kv_heads, seq, head_dim]`` of a tensor."""
         base, index, element_bytes = self._of_tensor[entry]
         return base + index * new_rows_stride(batch, seq, self._model, element_bytes)
 
     def boxes(self, place: int, batch: int, seq: int) -> list[cuda.Box]:
-        """The rows of one sequence, for each block of the cache."""
+        """Return the rows of one sequence, for each block of the cache."""
         boxes = []
         for planes, base in self._parts:
             pitch = seq * self._model.head_dim * planes.element_bytes

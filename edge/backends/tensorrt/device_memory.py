@@ -1,7 +1,7 @@
-"""What a TensorRT engine takes of the GPU's memory, computed before anything is loaded.
+"""Plans a TensorRT engine's GPU memory before anything is loaded.
 
 All of it is allocated once at load; a step allocates nothing. On a Jetson the GPU shares the host's
-memory: staging is mapped instead of copied, and a plan's pinned bytes are all the I/O there is.
+memory, so staging memory is mapped instead of copied, and pinned bytes are the only I/O memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class StepSizes(NamedTuple):
 
 
 class InputLayout(NamedTuple):
-    """Where the inputs of a step are in their block, in bytes."""
+    """Offsets of the inputs of a step in their block, in bytes."""
 
     cursor: int
     indices: int
@@ -43,15 +43,15 @@ class InputLayout(NamedTuple):
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes by part; see `plan_engine_memory`.
+    """Bytes by part, from `plan_engine_memory`.
 
     Attributes:
-        weights_bytes: of the plan, which is nearly all weights, and of those outside it.
+        weights_bytes: the plan, which is nearly all weights, and the weights outside it.
         cache_bytes: keys and values of all slots.
-        activations_bytes: shared by all execution contexts.
-        activations_estimated: True until TensorRT itself was asked.
-        io_bytes: inputs and outputs on the device (on an integrated GPU what has no host side),
-            with the adapters of all slots.
+        activations_bytes: activations, shared by all execution contexts.
+        activations_estimated: whether they are estimated, not TensorRT's own number.
+        io_bytes: inputs and outputs on the device, and the adapters of all slots; on an integrated
+            GPU only those without host memory.
         pinned_bytes: host memory that the GPU reads and writes.
         integrated: whether host and GPU share one memory.
     """
@@ -66,12 +66,12 @@ class EngineMemory:
 
     @property
     def device_bytes(self) -> int:
-        """All that comes out of the GPU's memory."""
+        """Return the bytes of all parts in the GPU's memory."""
         own = self.weights_bytes + self.cache_bytes + self.activations_bytes + self.io_bytes
         return own + (self.pinned_bytes if self.integrated else 0)
 
     def to_dict(self) -> dict[str, int | bool]:
-        """For JSON: every attribute, and ``device_bytes``."""
+        """Return every attribute, and ``device_bytes``, for JSON."""
         return {**dataclasses.asdict(self), "device_bytes": self.device_bytes}
 
 
@@ -87,12 +87,12 @@ def plan_engine_memory(
     """Plan an engine's memory from its ``engine.json``; needs no device.
 
     Args:
-        info: of the engine.
-        manifest: of its bundle.
+        info: the engine's record.
+        manifest: manifest of its bundle.
         num_slots: sequences that the cache holds; None is the engine's ``max_batch``.
         max_logits: rows of logits that one run returns at most.
-        integrated: plan for a GPU that shares the host's memory.
-        activations_bytes: as TensorRT says; None estimates them.
+        integrated: whether to plan for a GPU that shares the host's memory.
+        activations_bytes: activations in bytes, as TensorRT says; None estimates them.
     """
     model = manifest.model
     slots = cache_slots(info.max_batch if num_slots is None else num_slots)
@@ -107,7 +107,7 @@ def plan_engine_memory(
     io += _align(info.kv_capacity * INDEX_BYTES)
     if not io_spec.DIALECTS[manifest.dialect].in_place:
         io += sum(
-            new_rows_bytes(sizes[0], model, planes.how_many, planes.element_bytes)
+            new_rows_bytes(sizes[0], model, planes.num_planes, planes.element_bytes)
             for planes in cache_planes(manifest)
         )
     if "adapters" in manifest.extras:
@@ -139,10 +139,10 @@ def plan_engine_memory(
 
 
 def step_sizes(info: EngineInfo, max_logits: int) -> tuple[StepSizes, StepSizes]:
-    """The sizes of the buffers for steps of several tokens, and for decode.
+    """Return the sizes of the buffers for steps of several tokens, and for decode.
 
-    A run takes no more tokens in all than one prompt chunk has: several long chunks run one after
-    the other, which is no slower, and need no larger buffers.
+    A run takes no more tokens in all than one prompt chunk. Several long chunks run one after the
+    other, which is no slower and needs no larger buffers.
     """
     tokens = max(info.max_prefill, info.max_batch)
     return (
@@ -162,12 +162,12 @@ def input_layout(sizes: StepSizes, hidden_size: int) -> InputLayout:
 
 
 def logits_bytes(sizes: StepSizes, width: int) -> int:
-    """Bytes of the block of logits, ``width`` numbers each."""
+    """Return the bytes of a block of logits, ``width`` numbers per row."""
     return _align(sizes.logits * width * ENGINE_FLOAT_BYTES)
 
 
 class BestLayout(NamedTuple):
-    """Where the best logits of a run's rows are in their block, in bytes."""
+    """Offsets of the best logits of a run's rows in their block, in bytes."""
 
     values: int
     ids: int
@@ -176,7 +176,7 @@ class BestLayout(NamedTuple):
 
 
 def best_layout(sizes: StepSizes, best_logits: int) -> BestLayout:
-    """Place the outputs of `io_spec.best_outputs` in one block, each aligned; empty without."""
+    """Place the outputs of `io_spec.best_outputs` in one block, each aligned; else empty."""
     if not best_logits:
         return BestLayout(0, 0, 0, 0)
     values = _align(sizes.logits * best_logits * ENGINE_FLOAT_BYTES)
@@ -188,8 +188,8 @@ class CachePlanes(NamedTuple):
     """Cache tensors with elements of one size.
 
     Attributes:
-        numbers: which, ascending: twice the layer, and one more for values.
-        element_bytes: of an element.
+        numbers: numbers of the tensors, ascending: twice the layer, and one more for values.
+        element_bytes: bytes of an element.
         is_int8: whether they hold integers, else floats of the engine's type.
     """
 
@@ -198,13 +198,13 @@ class CachePlanes(NamedTuple):
     is_int8: bool
 
     @property
-    def how_many(self) -> int:
-        """How many there are."""
+    def num_planes(self) -> int:
+        """Return the number of tensors."""
         return len(self.numbers)
 
 
 def cache_planes(manifest: Manifest) -> list[CachePlanes]:
-    """The cache tensors of an engine by the size of their elements."""
+    """Group the cache tensors of an engine by the size of their elements."""
     types = io_spec.cache_types(manifest.model, manifest.dtype, manifest.int8_layers)
     found = []
     for kind in sorted(set(types)):
@@ -216,9 +216,9 @@ def cache_planes(manifest: Manifest) -> list[CachePlanes]:
 def new_rows_stride(
     batch: int, seq: int, model: ModelSpec, element_bytes: int = ENGINE_FLOAT_BYTES
 ) -> int:
-    """Bytes from one layer's new keys to its new values (dialect ``portable``).
+    """Return the bytes from one layer's new keys to its new values (dialect ``portable``).
 
-    A whole number of rows, so that one strided copy takes all layers, and aligned.
+    It is a whole number of rows, so that one strided copy takes all layers, and aligned.
     """
     pitch = seq * model.head_dim * element_bytes
     used = batch * model.num_kv_heads * pitch
@@ -234,10 +234,10 @@ def new_rows_bytes(
     num_planes: int,
     element_bytes: int = ENGINE_FLOAT_BYTES,
 ) -> int:
-    """Bytes that hold the new rows of any step within ``sizes``, for so many cache tensors."""
+    """Return the bytes for the new rows of any step within ``sizes``, of ``num_planes`` tensors."""
     row = model.head_dim * element_bytes
-    # At most ALIGNMENT / gcd - 1 further pitches align a stride, and one is enough for rows that
-    # are a multiple of it.
+    # At most ALIGNMENT / gcd - 1 further pitches align a stride, and one suffices for rows whose
+    # size is a multiple of it.
     extra = 1
     while row * extra % ALIGNMENT:
         extra += 1

@@ -1,8 +1,8 @@
-"""An engine of a bundle: which one fits this machine, and what it says about itself.
+"""Chooses a bundle's engine for this machine, and loads its plan.
 
 Calls and their versions, checked against NVIDIA's bindings (python/src/infer/pyCore.cpp):
-``create_execution_context(strategy)`` and ``set_optimization_profile_async`` since 10.0,
-``device_memory_size_v2`` and ``set_device_memory(memory, size)`` since 10.1,
+``create_execution_context(strategy)`` and ``set_optimization_profile_async`` since 10.0;
+``device_memory_size_v2`` and ``set_device_memory(memory, size)`` since 10.1;
 ``get_aliased_input_tensor`` since 10.15. TensorRT for RTX has the same names.
 """
 
@@ -52,7 +52,7 @@ class ChosenEngine(NamedTuple):
     """An engine that fits this machine.
 
     Attributes:
-        directory: of the engine.
+        directory: directory of the engine.
         info: its ``engine.json``.
         module: ``tensorrt`` or ``tensorrt_rtx``.
     """
@@ -74,16 +74,16 @@ def choose_engine(
 ) -> ChosenEngine:
     """Find the engine of a bundle that this GPU and this TensorRT can run.
 
-    Where the machine names trusted keys, nothing is read of an engine that nobody vouches for.
+    On a machine with trusted keys, no engine is read unless somebody vouches for it.
 
     Args:
-        bundle: its directory.
+        bundle: the bundle's directory.
         manifest: its manifest.
-        compute_capability: of the GPU here.
-        engine_dir: take this one or none.
+        compute_capability: compute capability of this GPU.
+        engine_dir: the only engine to consider; None considers all.
         num_slots: sequences that will run at once; engines with at least this batch come first.
-        kv_capacity: the engine must have exactly this one; None takes any.
-        trusted_keys: see `trusted_keys_file`.
+        kv_capacity: KV capacity that the engine must have; None takes any.
+        trusted_keys: the option, as `trusted_keys_file` takes it.
 
     Raises:
         BundleError: there is none, or none fits; the message has the command that builds one.
@@ -134,23 +134,23 @@ class Engine:
     """A deserialized engine.
 
     Args:
-        chosen: which.
-        manifest: of the bundle.
+        chosen: the engine to load.
+        manifest: manifest of the bundle.
 
     Attributes:
-        activations_bytes: what one execution context needs while it runs.
-        weights: addresses of the inputs that are weights (`EngineInfo.outside`); who opens it puts
-            them there.
-        listener: hears what calls of TensorRT say; `last_error` has it.
+        activations_bytes: memory that one execution context needs while it runs.
+        weights: addresses of the inputs that are weights (`EngineInfo.outside`); the code that
+            opens the engine sets them.
+        listener: collects TensorRT's messages, for `last_error`.
 
     Raises:
         IntegrityError: the plan is damaged; TensorRT has not seen it.
-        BackendError: TensorRT refuses it, or it is not what ``engine.json`` says.
+        BackendError: TensorRT refuses it, or it does not match ``engine.json``.
         DeviceError: the GPU is lost.
         DeviceMemoryError: it has too little memory for the weights.
         BundleError: its own kernels are damaged, or not all in ``engine.json``.
-        DependencyError: TensorRT does not start, or the engine has own kernels, and TensorRT or
-            cuda-bindings do not run them.
+        DependencyError: TensorRT does not start, or the engine has own kernels that TensorRT or
+            cuda-bindings do not run.
     """
 
     def __init__(self, chosen: ChosenEngine, manifest: Manifest) -> None:
@@ -172,17 +172,17 @@ class Engine:
         self.activations_bytes = int(self._engine.device_memory_size_v2)
 
     def _start(self) -> Any:
-        """A runtime, with which TensorRT starts CUDA."""
+        """Make a runtime, with which TensorRT starts CUDA."""
         try:
             return self._module.Runtime(self.listener.logger)
-        except TypeError as error:  # pybind11's, where TensorRT makes none; the reason is logged
+        except TypeError as error:  # pybind11's, if TensorRT makes no runtime; it logs the reason
             raise DependencyError(
                 f"TensorRT {self._module.__version__} does not start: "
                 f"{self.listener.said or error}; edge-llm doctor looks for the cause"
             ) from error
 
     def _refusal(self, chosen: ChosenEngine, path: Path) -> EdgeError:
-        """Make the error of a plan that TensorRT has not loaded; raise what a plugin raised."""
+        """Make the error of a plan that TensorRT has not loaded; raise a plugin's own error."""
         from edge.backends.cuda.errors import (
             cure_for_memory,
             device_error,
@@ -207,7 +207,7 @@ class Engine:
         )
 
     def _check(self, chosen: ChosenEngine, manifest: Manifest) -> None:
-        """Hold names, types and profiles against the contract: a wrong one is a wrong address."""
+        """Compare names, types and profiles with the contract: wrong ones give wrong addresses."""
         engine, trt = self._engine, self._module
         capacity = chosen.info.kv_capacity
         spec = (manifest.model, manifest.dialect, manifest.dtype, capacity, manifest.int8_layers)
@@ -222,7 +222,7 @@ class Engine:
         inputs += [io_spec.TensorSpec(name, t.shape, t.dtype) for name, t in outside.items()]
         wanted = {tensor.name for tensor in [*inputs, *outputs]}
         # With lengths instead of a mask nothing reads the positions of the cache, and own attention
-        # goes by those of the tokens.
+        # uses those of the tokens.
         optional = {io_spec.KV_POSITIONS} if chosen.info.kv_read == "lengths" else set()
         if chosen.info.own_attentions:
             optional |= {io_spec.KV_POSITIONS, io_spec.PAST_LENGTHS}
@@ -267,24 +267,24 @@ class Engine:
         ]
 
     def profile(self, name: str) -> int:
-        """Index of an optimization profile."""
+        """Return the index of an optimization profile."""
         return [profile.name for profile in self.info.profiles].index(name)  # type: ignore[arg-type]
 
     def last_error(self) -> str:
-        """What TensorRT said last, and forget it."""
+        """Return TensorRT's last message, and forget it."""
         text = "; ".join(self.listener.errors) or "it gives no reason"
         self.listener.errors.clear()
         return text
 
     def raise_failure(self) -> None:
-        """See `plugins.raise_failure`; only plugins in Python fail that way."""
+        """Raise a plugin's error (`plugins.raise_failure`); only plugins in Python keep errors."""
         if self.info.plugins == "python":
             from .plugins import raise_failure
 
             raise_failure(self._module)
 
     def create_context(self) -> Any:
-        """An execution context without device memory of its own.
+        """Make an execution context without device memory of its own.
 
         Raises:
             DeviceMemoryError: TensorRT cannot make one.
@@ -301,18 +301,18 @@ class Engine:
         return context
 
     def make_profiler(self, times: LayerTimes) -> Any:
-        """TensorRT's profiler for a context, which reports to ``times``."""
+        """Make TensorRT's profiler for a context; it reports to ``times``."""
         from .layer_times import make_profiler
 
         return make_profiler(self._module, times)
 
     def close(self) -> None:
-        """Free the weights; every context must be gone."""
+        """Free the weights; every context must be closed before."""
         self._engine = self._runtime = None
 
 
 def load_module(flavour: Flavour) -> Any:
-    """``tensorrt`` or ``tensorrt_rtx``.
+    """Import ``tensorrt`` or ``tensorrt_rtx``.
 
     Raises:
         DependencyError: it is missing, or cannot be loaded.
@@ -320,7 +320,7 @@ def load_module(flavour: Flavour) -> Any:
     name = _MODULES[flavour]
     try:
         return importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError) as error:  # its shared libraries
+    except (ImportError, OSError, RuntimeError) as error:  # also from its shared libraries
         missing = isinstance(error, ModuleNotFoundError) and error.name == name
         problem = "is not here" if missing else f"cannot be loaded ({error})"
         raise DependencyError(

@@ -1,9 +1,9 @@
-"""How own kernels are launched: one rule per plugin, of sizes that are numbers or symbols.
+"""Defines how own kernels are launched: one rule per plugin, on numbers or symbols.
 
-TensorRT before 10.13 launches through `plugins`, with numbers. From 10.13 on the engine has the
-rule itself, made of TensorRT's symbols (`engines.kernels.plugin`); shapes of outputs are symbols in
-both. So a launch uses nothing but ``*``, ``//``, ``==`` and `Arithmetic`, and outputs nothing but
-``*`` and `Arithmetic`, which is what `engines.kernels.plugin_v3` has for them.
+TensorRT before 10.13 launches through `plugins`, with numbers. From 10.13 on the engine contains
+the rule itself, made of TensorRT's symbols (`engines.kernels.plugin`). Shapes of outputs are
+symbols in both. So a launch uses only ``*``, ``//``, ``==`` and `Arithmetic`. Outputs use only
+``*`` and `Arithmetic`, which `engines.kernels.plugin_v3` supports for them.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from edge.bundle.io_spec import ElementType
 
 NAMESPACE = "edge_llm"
 BLOCK = 32
-"""Weights of a column that lie together, in 16 bytes; a group is a multiple of it."""
+"""Neighbouring weights of a column, in 16 bytes; a group is a multiple of it."""
 BUSY_ROWS = 8192
-"""Heads of tokens, those of each part counted, that keep a GPU busy: 128 programs of 64, eight for
-each of an Orin's multiprocessors. Where a step has as many there is one part. It is also the least
-room for partial sums: so the room never shrinks where a step grows, and TensorRT, which knows the
-largest step, sets aside enough for all."""
+"""(Token, head) pairs, counted in each part, that keep a GPU busy: 128 programs of 64, eight for
+each of an Orin's multiprocessors. A step with as many has one part. It is also the least size of
+the buffer for partial sums. So the buffer never shrinks when a step grows, and TensorRT, which
+knows the largest step, reserves enough for all."""
 MOST_CACHE_PARTS = 64
-"""Programs that share a sequence's rows at most."""
+"""Most programs that share a sequence's rows."""
 PART_LOGITS = 4096
-"""Logits of a row that one program looks at."""
+"""Logits of a row that one program reads."""
 
 Shape = Sequence[Any]
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What a rule needs besides operators.
+    """The operations of a rule that are not operators.
 
     Attributes:
-        divide_up: a quotient, rounded up.
-        maximum: of two.
-        minimum: of two.
+        divide_up: returns a quotient, rounded up.
+        maximum: returns the larger of two sizes.
+        minimum: returns the smaller of two sizes.
     """
 
     divide_up: Callable[[Any, Any], Any]
@@ -49,7 +49,7 @@ NUMBERS = Arithmetic(lambda first, second: -(-first // second), max, min)
 
 
 class Tile(Protocol):
-    """What one program of a kernel computes: rows and columns of the output."""
+    """Rows and columns of the output that one program of a kernel computes."""
 
     @property
     def rows(self) -> int: ...  # noqa: D102
@@ -58,7 +58,7 @@ class Tile(Protocol):
 
 
 class Launch(NamedTuple):
-    """Programs along x, y and z, and the INT32 between the addresses of inputs and outputs."""
+    """Programs along x, y and z, and the INT32 arguments between input and output addresses."""
 
     grid: tuple[Any, Any, Any]
     numbers: tuple[Any, ...]
@@ -68,16 +68,17 @@ class Launch(NamedTuple):
 class PluginRule:
     """All that TensorRT asks about a plugin of one kernel, which has several variants.
 
-    The kernel's parameters are the addresses of the inputs, INT32 and the addresses of the outputs.
+    The kernel's parameters are the addresses of the inputs, INT32 numbers, and the addresses of the
+    outputs.
 
     Attributes:
-        name: of the plugin.
+        name: name of the plugin.
         inputs: names and types, in order.
         outputs: names and types, in order.
-        attribute: that says which variants there are; an INT32.
-        value_of: the attribute, which the shapes of the inputs have as a constant.
-        output_shapes: from the shapes of the inputs.
-        launch: from the shapes of the inputs, for any variant.
+        attribute: name of the INT32 attribute that says which variants there are.
+        value_of: returns the attribute's value, a constant in the shapes of the inputs.
+        output_shapes: returns the shapes of the outputs, given those of the inputs.
+        launch: returns the launch of a variant, given the shapes of the inputs.
     """
 
     name: str
@@ -96,9 +97,9 @@ def product_launch(shapes: Sequence[Shape], tile: Tile, arithmetic: Arithmetic) 
     weights in a group, and whether there is a bias.
 
     Args:
-        shapes: of the inputs of `PRODUCT`.
-        tile: see `Tile`.
-        arithmetic: of these sizes.
+        shapes: shapes of the inputs of `PRODUCT`.
+        tile: rows and columns of a program.
+        arithmetic: operations on these sizes.
     """
     x, weights, scales, bias = shapes
     all_rows = _product(x[:-1])
@@ -116,21 +117,21 @@ def _product_outputs(shapes: Sequence[Shape], arithmetic: Arithmetic) -> tuple[S
 
 
 def room(rows: Any, arithmetic: Arithmetic = NUMBERS) -> Any:
-    """Heads of tokens for whose partial sums there is room.
+    """Return how many (token, head) pairs the buffer for partial sums holds.
 
     Args:
-        rows: heads of tokens of all sequences.
-        arithmetic: of such a size.
+        rows: (token, head) pairs of all sequences.
+        arithmetic: operations on such a size.
     """
     return arithmetic.maximum(rows, BUSY_ROWS)
 
 
 def number_of_parts(rows: Any, arithmetic: Arithmetic = NUMBERS) -> Any:
-    """Programs that share a sequence's rows.
+    """Return the number of programs that share a sequence's rows.
 
     Args:
-        rows: heads of tokens of all sequences.
-        arithmetic: of such a size.
+        rows: (token, head) pairs of all sequences.
+        arithmetic: operations on such a size.
     """
     return arithmetic.minimum(room(rows, arithmetic) // rows, MOST_CACHE_PARTS)
 
@@ -141,9 +142,9 @@ def parts_launch(shapes: Sequence[Shape], tile: Tile, arithmetic: Arithmetic) ->
     The numbers are groups, heads of a group, tokens, and rows of the cache.
 
     Args:
-        shapes: of the inputs of `PARTS`.
-        tile: see `Tile`.
-        arithmetic: of these sizes.
+        shapes: shapes of the inputs of `PARTS`.
+        tile: rows and columns of a program.
+        arithmetic: operations on these sizes.
     """
     (batch, all_heads, tokens, _), keys, *_ = shapes
     groups = keys[1]
@@ -165,12 +166,12 @@ def _parts_outputs(shapes: Sequence[Shape], arithmetic: Arithmetic) -> tuple[Sha
 def join_launch(shapes: Sequence[Shape], tile: Tile, arithmetic: Arithmetic) -> Launch:
     """Launch the second half of an attention.
 
-    The numbers are heads of tokens of all sequences, tokens, heads, and parts.
+    The numbers are (token, head) pairs of all sequences, tokens, heads, and parts.
 
     Args:
-        shapes: of the inputs of `JOIN`.
-        tile: see `Tile`.
-        arithmetic: of these sizes.
+        shapes: shapes of the inputs of `JOIN`.
+        tile: rows and columns of a program.
+        arithmetic: operations on these sizes.
     """
     batch, all_heads, tokens, _ = shapes[3]
     rows = batch * all_heads * tokens
@@ -187,12 +188,12 @@ def _join_outputs(shapes: Sequence[Shape], arithmetic: Arithmetic) -> tuple[Shap
 def top_k_parts_launch(shapes: Sequence[Shape], tile: Tile, arithmetic: Arithmetic) -> Launch:
     """Launch the first half of the search for the best logits.
 
-    The numbers are columns, and how many are kept.
+    The numbers are columns, and how many logits are kept.
 
     Args:
-        shapes: of the inputs of `TOP_K_PARTS`.
-        tile: see `Tile`.
-        arithmetic: of these sizes.
+        shapes: shapes of the inputs of `TOP_K_PARTS`.
+        tile: rows and columns of a program.
+        arithmetic: operations on these sizes.
     """
     (*leading, columns), (keep,) = shapes
     grid = arithmetic.divide_up(columns, tile.columns), _product(leading), 1
@@ -208,12 +209,12 @@ def _top_k_parts_outputs(shapes: Sequence[Shape], arithmetic: Arithmetic) -> tup
 def top_k_merge_launch(shapes: Sequence[Shape], tile: Tile, arithmetic: Arithmetic) -> Launch:
     """Launch the second half of the search, a program for each row.
 
-    The numbers are parts, and how many are kept.
+    The numbers are parts, and how many logits are kept.
 
     Args:
-        shapes: of the inputs of `TOP_K_MERGE`.
-        tile: see `Tile`.
-        arithmetic: of these sizes.
+        shapes: shapes of the inputs of `TOP_K_MERGE`.
+        tile: rows and columns of a program.
+        arithmetic: operations on these sizes.
     """
     (*leading, parts, keep), _ = shapes
     return Launch((_product(leading), 1, 1), (parts, keep))
@@ -240,8 +241,8 @@ PRODUCT = PluginRule(
     _product_outputs,
     product_launch,
 )
-"""``[.., depth]``, those of `engines.kernels.layout.pack_weights`, ``[groups, columns]``, and
-``[columns]``, or ``[1]`` where none is added; ``[.., columns]``."""
+"""Inputs: ``[.., depth]``, those of `engines.kernels.layout.pack_weights`, ``[groups, columns]``,
+and ``[columns]``, or ``[1]`` without a bias. Output: ``[.., columns]``."""
 PARTS = PluginRule(
     "attention_parts",
     {
@@ -254,8 +255,9 @@ PARTS = PluginRule(
     _parts_outputs,
     parts_launch,
 )
-"""``[batch, heads, tokens, width]``, ``[batch, groups, capacity, width]`` twice, ``[batch, groups,
-tokens, width]`` twice and ``[batch, tokens]``; ``[room, width]`` and ``[room, 2]``."""
+"""Inputs: ``[batch, heads, tokens, width]``, twice ``[batch, groups, capacity, width]``, twice
+``[batch, groups, tokens, width]``, and ``[batch, tokens]``. Outputs: ``[room, width]`` and
+``[room, 2]``."""
 JOIN = PluginRule(
     "attention_join",
     {"partial": "fp32", "stats": "fp32", "positions": "int32", "query": "fp16"},
@@ -265,8 +267,9 @@ JOIN = PluginRule(
     _join_outputs,
     join_launch,
 )
-"""What `PARTS` puts out, and two of its inputs; ``[batch, tokens, heads * width]``. It takes the
-query for its shape: the number of heads would not be known else when the engine is built."""
+"""Inputs: the outputs of `PARTS`, and two of its inputs. Output:
+``[batch, tokens, heads * width]``. It takes the query only for its shape, since an engine's build
+knows the number of heads from it."""
 TOP_K_PARTS = PluginRule(
     "top_k_parts",
     {"logits": "fp16", "keep": "fp32"},
@@ -276,8 +279,9 @@ TOP_K_PARTS = PluginRule(
     _top_k_parts_outputs,
     top_k_parts_launch,
 )
-"""``[.., columns]``, and any values, as many as logits are to be kept: so a shape says how many;
-``[.., parts, keep]`` and ``[.., parts, 2]``, which `engines.kernels.sources.top_k` explains."""
+"""Inputs: ``[.., columns]``, and any tensor with as many values as logits are kept, so that a shape
+says how many. Outputs: ``[.., parts, keep]`` and ``[.., parts, 2]``, which
+`engines.kernels.sources.top_k` explains."""
 TOP_K_MERGE = PluginRule(
     "top_k_merge",
     {"keys": "int32", "stats": "fp32"},
@@ -287,5 +291,5 @@ TOP_K_MERGE = PluginRule(
     _top_k_merge_outputs,
     top_k_merge_launch,
 )
-"""What `TOP_K_PARTS` puts out; ``[.., keep]`` twice and ``[.., 1]``."""
+"""Inputs: the outputs of `TOP_K_PARTS`. Outputs: twice ``[.., keep]``, and ``[.., 1]``."""
 PLUGINS = (PRODUCT, PARTS, JOIN, TOP_K_PARTS, TOP_K_MERGE)

@@ -1,6 +1,6 @@
-"""Times of an engine's layers, as TensorRT's profiler reports them after every run.
+"""Collects times of an engine's layers, as TensorRT's profiler reports them after every run.
 
-With a profiler a run waits for its end and layers do not overlap, so their sum is longer than a
+With a profiler a run waits for its end and layers do not overlap. So their sum is longer than a
 step in ordinary use, and a CUDA graph cannot be captured.
 """
 
@@ -16,8 +16,8 @@ class LayerTimes:
     """Collects milliseconds by layer of the runs of one execution context.
 
     Attributes:
-        runs_ms: of each layer, in the engine's order, the milliseconds of every run; a layer that
-            one run reports several times counts as their sum.
+        runs_ms: time of each layer in every run, in milliseconds, in the engine's order of layers.
+            If one run reports a layer several times, it is their sum.
     """
 
     def __init__(self) -> None:
@@ -25,19 +25,19 @@ class LayerTimes:
         self._run_ms: dict[str, float] = {}
 
     def report(self, layer: str, ms: float) -> None:
-        """One layer of the current run has taken this many milliseconds."""
+        """Add the time of one layer in the current run, in milliseconds."""
         name = plain_name(layer)
         self._run_ms[name] = self._run_ms.get(name, 0.0) + ms
 
     def end_run(self) -> None:
-        """The current run is over."""
+        """End the current run."""
         for name, ms in self._run_ms.items():
             self.runs_ms[name].append(ms)
         self._run_ms.clear()
 
 
 def make_profiler(trt: Any, times: LayerTimes) -> Any:
-    """An ``IProfiler`` that reports to ``times``."""
+    """Make an ``IProfiler`` that reports to ``times``."""
 
     class Profiler(trt.IProfiler):  # type: ignore[misc]
         def __init__(self) -> None:

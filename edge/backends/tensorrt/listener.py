@@ -1,8 +1,9 @@
-"""What goes around calls of TensorRT: who hears what it says, and Ctrl-C.
+"""Wraps calls of TensorRT: directs its messages to the caller, and holds Ctrl-C back.
 
-TensorRT keeps the first logger that it is given until no builder and no runtime is left, and calls
-it for all of them, also after Python has freed it (NVIDIA/TensorRT#1475, #4134). So each TensorRT
-has one logger, for as long as the process lives, and whoever calls TensorRT listens meanwhile.
+TensorRT keeps the first logger that it is given until no builder and no runtime is left. It calls
+that logger for all of them, even after Python has freed it (NVIDIA/TensorRT#1475, #4134). So each
+TensorRT has one logger for the whole life of the process, and whoever calls TensorRT listens to it
+meanwhile.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ _log = logging.getLogger(__name__)
 
 
 def _write(severity: str, message: str) -> None:
-    """Write a message to Python's log; an error comes back as an exception."""
+    """Write a message to Python's log; errors are raised elsewhere as exceptions."""
     _log.log(logging.WARNING if severity == "warning" else logging.DEBUG, "%s", message)
 
 
 class Listener:
-    """Hears what TensorRT says to this thread within ``with``, and what its own threads say.
+    """Hears TensorRT's messages to this thread within ``with``, and those of its own threads.
 
     Args:
         trt: the module ``tensorrt`` or ``tensorrt_rtx``.
@@ -33,9 +34,9 @@ class Listener:
             default it goes to Python's log.
 
     Attributes:
-        logger: what TensorRT is given.
-        errors: the last ones.
-        said: the last message that is no mere information; that CUDA does not start is a warning.
+        logger: the logger to give to TensorRT.
+        errors: the last errors.
+        said: the last message above ``info``; that CUDA does not start is only a warning.
     """
 
     def __init__(self, trt: Any, log: Callable[[str, str], None] = _write) -> None:
@@ -56,7 +57,7 @@ class Listener:
 
     @property
     def last_error(self) -> str:
-        """The last one in words."""
+        """Return the last error as text."""
         return self.errors[-1] if self.errors else "it gave no reason"
 
     def hear(self, severity: str, message: str) -> None:
@@ -88,7 +89,7 @@ def _logger_of(trt: Any) -> Any:
             if name is None:
                 return
             own = self.listeners.get(threading.get_ident())
-            # Whose call a thread of TensorRT's own works for is not known.
+            # It is unknown for whose call a thread of TensorRT's own works.
             heard = [own] if own else list(self.listeners.values())
             for hear in [each[-1].hear for each in heard if each] or [_write]:
                 hear(name, message)
@@ -100,10 +101,10 @@ def _logger_of(trt: Any) -> Any:
 def stoppable() -> Iterator[threading.Event]:
     """Hold Ctrl-C back until the end of the block: TensorRT's bindings swallow an exception.
 
-    A ``try`` in the logger would not do, since Python raises before it is entered.
+    A ``try`` in the logger would not suffice, since Python may raise before it is entered.
 
     Yields:
-        What Ctrl-C sets.
+        An event that Ctrl-C sets.
     """
     stopped = threading.Event()
     old = signal.getsignal(signal.SIGINT)

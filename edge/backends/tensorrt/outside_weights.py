@@ -1,4 +1,4 @@
-"""Weights that an engine takes as inputs: a block of device memory, filled from their file."""
+"""Loads weights that an engine takes as inputs from their file into a block of device memory."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def load_weights(
 
     Args:
         chosen: the engine.
-        outside: of its ``engine.json``.
-        device: where.
-        stream: on which the copies run.
-        resources: the block is pushed here.
+        outside: the record of the weights in its ``engine.json``.
+        device: device to copy to.
+        stream: stream that the copies run on.
+        resources: gets the block, to free it.
 
     Returns:
-        The address of each by name.
+        The address of each weight by name.
 
     Raises:
-        IntegrityError: the file is not what ``engine.json`` says.
+        IntegrityError: the file does not match ``engine.json``.
         DeviceMemoryError: it does not fit.
         DeviceError: a copy failed.
     """
@@ -44,7 +44,7 @@ def load_weights(
     with closing(cuda.PinnedMemory(device, size, "pieces of the weights", mapped=False)) as pieces:
         try:
             for at, piece in read_outside(directory, info, outside, pieces.array):
-                stream.synchronize()  # of the piece before; this one is copied while it is hashed
+                stream.synchronize()  # of the last piece, which was copied while this was hashed
                 stream.upload(block.address + at, piece)
         finally:
             stream.synchronize()

@@ -1,9 +1,9 @@
-"""Own kernels that Python launches: as ``engine.json`` has them, and loaded.
+"""Loads own kernels that Python launches, as ``engine.json`` has them.
 
-They are PTX in ``engine.json``, which a field of each plugin in the plan names by a number. The PTX
-itself cannot be in the fields: with NumPy 2 the data of a field read as its first element again and
-again, as the bindings are compiled for NumPy 1 (``PluginField.data``; seen with the wheels of 10.3
-and 10.13, not of 10.16). That single numbers come through holds `scripts/trt_plugin_v3.py`.
+They are PTX in ``engine.json``, and a field of each plugin in the plan names them by a number. The
+PTX itself cannot be in the fields: the bindings are compiled for NumPy 1, and with NumPy 2 the data
+of a field reads as its first element repeated (``PluginField.data``; seen with the wheels of 10.3
+and 10.13, not of 10.16). `scripts/trt_plugin_v3.py` checks that single numbers come through.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from edge.files import MALFORMED
 from .launch_rules import PluginRule
 
 _log = logging.getLogger(__name__)
-_MOST_BYTES = 1 << 24  # of kernels that are unpacked; what is longer is cut, so does not read
+_MOST_BYTES = 1 << 24  # of unpacked kernels; a longer text is cut and cannot be read
 
 
 @dataclass(frozen=True)
 class PluginKernel:
-    """A kernel that computes what a plugin does, of any size.
+    """A kernel that computes a plugin's outputs, of any size.
 
     Its parameters are those of `launch_rules.PluginRule`.
 
     Attributes:
         text: PTX; empty with ``cubin``.
         entry: name of the function in it.
-        threads: of a program.
+        threads: threads of a program.
         shared_bytes: dynamic shared memory of a program.
-        rows, columns: of the output, that a program computes.
-        cubin: machine code of the GPU that the engine is for.
+        rows, columns: size of the output that a program computes.
+        cubin: machine code for the engine's GPU.
     """
 
     text: str
@@ -55,13 +55,13 @@ class PluginKernel:
 
 
 def pack(kernels: Sequence[PluginKernel]) -> bytes:
-    """The kernels of a plugin, in the order of their tactics, as ``engine.json`` has them."""
+    """Encode the kernels of a plugin for ``engine.json``, in the order of their tactics."""
     return zlib.compress(msgspec.json.encode(kernels), 9)
 
 
 @functools.lru_cache(maxsize=16)
 def unpack(packed: bytes) -> tuple[PluginKernel, ...]:
-    """The kernels of `pack`; hundreds of plugins of an engine have the same ones.
+    """Decode the kernels of `pack`; hundreds of plugins of an engine have the same ones.
 
     Raises:
         BundleError: they are damaged.
@@ -76,16 +76,16 @@ def unpack(packed: bytes) -> tuple[PluginKernel, ...]:
 
 
 def number_of(packed: bytes) -> int:
-    """The number by which a plugin in a plan names its kernels: of their SHA-256."""
+    """Return the number by which a plugin in a plan names its kernels, from their SHA-256."""
     return int.from_bytes(hashlib.sha256(packed).digest()[:4], "little", signed=True)
 
 
 class OwnKernels:
-    """What all plugins of a process share.
+    """Kernels and errors that all plugins of a process share.
 
     Attributes:
-        for_build: makes a plugin that TensorRT can build with, of a rule and the value of its
-            attribute; what builds engines sets it.
+        for_build: makes a plugin for TensorRT's builder, given a rule and the value of its
+            attribute; set by code that builds engines.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class OwnKernels:
         self._lock = threading.Lock()
 
     def check(self) -> None:
-        """Look for what launches kernels.
+        """Check that cuda-bindings, which launches kernels, is there.
 
         Raises:
             DependencyError: cuda-bindings is missing.
@@ -107,7 +107,7 @@ class OwnKernels:
         self._context.check()
 
     def add(self, packed: bytes) -> None:
-        """Let plugins have these kernels of `pack`.
+        """Make these kernels of `pack` available to plugins.
 
         Raises:
             BundleError: they are damaged.
@@ -116,7 +116,7 @@ class OwnKernels:
         self._known[number_of(packed)] = packed
 
     def find(self, number: int) -> bytes:
-        """The kernels that `number_of` gives this number.
+        """Return the kernels whose `number_of` is this number.
 
         Raises:
             BundleError: nobody added them.
@@ -134,7 +134,7 @@ class OwnKernels:
         return self._context.handle != 0
 
     def load(self, packed: bytes) -> tuple[Kernel, ...]:
-        """Kernels of `pack` in the current context, where each stays until the process ends.
+        """Load kernels of `pack` in the current context, where each stays until the process ends.
 
         Raises:
             DependencyError: cuda-bindings is missing.
@@ -158,7 +158,7 @@ class OwnKernels:
         return tuple(found)
 
     def keep(self, error: BaseException) -> None:
-        """Keep an error for `raise_failure`; the first one, which the others follow from."""
+        """Keep the first error for `raise_failure`; the later ones follow from it."""
         if self._failure is not None:
             return
         _log.debug("a plugin raised: %s", "".join(traceback.format_exception(error)))
@@ -170,13 +170,13 @@ class OwnKernels:
             )
             failure.__cause__ = error
         self._failure = failure
-        # Its frames have the plugin, which Python must not hold longer than TensorRT does.
+        # The error's frames hold the plugin, which Python must not hold longer than TensorRT does.
         while error is not None:
             error.__traceback__ = None
             error = error.__cause__ or error.__context__  # type: ignore[assignment]
 
     def raise_failure(self) -> None:
-        """Raise what was kept, and forget it."""
+        """Raise the error that was kept, and forget it."""
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure

@@ -1,22 +1,22 @@
-"""Own kernels in an engine as plugins whose kernels Python launches.
+"""Provides own kernels to an engine as plugins whose kernels Python launches.
 
-From 10.13 on TensorRT puts own kernels into an engine by itself (`engines.kernels.plugin`). Before,
-and where a build is asked to (``--plugins python``), a plugin (``IPluginV3``) launches its kernel.
-The kernels come out of ``engine.json`` (`plugin_kernels`), how they are launched is in
-`launch_rules`, and here is what TensorRT calls to run them; `engines.kernels.plugin_v3` adds what
-it asks while it builds. Steps are replayed as CUDA graphs, so their launches pass through Python
-when they are captured and never again.
+From 10.13 on TensorRT compiles own kernels into an engine by itself (`engines.kernels.plugin`).
+Before that, and if a build asks for it (``--plugins python``), a plugin (``IPluginV3``) launches
+its kernel. The kernels come from ``engine.json`` (`plugin_kernels`), and their launches are in
+`launch_rules`. This module has the methods that TensorRT calls to run them;
+`engines.kernels.plugin_v3` adds those that it calls while it builds. Steps are replayed as CUDA
+graphs, so their launches pass through Python only when they are captured.
 
-This relies on what TensorRT 10.3 says of itself:
+This relies on facts about TensorRT 10.3:
 
-- NvInferRuntime.h: a plugin of the runtime phase has a core and a runtime part and no more; each
-  execution context attaches a clone of it; ``onShapeChange`` comes before an ``enqueue`` with other
-  shapes; tactic 0 is none of the plugin's own.
-- pyPlugin.cpp: functions are called with the GIL, which ``execute_async_v3`` has given up
-  (pyCore.cpp). What they raise is printed and becomes -1, so it is kept here to be raised again. A
-  collection of fields has bare addresses of their data, and the registry one of the creator. A
-  plugin is TensorRT's to destroy: one that Python drops is freed twice. How many inputs and outputs
-  ``enqueue`` hands over is what ``onShapeChange`` of the same plugin had (``mNbOutputs``).
+- NvInferRuntime.h: a plugin of the runtime phase has only a core and a runtime part. Each execution
+  context attaches a clone of it. ``onShapeChange`` comes before an ``enqueue`` with other shapes.
+  Tactic 0 is none of the plugin's own.
+- pyPlugin.cpp: functions are called with the GIL, which ``execute_async_v3`` has released
+  (pyCore.cpp). Their exceptions are printed and become -1, so they are kept here to be raised
+  again. A collection of fields has bare addresses of their data, and the registry has one of the
+  creator. TensorRT destroys plugins: one that Python drops is freed twice. ``enqueue`` gets as many
+  inputs and outputs as ``onShapeChange`` of the same plugin had (``mNbOutputs``).
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from .launch_rules import NAMESPACE, NUMBERS, PLUGINS, PluginRule
 from .plugin_kernels import OwnKernels, number_of, unpack
 
 VERSION = "v3"
-"""Of these plugins; those that are compiled into engines have another (`engines.kernels.plugin`).
+"""Version of these plugins; those compiled into engines have another (`engines.kernels.plugin`).
 """
 KERNELS_FIELD = "kernels"
-"""Field of a plugin in a plan, an INT32: `number_of` its kernels. In a graph it is the rule's
-attribute instead."""
+"""Names the field of a plugin in a plan, an INT32: `number_of` its kernels. In a graph the rule's
+attribute takes its place."""
 _SWITCH_S = 0.0005
-"""For which another thread may keep the interpreter from a step that calls it for every plugin:
-Python's own 5 ms are as long as a decode step."""
+"""Longest time for which another thread may hold the interpreter while a step calls it for every
+plugin. Python's own 5 ms are as long as a decode step."""
 T = TypeVar("T")
 
 
 class KeptError(Exception):
-    """What TensorRT's bindings see and print of an error that `raise_failure` raises."""
+    """Stands for an error that `raise_failure` raises; TensorRT's bindings see and print this."""
 
 
 def told(function: Callable[..., T]) -> Callable[..., T]:
-    """Keep what a function that TensorRT calls raises; its object has the `OwnKernels`."""
+    """Keep exceptions of a function that TensorRT calls; its object has the `OwnKernels`."""
 
     @functools.wraps(function)
     def call(plugin: Any, *args: Any) -> T:
@@ -67,11 +67,11 @@ def told(function: Callable[..., T]) -> Callable[..., T]:
 
 @functools.cache
 def plugin_class(trt: Any, rule: PluginRule) -> Any:
-    """The class of a plugin, of ``packed`` kernels and the process's `OwnKernels`.
+    """Make the class of a plugin with ``packed`` kernels and the process's `OwnKernels`.
 
     Args:
         trt: the module ``tensorrt``.
-        rule: of the plugin.
+        rule: rule of the plugin.
     """
 
     class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneRuntime):  # type: ignore[misc]
@@ -82,11 +82,11 @@ def plugin_class(trt: Any, rule: PluginRule) -> Any:
             self.plugin_name, self.plugin_version = rule.name, VERSION
             self.plugin_namespace = NAMESPACE
             self.packed, self.own_kernels = packed, own_kernels
-            self.chosen_tactic = 1  # any is right for any shapes
+            self.chosen_tactic = 1  # every tactic is right for any shapes
             self.loaded: tuple[Kernel, ...] = ()
-            # Of each tactic for the shapes that were told last: programs and numbers.
+            # For each tactic and the shapes of the last call: programs and numbers.
             self.launches: list[tuple[tuple[int, int, int], tuple[tuple[int, bool], ...]]] = []
-            # Whose address the fields have.
+            # The fields have its address.
             self._number = np.array([number_of(packed)], np.int32)
             field = trt.PluginField(KERNELS_FIELD, self._number, trt.PluginFieldType.INT32)
             self._fields = trt.PluginFieldCollection([field])
@@ -107,7 +107,7 @@ def plugin_class(trt: Any, rule: PluginRule) -> Any:
 
         @told
         def attach_to_context(self, resource_context: Any) -> Any:
-            self.load()  # the driver loads nothing while a CUDA graph is captured
+            self.load()  # the driver cannot load while a CUDA graph is captured
             return self.clone()
 
         @told
@@ -116,7 +116,7 @@ def plugin_class(trt: Any, rule: PluginRule) -> Any:
 
         @told
         def on_shape_change(self, inputs: Any, outputs: Any) -> None:
-            self.load()  # a builder attaches nothing
+            self.load()  # a builder attaches no plugin
             shapes = [tuple(each.dims) for each in inputs]
             self.launches = []
             for each in unpack(self.packed):
@@ -149,11 +149,11 @@ def plugin_class(trt: Any, rule: PluginRule) -> Any:
 
 
 _registered: dict[Any, OwnKernels] = {}
-_creators: list[Any] = []  # TensorRT has their bare addresses, so they stay as long as the process
+_creators: list[Any] = []  # TensorRT has their bare addresses, so they stay until the process ends
 
 
 def raise_failure(trt: Any) -> None:
-    """Raise what a plugin raised since the last time, of which TensorRT itself tells nothing.
+    """Raise an error that a plugin raised since the last call; TensorRT itself does not report it.
 
     Args:
         trt: the module ``tensorrt``; without `register` nothing can have failed.
@@ -166,7 +166,7 @@ def raise_failure(trt: Any) -> None:
 
 
 def register(trt: Any) -> OwnKernels:
-    """Make the plugins known to TensorRT, once per process.
+    """Register the plugins with TensorRT, once per process.
 
     Args:
         trt: the module ``tensorrt``.
@@ -196,14 +196,14 @@ def register(trt: Any) -> OwnKernels:
 
 
 def register_kernels(trt: Any, info: EngineInfo) -> None:
-    """Let TensorRT load an engine, whose own kernels Python launches if it has any.
+    """Prepare TensorRT to load an engine: register its kernels if Python launches them.
 
     Args:
         trt: the module ``tensorrt``.
-        info: its ``engine.json``.
+        info: the engine's ``engine.json``.
 
     Raises:
-        DependencyError: see `register`.
+        DependencyError: `register` finds that TensorRT or cuda-bindings do not fit.
         BundleError: the kernels are damaged.
     """
     if info.plugins == "python":

@@ -1,18 +1,18 @@
-"""TensorRT on an NVIDIA GPU: the engine of a Jetson, and of any workstation.
+"""Runs TensorRT engines on an NVIDIA GPU, of a Jetson or of any workstation.
 
 Everything is allocated at load (`device_memory`), the execution contexts share one block of
 activations, and each step runs on one stream: copy in, engine, copy out, one wait at its end.
 
 The batch of an engine is a contiguous part of the cache, so a decode step on slots 0 and 2 spans
-slot 1 too. What such an idle slot writes must be harmless: in dialect ``native`` it writes the last
-rows of the cache, which are kept free for that (``capacity`` is less than the engine's where
-several slots can run together: by one, or by the longest step that checks drafts). In ``portable``
-the runtime appends the rows itself and leaves idle slots out.
+slot 1 too. The rows that such an idle slot writes must be harmless. In dialect ``native`` it writes
+the last rows of the cache, which are kept free for that: where several slots can run together,
+``capacity`` is less than the engine's, by one or by the longest step that checks drafts. In
+``portable`` the runtime appends the rows itself and leaves idle slots out.
 
-Steps have few shapes, so that each has a CUDA graph, and TensorRT sees none change: tokens are
-padded to the next length that was captured, as far as the cache goes, and shorter steps follow
-there. A context holds addresses, so prompts are read in a slot of their own, ``home``, and their
-rows copied: else there would be as many graphs of each length as slots.
+Steps have few shapes, so that each has a CUDA graph and TensorRT sees no change of shapes. Tokens
+are padded to the next captured length, as far as the cache goes; past that, shorter steps are used.
+A context holds addresses, so prompts are read in a slot of their own, ``home``, and their rows are
+copied. Otherwise each length would need as many graphs as there are slots.
 """
 
 from __future__ import annotations
@@ -68,18 +68,18 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-_PROMPT_GRAPHS = 64  # at most: lengths times buckets of the cache
+_PROMPT_GRAPHS = 64  # most graphs: lengths times buckets of the cache
 
 
 class _Run(NamedTuple):
     """One run of a step, or of some tokens of one of its sequences.
 
     Attributes:
-        window: what of ``step`` runs where.
+        window: the part of ``step`` that runs, and its slots.
         step: all of the caller's sequences, or some tokens of one.
-        shape: what the engine runs, padding among it.
-        row: whose tokens those are; None for a window of all.
-        start: the first of them.
+        shape: shape of the engine's run, with padding.
+        row: the sequence that those tokens belong to; None for a window of all.
+        start: index of the first of those tokens.
     """
 
     window: Window
@@ -97,28 +97,28 @@ class TensorRTBackend:
         manifest: its manifest.
         engine_dir: the engine's directory; None takes the one in the bundle that fits this GPU.
         num_slots: sequences that the cache holds; None is the engine's batch. More slots than that
-            are run in several batches.
+            run in several batches.
         kv_capacity: refuse engines of another KV capacity; None takes any.
-        use_cuda_graphs: replay steps as CUDA graphs.
-        max_graphs: graphs that are captured at load, one per window or length and bucket of the
-            cache.
-        max_draft_tokens: guesses for each sequence that steps check; 0 captures no such steps.
-        max_logits: rows of logits that one run returns at most; more are fetched in several runs.
+        use_cuda_graphs: whether to replay steps as CUDA graphs.
+        max_graphs: most graphs that are captured at load, one per window or length and bucket of
+            the cache.
+        max_draft_tokens: guesses per sequence that steps check; 0 captures no such steps.
+        max_logits: most rows of logits that one run returns; more are fetched in several runs.
         device: number of the GPU.
-        gpu_wait: see `edge.engine_config.EngineConfig`.
-        trusted_keys: see there.
+        gpu_wait: how threads wait, as `edge.engine_config.EngineConfig` describes.
+        trusted_keys: file of trusted keys, as `EngineConfig` describes.
 
     Attributes:
-        memory: what was allocated.
-        engine_dir: of the engine that runs.
-        gpu_wait: how threads wait for the GPU now, see `cuda.Device`.
+        memory: the allocated memory by part.
+        engine_dir: directory of the engine that runs.
+        gpu_wait: how threads wait for the GPU now, as in `cuda.Device`.
 
     Raises:
         DependencyError: TensorRT, a working driver, or both PyCUDA and cuda-bindings are missing.
-        BundleError, IntegrityError: no engine for this GPU and TensorRT, or a damaged one.
-        ConfigError: a number out of range.
+        BundleError, IntegrityError: there is no engine for this GPU and TensorRT, or it is damaged.
+        ConfigError: a number is out of range.
         DeviceMemoryError: it does not fit into the GPU's memory.
-        BackendError: TensorRT or the GPU failed, or ``gpu_wait`` cannot be had.
+        BackendError: TensorRT or the GPU failed, or ``gpu_wait`` cannot be set.
     """
 
     name = "tensorrt"
@@ -206,19 +206,19 @@ class TensorRTBackend:
         self.max_step_tokens = info.max_prefill
         self._dialect = io_spec.DIALECTS[self._manifest.dialect]
         self._home = cache_slots(self.num_slots) - 1
-        self._home_of, self._home_rows = -1, 0  # whose rows are there, and how many
+        self._home_of, self._home_rows = -1, 0  # the slot whose rows are at home, and how many
         self._spoilt = False  # whether rows at home may be NaN
-        self._behind: dict[int, int] = {}  # the row after those that padding left in a slot
+        self._behind: dict[int, int] = {}  # end of the rows that padding wrote in a slot
         sizes = step_sizes(info, max_logits)
-        # Decode first: it is the best for what it covers.
+        # Decode first, since it is best for all that it covers.
         self._limits = sorted(
             (profile.limits for profile in info.profiles),
             key=lambda each: not each.profile.startswith("decode"),
         )
         most = max(limits.num_logits for limits in self._limits)
-        self._max_num_logits = min(sizes[0].logits, most)  # of one sequence
+        self._max_num_logits = min(sizes[0].logits, most)  # per sequence
         shared = max((each.seq for each in self._limits if each.batch > 1), default=1)
-        # The last rows are where idle slots write; a batch of one has no idle slots.
+        # Idle slots write into the last rows; with a batch of one there are no idle slots.
         together = min(info.max_batch, self.num_slots) > 1
         longest = min(shared if together else self.max_step_tokens, self._max_num_logits)
         lengths = [2**n for n in range(1, max_draft_tokens.bit_length() + 1)]
@@ -227,7 +227,7 @@ class TensorRTBackend:
         self.capacity = info.kv_capacity - self._spare
         self._batching = Batching(
             decode_gap=UNBOUNDED,
-            # Several tokens of an idle slot would not all land in its spare row.
+            # Several tokens of an idle slot would not all fit into its spare row.
             chunk_gap=0 if self._dialect.in_place else UNBOUNDED,
             max_batch=info.max_batch,
             max_shared_seq=shared,
@@ -245,7 +245,7 @@ class TensorRTBackend:
                 activations_bytes=activations_bytes,
             )
 
-        # Only the engine itself knows its activations.
+        # Only the loaded engine knows its activations.
         self._device.make_room("the engine", plan(0).device_bytes)
         self._engine = Engine(chosen, self._manifest)
         self._resources.callback(self._engine.close)
@@ -275,7 +275,7 @@ class TensorRTBackend:
         self._stream.synchronize()
 
     def _allocate(self, sizes: tuple[StepSizes, StepSizes]) -> None:
-        """Memory and the stream; ``sizes`` of prefill and decode."""
+        """Allocate memory and the stream; ``sizes`` are those of prefill and decode."""
         device, resources, info = self._device, self._resources, self.info
         model, dtype = self._manifest.model, self._manifest.dtype
         self._stream = cuda.Stream(device)
@@ -327,7 +327,7 @@ class TensorRTBackend:
                 StepShape(first, batch, seq, num, kv, rank)
                 for rank in sorted({0, self.adapter_rank})
                 for first, batch, seq, num in self._shapes()
-                for kv in reversed(self._buckets)  # the largest will do for all
+                for kv in reversed(self._buckets)  # the largest works for every length
             ),
             lambda context, shape: self._put(context, shape, self._buffers_of(shape)),
         )
@@ -335,7 +335,7 @@ class TensorRTBackend:
         self._stream.synchronize()
 
     def _shapes(self) -> Iterator[tuple[int, int, int, int]]:
-        """First slot, sequences, tokens and logits of the steps to capture, most useful first."""
+        """Yield first slot, sequences, tokens and logits of steps to capture, most useful first."""
         windows = canonical_windows(self.num_slots, self.info.max_batch)
         lengths = prompt_lengths(self.max_step_tokens, max(_PROMPT_GRAPHS // len(self._buckets), 1))
         prompts = [(self._home, 1, length, 1) for length in spread(lengths)]
@@ -384,17 +384,17 @@ class TensorRTBackend:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of the cache."""
+        """Return the memory of the cache, in bytes."""
         return self.memory.cache_bytes
 
     @property
     def failed(self) -> str | None:
-        """Why no step can succeed any more, or None; a lost GPU needs the process to restart."""
+        """Return why no step can succeed any more, or None; a lost GPU needs a new process."""
         return "the backend is closed" if self._closed else self._lost
 
     @property
     def graphs_disabled(self) -> str | None:
-        """Why decode runs without CUDA graphs, or None."""
+        """Return why decode runs without CUDA graphs, or None."""
         return self._graphs.disabled
 
     def time_layers(self) -> dict[ProfileName, LayerTimes]:
@@ -416,14 +416,14 @@ class TensorRTBackend:
 
     @property
     def hidden_states(self) -> NDArray[np.float32] | None:
-        """None: engines are built without the output for a head (`engines.graph`)."""
+        """Return None: engines are built without the output for a head (`engines.graph`)."""
         return None
 
     def forward(self, step: Step) -> NDArray[np.float32]:
         """See `edge.backends.Backend.forward`.
 
-        After a failure the rows of the step's slots are undefined. The backend works on, unless
-        `failed` says that the GPU is lost.
+        After a failure the rows of the step's slots are undefined. The backend continues to work,
+        unless `failed` says that the GPU is lost.
         """
         self._check_usable()
         step.check(self)
@@ -441,7 +441,7 @@ class TensorRTBackend:
         runs = self._plan(step)
         with self._working():
             if len(runs) > 1 or runs[0].step is not step:
-                return self._forward(step)  # a further run would overwrite the rows of the first
+                return self._forward(step)  # another run would overwrite the rows of the first
             buffers = self._run(runs[0])
         num, number = runs[0].shape.num_logits, self._runs
         found: list[list[BestLogits]] = [[] for _ in range(step.batch)]
@@ -477,10 +477,11 @@ class TensorRTBackend:
         return logits
 
     def _plan(self, step: Step) -> list[_Run]:
-        """The runs of a step: of all its sequences in windows, or of each by itself."""
+        """Plan the runs of a step: all its sequences in windows, or each alone."""
         if step.seq == 1 or step.batch > 1:
             runs = [self._window_run(window, step) for window in self._batching.plan(step)]
-            # Where shapes change, compiled plugins leak (NVIDIA/TensorRT#4849), others run Python.
+            # When shapes change, compiled plugins leak (NVIDIA/TensorRT#4849), and others run
+            # Python.
             fixed = self.info.plugins is not None or step.num_logits > 1
             one_by_one = len(self._graphs) > 0 and step.seq > 1 and fixed
             if step.num_logits <= self._max_num_logits and (
@@ -508,9 +509,9 @@ class TensorRTBackend:
         return self._bucket(self._dialect.rows_read(starts, step.kv_len))
 
     def _sequence_runs(self, step: Step, row: int) -> Iterator[_Run]:
-        """Run one sequence's tokens, in pieces where no run takes them all.
+        """Run one sequence's tokens, in pieces if no run takes them all.
 
-        What comes first lies in the cache when the next piece attends to it.
+        Each piece is in the cache when the next one attends to it.
         """
         slot, past, embeds = step.slots[row], step.starts[row], step.embeds[row : row + 1]
         wanted, start = np.unique(step.logits_indices[row]), 0
@@ -529,7 +530,7 @@ class TensorRTBackend:
             start += tokens
 
     def _window_of(self, slot: int, shape: StepShape) -> Window:
-        """Where a sequence runs by itself."""
+        """Return the window in which a sequence runs alone."""
         if shape.first == self._home:
             slot = self._home
         return placed_in(Window(slot, 1, (0,), (0,)), shape.first, shape.batch)
@@ -537,13 +538,13 @@ class TensorRTBackend:
     def _fit(
         self, slot: int, start: int, tokens: int, wanted: NDArray[np.int64]
     ) -> tuple[StepShape, int]:
-        """What runs the next tokens of a sequence, and how many of them.
+        """Choose the shape that runs the next tokens of a sequence, and how many of them.
 
         Args:
-            slot: of the sequence.
+            slot: slot of the sequence.
             start: its rows so far.
-            tokens: that are left.
-            wanted: ascending, which of them get logits; those below 0 have run.
+            tokens: number of tokens that are left.
+            wanted: ascending indices of those that get logits; those below 0 have run.
         """
         wanted = wanted[wanted >= 0]
         room, rank = self.info.kv_capacity - start, self._rank_of([slot])
@@ -572,7 +573,7 @@ class TensorRTBackend:
         return StepShape(slot, 1, tokens, num, rows(tokens), rank), tokens
 
     def _run_whole(self, run: _Run, step: Step, logits: NDArray[np.float32]) -> None:
-        """Run and put the logits into the caller's rows."""
+        """Run, and write the logits into the caller's rows."""
         buffers, window, num = self._run(run), run.window, run.shape.num_logits
         if self.info.best_logits:
             buffers.fetch(self._stream, 0, window.batch * num)
@@ -590,7 +591,7 @@ class TensorRTBackend:
                 buffers.read_logits(place * num, logits[row])
 
     def _run(self, run: _Run) -> StepBuffers:
-        """Run; what the engine puts out is in the buffers that are returned."""
+        """Run, and return the buffers that hold the engine's outputs."""
         window, step, shape = run.window, run.step, run.shape
         buffers = self._buffers_of(shape)
         padded = padded_step(step, shape.seq, shape.num_logits)
@@ -626,7 +627,7 @@ class TensorRTBackend:
         self._cache.copy(slot, self._home, start, there)
 
     def _keep_rows(self, shape: StepShape, place: int, slot: int, start: int, rows: int) -> None:
-        """Put the rows of one sequence that a run has made into its slot, none of its padding."""
+        """Copy the rows that a run has made of one sequence into its slot, without padding."""
         at_home = shape.first == self._home >= self.num_slots
         if self._new_rows is not None:
             for target in {slot, self._home} if at_home else {slot}:
@@ -643,22 +644,22 @@ class TensorRTBackend:
             self._home_rows = min(self._home_rows, start)
 
     def _idle_cursor(self, seq: int) -> int:
-        """The first row that an idle slot writes: no answer has those where slots can idle."""
+        """Return the first row that an idle slot writes; no answer uses it where slots can idle."""
         return self.info.kv_capacity - seq if self._dialect.in_place else 0
 
     def _put(self, context: BoundContext, shape: StepShape, buffers: StepBuffers) -> None:
-        """Put a step on the stream; a CUDA graph records this and nothing else."""
+        """Put a step on the stream; a CUDA graph records exactly this."""
         buffers.upload(self._stream, shape.batch, shape.seq, shape.num_logits)
         context.enqueue()
         buffers.download(self._stream, shape.batch * shape.num_logits)
 
     @property
     def _buckets(self) -> tuple[int, ...]:
-        """Numbers of cache rows that steps are rounded up to; one where that changes nothing."""
+        """Return the numbers of cache rows to round up to; only one if rounding changes nothing."""
         return self.info.buckets_read or self.info.kv_buckets[-1:]
 
     def _bucket(self, kv_len: int) -> int:
-        """The least number of cache rows that the engine may read and that is enough."""
+        """Return the least number of cache rows that suffices and that the engine may read."""
         return self._buckets[bisect_left(self._buckets, kv_len)]
 
     def read_slot(self, slot: int, length: int) -> Floats:
@@ -672,7 +673,8 @@ class TensorRTBackend:
         expected = (2 * model.num_layers, model.num_kv_heads, length, model.head_dim)
         if rows.shape != expected:
             raise BackendError(f"rows of shape {rows.shape} do not fit a cache of {expected}")
-        # Of a sequence that failed, what padding left behind its rows is as bad as they are.
+        # In a sequence that failed, the rows that padding wrote after its own are as bad as they
+        # are.
         behind = self._behind.pop(slot, 0) - length
         if behind > 0:
             more = np.zeros((*rows.shape[:2], behind, rows.shape[3]), dtype=rows.dtype)
@@ -710,11 +712,11 @@ class TensorRTBackend:
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        """The device's context is current; after a failure nothing is left on the stream."""
+        """Make the device's context current; after a failure nothing is left on the stream."""
         self._enter()
         try:
             yield
-        except BaseException as error:  # an interrupt leaves work on the stream, too
+        except BaseException as error:  # an interrupt also leaves work on the stream
             self._recover(error)
             raise
         finally:
@@ -735,7 +737,7 @@ class TensorRTBackend:
             self._recover(error)
 
     def _recover(self, error: BaseException) -> None:
-        """After a failed step: wait for what still runs, and find out whether the GPU is alive."""
+        """After a failed step, wait for running work, and find out whether the GPU is alive."""
         self._spoilt = True
         lost: BaseException | None = None
         if isinstance(error, DeviceError) and error.fatal:

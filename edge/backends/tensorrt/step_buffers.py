@@ -1,7 +1,7 @@
-"""The fixed memory through which a step's inputs go in and its logits come out.
+"""Holds the fixed memory through which a step's inputs go in and its logits come out.
 
-Two numpy views and two addresses of one thing: the host writes and reads pinned memory, the engine
-reads and writes device memory. On an integrated GPU both are the same bytes and nothing is copied.
+The host writes and reads pinned memory, and the engine reads and writes device memory. On an
+integrated GPU both are the same bytes and nothing is copied.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _EXPONENT_SHIFT = np.float32(2.0 ** (127 - 15))
 
 
 class StepBuffers:
-    """Staging of one optimization profile.
+    """Staging memory of one optimization profile.
 
     Args:
-        device: where.
-        resources: what is allocated is pushed here, to be closed by the owner.
+        device: device of the memory.
+        resources: gets all allocations, for the owner to free.
         sizes: the most that a step takes.
-        model: the decoder's numbers.
-        dtype: of the engine's floats.
+        model: the decoder's dimensions.
+        dtype: type of the engine's floats.
         cursor_name: ``write_indices`` or ``past_lengths``.
-        best_logits: of each row, that the engine puts out by themselves; 0 for none.
+        best_logits: number of best logits per row with outputs of their own; 0 for none.
 
     Attributes:
-        addresses: where the engine finds each input and output.
+        addresses: address of each input and output for the engine.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class StepBuffers:
         layout = input_layout(sizes, model.hidden_size)
         out_bytes = logits_bytes(sizes, self._out_width)
         self._mapped = device.integrated
-        # The search for the best reads the rows on the GPU, which caches no memory of the host.
+        # The search for the best reads the rows on the GPU, which does not cache host memory.
         self._rows_mapped = self._mapped and not best_logits
         best = best_layout(sizes, best_logits)
         blocks = []
@@ -93,7 +93,7 @@ class StepBuffers:
             }
         self._layout = layout
         self._compact = sizes.tokens == sizes.batch
-        # bf16 is unknown to numpy: its bits are handled as uint16.
+        # NumPy does not know bf16, so its bits are handled as uint16.
         floats: Any = np.uint16 if self._bf16 else np.float16
         self._cursor = self._region(layout.cursor, sizes.batch, np.int64)
         self._indices = self._region(layout.indices, sizes.logits, np.int64)
@@ -106,7 +106,7 @@ class StepBuffers:
         return self._inputs[offset : offset + count * np.dtype(dtype).itemsize].view(dtype)
 
     def clear(self, *, idle_cursor: int) -> None:
-        """Write inputs at which every slot idles (`fill`)."""
+        """Write inputs with which every slot idles, as in `fill`."""
         self._inputs[:] = 0
         self._cursor[...] = idle_cursor
 
@@ -114,7 +114,7 @@ class StepBuffers:
         """Write a window's inputs into the staging memory.
 
         Args:
-            window: which sequences stand where; idle places get zeros and ``idle_cursor``.
+            window: places of the sequences; idle places get zeros and ``idle_cursor``.
             step: all of the caller's sequences.
             idle_cursor: the cache row that an idle slot writes.
         """
@@ -132,7 +132,7 @@ class StepBuffers:
             return
         places, chosen = list(window.places), list(window.rows)
         if len(places) < batch:
-            # Whoever ran there last may have overflowed: the rows of its token would do so again.
+            # The last sequence here may have overflowed, and its token's rows would overflow again.
             rows[...] = 0
             wanted[...] = 0
             cursor[...] = idle_cursor
@@ -143,12 +143,12 @@ class StepBuffers:
         indices[places] = step.logits_indices[chosen]
 
     def upload(self, stream: cuda.Stream, batch: int, seq: int, num_logits: int) -> None:
-        """Put the copies of the inputs on a stream; none where the memory is shared."""
+        """Put the copies of the inputs on a stream; none if the memory is shared."""
         if self._mapped:
             return
         tokens, layout = batch * seq, self._layout
         if self._compact:
-            # Decode's regions are small: one copy of all is quicker than four.
+            # Decode's regions are small, so one copy of all is faster than four.
             end = layout.embeds + tokens * self._hidden_size * 2
             stream.upload(self._input_address, self._inputs[:end])
             return
@@ -161,9 +161,10 @@ class StepBuffers:
             stream.upload(self._input_address + offset, self._inputs[offset : offset + num_bytes])
 
     def download(self, stream: cuda.Stream, num_rows: int) -> None:
-        """Put the copy of a run's first rows of logits on a stream; none where memory is shared.
+        """Put the copy of a run's first rows of logits on a stream; none if memory is shared.
 
-        Where the engine puts out the best of each row, only these are copied; see `fetch`.
+        If the engine has outputs for the best of each row, only these are copied; `fetch` copies
+        whole rows.
         """
         if self._mapped:
             return
@@ -173,21 +174,21 @@ class StepBuffers:
             self._best.download(stream, num_rows)
 
     def fetch(self, stream: cuda.Stream, first: int, num_rows: int) -> None:
-        """Put the copy of whole rows of logits on a stream; none where their memory is shared."""
+        """Put the copy of whole rows of logits on a stream; none if their memory is shared."""
         if not self._rows_mapped:
             start, end = (row * self._out_width for row in (first, first + num_rows))
             stream.download(self._logits[start:end], self._output_address + 2 * start)
 
     def best(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.int32], float]:
-        """Best logits of a row, their tokens, and the mass of all others.
+        """Return the best logits of a row, their tokens, and the mass of all others.
 
-        What it returns may be the staging memory itself: valid until the next run.
+        The arrays may be the staging memory itself, valid until the next run.
         """
         assert self._best is not None, "the engine has no such outputs"
         return self._best.row(row)
 
     def read_logits(self, first: int, target: NDArray[np.float32]) -> None:
-        """Convert rows of logits to float32; the stream must have been waited for.
+        """Convert rows of logits to float32; call it after waiting for the stream.
 
         Args:
             first: the first row.
@@ -210,15 +211,15 @@ class StepBuffers:
 
 
 class _Best:
-    """The outputs of `io_spec.best_outputs` of one run: the host's views, and how they get there.
+    """Copies the outputs of `io_spec.best_outputs` of one run to the host, and reads them.
 
     Args:
         block: pinned memory.
-        address: of the engine's.
-        layout: of both.
-        num_rows: of logits, at most.
-        keep: logits of each.
-        dtype: of the logits.
+        address: address of the engine's block.
+        layout: layout of both blocks.
+        num_rows: most rows of logits.
+        keep: best logits of each row.
+        dtype: type of the logits.
     """
 
     def __init__(
@@ -235,7 +236,7 @@ class _Best:
         self._values = block[layout.values :][: 2 * count].view(kind).reshape(-1, keep)
         self._ids = block[layout.ids :][: 4 * count].view(np.int32).reshape(-1, keep)
         self._rest = block[layout.rest :][: 4 * num_rows].view(np.float32)
-        # Of a decode step in one copy: the gaps between its regions are small.
+        # A decode step takes one copy, since the gaps between its regions are small.
         self._whole = block if layout.num_bytes <= _ONE_COPY_BYTES else None
         self._places = address, layout
 
@@ -258,11 +259,11 @@ class _Best:
 
 
 def widen_fp16(bits: NDArray[np.uint16], target: NDArray[np.float32]) -> None:
-    """Exact fp16 to fp32, five times as fast as numpy's own on x86: 0.05 ms for 150,000 logits.
+    """Convert fp16 to fp32 exactly, five times as fast as NumPy on x86: 0.05 ms per 150,000 logits.
 
-    The bits move to their places in a float32, whose exponent is then off by 127 - 15: one
-    multiplication mends it, subnormal numbers included. Infinities and NaN would become large
-    numbers, so they take numpy's way.
+    The bits move to their places in a float32, whose exponent is then off by 127 - 15. One
+    multiplication corrects it, also for subnormal numbers. Infinities and NaN would become large
+    numbers, so NumPy converts them.
 
     Args:
         bits: ``[n]``.
@@ -279,7 +280,7 @@ def widen_fp16(bits: NDArray[np.uint16], target: NDArray[np.float32]) -> None:
 
 
 def round_to_bf16(values: Floats) -> NDArray[np.uint16]:
-    """Bits of the nearest bf16, ties to even; the input is finite."""
+    """Return the bits of the nearest bf16, ties to even; the input must be finite."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     result: NDArray[np.uint16] = (rounded >> np.uint32(16)).astype(np.uint16)
