@@ -29,13 +29,13 @@ class BestLogits(NamedTuple):
     """The best logits of one row.
 
     Attributes:
-            values: float32 ``[k]``, descending, exactly those of the row.
-            ids: integers ``[k]``: their tokens; equal values come in any order.
-            rest: the mass of all other tokens, relative to the best one's, as the engine computed
-                it; NaN if there is no such number.
-            vocab_size: length of the row.
-            dtype: the row's float type.
-            row: fetches the row, float32 ``[vocab]``; valid until the engine's next step.
+        values: float32 ``[k]``, descending, exactly those of the row.
+        ids: integers ``[k]``: their tokens; equal values come in any order.
+        rest: the mass of all other tokens, relative to the best one's, as the engine computed
+            it; NaN if there is no such number.
+        vocab_size: length of the row.
+        dtype: the row's float type.
+        row: fetches the row, float32 ``[vocab]``; valid until the engine's next step.
     """
 
     values: NDArray[np.float32]

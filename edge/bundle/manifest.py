@@ -163,19 +163,19 @@ class LinearInfo(_Struct, frozen=True):
         scheme: how its weight is stored.
         shape: ``[in, out]``.
         num_bytes: bytes of the weight and its scales.
-            activation_scale: scale of its input (``w8a8``), which is rounded to INT8 multiples of
-                it; with ``per_token``, scale of the input divided by the largest magnitude.
-            float_channels: input channels (``w8a8``) that are not rounded: their weights are stored
-                again in the graph's float type, and are zero in the INT8 weight. Bundles from
-                schema version 7 on have none.
-            per_token: whether a token's input (``w8a8``) is divided by the largest magnitude in it
-                before it is rounded, so that each token has its own range.
-            rotation_block: number of input channels that a Hadamard matrix mixes first; 0 for none.
-            offsets: whether the graph adds the sum of each group's inputs, times an offset per
-                group and output. It replaces zero points (`export.graph.decoder`).
-            reordered: whether the graph takes the input channels in another order.
-            from_source: what was done with the source's integers; None if the source is float or
-                the recipe quantized it anew.
+        activation_scale: scale of its input (``w8a8``), which is rounded to INT8 multiples of
+            it; with ``per_token``, scale of the input divided by the largest magnitude.
+        float_channels: input channels (``w8a8``) that are not rounded: their weights are stored
+            again in the graph's float type, and are zero in the INT8 weight. Bundles from
+            schema version 7 on have none.
+        per_token: whether a token's input (``w8a8``) is divided by the largest magnitude in it
+            before it is rounded, so that each token has its own range.
+        rotation_block: number of input channels that a Hadamard matrix mixes first; 0 for none.
+        offsets: whether the graph adds the sum of each group's inputs, times an offset per
+            group and output. It replaces zero points (`export.graph.decoder`).
+        reordered: whether the graph takes the input channels in another order.
+        from_source: what was done with the source's integers; None if the source is float or
+            the recipe quantized it anew.
     """
 
     scheme: TensorScheme

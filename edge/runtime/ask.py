@@ -1,4 +1,4 @@
-"""Defines `Ask`: a prompt, and all that decides how it is answered."""
+"""Defines `Ask`: a prompt and all options that decide how it is answered."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 class AnswerOptions(TypedDict, total=False):
-    """Options of `LLM.submit`, `LLM.stream`, `LLM.generate` and `LLM.generate_best`: see `Ask`."""
+    """Options of `LLM.submit`, `stream`, `generate` and `generate_best`: the fields of `Ask`."""
 
     priority: int
     client: str
@@ -45,33 +45,35 @@ class AnswerOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Ask:
-    """What is asked of a model; the methods of `LLM` make one of their keywords.
+    """One request to a model; the methods of `LLM` make one from their keywords.
 
     Attributes:
         prompt: plain text, token ids or messages.
-        params: sampling; what is None comes from the bundle.
-        suffix: see `LLM.encode`; the answer ends at the tokens that end a middle, too.
-        tools: see `LLM.encode`.
-        thinking: see `LLM.encode`.
-        continue_final_message: see `LLM.encode`; what comes back is only what is new.
-        output: the form that the answer must have, what was begun included; reasoning is free.
-        thinking_budget: tokens after which the reasoning is ended, what was begun included; for
+        params: sampling; a value that is None comes from the bundle.
+        suffix: text after the gap, as in `LLM.encode`; the tokens that end a middle end the answer,
+            too.
+        tools: JSON schemas of functions, as in `LLM.encode`.
+        thinking: whether to reason, as in `LLM.encode`.
+        continue_final_message: whether to continue the last message, as in `LLM.encode`; only new
+            text is returned.
+        output: the form that the answer must have, with the text that was begun; reasoning is free.
+        thinking_budget: tokens after which the reasoning is ended, with those that were begun; for
             chats of models that reason.
-        stop_when_sure: how probable the answer must be, in two trials one after the other, for the
-            thought to be ended: above 0 and at most 1; 0 is off, None what the engine's options
-            say.
-        vote: how several samples choose the answer, see `LLM.vote`; None is one answer.
+        stop_when_sure: how probable the answer must be, in two consecutive trials, for the thought
+            to be ended: above 0 and at most 1. 0 is off; None is the engine's option.
+        vote: how several samples choose the answer, as in `LLM.vote`; None is one answer.
         progress: whether pieces with `GenerationChunk.progress` come before the answer: one
             for each place in the queue, and for each percent of the prompt that is read.
         priority: lower runs first.
-        client: who asks; clients take turns. When the queue is full, the newest answers that
-            wait of the client with most end with `OverloadError` to make room for another's.
+        client: name of the client; clients take turns. When the queue is full, another client may
+            push out the newest waiting answers of the client with most; they end with
+            `OverloadError`.
         deadline_s: seconds after which an answer ends with `DeadlineError`.
         salt: prompts share cached prefixes only with those of the same salt.
-        adapter: the adapter that answers, by its name (`LLM.adapters`); None is the model alone.
-        ids: what `LLM.encode` made of the prompt with the same arguments, where the caller has it.
-        resumed: what `LLM.put_away` returned of one answer to this prompt, with the same arguments.
-            It goes on with the same tokens; those that it had come again first, without
+        adapter: name of the adapter that answers (`LLM.adapters`); None is the model alone.
+        ids: result of `LLM.encode` for the prompt and the same arguments, if the caller has it.
+        resumed: result of `LLM.put_away` for one answer to this prompt, with the same arguments.
+            It continues with the same tokens; those that it had come again first, without
             log-probabilities.
     """
 
@@ -102,7 +104,7 @@ class Ask:
 
 def is_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
     """Whether a prompt is token ids."""
-    # A numpy integer is an Integral, but no int.
+    # A numpy integer is an Integral, but not an int.
     if isinstance(prompt, str | bytes | bytearray) or not isinstance(prompt, Sequence | np.ndarray):
         return False
     return len(prompt) > 0 and isinstance(prompt[0], Integral)

@@ -1,23 +1,23 @@
 """Draws from the best logits of a row the token that `Sampler` would draw from all of it, or none.
 
-The definition is `Sampler._draw_place` on the whole row: an inverse CDF in the order of the ids,
-repeated on fewer candidates as long as it falls on a token that top-p or min-p drop. Here the row
-is known in part: some tokens with their logits, and of the rest that no logit is above a bound and
-that their mass is not above another. The rest lies anywhere between the known tokens. So a random
-number picks a known token for certain if it does wherever the rest lies, and every comparison is
-made with the bounds. What is certain is what the whole row gives, since all roundings there (see
-`_EDGE`) are within the bounds, too. What is not certain is None, and the caller fetches the row and
-draws with the same random numbers.
+The definition is `Sampler._draw_place` on the whole row: an inverse CDF in the order of the ids. It
+is repeated on fewer candidates as long as it falls on a token that top-p or min-p drop. Here only a
+part of the row is known: some tokens with their logits, a bound on the other logits, and a bound on
+their mass. The other tokens can be anywhere between the known ones. So a random number certainly
+picks a known token if it does so wherever the others are, and every comparison uses the bounds. A
+certain result is what the whole row gives, since all roundings there (`_EDGE`) are within the
+bounds, too. If nothing is certain the result is None, and the caller fetches the row and draws with
+the same random numbers.
 
-That holds after changes that lower logits, since the bounds stay true: penalties that discourage,
-negative biases, masks of a grammar. `Sampler` has the rule.
+This also holds after changes that only lower logits, since the bounds stay true: penalties that
+discourage, negative biases, masks of a grammar. `Sampler` has the rule.
 
-The engine gives the rest's mass at temperature 1. Let that be ``r``, ``n`` its number of tokens and
-``b`` the bound on its logits. At a temperature T <= 1 its mass is at most
+The engine gives the mass of the other tokens at temperature 1. Let ``r`` be that mass, ``n`` their
+number and ``b`` the bound on their logits. At a temperature T <= 1 their mass is at most
 ``r * exp(b * (1 / T - 1))``, since ``exp(l / T) = exp(l) * exp(l * (1 / T - 1))`` and ``l <= b``.
 At T > 1 it is at most ``n ** (1 - 1 / T) * r ** (1 / T)`` by Jensen's inequality, and at any T at
-most ``n * exp(b / T)``. A graph with an input for the temperature would know it better, at the
-price of an input that every engine, graph and caller carries; these bounds leave few rows to fetch.
+most ``n * exp(b / T)``. A graph with the temperature as an input would know it better, but every
+engine, graph and caller would carry that input. These bounds leave few rows to fetch.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from edge.backends.best import BestLogits
 
 Logits = NDArray[np.float32]
 
-# Running sums of the whole row are wrong by 2e-5 of the total at most (`sampling._ROUNDING`), at
-# both ends of a token's share, and the target by as much.
+# Running sums of the whole row are off by at most 2e-5 of the total (`sampling._ROUNDING`), at both
+# ends of a token's share, and the target by as much.
 _EDGE = 7e-5
-# A float32 exponential is wrong by a few units in the last place; sums here are in float64.
+# A float32 exponential is off by a few units in the last place; sums here are in float64.
 _EXACT = 1e-6
 # A scaled logit is rounded twice: 1.3e-5 of the mass of a token that has any in float32.
 _SCALED = 1e-4
-_SMALL = math.log(1e-5)  # of a mass beside the 1 of the best token: less than `_EDGE`
-_MOST = 700.0  # what `exp` takes
+_SMALL = math.log(1e-5)  # of a mass next to the best token's 1: less than `_EDGE`
+_MOST = 700.0  # largest argument of `exp`
 
 
 def rest_mass(best: BestLogits, top: float, temperature: float) -> float:
     """Bound the mass at a temperature of all tokens that are not among the best.
 
     Args:
-        best: as the engine gave it.
+        best: the best logits from the engine.
         top: the logit whose mass counts as 1.
         temperature: at least `sampling_reference.GREEDY_TEMPERATURE`.
     """
@@ -74,13 +74,13 @@ def draw(
     floor: np.float32,
     uniforms: list[float],
 ) -> int | None:
-    """Draw a place of ``x`` if it is certain that the whole row gives it.
+    """Draw a place of ``x`` if the whole row certainly gives it.
 
     Args:
         x: scaled logits of the known tokens, in the order of their ids; the greatest is 0.
         bound: no other scaled logit is above it.
         rest: bound on the mass of all others.
-        top_p: see `SamplingParams`.
+        top_p: share of the mass to keep, as in `SamplingParams`.
         floor: least scaled logit that min-p keeps.
         uniforms: random numbers, one per attempt.
     """
@@ -96,7 +96,7 @@ def draw(
         if place == len(x):
             return None
         before = float(until[place - 1]) if place else 0.0
-        # The rest may lie before this token as well as after it.
+        # The others may be before this token as well as after it.
         if (before or rest) and not before + (1 - uniform) * rest + edge < target:
             return None
         if not target + uniform * rest + edge < float(until[place]):

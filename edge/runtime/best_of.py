@@ -1,4 +1,4 @@
-"""Chooses the most probable of several answers; `LLM.generate_best` says how."""
+"""Chooses the most probable of several answers, for `LLM.generate_best`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def best_of(
     rank_by: str,
     options: Mapping[str, Any],
 ) -> list[GenerationResult]:
-    """See `LLM.generate_best`."""
+    """Generate ``best_of`` answers and return the ``n`` most probable, as `LLM.generate_best`."""
     if not 1 <= n <= best_of:
         raise RequestError(f"best_of ({best_of}) must be at least n ({n}), and n at least 1")
     if rank_by not in ("mean", "sum"):

@@ -1,7 +1,7 @@
-"""Closes a JSON schema: objects that list properties take no others unless it says so.
+"""Closes a JSON schema: objects that list properties take no others unless the schema says so.
 
-JSON Schema leaves them open, where a model may add keys for ever. What holds together for one
-value (``allOf``, what is beside a ``$ref`` or an ``anyOf``) is joined, and closed once.
+JSON Schema leaves them open, and then a model may add keys forever. Schemas that hold together for
+one value (``allOf``, keys beside a ``$ref`` or an ``anyOf``) are joined, and closed once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ARRAY = {"items", "prefixItems", "additionalItems"}
 _MEETS = {"properties", "required", "minProperties", *_OPEN, *_ARRAY}
 _ELSEWHERE = {"$defs", "definitions", "$schema", "$id"}
 _JOINED = {*_ELSEWHERE, *_ARRAY, "properties", "required", "additionalProperties"}
-_MOST_STEPS = 50_000  # as many parts as llguidance takes
+_MOST_STEPS = 50_000  # llguidance takes as many parts
 _MOST_PARTS = 100
 
 
@@ -26,11 +26,11 @@ class _UnclearError(Exception):
 
 
 class _Plain(dict[str, Any]):
-    """A schema without what `_IN_PLACE` names."""
+    """A schema without the keys of `_IN_PLACE`."""
 
 
 class _Choice(NamedTuple):
-    """Branches, each the schemas that hold in it together, under ``anyOf`` or ``oneOf``."""
+    """Branches under ``anyOf`` or ``oneOf``; each is the schemas that hold together in it."""
 
     key: str
     branches: list[list[Any]]
@@ -39,18 +39,18 @@ class _Choice(NamedTuple):
 def close_schema(schema: dict[str, Any], *, is_open: bool = False) -> dict[str, Any]:
     """Return a schema of the same answers, without those that have keys which it does not list.
 
-    Of ``anyOf`` and ``oneOf``, an answer has the keys of one branch. As ``oneOf`` becomes
-    ``anyOf``, it must be known that no two branches hold at once: llguidance takes the schema with
-    ``is_open`` only then. A property that tells them apart is required.
+    With ``anyOf`` and ``oneOf``, an answer has the keys of one branch. Since ``oneOf`` becomes
+    ``anyOf``, no two branches may hold at once; llguidance takes the schema with ``is_open`` only
+    then. A property that tells the branches apart is required.
 
     Args:
-        schema: plain data that does not nest deeply; it stays as it is.
+        schema: plain data that is not deeply nested; it is not changed.
         is_open: close nothing, and keep each ``oneOf``, with its references written out.
 
     Returns:
-        The schema itself, all of it open, where it is not of the usual shape or has a ``$ref``
-        that does not begin with ``#/``, where ``patternProperties`` or the items of arrays meet
-        other parts, and where what is joined becomes too large.
+        The closed schema; or the schema itself, all of it open, in these cases. It has an unusual
+        shape or a ``$ref`` that does not begin with ``#/``; ``patternProperties`` or the items of
+        arrays meet other parts; or the joined schema becomes too large.
     """
     resource = _Resource(schema, is_open=is_open)
     try:
@@ -61,14 +61,14 @@ def close_schema(schema: dict[str, Any], *, is_open: bool = False) -> dict[str, 
 
 
 class _Resource:
-    """What the references of a schema without ``$id`` begin at."""
+    """The root to which the references of a schema without ``$id`` are relative."""
 
     def __init__(self, root: dict[str, Any], *, is_open: bool) -> None:
         self.has_changed = False
         self._is_open = is_open
         self._root = root
-        self._names: dict[tuple[int, ...], tuple[str, list[Any]]] = {}  # ids are of what stays
-        self._waiting: list[tuple[str, list[Any]]] = []  # so that a chain of them takes no stack
+        self._names: dict[tuple[int, ...], tuple[str, list[Any]]] = {}  # by ids of kept objects
+        self._waiting: list[tuple[str, list[Any]]] = []  # a queue, so that a chain takes no stack
         self._steps = 0
 
     def close(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class _Resource:
         return {**kept, **closed, "$defs": named}
 
     def _place(self, values: list[Any]) -> Any:
-        """Close the schemas that hold together for one value; they are those of the source."""
+        """Close the schemas that hold together for one value; they are parts of the source."""
         self._count(1)
         values = [value for value in values if value is not True and value != {}]
         if not values or any(value is False for value in values):
@@ -112,7 +112,7 @@ class _Resource:
         if key == "anyOf":
             return _Choice(key, branches)
         self.has_changed = True
-        teller = schema.get("discriminator")  # of OpenAPI; Pydantic does not require its defaults
+        teller = schema.get("discriminator")  # OpenAPI's; Pydantic does not require its defaults
         name = teller.get("propertyName") if isinstance(teller, dict) else None
         if isinstance(name, str):
             branches = [[*branch, {"required": [name]}] for branch in branches]
@@ -128,7 +128,7 @@ class _Resource:
     def _join(
         self, parts: list[Any], plain: tuple[_Plain, ...] = (), seen: frozenset[int] = frozenset()
     ) -> Any:
-        """Make one schema of all that holds together, or one of each choice."""
+        """Make one schema of all that hold together, or one of each choice."""
         todo = list(parts)
         while todo:
             part = todo.pop(0)
@@ -150,7 +150,7 @@ class _Resource:
         return self._object(plain)
 
     def _split(self, part: dict[str, Any]) -> list[Any]:
-        """Return what a schema consists of, in its order, which is that of the properties."""
+        """Return the parts of a schema in its order, which is that of the properties."""
         split: list[Any] = []
         plain = _Plain()
         for key, value in part.items():
@@ -167,7 +167,7 @@ class _Resource:
         return split if "properties" in plain else [plain, *split]
 
     def _object(self, parts: Any) -> dict[str, Any]:
-        """Make one schema of those that have nothing of `_IN_PLACE`."""
+        """Make one schema of those that have no keys of `_IN_PLACE`."""
         if len(parts) > 1 and any("patternProperties" in part for part in parts):
             raise _UnclearError
         others = [part["additionalProperties"] for part in parts if "additionalProperties" in part]
@@ -184,7 +184,7 @@ class _Resource:
         rest = [each for each in map(self._rest, parts) if each]
         joined: dict[str, Any] = rest[0] if len(rest) == 1 else {"allOf": rest} if rest else {}
         for part in parts:
-            if "type" in part:  # llguidance takes less time where it is told at once
+            if "type" in part:  # llguidance is faster if it reads the type first
                 joined.setdefault("type", part["type"])
         if names:
             joined["properties"] = {
@@ -200,7 +200,7 @@ class _Resource:
         return joined | self._array([part for part in parts if part.keys() & _ARRAY])
 
     def _array(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
-        """Join what schemas say of the items of an array."""
+        """Join what schemas say about the items of an array."""
         if not parts:
             return {}
         is_old = any(isinstance(part.get("items"), list) for part in parts)  # before 2020-12
@@ -218,7 +218,7 @@ class _Resource:
         return {**joined, others: self._place(tails)}
 
     def _rest(self, part: dict[str, Any]) -> dict[str, Any]:
-        """Return what of a schema stays as it is, but for schemas in it."""
+        """Return the part of a schema that stays as it is, except for schemas in it."""
         rest = {}
         for key, value in part.items():
             if key == "patternProperties":
@@ -229,7 +229,7 @@ class _Resource:
         return rest
 
     def _target(self, schema: dict[str, Any]) -> Any:
-        """Return what a path into the root leads to."""
+        """Return the target of a path into the root."""
         reference = schema["$ref"]
         if not isinstance(reference, str) or not re.match("#(/|$)", reference):
             raise _UnclearError
@@ -272,7 +272,7 @@ def _required(schema: dict[str, Any]) -> list[str]:
 
 
 def _at(schema: dict[str, Any], name: str) -> Any:
-    """What a schema asks of a property."""
+    """Return the schema of a property."""
     if name in schema.get("properties", ()):
         return schema["properties"][name]
     return schema.get("additionalProperties", True)

@@ -19,7 +19,7 @@ from .sampling_params import SamplingParams
 
 _DEFAULT_LENGTH = 200
 _PARAMETERS = tuple(item.name for item in fields(SamplingParams) if item.name != "max_tokens")
-# Options that code for transformers or for an engine gives, and what to give here instead.
+# Options of code for transformers or for an engine, and what to use here instead.
 _INSTEAD = {
     "num_return_sequences": "use model.llm.submit(messages, n=...) for several answers",
 }
@@ -37,11 +37,11 @@ class DeepSeekModel:
         version: ``1.5B``, ``7B`` or ``8B`` (the Llama distill), or another name of
             `edge.bundle.library.hub_id`.
         precision: a ``--quant`` of the export, in any case.
-        device: ``auto``, ``cpu``, or ``cuda`` (also ``gpu``, ``cuda:0``): a TensorRT engine of the
-            bundle, else ONNX Runtime on the GPU.
+        device: ``auto``, ``cpu``, or ``cuda`` (also ``gpu``, ``cuda:0``), which is a TensorRT
+            engine of the bundle, else ONNX Runtime on the GPU.
 
     Raises:
-        ConfigError: an unknown version, precision or device.
+        ConfigError: the version, precision or device is unknown.
         BundleError: there is no such bundle; the message has the command that makes it.
     """
 
@@ -105,8 +105,8 @@ class DeepSeekModel:
             **params: any other field of `SamplingParams` but ``max_tokens``.
 
         Raises:
-            RequestError: an unknown or wrong parameter, two that contradict each other, or a prompt
-                that leaves no room in ``max_length``.
+            RequestError: a parameter is unknown or wrong, two contradict each other, or the prompt
+                leaves no room in ``max_length``.
         """
         for name in params:
             if name not in _PARAMETERS:

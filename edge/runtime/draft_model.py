@@ -1,13 +1,13 @@
-"""Drafts from a second, smaller model with the same tokenizer.
+"""Drafts with a second, smaller model that has the same tokenizer.
 
 `ModelDrafter` has its own engine, with a slot for each slot of the target. It keeps no record of
-what was accepted: before each draft it compares the tokens of its rows with those of the target and
-goes on after the last that both have. So a rejected draft, a cancelled sequence, a prefix that is
-used again and a failed step all need nothing of their own here.
+accepted tokens. Before each draft it compares the tokens of its rows with those of the target and
+continues after the last common one. So rejected drafts, cancelled sequences, reused prefixes and
+failed steps need no code of their own here.
 
 Guesses are drawn with the random numbers that the target will use at the same places
-(`Sampler.guess`), by the same inverse CDF. So the draft is right at temperatures above 0 as often
-as the two distributions overlap there, and what the target draws stays its own draw.
+(`Sampler.guess`), by the same inverse CDF. So at temperatures above 0 a draft is right as often as
+the two distributions overlap there, and the target's draw does not change.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ from .sampling import is_sound
 from .scheduler.drafter import DraftContext, Drafter, DraftWorth
 
 CLOSE = 8
-"""Tokens that a draft's first step takes in by itself; what is further behind is read before."""
+"""Most tokens that a draft's first step runs itself; if more are lacking they are read before."""
 
 CutRows = Callable[[Floats, int, int], Floats]
-"""From rows of a slot, the first row to drop and how many, to the rows that stay, keys turned."""
+"""Given rows of a slot, the first row to drop and a count, returns the rows left, keys turned."""
 
 
 class ModelDrafter(Drafter):
     """A small model that guesses for a larger one.
 
     Args:
-        backend: engine of the small model, with at least the target's slots; it is closed with the
-            drafter, and nobody else uses it.
+        backend: engine of the small model, with at least the target's slots; it is closed with
+            the drafter, and nobody else uses it.
         embeddings: its token table, which is closed with the drafter, too.
         draft_vocab: length of its rows of logits.
-        target_vocab: length of the target's. Ids mean the same in both as far as both have them;
-            those beyond the smaller one are padding.
+        target_vocab: length of the target's rows. Ids mean the same in both as far as both have
+            them; those beyond the smaller one are padding.
         stand_in: id that is read in place of one that the small model does not have.
         cut_rows: lets rows follow a target that slides; without it they are read again.
 
     Attributes:
-        backend: see above.
+        backend: the argument.
     """
 
     first_guess = 0.7  # of a model that has proposed nothing yet: high, so that it is tried
@@ -83,10 +83,10 @@ class ModelDrafter(Drafter):
         self._row = np.full(target_vocab, -np.inf, np.float32)
         self._ids: list[list[int]] = [[] for _ in range(backend.num_slots)]
         self._salts = [""] * backend.num_slots
-        self._spoilt: set[int] = set()  # slots whose text gave a NaN, and would again
+        self._spoilt: set[int] = set()  # slots whose text gave a NaN, and would do so again
 
     def begin(self, slot: int, salt: str) -> None:
-        """Keep the rows of the sequence before, if this one may share them."""
+        """Keep the rows of the previous sequence, if this one may share them."""
         self._spoilt.discard(slot)
         if self._salts[slot] != salt:
             self._ids[slot], self._salts[slot] = [], salt
@@ -102,7 +102,7 @@ class ModelDrafter(Drafter):
         start = common_prefix(before, after)
         dropped = len(before) - len(after)
         end = start + dropped
-        # Rows from `end` on now follow those before `start`, if that is what the target did.
+        # Rows from `end` on now follow those before `start`, if the target did just that.
         if self._cut_rows is None or shared <= end or after != [*before[:start], *before[end:]]:
             return
         rows = self.backend.read_slot(slot, shared)
@@ -111,7 +111,7 @@ class ModelDrafter(Drafter):
         self._ids[slot] = [*ids[:start], *ids[end:shared]]
 
     def behind(self, context: DraftContext) -> int:
-        """Tokens to read first, after rows that another slot has were copied; 0 if few are lacking.
+        """Copy rows that another slot has; return how many tokens to read then, or 0 if few.
 
         Raises:
             EdgeError: the engine failed.
@@ -125,7 +125,7 @@ class ModelDrafter(Drafter):
         return lacks - 1 if lacks > CLOSE else 0
 
     def read(self, context: DraftContext, most: int) -> None:
-        """Run tokens that it lacks, from the first on, without the last one.
+        """Run lacking tokens, from the first on, without the last one.
 
         Raises:
             EdgeError: the engine failed.
@@ -134,7 +134,7 @@ class ModelDrafter(Drafter):
             self._spoil(context.slot)
 
     def offer(self, context: DraftContext) -> int:
-        """Return the limit, as far as its own slot has room."""
+        """Return the limit, or less if its own slot has less room."""
         return max(min(context.limit, self._room(context)), 0)
 
     def propose(
@@ -165,7 +165,7 @@ class ModelDrafter(Drafter):
         self._embeddings.close()
 
     def _read(self, context: DraftContext, most: int) -> bool:
-        """Read (`read`); returns whether no row holds a NaN."""
+        """Do `read`; returns whether no row holds a NaN."""
         ids, rows = self._ids[context.slot], context.rows
         first = len(rows) - self._lacks(context)
         del ids[first:]
@@ -176,11 +176,11 @@ class ModelDrafter(Drafter):
             self.backend, self._embeddings, tokens, slot=context.slot, past=first, keep_nan=True
         ):
             ids += rows[first + part.start : first + part.stop]
-            sound = is_sound(logits[-1])  # a token sees all before it
+            sound = is_sound(logits[-1])  # a token attends to all before it
         return sound
 
     def _spoil(self, slot: int) -> None:
-        """Draft no more for a text one of whose rows holds a NaN."""
+        """Draft no more for a text if one of its rows holds a NaN."""
         zero_rows(self.backend, slot, len(self._ids[slot]))
         self._ids[slot] = []
         self._spoilt.add(slot)
@@ -188,14 +188,14 @@ class ModelDrafter(Drafter):
     def _first_step(
         self, contexts: Sequence[DraftContext], going: list[int]
     ) -> tuple[list[list[int]], list[int]]:
-        """The tokens that each sequence lacks; who lacks fewer than another runs some again."""
+        """Return each sequence's lacking tokens; some run tokens again, to get equal numbers."""
         size = max((self._lacks(contexts[i]) for i in going), default=1)
         size = min([size, self.backend.max_step_tokens, *(len(contexts[i].rows) for i in going)])
         tokens, past = [], []
         for i in going:
             rows, ids = contexts[i].rows, self._ids[contexts[i].slot]
             first = len(rows) - size
-            if self._lacks(contexts[i]) > size:  # beside a very short text
+            if self._lacks(contexts[i]) > size:  # because another text is very short
                 self._read(contexts[i], self._lacks(contexts[i]) - size)
             del ids[first:]
             past.append(first)
@@ -214,7 +214,7 @@ class ModelDrafter(Drafter):
         return logits[:, 0]
 
     def _fit(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A row of its logits as one of the target; what only the target has cannot be guessed."""
+        """Convert a row of its logits to the target's length; other tokens cannot be guessed."""
         if len(row) == len(self._row):
             return row
         self._row[: self._shared] = row[: self._shared]
@@ -225,18 +225,18 @@ class ModelDrafter(Drafter):
         return np.where(found < self._draft_vocab, found, self._stand_in)
 
     def _lacks(self, context: DraftContext) -> int:
-        """Tokens of the target's rows that its own lack; at least the last, which gives logits."""
+        """Count the lacking tokens of the target's rows; at least the last, which gives logits."""
         shared = common_prefix(self._ids[context.slot], context.rows)
         return len(context.rows) - min(shared, len(context.rows) - 1)
 
     def _room(self, context: DraftContext) -> int:
-        """Guesses for which there are rows: the last guess needs none."""
+        """Count the guesses that there are rows for; the last guess needs none."""
         if context.slot in self._spoilt:
             return 0
         return self.backend.capacity - len(context.rows) + 1
 
     def _copy_prefix(self, context: DraftContext) -> None:
-        """Take over the rows that a slot of the same salt shares with this text, if they are more.
+        """Copy the rows that a slot of the same salt shares with this text, if they are more.
 
         Raises:
             EdgeError: the engine failed.
@@ -258,7 +258,7 @@ class ModelDrafter(Drafter):
 
 @dataclass(frozen=True)
 class DraftBundle:
-    """A bundle that is to draft, read and checked.
+    """A bundle that drafts, read and checked.
 
     Attributes:
         path: its directory.
@@ -273,29 +273,29 @@ class DraftBundle:
     def open(self, target: Backend, embeddings: TokenTable, config: EngineConfig) -> ModelDrafter:
         """Open it on the same kind of engine as the target, with the same slots.
 
-        Its activations may be rounded whatever ``config`` says: that decides how often it is
-        right, and nothing else. A slot has the target's capacity, or what the model's positions
-        allow; where that is less, longer texts go on without drafts.
+        Its activations may be rounded whatever ``config`` says: that only decides how often it is
+        right. A slot has the target's capacity, or what the model's positions allow. If that is
+        less, longer texts continue without drafts.
 
         Args:
             target: the engine that answers.
-            embeddings: the target's token table; a model reads its own.
+            embeddings: the target's token table; a draft model reads its own.
             config: options with which the target was opened.
 
         Raises:
-            ConfigError, BundleError, DependencyError, BackendError: see `open_backend`; a TensorRT
-                engine of the draft has too few slots.
+            ConfigError, BundleError, DependencyError, BackendError: `open_backend` fails, or a
+                TensorRT engine of the draft has too few slots.
         """
         manifest, tensorrt = self.manifest, target.name == "tensorrt"
         onnxruntime: BackendName = "ort-cuda" if target.name == "ort-cuda" else "ort-cpu"
         options = EngineConfig(
             backend="tensorrt" if tensorrt else onnxruntime,
-            # An engine has the capacity that it was built with.
+            # A TensorRT engine has the capacity that it was built with.
             kv_capacity=None if tensorrt else min(target.capacity, manifest.rope_positions),
             num_threads=config.num_threads,
             prefill_chunk=config.prefill_chunk,
             num_slots=target.num_slots,
-            # The first step of a draft takes as many tokens as a check of these.
+            # The first step of a draft runs as many tokens as a check of this many guesses.
             speculative=CLOSE - 1,
         )
         backend = open_backend(self.path, manifest, options)
@@ -315,7 +315,7 @@ class DraftBundle:
 
 
 def read_draft(bundle: Path, target: Path, target_vocab: int, keys: Path | None) -> DraftBundle:
-    """Read the manifest of a bundle that is to draft, and check its files and tokenizer.
+    """Read the manifest of a bundle that drafts, and check its files and tokenizer.
 
     Args:
         bundle: the bundle that drafts.

@@ -1,10 +1,10 @@
-"""Drafts for speculative decoding without a second model: what followed these tokens last time.
+"""Drafts for speculative decoding without a second model: the text that followed last time.
 
 Answers repeat their prompt (summaries, edits of code) and themselves. `NgramIndex` finds the last
-place where the newest tokens occurred before and proposes what came after them there. The idea is
-prompt look-up decoding (https://github.com/apoorvumang/prompt-lookup-decoding) and LLMA (arXiv
+place where the newest tokens occurred before and proposes the tokens that followed there. The idea
+is prompt look-up decoding (https://github.com/apoorvumang/prompt-lookup-decoding) and LLMA (arXiv
 2304.04487). The core of the scheduler runs the drafted tokens in one step and draws from the true
-distribution at each place, so a wrong draft costs time and never changes the answer.
+distribution at each place. So a wrong draft costs time but never changes the answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FIRST_LENGTH = 4
 
 
 class NgramDrafter(Drafter):
-    """An index for the sequence of each slot. Tokens are all that is looked up."""
+    """An index for the sequence of each slot; it looks at tokens only."""
 
     is_free = True  # a look-up takes microseconds
     first_guess = 0.3  # of a text about which nothing is known yet
@@ -34,7 +34,7 @@ class NgramDrafter(Drafter):
         self._found: dict[int, list[int]] = {}
 
     def begin(self, slot: int, salt: str) -> None:
-        """Forget the slot's sequence before; a sequence learns from itself alone."""
+        """Forget the slot's previous sequence; a sequence learns from itself alone."""
         self._indexes[slot] = NgramIndex()
         self._found.pop(slot, None)
 
@@ -47,7 +47,7 @@ class NgramDrafter(Drafter):
     def propose(
         self, contexts: Sequence[DraftContext], count: int, worth: DraftWorth
     ) -> list[list[int]]:
-        """Return the beginnings of what `offer` found."""
+        """Return the beginnings of the texts that `offer` found."""
         return [self._found[context.slot][:count] for context in contexts]
 
     def observe(self, slot: int, proposed: int, accepted: int) -> None:
@@ -58,10 +58,9 @@ class NgramDrafter(Drafter):
 class NgramIndex:
     """Drafts for one sequence from its own tokens.
 
-    The n-grams of the sequence are indexed once each: a token costs one dictionary entry per
-    length of n-gram (some 350 bytes for the three lengths), and a proposal one look-up per length
-    and one copy per drafted token. Where two places match, the longer n-gram wins, then the later
-    place.
+    The n-grams of the sequence are indexed once each. A token costs one dictionary entry per length
+    of n-gram (about 350 bytes for the three lengths), and a proposal one look-up per length and one
+    copy per drafted token. If two places match, the longer n-gram wins, then the later place.
 
     The length of a draft adapts: it doubles when all of a draft was right, and otherwise becomes
     one more than the tokens that were right. The scheduler decides whether a draft is run at all.
@@ -119,7 +118,7 @@ class NgramIndex:
             self._length = accepted + 1
 
     def _index(self, ids: Sequence[int]) -> None:
-        """Enter the n-grams that end before the last token: those that a token follows."""
+        """Add the n-grams that end before the last token, since a token follows them."""
         assert len(ids) >= self._indexed, "a drafter follows one sequence, which only grows"
         for end in range(max(self._indexed, 1), len(ids)):
             for n, places in self._places.items():
@@ -129,7 +128,7 @@ class NgramIndex:
 
 
 def _copy(ids: Sequence[int], place: int, count: int) -> list[int]:
-    """Copy ``count`` tokens from ``place`` on; past the end, text that repeats goes on."""
+    """Copy ``count`` tokens from ``place`` on; past the end, text that repeats continues."""
     found = list(ids[place : place + count])
     period = len(found)
     while len(found) < count:

@@ -1,16 +1,16 @@
-"""Drafts from an EAGLE-3 head: a decoder layer that goes on from the target's hidden states.
+"""Drafts with an EAGLE-3 head: a decoder layer that continues the target's hidden states.
 
-Row ``j`` of the head's cache belongs to a row ``r = start + j`` of the target. It is made of the
-target's hidden state of row ``r`` and the token of row ``r + 1``, and its logits guess the token of
-row ``r + 2``. Behind the newest hidden state the head goes on from its own, as it was trained to;
-those rows are made anew once the target has run there.
+Row ``j`` of the head's cache belongs to a row ``r = start + j`` of the target. It is computed from
+the target's hidden state of row ``r`` and the token of row ``r + 1``, and its logits guess the
+token of row ``r + 2``. After the newest hidden state the head continues from its own, as it was
+trained to. Those rows are computed again once the target has run there.
 
 `Eagle3Drafter.saw` gets the hidden states of every step of the target, with the tokens of its
-rows. They wait until the head reads them: at a draft, or in the meantime where many have gathered.
-Rows count by their tokens, so a rejected draft, a cancelled sequence and a failed step need nothing
-of their own. Where the target has rows of which nobody saw hidden states (a prefix from a file, a
-slide), the head begins anew behind them, with an empty past: its positions are relative to
-``start``, which is all that RoPE depends on. What it guesses changes no answer, whatever it lacks.
+rows. They wait until the head reads them: at a draft, or earlier if many have gathered. Rows are
+known by their tokens, so rejected drafts, cancelled sequences and failed steps need no code of
+their own. If the target has rows whose hidden states nobody saw (a prefix from a file, a slide),
+the head begins anew after them, with an empty past. Its positions are relative to ``start``, and
+RoPE depends on nothing else. Its guesses change no answer, whatever it lacks.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from .sampling import is_sound
 from .scheduler.drafter import DraftContext, Drafter, DraftWorth
 
 CLOSE = 8
-"""Rows that a draft's first step takes in by itself; what is further behind is read before."""
+"""Most rows that a draft's first step runs itself; if more are lacking they are read before."""
 MOST_WAITING = 1024
-"""Hidden states that wait for the head in each slot at most: 6 MB at the 1.5B."""
+"""Most hidden states that wait for the head in each slot: 6 MB at the 1.5B."""
 
 Array = NDArray[np.float32]
 
 
 @dataclass(eq=False)
 class _Text:
-    """What the head knows of a slot.
+    """The head's view of a slot.
 
     Attributes:
-        salt: texts share rows only with those of the same.
+        salt: texts share rows only with those of the same salt.
         ids: tokens of the target's rows up to the newest whose hidden state was seen.
         start: the target's row to which the head's first row belongs.
         read: rows of the head.
@@ -65,7 +65,7 @@ class _Text:
     waiting: list[Array] = field(default_factory=list)
 
     def begin_after(self, ids: list[int]) -> None:
-        """Know nothing of the target's rows so far."""
+        """Start after the target's rows so far, about which nothing is known."""
         self.ids, self.start, self.read, self.waiting = list(ids), len(ids), 0, []
 
     def cut(self, length: int) -> None:
@@ -81,7 +81,7 @@ class _Text:
         self.start = min(self.start, length)
 
     def take(self, count: int) -> Array:
-        """Take the first waiting hidden states, which the head reads now."""
+        """Remove and return the first waiting hidden states, which the head reads now."""
         states = np.concatenate(self.waiting)
         self.waiting = [states[count:]] if len(states) > count else []
         self.read += count
@@ -100,7 +100,7 @@ class Eagle3Drafter(Drafter):
             they are the same.
 
     Attributes:
-        backend: see above.
+        backend: the argument.
     """
 
     first_guess = 0.7  # of a head that has proposed nothing yet: high, so that it is tried
@@ -121,12 +121,12 @@ class Eagle3Drafter(Drafter):
         self._texts = [_Text() for _ in range(backend.num_slots)]
 
     def begin(self, slot: int, salt: str) -> None:
-        """Keep the rows of the sequence before, if this one may share them."""
+        """Keep the rows of the previous sequence, if this one may share them."""
         if self._texts[slot].salt != salt:
             self._texts[slot] = _Text(salt)
 
     def slide(self, slot: int, before: list[int], after: list[int]) -> None:
-        """Begin anew: other rows stand where these stood."""
+        """Begin anew, since other rows are there now."""
         self._texts[slot].begin_after(after)
 
     def saw(self, slot: int, before: list[int], tokens: Sequence[int], hidden: Array) -> None:
@@ -139,12 +139,12 @@ class Eagle3Drafter(Drafter):
         if common_prefix(text.ids, before) < len(before):
             self._take_over(slot, before)
         text.cut(len(before))
-        if not np.isfinite(hidden).all():  # the head's rows would hold them for whoever comes next
+        if not np.isfinite(hidden).all():  # the head's rows would keep them for the next sequence
             text.begin_after([*before, *tokens])
             return
         text.ids += tokens
         text.waiting.append(hidden.copy())
-        # Of the step's own tokens all but the first may be drafts, and wrong.
+        # Of the step's own tokens, all but the first may be drafts, and wrong.
         count = len(before) - text.start - text.read
         if count >= MOST_WAITING:
             count = min(count, self.backend.capacity - text.read)
@@ -152,12 +152,12 @@ class Eagle3Drafter(Drafter):
                 self._spoil(slot)
 
     def behind(self, context: DraftContext) -> int:
-        """Rows to read first; 0 if they are few."""
+        """Return the number of rows to read first; 0 if they are few."""
         lacks = self._lacks(context)
         return lacks - 1 if lacks > CLOSE and self._room(context) > 0 else 0
 
     def read(self, context: DraftContext, most: int) -> None:
-        """Read the first rows that it lacks, without the last one.
+        """Read the first lacking rows, without the last one.
 
         Raises:
             EdgeError: the engine failed.
@@ -167,7 +167,7 @@ class Eagle3Drafter(Drafter):
             self._spoil(context.slot)
 
     def offer(self, context: DraftContext) -> int:
-        """Return the limit, as far as there is room; 0 without the newest hidden state."""
+        """Return the limit, or less if there is less room; 0 without the newest hidden state."""
         if not self._lacks(context):
             return 0
         return max(min(context.limit, self._room(context)), 0)
@@ -214,7 +214,7 @@ class Eagle3Drafter(Drafter):
     def _first_steps(
         self, contexts: Sequence[DraftContext], going: list[int]
     ) -> list[tuple[int, Array, Array]]:
-        """Read the rows that each lacks, those of equal number together; gives what comes of them.
+        """Read the lacking rows of each sequence, those of equal number together.
 
         Returns:
             Index, logits and hidden state after the newest row of each.
@@ -251,7 +251,7 @@ class Eagle3Drafter(Drafter):
             logits, _ = self._forward(
                 [slot], [past], [ids[first : first + size]], text.take(size)[None]
             )
-            sound = is_sound(logits[0])  # a token sees all before it
+            sound = is_sound(logits[0])  # a token attends to all before it
             count -= size
         return sound
 
@@ -274,26 +274,26 @@ class Eagle3Drafter(Drafter):
         return logits[:, 0], found[:, -1]
 
     def _fit(self, logits: Array) -> Array:
-        """A row of its logits as one of the target; what it does not know cannot be guessed."""
+        """Convert a row of its logits to the target's length; unknown tokens cannot be guessed."""
         if self._vocabulary is None:
             return logits
         self._row[self._vocabulary] = logits
         return self._row
 
     def _lacks(self, context: DraftContext) -> int:
-        """Rows to run for the next guess; 0 where the newest hidden state is not there."""
+        """Count the rows to run for the next guess; 0 if the newest hidden state is missing."""
         text, length = self._texts[context.slot], len(context.rows) - 1
         if common_prefix(text.ids, context.rows) < length:
             return 0
         return max(length - text.start - text.read, 0)
 
     def _room(self, context: DraftContext) -> int:
-        """Guesses for which there are rows: the last guess needs none."""
+        """Count the guesses that there are rows for; the last guess needs none."""
         rows = len(context.rows) - 1 - self._texts[context.slot].start
         return self.backend.capacity - rows + 1
 
     def _take_over(self, slot: int, before: list[int]) -> None:
-        """Know the target's rows ``before`` from a slot of the same salt, or begin behind them."""
+        """Copy the target's rows ``before`` from a slot of the same salt, or begin after them."""
         text = self._texts[slot]
         for index, other in enumerate(self._texts):
             if index == slot or other.salt != text.salt:
@@ -302,7 +302,7 @@ class Eagle3Drafter(Drafter):
                 continue
             taken = _Text(text.salt, list(other.ids), other.start, other.read, list(other.waiting))
             taken.cut(len(before))
-            self._texts[slot].begin_after(before)  # until the rows are there
+            self._texts[slot].begin_after(before)  # until the rows are copied
             if taken.read:
                 self.backend.copy_slot(index, slot, taken.read)
             text.ids, text.start, text.read = taken.ids, taken.start, taken.read
@@ -317,9 +317,9 @@ class Head:
 
     Attributes:
         bundle: directory of the bundle.
-        manifest: of the head, see `manifest.head_manifest`.
+        manifest: manifest of the head, from `manifest.head_manifest`.
         target_vocab: length of the target's rows of logits.
-        vocabulary: see `Eagle3Drafter`.
+        vocabulary: the target's ids of the head's tokens, for `Eagle3Drafter`.
     """
 
     bundle: Path
@@ -336,7 +336,7 @@ class Head:
             config: options with which the target was opened.
 
         Raises:
-            ConfigError, BundleError, DependencyError, BackendError: see `open_backend`.
+            ConfigError, BundleError, DependencyError, BackendError: `open_backend` fails.
         """
         options = EngineConfig(
             backend="ort-cuda" if target.name == "ort-cuda" else "ort-cpu",
@@ -352,16 +352,16 @@ class Head:
 
 
 def read_head(bundle: Path, manifest: Manifest, files: VerifiedFiles) -> Head:
-    """Read what is to be known of a bundle's head.
+    """Read the facts about a bundle's head that drafting needs.
 
     Args:
         bundle: directory of the bundle.
-        manifest: of the bundle.
-        files: its files, the head's among them.
+        manifest: manifest of the bundle.
+        files: its files, including the head's.
 
     Raises:
         ConfigError: the bundle has no head.
-        BundleError: the list of the head's tokens is none.
+        BundleError: the list of the head's tokens is malformed.
     """
     head, own = manifest.head, head_manifest(manifest)
     if head is None or own is None:
@@ -380,7 +380,7 @@ def read_ids(data: bytes, count: int, total: int, where: str) -> NDArray[np.int6
     """Parse a list of ``count`` different ids below ``total``.
 
     Raises:
-        BundleError: it is none.
+        BundleError: it is malformed.
     """
     try:
         ids = np.array(msgspec.json.decode(data, type=list[int]), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Texts to vectors, and documents to scores, with a bundle whose task that is."""
+"""Embeds texts and scores documents, with a bundle whose task that is."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EmbeddingReader:
     """Turns texts into token ids, and the graph's output into vectors, as a manifest says.
 
     Args:
-        manifest: of a bundle that embeds.
+        manifest: manifest of a bundle that embeds.
         tokenizer: its tokenizer.
 
     Raises:
@@ -56,7 +56,7 @@ class EmbeddingReader:
         """Refuse a number of dimensions to which vectors cannot be cut.
 
         Raises:
-            RequestError: fewer or more than the model allows.
+            RequestError: there are fewer or more than the model allows.
         """
         if dimensions is None or dimensions == self.width:
             return
@@ -82,13 +82,13 @@ class EmbeddingReader:
     ) -> list[int]:
         """Encode a text, or complete the ids of one: the prompt first, the end token last.
 
-        Plain text never becomes a control token. Ids get no prompt, and an end only where they lack
-        it. What surely has more than ``max_tokens`` is refused before it is encoded, unless it is
-        to be cut: ``truncate`` keeps the first ``max_tokens`` of a text, its end token included.
+        Plain text never becomes a control token. Ids get no prompt, and an end only if they lack
+        it. A text that surely has more than ``max_tokens`` is refused before it is encoded. With
+        ``truncate`` it is cut instead: the first ``max_tokens`` stay, including the end token.
 
         Raises:
             ContextLengthError: the text surely has more tokens.
-            RequestError: an empty text, or one that cannot be encoded.
+            RequestError: the text is empty or cannot be encoded.
         """
         end = list(self._facts.append)
         if isinstance(text, str):
@@ -109,7 +109,7 @@ class EmbeddingReader:
     ) -> NDArray[np.float32]:
         """Cut rows ``[n, hidden]`` of the graph's output to vectors ``[n, dimensions]``.
 
-        Vectors that are normalized are so after the cut.
+        Normalized vectors are normalized again after the cut.
         """
         vectors = rows if dimensions is None else rows[:, :dimensions]
         if not self._facts.normalize:
@@ -123,7 +123,7 @@ class DocumentJudge:
     """Turns a query and documents into prompts, and the graph's output into scores.
 
     Args:
-        manifest: of a bundle that judges documents.
+        manifest: manifest of a bundle that judges documents.
         tokenizer: its tokenizer.
 
     Raises:
@@ -147,17 +147,17 @@ class DocumentJudge:
         max_tokens: int,
         on_piece: Callable[[], None] | None = None,
     ) -> list[int]:
-        """Encode a pair; what a caller writes never becomes a control token.
+        """Encode a pair; text of a caller never becomes a control token.
 
         Raises:
             ContextLengthError: the pair surely has more than ``max_tokens``.
-            RequestError: an empty query or document, or one that cannot be encoded.
+            RequestError: the query or document is empty, or cannot be encoded.
         """
         for name, text in (("query", query), ("documents", document)):
             if not text:
                 raise RequestError(f"{name}: is empty; give at least one character")
         instruction = self._facts.instruction if instruction is None else instruction
-        # As published: the pair is one text, and what stands around it is encoded by itself.
+        # As published, the pair is one text, and the texts around it are encoded separately.
         pair = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
         _check_least(self._tokenizer, pair, max_tokens)
         return self._prefix + self._tokenizer.encode(pair, on_piece=on_piece) + self._suffix
@@ -188,7 +188,7 @@ def check_lengths(ids: Sequence[Sequence[int]], capacity: int) -> None:
 
 
 def groups(ids: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Deal texts into groups of up to ``size``, by index, those of a like length together."""
+    """Deal texts into groups of up to ``size``, by index; similar lengths go together."""
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     return (order[at : at + size] for at in range(0, len(order), size))
 
@@ -202,10 +202,11 @@ def submit(
     deadline_s: float | None = None,
     salt: str = "",
 ) -> tuple[list[SequenceState], list[RowSink]]:
-    """Queue texts, all or none; see `Scheduler.submit`.
+    """Queue texts, all or none, by `Scheduler.submit`.
 
     Returns:
-        What ends a text early (``cancelled``), and what has its output, in order.
+        The sequences, which can be ended early by ``cancelled``, and the sinks with their output,
+        in order.
     """
     sinks = [RowSink() for _ in ids]
     requests = [
@@ -226,10 +227,10 @@ def submit(
 def run(scheduler: Scheduler, ids: Sequence[Sequence[int]], capacity: int) -> NDArray[np.float32]:
     """Run texts, as many at once as there are slots, and wait for all.
 
-    Others may use the engine meanwhile: where the queue is full, the rest waits for room.
+    Others may use the engine meanwhile; if the queue is full, the rest waits for room.
 
     Args:
-        scheduler: of a bundle that embeds or judges.
+        scheduler: scheduler of a bundle that embeds or judges.
         ids: the texts.
         capacity: tokens that a slot of its cache holds.
 
@@ -238,7 +239,7 @@ def run(scheduler: Scheduler, ids: Sequence[Sequence[int]], capacity: int) -> ND
 
     Raises:
         ContextLengthError: one does not fit; none has run.
-        RequestError: an id outside the vocabulary.
+        RequestError: an id is outside the vocabulary.
         OverloadError: the scheduler drains.
         BackendError: the engine failed, or its output is not finite.
     """
@@ -248,7 +249,7 @@ def run(scheduler: Scheduler, ids: Sequence[Sequence[int]], capacity: int) -> ND
     try:
         for group in groups(ids, scheduler.max_batch):
             flying.append((group, *_submit_when_room(scheduler, [ids[i] for i in group])))
-            if len(flying) > 1:  # one runs, and the next is there when it ends
+            if len(flying) > 1:  # one runs, and the next is queued for when it ends
                 _collect(flying[0], found)
                 del flying[0]
         for last in flying:

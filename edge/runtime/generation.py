@@ -1,4 +1,4 @@
-"""Counts and times of one generation.
+"""Defines counts and times of one generation.
 
 The loop that generates is in `edge.runtime.scheduler`.
 """
@@ -9,26 +9,27 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
-"""An end token, stop string or finished grammar; ``max_tokens`` or a full cache; the caller."""
+"""``stop``: end token, stop string or finished grammar; ``length``: ``max_tokens`` or a full cache;
+``cancelled``: by the caller."""
 
 
 @dataclass
 class GenerationStats:
-    """What one generation took.
+    """Counts and times of one generation.
 
     Attributes:
-        prompt_tokens: tokens of the prompt, cached ones included.
+        prompt_tokens: tokens of the prompt, with cached ones.
         cached_tokens: prompt tokens whose cache rows were there already.
-        completion_tokens: tokens sampled, the end token included.
-        has_started: whether it had a slot; False for one that was cancelled in the queue.
-        queue_s: from submission to the start of the prefill.
-        ttft_s: from submission to the first token.
-        total_s: from submission to the last token.
+        completion_tokens: tokens sampled, with the end token.
+        has_started: whether it had a slot; False if it was cancelled in the queue.
+        queue_s: time from submission to the start of the prefill.
+        ttft_s: time from submission to the first token.
+        total_s: time from submission to the last token.
         itl_s: gaps between tokens.
         model_s: part of ``total_s`` that the backend worked, for this sequence or others.
-        context_left: tokens that the slot had room for when the answer ended: 0 with the finish
+        context_left: tokens that the slot had room for when the answer ended; 0 with the finish
             reason ``length`` means that the KV capacity cut it off. None before the end, for an
-            answer that never had a slot, and where a full slot slides.
+            answer that never had a slot, and if a full slot slides.
     """
 
     prompt_tokens: int = 0
@@ -44,24 +45,24 @@ class GenerationStats:
 
     @property
     def tpot_s(self) -> float:
-        """Mean time per output token after the first; 0 for fewer than two."""
+        """Return the mean time per output token after the first; 0 for fewer than two."""
         later = self.completion_tokens - 1
         return (self.total_s - self.ttft_s) / later if later > 0 else 0.0
 
     @property
     def prefill_tps(self) -> float:
-        """Prompt tokens computed per second from the start of the prefill to the first token."""
+        """Return prompt tokens computed per second, from prefill's start to the first token."""
         computed, seconds = self.prompt_tokens - self.cached_tokens, self.ttft_s - self.queue_s
         return computed / seconds if seconds > 0 else 0.0
 
     @property
     def decode_tps(self) -> float:
-        """Tokens per second after the first."""
+        """Return tokens per second after the first."""
         return 1.0 / self.tpot_s if self.tpot_s else 0.0
 
     @property
     def own_s(self) -> float:
-        """Time outside the backend and the queue: sampling, bookkeeping, text."""
+        """Return the time outside the backend and the queue: sampling, bookkeeping, text."""
         return self.total_s - self.queue_s - self.model_s
 
     def as_dict(self) -> dict[str, float | int | None]:
@@ -87,8 +88,8 @@ class PromptProgress:
 
     Attributes:
         total: tokens of the prompt.
-        cached: of these, tokens whose cache rows were there already; 0 while the sequence waits.
-        processed: tokens whose rows are there by now, cached ones included.
+        cached: prompt tokens whose cache rows were there already; 0 while the sequence waits.
+        processed: prompt tokens whose rows are there by now, with cached ones.
         prefill_s: seconds since the prefill began; 0 while the sequence waits.
         ahead: sequences in the queue that start before it; None once it has started.
     """

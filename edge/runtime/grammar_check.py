@@ -1,10 +1,10 @@
-"""Compiles one untrusted grammar; `structured_output` has this done in a limited child.
+"""Compiles one untrusted grammar, in a limited child of `structured_output`.
 
 Some small grammars take llguidance minutes and gigabytes whatever its own limits say (a
 ``multipleOf`` of a million, many patterns joined by ``allOf``), and its threads cannot be stopped.
 
-The compiler's work does not depend on the vocabulary, so single bytes and the control tokens, whose
-names a grammar may use, replace it here.
+The compiler's work does not depend on the vocabulary. So here the vocabulary is single bytes and
+the control tokens, whose names a grammar may use.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import msgspec
 
 
 class GrammarTask(msgspec.Struct):
-    """A grammar as ``LLMatcher`` takes it, and the names that it may use."""
+    """A grammar for ``LLMatcher``, and the names of tokens that it may use."""
 
     grammar: str
     control_tokens: list[str]
 
 
 class _Bytes:
-    """A tokenizer of single bytes, as `llguidance.TokenizerWrapper` wants it."""
+    """A tokenizer of single bytes, with the methods that `llguidance.TokenizerWrapper` needs."""
 
     def __init__(self, control_tokens: list[str]) -> None:
-        # No UTF-8 text has the byte 0xff.
+        # No UTF-8 text contains the byte 0xff.
         self.tokens = [bytes([value]) for value in range(255)]
         self.tokens += [name.encode() for name in ["<|end|>", *control_tokens]]
         self.special_token_ids = list(range(255, len(self.tokens)))
@@ -35,12 +35,12 @@ class _Bytes:
 
 
 def prepare() -> None:
-    """Import what `work` needs."""
+    """Import the modules that `work` needs."""
     import llguidance  # noqa: F401 - it may be missing where nothing is compiled
 
 
 def work(data: bytes) -> bytes:
-    """Check the grammar of an encoded `GrammarTask`; returns what is wrong with it, or nothing."""
+    """Check the grammar of an encoded `GrammarTask`; return the fault in it, or nothing."""
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
     task = msgspec.json.decode(data, type=GrammarTask)

@@ -1,4 +1,4 @@
-"""What a drafter that guesses token by token has guessed in one step, and where it stops."""
+"""Collects the guesses of one step by a drafter that guesses token by token, and when to stop."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .scheduler.drafter import DraftContext, DraftWorth
 
 
 class Guesses:
-    """The guesses for some sequences; use it as a context manager, which lets samplers forget them.
+    """Guesses for some sequences; as a context manager it makes samplers forget them at the end.
 
     Args:
         contexts: the sequences.
-        limits: guesses of each at most.
-        worth: where to stop.
+        limits: most guesses of each.
+        worth: probability below which a draft stops.
 
     Attributes:
         drafts: the guesses of each.
-        spoilt: indices of those that ended with a row that is not finite.
+        spoilt: indices of sequences that ended with a row that is not finite.
     """
 
     def __init__(
         self, contexts: Sequence[DraftContext], limits: Sequence[int], worth: DraftWorth
     ) -> None:
         self._contexts, self._limits, self._worth = contexts, limits, worth
-        self._chances = [1.0] * len(contexts)  # that all of a draft is right
+        self._chances = [1.0] * len(contexts)  # probability that all of a draft is right
         self.drafts: list[list[int]] = [[] for _ in contexts]
         self.spoilt: list[int] = []
 
@@ -37,7 +37,7 @@ class Guesses:
         """Guess a sequence's next token; returns whether one more after it is worth its time.
 
         Args:
-            index: of the sequence.
+            index: index of the sequence.
             logits: a row of the target's length, -inf for tokens that cannot be guessed.
 
         Raises:

@@ -1,8 +1,8 @@
-"""Keeps the books of the cache: which tokens the rows of each slot hold, and who may use them.
+"""Tracks which tokens the rows of each slot hold, and who may use them.
 
-No array is touched here. A sequence takes a slot and gives it back; its rows stay
-there as a prefix that a later sequence may begin with, until another sequence needs the slot (least
-recently used first).
+No array is touched here. A sequence takes a slot and gives it back. Its rows stay there as a prefix
+that a later sequence may begin with, until another sequence needs the slot (least recently used
+first).
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ class Slot:
 
     @property
     def length(self) -> int:
-        """Number of valid rows, which is the position of the next token."""
+        """Return the number of valid rows, which is the position of the next token."""
         return len(self.ids)
 
     @property
     def remaining(self) -> int:
-        """Number of free rows."""
+        """Return the number of free rows."""
         return self.capacity - len(self.ids)
 
     @property
     def cached_rows(self) -> int:
-        """Rows that the sequence did not compute; of a free slot all, since the next may not."""
+        """Count rows that the sequence did not compute; in a free slot all rows."""
         return min(self.shared, self.length) if self.in_use else self.length
 
     def extend(self, ids: Sequence[int]) -> None:
-        """Count rows that were just written.
+        """Record rows that were just written.
 
         Raises:
-            ContextLengthError: more rows than are free.
+            ContextLengthError: there are more rows than are free.
         """
         if len(ids) > self.remaining:
             raise ContextLengthError(self.length + len(ids), self.capacity)
@@ -72,12 +72,12 @@ class Slot:
         self.shareable = True
 
     def inherit(self, other: Slot) -> None:
-        """Take over what is known of the rows of another slot, which were copied here."""
+        """Copy the records of another slot, whose rows were copied here."""
         self.ids, self.salt = other.ids, other.salt
         self.prefilled, self.used_at = other.prefilled, other.used_at
 
     def restore(self, kept: KeptRows) -> None:
-        """Take over the books of rows that were written here."""
+        """Restore the records of rows that were written back here."""
         self.ids, self.prefilled, self.shared = list(kept.ids), kept.prefilled, kept.shared
         self.shareable = kept.shareable
 
@@ -89,12 +89,12 @@ class Slot:
 
 
 class KeptRows(NamedTuple):
-    """A sequence's rows outside the cache, and the books of the slot that they came from.
+    """A sequence's rows outside the cache, and the records of the slot that they came from.
 
     Attributes:
-        rows: what `Backend.read_slot` gave, ``[2 * layers, kv_heads, len(ids), head_dim]``.
+        rows: rows from `Backend.read_slot`, ``[2 * layers, kv_heads, len(ids), head_dim]``.
         ids: the token of each row.
-        prefilled, shared, shareable: see `Slot`.
+        prefilled, shared, shareable: fields of `Slot`.
     """
 
     rows: Floats
@@ -105,7 +105,7 @@ class KeptRows(NamedTuple):
 
     @classmethod
     def of(cls, slot: Slot, rows: Floats) -> KeptRows:
-        """Keep all rows of a slot, which were read."""
+        """Keep all rows of a slot, which have been read."""
         return cls(rows, list(slot.ids), slot.prefilled, slot.shared, slot.shareable)
 
 
@@ -115,9 +115,9 @@ class Placement(NamedTuple):
     Attributes:
         slot: its slot, not yet taken.
         cached: rows that it need not compute; fewer than the prompt's tokens.
-        source: the slot to copy those rows from; None where they are in ``slot`` already.
-        refuge: the slot that the old rows of ``slot`` go to, which loses its own; it may be
-            ``source``. None where they are dropped.
+        source: the slot to copy those rows from; None if they are in ``slot`` already.
+        refuge: the slot to which the old rows of ``slot`` go, in place of its own; it may be
+            ``source``. None if they are dropped.
     """
 
     slot: Slot
@@ -132,9 +132,9 @@ class SlotPool:
     Args:
         num_slots: how many slots there are.
         capacity: rows of each slot.
-        even: share an even number of rows and leave two tokens or more to run: the engine computes
-            a lone token, or the last of an odd number, in other bits.
-        prompts_only: share no rows that decoding wrote.
+        even: whether to share an even number of rows and leave two tokens or more to run. Engines
+            that compute a lone or last odd token with other last bits need it.
+        prompts_only: whether to share no rows that decoding wrote.
     """
 
     def __init__(
@@ -146,34 +146,34 @@ class SlotPool:
 
     @property
     def num_free(self) -> int:
-        """Slots that no sequence owns."""
+        """Return the number of slots that no sequence owns."""
         return sum(not slot.in_use for slot in self.slots)
 
     @property
     def used_tokens(self) -> int:
-        """Rows of running sequences."""
+        """Return the number of rows of running sequences."""
         return sum(slot.length for slot in self.slots if slot.in_use)
 
     @property
     def cached_tokens(self) -> int:
-        """Rows kept of sequences that have ended."""
+        """Return the number of rows kept of sequences that have ended."""
         return sum(slot.length for slot in self.slots if not slot.in_use)
 
     def place(self, ids: list[int], salt: str) -> Placement | None:
         """Choose a slot for a prompt, and the rows that it shares with any slot.
 
-        The rows that are given up are those of a slot that are mostly a prefix of the prompt, of
-        several the one that loses the fewest; else an empty slot's, else the least recently used.
-        The sequence runs there, unless that slot is not next to those that are computing and
-        another one is: a step over neighbours reads the weights once, so then the rows of that one
-        are moved (copying 1,000 tokens takes as long as computing a few).
+        The rows that are given up are those of the slot that is mostly a prefix of the prompt; of
+        several, of the one that loses the fewest. Else they are an empty slot's, else the least
+        recently used slot's. The sequence runs there, unless that slot is not next to computing
+        ones and another free one is. A step over neighbours reads the weights once, so then the
+        rows of that other slot are moved (copying 1,000 tokens takes as long as computing a few).
 
         Args:
             ids: the prompt; empty for rows that come from elsewhere.
-            salt: see `Slot.salt`.
+            salt: the sequence's salt, as in `Slot.salt`.
 
         Returns:
-            None while every slot is in use.
+            The placement; None while every slot is in use.
         """
         free = [slot for slot in self.slots if not slot.in_use]
         if not free:
@@ -198,7 +198,7 @@ class SlotPool:
         return Placement(slot, best, source, refuge)
 
     def usable(self, rows: int, ids: list[int]) -> int:
-        """Count those of a prompt's ``rows`` that need not run; its last token must: for logits."""
+        """Count those of a prompt's ``rows`` that need not run; the last token must, for logits."""
         least = 2 if self.even else 1
         return max(min(rows, len(ids) - least), 0) // least * least
 
@@ -209,7 +209,7 @@ class SlotPool:
         slot.in_use = slot.shareable = True
 
     def give_back(self, slot: Slot, *, keep: bool) -> None:
-        """End a sequence; its rows stay as a prefix if they may be kept."""
+        """End a sequence; its rows stay as a prefix if ``keep`` allows."""
         self._clock += 1
         slot.in_use, slot.used_at = False, self._clock
         if not (keep and slot.shareable):

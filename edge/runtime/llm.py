@@ -1,4 +1,4 @@
-"""`LLM`: a bundle opened for use, text in and text out, many answers at once."""
+"""Defines `LLM`: a bundle opened for use, text in and text out, many answers at once."""
 
 from __future__ import annotations
 
@@ -59,39 +59,41 @@ class LLM:
 
     Many answers are computed at once, batched over the slots of the cache
     (`edge.runtime.scheduler`); a request that finds no slot waits in a queue. Sampling depends only
-    on the request, and a draft is taken only where it is what would have been sampled. Engines,
-    however, may compute a token's logits differently with other tokens in the step (batch, drafts):
-    in the last bits with float activations, visibly with ``int8_activations`` on the CPU, where the
-    text of two runs can part (docs/serving-core.md says when); ``deterministic`` has the CPU
-    compute it alike.
+    on the request, and a draft is taken only if it equals the token that would have been sampled.
+    But engines may compute a token's logits differently with other tokens in the step (batch,
+    drafts). With float activations the last bits differ; with ``int8_activations`` on the CPU the
+    texts of two runs can differ (docs/serving-core.md says when). ``deterministic`` makes the CPU
+    compute them alike.
 
     Args:
         bundle: directory that ``edge-llm export`` wrote; or its name, or some words of it, as
-            `edge.bundle.library.find_bundle` finds bundles for the command line. So for ``draft``.
+            `edge.bundle.library.find_bundle` finds bundles for the command line. The same holds
+            for ``draft``.
         config: options of the engine; None is `EngineConfig` with its defaults.
-        **options: fields of `EngineConfig` that differ from ``config``, e.g. ``kv_capacity=4096``.
+        **options: fields of `EngineConfig` that differ from ``config``, e.g.
+            ``kv_capacity=4096``.
 
     Attributes:
         bundle: directory of the bundle.
         config: options with which it was opened.
-        manifest: description of the bundle.
+        manifest: manifest of the bundle.
         tokenizer: the model's tokenizer.
-        template: the model's chat template; None where it has none.
-        reasons: whether answers to chats may begin with reasoning, which is told from the rest.
+        template: the model's chat template; None if it has none.
+        reasons: whether answers to chats may begin with reasoning, which is split off.
         backend: the engine; only `call` may use it.
-        draft_manifest: description of the bundle, or of the head, that drafts; None without one.
-        warning: why the CPU computes on a machine with a GPU, where nobody named it as backend, or
+        draft_manifest: manifest of the bundle, or of the head, that drafts; None without one.
+        warning: why the CPU computes on a machine with a GPU although nobody requested it, or
             why sequences take turns in an engine that was built for fewer; else None.
         embeddings: the token table.
         scheduler: the queue of requests and the thread that runs them.
-        stop_counts: of `Ask.stop_when_sure`: trials that were ``tried``, that found ``no_slot`` or
-            were ``too_dear``, and thoughts that were ``stopped``.
+        stop_counts: counts for `Ask.stop_when_sure`: trials that were ``tried``, that found
+            ``no_slot`` or were ``too_dear``, and thoughts that were ``stopped``.
         pools: whether the bundle embeds or judges documents, and generates nothing.
 
     Raises:
-        IntegrityError: a file of the bundle is damaged, or the bundle is signed with a key that is
-            not trusted; no parser has seen it, and nothing was answered with it.
-        ConfigError: an unknown option, or a value that `EngineConfig` or the engine refuses.
+        IntegrityError: a file of the bundle is damaged, or the bundle is signed with a key that
+            is not trusted; no parser has seen it, and nothing was answered with it.
+        ConfigError: an option is unknown, or `EngineConfig` or the engine refuses a value.
         BundleError: the bundle is missing, incomplete, not signed where it must be, or has no
             engine that runs here.
         DependencyError: a library that the backend needs is missing or too old.
@@ -132,10 +134,10 @@ class LLM:
                     self.bundle, self.manifest, config, self.draft_manifest
                 )
             except EdgeError:
-                files.finish()  # damage explains it
+                files.finish()  # if a file is damaged, that explains the error
                 raise
             engines.callback(self.backend.close)
-            # Graph and weights are opened by their paths, once more.
+            # Graph and weights are opened once more by their paths.
             files.check_unchanged()
             table = self.bundle / EMBEDDINGS_NAME, files.descriptor(EMBEDDINGS_NAME)
             self._encode_chat: Callable[..., list[int]] = encode_chat
@@ -171,36 +173,36 @@ class LLM:
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
-        """Compiles the forms of answers, and keeps those that it has compiled."""
+        """Return the compiler of answers' forms, which keeps those that it has compiled."""
         from .structured_output import GrammarCompiler
 
         return GrammarCompiler(self.tokenizer, self.manifest.model.vocab_size)
 
     @cached_property
     def adapters(self) -> Adapters:
-        """The adapters that answers may ask for by name (`AnswerOptions.adapter`)."""
+        """Return the adapters that answers may request by name (`AnswerOptions.adapter`)."""
         from edge.adapters.loaded import Adapters
 
         return Adapters(self.bundle, self.manifest, self.backend.name, self.config.trusted_keys)
 
     def adapter_of(self, ask: Ask) -> AdapterWeights | None:
-        """Find the adapter that is asked for; see `Adapters.find`."""
+        """Find the adapter that a request names, by `Adapters.find`."""
         return self.adapters.find(ask.adapter) if isinstance(ask.adapter, str) else ask.adapter
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
-        """Take an adapter as ``peft`` saves it into memory; returns its name; see `Adapters.load`.
+        """Load an adapter as ``peft`` saves it, by `Adapters.load`; returns its name.
 
         Raises:
-            ConfigError: the bundle takes no adapters, or the name cannot be one.
+            ConfigError: the bundle takes no adapters, or the name is invalid.
             CheckpointError: the adapter does not fit the bundle.
         """
         return self.adapters.load(Path(path), name)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter that `load_adapter` took in; answers that run end as they began.
+        """Drop an adapter that `load_adapter` loaded; running answers keep it until they end.
 
         Raises:
-            RequestError: there is none of this name.
+            RequestError: there is no loaded adapter of this name.
         """
         self.adapters.unload(name)
 
@@ -211,12 +213,12 @@ class LLM:
 
     @property
     def kv_capacity(self) -> int:
-        """Tokens that prompt and answer may take together."""
+        """Return how many tokens prompt and answer may take together."""
         return self.backend.capacity
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens whose keys and values are in the cache now."""
+        """Return the number of tokens whose keys and values are in the cache now."""
         stats = self.scheduler.stats()
         return stats.kv_used_tokens + stats.kv_cached_tokens
 
@@ -231,29 +233,29 @@ class LLM:
         max_tokens: int | None = None,
         on_piece: Callable[[], None] | None = None,
     ) -> list[int]:
-        """Encode a prompt, the begin token included where the model wants one.
+        """Encode a prompt, with the begin token if the model wants one.
 
         Plain text never becomes a control token. Token ids stay as they are. Messages go through
         the bundle's chat template.
 
         Args:
             prompt: plain text, token ids or messages.
-            suffix: the text that comes after the answer: the model is asked to fill the gap between
-                ``prompt``, a plain text, and this one. Either may be empty.
+            suffix: text that comes after the answer: the model fills the gap between ``prompt``, a
+                plain text, and this one. Either may be empty.
             tools: JSON schemas of functions that the model may call; for messages only.
-            thinking: false ends the reasoning before it begins, true turns it on where the template
-                leaves it off by itself; for messages only.
-            continue_final_message: the last message is the assistant's, and the answer goes on
-                where it ends (`take_begun_answer`); one whose text has begun does not reason any
-                more. For messages only.
-            max_tokens: refuse, before it is encoded, what surely has more tokens.
-            on_piece: see `Tokenizer.encode`.
+            thinking: false ends the reasoning before it begins, true turns it on if the template's
+                default is off; for messages only.
+            continue_final_message: whether the last message is the assistant's and the answer
+                continues it (`take_begun_answer`). If its text has begun, the model does not reason
+                any more. For messages only.
+            max_tokens: refuse, before encoding, a prompt that surely has more tokens.
+            on_piece: called before each piece of a long text, as in `Tokenizer.encode`.
 
         Raises:
             ContextLengthError: the prompt surely has more than ``max_tokens``.
-            RequestError: a malformed message, messages for a bundle without a template, an
-                option that this prompt or template has no place for, a last message that cannot be
-                continued, or a suffix for a model that has no tokens for it.
+            RequestError: a message is malformed; the bundle has no template for messages; this
+                prompt or template does not support an option; the last message cannot be continued;
+                or the model has no tokens for a suffix.
         """
         ask = Ask(prompt, None, suffix, tools, thinking, continue_final_message)
         return self.encode_ask(ask, max_tokens, on_piece)
@@ -261,7 +263,7 @@ class LLM:
     def encode_ask(
         self, ask: Ask, max_tokens: int | None, on_piece: Callable[[], None] | None = None
     ) -> list[int]:
-        """Encode the prompt of an `Ask`; see `encode`."""
+        """Encode the prompt of an `Ask`, as `encode` does."""
         prompt, suffix, thinking = ask.prompt, ask.suffix, ask.thinking
         if suffix is not None and not isinstance(prompt, str):
             raise RequestError("suffix: belongs to a plain text, not to chat messages or token ids")
@@ -309,7 +311,7 @@ class LLM:
         if thinking is not None and "enable_thinking" in self.template.variables:
             options["enable_thinking"] = thinking
         if thinking is False and not options and (begun is None or begun.place == "start"):
-            begun = BegunAnswer(place="text")  # closes the reasoning that the template may open
+            begun = BegunAnswer(place="text")  # closes a reasoning that the template opens
         return self._encode_chat(
             self.tokenizer,
             self.template,
@@ -340,27 +342,28 @@ class LLM:
 
         Args:
             prompt: plain text, token ids or messages.
-            params: sampling; what is None comes from the bundle. Sample ``i`` has the seed plus i.
-            n: how many samples; None is one.
-            **options: see `AnswerOptions`.
+            params: sampling; a value that is None comes from the bundle. Sample ``i`` has the seed
+                plus i.
+            n: number of samples; None is one.
+            **options: options of the answer, as in `AnswerOptions`.
 
         Returns:
-            The answer that is coming; with ``n``, of whatever number, a list of them.
+            The answer that is coming; a list of answers if ``n`` is given, even 1.
 
         Raises:
-            RequestError: a wrong prompt, option, parameter, output format or budget, or an answer
-                to continue that breaks the output format.
+            RequestError: the prompt, an option, parameter, output format or budget is wrong, or an
+                answer to continue breaks the output format.
             DependencyError: an output format is given and llguidance is missing.
             ContextLengthError: the prompt does not fit into the cache.
             OverloadError: the queue is full, and no other client has more in it.
-            BackendError: the engine can serve no more, or the LLM is closed.
+            BackendError: the engine cannot run any more, or the LLM is closed.
         """
         _check_options(options)
         answers = self.answer(Ask(prompt, params, **options), 1 if n is None else n)
         return answers[0] if n is None else answers
 
     def answer(self, ask: Ask, n: int = 1) -> list[Generation]:
-        """Queue ``n`` answers to an `Ask`; see `submit`."""
+        """Queue ``n`` answers to an `Ask`, as `submit` does."""
         check_task(self.manifest, "generate")
         submit_all: Callable[..., list[Generation]] = submit
         if ask.vote is not None:
@@ -389,7 +392,7 @@ class LLM:
                 "a thinking budget needs a chat of a model that reasons, with thinking left on"
             )
         if begun.place == "text":
-            may_reason, reasons, budget = False, False, None  # that is behind it
+            may_reason, reasons, budget = False, False, None  # the reasoning is over
         elif budget is not None and begun.reasoning:
             used = len(self.tokenizer.encode(begun.reasoning))
             budget = max(0, budget - used)
@@ -432,16 +435,16 @@ class LLM:
         return submit_all(self.scheduler, requests, streams)
 
     def put_away(self, generations: Sequence[Generation], timeout_s: float) -> list[PutAway | None]:
-        """Take answers out, so that they go on later, in another process too: see `submit`.
+        """Take answers out, so that `submit` can continue them later, also in another process.
 
-        Each ends as if it were cancelled. `Scheduler.put_away` says more.
+        Each ends as if it were cancelled. `Scheduler.put_away` has the details.
 
         Args:
-            generations: what `submit` returned, waiting or running.
+            generations: answers from `submit`, waiting or running.
             timeout_s: seconds to wait for the engine.
 
         Returns:
-            For each, in order, what it needs to go on; None if it has ended.
+            For each, in order, the state from which it continues; None if it has ended.
 
         Raises:
             RequestError: one of them is a vote; none is put away then.
@@ -454,15 +457,15 @@ class LLM:
     ) -> Generator[GenerationChunk, None, None]:
         """Generate text piece by piece; closing the stream ends the generation.
 
-        Generation starts when the first piece is asked for.
+        Generation starts when the first piece is requested.
 
         Args:
-            prompt: see `submit`.
-            params: see `submit`.
+            prompt: plain text, token ids or messages, as in `submit`.
+            params: sampling, as in `submit`.
             **options: further arguments of `submit`, except ``n``.
 
         Raises:
-            What `submit` and iteration over a `Generation` raise.
+            EdgeError: any error of `submit` or of iterating over a `Generation`.
         """
         if "n" in options:
             raise RequestError("a stream is one answer; submit gives n of them")
@@ -472,7 +475,7 @@ class LLM:
     def generate(
         self, prompt: Prompt, params: Params = None, **options: Unpack[AnswerOptions]
     ) -> GenerationResult:
-        """Generate a whole answer; see `stream`."""
+        """Generate a whole answer, with the arguments and errors of `stream`."""
         return join_chunks(self.stream(prompt, params, **options))
 
     def generate_best(
@@ -488,17 +491,17 @@ class LLM:
         """Generate ``best_of`` answers and return the ``n`` most probable, the best first.
 
         Args:
-            prompt: see `submit`.
-            params: see `submit`.
-            **options: see `submit`.
+            prompt: plain text, token ids or messages, as in `submit`.
+            params: sampling, as in `submit`.
+            **options: options of the answer, as in `submit`.
             best_of: answers to generate, at least ``n``.
             n: answers to return.
             rank_by: an answer's score is the mean or the sum of the log-probabilities of its
-                tokens, the end token left out. The sum favours short answers; one without any
+                tokens, without the end token. The sum favours short answers; an answer without any
                 token comes last.
 
         Raises:
-            What `stream` raises.
+            EdgeError: any error of `stream`.
         """
         from .best_of import best_of as choose
 
@@ -507,16 +510,17 @@ class LLM:
     def vote(
         self, prompt: Prompt, params: Params = None, **options: Unpack[AnswerOptions]
     ) -> VoteResult:
-        """Draw samples until one answer has won; see docs/vote.md.
+        """Draw samples until one answer has won; docs/vote.md explains it.
 
         Args:
-            prompt: see `submit`.
-            params: see `submit`; the temperature must be above 0.
-            **options: see `submit`; ``vote`` says what an answer is, how many samples there may be
-                and how sure the winner must be. By default the final number wins, of at most 8.
+            prompt: plain text, token ids or messages, as in `submit`.
+            params: sampling, as in `submit`; the temperature must be above 0.
+            **options: options of the answer, as in `submit`. ``vote`` says what an answer is, how
+                many samples there may be and how sure the winner must be. By default the final
+                number wins, with at most 8 samples.
 
         Raises:
-            What `stream` raises.
+            EdgeError: any error of `stream`.
         """
         from edge.votes.tally import VoteRule
 
@@ -529,7 +533,8 @@ class LLM:
         """Generate token ids from token ids; the end token is not yielded.
 
         Raises:
-            RequestError: see `submit`; also if ``params`` has stop strings, which need text.
+            RequestError: `submit` refuses the request, or ``params`` has stop strings, which need
+                text.
         """
         check_task(self.manifest, "generate")
         resolved = self._resolve(params)
@@ -542,7 +547,7 @@ class LLM:
         return (token.id for chunk in chunks for token in chunk.tokens)
 
     def score(self, ids: Sequence[int]) -> NDArray[np.float64]:
-        """Compute the log-probability of every token but the first; see `scoring.score`.
+        """Compute the log-probability of every token but the first, by `scoring.score`.
 
         The call waits until no answer is being computed.
 
@@ -550,8 +555,8 @@ class LLM:
             Natural logarithms, float64 ``[len(ids) - 1]``.
 
         Raises:
-            RequestError: fewer than two tokens, an id outside the token table, or no ids.
-            ContextLengthError: more tokens than the cache holds.
+            RequestError: there are fewer than two tokens, or one is not an id of the token table.
+            ContextLengthError: there are more tokens than the cache holds.
             BackendError: the engine failed, or its logits are not finite.
         """
         from .scoring import score
@@ -570,22 +575,22 @@ class LLM:
         prompt: str | None = None,
         dimensions: int | None = None,
     ) -> NDArray[np.float32]:
-        """Turn texts into vectors, of a bundle that embeds; see docs/embeddings.md.
+        """Turn texts into vectors, with a bundle that embeds (docs/embeddings.md).
 
         Args:
             texts: texts, or lists of token ids; one text is a list of one.
-            prompt_name: which of the model's prompts to put before each text, e.g. ``query``; None
-                is its default one, mostly none.
+            prompt_name: name of the model's prompt to put before each text, e.g. ``query``; None is
+                its default one, mostly none.
             prompt: a prompt of your own instead.
-            dimensions: how many leading dimensions to keep, where the model allows it.
+            dimensions: number of leading dimensions to keep, if the model allows it.
 
         Returns:
-            One vector per text, in order, float32 ``[n, dimensions]``; of length 1 where the model
-            says so.
+            One vector per text, in order, float32 ``[n, dimensions]``; normalized if the model says
+            so.
 
         Raises:
-            RequestError: the bundle does not embed, no or an empty text, an unknown prompt, or
-                dimensions that the model does not allow.
+            RequestError: the bundle does not embed, a text is missing or empty, the prompt is
+                unknown, or the model does not allow the dimensions.
             ContextLengthError: a text does not fit into the cache; none has run.
             OverloadError: the scheduler drains.
             BackendError: the engine failed, or its output is not finite.
@@ -607,12 +612,12 @@ class LLM:
     def rerank(
         self, query: str, documents: Sequence[str], *, instruction: str | None = None
     ) -> NDArray[np.float32]:
-        """Judge how well documents answer a query, of a bundle that does so.
+        """Judge how well documents answer a query, with a bundle that judges documents.
 
         Args:
-            query: what is asked.
+            query: the question.
             documents: the texts to judge.
-            instruction: what to judge by; None is the model's own.
+            instruction: how to judge; None is the model's own instruction.
 
         Returns:
             The probability of yes against no for each document, in order, float32 ``[n]``.
@@ -633,14 +638,14 @@ class LLM:
         return judge.scores(run(self.scheduler, ids, most))
 
     def call(self, work: Callable[[], _Result]) -> _Result:
-        """Run ``work`` while no answer is being computed, and return what it returns.
+        """Run ``work`` while no answer is being computed, and return its result.
 
-        Only ``work`` may use `backend` directly. Cached prefixes are forgotten.
+        Only ``work`` may use `backend` directly. Cached prefixes are dropped.
         """
         return self.scheduler.call(work)
 
     def close(self) -> None:
-        """Cancel what runs, free the engine and close the files; calling it twice is harmless."""
+        """Cancel running answers, free the engine and close files; calling it twice is harmless."""
         self.scheduler.close()
         self._engines.close()
 
@@ -660,7 +665,7 @@ class LLM:
         if ask.is_chat and self.reasons and begun.place != "text":
             opened = begun.place == "reasoning" or self._opens_reasoning(ids)
             splitter = ReasoningSplitter(opened, goes_on=bool(begun.reasoning))
-        # A sentencepiece vocabulary's first space is none in free text; a form counts it.
+        # In free text a sentencepiece vocabulary's first space does not count; in a form it does.
         has_form = ask.output is not None and ask.output.kind != "tool_calls"
         goes_on = not ask.is_chat or has_form or bool(begun.content or begun.reasoning)
         detokenizer = Detokenizer(self.tokenizer, goes_on=goes_on)
@@ -733,7 +738,7 @@ class LLM:
 
 
 def _settled(config: EngineConfig | None, options: EngineOptions) -> EngineConfig:
-    """Make one configuration of both, whose draft is a directory."""
+    """Merge both into one configuration, whose draft is a directory."""
     given: object = config
     if not isinstance(given, EngineConfig | None):
         raise ConfigError(
@@ -759,7 +764,7 @@ def _ngrams(speculative: int | None) -> Drafter | None:
 
 
 def _check_pooling(config: EngineConfig, manifest: Manifest) -> None:
-    """Refuse options that need an answer to be generated."""
+    """Refuse options that make sense only for generating."""
     for option, given in (
         ("draft", config.draft is not None),
         ("speculative", bool(config.speculative)),
@@ -794,4 +799,4 @@ def _read(generation: Generation) -> Iterator[GenerationChunk]:
     try:
         yield from generation
     finally:
-        generation.cancel()  # nothing to do after the last piece
+        generation.cancel()  # does nothing after the last piece

@@ -1,4 +1,4 @@
-"""Opens what a bundle is before an engine runs it: files that were checked, tokenizer, template."""
+"""Opens the parts of a bundle that an engine does not run: checked files, tokenizer, template."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _TOKENIZER, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
 
 @dataclass(frozen=True)
 class OpenBundle:
-    """What is read of a bundle whose files were held against its manifest before any parser.
+    """The readable parts of a bundle whose files were checked before any parser saw them.
 
     Attributes:
-        files: every file that the manifest lists. The hashes of numbers, which nothing parses, may
-            still be under way; `VerifiedFiles.check_unchanged` waits for them.
+        files: every file that the manifest lists. Hashes of weights, which nothing parses, may
+            still be computed; `VerifiedFiles.check_unchanged` waits for them.
         tokenizer: the model's tokenizer.
-        template: the model's chat template; None where it has none.
+        template: the model's chat template; None if it has none.
         reasons: whether answers to chats may begin with reasoning.
     """
 
@@ -41,14 +41,14 @@ class OpenBundle:
 def open_bundle(path: Path, manifest: Manifest) -> Iterator[OpenBundle]:
     """Hash the files of a bundle, and read its texts; the files are closed with the context.
 
-    What opens files by their paths, engine and all, does so within the context.
+    Code that opens files by their paths, such as the engine, must do so within the context.
 
     Args:
         path: the bundle's directory.
-        manifest: its manifest, which `edge.bundle.trust` has let pass.
+        manifest: its manifest, which `edge.bundle.trust` has accepted.
 
     Raises:
-        IntegrityError: see `verify_files`; also for a file that is read and not listed.
+        IntegrityError: `verify_files` refuses a file, or a file to read is not listed.
         BundleError: tokenizer or template cannot be used.
         DependencyError: a library that reads them is missing.
     """
@@ -75,15 +75,15 @@ def _read_template(path: Path, files: VerifiedFiles, tokens: Tokens) -> ChatTemp
 
 
 def files_to_check(manifest: Manifest) -> list[str]:
-    """List every file that is listed, and every file that is read: an unlisted one is refused."""
+    """List every listed file and every file that will be read; an unlisted one is refused."""
     return list(dict.fromkeys([*manifest.files, _TOKENIZER, EMBEDDINGS_NAME, manifest.graphs.cpu]))
 
 
 def find_bundle(bundle: str | Path) -> Path:
-    """Find a bundle by its directory, or by its name; see `edge.bundle.library.find_setting`.
+    """Find a bundle by its directory, or by its name, with `edge.bundle.library.find_setting`.
 
     Raises:
-        BundleError, ConfigError: see there.
+        BundleError, ConfigError: `find_setting` finds none or several, or cannot read the path.
     """
     text = str(bundle)
     if not text.startswith("~") and is_file(Path(text) / MANIFEST_NAME):

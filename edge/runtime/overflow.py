@@ -1,9 +1,9 @@
-"""Lets a sequence outgrow its slot: old rows are dropped, the others move up.
+"""Lets a sequence outgrow its slot: old rows are dropped, and the others move up.
 
-The first tokens stay, since attention leans on them whatever they say (attention sinks, arXiv
+The first tokens stay, since attention relies on them whatever they say (attention sinks, arXiv
 2309.17453), and so do the newest. The rows in between are dropped. The rows that stay are not
-computed again: their keys are rotated to their new positions. So they keep what they took from
-tokens that are gone, and a slide costs a copy instead of a prefill.
+computed again: their keys are rotated to their new positions. So they keep information from
+dropped tokens, and a slide costs a copy instead of a prefill.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NUM_SINKS = 4
 
 
 class SlidingWindow:
-    """Keeps the first tokens and the newest ones; an `edge.runtime.scheduler.Overflow`.
+    """Keeps the first tokens and the newest ones, as an `edge.runtime.scheduler.Overflow`.
 
     Each slide drops half of the rows after the sinks, so that the next slide is far off.
 
@@ -28,7 +28,7 @@ class SlidingWindow:
         num_sinks: first tokens that always stay.
 
     Raises:
-        ConfigError: there is no sink; without one a model loses its way at once.
+        ConfigError: there is no sink; without one a model produces nonsense at once.
     """
 
     def __init__(self, model: ModelSpec, num_sinks: int = NUM_SINKS) -> None:
@@ -38,7 +38,7 @@ class SlidingWindow:
         self._frequencies = inverse_frequencies(model.rope, model.head_dim)
 
     def slide(self, rows: Floats, ids: list[int]) -> tuple[Floats, list[int]]:
-        """Drop the middle of a full slot; see `edge.runtime.scheduler.Overflow`.
+        """Drop the middle of a full slot, as `edge.runtime.scheduler.Overflow` describes.
 
         Args:
             rows: ``[2 * layers, kv_heads, length, head_dim]``, at least two rows.
@@ -58,12 +58,12 @@ class SlidingWindow:
         Args:
             rows: ``[2 * layers, kv_heads, length, head_dim]``.
             start: the first row to drop.
-            count: how many.
+            count: number of rows to drop.
 
         Returns:
             ``[2 * layers, kv_heads, length - count, head_dim]``, in the type of ``rows``.
         """
         kept = np.concatenate((rows[:, :, :start], rows[:, :, start + count :]), axis=2)
-        for keys in kept[::2]:  # layer by layer: float64 of all would be large
+        for keys in kept[::2]:  # layer by layer, since float64 of all would be large
             keys[:, start:] = turn(keys[:, start:], self._frequencies, -count)
         return kept

@@ -1,9 +1,9 @@
 """Keeps the cache rows of prompt beginnings on disk, by name: system prompts, documents.
 
-A file holds the rows that `Backend.read_slot` gave, what they belong to and a hash of each part;
-rows of an 8-bit cache in their 8 bits. It is used only for the same bundle, engine, float type,
-scales of an 8-bit cache and tokens. A file that is damaged, cut off or
-of another origin is left alone with one line in the log, and the prompt is computed as usual.
+A file holds rows from `Backend.read_slot`, what they belong to and a hash of each part; rows of an
+8-bit cache stay in 8 bits. It is used only for the same bundle, engine, float type, scales of an
+8-bit cache and tokens. A file that is damaged, truncated or from elsewhere is ignored with one
+line in the log, and the prompt is computed as usual.
 
 The layout of a file: `_MAGIC`, the header's length (8 bytes, little-endian), the header (JSON), its
 SHA-256 (32 bytes), the rows in C order.
@@ -52,10 +52,10 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         engine: the backend's name.
         dtype: NumPy's name of the type.
         planes: keys and values of all layers, ``2 * layers``.
-        kv_heads, head_dim: see `Backend.read_slot`.
-        rounds_activations: see `Backend`.
-        int8_planes: those that are stored as INT8, ascending.
-        scales_sha256: SHA-256 of their scales; empty where there are none.
+        kv_heads, head_dim: dimensions of the rows from `Backend.read_slot`.
+        rounds_activations: whether the backend rounds activations, as in `Backend`.
+        int8_planes: planes that are stored as INT8, ascending.
+        scales_sha256: SHA-256 of their scales; empty if there are none.
     """
 
     engine: str
@@ -74,7 +74,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def of_rows(cls, backend: Backend, rows: Floats) -> Layout:
-        """Return the layout of rows that a backend gave."""
+        """Return the layout of rows that a backend returned."""
         planes, kv_heads, _, head_dim = rows.shape
         dtype: Literal["float16", "float32"] = "float32"
         if rows.dtype == np.float16:
@@ -100,11 +100,11 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return text
 
     def shape(self, length: int) -> tuple[int, int, int, int]:
-        """The shape of ``length`` rows."""
+        """Return the shape of ``length`` rows."""
         return self.planes, self.kv_heads, length, self.head_dim
 
     def num_bytes(self, length: int) -> int:
-        """Bytes of ``length`` rows in a file."""
+        """Return the bytes of ``length`` rows in a file."""
         return packed_bytes(self.shape(length), np.dtype(self.dtype), len(self.int8_planes))
 
 
@@ -133,14 +133,14 @@ class PrefixInfo:
 
 
 class PrefixStore:
-    """The stored prefixes of one bundle; an `edge.runtime.scheduler.PrefixSource`.
+    """The stored prefixes of one bundle, as an `edge.runtime.scheduler.PrefixSource`.
 
     Args:
-        directory: where all bundles' prefixes are; made when the first is saved.
+        directory: directory of all bundles' prefixes; made when the first is saved.
         manifest: the bundle's manifest.
-        layout: layout of the backend's rows; None only looks at the files.
-        max_bytes: bytes that this bundle's prefixes may take together.
-        scales: of the backend (`Backend.kv_scales`); as ``layout``, which has their hash.
+        layout: layout of the backend's rows; None only lists the files.
+        max_bytes: most bytes that this bundle's prefixes may take together.
+        scales: scales of the backend (`Backend.kv_scales`), whose hash is in ``layout``.
     """
 
     def __init__(
@@ -170,8 +170,8 @@ class PrefixStore:
     def lookup(self, ids: Sequence[int]) -> StoredPrefix | None:
         """Find the longest stored prefix that ``ids`` begin with.
 
-        Whoever runs the engine made the prefixes, so every salt may use them: the time of an
-        answer tells a tenant only whether its own prompt begins with one of them.
+        The engine's owner made the prefixes, so every salt may use them: the time of an answer
+        tells a tenant only whether its own prompt begins with one of them.
         """
         best: tuple[list[int], Path] | None = None
         for stored, path in self._entries.values():
@@ -184,12 +184,12 @@ class PrefixStore:
         return StoredPrefix(len(stored), lambda: self._load(path, stored))
 
     def save(self, name: str, ids: Sequence[int], rows: Floats) -> Path:
-        """Write a prefix; the old one of this name stays until the new one is whole on disk.
+        """Write a prefix; an old one of this name stays until the new one is whole on disk.
 
         Args:
             name: 1 to 64 letters, digits, ``-`` and ``_``.
             ids: the prefix's tokens.
-            rows: the cache rows of these tokens, as `Backend.read_slot` gave them.
+            rows: the cache rows of these tokens, from `Backend.read_slot`.
 
         Raises:
             ConfigError: the name has other characters, or another process writes the same prefix.
@@ -222,7 +222,7 @@ class PrefixStore:
             for temp in self.directory.glob(".*.kv.tmp"):
                 if temp != temp_path(path):
                     sweep_temp(temp)
-            # Only its owner may read it, as what it holds was made from a prompt.
+            # Only the owner may read it, since its content was computed from a prompt.
             replace_durably(path, write, mode=0o600)
         except OSError as error:
             raise ResourceError(
@@ -232,7 +232,7 @@ class PrefixStore:
         return path
 
     def list(self) -> list[PrefixInfo]:
-        """List every file of this bundle, also those that are not used."""
+        """List every file of this bundle, including those that are not used."""
         found = []
         for path in self._files():
             size = path.stat().st_size
@@ -261,7 +261,7 @@ class PrefixStore:
         return sorted(self.directory.glob("*.kv"))
 
     def _load(self, path: Path, ids: Sequence[int]) -> Floats | None:
-        """The rows of a file, which may have changed since it was found."""
+        """Return the rows of a file, which may have changed since it was found."""
         try:
             header, start = self._read(path)
             if header.ids != ids:
@@ -276,7 +276,7 @@ class PrefixStore:
             return None
 
     def _read(self, path: Path) -> tuple[_Header, int]:
-        """The header, checked against what this store is for, and where the rows start."""
+        """Return the checked header, and the offset of the rows."""
         with open_file(path) as file:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise _UnusableError("it is no prefix file of this version")
@@ -313,13 +313,13 @@ class PrefixStore:
 
 
 class _UnusableError(Exception):
-    """A file that is not what it should be; never leaves this module."""
+    """The file cannot be used; this error never leaves the module."""
 
 
 def bundle_key(manifest: Manifest) -> str:
-    """Compute the SHA-256 of the dialect and all files' hashes: what a prompt's rows depend on.
+    """Compute the SHA-256 of the dialect and all files' hashes, on which a prompt's rows depend.
 
-    The manifest's own hash would not do: a quality report changes it.
+    The manifest's own hash would not work: a quality report changes it.
     """
     parts = [manifest.dialect, *(f"{n} {f.sha256}" for n, f in sorted(manifest.files.items()))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

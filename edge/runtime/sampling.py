@@ -40,20 +40,20 @@ from .sampling_reference import (
 )
 
 _BLOCK = 256  # tokens per block of the two-level inverse CDF
-_GROUP = 128  # tokens per group of the top-k filter, at most
-_DRAWS = 16  # random numbers per token: attempts, and one for the full sort that follows them
+_GROUP = 128  # most tokens per group of the top-k filter
+_DRAWS = 16  # random numbers per token: attempts, and one for the full sort after them
 _ROUNDING = 2e-5  # bound on the relative error of a block sum: 256 roundings to float32
 
 
 class SampledToken(NamedTuple):
-    """A token and, where asked for, its log-probability.
+    """A token and, if requested, its log-probability.
 
     Attributes:
         id: the token.
         logprob: natural logarithm of its probability under the model's own logits, that is before
-            penalties, mask and temperature; None unless asked for.
+            penalties, mask and temperature; None unless requested.
         top_logprobs: the most probable tokens and their log-probabilities, best first; None unless
-            asked for.
+            requested.
     """
 
     id: int
@@ -66,15 +66,15 @@ class Sampler:
 
     No vocabulary is sorted. A token is drawn by inverse CDF from all candidates and accepted if it
     belongs to the kept set, which one pass decides (how much mass ranks before it). Otherwise the
-    candidates shrink, to those that rank before it, and the draw is repeated. A token that is
-    accepted is distributed as if drawn from the kept set, so this is exact. The idea is that of
-    FlashInfer (https://flashinfer.ai/2025/03/10/sampling.html). Where float32 sums are too close
-    to a border to tell, the full sort of `keep_top_p` decides.
+    candidates shrink to those that rank before it, and the draw is repeated. An accepted token is
+    distributed as if drawn from the kept set, so this is exact. The idea is that of FlashInfer
+    (https://flashinfer.ai/2025/03/10/sampling.html). If float32 sums are too close to a border to
+    tell, the full sort of `keep_top_p` decides.
 
-    Every token takes the same number of random numbers. So the token at a given place depends on
-    the seed, the place and its own logits alone. And another model that draws with the numbers of
-    the same place (`guess`) draws the same token as often as the two distributions let an inverse
-    CDF agree; this is what makes a draft right at temperatures above 0.
+    Every token takes the same number of random numbers. So the token at a given place depends only
+    on the seed, the place and its own logits. And another model that draws with the numbers of the
+    same place (`guess`) draws the same token as often as the two distributions let an inverse CDF
+    agree. That makes drafts right at temperatures above 0.
 
     Attributes:
         params: the resolved parameters.
@@ -98,7 +98,7 @@ class Sampler:
         self._knobs = knobs_of(params)
         self._greedy = is_greedy(self._knobs)
         check_ids("logit_bias", tuple(params.logit_bias), vocab_size)
-        # 53 bits: a seed that is reported survives JSON readers that know only doubles.
+        # 53 bits, so that a reported seed survives JSON readers that know only doubles.
         self.seed = secrets.randbits(53) if params.seed is None else params.seed
         self._bits = np.random.PCG64(self.seed)
         self._rng = np.random.Generator(self._bits)
@@ -137,7 +137,7 @@ class Sampler:
         self._count(token_id)
 
     def go_on(self, answer: Sequence[int]) -> None:
-        """Become what a sampler of the same parameters and seed was after sampling ``answer``.
+        """Advance to the state of a sampler with the same parameters and seed after ``answer``.
 
         Args:
             answer: all tokens of an answer so far; this sampler has sampled none.
@@ -147,23 +147,23 @@ class Sampler:
         """
         for token_id in answer:
             self.accept(token_id)
-        self._bits.advance(_DRAWS * len(answer))  # one of 64 bits for each number
+        self._bits.advance(_DRAWS * len(answer))  # each number takes one word of 64 bits
 
     def guess(self, logits: Logits) -> tuple[int, float]:
-        """Draw what may come next from another model's logits; nothing of the answer changes.
+        """Draw what may come next from another model's logits; the answer does not change.
 
-        The first call uses the random numbers of the next place, a further one those of the place
-        after, as if the tokens guessed before were part of the answer. `forget_guesses` ends that.
+        The first call uses the random numbers of the next place, the next call those of the place
+        after, as if the guessed tokens were part of the answer. `forget_guesses` ends that.
 
         Args:
-            logits: float32 ``[vocab]``, left as they are; -inf for a token that it does not know.
+            logits: float32 ``[vocab]``, not changed; -inf for a token that it does not know.
 
         Returns:
-            The token, and its probability at this temperature (at 1 where the draw is greedy)
+            The token, and its probability at this temperature (at 1 if the draw is greedy)
             before anything is cut off.
 
         Raises:
-            BackendError: see `sample`.
+            BackendError: the row is malformed, as in `sample`.
         """
         self._check_row(logits)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -179,7 +179,7 @@ class Sampler:
         return token_id, chance
 
     def forget_guesses(self) -> None:
-        """Take back what `guess` counted."""
+        """Undo the counts of `guess`."""
         while self._guessed:
             counted = self._guessed.pop()
             self._counts[counted.token_id] -= 1
@@ -189,11 +189,11 @@ class Sampler:
                 self._seen.drop_last()
 
     def sample(self, logits: Logits | BestLogits, mask: Logits | None = None) -> SampledToken:
-        """Draw the next token of the answer; the penalties of later ones count it.
+        """Draw the next token of the answer; the penalties of later tokens count it.
 
         Args:
-            logits: float32 ``[vocab]``, left as they are; or the best of such a row, which is
-                fetched where they do not decide. The token is the same.
+            logits: float32 ``[vocab]``, not changed; or the best of such a row, which is fetched if
+                they do not decide. The token is the same.
             mask: float32 ``[vocab]``, added to the logits: 0, or -inf to forbid a token.
 
         Raises:
@@ -225,11 +225,10 @@ class Sampler:
             return self._with_logprobs(token_id, logits, self.params.logprobs)
 
     def _from_best(self, best: BestLogits, mask: Logits | None) -> int | None:
-        """Draw from the best of a row; None where only the whole row can tell.
+        """Draw from the best of a row; None if only the whole row can decide.
 
-        Served is what only lowers logits, since the bounds on those that are not among the best
-        stay true: see `edge.runtime.best_draw`. Log-probabilities need the sum in the roundings
-        of the host.
+        It handles only parameters that lower logits, since the bounds on the other logits then stay
+        true (`edge.runtime.best_draw`). Log-probabilities need the sum with the host's roundings.
         """
         params, knobs = self.params, self._knobs
         if params.logprobs is not None or not self._lowers_only:
@@ -244,7 +243,7 @@ class Sampler:
         top, bound = values.max(), best.values[-1]
         if ids.size == best.vocab_size:
             bound = DROPPED  # there are no others
-        # One of the others may be as good, with a lower id. And what is wrong, the row says.
+        # Another token may be as good, with a lower id. And the row itself tells what is wrong.
         if not (math.isfinite(best.rest) and bound < top < math.inf):
             return None
         if self._greedy:
@@ -273,7 +272,7 @@ class Sampler:
             )
 
     def _uniforms(self, place: int) -> list[float]:
-        """The random numbers of a place, counted from the next one on."""
+        """Return the random numbers of a place, counted from the next one on."""
         while len(self._ahead) <= place:
             self._ahead.append(self._rng.random(_DRAWS).tolist())
         return self._ahead[place]
@@ -283,7 +282,7 @@ class Sampler:
         return _Counted(token_id, self._generated.add(token_id), self._seen.add(token_id))
 
     def _adjust(self, logits: Logits, mask: Logits | None) -> Logits:
-        """Apply penalties, bias and mask; returns the row itself where there are none."""
+        """Apply penalties, bias and mask; returns the row itself if there are none."""
         if not self._adjusts and mask is None:
             return logits
         adjusted = self._adjusted
@@ -295,7 +294,7 @@ class Sampler:
         return adjusted
 
     def _adjust_some(self, values: Logits, ids: Ids, mask: Logits | None) -> None:
-        """Do what `_adjust` does to the logits of some tokens, ascending, in place."""
+        """Apply `_adjust` to the logits of some tokens, ascending, in place."""
         if self._adjusts:
             seen, generated = (
                 np.flatnonzero(self._seen.holds(ids)),
@@ -314,11 +313,11 @@ class Sampler:
         """Apply penalties and bias in place.
 
         Args:
-            logits: of a row, or of some of its tokens.
+            logits: logits of a row, or of some of its tokens.
             seen: indices into ``logits`` of the tokens of prompt and answer.
-            generated: those of the tokens of the answer.
+            generated: indices of the tokens of the answer.
             ids: the tokens at ``generated``.
-            bias: by index into ``logits``.
+            bias: bias by index into ``logits``.
         """
         params, repetition = self.params, self._knobs.repetition_penalty
         if repetition != 1:
@@ -351,7 +350,7 @@ class Sampler:
         floor = min_p_floor(knobs.min_p)
         sums = _running_sums(weights)
         total = float(sums[-1])
-        # A token heavier than this is in the nucleus wherever it ranks.
+        # A heavier token is in the nucleus wherever it ranks.
         heavy = (1.0 - knobs.top_p + 3 * _ROUNDING) * total
         for uniform in uniforms[:-1]:
             place = _pick(weights, sums, uniform)
@@ -371,7 +370,8 @@ class Sampler:
         return _first_above(until, uniforms[-1] * float(until[-1]))
 
     def _with_logprobs(self, token_id: int, logits: Logits, num_top: int) -> SampledToken:
-        # Not `figures.log_softmax`: per token of every answer, so in float32 and in place.
+        # Not `figures.log_softmax`: this runs per token of every answer, so in float32 and in
+        # place.
         best = logits.max()
         check_best(best)
         shifted = np.subtract(logits, best, out=self._spare)
@@ -389,11 +389,11 @@ class Sampler:
 
 
 class _Counted(NamedTuple):
-    """A token that was counted, and whether it was the first of its kind, so it can be undone."""
+    """A counted token, and whether it was the first of its kind, so that it can be undone."""
 
     token_id: int
-    is_new: bool  # in the answer
-    is_unseen: bool  # in prompt and answer
+    is_new: bool  # not in the answer before
+    is_unseen: bool  # not in prompt and answer before
 
 
 class _DistinctIds:
@@ -418,7 +418,7 @@ class _DistinctIds:
         return True
 
     def holds(self, ids: Ids) -> Mask:
-        """Which of some ids are in."""
+        """Mark those of ``ids`` that are in."""
         found: Mask = self._is_in[ids]
         return found
 
@@ -428,16 +428,16 @@ class _DistinctIds:
 
 
 def _top_ids(logits: Logits, k: int) -> Ids:
-    """The tokens of `keep_top_k` in ascending order, without those that are -inf; no full sort."""
-    # At least k logits are not below the k-th greatest of the groups' maxima, and few more. A
-    # group is a column, because maxima across rows are what SIMD does best.
+    """Return the tokens of `keep_top_k`, ascending, without those at -inf; no full sort."""
+    # At least k logits, and few more, are not below the k-th greatest of the groups' maxima. A
+    # group is a column, because SIMD is best at maxima across rows.
     group = min(_GROUP, logits.size // (4 * k))
     bound = DROPPED
     if group > 1:
         num_groups = logits.size // group
         maxima = logits[: num_groups * group].reshape(group, num_groups).max(axis=0)
         bound = np.partition(maxima, num_groups - k)[num_groups - k]
-    # The row of a grammar's mask may hold fewer than k tokens.
+    # A row masked by a grammar may hold fewer than k tokens.
     ids: Ids = np.flatnonzero(logits >= bound if bound > DROPPED else logits > bound)
     if ids.size <= k:
         return ids
@@ -450,13 +450,13 @@ def _top_ids(logits: Logits, k: int) -> Ids:
 
 
 def _running_sums(weights: Logits) -> NDArray[np.float64]:
-    """Mass up to the end of each block: the first level of the inverse CDF."""
+    """Return the mass up to the end of each block: the first level of the inverse CDF."""
     blocks = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK))
     return np.cumsum(blocks, dtype=np.float64)
 
 
 def _pick(weights: Logits, sums: NDArray[np.float64], uniform: float) -> int:
-    """Inverse CDF at ``uniform`` (0..1): by blocks, then within the block."""
+    """Return the inverse CDF at ``uniform`` (0..1): by blocks, then within the block."""
     target = uniform * float(sums[-1])
     block = _first_above(sums, target)
     if block:
@@ -467,7 +467,7 @@ def _pick(weights: Logits, sums: NDArray[np.float64], uniform: float) -> int:
 
 
 def _first_above(sums: NDArray[np.float64], target: float) -> int:
-    """First index whose running sum exceeds ``target``; never one that adds nothing."""
+    """Return the first index whose running sum exceeds ``target``; never one that adds nothing."""
     index = int(np.searchsorted(sums, target, side="right"))
     if index == sums.size:  # rounding carried the target past the end
         index = int(np.searchsorted(sums, sums[-1], side="left"))
@@ -490,10 +490,10 @@ def _in_nucleus(x: Logits, place: int, mass_before: float, total: float, top_p: 
 
 
 def is_sound(logits: Logits | BestLogits) -> bool:
-    """Tell a row that came of a NaN, by one of its logits: a hidden state with one makes all NaN.
+    """Whether a row is free of NaN, judged by one logit: a NaN in a hidden state makes all NaN.
 
     Args:
-        logits: float32 ``[vocab]``; or the best of such a row, which is fetched if it may be one.
+        logits: float32 ``[vocab]``; or the best of such a row, which is fetched if in doubt.
     """
     if isinstance(logits, BestLogits):
         if not math.isnan(logits.rest):

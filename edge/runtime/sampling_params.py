@@ -1,4 +1,4 @@
-"""How to choose tokens: the sampling parameters, their ranges and what else is said of each."""
+"""Defines the sampling parameters: how to choose tokens, with types, ranges and help."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Knob:
     high: float
 
     def check(self, name: str, value: object) -> float:
-        """Check a value and return it, as a float where the knob is one.
+        """Check a value and return it, as a float if the knob is one.
 
         Raises:
             RequestError: it has another type or is out of the range.
@@ -57,7 +57,7 @@ from this table.
 """
 
 DEFAULTED = tuple(name for name in KNOBS if name in SamplingDefaults.__struct_fields__)
-"""Knobs of which a model has a default of its own."""
+"""Lists the knobs for which a model has its own default."""
 _BIAS_RANGE = (-100.0, 100.0)
 
 
@@ -89,11 +89,11 @@ class SamplingParams:
         ignore_eos: go on after the model's own end token.
 
     Raises:
-        RequestError: an unknown name, or a value of the wrong type or out of its range.
+        RequestError: a name is unknown, or a value has a wrong type or is out of its range.
     """
 
     def __new__(cls, *given: object, **params: Any) -> SamplingParams:
-        """Refuse what ``__init__`` has no parameter for, which would be a TypeError there."""
+        """Refuse unknown names here, since ``__init__`` would raise a TypeError."""
         known = [each.name for each in fields(cls)]
         for name in params.keys() - known:
             from edge.other_names import instead_of
@@ -123,13 +123,13 @@ class SamplingParams:
         "Answer": ("temperature", "top_k", "top_p", "seed", "max_tokens", "stop"),
         "Expert": ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     }
-    """Where the help of a verb shows those that are options."""
+    """Says in which section of a verb's help each option is shown."""
 
     def __post_init__(self) -> None:
         for name, knob in KNOBS.items():
             value = getattr(self, name)
             if value is not None or getattr(SamplingParams, name) is not None:
-                # Stored as it was checked, so that temperature=1 and temperature=1.0 are equal.
+                # The checked value is stored, so that temperature=1 and temperature=1.0 are equal.
                 object.__setattr__(self, name, knob.check(name, value))
         if self.logprobs is not None:
             logprobs = _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
@@ -165,8 +165,8 @@ class SamplingParams:
 
 
 def _number(name: str, value: object, low: float, high: float) -> float:
-    # NaN fails the comparison; a bool is an int in Python, but True is no temperature. NumPy's
-    # numbers are numbers.
+    # NaN fails the comparison; a bool is an int in Python, but True is not a temperature. NumPy's
+    # numbers are accepted.
     if not isinstance(value, bool) and isinstance(value, Real) and _lies_in(value, low, high):
         return float(value)
     raise _refusal(name, value, f"a number from {low:g} to {high:g}")

@@ -1,4 +1,4 @@
-"""The steps from logits to the distribution that a token is drawn from, by a plain full sort.
+"""Defines the distribution that a token is drawn from, step by step, by a plain full sort.
 
 In order:
 
@@ -6,12 +6,13 @@ In order:
 2. Temperature: ``x = (logits - max(logits)) / temperature`` in float32, so that ``exp(x)`` is a
    token's probability relative to the best one. Tokens are ranked by ``x``; equal ones by lower id.
 3. Top-k keeps the first k tokens of that ranking.
-4. Top-p keeps the tokens that have less than ``top_p`` of the mass before them, where the mass is
-   that of what top-k kept, and the first token always.
+4. Top-p keeps the tokens that have less than ``top_p`` of the mass before them, and always the
+first
+   token. The mass is that of the tokens kept by top-k.
 5. Min-p keeps the tokens that are at least ``min_p`` times as probable as the best one.
-6. What is left is renormalised.
+6. The rest is renormalised.
 
-This is the order of the warpers of Hugging Face ``generate``, which differs in one point: its top-k
+This is the order of the warpers of Hugging Face ``generate``. That differs in one point: its top-k
 keeps every token that ties with the k-th, and its ranking of equal tokens is left to the sort.
 """
 
@@ -82,9 +83,9 @@ def scale(logits: Logits, temperature: float, out: Logits | None = None) -> Logi
     """Divide by the temperature and shift so that the greatest value is exactly 0.
 
     Args:
-        logits: ``[vocab]``, left as they are unless they are ``out``.
+        logits: ``[vocab]``, not changed unless it is ``out``.
         temperature: at least `GREEDY_TEMPERATURE`.
-        out: where to write; a new array by default.
+        out: array to write to; a new array by default.
 
     Raises:
         BackendError: a logit is NaN or +inf, or all are -inf.
@@ -141,7 +142,7 @@ def keep_min_p(logits: Logits, min_p: float) -> Mask:
 
 
 def kept_probabilities(x: Logits, knobs: SamplingDefaults) -> NDArray[np.float64]:
-    """Steps 3 to 6 of the module's docstring, of a row that `scale` has made."""
+    """Do steps 3 to 6 of the module's docstring on a row of `scale`."""
     x = np.where(keep_top_k(x, knobs.top_k), x, DROPPED)
     x = np.where(keep_top_p(x, knobs.top_p), x, DROPPED)
     x = np.where(keep_min_p(x, knobs.min_p), x, DROPPED)
@@ -150,18 +151,18 @@ def kept_probabilities(x: Logits, knobs: SamplingDefaults) -> NDArray[np.float64
 
 
 def ranking(logits: Logits) -> Ids:
-    """Token ids from the greatest logit to the least, of equal ones the lower id first."""
+    """Return token ids from the greatest logit to the least; of equal ones, the lower id first."""
     order: Ids = np.argsort(-logits, kind="stable")
     return order
 
 
 def best_token(logits: Logits) -> int:
-    """The first of the greatest logits.
+    """Return the first of the greatest logits.
 
     Raises:
-        BackendError: see `check_best`.
+        BackendError: `check_best` refuses the row.
     """
-    token_id = int(logits.argmax())  # the first of equal ones; of a row with NaN, the NaN
+    token_id = int(logits.argmax())  # the first of equal ones; in a row with NaN, the NaN
     check_best(logits[token_id])
     return token_id
 
@@ -183,7 +184,7 @@ def check_best(best: np.float32) -> None:
 
 
 def non_finite(best: float | np.float32) -> NonFiniteError:
-    """The error of a row whose greatest logit is NaN or +inf."""
+    """Make the error for a row whose greatest logit is NaN or +inf."""
     return NonFiniteError(
         f"the model produced non-finite logits ({best}); an activation has probably overflowed "
         "its 16-bit type, so export a bfloat16 bundle or check this one with: edge-llm eval"
@@ -191,7 +192,7 @@ def non_finite(best: float | np.float32) -> NonFiniteError:
 
 
 def min_p_floor(min_p: float) -> np.float32:
-    """What min-p keeps of the scaled logits is not below this."""
+    """Return the scaled logit below which min-p drops a token."""
     floor: np.float32 = np.float32(math.log(min_p) if min_p > 0 else -math.inf)
     return floor
 
@@ -202,10 +203,10 @@ def is_greedy(knobs: SamplingDefaults) -> bool:
 
 
 def knobs_of(params: SamplingParams) -> SamplingDefaults:
-    """The knobs, none of which is None.
+    """Return the knobs of ``params`` that are all set.
 
     Raises:
-        RequestError: one of them is.
+        RequestError: one of them is None.
     """
     values = {name: getattr(params, name) for name in DEFAULTED}
     missing = [name for name, value in values.items() if value is None]
@@ -218,7 +219,7 @@ def knobs_of(params: SamplingParams) -> SamplingDefaults:
 
 
 def check_ids(what: str, token_ids: Sequence[int] | Ids, vocab_size: int) -> Ids:
-    """Token ids as an array.
+    """Return token ids as an array.
 
     Raises:
         RequestError: one is outside the vocabulary.

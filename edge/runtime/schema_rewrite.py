@@ -1,8 +1,8 @@
-r"""Writes a JSON schema so that llguidance keeps answers to it.
+r"""Rewrites a JSON schema so that llguidance's answers are answers of the original schema, too.
 
-Two of its parts it takes otherwise. In a string, a class that has every control character but
-not ``"`` or ``\`` lets these through: ``[^"]`` allows ``\"``. Characters that JSON spells with
-``\u`` only, which answers do without, it leaves out where a text has to have them.
+llguidance reads two things differently. In a string, a class with every control character but
+without ``"`` or ``\`` lets those two through: ``[^"]`` allows ``\"``. And characters that JSON can
+only spell with ``\u``, which answers do not use, are silently dropped from texts that need them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from edge.errors import RequestError
 
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _PLAIN_DATA = ("const", "enum", "default", "examples")
-# The parts of an expression of Rust's regex crate, outside of a class and inside of one.
-# Dashes or a bracket that come first in a class are its characters, and so is what ends a range.
+# The parts of an expression of Rust's regex crate, outside a class and inside one.
+# Dashes or a bracket that come first in a class are its characters, and so is the end of a range.
 _CODE = r"[xuU]\{[^{}\\]*\}|x[^{].|u[^{].{3}|U[^{].{7}"
 _PROPERTY = r"[pP]\{[^{}\\]*\}|[pP]."
-# What JSON has no other escape for than u; llguidance counts DEL among them.
+# Characters for which JSON has only the escape u; llguidance counts DEL among them.
 _UNWRITABLE = r"[\x00-\x07\x0b\x0e-\x1f\x7f]"
 _OPEN = r"(?P<open>\[\^?(?:-+|\])?)"
 _OUTSIDE = re.compile(
@@ -37,10 +37,10 @@ def rewrite_schema(schema: dict[str, Any]) -> None:
     """Change a JSON schema in place; an answer of the new one is one of the old one, too.
 
     Args:
-        schema: plain data that does not nest deeply.
+        schema: plain data that is not deeply nested.
 
     Raises:
-        RequestError: an expression in it cannot be changed safely, or it asks for a text that no
+        RequestError: an expression in it cannot be changed safely, or it requires a text that no
             answer can have.
     """
     _rewrite(schema)
@@ -79,7 +79,7 @@ def _check_writable(value: Any) -> None:
 
 
 def _writable(pattern: str) -> str:
-    """Take from each class the control characters that no answer has: none has all of them then.
+    """Remove from each class the control characters that no answer has, so that none has them all.
 
     Raises:
         RequestError: the expression has comments, which may look like classes.
@@ -96,7 +96,7 @@ def _writable(pattern: str) -> str:
                 f"the JSON schema: the pattern {pattern!r:.80} has the flag x; write it without"
             )
         if kind == "open":
-            if not depth:  # inside of another, [: would begin a class by name
+            if not depth:  # inside another class, [: would begin a named class
                 text = "[" + text + "\\" * pattern.startswith("[:", part.start())
             depth += 1
         elif kind == "close":

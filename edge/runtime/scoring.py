@@ -1,4 +1,4 @@
-"""The log-probabilities that a model gives to tokens which are there already."""
+"""Computes the log-probabilities that a model gives to given tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import ContextLengthError, RequestError
 from edge.figures import token_logprobs
 
-# Logits of 64 positions at a time: 39 MB at a vocabulary of 151,936.
+# Logits of 64 positions at a time take 39 MB at a vocabulary of 151,936.
 _SCORE_CHUNK = 64
 
 
@@ -37,8 +37,8 @@ def score(
         Natural logarithms, float64 ``[len(ids) - 1]``.
 
     Raises:
-        RequestError: fewer than two tokens, or an id outside the table.
-        ContextLengthError: more tokens than the cache holds.
+        RequestError: there are fewer than two tokens, or an id is outside the table.
+        ContextLengthError: there are more tokens than the cache holds.
         BackendError: the engine failed, or its logits are not finite.
     """
     num_run = len(ids) - 1  # the last token is only looked up

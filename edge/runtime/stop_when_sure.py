@@ -1,9 +1,9 @@
-"""Ends a thought once its answer stands, by trials at its boundaries.
+"""Ends a thought once its answer is stable, by trials at its boundaries.
 
-After a paragraph, or before a turn such as "Wait", a trial asks for the answer at once: an ordinary
-request of prompt, thought so far and the beginning of the answer, greedy and short. It shares the
-rows of the thought, runs beside other decoding, and is made only while a slot is free. Where two
-trials in a row give one answer, each with enough confidence, the thought is ended
+After a paragraph, or before a turn such as "Wait", a trial asks for the answer at once. It is an
+ordinary request of prompt, thought so far and the beginning of the answer, greedy and short. It
+shares the rows of the thought, runs beside other decoding, and is made only while a slot is free.
+If two consecutive trials give one answer, each with enough confidence, the thought is ended
 (dynamic early exit, https://arxiv.org/abs/2504.15895).
 """
 
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
     from edge.engine_config import EngineConfig
 
 TRIAL_TOKENS = 10
-_SPACING = 20  # tokens of the thought between two trials at least
-_ROW = 0.1  # what a row beside others costs, of a step
-_SHARE = 0.05  # of the steps of the thought, for all of its trials
+_SPACING = 20  # least tokens of the thought between two trials
+_ROW = 0.1  # cost of one more row in a step, as a share of the step
+_SHARE = 0.05  # share of the thought's steps that all of its trials may cost
 _TAIL = 8  # tokens in which a turn is looked for
 
 
 class StopWhenSure(ThinkingBudget):
-    """Follows one thought, has trials made, and ends it as `ThinkingBudget` does.
+    """Follows one thought, makes trials, and ends it as `ThinkingBudget` does.
 
     Args:
         trials: makes the trials.
         vocab_size: length of a row of logits.
         confidence: how probable the answers of two trials must be, above 0 and at most 1.
         thinks: whether the model thinks between tags; else its answer is the thought.
-        opened, budget, answer: see `ThinkingBudget`.
+        opened, budget, answer: arguments of `ThinkingBudget`.
 
     Raises:
-        RequestError: a confidence or a budget out of its range.
+        RequestError: confidence or budget is out of its range.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class StopWhenSure(ThinkingBudget):
             self._force(list(self._suffix), _ANSWER)
 
     def _boundary(self) -> int | None:
-        """How many tokens before this place the thought can be ended; None if it cannot."""
+        """Return how many tokens before this place the thought can be ended; None if it cannot."""
         tail = b"".join(self._pieces)
         old = len(tail) - len(self._pieces[-1])
         line = BLANK_LINE.encode()
@@ -129,7 +129,7 @@ class StopWhenSure(ThinkingBudget):
         return None
 
     def _try(self, place: int) -> None:
-        """Have a trial made of the thought up to a place, unless it would cost too much."""
+        """Make a trial of the thought up to a place, unless it would cost too much."""
         if self._trial is not None or self._thought - self._tried_at < _SPACING:
             return
         rows = len(self._suffix) + TRIAL_TOKENS
@@ -159,9 +159,9 @@ class Trials:
         request: the request of the answer.
 
     Attributes:
-        tokenizer: the bundle's.
+        tokenizer: the bundle's tokenizer.
         counts: ``tried``, ``no_slot``, ``too_dear`` and ``stopped`` of the bundle.
-        repeated: tokens that come again first, of an answer that goes on; they have no trials.
+        repeated: tokens of a continued answer that come again first; they have no trials.
     """
 
     def __init__(self, llm: Opened, request: Request) -> None:
@@ -178,13 +178,13 @@ class Trials:
             stop=(),
             logprobs=0,
         )
-        # Who waits comes first: a trial is worth nothing later on.
+        # Waiting requests come first, since a late trial is worth nothing.
         self._request = replace(
             request, params=params, priority=request.priority + 1, wants_progress=False, begun=None
         )
 
     def make(self, ids: Sequence[int]) -> _Trial | None:
-        """Queue a trial of the prompt and these tokens; None where no slot is free."""
+        """Queue a trial of the prompt and these tokens; None if no slot is free."""
         load = self._scheduler.stats()
         whole = (*self._request.ids, *ids)
         fits = len(whole) + TRIAL_TOKENS < self._capacity
@@ -194,7 +194,7 @@ class Trials:
         trial = _Trial(self.tokenizer.token_bytes)
         try:
             self._scheduler.submit([replace(self._request, ids=whole)], [trial])
-        except EdgeError:  # it drains, or others came first
+        except EdgeError:  # the scheduler drains, or others came first
             self.counts["no_slot"] += 1
             return None
         self.counts["tried"] += 1
@@ -213,11 +213,11 @@ class _Trial:
 
     @property
     def confidence(self) -> float:
-        """The probability of the whole answer."""
+        """Return the probability of the whole answer."""
         return math.exp(self._logprob)
 
     def progress(self, progress: PromptProgress) -> None:
-        """A trial asks for no progress."""
+        """Do nothing: a trial requests no progress."""
 
     def push(self, token: SampledToken, reason: FinishReason | None) -> FinishReason | None:
         """Take a token; the one with the closing brace is the last."""
@@ -239,12 +239,12 @@ class _Trial:
         self.has_ended = True
 
     def fail(self, error: EdgeError) -> None:
-        """Take an error: there is no answer then."""
+        """Take an error: then there is no answer."""
         self.has_ended, self.answer = True, None
 
 
 class Opened(Protocol):
-    """What trials need of an open bundle; `edge.LLM` is one."""
+    """The part of an open bundle that trials need; `edge.LLM` has it."""
 
     config: EngineConfig
     scheduler: Scheduler
@@ -266,20 +266,20 @@ def until_sure(
 ) -> Constraint | None:
     """Return the constraint of an answer whose thought ends once it is sure.
 
-    What the engine's options say is for chats that think, in tags or in a free answer. Code, calls
-    of tools and forms have nothing that could be ended.
+    The engine's option applies only to chats that think, in tags or in a free answer. Code, tool
+    calls and forms have no thought that could be ended.
 
     Args:
         llm: the open bundle.
-        ask: what is asked.
+        ask: the prompt and its options.
         request: the request of the answer.
-        opened: see `ThinkingBudget`.
-        budget: see `ThinkingBudget`.
-        answer: see `ThinkingBudget`.
+        opened: argument of `ThinkingBudget`.
+        budget: argument of `ThinkingBudget`.
+        answer: argument of `ThinkingBudget`.
         reasons: whether the answer may begin with reasoning between tags.
 
     Raises:
-        RequestError: the request asks for it, and it cannot be.
+        RequestError: the request sets the option, but there is no thought to end.
     """
     vocab_size, confidence = llm.manifest.model.vocab_size, ask.stop_when_sure
     if confidence is None and ask.is_chat and (reasons or not (answer or ask.tools)):

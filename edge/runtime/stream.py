@@ -20,7 +20,7 @@ from .scheduler import Request, Scheduler, SequenceState
 if TYPE_CHECKING:
     from edge.votes.tally import VoteResult
 
-_MOST_UNREAD = 1 << 16  # an answer that slides has no end of its own
+_MOST_UNREAD = 1 << 16  # since an answer that slides may never end
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,14 @@ class GenerationChunk:
     Attributes:
         text: new text of the answer.
         reasoning: new text of the reasoning (inside ``<think>``).
-        tokens: the tokens sampled for this piece, end token excluded; their text may come later.
+        tokens: the tokens sampled for this piece, without an end token; their text may come later.
         finish_reason: on the last piece: ``stop`` (end token or stop string), ``length``
             (``max_tokens`` or the cache is full) or ``cancelled``.
-        stats: on the last piece.
-        progress: of the prompt, where `LLM.submit` was asked for it; such a piece has nothing else.
+        stats: on the last piece, counts and times.
+        progress: progress of the prompt, if `LLM.submit` requested it; such a piece has nothing
+            else.
         stop: on the last piece, the stop string that ended the answer, if one did.
-        vote: on the last piece, what a vote came to.
+        vote: on the last piece, the result of a vote.
     """
 
     text: str = ""
@@ -51,7 +52,7 @@ class GenerationChunk:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """A whole answer; see `GenerationChunk`."""
+    """A whole answer, with the fields of `GenerationChunk`."""
 
     text: str
     reasoning: str
@@ -65,13 +66,13 @@ class OutputStream:
 
     An `edge.runtime.scheduler.Sink`: the engine's thread writes and never waits for the reader,
     which may be a thread (`get`) or a task of any asyncio loop (`get_async`). Tokens become whole
-    characters first; then reasoning and answer are told apart; then stop strings are looked for in
-    the answer: a reasoning often repeats what is to end the answer, and has it end at nothing.
+    characters first. Then reasoning is split from the answer. Then stop strings are looked for, in
+    the answer only: a reasoning often quotes the strings that should end the answer.
 
     Args:
         detokenizer: turns the tokens of this sequence into text; None gives tokens without text.
-        stop: strings that end the answer and are no part of it.
-        splitter: tells this sequence's reasoning from its answer; None takes all text as the
+        stop: strings that end the answer and are not part of it.
+        splitter: splits this sequence's reasoning from its answer; None takes all text as the
             answer.
     """
 
@@ -96,14 +97,14 @@ class OutputStream:
         self._put(GenerationChunk(progress=progress))
 
     def push(self, token: SampledToken, reason: FinishReason | None) -> FinishReason | None:
-        """Queue the chunk of a token; one that ends the answer waits for `finish`.
+        """Queue the chunk of a token; the token that ends the answer waits for `finish`.
 
         Raises:
             RequestError: nobody reads, and this is not the last token.
         """
         tokens: tuple[SampledToken, ...] = ()
         answer, reasoning, stopped = "", "", False
-        if reason != "stop":  # else an end token, whose text is no part of the answer
+        if reason != "stop":  # otherwise it is an end token, whose text is not part of the answer
             tokens = (token,)
             if self._detokenizer is not None:
                 answer, reasoning = self._split(self._detokenizer.push(token.id))
@@ -157,7 +158,7 @@ class OutputStream:
 
     def _put(self, item: GenerationChunk | EdgeError) -> None:
         self._queue.put(item)
-        if self._waiter is None:  # a reader that is about to wait looks again first
+        if self._waiter is None:  # a reader checks the queue once more before it waits
             return
         with self._lock:
             loop, future = self._waiter
@@ -165,7 +166,7 @@ class OutputStream:
         try:
             loop.call_soon_threadsafe(_wake, future)
         except RuntimeError:
-            # The loop was closed while its reader waited: nobody will read on.
+            # The loop was closed while its reader waited: nobody will continue to read.
             if not loop.is_closed():
                 raise
 
@@ -175,12 +176,12 @@ class OutputStream:
         """Wait for the next chunk, or for the error that ends the sequence.
 
         Raises:
-            Empty: nothing came in this time; None waits without end.
+            Empty: nothing came within ``timeout_s`` seconds; None waits without limit.
         """
         return self._queue.get(timeout=timeout_s)
 
     async def get_async(self) -> GenerationChunk | EdgeError:
-        """Wait like `get` without holding up the loop."""
+        """Wait like `get` without blocking the loop."""
         while True:
             try:
                 return self._queue.get_nowait()
@@ -207,7 +208,7 @@ class Generation:
 
     Attributes:
         prompt_ids: token ids of the prompt.
-        index: which of the ``n`` samples of its submission this is, from 0.
+        index: number of this sample among the ``n`` of its submission, from 0.
         sequence: its state in the scheduler.
     """
 
@@ -221,7 +222,7 @@ class Generation:
 
     @property
     def seed(self) -> int:
-        """Seed of the random numbers; a fresh one where the parameters have none."""
+        """Return the seed of the random numbers; a fresh one if the parameters have none."""
         return self.sequence.sampler.seed
 
     def cancel(self) -> None:
@@ -229,7 +230,7 @@ class Generation:
         self.sequence.cancelled = True
 
     def to_put_away(self) -> SequenceState:
-        """Return what `LLM.put_away` takes out.
+        """Return the sequence that `LLM.put_away` takes out.
 
         Raises:
             RequestError: it is a vote, of several sequences.
@@ -248,15 +249,15 @@ class Generation:
             yield self._take(self._stream.get())
 
     async def __aiter__(self) -> AsyncIterator[GenerationChunk]:
-        """Wait for each chunk in turn, in any running loop; raises what `__iter__` raises."""
+        """Wait for each chunk in turn, in any running loop; raises the errors of `__iter__`."""
         while not self._ended:
             yield self._take(await self._stream.get_async())
 
     def take(self, timeout_s: float) -> GenerationChunk | None:
-        """Wait for the next chunk, but no longer than this; None if none came.
+        """Wait at most ``timeout_s`` seconds for the next chunk; None if none came.
 
         Raises:
-            What iteration raises.
+            EdgeError: any error of iterating.
         """
         try:
             return self._take(self._stream.get(timeout_s))
@@ -264,11 +265,11 @@ class Generation:
             return None
 
     def result(self) -> GenerationResult:
-        """Wait for the end and return what has not been iterated over as one answer.
+        """Wait for the end and return the chunks not yet iterated over as one answer.
 
         Raises:
             RequestError: the generation was iterated over to its end.
-            What iteration raises.
+            EdgeError: any error of iterating.
         """
         return join_chunks(self)
 
@@ -291,7 +292,7 @@ def submit(
     """Queue requests that belong together, all of them or none, and return their generations.
 
     Raises:
-        What `Scheduler.submit` raises.
+        EdgeError: any error of `Scheduler.submit`.
     """
     pairs = zip(scheduler.submit(requests, streams), streams, strict=True)
     return [

@@ -1,7 +1,7 @@
-"""Keeps an answer to a form: JSON, a JSON schema, a regular expression or a grammar.
+"""Forces an answer into a form: JSON, a JSON schema, a regular expression or a grammar.
 
 The form is compiled by llguidance (https://github.com/guidance-ai/llguidance) into an automaton
-over the model's tokens. Before each token the automaton says which tokens may come; the sampler
+over the model's tokens. Before each token the automaton says which tokens may come, and the sampler
 draws among those. So the text of a finished answer always has the form, whatever the model.
 """
 
@@ -51,19 +51,19 @@ _HINTS = {
 }
 _SCHEMA_OPTIONS = {
     "lenient": False,
-    # A model that loses its way may write white space for ever where JSON allows it.
+    # A model that loses its way may write white space forever where JSON allows it.
     "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}",
-    # Without u: a key spelled with it would be none of those that the schema names.
+    # Without u, since a key spelled with it would match none of the schema's names.
     "json_allowed_escapes": 'nrbtf\\"',
 }
 _CACHED_GRAMMARS = 32
 _CHECK = "edge.runtime.grammar_check:work"
-_CHECK_NICE = 10  # the engine decodes for others meanwhile
+_CHECK_NICE = 10  # because the engine decodes for others meanwhile
 CHECK_MEMORY_BYTES = 1 << 30
 
 
 class HasSchema(Protocol):
-    """A model's class of Pydantic's, or another that has a JSON schema."""
+    """A Pydantic model's class, or another object that has a JSON schema."""
 
     def model_json_schema(self) -> dict[str, Any]:
         """Return the schema."""
@@ -74,18 +74,19 @@ class OutputFormat:
     """The form that an answer must have.
 
     Attributes:
-        kind: ``json_object`` (any object), ``json_schema`` (draft 2020-12; properties come in the
-            schema's order, and no others unless it says ``additionalProperties``), ``regex`` (of
-            the whole answer, in the syntax of Rust's regex crate), ``grammar`` (Lark, with
-            llguidance's extensions) or ``tool_calls`` (any text, in which what is between two
-            marks keeps to a schema; or either such calls or JSON).
+        kind: one of five kinds. ``json_object`` is any object. ``json_schema`` is draft 2020-12;
+            properties come in the schema's order, and no others unless it says
+            ``additionalProperties``. ``regex`` is an expression for the whole answer, in the syntax
+            of Rust's regex crate. ``grammar`` is Lark with llguidance's extensions. ``tool_calls``
+            is any text, in which text between two marks keeps to a schema; or either such calls or
+            JSON.
         source: the schema (plain data, JSON text or a Pydantic model; kept as text), the
-            expression or the grammar; of ``tool_calls`` an object with ``start`` and ``end``, the
-            marks, and ``schema``, and with ``answer``, its schema, where an answer without calls
-            is JSON; None for ``json_object``.
+            expression or the grammar; None for ``json_object``. For ``tool_calls`` it is an object
+            with the marks ``start`` and ``end``, and ``schema``. It also has ``answer``, a schema,
+            if an answer without calls is JSON.
 
     Raises:
-        RequestError: an unknown kind, or a source of the wrong type for it.
+        RequestError: the kind is unknown, or the source has a wrong type for it.
     """
 
     kind: OutputKind
@@ -116,13 +117,13 @@ class OutputFormat:
 
     @property
     def text(self) -> str:
-        """The source as text; of ``json_object``, the schema of any object."""
+        """Return the source as text; for ``json_object``, the schema of any object."""
         return '{"type":"object"}' if self.source is None else str(self.source)
 
 
 @dataclass(frozen=True)
 class GrammarLimits:
-    """What a form may cost, since forms come from clients.
+    """Limits on a form, since forms come from clients.
 
     Attributes:
         max_bytes: size of its source.
@@ -140,12 +141,12 @@ class GrammarLimits:
 class GrammarCompiler:
     """Compiles output formats for one model; one object per bundle, safe to share.
 
-    The automaton of the vocabulary is built at the first use (some 0.2 s per 50,000 tokens).
+    The automaton of the vocabulary is built at the first use (about 0.2 s per 50,000 tokens).
 
     Args:
         tokenizer: the bundle's tokenizer.
         vocab_size: length of a row of logits; ids beyond the tokenizer are never allowed.
-        limits: what a form may cost; None is `GrammarLimits` with its defaults.
+        limits: limits on a form; None is `GrammarLimits` with its defaults.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class GrammarCompiler:
         self.vocab_size = vocab_size
         self._tokenizer = tokenizer
         self._limits = limits or GrammarLimits()
-        self._lock = threading.Lock()  # of the matchers; held for a moment
+        self._lock = threading.Lock()  # guards the matchers; held for a moment
         self._compiling = threading.Lock()  # one process at a time, whatever clients send
         self._vocabulary: Any = None
         self._matchers: OrderedDict[OutputFormat, Any] = OrderedDict()
@@ -168,11 +169,11 @@ class GrammarCompiler:
     def compile(self, output: OutputFormat) -> GrammarConstraint:
         """Make the constraint of one sequence.
 
-        A form that was compiled before (the last 32 are kept) takes microseconds; a new form is
-        compiled in a process of its own first, which takes some 0.1 s and can be ended.
+        A form that was compiled before (the last 32 are kept) takes microseconds. A new form is
+        first compiled in a process of its own, which takes about 0.1 s and can be ended.
 
         Raises:
-            RequestError: the form is malformed, uses what is not supported, or passes a limit.
+            RequestError: the form is malformed, uses unsupported features, or passes a limit.
             DependencyError: llguidance is missing.
             ResourceError: no process could be started, or it got hardly any time.
         """
@@ -192,13 +193,13 @@ class GrammarCompiler:
         """Return a form's grammar, once it has been compiled without the vocabulary; keep nothing.
 
         Raises:
-            As `compile`.
+            EdgeError: any error of `compile`.
         """
         library = _import_llguidance()
         names = self._tokenizer.control_tokens
         grammar = _to_grammar(library, output, self._limits, names, is_closed=True)
         if '"oneOf"' in output.text:
-            # llguidance is to see that no two branches hold at once before they are closed.
+            # llguidance must see that no two branches hold at once before they are closed.
             open_grammar = _to_grammar(library, output, self._limits, names, is_closed=False)
             if open_grammar != grammar:
                 self._check(output.kind, open_grammar)
@@ -207,14 +208,14 @@ class GrammarCompiler:
         return grammar
 
     def use_for(self, wanted: OutputFormat, used: OutputFormat) -> None:
-        """Remember what takes the place of a form that cannot be compiled (the last 32)."""
+        """Remember a replacement for a form that cannot be compiled (the last 32)."""
         with self._lock:
             self._used[_digest(wanted)] = used
             if len(self._used) > _CACHED_GRAMMARS:
                 self._used.popitem(last=False)
 
     def used_for(self, wanted: OutputFormat) -> OutputFormat:
-        """Return what `use_for` remembers in the place of a form; else the form itself."""
+        """Return the replacement that `use_for` remembered for a form; else the form itself."""
         with self._lock:
             return self._used.get(_digest(wanted), wanted)
 
@@ -227,7 +228,7 @@ class GrammarCompiler:
         limits = library.LLParserLimits(verbose_errors=False)
         matcher = library.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         if not matcher.is_error():
-            matcher.compute_bitmask()  # the first one is the slowest, and the engine need not wait
+            matcher.compute_bitmask()  # the first is the slowest; here the engine need not wait
         if matcher.is_error():
             _refuse(output.kind, matcher.get_error())
         return matcher
@@ -236,7 +237,7 @@ class GrammarCompiler:
         limits = Limits(self._limits.compile_s, CHECK_MEMORY_BYTES, nice=_CHECK_NICE, tasks=1)
         task = GrammarTask(grammar, list(self._tokenizer.control_tokens))
         try:
-            # A child for each: what one grammar leaves in memory is not taken from the next.
+            # A child for each, so that memory left by one grammar is not taken from the next.
             with self._compiling, LimitedChild(_CHECK, limits) as child:
                 error = child.ask(msgspec.json.encode(task))
         except LimitError:
@@ -251,20 +252,20 @@ class GrammarCompiler:
 
 
 def _digest(output: OutputFormat) -> bytes:
-    """A key that takes no more memory for a longer form."""
+    """Return a key whose size does not depend on the form's."""
     text = f"{output.kind} {output.text}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 class GrammarConstraint:
-    """Keeps one sequence to a grammar; an `edge.runtime.scheduler.Constraint`.
+    """Keeps one sequence to a grammar, as an `edge.runtime.scheduler.Constraint`.
 
     An end token is allowed only where the text may end, and nothing else where it must end.
 
     Args:
         matcher: an llguidance ``LLMatcher`` that nothing else uses.
         vocab_size: length of the mask.
-        noun: what the form is called in errors.
+        noun: name of the form in errors.
     """
 
     def __init__(self, matcher: Any, vocab_size: int, noun: str) -> None:
@@ -276,7 +277,7 @@ class GrammarConstraint:
         self._mask: NDArray[np.float32] = self._rows.reshape(-1)[:vocab_size]
 
     def mask(self) -> NDArray[np.float32]:
-        """Return what to add to the next logits: float32 ``[vocab]`` of 0 and -inf.
+        """Return numbers to add to the next logits: float32 ``[vocab]`` of 0 and -inf.
 
         The array is valid until the next call.
 
@@ -312,7 +313,7 @@ class GrammarConstraint:
 
 
 def _masks_of_bytes() -> NDArray[np.float32]:
-    """For every byte of a bit mask, lowest bit first: what to add to its eight logits."""
+    """Return for every byte of a bit mask, lowest bit first, the numbers for its eight logits."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     return np.where(bits == 1, 0.0, -np.inf).astype(np.float32)
 
@@ -331,12 +332,12 @@ def _import_llguidance() -> Any:
 
 
 class _Vocabulary:
-    """The model's tokens as `llguidance.TokenizerWrapper` wants them."""
+    """The model's tokens, with the methods that `llguidance.TokenizerWrapper` needs."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         # Ids beyond the tokenizer have no bytes and are never allowed.
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
-        # Only a rule that names one of these lets it in.
+        # A control token is allowed only by a rule that names it.
         special = {*tokenizer.control_tokens.values(), *tokenizer.tokens.eos}
         self.special_token_ids = sorted(special)
         self.eos_token_id = tokenizer.tokens.eos[0]
@@ -349,9 +350,9 @@ class _Vocabulary:
         }
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """The tokens of text that must come; their bytes are the text's own.
+        """Return the tokens of text that must come; their bytes are the text's own.
 
-        A tokenizer may write another text, e.g. in NFC. Then a part is cut until it stays as it is.
+        A tokenizer may change the text, e.g. to NFC. Then a part is cut until it is unchanged.
         """
         data = text.encode() if isinstance(text, str) else text
         chars = data.decode()
@@ -433,7 +434,7 @@ def _read_calls(source: str) -> _Calls:
 
 
 def _calls_grammar(calls: _Calls, control_tokens: Mapping[str, int]) -> str:
-    """Write the grammar of text with calls in it, or of calls alone or JSON.
+    """Write the grammar of text with calls in it, or of either calls alone or JSON.
 
     In Lark a control token has no quotes, and no text matches it.
     """
@@ -451,7 +452,7 @@ def _calls_grammar(calls: _Calls, control_tokens: Mapping[str, int]) -> str:
     schema = msgspec.json.encode({**calls.schema, "x-guidance": _SCHEMA_OPTIONS}).decode()
     return (
         f"%llguidance {{}}\n{rules}call: begin NL? arguments NL? {end}\nNL: /\\n/\n"
-        # The mark spelled out in letters would be read as a call, too.
+        # The mark spelled in letters would be read as a call, too.
         f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{re.escape(calls.start)}(.|\\n)*/\n"
         f"arguments: %json {schema}\n"
     )
@@ -460,7 +461,7 @@ def _calls_grammar(calls: _Calls, control_tokens: Mapping[str, int]) -> str:
 def _prepare_schema(
     schema: dict[str, Any], limits: GrammarLimits, *, is_closed: bool
 ) -> dict[str, Any]:
-    """Hold a schema to the limits, and write it as llguidance is to take it."""
+    """Check a schema against the limits, and rewrite it for llguidance."""
     if "x-guidance" in schema:
         raise RequestError("the JSON schema: x-guidance is not supported; leave it out")
     properties = 0
@@ -494,7 +495,7 @@ def _children(node: Any) -> list[Any]:
 
 def _refuse(kind: OutputKind, why: str) -> NoReturn:
     hint = _HINTS.get(kind)
-    if "coerce_one_of" in why:  # an option of the library's
+    if "coerce_one_of" in why:  # names an option of the library
         why = "it cannot be seen that of each oneOf one branch holds at most"
         hint = (
             "write anyOf, or give all branches a property of the same name, required and with "
@@ -514,7 +515,7 @@ def _refuse_cost(kind: OutputKind, limits: GrammarLimits) -> NoReturn:
 
 
 def _first_line(error: str) -> str:
-    """The reason, without the excerpts of the source that llguidance prints around it."""
+    """Return the reason, without the excerpts of the source that llguidance prints around it."""
     lines = [line.strip() for line in error.splitlines() if line.strip()] or ["unknown error"]
     reason = next((line for line in lines if line.startswith("error: ")), None)
     return (reason.removeprefix("error: ") if reason else lines[0])[:300]

@@ -2,7 +2,7 @@
 
 R1 and its distills reason between ``<think>`` and ``</think>`` before they answer. A grammar must
 leave that text alone, and a caller may want it to end in time. Once the budget of tokens is used
-up, the closing tag is forced, and the model answers from what it has (budget forcing, arXiv
+up, the closing tag is forced, and the model answers with what it has (budget forcing, arXiv
 2501.19393).
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .scheduler import Constraint
 
-# What R1 writes after the tag; the answer's text begins after it.
+# R1 writes this after the tag; the answer's text begins after it.
 _AFTER_TAG = "\n\n"
 _BEGIN, _END = THINK_START.encode(), THINK_END.encode()
 _START, _REASONING, _FORCING, _ANSWER = range(4)
@@ -33,12 +33,12 @@ class ThinkingBudget:
     """Lets the reasoning run for ``budget`` tokens, then the answer under another constraint.
 
     An `edge.runtime.scheduler.Constraint` for one sequence. The tags may be one token or several.
-    When the reasoning ends, by the model or by the budget, and an answer's constraint follows, the
+    The reasoning may be ended by the model or by the budget. If an answer's constraint follows, the
     blank line after the tag is written too, so that the constraint sees the answer's first
     character first.
 
-    With an answer's constraint, no end token is allowed inside the reasoning. Where the prompt has
-    not opened the reasoning, the model may open it with ``<think>`` or answer at once.
+    With an answer's constraint, no end token is allowed inside the reasoning. If the prompt has not
+    opened the reasoning, the model may open it with ``<think>`` or answer at once.
 
     Args:
         tokenizer: the bundle's tokenizer.
@@ -48,7 +48,7 @@ class ThinkingBudget:
         answer: constraint from the first token of the answer on; None leaves it free.
 
     Raises:
-        RequestError: a budget that is negative or no integer.
+        RequestError: the budget is negative or not an integer.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ThinkingBudget:
             raise RequestError(f"the thinking budget must be 0 or more tokens, not {given!r:.80}")
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._answer, self._left = answer, budget
-        self._tail = b""  # of the text; long enough for a tag
+        self._tail = b""  # end of the text, long enough for a tag
         self._forced: list[int] = []
         self._after_forced = _ANSWER
         self._no_end = (
@@ -77,7 +77,7 @@ class ThinkingBudget:
             self._reason()
 
     def mask(self) -> NDArray[np.float32] | None:
-        """Return what to add to the next logits, see `edge.runtime.scheduler.Constraint`."""
+        """Return numbers to add to the next logits, as `edge.runtime.scheduler.Constraint`."""
         if self._state == _FORCING:
             return _mask(self._vocab_size, -np.inf, self._forced[:1], 0)
         if self._state == _REASONING:
@@ -149,7 +149,7 @@ class ThinkingBudget:
             self._force_close()
 
     def _close(self, rest: bytes) -> None:
-        """Begin the answer; ``rest`` is what the model's last token has after the closing tag."""
+        """Begin the answer; ``rest`` is the text after the tag in the model's last token."""
         self._state = _ANSWER
         if self._answer is None:
             return
@@ -161,7 +161,7 @@ class ThinkingBudget:
             self._force(self._encode(_AFTER_TAG[len(text) :]), _ANSWER)
 
     def _force_close(self) -> None:
-        """Write the closing tag; one of several tokens that the model has begun is finished."""
+        """Force the closing tag; if the model has begun one of several tokens, it is finished."""
         closing = self._encode(THINK_END)
         if len(closing) > 1:
             begun = next(n for n in range(len(_END) - 1, -1, -1) if self._tail.endswith(_END[:n]))

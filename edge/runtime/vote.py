@@ -25,28 +25,28 @@ from .stream import Generation, GenerationChunk, GenerationResult, OutputStream
 
 
 class VotedGeneration(Generation):
-    """A vote as one answer that is coming.
+    """A vote, presented as one coming answer.
 
-    Its chunks are one of reasoning for each sample that ends, and last the best sample's text, with
-    `GenerationChunk.vote` and the figures of all samples together.
+    It yields one chunk of reasoning for each sample that ends. The last chunk is the best sample's
+    text, with `GenerationChunk.vote` and the figures of all samples together.
     """
 
     _vote: _Vote
 
     def cancel(self) -> None:
-        """End all samples within one step; the last chunk has what there is."""
+        """End all samples within one step; the last chunk has the result so far."""
         self._vote.cancel()
 
     def to_put_away(self) -> SequenceState:
-        """Refuse: a vote is several sequences, and begins anew where it is cut off."""
+        """Refuse: a vote is several sequences, and begins anew if it is interrupted."""
         raise RequestError("a vote cannot be put away; cancel it, and ask again later")
 
 
 def voting(ask: Ask, n: int) -> tuple[Ask, int, Callable[..., list[Generation]]]:
-    """Return what is asked of each sample of a vote, how many there may be, and what queues them.
+    """Return the `Ask` of each sample of a vote, the most samples, and a function to queue them.
 
     Raises:
-        RequestError: several votes at once, an answer that goes on, a rule that is none, or a
+        RequestError: there are several votes at once, an answer to continue, an invalid rule, or a
             temperature of 0, at which all samples are the same.
     """
     rule: object = ask.vote
@@ -70,16 +70,16 @@ def submit_vote(
 
     Args:
         rule: how the vote is held.
-        scheduler: runs them.
+        scheduler: runs the samples.
         requests: one for each sample that may be drawn, in order.
-        streams: for each, what turns its tokens into text.
+        streams: for each, the stream that turns its tokens into text.
 
     Returns:
         One generation, a `VotedGeneration`.
 
     Raises:
-        RequestError: a temperature of 0, at which all samples are the same.
-        What `Scheduler.submit` raises.
+        RequestError: the temperature is 0, at which all samples are the same.
+        EdgeError: any error of `Scheduler.submit`.
     """
     if not requests[0].params.temperature:
         raise RequestError(
@@ -160,7 +160,7 @@ class _Vote:
             generation.cancel()
 
     def run(self) -> None:
-        """Count samples as they end, start more, and hand on what it comes to."""
+        """Count samples as they end, start more, and pass the result on."""
         try:
             while self.running:
                 self._take(self.ended.get())
@@ -176,7 +176,7 @@ class _Vote:
             self.stream.fail(caused_by("a vote failed", error))
 
     def _take(self, index: int) -> None:
-        """Count a sample that has ended; one that made room for other clients counts as none."""
+        """Count a sample that has ended; one that made room for other clients is not counted."""
         try:
             result = self.running.pop(index).result()
         except OverloadError:
@@ -220,16 +220,16 @@ class _Vote:
 
 
 class _VoteStream(OutputStream):
-    """What the reader of a vote gets."""
+    """The stream that the reader of a vote gets."""
 
     def tell(self, text: str) -> None:
-        """Queue how the vote stands, as reasoning."""
+        """Queue the state of the vote, as reasoning."""
         self._put(GenerationChunk(reasoning=text))
 
     def end(
         self, vote: VoteResult, best: GenerationResult, reason: FinishReason, stats: GenerationStats
     ) -> None:
-        """Queue the last chunk: the best sample, and what all of them took."""
+        """Queue the last chunk: the best sample, and the figures of all of them."""
         end = "" if vote.decided else ": undecided, the likeliest is shown"
         said = f"{vote.agreed} of {vote.counted} answers agree{end}\n"
         reasoning = said + best.reasoning
@@ -237,7 +237,7 @@ class _VoteStream(OutputStream):
 
 
 def _together(all_stats: Sequence[GenerationStats], best: GenerationStats) -> GenerationStats:
-    """Figures of all samples; the prompt counts once."""
+    """Sum the figures of all samples; the prompt counts once."""
     first = all_stats[0]
     return replace(
         first,

@@ -55,20 +55,20 @@ class OrtCudaBackend:
         num_slots: sequences that the cache holds.
         kv_capacity: rows per slot; None is the bundle's own.
         max_step_tokens: the most tokens per sequence and step; bounds the activations' memory.
-            fuse_attention: whether to rewrite attention to `GroupQueryAttention`, if `can_fuse`;
-                off runs the graph as it is, which copies the cache's valid rows in every step.
-            device: another device than the first GPU; tests use the CPU.
-            hidden_states: put out the hidden states that a head reads, if the manifest has one.
+        fuse_attention: whether to rewrite attention to `GroupQueryAttention`, if `can_fuse`;
+            off runs the graph as it is, which copies the cache's valid rows in every step.
+        device: another device than the first GPU; tests use the CPU.
+        hidden_states: put out the hidden states that a head reads, if the manifest has one.
 
     Attributes:
-            nodes_elsewhere: number of nodes by operator that work on tensors but run outside the
-                device; empty if all is well. They are logged as a warning, too.
+        nodes_elsewhere: number of nodes by operator that work on tensors but run outside the
+            device; empty if all is well. They are logged as a warning, too.
 
     Raises:
         DependencyError: onnxruntime-gpu, a library or a kernel that it needs is missing.
         DeviceMemoryError: weights and cache do not fit into the device's memory.
         BundleError: the graph's inputs and outputs are not those of `io_spec`.
-            ConfigError: a number is out of range.
+        ConfigError: a number is out of range.
     """
 
     name = "ort-cuda"

@@ -3,13 +3,14 @@
 `EngineCore` is deterministic given its backend and clock, so that its tests can take it through any
 interleaving of events. `edge.runtime.scheduler.scheduler` gives it a thread.
 
-A sequence waits for its client's turn (`fair_queue`), is placed into a slot (`roster`, with the
-rows that it shares with others, see `edge.runtime.kv_cache`), prefills in chunks and decodes
-(`steps`); its tokens go to its sink (`delivery`). Prompts prefill one at a time and in order, so
-that a prompt that shares a prefix with the one before finds it complete; only a shorter one of a
-client with nothing running is read beside another client's. A round (`EngineCore.step`) is one
-decode step of all sequences that have one token to run, and one chunk of the prompt whose turn it
-is. Alternatively that prompt's next token runs in the decode step (it rides).
+A sequence waits for its client's turn (`fair_queue`), and is placed into a slot (`roster`), with
+the rows that it shares with others (`edge.runtime.kv_cache`). Then it prefills in chunks and
+decodes (`steps`); its tokens go to its sink (`delivery`). Prompts prefill one at a time and in
+order, so that a prompt that shares a prefix with the one before finds it complete. Only a shorter
+prompt of a client with nothing running is read alongside another client's. A round
+(`EngineCore.step`) is one decode step of all sequences that have one token to run, and one chunk of
+the prompt whose turn it is. Alternatively that prompt's next token runs in the decode step (it
+rides).
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ if TYPE_CHECKING:
     from .drafting import Drafting
 
 _Result = TypeVar("_Result")
-_BRIEF = 8  # times a sequence goes into a prompt beside which it should end soon
-_BLOCKS = 32  # tokens: their size is a multiple, since it is twice a head of 16, 32, ... values
-_WHOLE = 4  # chunks: a prompt that is no longer goes in one
+_BRIEF = 8  # a brief answer should end within one of so many parts of a prompt
+_BLOCKS = 32  # tokens; block sizes are multiples of it: twice a head of 16, 32, ... values
+_WHOLE = 4  # chunks; a prompt that is no longer runs in one turn
 
 
 class EngineCore:
@@ -81,7 +82,7 @@ class EngineCore:
         self._clock = clock or (lambda: time.perf_counter())
         batch = min(config.max_batch or backend.num_slots, backend.num_slots)
         tokens = min(config.prefill_chunk, backend.max_step_tokens)
-        # Where activations are rounded, another last bit soon makes another token.
+        # With rounded activations, another last bit soon makes another token.
         even = self.deterministic or (backend.rounds_activations and tokens >= LEAST_CHUNK)
         only = self.deterministic
         pool = SlotPool(backend.num_slots, backend.capacity, even=even, prompts_only=only)
@@ -107,11 +108,11 @@ class EngineCore:
         self._overlaps = self.delivery.holds = backend.meanwhile is not None
         if self._overlaps:
             backend.meanwhile = self.delivery.push_drawn
-        self._chunks = 0  # of prompts
-        self._read_at: dict[str, int] = {}  # the newest one of each client that runs
+        self._chunks = 0  # chunks of prompts so far
+        self._read_at: dict[str, int] = {}  # the newest chunk of each client that runs
         self._rested = False  # whether the prompt whose turn it was had to wait a round
         self._reading, self._turn_read = "", 0  # whose turn it is, and tokens read in it
-        self.hold = False  # while set, no sequence is started but those whose turn it is
+        self.hold = False  # while set, only sequences whose turn it is are started
         self.turn = 0  # sequences that start before the next `call`
         self._call_began_s = 0.0
 
@@ -122,18 +123,18 @@ class EngineCore:
 
     @property
     def may_start(self) -> bool:
-        """Whether a sequence waits that need not wait for a `call`."""
+        """Whether a sequence waits that may start before a `call`."""
         return bool(self.roster.waiting) and (self.turn > 0 or not self.hold)
 
     def now(self) -> float:
-        """Seconds on the core's clock."""
+        """Return the seconds of the core's clock."""
         return self._clock()
 
     def sequence(self, request: Request, sink: Sink, salt: str, now_s: float) -> SequenceState:
         """Make a sequence that is not queued yet.
 
         Raises:
-            RequestError: an id outside the vocabulary.
+            RequestError: an id is outside the vocabulary.
         """
         params, begun = request.params, request.begun
         if begun is not None:
@@ -154,17 +155,17 @@ class EngineCore:
     def put_away(self, sequence: SequenceState) -> PutAway | None:
         """Take a sequence out for good; its sink is told that it was cancelled.
 
-        Its rows are left out where they cannot be read.
+        Its rows are left out if they cannot be read.
 
         Returns:
-            None if it has ended.
+            The state from which it can continue; None if it has ended.
         """
         self.delivery.push_drawn()
         if sequence.ended:
             return None
         kept, seed, pending = sequence.aside, sequence.sampler.seed, len(sequence.pending)
         if sequence.slot is not None:
-            # Without its rows it has to be read anew, which is better than not to go on.
+            # Without its rows it must be read again, which is better than not continuing.
             with contextlib.suppress(EdgeError, MemoryError):
                 kept = self.roster.keep_rows(sequence.slot)
         answer = tuple(sequence.ids[len(sequence.request.ids) :])
@@ -172,7 +173,7 @@ class EngineCore:
         return PutAway(seed, answer, pending, kept)
 
     def add(self, sequence: SequenceState) -> None:
-        """Put a sequence into the queue; see `FairQueue`."""
+        """Put a sequence into the `FairQueue`."""
         self.roster.see(sequence.request.client)
         self.roster.waiting.add(sequence, self.roster.busy)
 
@@ -183,7 +184,7 @@ class EngineCore:
             self.drafting.begin_round()
             self.delivery.holds = self._overlaps and not self.drafting.in_round
             if self.drafting.in_round:
-                self.delivery.push_drawn()  # of a round without drafts
+                self.delivery.push_drawn()  # tokens of a round without drafts
         self._sweep()
         self._start_waiting()
         self.delivery.tell_waiting()
@@ -200,7 +201,7 @@ class EngineCore:
         if prefilling is not None and not (rides or prefilling.ended):
             self._turn_read += self.steps.prefill(prefilling, max(chunk, 1))
         if self.times.steps == steps:
-            self.delivery.push_drawn()  # no step was there to do it
+            self.delivery.push_drawn()  # since there was no step to do it
 
     def call(self, work: Callable[[], _Result]) -> _Result:
         """Let ``work`` use the backend as it likes, while no sequence runs."""
@@ -212,7 +213,7 @@ class EngineCore:
             self.roster.pool.forget()
 
     def report_step(self, tokens: int) -> None:
-        """Count a step of the backend that work in `call` has just ended."""
+        """Count a step of the backend that work in `call` has just finished."""
         now = self.now()
         self.times.count(tokens, now - max(self._call_began_s, self.times.ended_s), now)
 
@@ -226,7 +227,7 @@ class EngineCore:
                 self.delivery.fail(sequence, error, scrub=False)
 
     def abandon_all(self) -> None:
-        """Forget every sequence without a word to anyone; for a child process."""
+        """Drop all sequences without notifying their readers; for a child process."""
         self.roster.clear()
         self.delivery.forget_drawn()
 
@@ -257,7 +258,7 @@ class EngineCore:
                 )
 
     def _start_waiting(self) -> None:
-        """Start waiting sequences that find room, or for which others make way, in their order."""
+        """Start waiting sequences, in their order, that find room or for which others make way."""
         roster = self.roster
         while self.may_start:
             sequence = roster.waiting.first(roster.busy, aside=roster.is_crowded)
@@ -269,7 +270,7 @@ class EngineCore:
             self._start(sequence)
 
     def _make_way(self, sequence: SequenceState) -> bool:
-        """Put a running sequence aside for one that waits, if one gives way and fits.
+        """Put a running sequence aside for a waiting one, if one gives way and fits.
 
         All that is aside has at most the rows of one slot, and half of that is for newcomers.
         """
@@ -283,23 +284,23 @@ class EngineCore:
         return len(roster.running) < running or self._put_aside(other)
 
     def _put_aside(self, sequence: SequenceState) -> bool:
-        """Have a running sequence wait with its rows; returns whether its slot is free."""
+        """Make a running sequence wait with its rows; returns whether its slot is free."""
         try:
             self.roster.put_aside(sequence)
         except EdgeError as error:
             self.delivery.fail(sequence, error)
             return True
-        except MemoryError:  # it runs on, and the other waits
+        except MemoryError:  # it continues, and the other one waits
             return False
         self.counts["put_aside"] += 1
         return True
 
     def _waits_for(self, sequence: SequenceState, other: SequenceState) -> bool:
-        """Whether one waits until the prompt of another, which runs, has been read.
+        """Whether a sequence waits until the prompt of another, which runs, has been read.
 
-        It may then share its rows. It does not wait if it is of higher priority, nor for a longer
-        rest of another client's prompt if its own client runs nothing and it shares no row that is
-        still to come.
+        It may then share its rows. It does not wait if its priority is higher. Nor does it wait for
+        a longer rest of another client's prompt, if its own client runs nothing and it shares no
+        row that is still to come.
         """
         ahead = sequence.request.priority - other.request.priority
         if len(other.pending) == 1 or ahead < 0:
@@ -311,11 +312,11 @@ class EngineCore:
         return shares or len(sequence.pending) >= len(other.pending)
 
     def _next_prompt(self, at_least: int) -> SequenceState | None:
-        """The running sequence to read next, of those with so much to read; None if there is none.
+        """Return the running sequence to read next, of those with this much to read, or None.
 
-        The first one of the highest priority, but clients of equal priority take turns. A new one
-        comes before who was read last, and behind who has waited since. A turn is a chunk, and of
-        the shortest prompt as many as a full one has tokens.
+        It is the first one of the highest priority, but clients of equal priority take turns. A new
+        client comes before the one that was read last, and after those that have waited since. A
+        turn is one chunk, or for the shortest prompt as many as make up a full one's tokens.
         """
         running = self.roster.running
         prompts = [s for s in running if len(s.pending) >= at_least or not s.decodes]
@@ -332,9 +333,9 @@ class EngineCore:
         return found
 
     def _chunk(self, prefilling: SequenceState, decoding: int) -> int:
-        """How many tokens of a prompt to run; see `Policy.chunk_tokens`.
+        """Choose how many tokens of a prompt to run, by `Policy.chunk_tokens`.
 
-        A short rest of it goes with the chunk: two steps would take longer, for others too.
+        A short rest of the prompt joins the chunk: two steps would take longer, for others too.
         """
         rest, alert = len(prefilling.pending), not self.roster.is_alone(prefilling.request.client)
         chunk = self.policy.chunk_tokens(decoding, alert=alert)
@@ -344,8 +345,8 @@ class EngineCore:
     def _rests(self, prefilling: SequenceState) -> bool:
         """Whether a prompt is not read in this round, but in the next.
 
-        It has every second round while another client writes a brief answer, and so about half of
-        its speed: who writes a few tokens waits for few chunks.
+        It rests every second round while another client writes a brief answer, which halves its
+        speed: a client that writes a few tokens then waits for few chunks.
         """
         client, priority = prefilling.request.client, prefilling.request.priority
         self._rested = not self._rested and any(
@@ -358,7 +359,7 @@ class EngineCore:
         return self._rested and self.policy.target_itl_s is None
 
     def _start(self, sequence: SequenceState) -> None:
-        """Start a sequence, or let it go on."""
+        """Start a sequence, or continue it."""
         self.turn = max(self.turn - 1, 0)
         stats, is_new = sequence.stats, sequence.aside is None
         if not stats.has_started:

@@ -1,4 +1,4 @@
-"""Hands sampled tokens and ends to their sinks, and counts what was answered."""
+"""Passes sampled tokens and ends to their sinks, and counts them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from .request import FinishReason
 from .roster import Roster
 from .sequence import SequenceState, slot_of
 
-_SPOILS = (BackendError, ResourceError)  # rows; memory may run out in the middle of a step, too
+_SPOILS = (BackendError, ResourceError)  # these spoil rows; memory may run out within a step
 _NEWEST = 0.15  # weight of the newest time in a running mean
 
 
 class Delivery:
-    """The way of each token from the draw to its sink, and the end of each sequence.
+    """Passes each token from the draw to its sink, and ends each sequence.
 
     Args:
         roster: ended sequences leave it.
         now: returns monotonic seconds.
         slides: whether a full slot makes room instead of ending its sequence.
-        most_written: rows of a slot that a step which is not counted may have written, its prompt's
-            tokens apart.
+        most_written: rows of a slot that an uncounted step may have written, besides those of its
+            prompt's tokens.
 
     Attributes:
-        times: what steps have taken.
+        times: times of all steps.
         counts: statistics of tokens.
         holds: whether tokens are pushed during the next step, while the CPU waits for a device.
         outcomes: ended sequences by finish reason, ``deadline``, ``error`` or ``rejected``.
-        mean_run_s: of a sequence from start to end, running mean.
-        mean_tokens: of an answer, running mean.
+        mean_run_s: running mean of a sequence's time from start to end, in seconds.
+        mean_tokens: running mean of an answer's tokens.
     """
 
     def __init__(
@@ -50,17 +50,17 @@ class Delivery:
         self.now = now
         self._slides = slides
         self._most_written = most_written
-        self._drawn: list[tuple[SequenceState, SampledToken]] = []  # and not pushed yet
+        self._drawn: list[tuple[SequenceState, SampledToken]] = []  # drawn, but not pushed yet
         self._told_at = (0, 0)
 
     # ------------------------------------------------------------------ tokens
 
     def deliver(self, sequence: SequenceState, token: SampledToken) -> bool:
-        """Count a token and hand it on; returns false if it is known to be the last.
+        """Count a token and pass it on; returns false if it is known to be the last.
 
-        Where the CPU waits for a device, that is done during the next step: text, stop strings and
-        readers then cost no time between steps. A stop string ends its sequence a step late, whose
-        token is dropped.
+        If the CPU waits for a device, that is done during the next step: text, stop strings and
+        readers then cost no time between steps. A stop string ends its sequence a step late, and
+        that step's token is dropped.
         """
         now = self.now()
         stats = sequence.stats
@@ -103,7 +103,7 @@ class Delivery:
         self, sequence: SequenceState, token: SampledToken, reason: FinishReason | None
     ) -> bool:
         """Push a token to its sink; returns false if it was the last."""
-        # What goes wrong there spoils no row, and the backend may be computing.
+        # An error in a sink spoils no row, and the backend may be computing.
         try:
             reason = sequence.sink.push(token, reason)
         except BaseException as error:  # noqa: BLE001 - others go on; the caller is told
@@ -117,7 +117,7 @@ class Delivery:
     # ------------------------------------------------------------------ progress
 
     def tell_waiting(self) -> None:
-        """Tell those who want to know how many start before them."""
+        """Tell the sinks that want to know how many sequences start before theirs."""
         roster = self.roster
         now = roster.waiting.changes, len(roster.running)
         if now == self._told_at or not any(s.request.wants_progress for s in roster.waiting):
@@ -129,7 +129,7 @@ class Delivery:
                 self._tell(sequence, PromptProgress(len(sequence.request.ids), ahead=ahead))
 
     def tell_read(self, sequence: SequenceState) -> None:
-        """Tell a sequence that runs how much of its prompt has been read, if it wants to know."""
+        """Tell a running sequence's sink how much of its prompt is read, if it wants to know."""
         if not sequence.request.wants_progress:
             return
         stats, total = sequence.stats, len(sequence.request.ids)
@@ -138,7 +138,7 @@ class Delivery:
         self._tell(sequence, PromptProgress(total, stats.cached_tokens, done, read_s))
 
     def _tell(self, sequence: SequenceState, progress: PromptProgress) -> None:
-        """Tell the sink what is new to it: a place in the queue, or a percent of the prompt."""
+        """Tell the sink a new place in the queue, or a new percent of the prompt."""
         told = progress.ahead, 100 * progress.processed // progress.total
         if told == sequence.told:
             return
@@ -190,7 +190,7 @@ class Delivery:
 
 
 def caused_by(what: str, cause: BaseException) -> EdgeError:
-    """Make an error for the caller; a panic in a library of Rust is no Exception."""
+    """Make an error for the caller; a panic in a Rust library is not an Exception."""
     if isinstance(cause, EdgeError):
         return cause
     error = BackendError(f"{what}: {cause!r}")

@@ -1,4 +1,4 @@
-"""Decides whether and how far to draft, from what steps have cost so far. Pure, as `policy` is."""
+"""Decides whether and how far to draft, from the measured times of steps. Pure, as `policy` is."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import NamedTuple
 from .drafter import DraftWorth
 from .policy import FADE, TICK_S, CostCurve, CostPoint, Policy, StepCosts
 
-_GAIN = 1.05  # speculation must promise this much more than plain decode
-_MOST_CHANCE = 0.9  # a guess that is surer than this is always of use
+_GAIN = 1.05  # speculation must promise to be this much faster than plain decode
+_MOST_CHANCE = 0.9  # a surer guess is always worth its time
 
 
 class DraftCosts:
     """Seconds of each kind of step that drafts need.
 
     Args:
-        plain: those of steps without drafts.
+        plain: times of steps without drafts.
 
     Attributes:
-        guess: seconds of one guess of a drafter for each sequence, by sequences.
-        reading: seconds in which a drafter reads text, by tokens.
+        guess: seconds of one guess of a drafter for each sequence, by number of sequences.
+        reading: seconds in which a drafter reads text, by number of tokens.
     """
 
     def __init__(self, plain: StepCosts) -> None:
@@ -36,10 +36,10 @@ class DraftCosts:
         _observe(self._verify, batch, seq, seconds)
 
     def observe_drafted(self, batch: int, count: int, seconds: float) -> None:
-        """Count a decode step for which up to ``count`` tokens were drafted, their time included.
+        """Count a decode step for which up to ``count`` tokens were drafted; includes drafting.
 
-        A drafter may stop before that. So the seconds are what this choice costs on average, and
-        not those of ``count`` tokens.
+        A drafter may stop before that. So the seconds are the average cost of this choice, not the
+        cost of ``count`` tokens.
         """
         _observe(self._drafted, batch, count, seconds)
 
@@ -59,7 +59,7 @@ class DraftCosts:
         )
 
     def row_s(self, batch: int) -> float | None:
-        """Seconds that one token more per sequence adds to a step; None before one was measured."""
+        """Return the seconds that one more token per sequence adds; None before a measurement."""
         plain = self.plain.decode.estimate(batch)
         longest = max((seq for size, seq in self._verify if size == batch), default=1)
         if plain is None or longest == 1:
@@ -67,7 +67,7 @@ class DraftCosts:
         return max((self._verify[batch, longest].seconds - plain) / (longest - 1), 0.0)
 
     def reading_s(self, tokens: int) -> float:
-        """Seconds in which a drafter should read so many tokens; 0 before it has read any."""
+        """Estimate the seconds in which a drafter reads this much; 0 before it has read any."""
         seconds, most = self.reading.estimate(tokens), self.reading.largest_size
         return 0.0 if seconds is None else seconds * max(tokens / most, 1.0)
 
@@ -81,7 +81,7 @@ class DraftCosts:
         return plain + max(wide - narrow, 0.0)
 
     def fade_verify(self, batch: int, seq: int) -> None:
-        """Lower a little the time of such a step, so that it is tried again some day."""
+        """Lower the time of such a step slightly, so that it is tried again some day."""
         for point in (self._verify.get((batch, seq)), self._drafted.get((batch, seq - 1))):
             if point is not None:
                 point.seconds *= 1 - FADE
@@ -92,7 +92,7 @@ class Draft(NamedTuple):
 
     Attributes:
         length: tokens that its drafter proposes; 0 if none.
-        acceptance: probability that one of them is right, given those before it.
+        acceptance: probability that one of them is right, given that those before it are.
     """
 
     length: int
@@ -107,7 +107,7 @@ class DecodeRun(NamedTuple):
 
 
 class _DraftOption(NamedTuple):
-    """Runs of one decode step with drafts, and the tokens and seconds to expect of them."""
+    """Runs of one decode step with drafts, and the expected tokens and seconds."""
 
     runs: list[DecodeRun]
     tokens: float
@@ -115,13 +115,13 @@ class _DraftOption(NamedTuple):
 
 
 class DraftPolicy:
-    """Decides from measured costs what to draft.
+    """Decides from measured times what to draft.
 
     Args:
-        plain: what is known of steps without drafts.
+        plain: times of steps without drafts.
 
     Attributes:
-        costs: those of drafts.
+        costs: times of drafts.
     """
 
     def __init__(self, plain: Policy) -> None:
@@ -131,8 +131,8 @@ class DraftPolicy:
     def draft_plan(self, drafts: Sequence[Draft]) -> list[DecodeRun]:
         """Split the decode batch into the runs with the most expected tokens per second.
 
-        Either nothing is drafted, or all run in one step padded to the longest draft, or those with
-        a draft run apart from those without.
+        Either nothing is drafted; or all run in one step, padded to the longest draft; or sequences
+        with a draft run apart from those without.
         """
         plain = [DecodeRun(tuple(range(len(drafts))), 0)]
         seconds = self.plain.costs.decode.estimate(len(drafts))
@@ -154,11 +154,11 @@ class DraftPolicy:
         """Draft where it does not seem to pay, to learn whether it does by now.
 
         Args:
-            drafts: see `draft_plan`.
+            drafts: the decode batch, as in `draft_plan`.
             budget_s: seconds that may be lost.
 
         Returns:
-            The runs that should lose least; None if they should lose more than ``budget_s``.
+            The runs with the least expected loss; None if that is more than ``budget_s``.
         """
         seconds = self.plain.costs.decode.estimate(len(drafts))
         if seconds is None:
@@ -172,7 +172,7 @@ class DraftPolicy:
         return option.runs if option is not None and loss <= budget_s else None
 
     def _draft_options(self, drafts: Sequence[Draft], plain_s: float) -> Iterator[_DraftOption]:
-        """Each way to draft: all padded to one length, or those with a draft apart from others."""
+        """Yield each way to draft: all padded to one length, or those with a draft apart."""
         everyone = tuple(range(len(drafts)))
         with_draft = tuple(i for i in everyone if drafts[i].length)
         without = tuple(i for i in everyone if not drafts[i].length)
@@ -187,7 +187,7 @@ class DraftPolicy:
                 yield _DraftOption(runs, tokens, sum(time or plain_s for time in times))
 
     def draft_worth(self, batch: int) -> DraftWorth:
-        """From which probability on a guess is worth its time; all are before that is known."""
+        """Return the probability from which a guess is worth its time; 0 before that is known."""
         costs = self.costs
         row, guess = costs.row_s(batch), costs.guess.estimate(batch)
         plain = self.plain.costs.decode.estimate(batch)
@@ -199,17 +199,17 @@ class DraftPolicy:
     def reads(
         self, behind: int, draft: Draft, batch: int, *, written: int, expected: float
     ) -> bool:
-        """Return whether a drafter should read what it is behind in a sequence.
+        """Return whether a drafter should read the tokens of a sequence that it lacks.
 
-        That is the problem of renting or buying, with a guess at how long the need will last: who
-        buys once the rent has reached the price never pays more than twice what was possible.
+        This is the problem of renting or buying, with a guess at how long the need will last.
+        Buying once the rent has reached the price never costs more than twice the optimum.
 
         Args:
             behind: tokens to read.
-            draft: what could then be drafted.
+            draft: the draft that would then be possible.
             batch: sequences that decode.
             written: tokens that the sequence has got without drafts.
-            expected: tokens that it may still get, from those of others.
+            expected: tokens that it may still get, judging by other sequences.
         """
         plain = self.plain.costs.decode.estimate(batch)
         if plain is None or not draft.length:
@@ -236,6 +236,6 @@ def _observe(
 
 
 def _expected(draft: Draft, drafted: int) -> float:
-    """The tokens that a step should give a sequence: the right drafts, and one more."""
+    """Return how many tokens a step should give a sequence: the right drafts, and one more."""
     count, p = min(draft.length, drafted), draft.acceptance
     return float(count + 1) if p >= 1 else (1 - p ** (count + 1)) / (1 - p)

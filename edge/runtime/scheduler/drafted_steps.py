@@ -1,4 +1,4 @@
-"""Decode steps that verify what a drafter guesses."""
+"""Runs decode steps that verify the guesses of a drafter."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .steps import Rows, Steps
 
 
 class DraftedSteps(Steps):
-    """`Steps` in which a sequence runs its drafted tokens beside its next one.
+    """`Steps` in which a sequence runs its drafted tokens together with its next one.
 
     Attributes:
-        drafting: guesses tokens, and learns what became of them.
+        drafting: guesses tokens, and learns which of them were right.
     """
 
     drafting: Drafting
 
     def decode(self, decoding: list[SequenceState], rider: SequenceState | None) -> bool:
-        """Run the next token of each with its draft; see `Steps.decode`."""
+        """Run the next token of each sequence with its draft, as `Steps.decode` does."""
         drafting, times = self.drafting, self.delivery.times
         if not drafting.in_round:
             return super().decode(decoding, rider)
@@ -56,7 +56,7 @@ class DraftedSteps(Steps):
 
         Rows of padding and of wrong drafts are not counted, so later tokens overwrite them.
         """
-        # A drafter may stop early, and padding must not pass the end of anyone's slot.
+        # A drafter may stop early, and padding must not pass the end of any slot.
         longest = max(len(sequence.draft) for sequence in sequences)
         rooms = (slot_of(sequence).remaining - 1 for sequence in sequences)
         drafted = min([run.drafted, longest, *rooms])
@@ -84,7 +84,7 @@ class DraftedSteps(Steps):
             self.drafting.costs.observe_verify(len(tokens), len(tokens[0]), seconds)
 
     def _sample(self, sequence: SequenceState, logits: Rows) -> None:
-        """Draw a token at each place, as long as the draft was what was drawn."""
+        """Draw a token at each place, as long as the draft equals the token drawn."""
         draft, offered, drafted = sequence.draft, sequence.offered, len(logits) - 1
         sequence.draft, sequence.offered = [], 0
         accepted = 0
@@ -98,7 +98,7 @@ class DraftedSteps(Steps):
                 # A drafted token that was not run is still a guess to learn from.
                 self.drafting.judge(sequence, right)
             elif place < offered and not self.drafting.is_free:
-                # It dared no guess, which ends a draft just as well.
+                # It made no further guess, which ends a draft just as well.
                 self.drafting.judge(sequence, False)
             if not right or place == drafted:
                 sequence.pending = [token.id]

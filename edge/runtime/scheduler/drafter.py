@@ -1,4 +1,4 @@
-"""Defines what guesses tokens for the scheduler, and what it sees of a sequence."""
+"""Defines what a drafter is, and what it sees of a sequence."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class DraftContext:
         ids: prompt and answer so far.
         rows: the tokens that the target attends to: those of its cache, and the one that runs
             next. They are ``ids``, unless the slot has slid.
-        limit: guesses that can be of use at most.
-        sampler: the sequence's own; `Sampler.guess` draws with the random numbers that decide the
-            answer's next tokens.
+        limit: most guesses that can be used.
+        sampler: the sequence's own sampler; `Sampler.guess` draws with the random numbers that
+            decide the answer's next tokens.
     """
 
     slot: int
@@ -34,11 +34,11 @@ class DraftContext:
 
 
 class DraftWorth(NamedTuple):
-    """From which probability on a guess is worth its time, those before it being right, too.
+    """The probability from which a guess is worth its time, if those before it are right.
 
     Attributes:
-        run: that the target runs it; 0 where that time is not known yet.
-        go_on: that another one is made after it.
+        run: least probability for the target to run it; 0 if that time is not known yet.
+        go_on: least probability for making another guess after it.
     """
 
     run: float = 0.0
@@ -48,16 +48,17 @@ class DraftWorth(NamedTuple):
 class Drafter(Protocol):
     """Guesses the next tokens of running sequences; the target then verifies them in one step.
 
-    What a drafter has no use for it need not define: it is then up to date, and learns nothing.
-    One drafter serves all slots of an engine, in the engine's thread. What it guesses changes no
-    answer, so it may be wrong in every way; it costs time. A head that reads the target's hidden
-    states gets those of every step (`saw`), where the target's engine puts them out.
+    A drafter need not define methods that it does not use: it is then up to date, and learns
+    nothing. One drafter serves all slots of an engine, in the engine's thread. Its guesses change
+    no answer, so they may be wrong in every way; they only cost time. A head that reads the
+    target's hidden states gets those of every step (`saw`), if the target's engine puts them out.
 
     Attributes:
-        is_free: proposals take no time that counts, so they are also made where none is run, to
-            learn how often they are right. How right they are is the text's doing: each sequence
-            starts anew. Otherwise it is the model's, and starts with what others had.
-        first_guess: how probable it is that a proposed token is right, before any was run.
+        is_free: whether proposals take no time that counts. Then they are also made where none is
+            run, to learn how often they are right. Their quality depends on the text, so each
+            sequence starts anew. Otherwise it depends on the model, and a sequence starts with the
+            figures of others.
+        first_guess: probability that a proposed token is right, assumed before any was run.
         newest: weight of the newest verdict in the running mean of that probability.
     """
 
@@ -66,47 +67,47 @@ class Drafter(Protocol):
     newest: float
 
     def begin(self, slot: int, salt: str) -> None:
-        """Take note that a new sequence runs in a slot; see `Request` for ``salt``."""
+        """Note that a new sequence runs in a slot, with the ``salt`` of its `Request`."""
 
     def slide(self, slot: int, before: list[int], after: list[int]) -> None:
-        """Take note that the target dropped rows of a slot.
+        """Note that the target dropped rows of a slot.
 
         Args:
-            slot: which one.
+            slot: the slot.
             before: the tokens of its rows until now.
-            after: those that are left: the first ones, and the newest.
+            after: the tokens that are left: the first ones, and the newest.
         """
         return
 
     def saw(
         self, slot: int, before: list[int], tokens: Sequence[int], hidden: NDArray[np.float32]
     ) -> None:
-        """Take note of the hidden states of a step that the target has just run.
+        """Note the hidden states of a step that the target has just run.
 
         Args:
-            slot: whose rows it wrote.
+            slot: the slot whose rows it wrote.
             before: the tokens of the slot's rows before the step.
-            tokens: those of the rows that it wrote, perhaps with drafts and padding at the end.
+            tokens: tokens of the rows that it wrote, perhaps with drafts and padding at the end.
             hidden: ``[len(tokens), width]``, valid during the call.
 
         Raises:
-            EdgeError: it can guess no more.
+            EdgeError: it cannot guess any more.
         """
         return
 
     def behind(self, context: DraftContext) -> int:
-        """Tokens that must be read (`read`) before it can propose anything; 0 if it can now.
+        """Return how many tokens it must `read` before it can propose anything; 0 if it can now.
 
         Raises:
-            EdgeError: it can guess no more.
+            EdgeError: it cannot guess any more.
         """
         return 0
 
     def read(self, context: DraftContext, most: int) -> None:
-        """Read up to ``most`` of the tokens that it is behind.
+        """Read up to ``most`` of the tokens that it lacks.
 
         Raises:
-            EdgeError: it can guess no more.
+            EdgeError: it cannot guess any more.
         """
         return
 
@@ -116,17 +117,17 @@ class Drafter(Protocol):
     def propose(
         self, contexts: Sequence[DraftContext], count: int, worth: DraftWorth
     ) -> list[list[int]]:
-        """Guess what follows each sequence.
+        """Guess the next tokens of each sequence.
 
         Args:
             contexts: sequences that are not behind.
-            count: guesses per sequence at most.
+            count: most guesses per sequence.
             worth: where to stop, for a drafter that knows how sure it is.
 
         Raises:
-            EdgeError: it can guess no more.
+            EdgeError: it cannot guess any more.
         """
 
     def observe(self, slot: int, proposed: int, accepted: int) -> None:
-        """Take note of how many of the last proposal's tokens were run, and were right."""
+        """Note how many of the last proposal's tokens were run, and how many were right."""
         return

@@ -1,4 +1,4 @@
-"""Has the drafter read and guess, and keeps the account of whether drafts pay."""
+"""Makes the drafter read and guess, and tracks whether drafts pay."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from .policy import Policy
 from .sequence import SequenceState, slot_of
 
 _log = logging.getLogger(__name__)
-_NEWEST_VERDICT = 0.01  # weight of the newest verdict on a draft for what new sequences start with
-_FIRST_VERDICTS = 4  # that many verdicts weigh as much as what was believed before any
+_NEWEST_VERDICT = 0.01  # weight of the newest verdict in the acceptance of new sequences
+_FIRST_VERDICTS = 4  # this many verdicts weigh as much as the belief before any
 _FIRST_SPREAD = 0.2  # of acceptance between sequences, before any is known
 _NEWEST_SPREAD = 0.1
-_MOST_HOPE = 0.95  # acceptance that a sequence starts with at most
-_TRIALS = 0.03  # of the time of plain steps may be lost to learn whether drafts pay by now
-_SAVED_STEPS = 40  # what is saved up for trials, in plain steps
+_MOST_HOPE = 0.95  # most acceptance that a sequence starts with
+_TRIALS = 0.03  # share of plain steps' time that may be lost on trials of drafts
+_SAVED_STEPS = 40  # most time saved up for trials, in plain steps
 
 
 class Drafting:
-    """The drafter of all sequences, and what is known of its guesses.
+    """The drafter of all sequences, and figures about its guesses.
 
     Args:
         drafter: guesses tokens.
         max_tokens: the most tokens of a draft.
-        policy: knows what plain steps cost.
+        policy: knows the times of plain steps.
         delivery: counts drafts and verdicts, and knows the time and who runs.
 
     Attributes:
         drafter: None after it has failed.
-        enabled: whether it is asked; anyone may set it at any time.
-        in_round: whether it is asked in this round.
-        costs: what drafts cost.
+        enabled: whether it is used; anyone may set it at any time.
+        in_round: whether it is used in this round.
+        costs: times of drafts.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class Drafting:
         self.enabled = self.in_round = True
         self.acceptance = drafter.first_guess
         self.spread = _FIRST_SPREAD  # of acceptance from sequence to sequence, running mean
-        self.trial_s = 0.0  # may be lost to drafts that do not seem to pay
+        self.trial_s = 0.0  # seconds that may be lost on drafts that do not seem to pay
         self.saved_s = 0.0
         self.failed: str | None = None
 
     def begin_round(self) -> None:
-        """Keep to one answer for a round; others may switch ``enabled`` in the middle."""
+        """Fix ``in_round`` for a round, since others may switch ``enabled`` in the middle."""
         self.in_round = self.drafter is not None and self.enabled
 
     @property
@@ -77,7 +77,7 @@ class Drafting:
     # ------------------------------------------------------------------ the life of a sequence
 
     def begin(self, sequence: SequenceState) -> None:
-        """Start a sequence, which has its slot, or let it go on in another one."""
+        """Start a sequence, which has its slot, or continue it in another one."""
         if self.drafter is None:
             return
         slot, salt = slot_of(sequence).index, sequence.salt
@@ -86,11 +86,11 @@ class Drafting:
             return
         sequence.acceptance = self.acceptance
         if not self.is_free:
-            # Texts differ: one is given up by its own guesses, not by those of others.
+            # Texts differ: drafting for one ends by its own guesses, not by those of others.
             sequence.acceptance = min(self.acceptance + self.spread, _MOST_HOPE)
 
     def end(self, sequence: SequenceState) -> None:
-        """Learn from a sequence how far texts differ."""
+        """Learn from an ended sequence how far texts differ."""
         if sequence.verdicts:
             spread = abs(sequence.acceptance - self.acceptance)
             self.spread += _NEWEST_SPREAD * (spread - self.spread)
@@ -114,7 +114,7 @@ class Drafting:
     # ------------------------------------------------------------------ one decode step
 
     def context(self, sequence: SequenceState) -> DraftContext:
-        """What the drafter sees of a sequence."""
+        """Return the drafter's view of a sequence."""
         slot = slot_of(sequence)
         limit = min(self.max_tokens, slot.remaining - 1)
         left = sequence.tokens_left
@@ -125,11 +125,11 @@ class Drafting:
         return DraftContext(slot.index, sequence.ids, rows, max(limit, 0), sequence.sampler)
 
     def offers(self, sequences: list[SequenceState], contexts: list[DraftContext]) -> list[Draft]:
-        """Ask how much could be drafted; one sequence is read first where that is worth it.
+        """Ask how much could be drafted; one sequence is read first if that is worth it.
 
         Args:
-            sequences: those that decode.
-            contexts: of each.
+            sequences: sequences that decode.
+            contexts: the drafter's view of each.
         """
         found: list[Draft] = []
         has_read = False
@@ -152,7 +152,7 @@ class Drafting:
         return found
 
     def plan(self, drafts: list[Draft]) -> tuple[list[DecodeRun], bool]:
-        """The runs of a decode step, and whether they are a trial, which may be at a loss."""
+        """Return the runs of a decode step, and whether they are a trial, which may lose time."""
         plan = self.policy.draft_plan(drafts)
         if not (self.is_free or any(run.drafted for run in plan)):
             trial = self.policy.trial(drafts, self.trial_s)
@@ -170,7 +170,7 @@ class Drafting:
         if not able:
             return 0.0
         if self.drafter.is_free:
-            count = self.max_tokens  # what is not run is learnt from, too
+            count = self.max_tokens  # tokens that are not run are learnt from, too
         worth = self.policy.draft_worth(len(sequences))
         found: list[list[int]] = []
         took_s = self._let(
@@ -181,7 +181,7 @@ class Drafting:
         for i, draft in zip(able, found, strict=True):
             sequences[i].draft = draft[: contexts[i].limit]
         if not self.is_free:
-            # The guess at which it stopped took its time, too.
+            # The guess at which it stopped took time, too.
             guesses = min(max(map(len, found)) + 1, count)
             self.costs.guess.observe(len(sequences), took_s / guesses)
         return took_s
@@ -200,14 +200,14 @@ class Drafting:
         sequence.acceptance += newest * (right - sequence.acceptance)
 
     def observe(self, slot: int, proposed: int, accepted: int) -> None:
-        """Count a draft that was run, and tell the drafter what became of it."""
+        """Count a draft that was run, and tell the drafter the result."""
         if self.drafter is not None:
             self.counts["drafted"] += proposed
             self.counts["accepted"] += accepted
             self._let(lambda drafter: drafter.observe(slot, proposed, accepted))
 
     def count_step(self, tokens: int, took_s: float, batch: int, *, is_trial: bool) -> None:
-        """Compare what a decode step with drafts gave with plain steps of all its sequences."""
+        """Compare the tokens of a decode step with drafts with plain steps of all its sequences."""
         self.counts["draft_steps"] += 1
         plain_s = self.policy.plain.costs.mean_plain_s(batch) or took_s
         saved_s = plain_s * tokens / batch - took_s
@@ -250,7 +250,7 @@ class Drafting:
         """Let the drafter read a chunk of what it lacks, as long as a stream may wait for it."""
         plain, costs = self.policy.plain, self.costs
         most = plain.step_tokens
-        if plain.target_itl_s is not None:  # those who run wait while the drafter reads
+        if plain.target_itl_s is not None:  # running sequences wait while the drafter reads
             decode_s = plain.costs.decode.estimate(len(self._delivery.roster.running)) or 0.0
             most = costs.reading.largest(plain.target_itl_s - decode_s, most)
         took_s = self._let(lambda drafter: drafter.read(context, most))
@@ -261,7 +261,7 @@ class Drafting:
     def _let(self, work: Callable[..., None], *arguments: Any) -> float | None:
         """Let the drafter do something; returns its seconds, or None if it failed.
 
-        Answers do not need it, so they go on without drafts, and the log and the stats say so.
+        Answers do not need it, so they continue without drafts, and the log and the stats say so.
         """
         assert self.drafter is not None
         started = self._delivery.now()

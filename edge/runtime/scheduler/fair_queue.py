@@ -1,16 +1,16 @@
-"""Keeps the sequences that wait, and gives clients their turns.
+"""Keeps the waiting sequences, and gives clients their turns.
 
 Turns are by deficit round robin over tokens (Shreedhar and Varghese, "Efficient Fair Queuing using
-Deficit Round Robin", 1995) in its surplus form (Adiseshu, Parulkar and Varghese, "A Reliable and
-Scalable Striping Protocol", 1996): a client starts sequences until they have cost a quantum, and
-what the last one cost beyond it comes off its next turns. So a price need not be known before a
-sequence has found its cached rows, and one that is dearer than a quantum need not wait for rounds.
-A client that comes anew is behind at most one turn of each other; mostly it leads them, see
-`FairQueue`.
+Deficit Round Robin", 1995). Its surplus form is used (Adiseshu, Parulkar and Varghese, "A Reliable
+and Scalable Striping Protocol", 1996). A client starts sequences until they have cost a quantum,
+and the surplus of the last one is deducted from its next turns. So the cost need not be known
+before a sequence has found its cached rows, and a sequence that costs more than a quantum need not
+wait for rounds. A client that comes anew is at most one turn of each other client behind; mostly it
+leads them (`FairQueue`).
 
-Deficit round robin takes constant work where the quantum is no less than the dearest packet. Here
-it is one chunk of a prompt, far less than a slot holds, for a turn is what a newcomer waits for; so
-turns that a client has used up in advance are counted instead of skipped one by one.
+Deficit round robin takes constant work if the quantum is no less than the largest packet. Here it
+is one chunk of a prompt, far less than a slot holds, since a newcomer waits for a turn. So turns
+that a client has used up in advance are counted instead of skipped one by one.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class _Line:
 class FairQueue:
     """Sequences that wait: by priority, then clients in turn, then in order of arrival.
 
-    A newcomer, the first sequence of a client that has nothing else here and runs nothing, comes
-    before the others, those that ask for least first, so that a short question need not wait for
-    turns of a quantum. Newcomers together start a quantum in advance at most (an answer counts as
-    the few tokens after which it may have to give way), and as much as the others have started
-    since: so however many come, these get their turns, too.
+    A newcomer is the first sequence of a client that has nothing else here and runs nothing.
+    Newcomers come before the others, those that ask for least first, so that a short question need
+    not wait for turns of a quantum. Together they start at most a quantum in advance, plus as much
+    as the others have started since. An answer counts as the few tokens after which it may have to
+    give way. So however many newcomers come, the others get their turns, too.
 
     Other threads may ask for its length and iterate over it.
 
@@ -69,16 +69,16 @@ class FairQueue:
         return len(self._all)
 
     def __iter__(self) -> Iterator[SequenceState]:
-        """All of them as they are now, in order of arrival."""
+        """Iterate over all of them as they are now, in order of arrival."""
         return iter(list(self._all))
 
     def add(self, sequence: SequenceState, busy: Container[str] = ()) -> None:
-        """Put a sequence behind those of its client, and a new client behind the others.
+        """Put a sequence after those of its client, and a new client after the others.
 
-        One that comes back, because it was put aside, gets its old place among its client's.
+        A sequence that comes back after it was put aside gets its old place among its client's.
 
         Args:
-            sequence: what is to wait.
+            sequence: the sequence that waits.
             busy: clients of which a sequence runs.
         """
         request, returns = sequence.request, sequence.arrival is not None
@@ -99,7 +99,7 @@ class FairQueue:
         self.changes += 1
 
     def remove(self, sequence: SequenceState) -> None:
-        """Take a sequence out; a client of which none is left has no debt any more."""
+        """Take a sequence out; a client without waiting sequences has no debt any more."""
         request = sequence.request
         lines = self._lines[request.priority]
         del self._all[sequence], lines[request.client].sequences[sequence]
@@ -114,7 +114,7 @@ class FairQueue:
 
         Args:
             busy: clients of which a sequence runs.
-            aside: whether those that were put aside come before others that have not started.
+            aside: whether sequences that were put aside come before others that have not started.
         """
         lines = self._lines[min(self._lines)]
         idle = [line for client, line in lines.items() if client not in busy]
@@ -129,15 +129,15 @@ class FairQueue:
         return next(iter(min(idle or lines.values(), key=turn).sequences))
 
     def charge(self, sequence: SequenceState) -> None:
-        """Count what a sequence that was taken out costs: what it has to read, and its answer.
+        """Count the cost of a sequence that was taken out: the tokens to read, and its answer.
 
-        An answer counts as a quantum at most: few get as long as they may, and a caller who sets no
+        An answer counts as a quantum at most: few get as long as they may, and a caller without a
         limit would pay for a whole slot.
         """
         request, cost = sequence.request, self._cost(sequence, self._quantum)
         if sequence.is_newcomer and any(not other.is_newcomer for other in self._all):
             self._led = min(self._led + self._cost(sequence, FEW), self._quantum)
-        else:  # nobody was led
+        else:  # the sequence led nobody
             self._led = max(self._led - cost, 0)
         line = self._lines.get(request.priority, {}).get(request.client)
         if line is None:
@@ -147,25 +147,26 @@ class FairQueue:
             line.turn = (line.turn[0] + rounds, next(self._places))
 
     def _cost(self, sequence: SequenceState, most: int) -> int:
-        """Tokens that a sequence has to read, and of its answer ``most`` at most."""
+        """Return the tokens that a sequence has to read, and at most ``most`` of its answer."""
         left = sequence.tokens_left
         return len(sequence.pending) + (most if left is None else min(left, most))
 
     def gives_way(
         self, sequence: SequenceState, running: Collection[SequenceState], room: int
     ) -> SequenceState | None:
-        """Return the running sequence that gives its slot to one that waits; None if none does.
+        """Return the running sequence that gives its slot to a waiting one; None if none does.
 
-        It is of no higher priority and of another client: of one that runs at least two more, or,
-        where the other runs nothing, one that has had its turn, of a quantum of tokens since it
-        started or went on; for a newcomer a few that it sampled, or that it read of a longer
-        prompt, are enough, unless what that one has left is at most two thirds of what it asks for:
-        equal requests would only delay each other. Nobody gives way twice without a token in
-        between, so those who come cannot have rows moved back and forth.
+        It is of no higher priority and of another client. If that client runs at least two more
+        than the waiting one, any of its sequences may give way. If the waiting client runs nothing,
+        a sequence gives way that has had its turn: a quantum of tokens since it started or went on.
+        For a newcomer, a few tokens that it sampled, or that it read of a longer prompt, are
+        enough. But it stays if it has at most two thirds left of what the newcomer asks for: equal
+        requests would only delay each other. Nobody gives way twice without a token in between, so
+        newcomers cannot have rows moved back and forth.
 
         Args:
-            sequence: who waits.
-            running: those that run.
+            sequence: the waiting sequence.
+            running: the running sequences.
             room: rows that may be put aside.
         """
         counts = Counter(each.request.client for each in running)
@@ -197,7 +198,7 @@ class FairQueue:
         )
 
     def order(self, busy: set[str], *, aside: bool = False) -> Iterator[SequenceState]:
-        """Say in which order they start, if none comes or ends meanwhile."""
+        """Yield the sequences in the order in which they start, if none comes or ends meanwhile."""
         rest, busy = FairQueue(self._quantum), set(busy)
         rest._places, rest._led = itertools.count(next(self._places)), self._led
         for priority, lines in self._lines.items():

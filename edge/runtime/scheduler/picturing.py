@@ -1,4 +1,4 @@
-"""Runs prompts with pictures: a tile that the encoder has yet to see takes the turn of a chunk."""
+"""Runs prompts with pictures: encoding a tile takes the turn of one chunk."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .sequence import SequenceState
 
 
 class TokenSampler(Sampler):
-    """A `Sampler` that sees the tokens of a prompt alone: no penalty is about a picture."""
+    """A `Sampler` that sees only the tokens of a prompt: penalties do not apply to pictures."""
 
     def __init__(
         self, params: SamplingParams, vocab_size: int, prompt_ids: Sequence[int] = ()
     ) -> None:
-        """See `Sampler`."""
+        """Prepare as `Sampler` does, without the ids of pictures."""
         super().__init__(params, vocab_size, [id_ for id_ in prompt_ids if id_ < PICTURE_IDS])
 
 
 class PictureCore(EngineCore):
     """An `EngineCore` whose token table has rows of pictures, a `PictureTable`.
 
-    The rows are computed in its thread, a tile in each round, before the first chunk of what is
-    left of a prompt. So others wait for one tile at most, a request can end after each, and what is
-    in the cache is not computed at all.
+    The rows are computed in its thread, one tile in each round, before the first chunk of the rest
+    of a prompt. So others wait for at most one tile, a request can end after each, and rows in the
+    cache are not computed again.
     """
 
     sampler_type = TokenSampler
@@ -41,7 +41,7 @@ class PictureCore(EngineCore):
         return cast(PictureTable, self.steps.embeddings)
 
     def sequence(self, request: Request, sink: Sink, salt: str, now_s: float) -> SequenceState:
-        """Make a sequence; see `EngineCore.sequence`.
+        """Make a sequence, as `EngineCore.sequence` does.
 
         Raises:
             RequestError: it has rows of a picture that `Request.pictures` does not hold.

@@ -1,4 +1,4 @@
-"""Decides what to run next, from what steps have cost so far. Pure: no clock, no backend.
+"""Decides what to run next, from the measured times of steps. Pure: no clock, no backend.
 
 It answers two questions: how many tokens of a prompt to run between two decode steps
 (`Policy.chunk_tokens`), and whether one more sequence may join (`Policy.allows`). The answers come
@@ -12,12 +12,12 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 _NEWEST = 0.25  # weight of the newest time in a running mean
-_NEWEST_OF_MEAN = 0.05  # likewise, of a mean that takes slow times as they are
-FADE = 1 / 2048  # how fast the estimate of an option that is not taken falls, so it is tried again
-_PROMPT_SHARE = 0.9  # of the speed that a prompt has alone, which it keeps while others decode
+_NEWEST_OF_MEAN = 0.05  # the same, for a mean that takes slow times as they are
+FADE = 1 / 2048  # how fast the estimate of an unused option falls, so that it is tried again
+_PROMPT_SHARE = 0.9  # share of its speed alone that a prompt keeps while others decode
 _ALERT_STEPS = 2.0  # decode steps that a chunk may last while other clients are about
-_ALERT_CHUNK = 16  # tokens of a chunk then at least: smaller ones cost too much
-TICK_S = 1e-9  # no step takes no time, whatever the clock says
+_ALERT_CHUNK = 16  # least tokens of a chunk then: smaller ones cost too much
+TICK_S = 1e-9  # no step takes less, whatever the clock says
 
 
 @dataclass
@@ -29,7 +29,7 @@ class CostPoint:
 
     def observe(self, size: int, seconds: float) -> None:
         """Count a step."""
-        # A lone slow step (a page fault, a captured graph) must not count for long, so faster
+        # A single slow step (a page fault, a captured graph) must not count for long, so faster
         # times are believed sooner than slower ones.
         weight = _NEWEST if seconds > self.seconds else 2 * _NEWEST
         self.size += weight * (size - self.size)
@@ -39,10 +39,10 @@ class CostPoint:
 class CostCurve:
     """Seconds of a step by its size, as measured; between two sizes, a roofline through them.
 
-    A step reads all weights whatever its size and computes in proportion to it, so between two
-    measured sizes the time is taken as the greater of the smaller one's and the larger one's share.
-    Beyond the largest measured size its time is taken. Such an estimate can only be too low, and
-    then the step is measured and known.
+    A step reads all weights whatever its size, and computes in proportion to it. So between two
+    measured sizes the time is the greater of two values: the smaller one's time, and the larger
+    one's in proportion. Beyond the largest measured size its time is taken. Such an estimate can
+    only be too low, and then the step is measured and known.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class CostCurve:
         self._points[key].observe(size, seconds)
 
     def estimate(self, size: int) -> float | None:
-        """Seconds that a step of ``size`` should take; None before the first one."""
+        """Estimate the seconds of a step of ``size``; None before the first one."""
         if not self._keys:
             return None
         at = bisect_left(self._keys, _bucket(size))
@@ -74,7 +74,7 @@ class CostCurve:
 
     @property
     def largest_size(self) -> float:
-        """The largest measured size; 0 before any."""
+        """Return the largest measured size; 0 before any."""
         return self._points[self._keys[-1]].size if self._keys else 0.0
 
     def largest(self, seconds: float, limit: int) -> int:
@@ -95,9 +95,9 @@ class CostCurve:
         return low
 
     def fade(self, size: int) -> None:
-        """Lower a little the time of a step of ``size``, or of the next larger known size.
+        """Lower the time of a step of ``size``, or of the next larger known size, slightly.
 
-        A size that is passed over is not measured, so a time from a slow hour would stay for ever.
+        A size that is never chosen is not measured, so a time from a slow hour would stay forever.
         """
         at = bisect_left(self._keys, _bucket(size))
         if at < len(self._keys):
@@ -143,16 +143,16 @@ class StepCosts:
         self._plain[batch] = mean + _NEWEST_OF_MEAN * (seconds - mean)
 
     def mean_plain_s(self, batch: int) -> float | None:
-        """Mean seconds of a decode step, slow ones included; else the estimate, if there is one."""
+        """Return the mean seconds of a decode step with slow ones; else the estimate, if any."""
         return self._plain.get(batch, self.decode.estimate(batch))
 
 
 @dataclass
 class StepTimes:
-    """What the steps of the backend have taken so far.
+    """Times of the backend's steps so far.
 
     Attributes:
-        steps: how many there were.
+        steps: number of steps.
         model_s: seconds of the backend, and of a drafter whose time counts.
         newest_s: seconds of the newest step.
         ended_s: when the backend or the drafter last ended a piece of work, on the core's clock.
@@ -175,9 +175,9 @@ class StepTimes:
         self.most_tokens = max(self.most_tokens, tokens)
 
     def full_step_s(self, tokens: int) -> float | None:
-        """Seconds of the longest step, scaled to the ``tokens`` of a full step; None before any.
+        """Return seconds of the longest step, scaled to the ``tokens`` of a full step, or None.
 
-        A step reads all weights however few its tokens are, so scaled from a short one it is high.
+        A step reads all weights however few tokens it has, so scaling a short one gives too much.
         """
         if not self.most_tokens:
             return None
@@ -185,13 +185,13 @@ class StepTimes:
 
 
 class Policy:
-    """Decides what to run from measured costs.
+    """Decides what to run from measured times.
 
     Args:
         max_batch: sequences that run at once.
         step_tokens: most tokens of a prompt in one step.
-        target_itl_s: longest gap between two tokens of a stream; None aims at the most tokens per
-            second and short waits for the first one.
+        target_itl_s: longest gap between two tokens of a stream; None aims at many tokens per
+            second and a short time to the first one.
     """
 
     def __init__(self, max_batch: int, step_tokens: int, target_itl_s: float | None = None) -> None:
@@ -215,19 +215,20 @@ class Policy:
     def chunk_tokens(self, decoding: int, *, alert: bool = False) -> int:
         """Choose how many tokens of a prompt to run while ``decoding`` sequences wait for a token.
 
-        Without a target a prompt that nobody waits for runs in full steps. Beside others it gets a
-        share of the speed that it has alone, in the smallest chunks that give it: they are
-        efficient, and long enough that the decode step between two of them costs little. With a
-        target it gets what the target leaves.
+        Without a target, a prompt runs in full steps if nobody waits. Beside others it gets a share
+        of the speed that it has alone, in the smallest chunks that give it. These are efficient,
+        and long enough that the decode step between two of them costs little. With a target it gets
+        the time that the target leaves.
 
         Args:
             decoding: sequences that decode.
-            alert: whether other clients are about, for whose sake a chunk lasts a few decode steps.
+            alert: whether other clients are about; then a chunk lasts a few decode steps.
 
         Returns:
-            The tokens of the chunk; 0 where the prompt's next token should run in the decode step,
-            as one sequence more: if no chunk keeps the target, or if riding gives the prompt more
+            The tokens of the chunk. It is 0 if the prompt's next token should run in the decode
+            step, as one more sequence: no chunk keeps the target, or riding gives the prompt more
             tokens per second than a chunk that keeps it.
+            second than a chunk that keeps it.
         """
         if not (decoding or alert):
             return self.step_tokens
@@ -258,7 +259,7 @@ _UNMEASURED_CHUNK = 32
 
 
 def _bucket(size: int) -> int:
-    """The group in which a size is measured: alone up to 16, then four groups per doubling."""
+    """Return the group in which a size is measured: alone up to 16, then four per doubling."""
     if size <= 16:
         return size
     step = 1 << max(size.bit_length() - 3, 0)

@@ -1,8 +1,8 @@
-"""Runs texts of which only the last token's output is wanted: embeddings, and judged documents.
+"""Runs texts of which only the last token's output is needed: embeddings, and judged documents.
 
-Nothing is decoded, so a round is one prefill step. Texts of a like length run in it together, since
-a step reads all weights however few its tokens are: shorter ones are padded to the longest, and
-what padding writes is not counted and never read.
+Nothing is decoded, so a round is one prefill step. Texts of similar length run in it together,
+since a step reads all weights however few tokens it has. Shorter ones are padded to the longest;
+rows of padding are not counted and never read.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .roster import Roster
 from .sequence import SequenceState, slot_of
 
 NEUTRAL = SamplingParams(max_tokens=1).resolve(SamplingDefaults())
-"""What a request has as ``params`` where nothing is sampled."""
+"""The ``params`` of a request for which nothing is sampled."""
 
 
 class Pooled(NamedTuple):
-    """The output of a text's last token, float32 ``[width]``, and what it took."""
+    """The output of a text's last token, float32 ``[width]``, and its figures."""
 
     row: NDArray[np.float32]
     stats: GenerationStats
@@ -45,7 +45,7 @@ class RowSink:
 
     def __init__(self) -> None:
         self.future: Future[Pooled] = Future()
-        self.future.set_running_or_notify_cancel()  # a reader that gives up does not cancel it
+        self.future.set_running_or_notify_cancel()  # so that a reader cannot cancel it
         self._row: NDArray[np.float32] | None = None
 
     def take(self, row: NDArray[np.float32]) -> None:
@@ -53,7 +53,7 @@ class RowSink:
         self._row = row
 
     def progress(self, progress: PromptProgress) -> None:
-        """Refuse what no text asks for.
+        """Refuse progress, which no text requests.
 
         Raises:
             BackendError: always.
@@ -61,7 +61,7 @@ class RowSink:
         raise BackendError(f"{progress} was told where nobody asked; this is a bug")
 
     def push(self, token: SampledToken, reason: FinishReason | None) -> FinishReason | None:
-        """Refuse a token: there is none to come.
+        """Refuse a token, since none is sampled.
 
         Raises:
             BackendError: always.
@@ -86,8 +86,8 @@ class TextRoster(Roster):
     def _place(self, sequence: SequenceState) -> int:
         """Give the sequence a slot, and cached rows if they are most of it.
 
-        A text that continues rows runs alone in most engines, so it is not worth a first word that
-        it shares with another.
+        A text that continues rows runs alone in most engines. So sharing only a first word with
+        another text is not worth it.
         """
         placement = self.pool.place(sequence.ids, sequence.salt)
         assert placement is not None
@@ -96,7 +96,7 @@ class TextRoster(Roster):
         return self._move_in(sequence, placement._replace(cached=0, source=None))
 
     def scrub(self, slot: Slot, written: int, first: int = 0) -> None:
-        """Zero what the last step may have written, padding included; see `Roster`."""
+        """Zero the rows that the last step may have written, with padding, as `Roster` does."""
         super().scrub(slot, max(written, self.quantum), first)
 
 
@@ -104,10 +104,10 @@ class PoolingCore(EngineCore):
     """An `EngineCore` whose sequences end with their prompt; their sinks are `RowSink`."""
 
     roster_type = TextRoster
-    _sampler = Sampler(NEUTRAL, 1)  # of all sequences: nobody asks it
+    _sampler = Sampler(NEUTRAL, 1)  # of all sequences; it is never used
 
     def sequence(self, request: Request, sink: Sink, salt: str, now_s: float) -> SequenceState:
-        """Make a sequence; see `EngineCore.sequence`."""
+        """Make a sequence, as `EngineCore.sequence` does."""
         return SequenceState(request, self._sampler, sink, salt, now_s)
 
     def step(self) -> None:
@@ -121,7 +121,7 @@ class PoolingCore(EngineCore):
             self._run(first)
 
     def _run(self, first: SequenceState) -> None:
-        """Run a step of a text, and of those of its length that fit beside it."""
+        """Run a step of a text, and of texts of similar length that fit beside it."""
         batch = self._companions(first)
         limit = self.policy.step_tokens
         if len(batch) == 1:
@@ -144,9 +144,9 @@ class PoolingCore(EngineCore):
                 self._pool(sequence, output[0])
 
     def _companions(self, first: SequenceState) -> list[SequenceState]:
-        """The texts that run in a step with ``first``, which is one of them.
+        """Return the texts that run in a step with ``first``, which is one of them.
 
-        Those that have begun already run alone: where attention is one operator, the engine takes
+        Texts that have begun already run alone: with attention as one operator, the engine takes
         several tokens after others for one sequence at a time.
         """
         chosen, longest = [first], len(first.pending)
@@ -177,6 +177,6 @@ class PoolingCore(EngineCore):
             return
         sink = sequence.sink
         assert isinstance(sink, RowSink), "a text that is pooled has a RowSink"
-        sink.take(output.copy())  # the engine's next step overwrites it
+        sink.take(output.copy())  # a copy, since the engine's next step overwrites it
         sequence.stats.ttft_s = sequence.stats.total_s = self.now() - sequence.submitted_s
         self.delivery.finish(sequence, "stop")

@@ -1,4 +1,4 @@
-"""Defines what callers hand to the scheduler, what plugs into it, and its counters."""
+"""Defines what callers give to the scheduler, what plugs into it, and its counters."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _SEEDS = 1 << 64
 
 
 class Constraint(Protocol):
-    """Which tokens may come next; one object serves one sequence.
+    """Decides which tokens may come next; one object serves one sequence.
 
     Examples are a grammar, a JSON schema and a thinking budget. A constraint sees only tokens that
     were really sampled, so a rejected draft never has to be taken back.
     """
 
     def mask(self) -> NDArray[np.float32] | None:
-        """Return what to add to the next logits, ``[vocab]`` of 0 and -inf; None allows all.
+        """Return numbers to add to the next logits, ``[vocab]`` of 0 and -inf; None allows all.
 
         The array is valid until the next call. End tokens are masked like all others.
         """
@@ -41,7 +41,7 @@ class Constraint(Protocol):
 
 
 class Sink(Protocol):
-    """Takes what one sequence produces, in the engine's thread; never waits for a reader.
+    """Takes the output of one sequence, in the engine's thread; never waits for a reader.
 
     The engine calls `progress` any number of times if `Request.wants_progress`, `push` any number
     of times, then `finish` or `fail` once.
@@ -54,13 +54,13 @@ class Sink(Protocol):
         """Take one token.
 
         Args:
-            token: what was sampled.
+            token: the sampled token.
             reason: why this token is the last, as far as the engine knows: ``stop`` for an end
-                token, whose text is no part of the answer; None if more may follow.
+                token, whose text is not part of the answer; None if more may follow.
 
         Returns:
-            The reason given, or ``stop`` if the answer ends here with a stop string. Where it is
-            not None, `finish` is called next.
+            The given reason, or ``stop`` if the answer ends here with a stop string. If it is not
+            None, `finish` is called next.
 
         Raises:
             EdgeError: no more tokens are taken; the sequence ends with that error.
@@ -74,7 +74,7 @@ class Sink(Protocol):
 
 
 class Overflow(Protocol):
-    """Makes room in a full cache, so that a sequence can go on."""
+    """Makes room in a full cache, so that a sequence can continue."""
 
     def slide(self, rows: Floats, ids: list[int]) -> tuple[Floats, list[int]]:
         """Drop some rows of a full slot and let the others move up.
@@ -82,7 +82,7 @@ class Overflow(Protocol):
         Called in the engine's thread, for one sequence at a time.
 
         Args:
-            rows: what `Backend.read_slot` gave, ``[2 * layers, kv_heads, length, head_dim]``: keys
+            rows: rows from `Backend.read_slot`, ``[2 * layers, kv_heads, length, head_dim]``: keys
                 of layer ``i`` at ``2 * i``, rotated for the position of their row, and its values
                 at ``2 * i + 1``.
             ids: the token of each row, ``length`` of them.
@@ -97,7 +97,7 @@ class StoredPrefix(NamedTuple):
     """The rows of a prompt's beginning, kept outside the cache.
 
     Attributes:
-        length: how many tokens of the prompt it covers.
+        length: number of the prompt's tokens that it covers.
         load: returns the rows for `Backend.write_slot`, ``[2 * layers, kv_heads, length,
             head_dim]``, or None if they turn out to be damaged; called in the engine's thread.
     """
@@ -107,7 +107,7 @@ class StoredPrefix(NamedTuple):
 
 
 class PrefixSource(Protocol):
-    """Knows prefixes that are kept outside the cache, for example on disk."""
+    """Finds prefixes that are kept outside the cache, for example on disk."""
 
     def lookup(self, ids: Sequence[int]) -> StoredPrefix | None:
         """Find the longest stored prefix that ``ids`` begin with, whatever their salt.
@@ -119,13 +119,13 @@ class PrefixSource(Protocol):
 
 
 class PutAway(NamedTuple):
-    """What a sequence that was taken out of a scheduler needs to go on in any; see `Request.begun`.
+    """The state from which a sequence taken out of a scheduler continues, by `Request.begun`.
 
     Attributes:
-        seed: of its sampler, also where its parameters have none.
+        seed: seed of its sampler, also if its parameters have none.
         answer: the tokens sampled so far.
         pending: how many of the last tokens of prompt and answer have no row in ``kept``.
-        kept: its rows, for the same bundle, engine and scales alone; None where nothing has run.
+        kept: its rows, valid only for the same bundle, engine and scales; None if nothing has run.
     """
 
     seed: int
@@ -143,26 +143,26 @@ class Request:
         params: resolved sampling parameters (`SamplingParams.resolve`).
         end_ids: ids that end the answer.
         priority: lower runs first.
-        client: who asks; of equal priority, clients take turns, and the requests of each run in
-            order of arrival.
+        client: name of the client; at equal priority clients take turns, and the requests of each
+            run in order of arrival.
         deadline_s: seconds from submission after which the request ends with `DeadlineError`,
             waiting or running; None sets no limit.
         salt: sequences share cached prefixes only with those of the same salt, so that timing
             tells one tenant nothing about another's prompts.
-        adapter: what is added to the model's linears; sequences of different adapters share no
-            rows, whatever their salts.
+        adapter: adapter that is added to the model's linears; sequences of different adapters share
+            no rows, whatever their salts.
         constraint: decides which tokens may come next. It has state, so it serves one sequence.
         wants_progress: whether the sink is told of each change of the place in the queue, and of
             each percent of the prompt that has been read.
-        begun: what `Scheduler.put_away` returned of this request: it goes on, and the sink gets the
-            tokens to come. Prompt, parameters and end ids must be those of then, and the constraint
-            must have accepted the answer so far. Where ``kept`` is None, prompt and answer are read
-            anew.
-        on_logits: takes a chunk of the logits of the prompt's places, float32 ``[n, vocab]``, which
-            are valid during the call, and the first of these places; in the engine's thread. After
-            its prompt the sequence ends with ``length``, and nothing is sampled. An error that it
+        begun: state from `Scheduler.put_away` of this request: it continues, and the sink gets only
+            the tokens to come. Prompt, parameters and end ids must be the same as then, and the
+            constraint must have accepted the answer so far. If ``kept`` is None, prompt and answer
+            are read again.
+        on_logits: takes a chunk of the logits of the prompt's places, float32 ``[n, vocab]``, valid
+            during the call, and the first of these places; runs in the engine's thread. After its
+            prompt the sequence ends with ``length``, and nothing is sampled. An error that it
             raises ends the sequence.
-        pictures: what holds the rows of pictures among ``ids`` (`edge.vision.rows`).
+        pictures: objects that hold the rows of pictures among ``ids`` (`edge.vision.rows`).
     """
 
     ids: tuple[int, ...]
@@ -188,13 +188,13 @@ class Request:
 
 
 class SlotState(NamedTuple):
-    """What one slot of the cache holds.
+    """The contents of one slot of the cache.
 
     Attributes:
         in_use: whether a sequence runs in it.
-        rows: rows that hold tokens: of that sequence, or kept for reuse.
-        cached_rows: of these, rows that nobody had to compute for that sequence, or would have to
-            for the next one that begins with the same tokens.
+        rows: rows that hold tokens of that sequence, or that are kept for reuse.
+        cached_rows: number of these rows that nobody had to compute for that sequence, or would
+            have to for the next one that begins with the same tokens.
     """
 
     in_use: bool
@@ -209,13 +209,13 @@ class SchedulerStats:
     Attributes:
         running: sequences that hold a slot and compute.
         waiting: requests in the queue.
-        calls: pieces of work that need the engine for themselves, e.g. scoring, waiting or running.
-        queue_capacity: requests that the queue takes.
+        calls: work that needs the engine to itself, e.g. scoring, waiting or running.
+        queue_capacity: requests that the queue can hold.
         num_slots: slots of the cache.
         kv_used_tokens: cache rows that running sequences use.
         kv_cached_tokens: rows kept of finished sequences, for reuse.
         kv_capacity_tokens: rows of all slots.
-        slots: what each slot holds, by its number.
+        slots: contents of each slot, by its number.
         prompt_tokens: prompt tokens of all requests that ran.
         cached_tokens: prompt tokens that were in the cache already.
         completion_tokens: tokens that were sampled.
@@ -223,13 +223,13 @@ class SchedulerStats:
         drafted_tokens, accepted_tokens: tokens that speculative decoding ran, and that were right.
         draft_steps: decode steps for which tokens were drafted.
         draft_saved_s: seconds that drafts have saved so far against plain decode at its measured
-            pace, their own time counted; negative while they have cost more than they gave.
+            pace, with their own time; negative while they have cost more than they gave.
         drafts_failed: why nothing is drafted any more; None while the drafter works.
         steps: calls of the backend.
         last_step_s: monotonic clock when a step last ended; a heartbeat while anything runs.
-        full_step_s: seconds that a step with the most tokens allowed should take, at the pace of
-            the slowest step so far; None before the first step.
-        failed: why the backend can serve no more; None while it can.
+        full_step_s: expected seconds of a step with the most tokens allowed, at the pace of the
+            slowest step so far; None before the first step.
+        failed: why the backend cannot run any more; None while it can.
         outcomes: ended sequences by finish reason, ``deadline``, ``error`` or ``rejected``.
     """
 

@@ -1,4 +1,4 @@
-"""Holds the sequences that run and those that wait, and moves rows into and out of slots."""
+"""Holds the running and the waiting sequences, and moves rows into and out of slots."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .fair_queue import FairQueue
 from .request import PrefixSource
 from .sequence import SequenceState, slot_of
 
-_ALERT_S = 10.0  # a client may well come back within that time
+_ALERT_S = 10.0  # a client may well come back within this time
 
 
 class Roster:
-    """The sequences that run and those that wait, and the rows of the former.
+    """The running and the waiting sequences, and the rows of the former.
 
     Args:
         backend: the engine, whose rows are moved.
-        pool: the books of its slots.
-        quantum: see `FairQueue`.
+        pool: tracks its slots.
+        quantum: tokens of a client's turn, for `FairQueue`.
         prefix_store: prefixes that are kept outside the cache.
-        reuse_prefix: whether the rows of a sequence that ends stay for others.
+        reuse_prefix: whether the rows of an ended sequence stay for others.
         now: returns monotonic seconds.
 
     Attributes:
@@ -52,27 +52,27 @@ class Roster:
         self.clear()
 
     def clear(self) -> None:
-        """Forget every sequence without a word to anyone."""
+        """Drop every sequence without notifying its reader."""
         self.running: list[SequenceState] = []
         self.waiting = FairQueue(self.quantum)
 
     @property
     def busy(self) -> set[str]:
-        """Clients of which a sequence runs."""
+        """Return the clients of which a sequence runs."""
         return {sequence.request.client for sequence in self.running}
 
     @property
     def aside_rows(self) -> int:
-        """Rows of all that was put aside."""
+        """Return the number of rows that were put aside."""
         return sum(len(sequence.aside.ids) for sequence in self.waiting if sequence.aside)
 
     @property
     def is_crowded(self) -> bool:
-        """Whether so much is aside that it should go on before more is started."""
+        """Whether so much is aside that it should continue before more is started."""
         return 2 * self.aside_rows > self.backend.capacity
 
     def see(self, client: str) -> None:
-        """Note that a client has come, or an answer of it has ended."""
+        """Note that a client has come, or that an answer of it has ended."""
         before = [each for each in self._seen.items() if each[0] != client]
         self._seen = dict([*before[-1:], (client, self._now())])
 
@@ -86,7 +86,7 @@ class Roster:
     # ------------------------------------------------------------------ coming and going
 
     def enter(self, sequence: SequenceState) -> int:
-        """Have a sequence that waits run, with the rows that are there for it.
+        """Make a waiting sequence run, with the rows that are there for it.
 
         Returns:
             How many of its tokens have a row.
@@ -100,11 +100,11 @@ class Roster:
         return self._place(sequence) if kept is None else self._bring_back(sequence, kept)
 
     def put_aside(self, sequence: SequenceState) -> None:
-        """Have a running sequence wait with its rows.
+        """Make a running sequence wait with its rows.
 
         Raises:
-            EdgeError: they cannot be read; it runs on.
-            MemoryError: they have no room outside the cache; likewise.
+            EdgeError: the rows cannot be read; it continues to run.
+            MemoryError: there is no room for them outside the cache; it continues to run.
         """
         slot = slot_of(sequence)
         sequence.aside = self.keep_rows(slot)
@@ -114,7 +114,7 @@ class Roster:
         self.running.remove(sequence)
 
     def leave(self, sequence: SequenceState, *, sound: bool) -> None:
-        """Take a sequence out that has ended; only ``sound`` rows stay for others."""
+        """Take out an ended sequence; only ``sound`` rows stay for others."""
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         if sequence.slot is not None:
             self._give_back(sequence, sequence.slot, keep=sound and self.reuse_prefix)
@@ -129,13 +129,13 @@ class Roster:
         return KeptRows.of(slot, self.backend.read_slot(slot.index, slot.length))
 
     def scrub(self, slot: Slot, written: int, first: int = 0) -> None:
-        """Zero spoilt rows from ``first`` on, those that the last step may have written included.
+        """Zero spoilt rows from ``first`` on, and rows that the last step may have written.
 
-        See `zero_rows`.
+        `zero_rows` does it.
         """
         if self.backend.failed is not None:
             return
-        # A backend that cannot even write will say so in its next step.
+        # A backend that cannot even write will report it in its next step.
         with contextlib.suppress(EdgeError):
             zero_rows(self.backend, slot.index, min(written, slot.capacity), first)
 
@@ -152,7 +152,7 @@ class Roster:
             ids = []  # the logits of rows that are there already are lost
         placement = self.pool.place(ids, sequence.salt)
         assert placement is not None
-        # Stored rows are those of the model alone.
+        # Stored rows are those of the model without an adapter.
         store = self._prefix_store if sequence.request.adapter is None else None
         stored = store.lookup(ids) if store else None
         cached = self.pool.usable(stored.length, ids) if stored is not None else 0
@@ -164,7 +164,7 @@ class Roster:
     def _bring_back(self, sequence: SequenceState, kept: KeptRows) -> int:
         """Give a sequence that was aside a slot with its rows; returns how many it has.
 
-        They are written also where a slot has rows of the same tokens: those may differ in bits.
+        They are written even if a slot has rows of the same tokens, whose bits may differ.
         """
         placement = self.pool.place([], sequence.salt)
         assert placement is not None

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 _Job: TypeAlias = tuple[Future[object], Callable[[EngineCore], object]]
 _log = logging.getLogger(__name__)
-_FIRST_RETRY_S = 1.0  # what a refused caller is told before anything has finished
+_FIRST_RETRY_S = 1.0  # told to a refused caller before anything has finished
 _FORKED = (
     "this process was forked from the one that loaded the bundle, and engines do not survive that; "
     "load the bundle in this process"
@@ -53,7 +53,7 @@ class Scheduler:
         config: how many sequences run at once and wait, how long a step may be, and what is kept.
             Slots beyond ``max_batch`` hold prefixes. Without ``reuse_prefix`` only the samples of
             one submission share their prompt.
-        overflow: what to do when a slot is full; None ends the sequence with ``length``.
+        overflow: makes room when a slot is full; None ends the sequence with ``length``.
         drafter: guesses tokens of all sequences; None runs without speculation.
         prefix_store: prefixes that are kept outside the cache.
         pools: whether sequences end with their prompt, and sinks are `RowSink`.
@@ -96,12 +96,12 @@ class Scheduler:
 
     @property
     def max_batch(self) -> int:
-        """Number of sequences that run at once."""
+        """Return the number of sequences that run at once."""
         return self._core.policy.max_batch
 
     @property
     def drafting(self) -> bool:
-        """Whether a drafter is asked at all; may be set at any time, to compare."""
+        """Whether the drafter is used; may be set at any time, to compare."""
         return self._core.drafting is not None and self._core.drafting.enabled
 
     @drafting.setter
@@ -115,19 +115,20 @@ class Scheduler:
         The engine's thread ends with this scheduler, so a reader of a sink must keep the scheduler.
 
         Args:
-            requests: one per sequence; `Request.sample` makes several of one.
-            sinks: for each request, what takes its tokens.
+            requests: one per sequence; `Request.sample` makes several from one.
+            sinks: for each request, the sink of its tokens.
 
         Returns:
             The sequences, in order; set ``cancelled`` to end one within a step.
 
         Raises:
-            OverloadError: the queue is full and no other client has more in it, or the scheduler
-                drains. Where another has, the newest that wait of the one with most end with it.
-            RequestError: an empty prompt, an id outside the vocabulary, no request or too many, a
-                sink or constraint given twice.
+            OverloadError: the scheduler drains, or the queue is full and no other client has more
+                in it. If another client has, the newest waiting requests of the one with most end
+                with this error instead.
+            RequestError: a prompt is empty, an id is outside the vocabulary, there are no or too
+                many requests, or a sink or constraint is given twice.
             ContextLengthError: the prompt does not fit into a slot.
-            BackendError: the backend can serve no more, or the scheduler is closed.
+            BackendError: the backend cannot run any more, or the scheduler is closed.
         """
         self.check_count(len(requests))
         for request in requests:
@@ -135,7 +136,7 @@ class Scheduler:
         constraints = [r.constraint for r in requests if r.constraint is not None]
         if any(len(set(map(id, given))) < len(given) for given in (constraints, sinks)):
             raise RequestError("a constraint or sink follows one sequence; give each its own")
-        # Without reuse, only what is submitted together shares rows.
+        # Without reuse, only requests that are submitted together share rows.
         number = next(self._submissions)
         group = "" if self._core.roster.reuse_prefix else f"\0{number}"
         now = self._core.now()
@@ -149,32 +150,32 @@ class Scheduler:
     def call(self, work: Callable[[], _Result]) -> _Result:
         """Run ``work`` in the engine's thread while no sequence runs, and wait for it.
 
-        ``work`` may use the backend as it likes; cached prefixes are forgotten. Running sequences
-        finish first. Of those that wait when it ends, as many as run at once come before the next
-        call. It reports its steps with `report_step`; otherwise the engine looks as if it hangs. A
+        ``work`` may use the backend freely; cached prefixes are dropped. Running sequences finish
+        first. When it ends, as many waiting sequences as run at once come before the next call.
+        ``work`` must report its steps with `report_step`; otherwise the engine seems to hang. A
         call made within ``work`` runs at once.
 
         Raises:
             BackendError: the scheduler is closed.
-            Whatever ``work`` raises.
+            Exception: any error of ``work``.
         """
         return cast(_Result, self._thread.call(work).result())
 
     def put_away(
         self, sequences: Sequence[SequenceState], timeout_s: float
     ) -> list[PutAway | None]:
-        """Take sequences out, so that they go on later, with the same tokens, in any process.
+        """Take sequences out, so that they can continue later with the same tokens in any process.
 
-        That is done between two rounds, whether they run, wait or are aside. Their sinks get what
-        has been sampled and the end ``cancelled``. To let one go on, submit its request again with
-        `Request.begun`; its deadline and times begin anew.
+        It happens between two rounds, whether they run, wait or are aside. Their sinks get the
+        tokens sampled so far and the end ``cancelled``. To continue one, submit its request again
+        with `Request.begun`; its deadline and times begin anew.
 
         Args:
-            sequences: what `submit` returned.
-            timeout_s: seconds to wait for the round that runs.
+            sequences: sequences from `submit`.
+            timeout_s: seconds to wait for the current round.
 
         Returns:
-            For each sequence, in order, what it needs to go on; None if it has ended.
+            For each sequence, in order, the state from which it continues; None if it has ended.
 
         Raises:
             BackendError: the scheduler is closed, the engine failed, or it ended no round in time.
@@ -231,7 +232,7 @@ class Scheduler:
         """Take no more requests and wait for those that are there.
 
         Args:
-            timeout_s: seconds to wait at most; None sets no limit.
+            timeout_s: most seconds to wait; None sets no limit.
 
         Returns:
             Whether all ended in time.
@@ -251,7 +252,7 @@ class Scheduler:
         """Refuse a number of answers that can never be submitted together.
 
         Raises:
-            RequestError: no integer, less than one, or more than may run and wait.
+            RequestError: it is not an integer, less than one, or more than may run and wait.
         """
         given: object = n
         if isinstance(given, bool) or not isinstance(given, Integral) or n < 1:
@@ -264,11 +265,12 @@ class Scheduler:
             )
 
     def _check(self, request: Request) -> None:
-        """Refuse what can never run, in the caller's thread."""
+        """Refuse, in the caller's thread, a request that can never run."""
         num_tokens, capacity = len(request.ids), self._core.backend.capacity
         if (begun := request.begun) is not None:
             _check_begun(request, begun)
-            # What has slid has fewer rows than tokens, and a full slot slides before the next one.
+            # A slot that has slid has fewer rows than tokens, and a full one slides before the
+            # next.
             kept = begun.kept
             num_tokens = num_tokens + len(begun.answer) if kept is None else len(kept.ids) - 1
         if not request.ids:
@@ -299,7 +301,7 @@ def _check_begun(request: Request, begun: PutAway) -> None:
 
 
 class _EngineThread:
-    """The thread, and what callers share with it, all guarded by one condition.
+    """The thread, and the state that callers share with it, all guarded by one condition.
 
     It holds no reference to the scheduler, so a scheduler that is dropped ends it.
     """
@@ -332,13 +334,13 @@ class _EngineThread:
             self._changed.notify_all()
 
     def _make_room(self, sequences: list[SequenceState], most: int) -> None:
-        """Drop the newest submissions that wait of the clients that have most waiting.
+        """Drop the newest waiting submissions of the clients that have most waiting.
 
-        Of one that has partly started, that is what has not; what was put aside is kept. Cancelled
-        ones count as gone.
+        If a submission has partly started, only its other sequences are dropped, and sequences that
+        were put aside are kept. Cancelled ones count as gone.
 
         Raises:
-            OverloadError: that is the client that comes; nothing was dropped.
+            OverloadError: the client with most is the one that comes; nothing was dropped.
         """
         roster = self._core.roster
         waiting = [s for s in (*roster.waiting, *self._inbox) if not (s.dropped or s.cancelled)]
@@ -372,7 +374,7 @@ class _EngineThread:
             )
 
     def call(self, work: Callable[[], object]) -> Future[object]:
-        """Queue work that needs the backend for itself; that of a call in this thread runs now."""
+        """Queue work that needs the backend for itself; from this thread it runs at once."""
         if threading.current_thread() is not self._thread:
             return self._queue(self._calls, lambda core: core.call(work))
         if not self._in_call:  # in the queue it would wait for itself
@@ -384,7 +386,7 @@ class _EngineThread:
         return future
 
     def between(self, work: Callable[[EngineCore], object]) -> Future[object]:
-        """Have work done between two rounds, whatever runs."""
+        """Do work between two rounds, whatever runs."""
         return self._queue(self._between, work)
 
     def _queue(self, queue: deque[_Job], work: Callable[[EngineCore], object]) -> Future[object]:
@@ -397,13 +399,13 @@ class _EngineThread:
         return future
 
     def load(self) -> tuple[int, int]:
-        """Sequences that wait and that run."""
+        """Return how many sequences wait and how many run."""
         with self._changed:
             return len(self._inbox) + len(self._core.roster.waiting), len(self._core.roster.running)
 
     @property
     def num_calls(self) -> int:
-        """Calls that wait or run."""
+        """Return how many calls wait or run."""
         with self._changed:
             return len(self._calls) + self._in_call
 
@@ -436,7 +438,7 @@ class _EngineThread:
     def _start(self) -> None:
         """Start the thread if it does not run; call it before anything is queued."""
         if self._thread is None:
-            # It is a daemon, since a program that forgets `close` would never end otherwise; and
+            # It is a daemon, since otherwise a program that forgets `close` would never end. And
             # `close` runs at exit, since the interpreter would be torn down around a running step.
             thread = threading.Thread(target=self._run, name="edge-llm-engine", daemon=True)
             try:
@@ -450,7 +452,7 @@ class _EngineThread:
             atexit.register(self.close)
 
     def give_up_after_fork(self) -> None:
-        """In a child process: the thread is not there, and may have held the lock."""
+        """Give up in a child process: the thread is missing, and may have held the lock."""
         self._changed = threading.Condition()
         self._thread = None
         self._inbox.clear()
@@ -469,21 +471,21 @@ class _EngineThread:
                 if failed is not None:
                     self._core.end_all(BackendError(f"the engine failed: {failed}"))
         except BaseException as error:  # noqa: BLE001 - the fault of no one sequence: all end
-            # A panic in a library of Rust is no Exception, and nobody sees a thread's exit.
+            # A panic in a Rust library is not an Exception, and nobody sees a thread's exit.
             _log.exception("the engine's thread failed")
             self.failed = f"{type(error).__name__}: {error}"
         finally:
             self._end()
 
     def _take_work(self) -> bool:
-        """Wait for something to do and take in what came; returns false when closing."""
+        """Wait for work and take in new sequences; returns false when closing."""
         while True:
             call = None
             with self._changed:
                 while self._core.is_idle and not (
                     self._closing or self._inbox or self._calls or self._between
                 ):
-                    self._changed.notify_all()  # those who drain
+                    self._changed.notify_all()  # wakes threads that drain
                     self._changed.wait()
                 if self._closing:
                     return False
@@ -504,7 +506,7 @@ class _EngineThread:
                 _settle(*call, self._core)
             finally:
                 self._in_call = False
-            # Callers in a loop would starve sequences, and these the callers.
+            # Callers in a loop would starve sequences, and these would starve the callers.
             self._core.turn = min(self.load()[0], self._core.policy.max_batch)
 
     def _end(self) -> None:

@@ -1,4 +1,4 @@
-"""What the core knows of one sequence while it waits and runs."""
+"""Holds the state of one sequence while it waits and runs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class SequenceState:
     """The state of one sequence between submission and end.
 
     Attributes:
-        request: what was asked for.
-        sink: where its tokens go.
+        request: the request.
+        sink: the sink of its tokens.
         ids: prompt and answer so far.
         pending: tokens that must run before the next can be sampled.
         slot: the sequence's slot while it runs, else None.
-        aside: its rows while it waits to go on; else None.
+        aside: its rows while it waits to continue; else None.
         arrival: its place in the order of arrivals; None before it is queued.
-        is_newcomer: see `FairQueue`; true until it has started.
+        is_newcomer: whether it may come before others, as in `FairQueue`; true until it starts.
         came_back: whether it has been put aside before.
-        cancelled: anyone may set it at any time.
-        dropped: the error that ends it unless it has started; likewise.
-        submission: the number of what it was submitted with.
+        cancelled: whether to end it; anyone may set it at any time.
+        dropped: the error that ends it unless it has started; anyone may set it at any time.
+        submission: the number of its submission.
         deadline_s: time on the core's clock; None without a deadline.
     """
 
@@ -45,7 +45,7 @@ class SequenceState:
         self.aside: KeptRows | None = None
         self.arrival: int | None = None
         self.is_newcomer = self.came_back = False
-        self.began_at = 0  # tokens that had run when it started or went on
+        self.began_at = 0  # tokens that had run when it started or continued
         self.cancelled = False
         self.dropped: EdgeError | None = None
         self.submission = 0
@@ -57,19 +57,19 @@ class SequenceState:
         self.draft: list[int] = []
         self.offered = 0  # tokens that could be drafted for this step
         self.acceptance = 0.0
-        self.verdicts = 0  # on its drafts
-        self.told: tuple[int | None, int] | None = None  # what its sink knows of its progress
+        self.verdicts = 0  # number of verdicts on its drafts
+        self.told: tuple[int | None, int] | None = None  # progress that its sink was told
         self._mask: NDArray[np.float32] | None = None
-        self._masked = False  # whether that is the next token's
+        self._masked = False  # whether `_mask` is the next token's
 
     def mask(self) -> NDArray[np.float32] | None:
-        """The mask of the next token, which its constraint computes once."""
+        """Return the mask of the next token, which its constraint computes once."""
         if not self._masked and self.request.constraint is not None:
             self._mask, self._masked = self.request.constraint.mask(), True
         return self._mask
 
     def accept(self, token_id: int) -> None:
-        """Let its constraint see what was drawn."""
+        """Let its constraint see the drawn token."""
         if self.request.constraint is not None:
             self._masked = False
             self.request.constraint.accept(token_id)
@@ -81,7 +81,7 @@ class SequenceState:
 
     @property
     def ran(self) -> int:
-        """Number of tokens that have run since it started or went on."""
+        """Return the number of tokens that have run since it started or continued."""
         return len(self.ids) - len(self.pending) - self.began_at
 
     @property
@@ -91,12 +91,12 @@ class SequenceState:
 
     @property
     def tokens_left(self) -> int | None:
-        """Number of tokens that it may still sample; None without a limit."""
+        """Return the number of tokens that it may still sample; None without a limit."""
         limit = self.request.params.max_tokens
         return None if limit is None else limit - self.stats.completion_tokens
 
 
 def slot_of(sequence: SequenceState) -> Slot:
-    """The slot of a sequence that runs."""
+    """Return the slot of a running sequence."""
     assert sequence.slot is not None, "the sequence does not run"
     return sequence.slot

@@ -1,4 +1,4 @@
-"""Runs the steps of the backend, judges the rows of logits that come of them, and draws tokens."""
+"""Runs the steps of the backend, checks the resulting logits, and draws tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Rows: TypeAlias = NDArray[np.float32] | list[BestLogits]
 _OnLogits: TypeAlias = Callable[[int, NDArray[np.float32]], None]
 _MOST_LOGITS = 64  # places of a chunk: 39 MB at a vocabulary of 151,936
 SHORT = 31
-"""Tokens that no engine's attention cuts into blocks."""
+"""Most tokens that no engine's attention cuts into blocks."""
 
 
 class Steps:
@@ -34,10 +34,11 @@ class Steps:
 
     Args:
         embeddings: the token table.
-        delivery: takes what is drawn, and ends sequences.
-        policy: learns what steps cost.
-        overflow: makes room in a full slot; None where a full slot ends its sequence.
-        blocks: leave no token of a prompt alone, see `even_chunk`; 0 where that changes no bits.
+        delivery: takes drawn tokens, and ends sequences.
+        policy: learns the times of steps.
+        overflow: makes room in a full slot; None if a full slot ends its sequence.
+        blocks: block size with which `even_chunk` leaves no token of a prompt alone; 0 if that
+            changes no bits.
     """
 
     def __init__(
@@ -105,8 +106,8 @@ class Steps:
     ) -> list[Rows] | None:
         """Run a step; if it fails, its sequences end with the error and None is returned.
 
-        Of a step that succeeds, those end whose first token has a NaN, and drafts from one on are
-        dropped: what is returned of a sequence ends before it.
+        After a step that succeeds, sequences whose first token has a NaN end. Drafts are cut before
+        the first NaN, and so are the returned logits.
         """
         slots = [slot_of(sequence) for sequence in sequences]
         lengths = [slot.length for slot in slots]
@@ -130,7 +131,7 @@ class Steps:
         self._account(slots, tokens, 0 if whole else len(wanted[0]), self._now() - started)
         found: list[Rows] = []
         for sequence, slot, length, rows in zip(sequences, slots, lengths, logits, strict=True):
-            sound = _count_sound(rows)  # also where nothing is drawn
+            sound = _count_sound(rows)  # also if nothing is drawn
             if not sound:
                 self._spoil(sequence, slot, length + seq, non_finite(np.nan))
             elif sound < len(rows):
@@ -141,13 +142,13 @@ class Steps:
     def _account(
         self, slots: list[Slot], tokens: list[list[int]], places: int, seconds: float
     ) -> None:
-        """Count a step that has just run, and learn what it cost.
+        """Count a step that has just run, and learn from its time.
 
         Args:
-            slots: whose rows it wrote.
-            tokens: of each, those that ran.
-            places: of each, how many rows of logits were drawn from.
-            seconds: what it took.
+            slots: slots whose rows it wrote.
+            tokens: tokens of each that ran.
+            places: number of rows of logits of each that were drawn from.
+            seconds: time of the step.
         """
         batch, seq = len(tokens), len(tokens[0])
         self.delivery.times.count(batch * seq, seconds, self._now())
@@ -158,13 +159,13 @@ class Steps:
             self.policy.costs.prefill.observe(seq, seconds)
 
     def _advance(self, sequences: list[SequenceState], logits: list[Rows]) -> None:
-        """Count the token of each that has run, and draw what comes after it."""
+        """Count the token of each that has run, and draw the next one."""
         for sequence, rows in zip(sequences, logits, strict=True):
             if sequence.cancelled or sequence.ended:  # by a stop string that was found meanwhile
                 continue
             slot_of(sequence).extend(sequence.pending[:1])
             rides = len(sequence.pending) > 1
-            if rides or not sequence.stats.completion_tokens:  # a prompt's token
+            if rides or not sequence.stats.completion_tokens:  # it was a prompt's token
                 sequence.pending = sequence.pending[1:]
                 self.delivery.tell_read(sequence)
             if not (rides or sequence.ended):
@@ -192,7 +193,7 @@ class Steps:
     def _hand_on(
         self, sequence: SequenceState, on_logits: _OnLogits, logits: Rows, count: int
     ) -> bool:
-        """Give a prompt's logits to whoever wants them; returns false if that ended it."""
+        """Pass a prompt's logits to its ``on_logits``; returns false if that ended it."""
         if len(logits) < count:
             self.delivery.fail(sequence, non_finite(np.nan))
             return False
@@ -214,7 +215,7 @@ class Steps:
             self.delivery.fail(sequence, error)
 
     def _has_room(self, sequence: SequenceState) -> bool:
-        """Whether the next token has a row; makes one where the slot is full."""
+        """Whether the next token has a row; makes one if the slot is full."""
         slot = slot_of(sequence)
         if slot.remaining:
             return True
@@ -236,12 +237,12 @@ class Steps:
         return True
 
     def _slide(self, slot: Slot, ids: list[int]) -> None:
-        """Count the rows that a full slot has left."""
+        """Update the slot after a slide; ``ids`` are the tokens of the rows that are left."""
         slot.ids = ids
 
 
 def _count_sound(rows: Rows) -> int:
-    """Count the rows before the first that came of a NaN; the last token saw all before it."""
+    """Count the rows before the first with a NaN; the last token attends to all before it."""
     if is_sound(rows[-1]):
         return len(rows)
     return next(place for place, row in enumerate(rows) if not is_sound(row))
@@ -250,14 +251,14 @@ def _count_sound(rows: Rows) -> int:
 def even_chunk(pending: int, limit: int, blocks: int = 2) -> int:
     """Choose a chunk of about ``limit`` of two or more ``pending`` tokens that leaves none alone.
 
-    An engine may compute a lone token in other bits than one of several, also the odd one that its
-    attention leaves behind blocks of 32 tokens or more. So long prompts run in even chunks, and
-    those that may leave such a one end with three.
+    An engine may compute a lone token with other last bits than one of several. The same holds for
+    the odd token that its attention leaves after blocks of 32 tokens or more. So long prompts run
+    in even chunks, and chunks that may leave such a token end with three.
 
     Args:
         pending: tokens that are left of the prompt.
         limit: tokens of the chunk.
-        blocks: what the size of any block is a multiple of.
+        blocks: number of which any block size is a multiple.
     """
     if pending <= max(limit, 3) and (pending <= SHORT or pending % blocks != 1):
         return pending
