@@ -15,7 +15,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGES: tuple[str, ...] = ("edge_fleet", "edge_lab", "edge_serve", "engines", "export", "scripts")
+PACKAGES: tuple[str, ...] = (
+    "edge",
+    "edge_fleet",
+    "edge_lab",
+    "edge_serve",
+    "engines",
+    "export",
+    "scripts",
+)
 """Packages that `scripts/check` holds to it."""
 MOST_WORDS = 30
 _ENTRY = re.compile(r"^\s*(?:\*{0,2}[\w.]+(?:, \*{0,2}[\w.]+)*|``[^`]+``(?:, ``[^`]+``)*): +(\w+)")
