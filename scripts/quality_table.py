@@ -32,7 +32,10 @@ def records() -> list[dict[str, Any]]:
     """Return all records: a model first, and then the same model off its grid."""
     paths = sorted(RECORDS.glob("*.json"), key=lambda path: path.stem)
     found = [json.loads(path.read_text("utf-8")) for path in paths]
-    return [each for each in found if "rows" in each]  # others have pages of their own
+    # Files of other scripts have other rows.
+    return [
+        each for each in found if all("bits_per_weight" in row for row in each.get("rows", [{}]))
+    ]
 
 
 def page(text: str, found: Sequence[dict[str, Any]]) -> str:
