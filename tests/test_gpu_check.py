@@ -346,7 +346,7 @@ def test_every_fault_keeps_the_report_from_passing(name: str, tmp_path: Path):
     assert problem in text
 
 
-def test_what_comes_after_a_failed_build_is_skipped_and_other_rows_go_on(tmp_path: Path):
+def test_cells_after_a_failed_build_are_skipped_and_other_rows_go_on(tmp_path: Path):
     _, report = check(tmp_path, Steps(int4_build=failing("no kernel")))
     found = verdicts(report)
     assert found["int4 export"] == "passed"

@@ -57,7 +57,7 @@ CORPUS = sorted((Path(__file__).parent / "fuzz" / "corpus").glob("*/*"))
 
 
 @pytest.mark.parametrize("file", CORPUS, ids=lambda file: f"{file.parent.name}-{file.name}")
-def test_what_was_found_once_stays_mended(file: Path, tmp_path: Path):
+def test_mended_faults_stay_mended(file: Path, tmp_path: Path):
     """Each of these took minutes or gigabytes, or ended in a traceback or an abort, before."""
     before_s = time.monotonic()
     is_taken = READERS[file.parent.name].try_bytes(file.read_bytes(), tmp_path)
@@ -137,7 +137,7 @@ def test_wrong_values(name: str, tmp_path: Path, edits: list[tuple[list[int], An
         b"null",
     ],
 )
-def test_what_is_none_at_all(name: str, data: bytes, tmp_path: Path):
+def test_files_without_any_structure(name: str, data: bytes, tmp_path: Path):
     reader = READERS[name]
     check(reader, data, tmp_path)
 

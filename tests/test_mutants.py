@@ -82,7 +82,7 @@ def toy(tmp_path: Path) -> Path:
     return root
 
 
-def test_what_becomes_of_a_mutant(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_outcome_of_a_mutant(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mutants = [
         KILLED,
         SURVIVOR,

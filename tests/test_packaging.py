@@ -440,7 +440,7 @@ def test_nothing_installs_what_compiles_llama_cpp():
     assert named == {"lock", "smollm2.py"}  # all others go by the lock file
 
 
-def test_what_the_security_page_names_is_there():
+def test_names_on_the_security_page_exist():
     text = (ROOT / "SECURITY.md").read_text("utf-8")
     named = re.findall(r"`((?:tests|scripts)/[\w/.-]+)", text)
     assert len(named) > 10

@@ -94,7 +94,7 @@ def test_a_former_text_counts_in_no_mean_of_the_ten():
     assert cells(found, "int4") == {**before, "KL, former five": "0.5000"}
 
 
-def test_what_is_served_is_a_column_where_all_texts_have_it():
+def test_served_figures_are_a_column_if_all_texts_have_them():
     found = a_record()
     texts = found["rows"][0]["texts"]
     for name in TEXTS:
@@ -103,7 +103,7 @@ def test_what_is_served_is_a_column_where_all_texts_have_it():
     assert cells(found, "int4")["KL, as the CPU serves it"] == "0.2500"
 
 
-def test_what_a_model_off_its_grid_is_is_said():
+def test_the_page_explains_a_model_off_its_grid():
     about = {"steps": 129, "loss_before": 3.0, "loss_after": 2.5, "moved_steps": 0.4}
     text = quality_table.tables([{**a_record(), "off_grid": about}])
     for part in ("129 steps", "3.00 before, 2.50 after", "0.40 steps of the grid"):

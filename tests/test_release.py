@@ -143,12 +143,12 @@ def test_the_address_is_written_where_it_is_missing(repository: Path, tmp_path: 
 @pytest.mark.parametrize(
     "url", [URL, "git@host:edge/llm.git", "ssh://git@host/llm", "file:///srv/x"]
 )
-def test_what_git_clones_is_an_address(url: str):
+def test_an_address_that_git_clones_is_accepted(url: str):
     assert release.check_repository(url) == url
 
 
 @pytest.mark.parametrize("url", ["", "llm", "https://a b", 'https://a"b', "host/llm.git"])
-def test_what_git_does_not_clone_is_no_address(url: str):
+def test_an_address_that_git_does_not_clone_is_refused(url: str):
     with pytest.raises(ReleaseError, match="git remote get-url origin"):
         release.check_repository(url)
 
@@ -424,7 +424,7 @@ def test_a_python_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch, tmp
         release_proof.find_pythons((here, "3.2"))
 
 
-def test_what_follows_a_failure_is_left_out_and_the_reason_is_told(
+def test_steps_after_a_failure_are_left_out_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     def fails(machine: Machine) -> None:

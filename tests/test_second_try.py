@@ -88,7 +88,7 @@ def test_two_failures_fail(tmp_path: Path):
     assert (tmp_path / "never").read_text() == "xx"
 
 
-def test_what_is_not_marked_or_fails_in_a_fixture_runs_once(tmp_path: Path):
+def test_unmarked_tests_and_failing_fixtures_run_once(tmp_path: Path):
     text = (
         "\ndef test_plain():\n    assert tries('plain') >= 2\n"
         "\n@pytest.mark.timing\ndef test_broken(broken): pass\n"

@@ -99,7 +99,7 @@ def test_systemd_has_nothing_to_say_against_a_unit(unit: str, units: Path):
 
 @needs_systemd
 @pytest.mark.parametrize("name", DROP_INS)
-def test_nor_against_a_drop_in(name: str, units: Path):
+def test_a_drop_in_is_checked_too(name: str, units: Path):
     directory = units / "edge-llm@.service.d"
     directory.mkdir()
     shutil.copy(UNITS / f"{name}.conf", directory)
@@ -481,7 +481,9 @@ def test_a_bundle_that_the_service_cannot_read_is_named(tmp_path: Path, visible:
 
 
 @pytest.mark.parametrize("engines", ["engines", "engines/x"])
-def test_so_is_an_engine_that_root_has_built_since(engines: str, tmp_path: Path, visible: Path):
+def test_an_engine_that_root_built_since_must_be_readable(
+    engines: str, tmp_path: Path, visible: Path
+):
     """As by the documented steps, under a umask that takes the rights of others."""
     arguments = ("r1", "--bundle", str(visible), "--no-venv")
     assert install(tmp_path, *arguments).returncode == 0
@@ -721,7 +723,7 @@ def test_pycuda_comes_from_where_the_user_told_pip_to_look(tmp_path: Path):
         ("bin/g++", r"g\+\+ .*apt-get install build-essential"),
     ],
 )
-def test_what_compiling_pycuda_needs_is_checked_first(tmp_path: Path, lacks: str, says: str):
+def test_requirements_of_compiling_pycuda_are_checked_first(tmp_path: Path, lacks: str, says: str):
     tools = Toolchain(tmp_path)
     (tmp_path / lacks).unlink()
     done = tools.run(CUDA_ROOT=str(tools.cuda))

@@ -127,7 +127,7 @@ UNIVERSE = {"build", "size", "newer", "causal_kind", "ONE"}
         ("b.causal_kind", None),  # from 11.0 on, and guarded
     ],
 )
-def test_what_a_version_lacks_is_told_with_its_place(
+def test_a_missing_name_is_reported_with_its_place(
     tmp_path: Path, line: str, problem: str | None
 ) -> None:
     path = tmp_path / "code.py"

@@ -49,7 +49,7 @@ def test_other_users_can_read_whatever_the_umask_is(records: Path, tmp_path: Pat
     assert modes == [0o644, 0o755, 0o755, 0o755]
 
 
-def test_where_others_may_write_nothing_is_recorded(records: Path, tmp_path: Path):
+def test_no_engine_is_recorded_in_a_directory_that_others_may_write(records: Path, tmp_path: Path):
     records.mkdir(parents=True)
     records.parent.chmod(0o775)
     with pytest.raises(ConfigError, match=rf"others \(mode 0775\) can change {records.parent}"):
@@ -59,7 +59,7 @@ def test_where_others_may_write_nothing_is_recorded(records: Path, tmp_path: Pat
     record_engine(tmp_path / "engine.json", DATA)
 
 
-def test_where_no_bundle_can_be_made_it_says_what_names_another(
+def test_an_unusable_directory_of_records_names_its_variable(
     records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "file").touch()

@@ -69,7 +69,7 @@ def test_own_attention_and_unknown_layers_are_not_slow(
     assert slow_parts(msgspec.structs.replace(info, compiled=())) == ()
 
 
-def test_nobody_is_sent_to_what_there_is_not(info: EngineInfo) -> None:
+def test_advice_offers_only_what_helps_this_engine(info: EngineInfo) -> None:
     replace = msgspec.structs.replace
     assert "without --with trtexec" in how_to_mend(replace(info, builder="trtexec"))
     tried = RefusedRung("slice", None, "too old", "stored", "own")

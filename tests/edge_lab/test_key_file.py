@@ -161,7 +161,7 @@ def test_the_verb_hashes_a_key_that_is_there(path: Path):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
-def test_what_the_verb_refuses(arguments: list[str], given: str, says: str):
+def test_the_verb_refuses_bad_options(arguments: list[str], given: str, says: str):
     done = subprocess.run(
         [sys.executable, "-m", "edge.cli", "key", *arguments],
         input=given,

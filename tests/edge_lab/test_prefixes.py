@@ -25,7 +25,7 @@ def test_without_a_home_there_is_no_default_directory() -> None:
         default_directory()
 
 
-def test_what_cannot_be_prefilled(tiny_bundles: Bundles) -> None:
+def test_prompts_that_cannot_be_prefilled_are_refused(tiny_bundles: Bundles) -> None:
     with LLM(tiny_bundles("qwen2"), kv_capacity=64) as llm:
         with pytest.raises(RequestError, match="no tokens"):
             compute_rows(llm.backend, llm.embeddings, [])

@@ -57,7 +57,9 @@ def test_minisign_takes_what_it_signed_for_us(file: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("legacy", [[], ["-l"]])
-def test_we_take_minisigns_key_and_signature(file: Path, tmp_path: Path, legacy: list[str]):
+def test_keys_and_signatures_of_minisign_are_accepted(
+    file: Path, tmp_path: Path, legacy: list[str]
+):
     secret, public = tmp_path / "their.key", tmp_path / "their.pub"
     assert minisign("-G", "-W", "-p", public, "-s", secret).returncode == 0
     assert minisign("-S", *legacy, "-s", secret, "-m", file, "-t", "theirs").returncode == 0
@@ -103,7 +105,7 @@ def test_a_password_opens_what_it_encrypted(tmp_path: Path):
     assert not (tmp_path / "b.pub").exists()
 
 
-def test_what_is_no_key_or_no_comment_is_refused(tmp_path: Path):
+def test_wrong_keys_and_comments_are_refused(tmp_path: Path):
     need_minisign()
     path = tmp_path / "a.key"
     path.write_text("not a key\n")
@@ -161,7 +163,7 @@ def test_files_of_keys_are_public_keys_one_after_the_other():
 
 
 @given(st.binary(max_size=400))
-def test_whatever_is_read_as_a_signature_is_one_or_an_error(data: bytes):
+def test_any_bytes_read_as_a_signature_are_one_or_an_error(data: bytes):
     try:
         parsed = parse_signature(data, "it")
     except EdgeError:
@@ -179,7 +181,7 @@ _NEAR = st.lists(
 
 
 @given(_NEAR)
-def test_whatever_is_read_as_keys_is_keys_or_an_error(text: str):
+def test_any_text_read_as_keys_is_keys_or_an_error(text: str):
     try:
         keys = parse_public_keys(text, "it")
     except ConfigError:

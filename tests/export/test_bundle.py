@@ -194,7 +194,7 @@ def test_a_link_that_a_bundle_came_with_is_not_written_through(old: Path, tmp_pa
     assert not (old / MANIFEST_NAME).is_symlink()
 
 
-def test_what_reaches_the_disk_before_the_swap(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_reach_the_disk_before_the_swap(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A power cut loses what was not fsynced: every file and the directory, before the swap.
     synced: set[int] = set()
     at_swap: set[int] = set()

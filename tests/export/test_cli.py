@@ -139,7 +139,7 @@ def test_a_long_default_names_the_faster_method(
     assert "loses more: --fast (about 5 s), --method awq (about 5 s)\n" in offered.stderr
 
 
-def test_fast_is_rounded_to_nearest_and_says_what_that_loses(checkpoint: Path, tmp_path: Path):
+def test_fast_rounds_to_nearest_and_says_how_much_that_loses(checkpoint: Path, tmp_path: Path):
     made = invoke(checkpoint, "-o", tmp_path / "bundle", "--fast")
     assert made.exit_code == 0, made.output
     manifest = read_manifest(tmp_path / "bundle")
@@ -212,7 +212,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(checkpoint: Path, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bundle_that_cannot_be_measured_is_written_and_said(
+def test_a_bundle_that_cannot_be_measured_is_written_and_reported(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Hours of calibration are not thrown away for figures that nobody asked for."""

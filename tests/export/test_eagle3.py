@@ -363,7 +363,9 @@ def test_pickled_weights_are_never_opened(tiny_checkpoints: Checkpoints, tmp_pat
         ({"quant": "int4", "vocab_keep": Path("text")}, "--vocab-keep; leave one"),
     ],
 )
-def test_what_changes_hidden_states_or_tokens_is_refused(options: dict[str, Any], message: str):
+def test_options_that_change_hidden_states_or_tokens_are_refused(
+    options: dict[str, Any], message: str
+):
     with pytest.raises(ConfigError, match=message):
         ExportConfig("model", Path("out"), eagle3=Path("head"), **options)
 

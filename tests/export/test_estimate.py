@@ -43,7 +43,7 @@ def expected_s(
         ("int8-w8a8", "rtn", 0, 934),
     ],
 )
-def test_what_was_measured_is_expected(
+def test_estimates_match_measured_times(
     quant: Quant, rounding: Method, tokens: int, measured_s: float
 ):
     # Busy machines differ by half, and nobody plans an afternoon by less.

@@ -256,7 +256,7 @@ def spoil(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
     return patch
 
 
-def test_what_fp16_cannot_hold_is_refused_with_advice_that_works(spoil: Any, tmp_path: Path):
+def test_values_beyond_fp16_are_refused_with_advice_that_works(spoil: Any, tmp_path: Path):
     name = spoil(98304.0)
     source = write_checkpoint(tmp_path / "model", "qwen2")
     with pytest.raises(CheckpointError, match=r"magnitude 9\.83e\+04, FP16 ends at 65504") as info:

@@ -274,7 +274,7 @@ def test_a_disk_that_fills_up_names_what_is_kept(source: Path, tmp_path: Path):
     assert finished(output) == LAYERS + 1
 
 
-def test_whatever_decides_a_byte_is_in_the_key(source: Path, tmp_path: Path):
+def test_everything_that_decides_a_byte_is_in_the_key(source: Path, tmp_path: Path):
     other_model = write_checkpoint(tmp_path / "model", "qwen2", num_hidden_layers=LAYERS, seed=9)
     adapter = write_adapter(tmp_path / "tuned", source, {"target_modules": ["q_proj"]})
     ids = np.arange(64, dtype=np.int64).reshape(2, 32)
@@ -370,7 +370,7 @@ def damage(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how", ["no state", "half a state", "half the arrays", "no arrays", "short data"]
 )
-def test_what_is_damaged_is_not_used(
+def test_damaged_work_is_not_used(
     source: Path,
     fast: Manifest,
     tmp_path: Path,
@@ -388,7 +388,7 @@ def test_what_is_damaged_is_not_used(
     assert "going on" not in caplog.text
 
 
-def test_what_was_written_behind_the_last_finished_layer_is_cut_off(
+def test_data_after_the_last_finished_layer_is_cut_off(
     source: Path, fast: Manifest, tmp_path: Path
 ):
     output = tmp_path / "bundle"

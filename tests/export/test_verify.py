@@ -143,7 +143,7 @@ def test_the_reference_has_the_same_adapter_and_vocabulary(
     assert manifest.quality["text"]["reference"]["name"] == "Tiny-R1+tuned"
 
 
-def test_what_calibration_stored_stays(source: Path, place: Path, tmp_path: Path):
+def test_stored_calibration_stays(source: Path, place: Path, tmp_path: Path):
     gate = gate_file(tmp_path, LOOSE)
     result = invoke(
         source,
@@ -165,7 +165,7 @@ def test_what_calibration_stored_stays(source: Path, place: Path, tmp_path: Path
     ],
     ids=str,
 )
-def test_what_makes_no_sense_is_refused_before_any_work(
+def test_senseless_options_are_refused_before_any_work(
     source: Path, place: Path, options: dict[str, Any], message: str
 ):
     values: dict[str, Any] = {"verify": True, "dialect": RUNNABLE, **options}
@@ -300,7 +300,7 @@ def test_the_reference_is_of_the_same_commit(
     assert len(commits) == 1  # the hub was asked once
 
 
-def test_what_a_killed_verification_left_is_swept(source: Path, place: Path):
+def test_files_of_a_killed_verification_are_removed(source: Path, place: Path):
     left = beside(place / "bundle", "scratch") / "reference"
     left.mkdir(parents=True)
     (left / "decoder.onnx").write_bytes(b"x")
@@ -332,7 +332,7 @@ def test_a_bundle_for_another_machine_is_exported_with_a_warning(
     assert "found 1.25.3; for this machine export with --dialect portable" in line
 
 
-def test_the_error_survives_a_process_border():
+def test_a_gate_error_can_be_copied_and_pickled():
     error = GateError("gate int4 missed", {"kl_mean": 1.0})
     for twin in (copy.copy(error), pickle.loads(pickle.dumps(error))):
         assert (str(twin), twin.figures) == (str(error), error.figures)

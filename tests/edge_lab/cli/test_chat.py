@@ -100,7 +100,7 @@ def test_edit_replaces_the_last_question(chat: Callable[..., Result], script: Sc
     assert script.asked[3][2:4] == [("user", "other words"), ("assistant", "A3")]
 
 
-def test_what_cannot_be_answered_again_stays(
+def test_a_failed_retry_leaves_the_conversation_unchanged(
     chat: Callable[..., Result], script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     path = tmp_path / "c.json"

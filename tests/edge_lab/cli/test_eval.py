@@ -126,7 +126,7 @@ def test_rounded_activations_lose_more(tiny_bundles):
     assert "bundle_alone" not in plain | rounded
 
 
-def test_what_is_served_is_what_is_measured(tiny_bundles):
+def test_activations_are_measured_as_they_are_served(tiny_bundles):
     """By default the figures are those that a service has; the bundle's own are beside them."""
     int4, fp16 = (tiny_bundles("qwen2", "portable", quant) for quant in ("int4", "fp16"))
     against = ("--against", fp16, *SHORT)
@@ -160,7 +160,7 @@ def test_a_float_reference_is_opened_once(tiny_bundles, monkeypatch: pytest.Monk
     assert opened == [("int4", None), ("int8", None), ("int4", False), ("int8", False)]
 
 
-def test_nothing_is_measured_twice_where_nothing_is_rounded(tiny_bundles):
+def test_a_bundle_without_rounding_is_measured_once(tiny_bundles):
     fp16 = tiny_bundles("qwen2", "portable", "fp16")
     (found,) = figures(fp16, "--against", fp16, *SHORT)
     assert found["int8_activations"] is False
@@ -224,7 +224,7 @@ def test_a_report_without_a_place_is_refused_before_anything_is_measured(
     assert not result.output
 
 
-def test_what_cannot_be_saved_is_printed_all_the_same(tiny_bundles, tmp_path: Path):
+def test_results_that_cannot_be_saved_are_still_printed(tiny_bundles, tmp_path: Path):
     result = invoke(tiny_bundles("qwen2", "portable"), *SHORT, "--json", "--html", tmp_path)
     assert isinstance(result.exception, ConfigError)  # a directory
     assert json.loads(result.stdout)["tokens"] == 300

@@ -19,7 +19,7 @@ from tests.fake_tensorrt import write_engine
 from tests.keys import make_key
 
 
-def test_it_says_who_vouches_for_the_engine(
+def test_inspect_says_who_vouches_for_the_engine(
     tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_records, "DEFAULT_RECORDS", tmp_path / "none")

@@ -156,7 +156,7 @@ def test_the_last_block_is_seen_before_it_ends():
     assert "line 3" in screen.text
 
 
-def test_how_it_ended_is_noted():
+def test_the_printer_notes_how_an_answer_ended():
     screen, _ = show(["some *words*"], note="[stopped]")
     assert screen.text.rstrip() == "some words\n[stopped]"
 
@@ -179,7 +179,7 @@ def test_a_redraw_costs_no_more_for_a_long_answer(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
 @pytest.mark.parametrize("make", [StreamPrinter, MarkdownPrinter])
-def test_what_a_model_writes_is_no_command_to_a_terminal(
+def test_control_characters_of_an_answer_are_not_executed(
     make: type[StreamPrinter], term: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("TERM", term)
@@ -211,7 +211,9 @@ def test_what_a_model_writes_is_no_command_to_a_terminal(
     assert ("\x1b[2m" in written) == (term == "xterm")
 
 
-def test_it_is_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_markdown_is_only_for_terminals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     assert not markdown.shows_markdown()
     printer = markdown.answer_printer()
     printer.show(GenerationChunk(text="**as it is**"))

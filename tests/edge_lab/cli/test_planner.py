@@ -133,7 +133,7 @@ def test_sizes(text: str, size: int):
 
 
 @pytest.mark.parametrize("text", ["", "0", "4", "-1GB", "1TB", "GB", "1,5GB", "1GBB", "٣GB"])
-def test_what_is_no_size_is_refused(text: str):
+def test_a_wrong_size_is_refused(text: str):
     with pytest.raises(ConfigError, match="is not a size"):
         parse_size(text)
 

@@ -45,7 +45,7 @@ class Screen:
                 self.progress.tick()
 
 
-def test_what_is_quick_prints_nothing():
+def test_a_quick_step_prints_nothing():
     screen = Screen()
     screen.run(9, 100, "one")
     screen.run(9, 100, "another")
@@ -145,7 +145,7 @@ def test_lines_never_go_back_nor_crowd_nor_say_100_early(
     assert screen.percents[-1] == 100
 
 
-def test_the_heart_beats_while_the_verb_is_busy_and_ends_with_it(monkeypatch: pytest.MonkeyPatch):
+def test_progress_ticks_while_the_verb_is_busy_and_stops_with_it(monkeypatch: pytest.MonkeyPatch):
     told, now = threading.Event(), [0.0]
     lines: list[str] = []
 

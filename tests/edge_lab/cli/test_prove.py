@@ -94,7 +94,7 @@ def test_power_modes_need_a_gpu(edge_llm: EdgeLlm, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "option", [("--minutes", "1"), ("-o", "x"), ("--power-modes",), ("--dry-run",), ("--key", "k")]
 )
-def test_what_a_table_ignores_is_refused(
+def test_options_that_a_table_ignores_are_refused(
     edge_llm: EdgeLlm, tmp_path: Path, option: tuple[str, ...]
 ):
     path = tmp_path / "r.json"

@@ -46,7 +46,7 @@ def test_headings_are_broken_before_the_table_is():
     ]
 
 
-def test_what_is_wider_than_the_terminal_is_broken_and_whole():
+def test_a_cell_wider_than_the_terminal_is_broken_but_complete():
     table = make_table("T", "layer", "ms", "kernel")
     table.add_row("l" * 70, "1.5", "k" * 90)
     lines = lines_of(table, 60)

@@ -433,7 +433,7 @@ def test_a_gpu_that_nothing_installed_can_use_is_a_warning(laptop: FakeMachine):
         ),
     ],
 )
-def test_what_calls_cuda(
+def test_doctor_tells_which_package_calls_cuda(
     pycuda: Library | None,
     bindings: Library | None,
     status: str,

@@ -230,7 +230,7 @@ def test_engines_against_this_machine(orin: FakeMachine, laptop: FakeMachine, bu
     assert (found.status, found.exit_code) == ("skip", 0)
 
 
-def test_what_a_bundle_needs_is_built_at_its_own_widths(orin: FakeMachine, bundle: Path):
+def test_schemes_are_probed_at_the_bundles_own_widths(orin: FakeMachine, bundle: Path):
     run_checks(orin, bundle)
     shapes = [
         linear.shape

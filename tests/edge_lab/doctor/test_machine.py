@@ -178,7 +178,7 @@ def test_a_tensorrt_that_does_not_start_says_why(tmp_path: Path, monkeypatch: py
     assert found.error == f"TensorRT does not start; {reason}"
 
 
-def test_what_a_library_prints_is_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_cause_is_the_librarys_own_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As onnxruntime-gpu 1.31 prints it, in colours, before it goes on with the CPU."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     lines = [

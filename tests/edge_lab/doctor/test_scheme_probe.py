@@ -176,7 +176,7 @@ def test_attention_in_several_kernels_only_is_said(monkeypatch: pytest.MonkeyPat
     assert detail == "built, in several kernels only; in one: no tactic for head_dim 128"
 
 
-def test_what_the_engine_runs_is_in_the_verdict(tiny_bundles: Any) -> None:
+def test_the_verdict_lists_the_engines_layers(tiny_bundles: Any) -> None:
     from edge.bundle.manifest import read_manifest
 
     text = inspector_json(read_manifest(tiny_bundles("qwen2", quant="int4")), unpacked=("lm_head",))

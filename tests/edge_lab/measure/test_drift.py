@@ -120,7 +120,7 @@ def test_the_defaults_raise_no_false_alarm_above_their_rate():
         assert rate < 0.001 + 3 * math.sqrt(0.001 * 0.999 / WINDOWS)
 
 
-def test_a_fixed_bound_alone_would_cry_wolf():
+def test_a_fixed_bound_alone_raises_false_alarms():
     """Why the module does not use the customary 0.2 by itself."""
 
     def custom(found: dict[str, Drift]) -> bool:
@@ -199,7 +199,7 @@ def test_merged_bins_cover_the_grid_without_overlap(row: list[int]):
             assert last <= seen[-1] + 1
 
 
-def test_what_models_have_defaults_for_is_counted():
+def test_drift_counts_every_parameter_with_a_model_default():
     assert {*GRIDS} == {*DEFAULTED, "max_tokens", "prompt_tokens", "answer_tokens"}
 
 
@@ -218,7 +218,7 @@ def test_a_value_falls_into_the_bin_of_its_edge():
 
 
 @given(st.lists(st.integers(1, 4096), max_size=30), st.lists(st.integers(1, 4096), max_size=30))
-def test_a_window_is_the_difference_of_two_looks(first: list[int], second: list[int]):
+def test_a_window_is_the_difference_of_two_counts(first: list[int], second: list[int]):
     counter, window = Counts(), Counts()
     for length in first:
         counter.add(dict.fromkeys(GRIDS, length))

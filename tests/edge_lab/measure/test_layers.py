@@ -95,7 +95,7 @@ def test_the_rewritten_attention_drifts_in_no_layer(
 
 @pytest.mark.parametrize("dialect", ["native", "portable"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_it_computes_what_the_backend_computes(
+def test_cpu_layers_compute_the_backends_logits(
     tiny_bundles: Bundles, dialect: str, fused: bool
 ) -> None:
     require_kernels(dialect)
@@ -140,7 +140,7 @@ def test_values_that_are_no_numbers_are_below_every_floor(bundle: Path) -> None:
     assert np.isnan(report.layers[1].min_cosine)
 
 
-def test_what_cannot_be_compared_is_refused(bundle: Path) -> None:
+def test_unlike_runs_are_not_compared(bundle: Path) -> None:
     with pytest.raises(ConfigError, match="1 to 4 tokens"):
         compare(bundle, layers_of(bundle), decode_steps=12)
     graph = OnnxFile((bundle / "decoder.onnx").read_bytes())

@@ -16,7 +16,7 @@ from tests.conftest import Bundles
 
 
 @pytest.mark.parametrize("quant", ["fp16", "int4"])
-def test_they_are_what_an_older_bundle_is_counted_to(quant: str, tiny_bundles: Bundles) -> None:
+def test_memory_facts_equal_a_count_of_an_older_bundle(quant: str, tiny_bundles: Bundles) -> None:
     bundle = tiny_bundles("qwen2", quant=quant)
     manifest = read_manifest(bundle)
     older = structs.replace(manifest, extras={})

@@ -71,7 +71,7 @@ def test_a_text_bundle_is_told_nothing_of_pictures(tmp_path: Path):
     assert "picture" not in text
 
 
-def test_no_number_does_not_pass():
+def test_a_nan_does_not_pass():
     tile = drawn_tile(8)
     assert relative_error(tile, tile) == 0
     broken = np.full_like(tile, np.nan)

@@ -129,7 +129,7 @@ def test_one_program_leaves_nothing_to_the_next():
     assert "NameError" in str(check_program(ITEM, f"found\n{RIGHT}"))
 
 
-def test_where_the_kernel_cannot_confine_nothing_is_run(monkeypatch: pytest.MonkeyPatch):
+def test_no_program_runs_unconfined(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("edge.limited_child._START", UNCONFINED_START)
     with pytest.raises(ResourceError, match=r"is not run here: only Linux on .* riscv64"):
         check_program(ITEM, RIGHT)

@@ -119,7 +119,7 @@ def test_a_nan_in_the_cache_of_one_prompt_is_a_miss(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("figure", ["min_cosine", "top1", "mean_kl"])
-def test_a_figure_that_is_no_number_is_a_miss(figure: str) -> None:
+def test_a_nan_figure_is_a_miss(figure: str) -> None:
     wrong: dict[str, Any] = {figure: math.nan}
     perfect = Agreement(positions=4, min_cosine=1.0, top1=1.0, mean_kl=0.0)
     assert _misses("decode", perfect, Thresholds()) == []
@@ -135,7 +135,7 @@ def test_positions_that_are_no_numbers_leave_no_figure(bundle: Path) -> None:
     assert report.min_cache_cosine == pytest.approx(1)  # the cache itself is sound
 
 
-def test_thresholds_are_the_callers(bundle: Path) -> None:
+def test_the_callers_thresholds_are_used(bundle: Path) -> None:
     wrong = Perturbed(bundle, read_manifest(bundle))
     wrong.fault = "logits"
     loose = Thresholds(cosine=-1, top1=0, kl=100, cache_cosine=-1)
@@ -186,7 +186,7 @@ def test_a_bundle_with_an_8_bit_cache_passes_as_it_is(quant: str, tiny_bundles: 
     assert usual == replace(ROUNDED_ACTIVATIONS, cache_cosine=0.85)
 
 
-def test_what_means_nothing_for_a_task_is_not_asked_for() -> None:
+def test_thresholds_without_meaning_for_a_task_are_left_out() -> None:
     def usual(task: str) -> Thresholds:
         return default_thresholds(make_manifest(model=make_model(task=task)), rounds=False)
 

@@ -130,7 +130,7 @@ def test_a_repeated_piece_is_a_loop(piece: str, times: int):
     assert is_loop(text)
 
 
-def test_what_is_no_loop():
+def test_texts_without_a_loop():
     assert not is_loop("")
     assert not is_loop("-" * 100)  # a rule of a table
     assert not is_loop(" ".join(str(number) for number in range(500)))
@@ -355,7 +355,7 @@ def stub() -> Iterator[Stub]:
         yield server
 
 
-def test_a_server_is_asked_greedily(stub: Stub):
+def test_a_server_is_asked_at_temperature_0(stub: Stub):
     answerer = ServerAnswerer(stub.url, api_key=KEY, model="r1")
     assert answerer.answer("Where?", 9) == ModelAnswer("Paris", "", 3, "stop")
     assert stub.bodies == [
@@ -375,7 +375,7 @@ def test_a_server_is_asked_greedily(stub: Stub):
     ("status", "error"),
     [(401, ConfigError), (404, ConfigError), (429, BackendError), (503, BackendError)],
 )
-def test_a_refusal_is_said(status: int, error: type[Exception], stub: Stub):
+def test_a_refusal_is_printed(status: int, error: type[Exception], stub: Stub):
     stub.status, stub.reply = status, b"no\n"
     with pytest.raises(error, match=f"answered {status}: no"):
         ServerAnswerer(stub.url).answer("Where?", 9)
@@ -593,7 +593,7 @@ def test_a_closed_directory_is_refused_before_anything_is_asked(
     assert not stub.bodies
 
 
-def test_what_the_baseline_was_not_asked_is_said_first_and_the_traffic_compared(
+def test_a_changed_golden_set_is_reported_and_traffic_still_compared(
     stub: Stub, golden: Path, tmp_path: Path
 ):
     """As after an update that brings another golden set."""
@@ -666,6 +666,6 @@ COUNTED = ("--stats", "s", "--traffic", "t")
         ([*COUNTED, "--min-psi", "-1"], "0 or more"),
     ],
 )
-def test_what_makes_no_sense_is_refused_first(arguments: list[str], message: str):
+def test_senseless_options_are_refused_first(arguments: list[str], message: str):
     with pytest.raises(ConfigError, match=message):
         run(*arguments)

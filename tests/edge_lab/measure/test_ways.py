@@ -123,7 +123,7 @@ def test_all_ways_of_a_tiny_bundle(tiny_bundles, task: Path, tmp_path: Path):
         (("--stop-when-sure", 0.5), "--stop-when-sure needs --ways"),
     ],
 )
-def test_what_would_be_ignored_is_refused(tiny_bundles, task: Path, given, message: str):
+def test_ignored_options_are_refused(tiny_bundles, task: Path, given, message: str):
     result = invoke(tiny_bundles("qwen2", "portable"), "--task", task, *given)
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)

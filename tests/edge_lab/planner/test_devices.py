@@ -69,7 +69,7 @@ def test_without_memory_nothing_is_identified():
     assert identify("NVIDIA Jetson AGX Orin Developer Kit", None) is None
 
 
-def test_something_is_left_to_programs():
+def test_the_plan_leaves_memory_to_programs():
     for module in MODULES.values():
         assert 0.6 * module.memory_bytes < usable_bytes(module.memory_bytes) < module.memory_bytes
 

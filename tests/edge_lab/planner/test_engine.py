@@ -355,7 +355,7 @@ def test_a_table_of_another_bundle_is_refused(build: Build):
         find_engine(bundle, read_manifest(bundle), Asked())
 
 
-def test_the_option_is_for_bundles_on_an_orin(build: Build):
+def test_no_engine_is_only_for_a_bundle_on_an_orin(build: Build):
     for arguments in (("deepseek-r1:1.5b",), (str(build()), "--device", "cpu")):
         with pytest.raises(ConfigError, match="--no-engine is for a bundle on an Orin"):
             CliRunner().invoke(plan, [*arguments, "--no-engine"], catch_exceptions=False)

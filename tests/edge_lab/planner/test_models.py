@@ -68,7 +68,7 @@ def test_a_bundle_brings_its_manifest(tiny_bundles: Bundles):
     assert (found.spec, found.bundle) == (found.manifest.model, bundle)
 
 
-def test_what_is_no_model_is_refused_with_what_could_be(tmp_path: Path):
+def test_an_unknown_model_is_refused_with_suggestions(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"deepseek-r1:1\.5b"):
         find_model(str(tmp_path))
     with pytest.raises(ConfigError, match="no-such-model is no model by name"):

@@ -104,7 +104,7 @@ def test_a_bundle_has_its_own_quantization_alone(tiny_bundles: Bundles):
         make_plan(model, find_device(None), deployment, FITTED, quants=["int8"])
 
 
-def test_what_no_group_size_divides_is_left_out():
+def test_widths_without_a_group_size_are_left_out():
     odd = PlannedModel("odd", decoder_spec("llama", 72, 2, (3, 3, 24), 200, 300))
     plan = make_plan(odd, find_device(None), Deployment(), FITTED)
     assert [option.name for option in plan.options] == ["fp16"]
@@ -266,7 +266,7 @@ def test_a_wrong_file_is_refused(changes: dict[str, Any], message: str, tmp_path
         calibrated(write(tmp_path / "b.json", **changes), None, None)
 
 
-def test_what_is_no_json_is_refused(tmp_path: Path):
+def test_text_that_is_no_json_is_refused(tmp_path: Path):
     (tmp_path / "b.json").write_bytes(b"\xff{")
     with pytest.raises(ConfigError, match="run it again"):
         read_runs(tmp_path / "b.json")

@@ -117,7 +117,7 @@ def test_every_candidate_has_a_reason_or_meets_every_wish():
     assert all((kept[0].score or 0) >= (c.score or 0) for c in kept)
 
 
-def test_the_drawings_figures_are_held_against_ours():
+def test_the_drawings_figures_are_compared_with_ours():
     found = choose(Wish(memory_bytes=GB, tpot_s=0.1))
     assert "1.8 GB is not under 1 GB" in found.verdict
     assert "MMLU was measured as 41.0 %" in found.verdict

@@ -97,7 +97,7 @@ def test_the_mode_that_was_found_comes_back_whatever_happens(
     assert said == []
 
 
-def test_what_a_killed_run_left_is_restored_by_the_next(root: Path, nvpmodel: Path, tmp_path: Path):
+def test_the_next_run_restores_the_mode_of_a_killed_one(root: Path, nvpmodel: Path, tmp_path: Path):
     note = tmp_path / "note"
     note.write_text("0")
     (root / "var/lib/nvpmodel/status").write_text("pmode:0003")
@@ -106,7 +106,7 @@ def test_what_a_killed_run_left_is_restored_by_the_next(root: Path, nvpmodel: Pa
         assert note.read_text() == "0"  # and not the mode that the killed run had set
 
 
-def test_a_mode_that_cannot_be_restored_is_said_with_the_command_and_kept_in_the_note(
+def test_a_mode_that_cannot_be_restored_is_reported_and_kept_in_the_note(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
@@ -118,7 +118,7 @@ def test_a_mode_that_cannot_be_restored_is_said_with_the_command_and_kept_in_the
     assert "run: sudo nvpmodel -m 2" in said[0]
 
 
-def test_who_is_not_root_needs_sudo_without_a_password(
+def test_other_users_than_root_need_sudo_without_a_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)

@@ -95,7 +95,7 @@ def test_one_changed_figure_is_noticed(tmp_path: Path, at: str):
      "\udcff", "[" * 100_000, '{"content": {}, "sha256": "x", "more": 1}'],
     ids=range(9),
 )  # fmt: skip
-def test_what_is_no_report_is_refused(tmp_path: Path, text: str):
+def test_other_files_than_reports_are_refused(tmp_path: Path, text: str):
     path = tmp_path / "r.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ConfigError, match="it is no report of edge-llm prove"):

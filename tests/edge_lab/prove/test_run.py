@@ -148,7 +148,7 @@ def test_a_step_that_failed_is_tried_again_and_its_work_is_kept(tmp_path: Path):
     assert set(again.commands) == {"own-verify"}
 
 
-def test_what_another_machine_has_left_is_thrown_away(
+def test_answers_of_another_machine_are_thrown_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     go(tmp_path / "proof", Steps(own_soak=(3, "")))

@@ -58,7 +58,7 @@ def test_a_module_that_leaks_per_prompt_is_found(integrated: bool):
         lambda i: -50e3 * i,  # memory that others give back
     ],
 )
-def test_what_only_moves_is_no_leak(used: Callable[[int], float]):
+def test_memory_that_only_fluctuates_is_no_leak(used: Callable[[int], float]):
     assert judge(memory(used), integrated=True).grows is False
 
 

@@ -68,7 +68,7 @@ def test_the_runtime_reads_what_was_rounded(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("kind", ["fp16", "int8"])
 @pytest.mark.parametrize(("value", "message"), [(np.nan, "NaN or infinite"), (7e4, "FP16 ends")])
-def test_what_the_table_cannot_hold_is_refused(
+def test_values_that_the_table_cannot_hold_are_refused(
     tmp_path: Path, kind: Any, value: float, message: str
 ):
     table = np.ones((3, 4), np.float32)

@@ -288,7 +288,7 @@ def test_the_manifest_says_how_it_was_calibrated(tmp_path: Path, tiny_checkpoint
         ({"method": "awq", "group_size": 32, "keep": (("*.o", "w8a8"),)}, "built-in, mixed"),
     ],
 )
-def test_what_fits_to_its_text_gets_chinese_and_code(
+def test_methods_that_fit_to_their_text_get_chinese_and_code(
     options: dict[str, Any], text: str, tmp_path: Path, tiny_checkpoints: Checkpoints
 ):
     source = str(tiny_checkpoints("qwen3"))

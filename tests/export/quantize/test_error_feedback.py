@@ -105,7 +105,7 @@ def test_the_twin_is_the_model_of_the_planned_integers(
     assert error(bundle[-1].hidden, exact[-1].hidden) < error(nearest[-1].hidden, exact[-1].hidden)
 
 
-def test_what_goes_to_the_residual_stream_makes_up_for_the_stream(
+def test_outputs_to_the_residual_stream_make_up_for_its_errors(
     tiny_checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ):
     """``o`` and ``down`` are to lead from the rounded model's stream to the float model's."""

@@ -95,7 +95,7 @@ def test_small_keys_are_normed_with_the_models_epsilon() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_observed_is_what_the_cache_holds(
+def test_observed_ranges_are_those_of_the_cache(
     kind: Kind, tiny_checkpoints: Checkpoints, tiny_bundles: Bundles
 ) -> None:
     """Biases, norms of keys and YaRN's factor are in the scales, as they are in the rows."""

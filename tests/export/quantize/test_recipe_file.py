@@ -55,7 +55,9 @@ def test_toml_and_json_say_the_same(tmp_path: Path):
         ("a.json", "{", "not valid"),
     ],
 )
-def test_what_is_no_recipe_is_refused(tmp_path: Path, name: str, content: str, message: str):
+def test_files_that_are_no_recipe_are_refused(
+    tmp_path: Path, name: str, content: str, message: str
+):
     (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=f"--recipe .*{message}"):
         read_recipe(tmp_path / name)

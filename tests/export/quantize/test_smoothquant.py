@@ -148,7 +148,7 @@ def test_quiet_inputs_share_a_range():
 
 
 @pytest.mark.parametrize(("tokens", "block"), [([0], 0), (range(512), 64)])
-def test_what_is_loud_decides_how_it_is_rounded(tokens: Sequence[int], block: int):
+def test_the_loudness_of_inputs_decides_how_they_are_rounded(tokens: Sequence[int], block: int):
     """A loud token needs a range of its own, loud channels in all tokens the rotation besides."""
     x = loud_somewhere(tokens)
     weights = np.random.RandomState(2).randn(96, 1024).astype(np.float32)

@@ -334,7 +334,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 355421
         (b"\xef\xbb\xbf<HTML lang=en>", "is a web page"),
     ],
 )
-def test_what_a_download_left_in_place_of_a_file_is_named(
+def test_a_pointer_or_web_page_in_place_of_a_file_is_named(
     directory: Path, name: str, content: bytes, words: str
 ) -> None:
     (directory / name).write_bytes(content)

@@ -242,7 +242,7 @@ def test_a_model_that_is_refused_costs_no_download(
         ("owner/ti--ny", None, ["is no hub id"]),
     ],
 )
-def test_what_fails_says_what_to_do(worker, source, revision, words, tmp_path: Path) -> None:
+def test_errors_say_what_to_do(worker, source, revision, words, tmp_path: Path) -> None:
     error = worker.open(source, revision=revision, cache=tmp_path)["error"]
     assert error.startswith("CheckpointError: ")
     for word in words:

@@ -49,7 +49,7 @@ def test_decoder_and_encoder_are_read_under_their_names(tmp_path: Path, model_ty
         )
 
 
-def test_what_transformers_5_writes_in_one_file_is_read_too(tmp_path: Path):
+def test_the_single_file_of_transformers_5_is_read_too(tmp_path: Path):
     directory = write_vision_checkpoint(tmp_path / "vlm")
     path = directory / "preprocessor_config.json"
     _edit(directory, "processor_config.json", image_processor=json.loads(path.read_text()))

@@ -50,7 +50,7 @@ def test_decoder_and_encoder_are_read_by_either_naming(
         ({"text_config": {"model_type": "gpt_oss"}}, "text_config: model_type 'gpt_oss'"),
     ],
 )
-def test_what_is_not_supported_is_named(tmp_path: Path, changes: dict[str, Any], said: str):
+def test_unsupported_features_are_named(tmp_path: Path, changes: dict[str, Any], said: str):
     directory = write_internvl_checkpoint(tmp_path / "vlm", **changes)
     with pytest.raises(CheckpointError, match=said):
         HfDirectory(directory)

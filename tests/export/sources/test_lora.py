@@ -81,7 +81,7 @@ def test_golden_is_what_peft_computes(name: str, tmp_path: Path):
     )
 
 
-def test_what_no_adapter_touches_is_the_base_tensor_itself(base: Path, tmp_path: Path):
+def test_tensors_without_an_adapter_are_the_bases_own(base: Path, tmp_path: Path):
     adapter = write_adapter(tmp_path / "tuned", base, TARGETS)
     with (
         open_checkpoint(str(base)) as plain,

@@ -124,7 +124,7 @@ def weight_requests(server: Server) -> list[str | None]:
     return [wanted for _, name, wanted in server.asked if name == WEIGHTS]
 
 
-def test_what_is_downloaded_is_the_checkpoint(server: Server, tmp_path: Path):
+def test_a_download_is_the_checkpoint(server: Server, tmp_path: Path):
     steps: list[tuple[str, float, float]] = []
     with open_tiny(progress=lambda step, done, total, *_: steps.append((step, done, total))) as got:
         source, norm = got.source, got.tensor("model.norm.weight").tolist()
@@ -171,7 +171,7 @@ def test_a_revision_and_another_cache(server: Server, tmp_path: Path):
     assert (tmp_path / "kept" / "owner--tiny" / OLD / WEIGHTS).is_file()
 
 
-def test_what_is_there_and_right_is_not_fetched_again(server: Server, tmp_path: Path):
+def test_correct_files_are_not_fetched_again(server: Server, tmp_path: Path):
     open_tiny().close()
     server.asked.clear()
     open_tiny().close()
@@ -240,7 +240,9 @@ def test_a_model_that_is_refused_costs_no_weights(server: Server, tmp_path: Path
         ("owner/tiny", "v9", ["at revision 'v9'", "its commits are its own"]),
     ],
 )
-def test_what_is_not_there(server: Server, source: str, revision: str | None, words: list[str]):
+def test_missing_repositories_and_revisions_are_named(
+    server: Server, source: str, revision: str | None, words: list[str]
+):
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(source, revision=revision, hub="modelscope")
     for word in words:
@@ -248,7 +250,9 @@ def test_what_is_not_there(server: Server, source: str, revision: str | None, wo
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"Data": 3}', b"[" * 100_000])
-def test_what_is_no_listing(server: Server, body: bytes, monkeypatch: pytest.MonkeyPatch):
+def test_answers_that_are_no_listing_are_refused(
+    server: Server, body: bytes, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(Server, "answer", lambda self, request: self.send(request, 200, body))
     with pytest.raises(CheckpointError, match="is no listing of ModelScope"):
         open_tiny()

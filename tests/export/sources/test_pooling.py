@@ -120,7 +120,7 @@ def _texts(value: object) -> Callable[[Path], object]:
         (_texts({"do_lower_case": True}), r"sentence_bert_config\.json: do_lower_case is true"),
     ],
 )
-def test_what_cannot_be_followed_is_refused(
+def test_settings_that_cannot_be_followed_are_refused(
     change: Callable[[Path], object], reason: str, tmp_path: Path
 ):
     change(write_embedder(tmp_path))

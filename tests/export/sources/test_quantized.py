@@ -97,7 +97,7 @@ OLDER: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OLDER)
-def test_what_older_versions_wrote_is_read_alike(name: str, tmp_path: Path) -> None:
+def test_files_of_older_versions_are_read_alike(name: str, tmp_path: Path) -> None:
     golden = QuantizedGolden.load(name)
     section = {key: value for key, value in golden.config.items() if key != "packing_format"}
     section |= OLDER[name]
@@ -118,7 +118,7 @@ def weights_of(directory: Path, golden: QuantizedGolden) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("says", ["config.json", "quantize_config.json"])
-def test_what_autogptq_calls_its_files(says: str, tmp_path: Path) -> None:
+def test_file_names_of_autogptq_are_found(says: str, tmp_path: Path) -> None:
     golden = QuantizedGolden.load("gptq")
     directory = golden.write(tmp_path / "model")
     (directory / "model.safetensors").rename(directory / "gptq_model-4bit-32g.safetensors")
@@ -509,7 +509,7 @@ def of(section: dict[str, Any], module: str = UP) -> WeightFormat | None:
         ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["*.mlp.*"]}, UP, None),
     ],
 )
-def test_what_a_config_says_of_a_module(
+def test_formats_of_modules_are_read_from_the_config(
     section: dict[str, Any], module: str, expected: WeightFormat | None
 ) -> None:
     assert of(section, module) == expected
@@ -839,7 +839,7 @@ def test_modelopt_may_say_it_in_a_file_of_its_own(name: str, tmp_path: Path) -> 
         HfDirectory(directory)
 
 
-def test_what_is_closed_is_not_read(tmp_path: Path) -> None:
+def test_a_closed_checkpoint_is_not_read(tmp_path: Path) -> None:
     checkpoint = HfDirectory(QuantizedGolden.load("gptq").write(tmp_path / "gptq"))
     name = linear_layers(checkpoint.spec)[0].weights[0]
     weight = checkpoint.quantized_weight(name)

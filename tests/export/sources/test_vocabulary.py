@@ -111,7 +111,7 @@ def test_any_text_goes_through_any_reduction(text: str, chosen: set[int]):
 
 @settings(max_examples=100, deadline=None)
 @given(chosen=st.sets(st.integers(0, 303)), size=st.none() | st.integers(66, 77))
-def test_what_is_chosen_is_closed_ordered_and_as_many_as_asked_for(
+def test_chosen_tokens_are_closed_ordered_and_as_many_as_asked_for(
     chosen: set[int], size: int | None
 ):
     bpe, _ = tiny_tokenizer()
