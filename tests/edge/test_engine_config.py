@@ -122,7 +122,7 @@ def test_no_option_is_accepted_and_never_read():
     assert {field.name for field in fields(EngineConfig)} - found == set()
 
 
-def test_what_gpu_engines_do_anyway_is_no_wish():
+def test_an_option_that_gpu_engines_keep_anyway_requests_no_cpu():
     assert EngineConfig(backend="tensorrt", int8_activations=False).cpu_option is None
 
 

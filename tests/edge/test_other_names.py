@@ -30,7 +30,7 @@ def test_the_name_of_the_place_is_found(name: str, known: tuple[str, ...], meant
     assert instead_of(name, known, "look it up") == said
 
 
-def test_what_has_no_name_here_has_a_sentence():
+def test_options_without_a_counterpart_get_a_sentence():
     """Though it is written much like another name."""
     assert nearest_name("num_beams", ["num_beam"]) == "num_beam"
     assert instead_of("num_beams", ["num_beam"], "") == "answers are sampled, without beams"

@@ -172,7 +172,9 @@ def test_an_adapter_that_is_taken_away_ends_its_answers_as_they_began(
             llm.unload_adapter("mine")
 
 
-def test_a_bundle_without_takes_none(base: Path, adapters: list[Path], tmp_path: Path):
+def test_a_bundle_exported_without_adapters_takes_none(
+    base: Path, adapters: list[Path], tmp_path: Path
+):
     with LLM(export(base, tmp_path / "plain", None), **OPTIONS) as llm:
         with pytest.raises(ConfigError, match="takes no adapters; export it with --adapters RANK"):
             llm.load_adapter(adapters[0])
@@ -214,14 +216,14 @@ def test_add_list_run_and_rm(bundle: Path, adapters: list[Path]):
     read_manifest(bundle)
 
 
-def test_what_does_not_fit_is_not_added(bundle: Path, base: Path, tmp_path: Path):
+def test_an_adapter_that_does_not_fit_is_not_added(bundle: Path, base: Path, tmp_path: Path):
     wide = write_adapter(tmp_path / "wide", base, {"target_modules": ["q_proj"], "r": 16})
     with pytest.raises(CheckpointError, match=r"has rank 16.* rank 8 at most"):
         CliRunner().invoke(adapter_verb, ["add", str(wide), str(bundle)], catch_exceptions=False)
     assert not library(bundle).exists()
 
 
-def test_what_changes_on_disk_counts_from_the_next_answer_on(bundle: Path, adapters: list[Path]):
+def test_a_change_on_disk_counts_from_the_next_answer(bundle: Path, adapters: list[Path]):
     with LLM(bundle, **OPTIONS) as llm:
         add_adapter(bundle, adapters[0], "mine")
         first = ids_of(llm, "go", "mine")

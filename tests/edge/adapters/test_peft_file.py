@@ -63,7 +63,7 @@ def change_config(adapter: Path, **values: Any) -> None:
 
 @pytest.mark.parametrize("stored", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", LINEAR_CASES)
-def test_what_it_adds_is_what_merging_adds(name: str, stored: str, tmp_path: Path):
+def test_an_adapter_adds_the_same_as_merging_it(name: str, stored: str, tmp_path: Path):
     """Per joined linear, A and B multiply to the merged weights less the base's, exactly."""
     model, adapter = write_case(tmp_path, name)
     weights = read_weights(adapter)
@@ -233,7 +233,7 @@ def test_files_that_are_not_there_or_pickled_are_refused(adapter: Path, bundle: 
             read_adapter(given, "a", manifest, 8)
 
 
-def test_what_is_larger_than_any_that_fits_is_not_read(adapter: Path, bundle: Path):
+def test_a_file_too_large_to_fit_is_not_read(adapter: Path, bundle: Path):
     weights = adapter / "adapter_model.safetensors"
     with weights.open("r+b") as file:
         file.truncate(1 << 40)  # a hole, which takes no disk

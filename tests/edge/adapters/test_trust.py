@@ -118,7 +118,7 @@ def test_a_signed_one_is_taken_and_no_other(bundle: Path, adapter: Path, keys: P
     ],
     ids=["weights", "config", "foreign", "damaged", "missing"],
 )
-def test_what_is_not_what_was_signed_is_refused(
+def test_a_file_that_differs_from_the_signed_one_is_refused(
     bundle: Path,
     adapter: Path,
     keys: Path,
@@ -164,7 +164,7 @@ def test_a_file_of_keys_that_cannot_be_used_opens_no_door(
         add(adapter, exported)
 
 
-def test_what_the_message_says_makes_a_signature_that_add_takes(
+def test_the_commands_of_the_message_make_a_valid_signature(
     bundle: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """By the programs sha256sum and minisign, as the machine's own policy has it."""

@@ -87,7 +87,7 @@ def test_an_engine_that_a_gpu_cannot_use_is_an_error(
         assert (llm.backend.name, llm.warning) == ("ort-cpu", None)
 
 
-def test_what_is_really_missing_is_named(engine_bundle: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_thing_that_is_missing_is_named(engine_bundle: Path, monkeypatch: pytest.MonkeyPatch):
     """Nothing is replaced but the question whether there is a GPU."""
     set_node(monkeypatch, NODE)
     for name in ("pycuda", "pycuda.driver", "cuda.bindings.driver"):
@@ -212,7 +212,7 @@ def without_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gpu driver engine", "needs PyCUDA or cuda-bindings", "build"),
     ],
 )
-def test_what_lacks_first_is_named(
+def test_the_first_missing_thing_is_named(
     has: str,
     said: str,
     never: str,

@@ -36,7 +36,7 @@ def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int | None) -> None:
     monkeypatch.setattr(default_capacity, "read_available_memory_bytes", lambda: num_bytes)
 
 
-def test_what_fits_is_taken_whole_and_nothing_is_said(
+def test_a_capacity_that_fits_is_taken_without_a_message(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     free(monkeypatch, peak(MANIFEST, 8192))

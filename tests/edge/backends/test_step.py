@@ -61,7 +61,7 @@ def test_a_step_knows_its_sizes_and_does_not_change() -> None:
         ({"logits_indices": np.array([[-1], [0]])}, "of 3 tokens per sequence"),
     ],
 )
-def test_what_is_no_step(changes: dict[str, Any], message: str) -> None:
+def test_malformed_steps_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(BackendError, match=message):
         make_step(**changes)
 
@@ -83,7 +83,7 @@ def test_a_decode_step_has_logits_of_its_one_token_only() -> None:
         ({"max_step_tokens": 2}, "3 tokens exceeds max_step_tokens 2"),
     ],
 )
-def test_what_a_backend_cannot_run(
+def test_steps_that_a_backend_cannot_run_are_refused(
     limits: dict[str, Any], message: str, table: EmbeddingTable
 ) -> None:
     step = make_step(kv_len=8)

@@ -161,7 +161,9 @@ def test_rows_that_a_step_reads() -> None:
      ("embed", "embeddings", MODEL.hidden_size)],
 )  # fmt: skip
 @pytest.mark.parametrize("dialect", ["native", "portable"])
-def test_what_comes_out_first_is_the_tasks(task: Any, name: str, width: int, dialect: Any) -> None:
+def test_the_first_output_is_that_of_the_task(
+    task: Any, name: str, width: int, dialect: Any
+) -> None:
     model = msgspec.structs.replace(MODEL, task=task)
     first, *rest = decoder_outputs(model, dialect, "fp16", CAPACITY)
     assert (first.name, first.shape) == (name, (io_spec.BATCH, io_spec.NUM_LOGITS, width))

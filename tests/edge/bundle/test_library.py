@@ -116,7 +116,7 @@ def test_without_the_variable_here_and_the_data_directory(
 
 
 @pytest.mark.usefixtures("homeless")
-def test_without_a_home_what_is_here_is_left(monkeypatch: pytest.MonkeyPatch):
+def test_without_a_home_only_the_working_directory_has_bundles(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("EDGE_LLM_BUNDLES", raising=False)
     assert roots() == [Path("bundles")]
     with pytest.raises(BundleError, match="no bundle in bundles; get it with: edge-llm pull"):
@@ -273,7 +273,7 @@ def test_an_unknown_name_says_what_is_there_and_how_to_get_it(root: Path, name: 
     assert remedy in str(caught.value)
 
 
-def test_what_is_no_bundle_has_no_name(root: Path):
+def test_other_files_and_directories_are_no_bundles(root: Path):
     make(root, ".mine.edge-llm-staging")
     (root / "notes").mkdir()
     (root / "file").touch()

@@ -182,7 +182,7 @@ def test_every_other_damage_is_refused(draw: st.DataObject) -> None:
     ],
     ids=["empty", "object", "null", "not utf-8", "text", "deep list", "deep object"],
 )
-def test_what_is_no_manifest_is_refused_by_name(data: bytes) -> None:
+def test_a_malformed_manifest_is_refused_by_name(data: bytes) -> None:
     with pytest.raises(BundleError, match=r"somewhere.json is not a manifest of edge-llm"):
         decode_manifest(data, "somewhere.json")
 

@@ -187,7 +187,7 @@ def test_inputs_and_outputs():
     assert [v.name for v in file.outputs] == ["y"]
 
 
-def test_what_nothing_uses_is_left_out():
+def test_unused_nodes_and_weights_are_left_out():
     model = small_model()
     pruned = onnx.load_from_string(OnnxFile(model.SerializeToString()).serialize())
     onnx.checker.check_model(pruned, full_check=True)
@@ -255,7 +255,7 @@ def test_an_axis_that_is_not_there_is_refused():
         (b"\x3a\x05\x0a\x03\x22\x01\xff", "not UTF-8"),
     ],
 )
-def test_what_is_no_model_is_refused(data: bytes, message: str):
+def test_a_malformed_model_is_refused(data: bytes, message: str):
     with pytest.raises(BundleError, match=message):
         OnnxFile(data)
 

@@ -43,7 +43,7 @@ def test_a_release_comes_back_as_it_was_signed():
         {"until": "2027-01-01T00:00:00Z"},  # of a newer edge-llm, and perhaps a condition
     ],
 )
-def test_a_release_that_is_none_is_refused(changes: dict[str, Any]):
+def test_a_malformed_release_is_refused(changes: dict[str, Any]):
     section = {"number": 1, "signed": "2026-11-30T10:00:00Z", **changes}
     with pytest.raises(BundleError, match="section release does not fit"):
         read_release(make_manifest(extras={RELEASE: section}))

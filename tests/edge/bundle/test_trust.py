@@ -99,7 +99,9 @@ def test_a_policy_that_others_can_change_opens_nothing(
         open_manifest(bundle, keys)
 
 
-def test_so_does_one_in_a_directory_that_others_can_change(bundle: Path, keys: Path, key: Key):
+def test_keys_in_a_directory_that_others_can_change_open_nothing(
+    bundle: Path, keys: Path, key: Key
+):
     sign_bundle(bundle, key, "ours")
     shared = keys.parent / "shared"
     shared.mkdir()
@@ -113,7 +115,7 @@ def test_so_does_one_in_a_directory_that_others_can_change(bundle: Path, keys: P
     open_manifest(bundle, link)
 
 
-def test_so_does_one_of_another_user(
+def test_keys_of_another_user_open_nothing(
     bundle: Path, keys: Path, key: Key, monkeypatch: pytest.MonkeyPatch
 ):
     sign_bundle(bundle, key, "ours")

@@ -70,7 +70,7 @@ def test_a_pipe_in_a_files_place_is_not_waited_for(bundle: Path) -> None:
         read_manifest(bundle)
 
 
-def test_what_was_hashed_is_what_is_read(bundle: Path) -> None:
+def test_reads_come_from_the_file_that_was_hashed(bundle: Path) -> None:
     path = bundle / "decoder.onnx"
     with VerifiedFiles(bundle, read_manifest(bundle)) as files:
         path.rename(bundle / "aside")
@@ -114,7 +114,7 @@ def swapped_for_one_of_the_same_times(path: Path) -> None:
         Path.unlink,
     ],
 )
-def test_who_opens_by_path_learns_of_a_change(bundle: Path, meddle: Any) -> None:
+def test_a_change_is_found_after_opening_by_path(bundle: Path, meddle: Any) -> None:
     with VerifiedFiles(bundle, read_manifest(bundle)) as files:
         files.check_unchanged()
         time.sleep(0.02)  # the kernel's clock for files ticks every 4 ms
@@ -137,7 +137,7 @@ def closed_to_others(path: Path) -> None:
 
 
 @pytest.mark.parametrize("touch", [linked_by_a_backup, linked_and_unlinked, closed_to_others])
-def test_what_leaves_the_bytes_as_they_were_ends_no_start(bundle: Path, touch: Any) -> None:
+def test_changes_that_keep_the_bytes_do_not_stop_the_start(bundle: Path, touch: Any) -> None:
     with VerifiedFiles(bundle, read_manifest(bundle)) as files:
         before = (bundle / "decoder.onnx").stat().st_ctime_ns
         time.sleep(0.02)
@@ -171,7 +171,7 @@ def test_hashes_let_the_engine_go_first(bundle: Path, monkeypatch: pytest.Monkey
     assert all(each > ours or each == 19 for each in found)
 
 
-def test_whoever_gives_up_waits_for_no_hash(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_early_waits_for_no_hash(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, ended = threading.Event(), threading.Event()
 
     def large(_: int) -> Iterator[bytes]:

@@ -83,7 +83,7 @@ def test_a_closed_standard_input_is_an_empty_one(bundle: Path):
     assert "the prompt is empty" in done.stderr
 
 
-def test_a_closed_standard_output_is_none(bundle: Path):
+def test_a_closed_standard_output_is_no_error(bundle: Path):
     options = "--max-tokens 2 --no-stats --num-threads 1"
     for more in ("", "--json"):
         command = f"exec {sys.executable} -m edge.cli run {bundle} hello {options} {more} >&-"
@@ -248,7 +248,7 @@ def test_run_refuses_an_empty_prompt(edge_llm: Callable[..., Result], bundle: Pa
     assert edge_llm("run", bundle, "--raw", "", "--max-tokens", "1").code == 0
 
 
-def test_a_full_disk_behind_standard_output_is_one_line(bundle: Path):
+def test_a_full_disk_under_standard_output_is_one_line(bundle: Path):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "edge.cli", "inspect", "--no-verify", str(bundle)],
@@ -291,7 +291,7 @@ def test_nothing_is_reported_and_the_home_stays_as_it_is(bundle: Path, tmp_path:
         ("bench", ".", "--max-slowdown", "nan"),
     ],
 )
-def test_what_is_no_finite_number_is_refused(
+def test_a_number_that_is_not_finite_is_refused(
     arguments: tuple[str, ...], edge_llm: Callable[..., Result]
 ):
     message = error_line(edge_llm(*arguments), 64)

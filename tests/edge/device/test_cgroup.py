@@ -153,7 +153,7 @@ def test_a_mount_with_a_space_in_its_name(tree: Tree):
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "-5", "1e9", "0x10", "9" * 40, "١٢٣"])
-def test_what_is_no_number_limits_nothing(tree: Tree, text: str):
+def test_a_limit_that_is_no_number_is_ignored(tree: Tree, text: str):
     tree.process("0::/a\nnonsense\n:", V2_MOUNT, "too few", "a b c d e - cgroup2")
     tree.v2("a", max=text, current=100)
     assert read_room_bytes(tree.root) is None

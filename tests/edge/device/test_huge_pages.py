@@ -91,7 +91,7 @@ def test_a_huge_page_with_many_holes_stays_small():
     )
 
 
-def test_what_is_advised_against_huge_pages_stays_small():
+def test_regions_advised_against_huge_pages_stay_small():
     require_huge_pages()
     values = region(advice=mmap.MADV_NOHUGEPAGE)
     collapse(LEAST)

@@ -113,7 +113,7 @@ def test_a_grammars_mask_fetches_nothing_while_the_best_have_what_it_allows():
     ],
     ids=str,
 )
-def test_what_the_best_cannot_tell_fetches_the_row(options):
+def test_an_undecided_draw_fetches_the_row(options):
     logits: Logits = np.sort(PEAKED)[::-1].copy()
     made = SamplingParams(**{"temperature": 0.0, **options}, seed=1)
     sampler = Sampler(params(**vars(made)), logits.size)

@@ -307,7 +307,7 @@ def test_which_objects_are_closed(schema: Any, taken: list[str], refused: list[s
         {**ONE, "minProperties": "x"}, {"prefixItems": 3, **ONE}, {"patternProperties": 3},
     ],
 )  # fmt: skip
-def test_what_stays_as_it_is(schema: dict[str, Any]) -> None:
+def test_schemas_that_stay_open(schema: dict[str, Any]) -> None:
     before = json.dumps(schema)
     assert json.loads(json.dumps(close_schema(schema))) == json.loads(before)
     assert json.dumps(schema) == before

@@ -282,7 +282,7 @@ def test_a_slide_moves_the_drafts_rows_too(tables: Callable[[int], EmbeddingTabl
     assert tokens_read(True) < tokens_read(False) - 20
 
 
-def test_a_slide_that_is_none_drops_nothing(tables: Callable[[int], EmbeddingTable]):
+def test_a_slide_without_dropped_rows_drops_nothing(tables: Callable[[int], EmbeddingTable]):
     pair = Pair(tables, TARGET)
     assert pair.drafter is not None
     before = [*range(20)]
@@ -351,7 +351,7 @@ def test_an_unsure_draft_stops_early(tables: Callable[[int], EmbeddingTable]):
     assert 1 <= length(DraftWorth(run=0.01, go_on=0.1)) < 6
 
 
-def test_what_the_draft_lacks_is_read_in_chunks(tables: Callable[[int], EmbeddingTable]):
+def test_tokens_that_the_draft_lacks_are_read_in_chunks(tables: Callable[[int], EmbeddingTable]):
     pair = Pair(tables, TARGET, draft_step=4)
     assert pair.drafter is not None
     text = [*range(3 * CLOSE)]
@@ -474,7 +474,7 @@ def test_the_real_engines_give_the_answers_of_one(
     assert stats.accepted_tokens > 0.6 * stats.drafted_tokens
 
 
-def test_both_engines_are_closed_and_sized_alike(tiny_bundles: Bundles, small: Path):
+def test_both_engines_have_the_same_sizes_and_are_closed(tiny_bundles: Bundles, small: Path):
     with LLM(tiny_bundles("qwen2"), num_slots=2, kv_capacity=99, draft=small) as llm:
         assert llm._draft_model is not None
         backend = llm._draft_model.backend

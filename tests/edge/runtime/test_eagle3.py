@@ -292,7 +292,7 @@ def test_every_token_that_the_head_knows_can_be_guessed(table: EmbeddingTable):
     assert counts["drafted"] == counts["accepted"] > 10
 
 
-def test_what_is_far_behind_is_read_first_and_what_waits_is_bounded(
+def test_a_head_far_behind_reads_first_and_waiting_states_are_bounded(
     table: EmbeddingTable, monkeypatch: pytest.MonkeyPatch
 ):
     prompt = [i % VOCAB for i in range(3 * CLOSE)]
@@ -324,7 +324,7 @@ class Stored:
         return StoredPrefix(len(self.ids), lambda: rows)
 
 
-def test_behind_rows_that_nobody_saw_the_head_begins_anew(table: EmbeddingTable):
+def test_after_unseen_rows_the_head_begins_anew(table: EmbeddingTable):
     """A prefix from a file has no hidden states: the head's first row is behind it."""
     prompt = [*range(20)]
     params = made(temperature=0.0, max_tokens=30)
@@ -550,7 +550,7 @@ def test_engines_are_refused_with_the_reason(bundle: Path):
 
 
 @pytest.mark.parametrize("content", [b"[1,2]", b"{}", b"[" * 9999, b"[" + b"1," * 95 + b"1]"])
-def test_a_list_of_tokens_that_is_none_is_refused(bundle: Path, tmp_path: Path, content: bytes):
+def test_a_malformed_list_of_tokens_is_refused(bundle: Path, tmp_path: Path, content: bytes):
     broken = tmp_path / "broken"
     shutil.copytree(bundle, broken)
     replace_file(broken, "eagle3.vocabulary.json", content)

@@ -84,7 +84,7 @@ def filled(*contents: list[int], capacity: int = 50) -> SlotPool:
     return pool
 
 
-def test_a_conversation_goes_on_where_it_was():
+def test_a_conversation_continues_from_its_rows():
     pool = filled([], [1, 2, 3, 4], [])
     assert pool.place([1, 2, 3, 4, 5], "") == Placement(pool.slots[1], 4)
     assert pool.place([1, 2, 3, 4], "") == Placement(pool.slots[1], 3)  # the last one must run
@@ -119,7 +119,7 @@ def test_the_least_recently_used_slot_goes_first():
     assert pool.place([9, 9], "") == Placement(pool.slots[1], 0)
 
 
-def test_active_slots_stay_neighbours_and_what_lay_there_is_kept():
+def test_active_slots_stay_neighbours_and_old_rows_are_kept():
     pool = filled([], [5, 6], [], [1, 2, 3, 4])
     pool.take(pool.slots[0], [8], "")
     placement = pool.place([1, 2, 3, 4, 7], "")

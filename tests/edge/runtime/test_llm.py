@@ -102,7 +102,7 @@ def test_a_chat_answer_is_split_into_reasoning_and_answer(scripted: Scripted):
     assert result.stats.prompt_tokens == len(scripted.llm.encode(QUESTION))
 
 
-def test_an_answer_goes_on_where_it_broke_off(scripted: Scripted):
+def test_an_answer_continues_where_it_broke_off(scripted: Scripted):
     reasoning, text = "Let me see.\n\nYes.", " Héllo 🙂\n\nso"
     for reasoned, said in [(4, 0), (12, 0), (len(reasoning), 0), (len(reasoning), 3), (0, 7)]:
         begun = {"role": "assistant", "content": text[:said], "reasoning": reasoning[:reasoned]}
@@ -250,7 +250,7 @@ def test_an_answer_that_continues_a_text_keeps_its_first_space(
     assert scripted.llm.generate(QUESTION, GREEDY).reasoning == "the world"
 
 
-def test_what_a_prompt_becomes(scripted: Scripted):
+def test_how_a_prompt_is_encoded(scripted: Scripted):
     llm = scripted.llm
     plain = llm.tokenizer.encode("hi<think>")
     assert llm.encode("hi<think>") == [BOS_ID, *plain]
@@ -352,7 +352,7 @@ def test_log_probabilities_come_with_the_tokens(scripted: Scripted):
 
 
 @pytest.mark.parametrize("ids", ["2024", b"12", [1, 2.9, 3], [1, "2", 3]])
-def test_what_is_no_list_of_ids_is_not_taken_for_one(scripted: Scripted, ids: Any):
+def test_only_lists_of_ids_count_as_ids(scripted: Scripted, ids: Any):
     llm = scripted.llm
     for ask in (llm.score, llm.generate_ids) + (() if isinstance(ids, str) else (llm.encode,)):
         with pytest.raises(RequestError):
@@ -412,7 +412,7 @@ def test_answers_that_run_together_are_those_of_each_alone(scripted: Scripted):
 
 @pytest.mark.parametrize("num_read", [0, 1, 9])
 @pytest.mark.parametrize("form", [None, "json_object"])
-def test_an_answer_that_is_put_away_goes_on_in_another_process(
+def test_an_answer_put_away_continues_in_another_process(
     tiny_bundles: Bundles, num_read: int, form: Literal["json_object"] | None
 ):
     """With reasoning that its budget ends, then a form, and penalties that count what was said."""

@@ -251,7 +251,7 @@ def test_a_new_prefix_survives_a_power_loss(
     assert events == ["fsync .a.kv.tmp", ".a.kv.tmp -> a.kv", f"fsync {folder}"]
 
 
-def test_what_a_killed_build_of_a_longer_prefix_left_is_no_part_of_the_new_one(
+def test_a_killed_build_leaves_nothing_in_the_next_prefix(
     tmp_path: Path, manifest: Manifest
 ) -> None:
     store = reopen(tmp_path, manifest)

@@ -189,7 +189,7 @@ def test_numbers_of_numpy_are_numbers():
     assert repr(made) == repr(plain)  # and are stored as Python's
 
 
-def test_resolve_fills_what_is_open_and_nothing_else():
+def test_resolve_fills_only_open_parameters():
     defaults = SamplingDefaults(
         temperature=0.6, top_k=20, top_p=0.95, min_p=0.1, repetition_penalty=1.2
     )

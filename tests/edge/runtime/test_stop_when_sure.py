@@ -97,7 +97,7 @@ def test_a_thought_ends_once_two_trials_give_one_answer(thinker: Thinker):
 
 
 @pytest.mark.parametrize("doubts", ["changes", "unlikely", "empty", "endless"])
-def test_a_thought_goes_on_while_its_answer_does_not_stand(thinker: Thinker, doubts: str):
+def test_a_thought_continues_while_its_answer_changes(thinker: Thinker, doubts: str):
     if doubts == "changes":
         thinker.answer = str
     elif doubts == "unlikely":

@@ -153,7 +153,7 @@ def test_no_space_comes_into_the_closing_tag_or_before_the_answer(
     assert b"".join(map(tokenizer.token_bytes, found)).decode() == written
 
 
-def test_what_the_last_token_has_after_the_tag_gets_no_space() -> None:
+def test_text_after_the_tag_in_its_token_gets_no_space() -> None:
     tokenizer = Tokenizer.from_bytes(sentencepiece(), TOKENS_OF_SPACED)
     constraint = ThinkingBudget(tokenizer, VOCAB, opened=True, answer=Spelled(tokenizer, "b"))
     constraint._close(b"\nb")  # `Spelled` fails on anything but its text
@@ -226,7 +226,7 @@ def test_a_budget_that_would_never_end_is_refused(tokenizer: Tokenizer, budget: 
         ThinkingBudget(tokenizer, VOCAB, opened=True, budget=budget)
 
 
-def test_what_a_token_has_behind_the_tag_belongs_to_the_answer(tmp_path: Path) -> None:
+def test_text_after_the_tag_in_its_token_belongs_to_the_answer(tmp_path: Path) -> None:
     """A token of several characters may close the tag and begin the answer."""
     tokenizer = _long_tags(tmp_path)
     seen: list[int] = []

@@ -186,7 +186,7 @@ def test_asyncio_reads_a_vote_too(voters: Voters):
     assert asyncio.run(read()).answer == "4"
 
 
-def test_a_full_queue_ends_the_vote_with_what_it_has(
+def test_a_full_queue_ends_the_vote_with_the_samples_so_far(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
     voters = Voters(tiny_bundles("qwen2"), monkeypatch, num_slots=4, queue_capacity=0)
@@ -269,7 +269,7 @@ def test_samples_are_requests_of_their_caller(
     voters.llm.close()
 
 
-def test_a_sample_that_makes_room_for_others_counts_as_none(
+def test_a_sample_that_makes_room_for_others_is_not_counted(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
     voters = Voters(tiny_bundles("qwen2"), monkeypatch, num_slots=1, max_batch=1, queue_capacity=2)
@@ -286,7 +286,7 @@ def test_a_sample_that_makes_room_for_others_counts_as_none(
     voters.llm.close()
 
 
-def test_a_vote_of_which_nothing_has_started_makes_room_whole(
+def test_an_unstarted_vote_makes_room_as_a_whole(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
     voters = Voters(tiny_bundles("qwen2"), monkeypatch, num_slots=1, max_batch=1, queue_capacity=2)

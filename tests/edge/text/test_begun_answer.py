@@ -64,7 +64,7 @@ def begin(content: str | None = "", *, reasons: bool = True, **more: Any) -> Beg
         ("", {"reasoning_content": ""}, BegunAnswer()),
     ],
 )
-def test_where_an_answer_goes_on(content: str, more: dict[str, Any], expected: BegunAnswer):
+def test_where_an_answer_continues(content: str, more: dict[str, Any], expected: BegunAnswer):
     assert begin(content, **more) == expected
 
 
@@ -132,7 +132,7 @@ def test_a_text_cannot_open_a_turn(tokenizer: Tokenizer):
 
 @quick
 @given(reasoning=text, answer=text, data=st.data())
-def test_reasoning_that_goes_on_is_what_it_would_have_been(
+def test_continued_reasoning_is_split_as_if_uninterrupted(
     reasoning: str, answer: str, data: st.DataObject
 ):
     reasoning = "x" + reasoning.rstrip("\n")

@@ -555,7 +555,7 @@ def test_arguments_stay_text_where_the_template_writes_them_as_they_are(source):
         ("{{ call.name }}", "f"),
     ],
 )
-def test_arguments_are_what_the_template_wants_however_it_is_spelled(contents, writes, expected):
+def test_arguments_have_the_form_that_the_template_wants(contents, writes, expected):
     """The text of a client has two spaces, so that it can be told from what a template makes."""
     template = ChatTemplate(
         "{%- if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"

@@ -84,7 +84,7 @@ def test_the_texts_are_framed_and_stay_text(path: Path, prefix: str, suffix: str
 
 
 @given(st.text("ab é☺你\n", max_size=9), st.text("ab é☺你\n", max_size=9))
-def test_sentencepiece_puts_no_space_before_what_goes_on(prefix: str, suffix: str):
+def test_sentencepiece_puts_no_space_before_continued_text(prefix: str, suffix: str):
     """Text before and after a gap, joined, is the text that there was."""
     tokenizer, (before, after, middle, _) = marked(sentencepiece(), "CodeLlama", LLAMA)
     ids = fill_in_middle(tokenizer).encode(tokenizer, prefix, suffix)

@@ -211,7 +211,7 @@ def test_the_least_tokens_are_near_where_tokens_are_longest(path):
 
 @pytest.mark.timing
 @pytest.mark.parametrize("control", [False, True])
-def test_a_long_text_is_encoded_alike_and_lets_others_run(
+def test_a_long_text_gets_the_same_ids_and_lets_others_run(
     tokenizer, reference, without_control, control
 ):
     text = "".join([*CONTROL, " hello world äöü 你好 1234\n"]) * 8_000
@@ -314,7 +314,7 @@ def test_a_long_text_is_encoded_in_pieces_and_may_be_given_up(tokenizer):
         {"added_tokens": [added(304, "LL", lstrip=True)]},
     ],
 )
-def test_what_is_not_known_to_have_cuts_is_not_cut(path, changes):
+def test_unknown_pretokenizers_are_not_cut(path, changes):
     tokenizer = Tokenizer.from_bytes(changed(path, **changes), NO_BOS)
     assert len(list(tokenizer._pieces("hello world " * 40_000))) == 1
 
@@ -490,7 +490,7 @@ def test_a_first_token_without_text_does_not_keep_the_first_space():
 
 @quick
 @given(st.text("ab é ", max_size=8), st.text("ab é ", max_size=8))
-def test_text_that_goes_on_keeps_its_first_space_both_ways(first, second):
+def test_continued_text_keeps_its_first_space_both_ways(first, second):
     tokenizer = Tokenizer.from_bytes(sentencepiece(), NO_BOS)
     ids = tokenizer.encode(second, goes_on=True)
     assert tokenizer.decode(tokenizer.encode(first + "b") + ids) == first + "b" + second

@@ -68,7 +68,7 @@ HOSTILE_MODELS = [
 
 
 @pytest.mark.parametrize(("changes", "why"), HOSTILE)
-def test_what_has_no_bound_is_refused(content, changes, why):
+def test_unbounded_pipelines_are_refused(content, changes, why):
     with pytest.raises(BundleError, match=why):
         Tokenizer.from_bytes(json.dumps(content | changes).encode(), TOKENS)
 

@@ -95,7 +95,7 @@ def test_ten_thousand_pixels_a_side_are_decoded(monkeypatch: pytest.MonkeyPatch)
     assert "takes more than 20 s of CPU time or 256 MiB to decode" in refused(data)
 
 
-def test_a_picture_of_too_many_bytes_or_none_is_refused(tmp_path: Path):
+def test_an_empty_or_too_long_picture_is_refused(tmp_path: Path):
     assert f"{MAX_BYTES + 1:,} bytes; at most {MAX_BYTES:,}" in refused(bytes(MAX_BYTES + 1))
     assert "no bytes" in refused(b"")
     path = tmp_path / "large.png"
@@ -165,7 +165,7 @@ def test_no_other_decoder_looks_at_a_picture_than_its_first_bytes_say():
 
 
 @pytest.mark.parametrize("value", [None, 3, ["a"], np.zeros((2, 2)), np.zeros((2, 2, 4), np.uint8)])
-def test_what_is_no_picture_is_refused_by_what_it_is(value: object):
+def test_a_value_that_is_no_picture_is_refused(value: object):
     assert "give" in refused(value)
 
 

@@ -141,7 +141,7 @@ def test_16_bits_of_grey_become_8_and_are_not_cut_off():
     np.testing.assert_array_equal(pixels(image), pixels(grey))
 
 
-def test_what_is_clear_is_white():
+def test_transparent_pixels_are_white():
     clear = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
     assert (decode_picture(encode(clear), TINY_SMOLVLM).pixels == 255).all()
 

@@ -152,7 +152,7 @@ def test_a_template_that_reads_texts_gets_its_pictures_too(string_llm: LLM) -> N
     assert as_tokens(found) == wanted
 
 
-def test_an_answer_that_was_begun_goes_on(llm: LLM) -> None:
+def test_a_begun_answer_about_a_picture_continues(llm: LLM) -> None:
     said = [*ask(draw(1, 32, 32), "x"), {"role": "assistant", "content": "A cat"}]
     found = llm.encode(said, continue_final_message=True)
     text = placeholders(llm, 32, 32)

@@ -163,9 +163,7 @@ def test_a_picture_that_was_used_again_is_not_the_oldest(
     assert [table.find(digest) is not None for digest in digests] == [True, False]
 
 
-def test_what_is_forgotten_is_another_picture_when_it_comes_again(
-    table: PictureTable, section: VisionSection
-) -> None:
+def test_a_forgotten_picture_gets_new_ids(table: PictureTable, section: VisionSection) -> None:
     first = add(table, section, 1)
     table.forget()
     again = add(table, section, 1)

@@ -184,7 +184,7 @@ def test_an_answer_outgrows_its_slot(vision_bundle: Path) -> None:
         assert len(llm.generate(ask(draw(1), "What?"), params).tokens) == 150
 
 
-def test_an_answer_that_was_put_away_goes_on(vision_bundle: Path) -> None:
+def test_an_answer_about_a_picture_continues_after_putting_away(vision_bundle: Path) -> None:
     messages = ask(draw(1), "What is it?")
     params = SamplingParams(temperature=0.9, max_tokens=40, seed=5, ignore_eos=True)
     alone = fresh_answer(vision_bundle, messages, params)
@@ -197,7 +197,7 @@ def test_an_answer_that_was_put_away_goes_on(vision_bundle: Path) -> None:
         assert tokens(again.result()) == alone
 
 
-def test_who_waits_aside_goes_on(vision_bundle: Path) -> None:
+def test_a_sequence_with_a_picture_continues_after_waiting_aside(vision_bundle: Path) -> None:
     long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
     alone = fresh_answer(vision_bundle, ask(draw(1), "What?"), long)
     with LLM(vision_bundle, **OPTIONS, num_slots=1) as llm:

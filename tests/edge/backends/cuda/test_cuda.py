@@ -202,7 +202,7 @@ WAITS = {"spin": 1, "yield": 2, "block": 4}  # CU_CTX_SCHED_*
     wish=st.sampled_from(["auto", *WAITS]),
     cpus=st.integers(1, 16),
 )
-def test_a_wish_by_name_holds_and_auto_keeps_what_was_chosen(
+def test_an_explicit_mode_holds_and_auto_keeps_the_chosen_one(
     others: int, chosen: int, active: bool, wish: GpuWait, cpus: int
 ):
     """Whoever opened the context before, and with flags that say nothing of waiting kept."""

@@ -30,7 +30,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     assert fake.used_bytes == 0
 
 
-def test_what_is_no_block_is_one_range_to_its_user(gpu: FakeGpu):
+def test_pieces_are_one_range_of_addresses(gpu: FakeGpu):
     device = cuda.Device()
     with device.active():
         stream = cuda.Stream(device)

@@ -72,7 +72,7 @@ def test_weights_are_in_huge_pages_and_take_no_more_memory(smollm2_bundle: Path)
     assert resident["huge"] == pytest.approx(resident["small"], rel=0.03)
 
 
-def test_pages_are_made_huge_behind_the_steps_that_follow_the_first(
+def test_pages_become_huge_after_each_step_but_the_first(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
     made = []
@@ -113,7 +113,7 @@ def test_a_batch_equals_its_sequences_alone(kind: Kind, variant: str, tiny_bundl
             assert_allclose(batched.cache(slot), alone.cache(slot), atol=ATOL, rtol=0)
 
 
-def test_padding_behind_a_short_sequence_influences_nothing(runner: Runner):
+def test_padding_after_a_short_sequence_changes_nothing(runner: Runner):
     """Rows of padding are written, never read, and overwritten by the tokens that follow."""
     ids = random_ids(2, 12)
     valid = 5  # tokens of the second sequence

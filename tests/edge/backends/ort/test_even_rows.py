@@ -66,7 +66,7 @@ def grouped(tiny_checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.usefixtures("even")
 @pytest.mark.parametrize("quant", QUANTS)
-def test_a_token_is_computed_alike_in_any_company(quant: str, tiny_bundles: Bundles):
+def test_a_token_is_computed_the_same_whatever_runs_beside_it(quant: str, tiny_bundles: Bundles):
     ids = random_ids(1, 72)
 
     with Runner(tiny_bundles("qwen2", "native", quant=quant), deterministic=True) as runner:
@@ -217,7 +217,7 @@ def test_kernels_that_cannot_be_evened_are_refused(
         Runner(tiny_bundles("qwen2", "native", quant="int4"), deterministic=True)
 
 
-def test_where_it_did_not_hold_it_is_refused(
+def test_another_machine_than_x86_64_is_refused(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
@@ -226,7 +226,7 @@ def test_where_it_did_not_hold_it_is_refused(
 
 
 @pytest.mark.usefixtures("even")
-def test_a_request_answers_alike_alone_and_in_a_crowd(tiny_bundles: Bundles):
+def test_a_request_gets_the_same_answer_alone_and_beside_others(tiny_bundles: Bundles):
     bundle = tiny_bundles("qwen2", "native", quant="int4")
     prompts = [random_ids(5 + 7 * i, seed=i).tolist() for i in range(6)]
     params = SamplingParams(temperature=0.8, seed=3, max_tokens=24)

@@ -67,7 +67,7 @@ def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_answers_and_fills_the_cache_alike(kind: Kind, quant: str, tiny_bundles: Bundles):
+def test_a_prompt_gives_the_same_answer_and_cache(kind: Kind, quant: str, tiny_bundles: Bundles):
     """8 bits for a token of each input and for each output's weights: measured cosine 0.9995."""
     bundle = tiny_bundles(kind, quant=quant)
     chunks = random_ids(1, 40, seed=1), random_ids(1, INT8_PREFILL_TOKENS, seed=2)
@@ -114,7 +114,7 @@ def test_a_token_of_zeros_is_no_division_by_zero(tiny_bundles: Bundles):
 
 
 @pytest.mark.parametrize("quant", ["fp16", "bf16", "int8-w8a8"])
-def test_where_it_changes_nothing_it_is_refused(quant: str, tiny_bundles: Bundles):
+def test_int8_prompts_are_refused_if_they_change_nothing(quant: str, tiny_bundles: Bundles):
     with pytest.raises(ConfigError, match=rf"prefill int8 is for .*\({quant}\)"):
         LLM(tiny_bundles("qwen2", quant=quant), backend="ort-cpu", prefill="int8")
 

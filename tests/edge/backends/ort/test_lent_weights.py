@@ -167,7 +167,7 @@ def test_values_are_handed_over_where_names_fail(
         assert not names_in_memory()
 
 
-def test_what_a_killed_process_left_is_removed_and_what_another_uses_is_not(tmp_path: Path):
+def test_only_folders_of_killed_processes_are_removed(tmp_path: Path):
     code = f"""
 import sys, threading
 from pathlib import Path

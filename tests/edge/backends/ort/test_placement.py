@@ -12,7 +12,7 @@ def event(op: str, provider: str, *outputs: dict[str, list[int]], cat: str = "No
     return {"cat": cat, "name": f"{op}_kernel_time", "args": arguments}
 
 
-def test_what_counts_as_elsewhere():
+def test_only_nodes_on_tensors_count_as_elsewhere():
     cpu, gpu = "CPUExecutionProvider", "CUDAExecutionProvider"
     events = [
         event("MatMul", gpu, {"float16": [1, 1, 64]}),

@@ -154,7 +154,7 @@ def test_the_plan_of_memory_has_the_adapters_of_all_slots(engines: Engines):
     assert sizes[1] - sizes[0] == 2 * (SLOTS + 1) * slot_values(model, RANK)
 
 
-def test_a_rank_whose_slots_are_not_aligned_is_no_engine(engines: Engines):
+def test_a_rank_with_unaligned_slots_is_refused(engines: Engines):
     bundle = engines(rank=0)
     manifest = read_manifest(bundle)
     odd = msgspec.structs.replace(manifest, extras={SECTION: section(manifest.model, 3)})

@@ -209,7 +209,7 @@ def test_without_memory_for_the_context_of_a_graph_decode_goes_on(
         "cuGraphLaunch", "cuGraphExecDestroy",
     ],
 )  # fmt: skip
-def test_what_graphs_need_is_tried_at_load(
+def test_graphs_are_tried_at_load(
     missing: str,
     gpu: FakeGpu,
     engine_bundles: EngineBundles,

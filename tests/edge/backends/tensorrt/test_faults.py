@@ -124,7 +124,7 @@ def test_every_call_of_a_step_may_fail(
     assert outcomes == ({"failed", "worked"} if code == OUT_OF_MEMORY else {"lost", "worked"})
 
 
-def test_what_a_failed_step_left_running_is_waited_for(
+def test_work_of_a_failed_step_is_waited_for(
     gpu: FakeGpu, engine_bundles: EngineBundles, monkeypatch: pytest.MonkeyPatch
 ):
     """Else it writes into the buffers of the next step, and a GPU that died is not seen."""

@@ -43,7 +43,7 @@ def test_a_thread_of_tensorrts_own_is_heard(gpu: FakeGpu):
     assert (listener.said, list(listener.errors)) == ("CUDA is old", [])
 
 
-def test_what_nobody_hears_is_in_the_log(gpu: FakeGpu, caplog: pytest.LogCaptureFixture):
+def test_messages_without_a_listener_go_to_the_log(gpu: FakeGpu, caplog: pytest.LogCaptureFixture):
     logger = Listener(make_module(gpu)).logger
     logger.log(Severity.ERROR, "comes back as an exception")
     assert not [record for record in caplog.records if record.levelname == "WARNING"]

@@ -124,7 +124,7 @@ def test_the_stand_in_refuses(mistake: str, gpu: FakeGpu, engine_bundles: Engine
 
 
 @both_drivers
-def test_the_stand_in_poisons_what_is_read_too_early(gpu: FakeGpu, engine_bundles: EngineBundles):
+def test_the_stand_in_poisons_values_read_too_early(gpu: FakeGpu, engine_bundles: EngineBundles):
     with GpuRunner(engine_bundles("qwen2", "native"), gpu) as runner:
         backend = runner.engine
         backend._stream.synchronize = lambda: None  # type: ignore[method-assign]

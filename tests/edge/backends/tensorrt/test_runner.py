@@ -137,7 +137,7 @@ def test_idle_slots_keep_every_row(dialect: str, gpu: FakeGpu, engine_bundles: E
         assert runner.lengths == [8, 4, 0, 12]
 
 
-def test_the_last_row_is_usable_and_what_passes_it_is_refused(
+def test_the_last_row_is_usable_and_the_next_is_refused(
     dialect: str, gpu: FakeGpu, engine_bundles: EngineBundles
 ):
     with GpuRunner(engine_bundles("qwen2", dialect, max_batch=1), gpu) as runner:

@@ -121,7 +121,7 @@ def test_each_answer_is_the_one_that_its_adapter_gives_alone(table: EmbeddingTab
     assert backend.adapters == [None] * backend.num_slots, "a slot keeps an adapter for who is next"
 
 
-def test_what_was_put_away_goes_on_with_its_adapter(table: EmbeddingTable):
+def test_an_answer_put_away_continues_with_its_adapter(table: EmbeddingTable):
     request = make_request([1, 2, 3], replace(GREEDY, max_tokens=10), adapter=ADAPTERS[1])
     expected = answer_alone(under(ADAPTERS[1]), request, 64)
     engine = make_engine(table)

@@ -494,7 +494,7 @@ def test_a_fault_ends_only_those_it_struck(table: EmbeddingTable):
     assert engine.core.counts["cached"] == 0  # nothing of the one that failed
 
 
-def test_a_step_that_runs_out_of_memory_leaves_no_row_behind(table: EmbeddingTable):
+def test_a_step_that_runs_out_of_memory_leaves_no_row(table: EmbeddingTable):
     engine = Engine(table)
     forward = engine.backend.forward
 

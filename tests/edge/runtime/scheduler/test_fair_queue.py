@@ -54,7 +54,7 @@ def test_who_runs_something_comes_after_who_runs_nothing():
     assert queue.first(busy="ab").request.client == "a"
 
 
-def test_who_comes_is_not_behind_turns_that_others_have_used_in_advance():
+def test_a_newcomer_does_not_wait_for_turns_used_in_advance():
     queue = FairQueue(100)
     for client, tokens, count in (("a", 499, 2), ("b", 49, 2)):
         for _ in range(count):
@@ -225,7 +225,7 @@ def test_a_client_with_nothing_queued_waits_for_one_quantum_of_each_other(
     assert newcomer.ended
 
 
-def test_the_last_slot_is_for_who_has_none(table: EmbeddingTable):
+def test_the_last_slot_is_for_a_client_without_one(table: EmbeddingTable):
     engine = Engine(table, num_slots=3)
     many = [
         engine.submit(make_request([5], replace(GREEDY, max_tokens=9 + 5 * i), client="many"))[0]
@@ -241,7 +241,7 @@ def test_the_last_slot_is_for_who_has_none(table: EmbeddingTable):
     engine.run()
 
 
-def test_what_has_started_while_it_was_dropped_goes_on(table: EmbeddingTable):
+def test_a_sequence_that_started_before_it_was_dropped_continues(table: EmbeddingTable):
     """Callers drop from other threads, and a sequence may start in that moment."""
     engine = Engine(table, num_slots=1)
     pairs = [engine.submit(make_request([5], replace(GREEDY, max_tokens=3))) for _ in range(2)]
@@ -289,9 +289,7 @@ def test_a_short_prompt_is_read_between_the_chunks_of_a_long_one(
 
 
 @pytest.mark.parametrize("common", [False, True])
-def test_prompts_of_clients_that_are_alike_are_read_one_after_the_other(
-    table: EmbeddingTable, common: bool
-):
+def test_prompts_of_equal_clients_are_read_one_after_the_other(table: EmbeddingTable, common: bool):
     """Side by side all would end late, and what they have in common would be read twice."""
     engine = Engine(table, capacity=64, max_step_tokens=4)
     rest = 40 if not common else 10

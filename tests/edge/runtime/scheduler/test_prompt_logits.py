@@ -135,7 +135,7 @@ def test_its_rows_are_a_prefix_for_the_answer_that_follows(table: EmbeddingTable
     assert sequence.stats.cached_tokens == 4
 
 
-def test_it_ends_as_any_other(table: EmbeddingTable):
+def test_a_sequence_with_prompt_logits_ends_as_any_other(table: EmbeddingTable):
     now = 0.0
     engine = Engine(table, SCRIPT, clock=lambda: now)
     cancelled, sink = score(engine, [1] * 30)

@@ -142,7 +142,7 @@ def test_whenever_sequences_are_put_aside_they_go_on_with_the_same_tokens(
     has_rows=st.booleans(),
     seed=st.none() | st.integers(0, 9),
 )
-def test_a_sequence_that_was_put_away_goes_on_in_another_engine(
+def test_a_sequence_put_away_continues_in_another_engine(
     table: EmbeddingTable,
     prompt: int,
     tokens: int,
@@ -180,7 +180,7 @@ def test_a_sequence_that_was_put_away_goes_on_in_another_engine(
     second.check_books()
 
 
-def test_it_goes_on_with_its_own_rows_and_not_with_those_of_the_same_tokens(table: EmbeddingTable):
+def test_a_sequence_continues_with_its_own_rows(table: EmbeddingTable):
     """Those that another sequence computed may differ in bits."""
     engine = Engine(table, SCRIPT, num_slots=2)
     request = make_request([1, 2, 3], replace(GREEDY, max_tokens=8), client="a", end_ids=NO_END)
@@ -298,7 +298,7 @@ def test_nobody_gives_way_to_lower_priority_or_to_its_own_client(table: Embeddin
 @example(
     events=[("a", 1, 17, 1), ("c", 1, 1, 1), ("d", 2, 17, 1), ("b", 1, 1, 1)], slots=1, chunk=2
 )
-def test_nothing_thrashes_and_what_is_aside_is_bounded(
+def test_nothing_thrashes_and_rows_aside_are_bounded(
     table: EmbeddingTable, events: list[tuple[str, int, int, int] | None], slots: int, chunk: int
 ):
     engine = Engine(table, num_slots=slots, capacity=32, max_step_tokens=chunk)
@@ -416,7 +416,7 @@ def test_where_memory_is_short_nobody_gives_way(
     assert engine.core.counts["put_aside"] == 0
 
 
-def test_what_has_begun_is_told_no_place_in_the_queue(table: EmbeddingTable):
+def test_a_running_sequence_is_told_no_place_in_the_queue(table: EmbeddingTable):
     engine = Engine(table, num_slots=1)
     _, first = submit(engine, "a", 40, wants_progress=True)
     for _ in range(FEW + 2):
@@ -430,7 +430,7 @@ def test_what_has_begun_is_told_no_place_in_the_queue(table: EmbeddingTable):
     assert engine.core.counts["prompt"] == 3, "a prompt counts once"
 
 
-def test_the_end_of_everything_ends_what_is_aside(table: EmbeddingTable):
+def test_closing_ends_sequences_that_are_aside(table: EmbeddingTable):
     engine, _, sink = aside_engine(table)
     engine.core.end_all(None)
     assert sink.reason == "cancelled"

@@ -588,7 +588,7 @@ def test_a_full_queue_drops_the_newest_of_the_client_that_has_most(make: Make):
     assert scheduler.stats().outcomes == {"length": 7, "rejected": 5}
 
 
-def test_what_has_started_is_not_dropped(make: Make):
+def test_a_started_sequence_is_not_dropped(make: Make):
     """Of many samples those go that wait, also where their submission is all there is."""
     gate = Gate()
     scheduler, _ = make(gate, num_slots=2, queue_capacity=3)
