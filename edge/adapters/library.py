@@ -1,7 +1,8 @@
 """Keeps a bundle's adapters beside it, in ``BUNDLE.adapters/NAME/``.
 
 A bundle is signed and replaced as a whole, so adapters, which come and go, are not inside it. Each
-directory is one adapter as peft saved it, and the directory's name is the adapter's.
+directory is one adapter as peft saved it, and the directory's name is the adapter's. A roll-out
+keeps versions of an adapter as ``NAME@VERSION`` and makes ``NAME`` a link to one.
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ def remove_adapter(bundle: Path, name: str) -> None:
         raise unknown_adapter(name, stored_adapters(bundle))
     try:
         path.unlink() if path.is_symlink() else shutil.rmtree(path)
+        for version in path.parent.glob(f"{name}@*"):  # of roll-outs
+            shutil.rmtree(version)
     except OSError as error:
         raise ResourceError(f"cannot remove {path}: {error.strerror}; see who owns it") from error
 

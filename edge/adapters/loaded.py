@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -118,10 +117,12 @@ class Adapters:
             if name not in known:
                 self._stored.pop(name, None)
                 raise unknown_adapter(name, [*known, *self._given])
-            stamp = [_stamp(file) for file in adapter_files(known[name])]
+            path = known[name].resolve()  # both files of one version, where a link moves meanwhile
+            found = map(Path.stat, adapter_files(path))
+            stamp = [(each.st_ino, each.st_mtime_ns, each.st_size) for each in found]
             kept, weights = self._stored.pop(name, (None, None))
             if weights is None or kept != stamp:
-                weights = self.read(known[name], name)
+                weights = self.read(path, name)
             self._stored[name] = stamp, weights  # at the end: the most recently used
             while len(self._stored) > 1 and self._stored_bytes() > MOST_BYTES:
                 del self._stored[next(iter(self._stored))]
@@ -149,8 +150,3 @@ def own_name(path: Path) -> str:
     """Return the default name of an adapter: that of its directory."""
     path = path.absolute()
     return path.parent.name if path.suffix == ".safetensors" else path.name
-
-
-def _stamp(file: Path) -> Any:
-    found = file.stat()
-    return found.st_ino, found.st_mtime_ns, found.st_size

@@ -27,7 +27,8 @@ from .safetensors_header import TensorEntry, read_header
 from .trust import check_trusted
 from .weights import AdapterWeights, Floats
 
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+"""Types of the weights of an adapter."""
 _MOST_CONFIG_BYTES, _MOST_HEADER_BYTES, _MOST_TOKENIZER_BYTES = 1 << 20, 1 << 24, 1 << 26
 _HUB_ID = re.compile(r"[\w-][\w.-]*/([\w.-]+)", re.ASCII)
 _PLAIN = re.compile(r"\^?(\w|\\?\.)+", re.ASCII)
@@ -90,7 +91,7 @@ def read_adapter(
     config_path, weights_path = adapter_files(path)
     try:
         config_bytes = read_file(config_path, _MOST_CONFIG_BYTES)
-        config = _parse(config_bytes, config_path)
+        config = parse_adapter_config(config_bytes, config_path)
         _check_base(config, manifest, config_path)
         if bundle is not None and manifest.vocabulary is None:
             _check_tokenizer(weights_path.with_name("tokenizer.json"), bundle / "tokenizer.json")
@@ -99,7 +100,7 @@ def read_adapter(
         data = read_file(weights_path, 4 * most + _MOST_HEADER_BYTES)
         hashes = [hashlib.sha256(each) for each in (config_bytes, data)]
         check_trusted(path, weights_path, hashes, trusted_keys)
-        entries = read_header(io.BytesIO(data), weights_path, _ITEM_BYTES)
+        entries = read_header(io.BytesIO(data), weights_path, ITEM_BYTES)
     except OSError as error:
         raise CheckpointError(f"cannot read the adapter {path}: {error.strerror}") from error
     found = _sort(weights_path, entries, config, linears, most_rank)
@@ -113,7 +114,16 @@ def read_adapter(
     return AdapterWeights(name, digest.hexdigest(), rank, tensors)
 
 
-def _parse(data: bytes, path: Path) -> PeftConfig:
+def parse_adapter_config(data: bytes, path: Path) -> PeftConfig:
+    """Read ``adapter_config.json`` of an adapter that can be switched at run time.
+
+    Args:
+        data: its content.
+        path: for messages.
+
+    Raises:
+        CheckpointError: it is no JSON, or of no such adapter.
+    """
     try:
         values = json.loads(data)
     except MALFORMED as error:

@@ -55,6 +55,26 @@ _staging = option(
     "unit edge-llm-switch@ takes the bundle over as root, moves the link and reloads.",
 )
 
+texts_option = option(
+    "Task",
+    "--text",
+    "texts",
+    type=FILE,
+    multiple=True,
+    default=GATE_TEXTS,
+    help="UTF-8 text for the perplexity, in place of the two built-in ones; its beginning is read, "
+    "and each of several is judged.",
+)
+ratio_option = option(
+    "Limits",
+    "--perplexity-ratio",
+    type=Finite(1, 1000),
+    default=PERPLEXITY_RATIO,
+    show_default=True,
+    help="Perplexity over that of what serves above which the new one is rejected; what a manifest "
+    "says that its quantization lost is allowed besides.",
+)
+
 
 @click.command(cls=SectionCommand)
 @click.argument("reference", type=ReferenceType(), required=False)
@@ -82,25 +102,8 @@ _staging = option(
     "where memory holds both: by the perplexity of texts, then by a golden set; perplexity leaves "
     "the set out, none both.",
 )
-@option(
-    "Task",
-    "--text",
-    "texts",
-    type=FILE,
-    multiple=True,
-    default=GATE_TEXTS,
-    help="UTF-8 text for the perplexity, in place of the two built-in ones; its beginning is read, "
-    "and each of several is judged.",
-)
-@option(
-    "Limits",
-    "--perplexity-ratio",
-    type=Finite(1, 1000),
-    default=PERPLEXITY_RATIO,
-    show_default=True,
-    help="Perplexity over the old bundle's above which the new one is rejected; what the manifest "
-    "says that its quantization lost is allowed besides.",
-)
+@texts_option
+@ratio_option
 @golden_option
 @max_tokens_option
 @option(

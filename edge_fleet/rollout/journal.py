@@ -287,9 +287,9 @@ def undo(place: Place, journal: Journal, reload: str | None) -> str:
     """
     old, current = journal.old, place.current
     if journal.step != "done" or old is None or current not in (journal.new, old):
-        raise ConfigError(f"{place.link} has had no other bundle since it was last rolled back")
+        raise ConfigError(f"{place.link} has had no other version since it was last rolled back")
     if not place.path(old).is_dir():
-        raise ConfigError(f"{old}, the bundle before {current}, is not on the disk any more")
+        raise ConfigError(f"{old}, the version before {current}, is not on the disk any more")
     place.point(old)
     journal.reject(ROLLED_BACK)
     place.write(journal)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -38,10 +39,14 @@ from edge_lab.progress import Progress, prefixed
 from . import PERPLEXITY_RATIO
 from .service import Service
 
+if TYPE_CHECKING:
+    from edge.runtime.llm import LLM
+
 LEAST_RIGHT = 6
 """Fewest right answers of the old bundle: by McNemar's test six flips are unlikely (p = 0.031)."""
 _TEXT_CHARS = 8000  # characters and not tokens, so that bundles of two tokenizers read the same
 _MAX_OWN_LOSS = 1.25
+_JUDGED = "judged"  # what the adapter that is judged is called in this process
 _LIMITS = Limits(length_ratio=2.0)  # what a new calibration may do to the lengths of greedy answers
 
 
@@ -89,11 +94,20 @@ class WorseError(Exception):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A bundle that can be asked: by the service that serves it, else in this process."""
+    """A bundle that can be asked: by the service that serves it, else in this process.
+
+    With ``adapter``, the directory of one, it is asked in this process and answers with that.
+    """
 
     bundle: Path
     engine: EngineConfig
     service: Service | None
+    adapter: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of what is measured, for a person and a journal."""
+        return self.bundle.name + (f":{self.adapter.name}" if self.adapter else "")
 
     def read(self, texts: Sequence[str], progress: Progress) -> list[tuple[float, int]]:
         """Predict texts; returns nats and tokens of each."""
@@ -109,9 +123,7 @@ class Candidate:
                 )
                 for text in texts
             ]
-        from edge.runtime.llm import LLM
-
-        with LLM(self.bundle, self.engine) as llm:
+        with self._open() as llm:
             return [
                 _read(
                     text,
@@ -128,10 +140,19 @@ class Candidate:
         """Answer a golden set."""
         if self.service is not None:
             return run_golden(self.service.answerer, items, max_tokens, progress)
+        with self._open() as llm:
+            answerer = BundleAnswerer(llm, adapter=_JUDGED if self.adapter else None)
+            return run_golden(answerer, items, max_tokens, progress)
+
+    @contextmanager
+    def _open(self) -> Iterator[LLM]:
         from edge.runtime.llm import LLM
 
         with LLM(self.bundle, self.engine) as llm:
-            return run_golden(BundleAnswerer(llm), items, max_tokens, progress)
+            if self.adapter is not None:
+                weights = llm.adapters.find(llm.load_adapter(self.adapter, _JUDGED))
+                llm.call(lambda: llm.backend.set_adapter(0, weights))  # texts are no requests
+            yield llm
 
 
 def _read(
@@ -187,13 +208,13 @@ class Judge:
         Raises:
             EdgeError: the bundle or its service fails.
         """
-        found = self.known(measure, who.bundle.name)
+        found = self.known(measure, who.name)
         if found is not None:
             return found
-        progress = prefixed(self._progress, f"{who.bundle.name}: ")
+        progress = prefixed(self._progress, f"{who.name}: ")
         nats, tokens = zip(*who.read(self._texts, progress), strict=True)
         own = _own_loss(read_manifest(who.bundle))
-        return Measure(who.bundle.name, self._sha256, nats, tokens, own)
+        return Measure(who.name, self._sha256, nats, tokens, own)
 
     def ask(self, measure: Measure, who: Candidate) -> Measure:
         """Ask the golden set, unless that was done.
@@ -203,9 +224,9 @@ class Judge:
         """
         if self._gate.golden is None or self.asked(measure):
             return measure
-        progress = prefixed(self._progress, f"{who.bundle.name}: ")
+        progress = prefixed(self._progress, f"{who.name}: ")
         answers = who.answer(self._items, self._gate.max_tokens, progress)
-        run = Baseline(who.bundle.name, self._golden_sha256, self._gate.max_tokens, answers)
+        run = Baseline(who.name, self._golden_sha256, self._gate.max_tokens, answers)
         return msgspec.structs.replace(measure, golden=run)
 
     def asked(self, measure: Measure) -> bool:
@@ -215,6 +236,11 @@ class Judge:
         return gate.golden is None or (
             run is not None and (run.golden_sha256, run.max_tokens) == wanted
         )
+
+    def accepted(self, old: Measure, first: dict[str, Any] | None) -> list[Measure]:
+        """The measures that a new bundle is held to: of the one that serves, and of the first."""
+        known = self.known(first)
+        return [old] if known is None or not self.asked(known) else [old, known]
 
     def check_set(self, old: Measure) -> None:
         """Refuse a golden set that could not tell noise from the old bundle.

@@ -150,7 +150,7 @@ def roll_back(link: Path, reload: str | None, staging: Path | None = None) -> st
         if staging is None:
             return undo(place, journal, reload)
         if journal.step != "done" or journal.old is None:
-            raise ConfigError(f"{link} has had no other bundle since it was last rolled back")
+            raise ConfigError(f"{link} has had no other version since it was last rolled back")
         send(link, staging, "undo")  # root has its own journal of what was kept
         journal.reject(ROLLED_BACK)
         place.write(journal)
@@ -261,17 +261,12 @@ class _Run:
         from edge_lab.telemetry import read_snapshot
 
         total = read_snapshot().memory_total_bytes
-        need = self._need_bytes(manifest)
+        need = need_bytes(manifest, self.plan.engine)
         if total is not None and need > total:
             raise ResourceError(
                 f"{self.plan.reference} takes {need / 1e9:.1f} GB, and this device has "
                 f"{total / 1e9:.1f} GB; the old bundle serves"
             )
-
-    def _need_bytes(self, manifest: Manifest) -> int:
-        from edge_serve.models.loader import need_bytes
-
-        return need_bytes(manifest, self.plan.engine.num_slots, self.plan.engine.kv_capacity)
 
     def _drop_unfinished(self, bundle: str | None, current: str | None) -> None:
         """Remove downloads of other bundles' unfinished roll-outs: they may fill the disk."""
@@ -333,10 +328,10 @@ class _Run:
         try:
             if fits:
                 new = new or judge.read(None, after)
-                judge.compare_text(new, *self._accepted(judge, old))
+                judge.compare_text(new, *judge.accepted(old, journal.first))
             old = judge.ask(old, before)
             journal.judged = msgspec.to_builtins(old)
-            accepted = self._accepted(judge, old)
+            accepted = judge.accepted(old, journal.first)
             journal.first = msgspec.to_builtins(accepted[-1])
             self.place.write(journal)
             judge.check_set(old)
@@ -350,18 +345,8 @@ class _Run:
         journal.judged_new = msgspec.to_builtins(new)
         self._note("judged")
 
-    def _accepted(self, judge: Judge, old: Measure) -> list[Measure]:
-        """The measures that a new bundle is held to: of the one that serves, and of the first."""
-        first = judge.known(self.journal.first)
-        return [old] if first is None or not judge.asked(first) else [old, first]
-
     def _fits(self, manifest: Manifest) -> bool:
-        if self.plan.service is None:
-            return True
-        from edge_lab.telemetry import read_snapshot
-
-        room = read_snapshot().memory_room_bytes
-        return room is None or self._need_bytes(manifest) + _WORKING_BYTES <= room
+        return self.plan.service is None or has_room(manifest, self.plan.engine)
 
     # ------------------------------------------------------------------------------- trial
 
@@ -421,7 +406,8 @@ class _Run:
         if self.journal.judged_new is None and plan.gate is not None:
             judge = Judge(plan.gate, self.progress)
             new = Candidate(self.place.path(self.journal.new), plan.engine, service)
-            accepted = self._accepted(judge, msgspec.convert(self.journal.judged, Measure))
+            old = msgspec.convert(self.journal.judged, Measure)
+            accepted = judge.accepted(old, self.journal.first)
             try:
                 found = judge.read(None, new)
                 judge.compare_text(found, *accepted)
@@ -501,6 +487,21 @@ class _Run:
             f"{self.plan.reference} {when}, and the old bundle serves: {reason}",
             {"reason": reason, "digest": digest},
         )
+
+
+def need_bytes(manifest: Manifest, engine: EngineConfig) -> int:
+    """Compute the memory that a bundle takes at most, opened with these options."""
+    from edge_serve.models import loader
+
+    return loader.need_bytes(manifest, engine.num_slots, engine.kv_capacity)
+
+
+def has_room(manifest: Manifest, engine: EngineConfig) -> bool:
+    """Whether memory holds one more process that opens a bundle."""
+    from edge_lab.telemetry import read_snapshot
+
+    room = read_snapshot().memory_room_bytes
+    return room is None or need_bytes(manifest, engine) + _WORKING_BYTES <= room
 
 
 def _size(engines: list[Path], policy: Path | None) -> list[str]:

@@ -295,7 +295,7 @@ def ask_question(
         llm: the bundle.
         question: the question.
         params: how the answer is generated.
-        **options: options of `LLM.submit`, for a chat.
+        **options: options of `LLM.submit`, for a chat; a model without one takes ``adapter`` only.
 
     Raises:
         ContextLengthError: the question does not fit into the KV cache.
@@ -304,7 +304,7 @@ def ask_question(
     if llm.template is None:
         params = params or SamplingParams()
         params = replace(params, stop=(*params.stop, _NEXT_QUESTION))
-        options = {}
+        options = {"adapter": name} if (name := options.get("adapter")) else {}
     return llm.generate(_prompt(llm, question), params, **options)
 
 

@@ -172,16 +172,17 @@ class BundleAnswerer:
     Args:
         llm: the bundle, opened.
         thinking: whether it may reason before it answers; that takes many more tokens.
+        adapter: name of the adapter that answers; None is the model alone.
     """
 
-    def __init__(self, llm: LLM, *, thinking: bool = False) -> None:
+    def __init__(self, llm: LLM, *, thinking: bool = False, adapter: str | None = None) -> None:
         self._llm = llm
-        self._thinking = thinking
+        self._options = {"thinking": thinking, "adapter": adapter}
 
     def answer(self, prompt: str, max_tokens: int) -> ModelAnswer:
         """Answer through the bundle's chat template, where it has one."""
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-        result = ask_question(self._llm, prompt, params, thinking=self._thinking)
+        result = ask_question(self._llm, prompt, params, **self._options)
         return ModelAnswer(
             result.text, result.reasoning, result.stats.completion_tokens, result.finish_reason
         )

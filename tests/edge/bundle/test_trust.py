@@ -183,6 +183,7 @@ def test_every_room_that_opens_a_bundle_comes_through_the_one_door():
         "edge_fleet/registry/pull.py",
         "edge_fleet/registry/push.py",
         "edge_fleet/registry/release.py",
+        "edge_fleet/rollout/adapter.py",
         "edge_fleet/rollout/judge.py",
         "edge_fleet/rollout/steps.py",
         "edge_fleet/signing.py",

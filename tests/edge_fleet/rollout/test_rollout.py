@@ -467,7 +467,7 @@ def test_a_device_that_polls_does_what_is_wanted_and_goes_back_at_once(
         assert poll()["outcome"] == "back"
         with pytest.raises(GateError, match=r"was rejected before, .*: it was rolled back"):
             roll_out(device.plan(str(reference)))
-        with pytest.raises(ConfigError, match="no other bundle since it was last rolled back"):
+        with pytest.raises(ConfigError, match="no other version since it was last rolled back"):
             roll_back(device.link, device.reload)
     finally:
         server.should_exit = True
