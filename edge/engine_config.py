@@ -79,12 +79,12 @@ class EngineConfig:
             capacity, or as much of it as fits into memory.
         num_threads: CPU threads; if set, auto takes the CPU. By default one per physical core that
             this process may use.
-        gpu_wait: how the thread that runs a TensorRT engine waits for the end of a step. spin asks,
-            yield polls and lets other threads run in between, block sleeps until the GPU
+        gpu_wait: how the thread that runs a TensorRT engine waits for the end of a step. spin asks
+            again and again, yield lets other threads run in between, and block sleeps until the GPU
             interrupts: it wakes up latest, but frees its CPU. auto keeps the mode that this process
-                uses already;
-            else it is spin if the process may run on four CPUs or more, else yield. With any other
-            value than auto the backend auto takes TensorRT; without TensorRT it is refused.
+            uses already. Else it is spin if the process may run on four CPUs or more, and yield if
+            not. With any other value than auto the backend auto takes TensorRT; without TensorRT it
+            is refused.
         prefill: int8 makes the CPU read prompts two to three times as fast. It rounds activations
             to int8 and holds a second copy of the weights, one byte each; it is refused if memory
             does not suffice. plain multiplies as in decode.

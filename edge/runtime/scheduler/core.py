@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from .drafting import Drafting
 
 _Result = TypeVar("_Result")
-_BRIEF = 8  # a brief answer should end within one of so many parts of a prompt
+_BRIEF = 8  # an answer is brief beside a prompt that is more than this many times as long
 _BLOCKS = 32  # tokens; block sizes are multiples of it: twice a head of 16, 32, ... values
-_WHOLE = 4  # chunks; a prompt that is no longer runs in one turn
+_WHOLE = 4  # chunks; a rest of a prompt that is no longer runs in one step
 
 
 class EngineCore:
