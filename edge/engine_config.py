@@ -94,8 +94,8 @@ class EngineConfig:
             wherever it can. Off is many times slower, but exact. On is refused if nothing can be
             rounded; GPU engines never round.
         deterministic: on the CPU, give a request the same answer to the bit whatever else runs,
-            however its prompt is cut and whatever is cached. Prefix reuse and drafting are then
-            off.
+            however its prompt is cut and whatever is cached. Rows of earlier answers are then
+            not used again, and nothing is drafted.
         num_slots: sequences that the KV cache has room for: running ones, and ended ones whose rows
             are kept.
         max_batch: sequences that are computed at once; by default one per slot. More than a

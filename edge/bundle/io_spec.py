@@ -112,7 +112,7 @@ def output_width(model: ModelSpec) -> int:
 
 
 def best_outputs(vocab_size: int, best_logits: int, dtype: FloatType) -> list[TensorSpec]:
-    """Return the outputs for the best logits of each row, in graph order; none if too many."""
+    """Return the outputs for the best logits of each row, in graph order; none for 0 of them."""
     if not best_logits:
         return []
     shape = (BATCH, NUM_LOGITS, min(best_logits, vocab_size))
