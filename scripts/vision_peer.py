@@ -126,7 +126,7 @@ def convert(checkpoint: Path, work: Path) -> tuple[Path, Path]:
 def ask_llama(
     program: Path, models: tuple[Path, Path], photo: Path, threads: int
 ) -> dict[str, float]:
-    """What llama.cpp says of its first token."""
+    """Run llama.cpp on the picture and read its log by `read_llama`."""
     decoder, encoder = models
     said = _run(
         program, "-m", decoder, "--mmproj", encoder, "--image", photo, "-p", QUESTION,
@@ -159,7 +159,7 @@ def read_llama(said: str) -> dict[str, float]:
 
 
 def ask_edge_llm(bundle: Path, photo: Path, threads: int) -> dict[str, float]:
-    """What ``edge-llm bench --image`` says, without decoding the picture, as llama.cpp says it."""
+    """Run ``edge-llm bench --image``; its times leave out decoding the picture, as llama.cpp's."""
     said = _run(
         sys.executable, "-m", "edge.cli", "bench", bundle, "--image", photo,
         "--image-tiles", TILES - 1, "--num-threads", threads, "--repeats", 1,
