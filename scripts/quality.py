@@ -144,12 +144,10 @@ def main() -> None:
         measure(place, make, texts, options)
     for label, _, file in (each.partition("=") for each in options.checkpoint):
         place = work / label
-        measure(place, lambda place=place, file=file: export(file, _FLOAT, place), texts, options)
-        # type: ignore[misc]
+        measure(place, lambda place=place, file=file: export(file, _FLOAT, place), texts, options)  # type: ignore[misc]
     for rival in options.rival:
         place = work / rival
-        measure(place, lambda rival=rival: make_rival(rival, source, work, options), texts, options)
-        # type: ignore[misc]
+        measure(place, lambda rival=rival: make_rival(rival, source, work, options), texts, options)  # type: ignore[misc]
     found = collect(work, name, [*RECIPES, *RIVALS])
     print(tables([found]))
     if answered := task_table(work, name):
