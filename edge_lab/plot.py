@@ -158,7 +158,7 @@ def ranges(
     Args:
         rows: the rows, from top to bottom.
         title: the question that the chart answers.
-        subtitle: what the ends of a bar mean.
+        subtitle: meaning of a bar's ends.
         x_label: title of the x axis.
         limit: a value to mark with a line across all rows, and the line's label.
     """

@@ -23,11 +23,11 @@ class Progress(Protocol):
         """Take note of a step's progress.
 
         Args:
-            step: what is being done, e.g. ``quantize``.
+            step: name of the step, e.g. ``quantize``.
             done: how much of it.
             total: how much there is.
-            unit: what is counted, in the plural, e.g. ``weights``; empty for a fraction.
-            detail: what is going on within the step.
+            unit: the things counted, in the plural, e.g. ``weights``; empty for a fraction.
+            detail: remark on the current part of the step.
         """
         ...
 

@@ -29,7 +29,7 @@ class Signer:
     public_key: PublicKey
 
     def sign(self, data: bytes, comment: str) -> bytes:
-        """Sign bytes and a comment; returns the content of the signature's file.
+        """Sign bytes and a comment; return the content of the signature's file.
 
         Raises:
             ConfigError: the comment is not one line of printable text, or minisign refuses.

@@ -211,7 +211,7 @@ class EnergyMeter:
         read_power_watts: returns watts, or None where there is no reading.
         interval_s: seconds between samples; the sensors average over some milliseconds themselves.
         clock: a monotonic clock in seconds.
-        wait: waits for this many seconds, or until the event is set; returns whether it is.
+        wait: waits this many seconds, or until the event is set; returns True if it is set.
 
     Attributes:
         joules: energy of the span; None before its end, or with less than two readings.

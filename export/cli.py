@@ -164,7 +164,7 @@ class _Quant(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 
     "--rotate/--no-rotate",
     default=None,
     help="Spread outliers by rotating the hidden states, exact in float, at no cost in a step. "
-    "Default: for int8 and int8-w8a8; not of models that embed or with --eagle3.",
+    "Default: only for int8 and int8-w8a8, and not for models that embed or with --eagle3.",
 )
 @option(
     "Quantization",
@@ -212,7 +212,7 @@ class _Quant(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 
     "--adapters",
     type=int,
     metavar="RANK",
-    help="Take LoRA adapters of this rank at most (1 to 128) at run time, several in one batch. "
+    help="Take LoRA adapters of up to this rank (1 to 128) at run time, several in one batch. "
     "Default: none.",
 )
 @option(
@@ -243,9 +243,9 @@ class _Quant(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 
     "--target",
     type=click.Choice([*TARGETS, "here"]),
     callback=_target,
-    help="Device that the bundle is for: chooses the dialect and the type of scales, and writes no "
-    "bundle that its TensorRT does not take (JetPack 6: 10.3, JetPack 7: 10.16, trt11: 11.1 and "
-    "11.4); here is this machine's JetPack, if any. Default: for no device in particular.",
+    help="Device that the bundle is for: chooses the dialect and the type of scales, and writes no"
+    " bundle that its TensorRT does not take (JetPack 6: 10.3, JetPack 7: 10.16, trt11: 11.1 "
+    "and 11.4); here is this machine's JetPack, if any. Default: no particular device.",
 )
 @option(
     "Expert",
@@ -282,8 +282,8 @@ class _Quant(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 
     "Source",
     "--hub",
     type=click.Choice(["huggingface", "modelscope"]),
-    help="Where a hub id is downloaded from. Default: EDGE_LLM_HUB, else the Hugging Face hub, of "
-    "which HF_ENDPOINT sets a mirror.",
+    help="Hub to download a hub id from. Default: EDGE_LLM_HUB, else the Hugging Face hub; "
+    "HF_ENDPOINT sets a mirror of it.",
 )
 @option("Output", "--force", "overwrite", is_flag=True, help="Replace an existing bundle.")
 @option(
@@ -292,7 +292,7 @@ class _Quant(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 
     default=None,
     help="Measure the bundle against the float model on 4096 tokens before it is put in place, as "
     "edge-llm eval does; if a threshold is missed, write no bundle and exit with code 3. "
-    "--no-verify measures nothing. Default: 512 tokens tell what it cost, and nothing is refused.",
+    "--no-verify measures nothing. Default: measure on 512 tokens and refuse nothing.",
 )
 @option(
     "Thresholds",
@@ -304,8 +304,8 @@ class _Quant(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 
     "Output",
     "--dry-run",
     is_flag=True,
-    help="Only say what it would take: the download, the disk, the minutes. Of a hub id the small "
-    "files are fetched for that, and no weights.",
+    help="Only print what it would take: the download, the disk, the minutes. For a hub id only "
+    "the small files are fetched.",
 )
 @option("Output", "--json", "as_json", is_flag=True, help="Print one JSON line at the end.")
 @click.pass_context

@@ -29,7 +29,7 @@ VisionWeights = Literal["fp16", "int8"]
 AS_IN_SOURCE: Literal["source"] = "source"
 """Value of ``--quant`` that keeps the integers of a checkpoint that is quantized already."""
 DEFAULT_METHOD = RECIPES["default"].method
-"""How INT4 layers are rounded by default; docs/quantization.md compares the methods."""
+"""Method that rounds INT4 layers by default; docs/quantization.md compares the methods."""
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ class ExportRecipe:
 
 @dataclass(frozen=True)
 class ExportTarget:
-    """Where the bundle goes, what it is for, and whether it is measured on the way.
+    """Place and purpose of the bundle, and whether it is measured on the way.
 
     Attributes:
         output: the bundle's directory.

@@ -23,7 +23,7 @@ def adapter() -> None:
 @adapter.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("bundle", type=BundlePath())
-@click.option("--name", help="By which answers ask for it; default: its directory's name.")
+@click.option("--name", help="Name by which requests choose it; default: its directory's name.")
 def add(path: Path, bundle: Path, name: str | None) -> None:
     """Check an adapter and copy it beside BUNDLE.
 

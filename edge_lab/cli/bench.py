@@ -46,16 +46,16 @@ _SLOWEST = 15
     type=int,
     default=128,
     show_default=True,
-    help="Sampled per sequence.",
+    help="Tokens to sample per sequence.",
 )
 @option("Runs", "--repeats", type=int, default=5, show_default=True, help="Measured runs.")
 @option(
-    "Expert", "--warmup", type=int, default=1, show_default=True, help="Runs thrown away before."
+    "Expert", "--warmup", type=int, default=1, show_default=True, help="Runs that do not count."
 )
 @option(
     "Runs", "--batch", type=int, default=1, show_default=True, help="Sequences decoded together."
 )
-@option("Runs", "--image", type=FILE, help="Then time a picture: decoding, encoder and prompt.")
+@option("Runs", "--image", type=FILE, help="Also time a picture: decoding, encoder and prompt.")
 @option(
     "Expert", "--seed", type=int, default=0, show_default=True, help="Seed of prompts and sampling."
 )
@@ -76,7 +76,7 @@ _SLOWEST = 15
     "Output",
     "--layers",
     is_flag=True,
-    help="Then time every layer of the TensorRT engine, by its profiler.",
+    help="Also time every layer of the TensorRT engine, with its profiler.",
 )
 @json_option
 @engine_options(

@@ -38,12 +38,12 @@ def cache() -> None:
 @click.option(
     "--system",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="File with a system prompt: chats that begin with it. A line end at its end is left out.",
+    help="File with a system prompt, for chats that begin with it; its last line end is left out.",
 )
 @click.option(
     "--text",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="File with plain text: prompts without chat template that begin with it.",
+    help="File with plain text, for prompts without chat template that begin with it.",
 )
 @_directory_option
 @json_option

@@ -27,7 +27,7 @@ _STYLES = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
     "--wait-gpu",
     type=Finite(0, 3600),
     metavar="SECONDS",
-    help="Wait so long for the GPU, as after boot, and fail if there is none.",
+    help="Wait this long for the GPU, as after boot, and fail if there is none.",
 )
 @click.option(
     "--schemes/--no-schemes",

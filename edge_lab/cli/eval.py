@@ -47,7 +47,7 @@ _OPTIONS = (
         help="Exit with code 3 if a threshold is missed: fp16, int8, int4, recipe (the one that "
         "fits the bundle), or a TOML or JSON file with kl_mean, kl_p99, perplexity_ratio, "
         "top1_agreement, cosine_mean; for a task a file with accuracy_loss. A name judges the "
-        "bundle alone, unless --int8-activations leaves that out; a file what is served.",
+        "bundle alone, unless --int8-activations leaves that out; a file judges it as served.",
     ),
     option(
         "Task",
@@ -93,9 +93,9 @@ _OPTIONS = (
         "--int8-activations/--no-int8-activations",
         default=None,
         help="Measure only as the CPU serves INT8 and INT4 weights, with activations rounded to "
-        "int8; or only the bundle alone, with float ones, as a TensorRT engine has them. By "
-        "default what is served; with --against a text is then read a second time, for what the "
-        "bundle alone has lost, which takes as long again.",
+        "int8; or only the bundle alone, with float ones, as a TensorRT engine has them. The "
+        "default is as served; with --against, a text is then read again for the loss of the "
+        "bundle alone, which takes as long again.",
     ),
     engine_options("num_threads"),
 )
@@ -114,8 +114,8 @@ def evaluation_options(command: Command) -> Command:
     "Task",
     "--batch",
     type=click.IntRange(1),
-    help="Generated answers of a task that are written together; default 1. More are faster, and "
-    "where two tokens are nearly as likely an answer may be another one than by itself.",
+    help="Answers of a task to generate together; default 1. More are faster, but where two tokens"
+    " are almost equally likely an answer may differ from one generated alone.",
 )
 @option(
     "Task",
@@ -130,7 +130,7 @@ def evaluation_options(command: Command) -> Command:
     type=click.FloatRange(0, 1, min_open=True),
     help="Confidence of the ways stop and both; default 0.9.",
 )
-@option("Task", "--vote", type=int, help="Samples at most of the ways vote and both; default 8.")
+@option("Task", "--vote", type=int, help="Most samples of the ways vote and both; default 8.")
 @click.pass_context
 def evaluate(
     ctx: click.Context,

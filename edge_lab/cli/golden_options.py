@@ -22,5 +22,5 @@ max_tokens_option = option(
     type=click.IntRange(1),
     default=MAX_TOKENS,
     show_default=True,
-    help="Tokens of each answer at most.",
+    help="Most tokens of each answer.",
 )

@@ -30,7 +30,7 @@ from .inspect_engine import inspect_engine
 @click.command()
 @bundle_argument
 @json_option
-@click.option("--layers", is_flag=True, help="List every linear layer; of an engine, all layers.")
+@click.option("--layers", is_flag=True, help="List every linear layer, or all layers of an engine.")
 @click.option("--no-verify", is_flag=True, help="Do not hash the files.")
 def inspect(bundle: Path, as_json: bool, layers: bool, no_verify: bool) -> None:
     """Show what BUNDLE is: dimensions, schemes, bytes by part, hashes.

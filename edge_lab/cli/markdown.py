@@ -72,7 +72,7 @@ class MarkdownPrinter(StreamPrinter):
             self._drawn_s = time.monotonic()
 
     def _print_finished(self) -> None:
-        """Print all blocks but the last, which may go on."""
+        """Print all blocks except the last, which may still grow."""
         # An unfinished line may still change its block: "2" may become "2. b".
         whole, newline, begun = self._tail.text.rpartition("\n")
         *finished, last = _blocks(whole + newline)
@@ -89,7 +89,7 @@ class MarkdownPrinter(StreamPrinter):
             super().end(note)
             return
         live, self._live = self._live, None
-        live.stop()  # being transient, it takes back what it has drawn
+        live.stop()  # being transient, it erases what it has drawn
         self._tail.is_whole = True
         self._console.print(self._tail)
         if note:

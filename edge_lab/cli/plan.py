@@ -31,7 +31,7 @@ device_option = option(
     "--device",
     metavar="MODULE",
     help="agx-orin-64 (default), agx-orin-32, orin-nx-16, orin-nx-8, orin-nano-8, orin-nano-4 or "
-    "cpu; agx, orin-nx and orin-nano are the largest of theirs.",
+    "cpu; agx, orin-nx and orin-nano mean the largest of their kind.",
 )
 power_mode_option = option(
     "Device", "--power-mode", help="Power mode of the module, e.g. 30W; default: its fastest."
@@ -80,8 +80,8 @@ ways_option = option(
 @option(
     "Models",
     "--draft",
-    help="Model that drafts, with the same tokenizer: what MODEL may be. Planned in int4 unless "
-    "it is a bundle. eagle3 is the head of MODEL's own bundle, on a CPU.",
+    help="Model that drafts, given like MODEL and with the same tokenizer. It is planned in int4 "
+    "unless it is a bundle. eagle3 is the head of MODEL's own bundle, on a CPU.",
 )
 @option(
     "Shapes",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("edge-llm-proof"),
     show_default=True,
-    help="Directory of the report, and of what is made on the way.",
+    help="Directory of the report, and of the files made on the way.",
 )
 @option(
     "Runs",
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     type=Finite(min=0),
     default=15.0,
     show_default=True,
-    help="No step begins later; the same command then goes on with what is missing.",
+    help="Begin no step after this time; the same command resumes with the missing steps.",
 )
 @option(
     "Device",
     "--power-modes",
     is_flag=True,
-    help="Then measure in each power mode that needs no reboot, which takes root, and go back to "
-    "the one that was set.",
+    help="Also measure in each power mode that needs no reboot, which takes root, and restore the "
+    "present one.",
 )
 @option(
     "Output",
@@ -58,9 +58,9 @@ if TYPE_CHECKING:
     "Expert",
     "--password-file",
     type=FILE,
-    help="File of the key's password. Default: it is asked for.",
+    help="File of the key's password. Default: ask for it.",
 )
-@option("Output", "--dry-run", is_flag=True, help="Only say what would be done, and how long.")
+@option("Output", "--dry-run", is_flag=True, help="Only print the steps, and how long they take.")
 @json_option
 def prove(
     reports: tuple[Path, ...],

@@ -59,7 +59,7 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
     "memory_bytes",
     callback=_memory,
     metavar="SIZE",
-    help="Memory at most, e.g. 1GB (10^9 bytes) or 1GiB; default: what the device leaves.",
+    help="Most memory, e.g. 1GB (10^9 bytes) or 1GiB; default: what the device leaves.",
 )
 @option(
     "Wishes",
@@ -73,13 +73,13 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
     "Wishes",
     "--latency-ms",
     type=Finite(min=0, min_open=True),
-    help="Time per output token (TPOT) at most, with a full KV cache.",
+    help="Longest time per output token (TPOT), with a full KV cache.",
 )
 @option(
     "Wishes",
     "--ttft-ms",
     type=Finite(min=0, min_open=True),
-    help="Time to the first token at most, of a prompt of --prompt-tokens.",
+    help="Longest time to the first token, for a prompt of --prompt-tokens.",
 )
 @option(
     "Wishes",
@@ -87,16 +87,16 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
     type=click.IntRange(1),
     default=512,
     show_default=True,
-    help="Prompt of --ttft-ms.",
+    help="Tokens of the prompt for --ttft-ms.",
 )
 @option(
     "Wishes",
     "--joules",
     type=Finite(min=0, min_open=True),
-    help="Energy of a question at most: choose among the --ways the one with most right answers.",
+    help="Most energy per question: choose from --ways the one with the most right answers.",
 )
 @ways_option
-@option("Wishes", "--quality", type=Finite(0, 100), help="Score on --benchmark at least, percent.")
+@option("Wishes", "--quality", type=Finite(0, 100), help="Least score on --benchmark, in percent.")
 @option(
     "Wishes",
     "--benchmark",
@@ -128,7 +128,7 @@ def _memory(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
     help="Rows of the KV cache.",
 )
 @calibrate_option
-@option("Output", "-v", "--verbose", is_flag=True, help="Say of each candidate why it was dropped.")
+@option("Output", "-v", "--verbose", is_flag=True, help="Say why each candidate was dropped.")
 @json_option
 @click.pass_context
 def recommend(

@@ -76,7 +76,7 @@ _PROMPT_TOKENS = (1, 24, 300)  # one token, one chunk, several chunks
     "Thresholds",
     "--min-cache-cosine",
     type=Finite(-1, 1),
-    help="Least cosine of a cached row; 0.999 or 0.95, and 0.98 or 0.85 of an 8-bit cache.",
+    help="Least cosine of a cached row; 0.999 or 0.95; 0.98 or 0.85 with an 8-bit cache.",
 )
 @option(
     "Output",

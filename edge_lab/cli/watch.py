@@ -39,7 +39,7 @@ _ASKED = ("golden", "max_tokens", "thinking", "text_file", "text_tokens")
     "Comparison",
     "--record-missing",
     is_flag=True,
-    help="Write those of --baseline and --traffic that are not there yet; compare with the others.",
+    help="Write --baseline and --traffic if they are missing; compare with those that exist.",
 )
 @golden_option
 @max_tokens_option

@@ -122,7 +122,7 @@ def check_alike(old: dict[str, Any], known: dict[str, Any]) -> None:
 
 
 def refuse_few_repeats(*repeats: int) -> None:
-    """Refuse to compare runs of which one has too few repeats to know its own noise.
+    """Refuse to compare runs if one has too few repeats to know its own noise.
 
     Raises:
         ConfigError: one of them has fewer than `LEAST_REPEATS`.

@@ -245,7 +245,7 @@ def merge(results: Iterable[WindowResult]) -> Comparison:
 def _run_both(
     bundle: Model, reference: Model | None, ids: NDArray[np.int64]
 ) -> Iterator[tuple[slice, NDArray[np.float32], NDArray[np.float32] | None]]:
-    """Run both models side by side; yields parts of ``ids[:-1]`` and logits ``[n, vocab]`` of each.
+    """Run both models side by side; yield parts of ``ids[:-1]`` and logits ``[n, vocab]`` of each.
 
     The last token of a window has no successor to score.
     """

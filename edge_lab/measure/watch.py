@@ -192,7 +192,7 @@ class BundleAnswerer:
 
 
 def read_golden(path: Path) -> tuple[list[GoldenItem], str]:
-    """Read a golden set; returns its items and the file's SHA-256.
+    """Read a golden set; return its items and the file's SHA-256.
 
     Raises:
         ConfigError: it cannot be read, a line is not an item, or two have the same id.

@@ -25,7 +25,7 @@ class Figure:
     Attributes:
         source: who published it, and what engine it is.
         device, mode: names in `devices.MODULES`; None is the fastest mode.
-        model, precision: what ran.
+        model, precision: the model that ran, and its precision.
         kind: ``decode`` in tokens per second, or ``prefill`` in seconds.
         value: the figure.
         tokens: context of a decode step, or tokens of the prompt.

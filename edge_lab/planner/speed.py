@@ -454,7 +454,7 @@ def _fit_reading(
         reads.append(moved / mode.bytes_per_s * share)
         layers.append(run.work.launched_layers("decode") * share)
         wanted.append(1 - _cache_s(run.work, mode, base, run.batch, run.context) / run.tpot_s)
-        if reads[-1] > wanted[-1] * (1 + 1e-9):  # all of the bandwidth, but for rounding
+        if reads[-1] > wanted[-1] * (1 + 1e-9):  # all of the bandwidth, rounding aside
             raise ConfigError(
                 f"--calibrate {run.where}: {run.tpot_s * 1e3:.2f} ms per step is less than "
                 f"{moved / 1e6:,.0f} MB take at {mode.bytes_per_s / 1e9:.1f} "

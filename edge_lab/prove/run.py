@@ -158,7 +158,7 @@ def make_plan(output: Path, *, minutes: float, power_modes: bool) -> ProofPlan:
 
 
 def prove(plan: ProofPlan, say: Callable[[str], None], run: Run | None = None) -> dict[str, Any]:
-    """Run what is missing, write the report, and return its content.
+    """Run the missing steps, write the report, and return its content.
 
     Args:
         plan: the steps to run.

@@ -22,7 +22,7 @@ def check_range(
         values: values of any shape.
         name: name of the tensor, for the error.
         float_type: float16, bfloat16 or float32; the latter two hold every finite number.
-        advice: what to do where FP16 is too small.
+        advice: advice for a value that FP16 cannot hold.
 
     Raises:
         CheckpointError: there is such a value.

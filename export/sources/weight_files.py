@@ -27,10 +27,10 @@ def no_weights(
     """Say that weights are missing, and what to do.
 
     Args:
-        problem: what is missing where.
+        problem: the missing files and their place.
         directory: directory in which to look for pickled weights.
         convert: how to convert them; a format in which ``name`` is the first.
-        otherwise: what to do if there are none.
+        otherwise: advice if there are none.
         patterns: patterns of their names.
     """
     pickled = sorted(path.name for pattern in patterns for path in directory.glob(pattern))
