@@ -1,6 +1,6 @@
 """Time the first token after a picture, in edge-llm and in llama.cpp's mtmd, in turns.
 
-usage: python -m scripts.vision_peer CHECKPOINT [--repeats 3] [--threads 1] [-o PEER.json]
+usage: python -m scripts.vision_peer CHECKPOINT [--repeats 5] [--threads 1] [-o PEER.json]
 
 CHECKPOINT is one that `scripts/train-vision` made. Its decoder is kept, and its encoder gives way
 to one of SmolVLM-256M's shape with random weights, whose answers mean nothing and whose time is
@@ -40,7 +40,7 @@ ENCODER = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("--repeats", type=int, default=3, help="of each; default 3")
+    parser.add_argument("--repeats", type=int, default=5, help="of each; default 5")
     parser.add_argument("--threads", type=int, default=1, help="default 1")
     parser.add_argument("--work", type=Path, default=Path(".peers"), help="default .peers")
     parser.add_argument("-o", "--output", type=Path, metavar="PEER.json")
