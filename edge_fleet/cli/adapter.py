@@ -1,6 +1,6 @@
 """``edge-llm adapter push``, ``pull``, ``rollout``, ``rollback``: adapters alone in a registry.
 
-What needs no registry is in `edge_lab.cli.adapter`.
+Verbs that need no registry are in `edge_lab.cli.adapter`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _name = option("Task", "--name", help="Of the adapter. Default: the reference's 
 @plain_http_option
 @json_option
 def push(path: Path, reference: Reference, plain_http: bool | None, as_json: bool) -> None:
-    """Send an adapter to a registry as REFERENCE, with its signature where it has one.
+    """Send an adapter to a registry as REFERENCE, with its signature if it has one.
 
     PATH is the directory that peft saved, or the file of its weights.
     """
@@ -93,14 +93,14 @@ def pull(reference: Reference, bundle: Path, name: str | None, **options: Any) -
 @json_option
 @engine_options(*GOLDEN_ENGINE)
 def rollout(reference: Reference, bundle: Path, name: str | None, **options: Any) -> None:
-    """Bring an adapter of BUNDLE to what REFERENCE means now, if it is no worse than what serves.
+    """Bring an adapter of BUNDLE to what REFERENCE means now, if it is no worse than the old one.
 
     It is judged in this process, as edge-llm bundle rollout judges bundles, and a server takes it
     with the next answer. BUNDLE is what the server's settings name. Run it as often as you like.
 
     Exit code 0: the device has the adapter. 3: it is worse, or was rejected before. 75: the
-    registry cannot be reached. 65: it does not fit BUNDLE, or is not signed, forged or damaged. But
-    for 0, what served serves on.
+    registry cannot be reached. 65: it does not fit BUNDLE, or is not signed, forged or damaged.
+    Except with 0, the old adapter continues to serve.
     """
     from edge_fleet.rollout.judge import Gate
 

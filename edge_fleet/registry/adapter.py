@@ -1,6 +1,6 @@
-"""An adapter alone in a registry: an OCI artifact of its own, whose layers are the adapter's files.
+"""Sends and fetches adapters alone: an OCI artifact of its own type, one layer for each file.
 
-These are the config and the weights as peft saved them, and the signature where there is one. The
+The files are the config and the weights as peft saved them, and the signature if there is one. The
 same files always have the same manifest, byte for byte, and so the same digest.
 """
 
@@ -58,11 +58,11 @@ class Artifact(msgspec.Struct, frozen=True, rename="camel"):
 
 
 def push(path: Path, reference: Reference, registry: Registry) -> Pushed:
-    """Send an adapter; what is there already is not sent again, and the tag moves last.
+    """Send an adapter without the blobs that are already there; the tag moves last.
 
     Args:
         path: the directory that ``peft`` saved, or the file of its weights.
-        reference: where to; one without a tag stores it under its digest only.
+        reference: where to send it; without a tag it is stored only under its digest.
         registry: the registry of that reference.
 
     Raises:
@@ -99,7 +99,7 @@ def push(path: Path, reference: Reference, registry: Registry) -> Pushed:
 
 
 def look(reference: Reference, registry: Registry) -> tuple[str, dict[str, Layer]]:
-    """Ask a registry what a reference is; returns the digest, and the layers by their files' names.
+    """Ask a registry about a reference; return the digest, and the layers by file name.
 
     Raises:
         CheckpointError: it is no adapter.
@@ -124,7 +124,7 @@ def look(reference: Reference, registry: Registry) -> tuple[str, dict[str, Layer
 
 
 def fetch(layers: dict[str, Layer], registry: Registry, target: Path) -> None:
-    """Bring the files of an adapter into a new directory, each held to its digest.
+    """Fetch the files of an adapter into a new directory, and check the digest of each.
 
     Raises:
         ResourceError: the disk is too full.

@@ -115,7 +115,7 @@ def roll_out(
 
 
 def roll_back(bundle: Path, name: str) -> str:
-    """Let the adapter before this one answer again, at once; returns its version.
+    """Go back at once to the adapter before this one; return its version.
 
     Raises:
         ConfigError: there is none.
@@ -126,7 +126,7 @@ def roll_back(bundle: Path, name: str) -> str:
 
 
 def _judge(judge: Judge, now: Candidate, after: Candidate, first: dict[str, Any] | None) -> Measure:
-    """Measure both, what is quick first.
+    """Measure both, the quick measurements first.
 
     Raises:
         WorseError: the new one is worse.
@@ -165,7 +165,7 @@ def _held(link: Path) -> Iterator[Place]:
 
 
 def _put_behind_link(link: Path) -> None:
-    """Make what ``adapter add`` has copied a version; there is no moment without the adapter."""
+    """Turn the copy that ``adapter add`` made into a version, without a moment between."""
     if link.is_symlink() or not link.is_dir():
         return
     kept, temp = link.with_name(f"{link.name}@added"), beside(link, "link")
