@@ -29,7 +29,7 @@ PACKAGES = {
     "edge": 16_921,
     "edge_lab": 12_262,
     "edge_serve": 11_309,
-    "edge_fleet": 4_855,
+    "edge_fleet": 4_873,
     "engines": 7_280,
     "export": 8_665,
 }
@@ -91,10 +91,13 @@ ALLOWANCES = {
         ),
     ),
     "adapters": Allowance(
-        1_190,
+        1_500,
         (
             "edge.adapters",
             "edge.backends.tensorrt.adapter_memory",
+            "edge_fleet.cli.adapter",
+            "edge_fleet.registry.adapter",
+            "edge_fleet.rollout.adapter",
             "edge_lab.cli.adapter",
             "edge_serve.models.adapters",
             "export.graph.adapters",
