@@ -490,7 +490,7 @@ def test_who_goes_back_during_a_trial_ends_the_trial(device: Device):
 def test_who_may_not_move_the_link_has_root_go_back(device: Device):
     before = device.current
     with device.staged() as staging:
-        with pytest.raises(ConfigError, match="no other bundle"):
+        with pytest.raises(ConfigError, match="no other version"):
             roll_back(device.link, None, staging)
         roll_out(device.plan(device.offer(), staging=staging, reload=None))
         assert device.current != before
