@@ -497,7 +497,7 @@ def test_who_may_not_move_the_link_has_root_go_back(device: Device):
         assert roll_back(device.link, None, staging) == before
         assert device.serves(before)
         assert not device.journal.on_trial
-        with pytest.raises(ConfigError, match="no other bundle"):
+        with pytest.raises(ConfigError, match="no other version"):
             roll_back(device.link, None, staging)
         # The next one is brought as ever.
         done = roll_out(device.plan(device.offer(), staging=staging, reload=None))
