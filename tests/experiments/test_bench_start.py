@@ -16,8 +16,8 @@ def test_both_programs_choose_the_same_token(dialect: str, tiny_bundles: Bundles
     assert ours.text == theirs.text != ""
     assert ours.prompt_tokens == theirs.prompt_tokens > 1
     for start in (ours, theirs):
-        assert start.seconds > 0.1
-        assert start.cpu_seconds > 0.1
+        assert start.seconds > 0.05
+        assert start.cpu_seconds > 0.05
         assert start.peak_mib >= start.resident_mib > 10
 
 
