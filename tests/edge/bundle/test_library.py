@@ -116,7 +116,10 @@ def test_without_the_variable_here_and_the_data_directory(
 
 
 @pytest.mark.usefixtures("homeless")
-def test_without_a_home_only_the_working_directory_has_bundles(monkeypatch: pytest.MonkeyPatch):
+def test_without_a_home_only_the_working_directory_has_bundles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.chdir(tmp_path)  # the checkout has a bundle after scripts/quickstart
     monkeypatch.delenv("EDGE_LLM_BUNDLES", raising=False)
     assert roots() == [Path("bundles")]
     with pytest.raises(BundleError, match="no bundle in bundles; get it with: edge-llm pull"):
