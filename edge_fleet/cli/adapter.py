@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _GATE = ("texts", "perplexity_ratio", "golden", "max_tokens")
 _bundle = click.argument("bundle", type=BundlePath())
-_name = option("Task", "--name", help="Of the adapter. Default: the reference's name.")
+_name = option("Task", "--name", help="Name of the adapter; default: the reference's name.")
 
 
 @adapter.command(short_help="Send an adapter to a registry.")

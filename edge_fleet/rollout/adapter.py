@@ -143,7 +143,7 @@ def _judge(judge: Judge, now: Candidate, after: Candidate, first: dict[str, Any]
 
 def _gate_error(reference: Reference, digest: str, reason: str, when: str) -> GateError:
     return GateError(
-        f"{reference} {when}, and what served serves on: {reason}",
+        f"{reference} {when}, and the old one stays in use: {reason}",
         {"reason": reason, "digest": digest},
     )
 

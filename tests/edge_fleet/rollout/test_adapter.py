@@ -398,7 +398,7 @@ def test_a_refused_way_back_leaves_what_rollback_goes_to(
         raise WorseError("worse")
 
     monkeypatch.setattr(roll_outs, "_judge", refuse)
-    with pytest.raises(GateError, match=r"is rejected, and what served serves on: worse"):
+    with pytest.raises(GateError, match=r"is rejected, and the old one stays in use: worse"):
         rollout(f"{place}:v1")
     assert names(bundle) == before
     run("rollback", "legal", bundle)
