@@ -457,7 +457,7 @@ def test_a_good_one_is_taken_and_a_bad_one_refused_while_the_good_one_serves(
     before = names(bundle)
     run("push", spoil(make("bad", seed=3)), f"{place}:stable")
     with pytest.raises(
-        GateError, match=r"is rejected, and what served .* golden set: wrong_rate 1"
+        GateError, match=r"is rejected, and the old one stays in use: golden set: wrong_rate 1"
     ):
         rollout(f"{place}:stable")
     assert GateError.exit_code == 3
