@@ -58,6 +58,20 @@ def test_a_thought_is_stopped_where_its_trials_agree(trials, stop, tokens, rows)
     assert (found.answer, found.tokens, found.trial_rows) == ("12", tokens, rows)
 
 
+@pytest.mark.parametrize(
+    ("final", "trials", "tokens"),
+    [
+        ("12", [trial(40, "7"), trial(80, "12"), trial(120, "12", UNSURE)], 92),
+        ("12", [trial(40, "12"), trial(80, "7")], 200),  # it changed its mind again
+        ("12", [trial(198, "12")], 200),
+        (None, [trial(40, None)], 200),
+    ],
+)
+def test_no_rule_stops_before_the_trials_give_what_the_answer_ends_with(final, trials, tokens):
+    cut = answer_rules.settled(answer(final, 200, *trials))
+    assert (cut["answer"], cut["tokens"], cut["trials"]) == (final, tokens, [])
+
+
 def samples(*pairs: tuple[str | None, int], logprob: float = 0.0) -> list[answer_rules.Sample]:
     return [answer_rules.stopped(answer(text, n, logprob=logprob), None) for text, n in pairs]
 
@@ -113,7 +127,7 @@ def pool(problems: int, right: float, stopped_right: float, seed: int = 1) -> li
 
 
 def judged(items: list[dict[str, Any]], *rules: Rule) -> list[dict[str, Any]]:
-    return answer_rules.compute(items, rules)[1:]
+    return answer_rules.compute(items, rules)[2:]
 
 
 def test_the_bars():
@@ -160,7 +174,7 @@ def test_the_script_reads_a_packed_pool(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["answer_rules", str(packed), "--json", str(output)])
     answer_rules.main()
     rules = json.loads(output.read_text())["rules"]
-    assert {row["way"] for row in rules} == {"greedy", "one", "stop", "vote", "both"}
+    assert {row["way"] for row in rules} == {"greedy", "settled", "one", "stop", "vote", "both"}
     assert "no rule is judged: 30 problems are needed" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="has no problem of this model"):
         answer_rules.compute([], [Rule()])

@@ -86,7 +86,7 @@ def submit_vote(
             "vote: at temperature 0 all samples are the same; set one above 0, or do not vote"
         )
     vote = _Vote(scheduler, requests, streams, rule)
-    vote.start(rule.first)
+    vote.start()
     generation = VotedGeneration(scheduler, vote.running[0].sequence, vote.stream)
     generation._vote = vote
     threading.Thread(target=vote.run, name="edge-llm-vote", daemon=True).start()
@@ -137,8 +137,9 @@ class _Vote:
         self.ended: SimpleQueue[int] = SimpleQueue()
         self.running: dict[int, Generation] = {}
 
-    def start(self, number: int) -> None:
-        """Queue more samples, all of them or none."""
+    def start(self) -> None:
+        """Queue the samples that are missing, all of them or none."""
+        number = self._tally.missing(len(self.running))
         chosen = range(self._started, min(self._started + number, len(self._requests)))
         if not chosen:
             return
@@ -169,7 +170,7 @@ class _Vote:
                 elif not self._is_cancelled:
                     # A full queue ends the vote with the samples that it has, undecided.
                     with contextlib.suppress(OverloadError):
-                        self.start(self._tally.missing(len(self.running)))
+                        self.start()
             self._finish()
         except BaseException as error:  # noqa: BLE001 - the reader is told
             self.cancel()

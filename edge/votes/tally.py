@@ -23,7 +23,7 @@ class VoteRule:
 
     Attributes:
         answers: rule that finds the answer of a sample, for `edge.votes.answers.answer_finder`.
-        first: samples that are drawn at once, 2 or more.
+        first: samples that are drawn before any is counted, 2 or more; None for all.
         most: most samples that are drawn.
         error: allowed probability, 0..0.5, that more samples would have another winner.
 
@@ -32,16 +32,17 @@ class VoteRule:
     """
 
     answers: str = "number"
-    first: int = 2
+    first: int | None = None
     most: int = 8
-    error: float = 0.15
+    error: float = 0.1
 
     def __post_init__(self) -> None:
         from .answers import answer_finder
 
         answer_finder(self.answers)
         _check_count("most", self.most, 2, MOST_SAMPLES)
-        _check_count("first", self.first, 2, self.most)
+        if self.first is not None:
+            _check_count("first", self.first, 2, self.most)
         error: Any = self.error
         if isinstance(error, bool) or not isinstance(error, int | float) or not 0 < error <= 0.5:
             raise RequestError(f"vote: error must be above 0 and at most 0.5, not {error!r:.80}")
@@ -135,7 +136,7 @@ class Tally:
         if self.is_decided:
             return 0
         if not self.samples:
-            return max(self.rule.first - running, 0)
+            return max((self.rule.first or self.rule.most) - running, 0)
         left, wanted = self.rule.most - self.samples, 1
         agreed = max(self.votes.values(), default=0)
         while wanted < left and doubt(agreed + wanted, self._second) > self.rule.error:

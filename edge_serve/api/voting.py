@@ -20,9 +20,9 @@ class VoteField(Struct, forbid_unknown_fields=True):
     """How to hold a vote; `edge.votes.tally.VoteRule` has the details."""
 
     answers: Annotated[str, Meta(min_length=1, max_length=1100)] = "number"
-    first: Annotated[int, Meta(ge=2, le=64)] = 2
+    first: Annotated[int, Meta(ge=2, le=64)] | None = None
     most: Annotated[int, Meta(ge=2, le=64)] = 8
-    error: Annotated[float, Meta(gt=0, le=0.5)] = 0.15
+    error: Annotated[float, Meta(gt=0, le=0.5)] = 0.1
 
 
 class VotedSample(Struct):

@@ -24,6 +24,7 @@ from tests.edge_serve.scripted import until
 from tests.tiny_models import EOS_ID
 
 SEEDED = SamplingParams(temperature=1.0, top_p=1.0, seed=5, max_tokens=60)
+TWO = VoteRule(first=2, error=0.15)  # two that agree are enough
 
 
 class Voters(Scripted):
@@ -77,7 +78,7 @@ def voters(tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> Iterator[V
 
 def test_two_that_agree_are_enough(voters: Voters):
     voters.say_answers("4")
-    vote = voters.llm.vote(QUESTION, SEEDED)
+    vote = voters.llm.vote(QUESTION, SEEDED, vote=TWO)
     assert (vote.answer, vote.agreed, vote.counted, vote.decided) == ("4", 2, 2, True)
     assert voters.started == [5, 6]
     assert [sample.text for sample in vote.samples] == ["It is 4."] * 2
@@ -85,14 +86,20 @@ def test_two_that_agree_are_enough(voters: Voters):
     assert [each.confidence for each in vote.samples] == pytest.approx([exp(-0.1), exp(-0.2)])
 
 
+def test_all_are_drawn_at_once_unless_told_otherwise(voters: Voters):
+    vote = voters.llm.vote(QUESTION, SEEDED, vote=VoteRule(most=4))
+    assert (vote.answer, vote.decided) == ("4", True)
+    assert (voters.started, len(vote.samples)) == ([5, 6, 7, 8], 4)
+
+
 def test_more_are_drawn_while_the_answer_is_open_and_the_rest_is_cancelled(voters: Voters):
     voters.say_answers("4", "5", "4", "4", "4", "4")
-    vote = voters.llm.vote(QUESTION, SEEDED, vote=VoteRule(error=0.15))
+    vote = voters.llm.vote(QUESTION, SEEDED, vote=TWO)
     assert (vote.answer, vote.agreed, vote.counted, vote.decided) == ("4", 4, 5, True)
     assert voters.started == [5, 6, 7, 8, 9]
     voters.started.clear()
     voters.texts = [*voters.texts[:2], voters.texts[0], voters.texts[0], "x" * 50]
-    rule = VoteRule(error=0.2)  # 3 to 1 is enough
+    rule = replace(TWO, error=0.2)  # 3 to 1 is enough
     vote = voters.llm.vote(QUESTION, SEEDED, vote=rule)
     assert (vote.agreed, vote.decided) == (3, True)
 
@@ -101,7 +108,7 @@ def test_the_rest_is_cancelled_once_it_is_decided(voters: Voters):
     long = "on and on " * 30
     voters.texts = ["</think>\n\n4", "</think>\n\n4", f"{long}</think>\n\n5"]
     params = replace(SEEDED, max_tokens=400)
-    vote = voters.llm.vote(QUESTION, params, vote=VoteRule(first=3, most=3))
+    vote = voters.llm.vote(QUESTION, params, vote=VoteRule(most=3, error=0.15))
     assert (vote.answer, vote.agreed, vote.counted) == ("4", 2, 2)
     assert [s.finish_reason for s in vote.samples] == ["stop", "stop", "cancelled"]
     assert 0 < vote.samples[2].tokens < 40
@@ -128,7 +135,7 @@ def test_samples_without_an_answer_come_back(voters: Voters):
 
 def test_a_stream_has_each_answer_and_then_the_best_sample(voters: Voters):
     voters.say_answers("5", "4", "4", "4", "4")
-    chunks = list(voters.llm.stream(QUESTION, SEEDED, vote=VoteRule()))
+    chunks = list(voters.llm.stream(QUESTION, SEEDED, vote=TWO))
     reasoning = "".join(chunk.reasoning for chunk in chunks)
     lines = reasoning.splitlines()
     assert [line[:3] for line in lines[:5]] == ["1: ", "2: ", "3: ", "4: ", "5: "]
@@ -149,7 +156,7 @@ def test_a_stream_has_each_answer_and_then_the_best_sample(voters: Voters):
 def test_the_prompt_is_read_once(voters: Voters):
     voters.say_answers("4", "5", "4", "4", "4")
     question = [{"role": "user", "content": "what is the world? " * 5}]
-    voters.llm.vote(question, SEEDED)
+    voters.llm.vote(question, SEEDED, vote=TWO)
     stats, size = voters.llm.scheduler.stats(), len(voters.llm.encode(question))
     assert stats.prompt_tokens == 5 * size
     assert stats.prompt_tokens - stats.cached_tokens < size + 5 * 2
@@ -158,7 +165,7 @@ def test_the_prompt_is_read_once(voters: Voters):
 def test_cancelling_ends_all_samples(voters: Voters):
     voters.texts = ["x" * 400]
     params = replace(SEEDED, max_tokens=400)
-    generation = voters.llm.submit(QUESTION, params, vote=VoteRule(first=3))
+    generation = voters.llm.submit(QUESTION, params, vote=VoteRule(most=3))
     generation.cancel()
     last = list(generation)[-1]
     assert last.finish_reason == "cancelled"
@@ -170,7 +177,7 @@ def test_cancelling_ends_all_samples(voters: Voters):
 
 def test_a_deadline_counts_for_the_whole_vote(voters: Voters):
     voters.gate.clear()
-    generation = voters.llm.submit(QUESTION, SEEDED, vote=VoteRule(), deadline_s=0.2)
+    generation = voters.llm.submit(QUESTION, SEEDED, vote=TWO, deadline_s=0.2)
     threading.Timer(0.5, voters.gate.set).start()
     with pytest.raises(DeadlineError):
         generation.result()
@@ -180,7 +187,7 @@ def test_asyncio_reads_a_vote_too(voters: Voters):
     voters.say_answers("4")
 
     async def read() -> Any:
-        chunks = [c async for c in voters.llm.submit(QUESTION, SEEDED, vote=VoteRule())]
+        chunks = [c async for c in voters.llm.submit(QUESTION, SEEDED, vote=TWO)]
         return chunks[-1].vote
 
     assert asyncio.run(read()).answer == "4"
@@ -200,7 +207,7 @@ def test_a_full_queue_ends_the_vote_with_the_samples_so_far(
         raise OverloadError("full", 1.0)
 
     monkeypatch.setattr(voters.llm.scheduler, "submit", full)
-    vote = voters.llm.vote(QUESTION, SEEDED, vote=VoteRule(most=4))
+    vote = voters.llm.vote(QUESTION, SEEDED, vote=VoteRule(first=2, most=4))
     assert (vote.counted, vote.decided) == (2, False)
     assert sizes[0] == 2
     assert sizes[1:]
@@ -236,7 +243,7 @@ def test_every_sample_waits_for_its_clients_turn(
 ):
     voters = Voters(tiny_bundles("qwen2"), monkeypatch, num_slots=1, max_batch=1)
     voters.gate.clear()
-    vote = voters.llm.submit(QUESTION, SEEDED, vote=VoteRule(most=4, first=4), client="voter")
+    vote = voters.llm.submit(QUESTION, SEEDED, vote=VoteRule(most=4), client="voter")
     until(lambda: voters.llm.scheduler.stats().running == 1)
     single = voters.llm.submit(QUESTION, replace(SEEDED, seed=9), client="other")
     voters.gate.set()
@@ -260,7 +267,7 @@ def test_samples_are_requests_of_their_caller(
 
     monkeypatch.setattr(voters.llm.scheduler, "submit", watched)
     options: dict[str, Any] = {"client": "me", "priority": 3, "deadline_s": 60.0}
-    voters.llm.vote(QUESTION, SEEDED, vote=VoteRule(most=3), **options)
+    voters.llm.vote(QUESTION, SEEDED, vote=VoteRule(first=2, most=3), **options)
     assert [(each.client, each.priority) for each in asked] == [("me", 3)] * 3
     assert [each.params.seed for each in asked] == [5, 6, 7]
     first, second, third = (each.deadline_s for each in asked)
@@ -274,7 +281,7 @@ def test_a_sample_that_makes_room_for_others_is_not_counted(
 ):
     voters = Voters(tiny_bundles("qwen2"), monkeypatch, num_slots=1, max_batch=1, queue_capacity=2)
     voters.gate.clear()
-    vote = voters.llm.submit(QUESTION, SEEDED, vote=VoteRule(most=3, first=3), client="voter")
+    vote = voters.llm.submit(QUESTION, SEEDED, vote=VoteRule(most=3), client="voter")
     until(lambda: voters.llm.scheduler.stats().running == 1)
     single = voters.llm.submit(QUESTION, replace(SEEDED, seed=9), client="other")
     voters.gate.set()

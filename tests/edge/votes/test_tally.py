@@ -26,7 +26,7 @@ def votes(rule: VoteRule, *answers: str | None) -> Tally:
 
 
 def test_two_that_agree_decide_and_two_that_differ_ask_for_as_many_as_could():
-    rule = VoteRule(error=0.15, most=8)
+    rule = VoteRule(first=2, error=0.15, most=8)
     assert votes(rule).missing(0) == 2
     assert votes(rule).missing(1) == 1
     assert votes(rule, "4", "4").is_decided
@@ -38,15 +38,22 @@ def test_two_that_agree_decide_and_two_that_differ_ask_for_as_many_as_could():
     assert votes(rule, "4", "5", "4", "4", "4").is_decided
 
 
+def test_all_are_drawn_at_once_and_three_that_agree_decide():
+    assert votes(VoteRule(most=5)).missing(0) == 5
+    assert votes(VoteRule(most=5)).missing(4) == 1
+    assert not votes(VoteRule(), "4", "4").is_decided
+    assert votes(VoteRule(), "4", "4", "4").is_decided
+
+
 def test_a_smaller_error_takes_more_samples_and_no_more_than_allowed():
-    strict = VoteRule(error=0.01, most=4)
+    strict = VoteRule(first=2, error=0.01, most=4)
     assert votes(strict, "4", "4").missing(0) == 2
     assert votes(strict, "4", "4", "4", "4").missing(0) == 0
     assert not votes(strict, "4", "4", "4", "4").is_decided
 
 
 def test_a_sample_without_an_answer_votes_for_nothing():
-    tally = votes(VoteRule(), None, None)
+    tally = votes(VoteRule(first=2, error=0.15), None, None)
     assert tally.leader is None
     assert (tally.agreed, tally.is_decided) == (0, False)
     assert tally.missing(0) == 2
@@ -77,7 +84,7 @@ def test_equal_votes_decide_nothing_whatever_the_error():
 
 @pytest.mark.parametrize("error", [0.15, 0.05])
 def test_the_stated_error_holds_over_questions_of_all_kinds(error: float):
-    draw, rule, wrong, decided = random.Random(2), VoteRule(error=error, most=32), 0, 0
+    draw, rule, wrong, decided = random.Random(2), VoteRule(first=2, error=error, most=32), 0, 0
     for _ in range(4_000):
         tally, share = Tally(rule), draw.random()
         while tally.missing(0):
@@ -93,6 +100,7 @@ def test_the_stated_error_holds_over_questions_of_all_kinds(error: float):
     [
         ({"most": 1}, "most must be an integer from 2 to 64, not 1"),
         ({"most": True}, "most must be"),
+        ({"first": 0}, "first must be an integer from 2 to 8, not 0"),
         ({"first": 9}, "first must be an integer from 2 to 8, not 9"),
         ({"error": 0}, "error must be above 0 and at most 0.5, not 0"),
         ({"error": 0.6}, "not 0.6"),

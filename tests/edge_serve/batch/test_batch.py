@@ -356,7 +356,7 @@ def test_rows_vote_and_end_their_thoughts(
     engine.default = "They say so. " * 9 + "\n\n" + "so " * 20 + "</think>\n\nIt is 4."
     body = {"messages": CHAT, "max_tokens": 200, "temperature": 1, "top_p": 0.01, "seed": 3}
     bodies = [
-        {**body, "vote": {"most": 4}},
+        {**body, "vote": {"first": 2, "most": 4, "error": 0.15}},
         {**body, "stop_when_sure": 0.9},
         {**body, "vote": {"most": 4}, "temperature": 0},
     ]

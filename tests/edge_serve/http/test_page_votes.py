@@ -36,7 +36,7 @@ def test_a_vote_is_asked_for_where_a_number_is_given(browser: Browser, server: S
 def test_an_answer_says_how_many_agree(real: tuple[Browser, Live]):
     browser, live = real
     live.engine.say(ASKED, "Two and two.\n</think>\n\nIt is 4.")
-    fill(browser, vote="4", temperature="1", top_p="0.01", seed="3")
+    fill(browser, vote="3", temperature="1", top_p="0.01", seed="3")
     browser.ask(ASKED[0]["content"])
     turn = browser.answered()
 
@@ -44,14 +44,14 @@ def test_an_answer_says_how_many_agree(real: tuple[Browser, Live]):
         return turn.find_element(browser.by.CSS_SELECTOR, selector)
 
     assert part(".body").text == "It is 4."
-    assert part(".facts span").text == "2 of 2 answers agree"
+    assert part(".facts span").text == "3 of 3 answers agree"
     assert part("details").get_attribute("open") is None, "the votes are not folded"
     part("summary").click()
     thoughts = part(".reasoning").text.split()
-    assert " ".join(thoughts) == "1: 4 2: 4 2 of 2 answers agree Two and two."
+    assert " ".join(thoughts) == "1: 4 2: 4 3: 4 3 of 3 answers agree Two and two."
     browser.picture("vote")
     # It is kept with the conversation.
     browser.driver.refresh()
     browser.started()
-    browser.until(lambda: "2 of 2 answers agree" in browser.one(".turn.assistant .facts").text)
+    browser.until(lambda: "3 of 3 answers agree" in browser.one(".turn.assistant .facts").text)
     assert browser.complaints() == []
