@@ -104,8 +104,8 @@ def compared(server: Child) -> Iterator[ExitStack]:
         assert server.ask("/metrics")[0] == 200
     memory.check()
     sys.stdout.write(f"{before:.3f} -> {under:.3f} s, {memory.most - memory.start} bytes\n")
-    # 1.1 to 1.9 times, on two slow cores 2.5; seconds where an attack holds the engine up.
-    assert under < 3 * before + _NOISE_S
+    # 1.1 to 1.9 times, on two slow cores 3.1; seconds where an attack holds the engine up.
+    assert under < 4 * before + _NOISE_S
 
 
 @pytest.mark.timing
