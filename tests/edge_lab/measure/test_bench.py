@@ -230,7 +230,9 @@ def test_a_wait_that_spins_shows_as_cpu_time_and_one_that_sleeps_does_not(tiny: 
         found: float = summarize(samples, config)["cpu_s_per_step"]
         return found
 
-    spun, slept = measure(spin), measure(lambda: time.sleep(wait_s))
+    spun = measure(spin)
+    # Other threads of this process add to it, for once.
+    slept = min(measure(lambda: time.sleep(wait_s)) for _ in range(3))
     assert spun >= wait_s
     assert slept < spun / 2
 
