@@ -139,16 +139,17 @@ def stopped(each: dict[str, Any], stop: Stop | None, weights: str = "confidence"
 
 
 def settled(each: dict[str, Any]) -> dict[str, Any]:
-    """Cut an answer where its trials begin to give what it ends with, at no cost.
+    """Cut an answer at the first trial that gives what it ends with, at no cost.
 
-    No rule of stopping that keeps all answers saves more: it would have to know the end.
+    No rule that stops at a trial and keeps all answers saves more: it would have to know the end.
     """
-    tokens = each["tokens"]
-    for trial in reversed(each["trials"]):
-        if _key(trial["answer"]) is None or _key(trial["answer"]) != _key(each["answer"]):
-            break
-        tokens = min(tokens, trial["at"] + trial["tokens"] + 1 + SUFFIX_TOKENS)
-    return {**each, "tokens": tokens, "trials": []}
+    final = _key(each["answer"])
+    ends = [
+        trial["at"] + trial["tokens"] + 1 + SUFFIX_TOKENS
+        for trial in each["trials"]
+        if final is not None and _key(trial["answer"]) == final
+    ]
+    return {**each, "tokens": min([each["tokens"], *ends]), "trials": []}
 
 
 def voted(samples: Sequence[Sample], vote: Vote) -> tuple[str | None, int, float]:

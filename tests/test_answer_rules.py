@@ -62,7 +62,8 @@ def test_a_thought_is_stopped_where_its_trials_agree(trials, stop, tokens, rows)
     ("final", "trials", "tokens"),
     [
         ("12", [trial(40, "7"), trial(80, "12"), trial(120, "12", UNSURE)], 92),
-        ("12", [trial(40, "12"), trial(80, "7")], 200),  # it changed its mind again
+        ("12", [trial(40, "12"), trial(80, "7")], 52),  # that it changes its mind is known, too
+        ("12", [trial(40, "7"), trial(80, "7")], 200),
         ("12", [trial(198, "12")], 200),
         (None, [trial(40, None)], 200),
     ],
