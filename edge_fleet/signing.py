@@ -18,8 +18,8 @@ from edge.bundle.manifest import (
 from edge.bundle.release import RELEASE, Release
 from edge.bundle.trust import SIGNATURE_NAME
 from edge.errors import ConfigError
+from edge_lab.atomic_swap import update_manifest
 from edge_lab.engine_record import verify_plan
-from edge_lab.place import update_manifest
 from edge_lab.signing import Signer, write_signature
 from edge_lab.target import locked, resolve_target
 

@@ -47,8 +47,8 @@ _PRODUCT = re.compile(r"gemm|gemv|matrixmultiply|\bfc\b", re.IGNORECASE)
 _FUSED_ATTENTION = re.compile(r"mha", re.IGNORECASE)  # _gemm_mha_v2, _gemv_mha_v1, fmha_...
 # Names of `export.graph.decoder`; nodes that dequantize inputs or cache rows do not match.
 _WEIGHT_NODE = re.compile(r"(?P<linear>.+)\.(?:high_)?dequantized/DequantizeLinear")
-_OWN_PRODUCT = "/w4_linear"  # of engines.own_kernels: a plugin, whose INT4 weights are words
-_OWN_ATTENTION = re.compile(r"\.attention/attention_(?:parts|join)\Z")  # of engines.own_attention
+_OWN_PRODUCT = "/w4_linear"  # of engines.graph.own_kernels: a plugin, whose INT4 weights are words
+_OWN_ATTENTION = re.compile(r"\.attention/attention_(?:parts|join)\Z")  # of graph.own_attention
 _CACHE = re.compile(r"(?:past_key_values|present)\.\d")  # see `edge.bundle.io_spec`
 _ATTENTION_NODE = re.compile(r"\.attended/Attention\Z|/Softmax\Z")
 

@@ -9,7 +9,7 @@ from edge.backends import Backend, Floats
 from edge.backends.step import prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import ConfigError, ContextLengthError, RequestError
-from edge.figures import check_finite
+from edge.logprobs import check_finite
 from edge.runtime.kv_cache import common_prefix
 from edge.user_paths import user_directory
 

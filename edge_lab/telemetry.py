@@ -32,11 +32,7 @@ from types import TracebackType
 
 import msgspec
 
-from edge.device.memory import (
-    read_available_memory_bytes,
-    read_kib,
-    read_mem_available_bytes,
-)
+from edge.device.memory import read_available_memory_bytes, read_kib, read_mem_available_bytes
 
 # Rails that see the module's whole input (Orin NX and Nano, Thor, TX2 and older), best first.
 _INPUT_RAILS = ("VIN", "VDD_IN", "POM_5V_IN")

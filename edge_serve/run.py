@@ -268,7 +268,7 @@ class Service:
         _log.info("stopping; %d requests may take %g s", running, self._settings.drain_timeout_s)
         deadline = time.monotonic() + self._settings.drain_timeout_s
         extended = -float("inf")
-        storing = asyncio.create_task(self._stored.put_away())
+        storing = asyncio.create_task(self._stored.suspend())
         while not storing.done() or (self.models.num_flights and time.monotonic() < deadline):
             now = time.monotonic()
             if now - extended >= _EXTEND_S:
@@ -278,7 +278,7 @@ class Service:
                 await asyncio.wait_for(self._forced.wait(), 0.02)
                 break
         if storing.done() and (error := storing.exception()) is not None:
-            _log.error("not all that ran in the background is put away", exc_info=error)
+            _log.error("not all that ran in the background is suspended", exc_info=error)
         if self.models.num_flights:
             _log.warning("%d requests are cut short", self.models.num_flights)
             self.models.abort_all(

@@ -22,7 +22,7 @@ class BuildPlan:
         manifest: the bundle's manifest.
         shapes: the options filled in for this model.
         profiles: the optimization profiles, in the order in which the engine has them.
-        scales: ``fp32`` widens the scales of INT8 inputs; no option asks for it, the ladder does.
+        scales: ``fp32`` widens the scales of INT8 inputs; no option asks for it, `fallbacks` do.
     """
 
     config: BuildConfig

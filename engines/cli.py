@@ -19,6 +19,7 @@ from edge.errors import EXIT_GATE_MISSED, ConfigError
 from edge_lab.cli.options import check_writable, given_flag
 from edge_lab.cli.progress import show_progress
 from edge_lab.telemetry import read_target
+from engines.trtexec.options import TRT_VERSIONS
 
 from .config import (
     ATTENTIONS,
@@ -29,19 +30,15 @@ from .config import (
     BuildConfig,
     KernelChoice,
 )
-from .trtexec_options import TRT_VERSIONS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from edge.bundle.engine_file import EngineInfo
+    from engines.check.check import OwnBytes
+    from engines.check.step_bytes import StepCost
 
-    from .build_plan import BuildPlan
-    from .builder import Compiled, Target
-    from .check import OwnBytes
-    from .ladder import Climbed
     from .rules.check import Verdict
-    from .step_bytes import StepCost
 
 _ORIN = "87"
 _SIZE = re.compile(r"(\d+) *([kmg])?(i?b)?\Z", re.IGNORECASE)
@@ -250,9 +247,8 @@ def build(
     from edge_lab.cli.inspect_engine import describe_trial
     from edge_lab.engine_verdict import slow_parts
     from edge_lab.telemetry import moving_clocks, read_snapshot
-
-    from .builder import build_engine
-    from .ladder import describe
+    from engines.builder.build import build_engine
+    from engines.builder.fallbacks import describe
 
     if (moving := moving_clocks(read_snapshot())) is not None:
         click.echo(f"warning: {moving}", err=True)
@@ -260,12 +256,8 @@ def build(
         result = build_engine(
             config,
             via=via,
-            compile_variant=_compile_measured if config.measures else None,
-            on_line=lambda line: click.echo(line, err=True),
             progress=progress,
-            waiting=lambda: click.echo(
-                "another build of this bundle is running: waiting", err=True
-            ),
+            say=lambda line: click.echo(line, err=True),
         )
     info = result.info
     if as_json:
@@ -316,16 +308,6 @@ def build(
     _print_slowness(info)
 
 
-def _compile_measured(asked: BuildPlan, target: Target, **options: Any) -> tuple[Compiled, Climbed]:
-    """Say how long a measured build takes, now that there is something to build."""
-    from .advice import what_auto_takes
-    from .tune import compile_fastest
-
-    if not asked.config.tune:
-        click.echo(what_auto_takes(asked.manifest), err=True)
-    return compile_fastest(asked, target, **options)
-
-
 def _default_kernels(bundle: Path) -> KernelChoice:
     """Choose the faster kernels on a Jetson, where there are decode steps to time."""
     on_jetson = read_target() is not None
@@ -342,16 +324,17 @@ def _print_slowness(info: EngineInfo) -> None:
 
 
 def _print_trtexec(config: BuildConfig, trt: str | None, as_json: bool) -> None:
-    from .encoder import encoder_for_bundle
-    from .rules.bundle import check_bundle_rules
-    from .rules.table import version_of
-    from .trtexec import (
+    from engines.builder.encoder import encoder_for_bundle
+    from engines.trtexec.command import (
         command_for_bundle,
         find_trtexec,
         format_command,
         parse_version,
         trtexec_version,
     )
+
+    from .rules.bundle import check_bundle_rules
+    from .rules.table import version_of
 
     version = parse_version(trt) if trt else trtexec_version(find_trtexec())
     line = command_for_bundle(config, version)
@@ -417,7 +400,7 @@ def check(
         own_gpu = given_flag("sm") is None
         _reduce(BuildConfig(**options), reduced, int(sm), own_gpu=own_gpu, as_json=as_json)
         return
-    from .check import check_bundle
+    from engines.check.check import check_bundle
 
     config = BuildConfig(**options)
     with show_progress() as progress:
@@ -451,8 +434,7 @@ def _check_rules(ctx: click.Context, bundle: Path, trt: str, as_json: bool) -> N
 
 def _reduce(config: BuildConfig, output: Path, sm: int, *, own_gpu: bool, as_json: bool) -> None:
     from edge.device.gpu import find_gpu
-
-    from .reduce import reduce_bundle
+    from engines.check.reduce import reduce_bundle
 
     here = own_gpu and find_gpu() is not None
     with show_progress() as progress:

@@ -30,8 +30,8 @@ from edge.bundle.manifest import (
 from edge.bundle.weights import count_facts, manifest_linears
 from edge.errors import ConfigError, DependencyError, EdgeError, ResourceError
 from edge.text.reasoning import template_reasons
+from edge_lab.atomic_swap import check_free_space
 from edge_lab.measure.evaluate import check_gate, load_gate
-from edge_lab.place import check_free_space
 from edge_lab.progress import Progress, prefixed, silent, uncounted
 from edge_lab.recipe import Clip
 from edge_lab.safetensors_writer import write_safetensors

@@ -30,12 +30,12 @@ from edge.bundle.manifest import Dialect, Task
 from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
 from edge.device.nodes import GPU_NODES, find_gpu_node
 from edge_serve.observe.logs import CONFIGURED
-from scripts.smollm2 import smollm2_gguf
 from tests import second_try, skips
-from tests.manifests import replace_file
+from tests.makers.manifests import replace_file
+from tests.makers.tiny_models import Kind, write_checkpoint
+from tests.makers.tiny_pooling import write_embedder, write_judge
 from tests.second_try import pytest_runtest_protocol  # noqa: F401  a hook of pytest
-from tests.tiny_models import Kind, write_checkpoint
-from tests.tiny_pooling import write_embedder, write_judge
+from tools.models.smollm2 import smollm2_gguf
 
 # Programs that a test starts buffer what they print, as with most users; a container may say no.
 os.environ.pop("PYTHONUNBUFFERED", None)
@@ -312,7 +312,7 @@ SMOLLM2_LAYERS = 6
 @pytest.fixture(scope="session")
 def short_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A GGUF file of SmolLM2's first layers; skips where the package is missing."""
-    from scripts.gguf_rivals import rewrite
+    from lab.peers.gguf_rivals import rewrite
 
     def of_first_layers(tensor: Any) -> tuple[Any, Any] | None:
         layer = re.match(r"blk\.(\d+)\.", tensor.name)

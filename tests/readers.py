@@ -23,12 +23,7 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.engine_file import ENGINE_JSON, EngineInfo, read_engine_info, rebuild_command
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import MANIFEST_NAME, Tokens, encode_manifest, read_manifest
-from edge.bundle.minisign import (
-    PublicKey,
-    Signature,
-    parse_signature,
-    read_public_keys,
-)
+from edge.bundle.minisign import PublicKey, Signature, parse_signature, read_public_keys
 from edge.bundle.onnx_file import Message, OnnxFile, tensor_info
 from edge.bundle.rope import inverse_frequencies
 from edge.bundle.trust import read_signature_bytes
@@ -75,9 +70,9 @@ from export.sources.safetensors_file import SafetensorsFile
 from export.sources.vocabulary import read_keep_list
 from tests.edge.vision.test_section import WRITTEN as PICTURES
 from tests.edge_serve.stored.records import make_record
-from tests.keys import encode_public_key, encode_signature
-from tests.manifests import make_manifest
-from tests.tiny_models import CHAT_TEMPLATE
+from tests.makers.keys import encode_public_key, encode_signature
+from tests.makers.manifests import make_manifest
+from tests.makers.tiny_models import CHAT_TEMPLATE
 
 TOKENS = Tokens(bos=None, bos_text="", eos=(0,), eos_text="", add_bos=False)
 _MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head")

@@ -70,11 +70,11 @@ ALLOWED: dict[str, tuple[str, bool]] = {
     ),
     r"needs groff": ("its warnings are the test", NO_PROGRAMS),
     r"needs Triton: .*": (
-        "it is in an environment of its own; scripts/kernels --check has it",
+        "it is in an environment of its own; python3 -m tools kernels --check has it",
         True,
     ),
     r"needs NNCF: .*": (
-        "it is in an environment of its own; scripts/openvino_weights --check has it",
+        "it is in an environment of its own; python3 -m lab openvino-weights --check has it",
         True,
     ),
     r"needs vllm-router; .*": (

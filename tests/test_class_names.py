@@ -6,7 +6,7 @@ import ast
 from collections import defaultdict
 from pathlib import Path
 
-from scripts.sizes import PACKAGES, ROOT
+from tools.gates.sizes import PACKAGES, ROOT
 
 
 def shared_names(paths: list[Path]) -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 """What `kill -9` and a full disk leave: the old file or the new one, whole, and nothing for ever.
 
 Bundles have their own such tests in `tests/export/test_bundle.py`, calibration in
-`tests/export/test_resume.py`, engines in `tests/engines/test_builder.py`.
+`tests/export/test_resume.py`, engines in `tests/engines/builder/test_build.py`.
 """
 
 from __future__ import annotations

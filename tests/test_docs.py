@@ -18,10 +18,12 @@ from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect
 from edge.cli.options import take_engine, take_sampling
 from edge.errors import EXIT_GATE_MISSED, EdgeError
+from lab import __main__ as lab
 from tests.conftest import Bundles
 from tests.documents import FENCE, ROOT, SPAN, blocks, rows, spans
-from tests.manifests import make_model
+from tests.makers.manifests import make_model
 from tests.packages import PACKAGES
+from tools import __main__ as tools
 
 README = ROOT / "README.md"
 CHINESE = ROOT / "README.zh-CN.md"
@@ -216,13 +218,21 @@ def test_the_readme_says_the_same_in_chinese():
     assert [line for line in sentences if not re.search("[\u4e00-\u9fff]", line)] == []
 
 
-_PATH = re.compile(r"(?:edge|export|tests|scripts|docs|\.ci)/[\w./-]*")
+_ROOMS = r"edge(?:_\w+)?|engines(?!/NAME)|export|lab|scripts|tests|tools|docs|\.ci"
+_PATH = re.compile(rf"(?:{_ROOMS})/[\w./-]*")
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_every_named_file_exists(path: Path):
     named = [span for span in spans(path) if _PATH.fullmatch(span)]
     assert [span for span in named if not (ROOT / span).exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_every_named_program_exists(path: Path):
+    programs = {"lab": lab.PROGRAMS, "tools": tools.PROGRAMS}
+    named = re.findall(r"python3 -m (lab|tools) ([a-z][\w-]*)", path.read_text("utf-8"))
+    assert [name for package, name in named if name not in programs[package]] == []
 
 
 def test_python_of_the_readme_runs(

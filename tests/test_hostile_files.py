@@ -25,7 +25,7 @@ from export.sources import untrusted_pattern
 from export.sources.gguf_file import GgufFile
 from export.sources.lora_config import read_lora_config
 from export.sources.safetensors_file import SafetensorsFile
-from tests.manifests import make_manifest
+from tests.makers.manifests import make_manifest
 from tests.readers import DEEP, NASTY, READERS, Reader, put, resign
 
 pytest.importorskip("gguf")

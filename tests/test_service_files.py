@@ -22,8 +22,8 @@ import pytest
 from edge import cli
 from edge.device.nodes import JETSON_NODES, SLOT_NODES
 from edge_serve.config_file import load_settings
-from scripts.release import OWN_LOCK
 from tests.conftest import Bundles
+from tools.release.make import OWN_LOCK
 
 ROOT = Path(__file__).parent.parent
 UNITS = ROOT / "scripts" / "systemd"

@@ -21,7 +21,7 @@ import pytest
 
 from edge_lab.key_file import hashed_line
 from tests.conftest import Bundles
-from tests.manifests import replace_file
+from tests.makers.manifests import replace_file
 from tests.systemd_machine import ROOT, Machine, until, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("systemd")]
@@ -446,7 +446,7 @@ def test_what_runs_in_the_background_goes_on_after_a_restart(machine: Machine):
         restarted.set()
         for asker in askers:
             asker.join()
-    assert re.search(r"is put away after \d+ tokens", machine.log(UNIT)), "all had ended"
+    assert re.search(r"is suspended after \d+ tokens", machine.log(UNIT)), "all had ended"
 
     def responses() -> list[dict[str, Any]]:
         answers = [machine.request(f"/v1/responses/{id_}", key=key) for id_ in ids]

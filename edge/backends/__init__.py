@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .best import BestLogits
-from .step import Floats, Ints, Step
+from .step import Floats, Ints, RunsSteps, Step
 
 if TYPE_CHECKING:
     from edge.adapters.weights import AdapterWeights
@@ -26,7 +26,7 @@ Rows = NDArray[np.float32] | list[list[BestLogits]]
 """The result of a step: for ``B`` sequences ``N`` rows of logits each, or the best of each row."""
 
 
-class Backend(Protocol):
+class Backend(RunsSteps, Protocol):
     """A decoder with a fixed-size KV cache of ``num_slots`` sequences.
 
     A slot is one sequence's rows of the cache. A row's index is its token's position. The caller
@@ -34,9 +34,6 @@ class Backend(Protocol):
 
     Attributes:
         name: ``ort-cpu``, ``ort-cuda`` or ``tensorrt``.
-        num_slots: sequences that the cache holds.
-        capacity: tokens that a slot holds.
-        max_step_tokens: the most tokens per sequence that one `forward` takes.
         rounds_activations: whether activations are rounded to int8, so that the rows of its cache
             differ from those of an engine that computes in float.
         kv_scales: scales of the cache tensors in 8 bits (`edge.bundle.kv_scales`); empty if rows
@@ -51,9 +48,6 @@ class Backend(Protocol):
     """
 
     name: str
-    num_slots: int
-    capacity: int
-    max_step_tokens: int
     rounds_activations: bool
     kv_scales: Scales
     meanwhile: Callable[[], None] | None
@@ -65,24 +59,8 @@ class Backend(Protocol):
         ...
 
     @property
-    def failed(self) -> str | None:
-        """Return why no step can succeed any more (closed, or device lost); None while it works."""
-        ...
-
-    @property
     def cache_bytes(self) -> int:
         """Return the memory of the cache, in bytes."""
-        ...
-
-    def forward(self, step: Step) -> NDArray[np.float32]:
-        """Run one step (a prefill chunk or a decode step) and write its rows into the cache.
-
-        Returns:
-            Logits ``[B, N, vocab]`` in float32, valid until the next call.
-
-        Raises:
-            BackendError: the engine failed, or `Step.check` refuses the step.
-        """
         ...
 
     @property
@@ -92,17 +70,6 @@ class Backend(Protocol):
         Rows come whole if one run cannot hold them all. The best of a row, and what it fetches, are
         valid until the next call of `forward` or `forward_best`.
         """
-        ...
-
-    def read_slot(self, slot: int, length: int) -> Floats:
-        """Copy the first ``length`` rows: ``[2 * layers, kv_heads, length, head_dim]``.
-
-        Entry ``2 * i`` holds the keys of layer ``i``, and entry ``2 * i + 1`` its values.
-        """
-        ...
-
-    def write_slot(self, slot: int, rows: Floats) -> None:
-        """Overwrite the first rows of a slot with rows that `read_slot` returned."""
         ...
 
     def copy_slot(self, source: int, target: int, length: int) -> None:

@@ -52,7 +52,7 @@ class BestLogits(NamedTuple):
         sum logits before it rounds them to the graph's type, as ONNX Runtime does. Then each logit,
         also the best one, is off by half a unit in the last place, which scales a mass by a factor.
         Tokens too far below the best for that factor have less than ``exp(-_FAR)`` in all. Own
-        kernels sum only the others, from rounded logits, and err less (`engines.own_top_k`).
+        kernels sum only the others, from rounded logits, and err less (`engines.graph.own_top_k`).
         """
         greatest, far = float(self.values[0]), math.log(self.vocab_size) + _FAR
         best = float(np.exp(self.values - self.values[0]).sum())

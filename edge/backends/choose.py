@@ -65,12 +65,10 @@ def unused_gpu(backend: str, config: EngineConfig) -> str | None:
         return None
     from edge.device.nodes import find_gpu_node
 
-    node = find_gpu_node()
-    if node is None:
+    if (node := find_gpu_node()) is None:
         return None
-    if config.cpu_option is not None:
-        why = f"{config.cpu_option} asks for it; leave that out"
-    else:
+    why = f"{config.cpu_option} asks for it; leave that out"
+    if config.cpu_option is None:
         why = (
             "the bundle has no TensorRT engine and ONNX Runtime no CUDA; edge-llm build BUNDLE "
             "makes an engine"
@@ -136,7 +134,7 @@ def _pass_over(
     is_asked_for = config.backend != "auto" or config.gpu_option is not None
     if isinstance(error, DependencyError):
         if is_asked_for:
-            from .missing import raise_missing
+            from .missing_requirements import raise_missing
 
             raise_missing(error, config, bundle if name == "tensorrt" else None)
     elif name == "ort-cuda" or isinstance(error, IntegrityError):

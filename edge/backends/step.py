@@ -14,8 +14,6 @@ from edge.errors import BackendError
 if TYPE_CHECKING:
     from edge.adapters.weights import AdapterWeights
 
-    from . import Backend
-
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 
@@ -84,7 +82,7 @@ class Step:
                 f"logits are wanted at {wanted.tolist()}, of {seq} tokens per sequence"
             )
 
-    def check(self, backend: Backend) -> None:
+    def check(self, backend: RunsSteps) -> None:
         """Refuse what a backend cannot run, since its operators write wherever they are told.
 
         Raises:
@@ -111,6 +109,47 @@ class Step:
             raise BackendError(
                 f"slots {list(self.slots)} are not slots of the {backend.num_slots} that there are"
             )
+
+
+class RunsSteps(Protocol):
+    """A decoder that runs steps and holds their rows: the part of `Backend` that steps need.
+
+    Attributes:
+        num_slots: sequences that the cache holds.
+        capacity: tokens that a slot holds.
+        max_step_tokens: the most tokens per sequence that one `forward` takes.
+    """
+
+    num_slots: int
+    capacity: int
+    max_step_tokens: int
+
+    @property
+    def failed(self) -> str | None:
+        """Return why no step can succeed any more (closed, or device lost); None while it works."""
+        ...
+
+    def forward(self, step: Step) -> NDArray[np.float32]:
+        """Run one step (a prefill chunk or a decode step) and write its rows into the cache.
+
+        Returns:
+            Logits ``[B, N, vocab]`` in float32, valid until the next call.
+
+        Raises:
+            BackendError: the engine failed, or `Step.check` refuses the step.
+        """
+        ...
+
+    def read_slot(self, slot: int, length: int) -> Floats:
+        """Copy the first ``length`` rows: ``[2 * layers, kv_heads, length, head_dim]``.
+
+        Entry ``2 * i`` holds the keys of layer ``i``, and entry ``2 * i + 1`` its values.
+        """
+        ...
+
+    def write_slot(self, slot: int, rows: Floats) -> None:
+        """Overwrite the first rows of a slot with rows that `read_slot` returned."""
+        ...
 
 
 def step_after(
@@ -152,7 +191,7 @@ def last_token(count: int) -> Ints:
     return np.array([count - 1])
 
 
-def zero_rows(backend: Backend, slot: int, end: int, first: int = 0) -> None:
+def zero_rows(backend: RunsSteps, slot: int, end: int, first: int = 0) -> None:
     """Overwrite rows ``first`` to ``end`` of a slot, which may hold a NaN, with 0.
 
     Masked rows are multiplied by an attention weight of 0, and a NaN stays a NaN. Left there, it
@@ -176,7 +215,7 @@ class TokenTable(Protocol):
 
 
 def prefill(
-    backend: Backend,
+    backend: RunsSteps,
     table: TokenTable,
     ids: Sequence[int] | Ints,
     *,

@@ -35,7 +35,7 @@ An engine can be built with three more outputs. They hold what most draws need o
 logits, so that the row itself stays on the device. ``best_values`` ``[B, N, k]`` (T, descending)
 and ``best_ids`` ``[B, N, k]`` (int32) are the k best logits and their tokens. ``best_rest``
 ``[B, N, 1]`` (fp32) is the mass of all others, where the mass of the best one is 1. They are not
-part of a bundle: `engines.graph` adds them, and they come last.
+part of a bundle: `engines.graph.adapt` adds them, and they come last.
 
 An engine whose attention is our own (docs/kernels.md) uses the positions of tokens. TensorRT may
 then drop inputs that only a mask reads: ``kv_positions`` and, in ``portable``, ``past_lengths``.

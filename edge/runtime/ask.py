@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edge.adapters.weights import AdapterWeights
     from edge.votes.tally import VoteRule
 
-    from .scheduler import PutAway
+    from .scheduler import Suspended
     from .structured_output import OutputFormat
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -40,7 +40,7 @@ class AnswerOptions(TypedDict, total=False):
     continue_final_message: bool
     ids: Sequence[int] | None
     progress: bool
-    resumed: PutAway | None
+    resumed: Suspended | None
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Ask:
         salt: prompts share cached prefixes only with those of the same salt.
         adapter: name of the adapter that answers (`LLM.adapters`); None is the model alone.
         ids: result of `LLM.encode` for the prompt and the same arguments, if the caller has it.
-        resumed: result of `LLM.put_away` for one answer to this prompt, with the same arguments.
+        resumed: result of `LLM.suspend` for one answer to this prompt, with the same arguments.
             It continues with the same tokens; those that it had come again first, without
             log-probabilities.
     """
@@ -94,7 +94,7 @@ class Ask:
     salt: str = ""
     adapter: str | AdapterWeights | None = None
     ids: Sequence[int] | None = None
-    resumed: PutAway | None = None
+    resumed: Suspended | None = None
 
     @property
     def is_chat(self) -> bool:

@@ -53,7 +53,8 @@ class Guesses:
             return False
         draft = self.drafts[index]
         draft.append(guess)
-        return self._chances[index] >= self._worth.go_on and len(draft) < self._limits[index]
+        has_room = len(draft) < self._limits[index]
+        return has_room and self._chances[index] >= self._worth.continue_threshold
 
     def __enter__(self) -> Guesses:
         return self

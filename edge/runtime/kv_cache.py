@@ -76,7 +76,7 @@ class Slot:
         self.ids, self.salt = other.ids, other.salt
         self.prefilled, self.used_at = other.prefilled, other.used_at
 
-    def restore(self, kept: KeptRows) -> None:
+    def restore(self, kept: SavedRows) -> None:
         """Restore the records of rows that were written back here."""
         self.ids, self.prefilled, self.shared = list(kept.ids), kept.prefilled, kept.shared
         self.shareable = kept.shareable
@@ -88,7 +88,7 @@ class Slot:
         return common_prefix(self.ids, ids)
 
 
-class KeptRows(NamedTuple):
+class SavedRows(NamedTuple):
     """A sequence's rows outside the cache, and the records of the slot that they came from.
 
     Attributes:
@@ -104,7 +104,7 @@ class KeptRows(NamedTuple):
     shareable: bool
 
     @classmethod
-    def of(cls, slot: Slot, rows: Floats) -> KeptRows:
+    def of(cls, slot: Slot, rows: Floats) -> SavedRows:
         """Keep all rows of a slot, which have been read."""
         return cls(rows, list(slot.ids), slot.prefilled, slot.shared, slot.shareable)
 

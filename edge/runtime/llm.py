@@ -34,7 +34,7 @@ from .ask import Prompt as Prompt
 from .open_bundle import find_bundle, open_bundle
 from .sampling import SampledToken
 from .sampling_params import SamplingParams
-from .scheduler import Constraint, Overflow, PrefixSource, PutAway, Request, Scheduler
+from .scheduler import Constraint, Overflow, PrefixSource, Request, Scheduler, Suspended
 from .stream import Generation, GenerationChunk, GenerationResult, OutputStream, join_chunks, submit
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class LLM:
         embeddings: the token table.
         scheduler: the queue of requests and the thread that runs them.
         stop_counts: counts for `Ask.stop_when_sure`: trials that were ``tried``, that found
-            ``no_slot`` or were ``too_dear``, and thoughts that were ``stopped``.
+            ``no_slot`` or were ``too_expensive``, and thoughts that were ``stopped``.
         pools: whether the bundle embeds or judges documents, and generates nothing.
 
     Raises:
@@ -372,7 +372,7 @@ class LLM:
             ask, n, submit_all = voting(ask, n)
         self.scheduler.check_count(n)
         if ask.resumed is not None and n > 1:
-            raise RequestError("n: an answer that was put away goes on as one; ask for 1")
+            raise RequestError("n must be 1 when a suspended answer is resumed")
         ids = self.encode_ask(ask, self.kv_capacity) if ask.ids is None else ask.ids
         begun = BegunAnswer()
         if ask.continue_final_message:
@@ -421,7 +421,7 @@ class LLM:
             salt=ask.salt,
             adapter=self.adapter_of(ask),
             wants_progress=ask.progress,
-            begun=ask.resumed,
+            resume_from=ask.resumed,
             pictures=getattr(ids, "pictures", ()),
         )
         requests = [
@@ -434,10 +434,12 @@ class LLM:
                 constraint.accept(token_id)
         return submit_all(self.scheduler, requests, streams)
 
-    def put_away(self, generations: Sequence[Generation], timeout_s: float) -> list[PutAway | None]:
+    def suspend(
+        self, generations: Sequence[Generation], timeout_s: float
+    ) -> list[Suspended | None]:
         """Take answers out, so that `submit` can continue them later, also in another process.
 
-        Each ends as if it were cancelled. `Scheduler.put_away` has the details.
+        Each ends as if it were cancelled. `Scheduler.suspend` has the details.
 
         Args:
             generations: answers from `submit`, waiting or running.
@@ -447,10 +449,10 @@ class LLM:
             For each, in order, the state from which it continues; None if it has ended.
 
         Raises:
-            RequestError: one of them is a vote; none is put away then.
+            RequestError: one of them is a vote; none is suspended then.
             BackendError: the engine failed, or ended no step in this time.
         """
-        return self.scheduler.put_away([each.to_put_away() for each in generations], timeout_s)
+        return self.scheduler.suspend([each.to_suspend() for each in generations], timeout_s)
 
     def stream(
         self, prompt: Prompt, params: Params = None, **options: Unpack[AnswerOptions]

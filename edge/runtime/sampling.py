@@ -136,7 +136,7 @@ class Sampler:
         check_ids("the answer", (token_id,), self._counts.size)
         self._count(token_id)
 
-    def go_on(self, answer: Sequence[int]) -> None:
+    def replay(self, answer: Sequence[int]) -> None:
         """Advance to the state of a sampler with the same parameters and seed after ``answer``.
 
         Args:

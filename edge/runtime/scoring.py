@@ -11,7 +11,7 @@ from edge.backends import Backend
 from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import ContextLengthError, RequestError
-from edge.figures import token_logprobs
+from edge.logprobs import token_logprobs
 
 # Logits of 64 positions at a time take 39 MB at a vocabulary of 151,936.
 _SCORE_CHUNK = 64

@@ -134,7 +134,7 @@ class StopWhenSure(ThinkingBudget):
             return
         rows = len(self._suffix) + TRIAL_TOKENS
         if _ROW * (self._spent + rows) > _SHARE * self._thought:
-            self._trials.counts["too_dear"] += 1
+            self._trials.counts["too_expensive"] += 1
             return
         self._trial = self._trials.make([*self._ids[:place], *self._suffix])
         if self._trial is not None:
@@ -160,13 +160,13 @@ class Trials:
 
     Attributes:
         tokenizer: the bundle's tokenizer.
-        counts: ``tried``, ``no_slot``, ``too_dear`` and ``stopped`` of the bundle.
+        counts: ``tried``, ``no_slot``, ``too_expensive`` and ``stopped`` of the bundle.
         repeated: tokens of a continued answer that come again first; they have no trials.
     """
 
     def __init__(self, llm: Opened, request: Request) -> None:
         self.counts, self.tokenizer = llm.stop_counts, llm.tokenizer
-        self.repeated = 0 if request.begun is None else len(request.begun.answer)
+        self.repeated = 0 if request.resume_from is None else len(request.resume_from.answer)
         self._scheduler, self._capacity = llm.scheduler, llm.backend.capacity
         params = replace(
             request.params,
@@ -178,10 +178,9 @@ class Trials:
             stop=(),
             logprobs=0,
         )
+        request = replace(request, params=params, wants_progress=False, resume_from=None)
         # Waiting requests come first, since a late trial is worth nothing.
-        self._request = replace(
-            request, params=params, priority=request.priority + 1, wants_progress=False, begun=None
-        )
+        self._request = replace(request, priority=request.priority + 1)
 
     def make(self, ids: Sequence[int]) -> _Trial | None:
         """Queue a trial of the prompt and these tokens; None if no slot is free."""

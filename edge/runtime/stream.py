@@ -229,8 +229,8 @@ class Generation:
         """End it within one step; the last chunk has the reason ``cancelled``."""
         self.sequence.cancelled = True
 
-    def to_put_away(self) -> SequenceState:
-        """Return the sequence that `LLM.put_away` takes out.
+    def to_suspend(self) -> SequenceState:
+        """Return the sequence that `LLM.suspend` takes out.
 
         Raises:
             RequestError: it is a vote, of several sequences.

@@ -178,8 +178,7 @@ class GrammarCompiler:
             ResourceError: no process could be started, or it got hardly any time.
         """
         with self._lock:
-            matcher = self._matchers.get(output)
-            if matcher is not None:
+            if (matcher := self._matchers.get(output)) is not None:
                 self._matchers.move_to_end(output)
         if matcher is None:
             matcher = self._compile(output)

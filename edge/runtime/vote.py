@@ -37,9 +37,9 @@ class VotedGeneration(Generation):
         """End all samples within one step; the last chunk has the result so far."""
         self._vote.cancel()
 
-    def to_put_away(self) -> SequenceState:
+    def to_suspend(self) -> SequenceState:
         """Refuse: a vote is several sequences, and begins anew if it is interrupted."""
-        raise RequestError("a vote cannot be put away; cancel it, and ask again later")
+        raise RequestError("a vote cannot be suspended; cancel it, and ask again later")
 
 
 def voting(ask: Ask, n: int) -> tuple[Ask, int, Callable[..., list[Generation]]]:

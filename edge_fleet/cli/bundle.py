@@ -15,10 +15,7 @@ import msgspec
 from edge.bundle.engine_file import find_engines
 from edge.bundle.library import find_bundle, roots
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest, read_manifest_bytes
-from edge.bundle.minisign import (
-    key_name,
-    parse_signature,
-)
+from edge.bundle.minisign import key_name, parse_signature
 from edge.bundle.release import Release, read_release, say_time
 from edge.bundle.trust import (
     SIGNATURE_NAME,
@@ -34,7 +31,7 @@ from edge.files import is_directory
 from edge_fleet.registry.names import REGISTRY_VARIABLE, team_registry
 from edge_fleet.registry.reference import Reference, parse_reference
 from edge_fleet.signing import sign_bundle, sign_engine
-from edge_fleet.uncovered import find_uncovered
+from edge_fleet.unsigned_files import find_uncovered
 from edge_lab.cli.options import ask_password
 from edge_lab.cli.progress import show_progress
 from edge_lab.progress import Progress, uncounted

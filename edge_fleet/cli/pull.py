@@ -11,12 +11,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from edge.bundle.library import (
-    bundle_name,
-    hub_id,
-    nearest_model,
-    roots,
-)
+from edge.bundle.library import bundle_name, hub_id, nearest_model, roots
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
 from edge.bundle.trust import trusted_keys_file
 from edge.errors import ConfigError, EdgeError, RegistryError
@@ -28,9 +23,9 @@ from edge_fleet.registry.names import (
     takes,
     team_registry,
 )
+from edge_lab.atomic_swap import check_replaceable, human
 from edge_lab.cli.options import build_option
 from edge_lab.cli.progress import show_progress
-from edge_lab.place import check_replaceable, human
 from edge_lab.published import PUBLISHED, REVISIONS
 from edge_lab.telemetry import read_target
 

@@ -22,13 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, urlencode, urljoin, urlsplit
 
 from edge._version import __version__
-from edge.errors import (
-    ConfigError,
-    DependencyError,
-    IntegrityError,
-    RegistryError,
-    install_command,
-)
+from edge.errors import ConfigError, DependencyError, IntegrityError, RegistryError, install_command
 
 from .credentials import Credentials, find_credentials
 from .reference import Reference, is_digest, is_loopback

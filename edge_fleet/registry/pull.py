@@ -35,7 +35,7 @@ from edge.bundle.update import fsync, replace_durably
 from edge.bundle.verified_files import verify_files
 from edge.errors import ConfigError, EdgeError, ResourceError
 from edge.files import read_file
-from edge_lab.place import (
+from edge_lab.atomic_swap import (
     ORIGIN_NAME,
     check_free_space,
     check_replaceable,

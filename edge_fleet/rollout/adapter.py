@@ -24,7 +24,7 @@ from edge.errors import GateError, ResourceError
 from edge_fleet.registry.adapter import fetch, look
 from edge_fleet.registry.client import Registry
 from edge_fleet.registry.reference import Reference
-from edge_lab.place import exchange
+from edge_lab.atomic_swap import exchange
 from edge_lab.progress import Progress, silent
 from edge_lab.target import beside, locked
 

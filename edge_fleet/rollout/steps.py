@@ -31,7 +31,7 @@ from edge_fleet.registry.client import Registry
 from edge_fleet.registry.pull import Offer, look, origin_digest, pull
 from edge_fleet.registry.reference import Reference
 from edge_fleet.registry.release import check_release, release_at
-from edge_fleet.uncovered import find_uncovered
+from edge_fleet.unsigned_files import find_uncovered
 from edge_lab.measure.watch import GoldenItem, read_golden
 from edge_lab.progress import Progress, silent
 

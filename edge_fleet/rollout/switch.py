@@ -21,21 +21,15 @@ from pathlib import Path
 import msgspec
 
 from edge.bundle.engine_file import ENGINE_JSON, find_engines, read_engine_bytes
-from edge.bundle.manifest import (
-    ENGINES_DIR,
-    MANIFEST_NAME,
-    FileInfo,
-    decode_manifest,
-    is_file_name,
-)
+from edge.bundle.manifest import ENGINES_DIR, MANIFEST_NAME, FileInfo, decode_manifest, is_file_name
 from edge.bundle.release import read_release
 from edge.bundle.trust import SIGNATURE_NAME, check_manifest, trusted_keys_file
 from edge.bundle.update import fsync, replace_durably
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, ResourceError
 from edge.files import MALFORMED
 from edge_fleet.registry.release import check_release, release_at
+from edge_lab.atomic_swap import ORIGIN_NAME, check_free_space
 from edge_lab.engine_record import record_engine
-from edge_lab.place import ORIGIN_NAME, check_free_space
 from edge_lab.target import beside, write_durably
 
 from .journal import Journal, Place, reload_service, take_back, undo

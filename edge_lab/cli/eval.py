@@ -150,7 +150,7 @@ def evaluate(
     from .evaluation import run_evaluation
 
     if ways is not None:
-        from .ways import run_ways
+        from .strategies import run_ways
 
         if batch is not None:
             raise ConfigError("--batch does not go with --ways; leave one of them out")

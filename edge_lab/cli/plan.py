@@ -14,7 +14,7 @@ from edge.cli.sections import SectionCommand, option
 from edge.engine_config import EAGLE3
 from edge.errors import ConfigError
 
-from .planned_ways import planned_ways, print_planned_ways
+from .planned_strategies import planned_ways, print_planned_ways
 from .tables import FigureTable, make_table
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from .plan import (
     take_device,
     ways_option,
 )
-from .planned_ways import chosen_way, describe_way
+from .planned_strategies import chosen_way, describe_way
 from .tables import make_table
 
 if TYPE_CHECKING:

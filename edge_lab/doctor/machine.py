@@ -31,7 +31,7 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours
 # Packages of PyPI and of NVIDIA's index for Jetson that all are ``onnxruntime`` when imported.
 _ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 _NOT_LOADED = re.compile(r"Failed to load library \S+ with error: ")  # ONNX Runtime's words
-_PLUGIN_PROBE = "engines.plugin_probe"  # run by name, since that package imports this one
+_PLUGIN_PROBE = "engines.check.plugin_probe"  # run by name, since that package imports this one
 _TIMEOUT_S = 120.0  # the first use of CUDA on a Jetson may take half a minute
 
 

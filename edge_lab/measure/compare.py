@@ -24,10 +24,10 @@ from edge.backends import Backend, Floats
 from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import Manifest
-from edge.figures import log_softmax
+from edge.logprobs import log_softmax
 from edge_lab.progress import Progress, silent
 
-from .figures import cosine_similarity, kl_divergence
+from .divergence import cosine_similarity, kl_divergence
 
 CHUNK_TOKENS = 64
 """Positions whose logits are in memory at once, and the length of a bootstrap block."""

@@ -28,7 +28,7 @@ from edge.bundle.onnx_file import ELEMENT_NUMBERS, tensor_info
 from edge.errors import BackendError, ConfigError
 from edge_lab.progress import Progress, silent
 
-from .figures import cosine_similarity
+from .divergence import cosine_similarity
 
 Compared = Literal["outputs", "cache"]
 

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from edge.backends.step import all_tokens, prefill
 from edge.errors import ConfigError, ContextLengthError, RequestError
-from edge.figures import check_finite, token_logprobs
 from edge.files import MALFORMED
+from edge.logprobs import check_finite, token_logprobs
 from edge.runtime.llm import LLM, Prompt
 from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.stream import GenerationResult

@@ -17,10 +17,10 @@ from edge.backends import Backend, Ints
 from edge.backends.step import TokenTable, prefill
 from edge.bundle.manifest import Manifest
 from edge.errors import ConfigError
-from edge.figures import log_softmax
+from edge.logprobs import log_softmax
 from edge_lab.progress import Progress, silent
 
-from .figures import cosine_similarity, kl_divergence
+from .divergence import cosine_similarity, kl_divergence
 
 _LOGITS_PER_CHUNK = 32  # a vocabulary of 150,000 in float32 takes 0.6 MB a position
 

@@ -13,14 +13,7 @@ from edge.errors import ConfigError
 from edge_lab.recipe import VARIANTS, Recipe, find_variant, recipe_linears
 
 from .devices import DEFAULT_DEVICE, PowerMode, find_module
-from .drafting import (
-    ACCEPTANCES,
-    DraftPlan,
-    DraftSpeed,
-    draft_speed,
-    least_acceptance,
-    plan_draft,
-)
+from .drafting import ACCEPTANCES, DraftPlan, DraftSpeed, draft_speed, least_acceptance, plan_draft
 from .engine import PlannedEngine
 from .memory import (
     Deployment,

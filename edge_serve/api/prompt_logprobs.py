@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.figures import log_softmax
+from edge.logprobs import log_softmax
 from edge.runtime.sampling import SampledToken
 from edge.runtime.scheduler import Request
 from edge.runtime.scheduler.pooling import NEUTRAL

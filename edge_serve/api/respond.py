@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from edge.runtime.ask import Ask
     from edge.runtime.generation import GenerationStats
     from edge.runtime.llm import LLM
-    from edge.runtime.scheduler import PutAway
+    from edge.runtime.scheduler import Suspended
     from edge.runtime.stream import Generation, GenerationChunk
     from edge.runtime.structured_output import GrammarCompiler, OutputFormat
     from edge_serve.observe.metrics import Metrics
@@ -155,7 +155,7 @@ class Resumed:
     """
 
     prompt: list[int]
-    state: PutAway
+    state: Suspended
     left_s: float | None
 
 

@@ -20,7 +20,7 @@ from edge_serve.http.priority import BACKGROUND
 from edge_serve.settings import ServerSettings
 
 from . import TIMEOUT_S, WAIT_S
-from .askers import Asker, HttpAnswer, HttpAsker, LocalAsker, NoAnswerError, refused_key
+from .clients import Asker, HttpAnswer, HttpAsker, LocalAsker, NoAnswerError, refused_key
 from .files import Journal, Requests
 from .rows import Row, RowError, answer_line, bad_line, failure_line, is_json
 

@@ -136,7 +136,10 @@ class ServedModel:
         info: BuiltEngine | None = getattr(backend, "info", None)  # TensorRT's
         warnings = (self.llm.warning, describe_slowness(info) if info is not None else None)
         warning = ". ".join(filter(None, warnings)) or None
-        return EngineInfo(labels, warning, dict(self.llm.stop_counts))
+        counts = dict(self.llm.stop_counts)
+        if "too_expensive" in counts:
+            counts["too_dear"] = counts["too_expensive"]  # its old name, for this release
+        return EngineInfo(labels, warning, counts)
 
     @property
     def is_used(self) -> bool:

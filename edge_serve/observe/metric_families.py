@@ -150,10 +150,11 @@ _STATE = {
     ),
 }
 _COUNTED = {
-    "sequences_put_aside": (
-        "put_aside",
+    "sequences_preempted": (
+        "preempted",
         "Times that a running sequence had to wait for another client's.",
     ),
+    "sequences_put_aside": ("preempted", "The same by its old name, for this release."),
     "drafted_tokens": ("drafted_tokens", "Tokens guessed by speculative decoding."),
     "accepted_tokens": ("accepted_tokens", "Guessed tokens that were right."),
     "draft_steps": ("draft_steps", "Decode steps for which tokens were guessed."),
@@ -253,6 +254,7 @@ def scheduler_state(stats: SchedulerStats | None) -> dict[str, Any]:
         "kv_cache_usage_ratio": round(_usage(stats), 6),
         "slots": [slot._asdict() for slot in stats.slots],
         **{name: getattr(stats, name) for name in names},
+        "put_aside": stats.preempted,  # its old name, for this release
     }
 
 

@@ -63,7 +63,7 @@ class Unfinished(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         seed: seed of the random numbers.
         prompt: token ids of the prompt.
         answer: token ids of the answer so far.
-        pending: pending token of the sequence (`edge.runtime.scheduler.PutAway`).
+        pending: pending token of the sequence (`edge.runtime.scheduler.Suspended`).
         salt, origin: the client's salt and origin (`edge_serve.http.access.Client`).
         arm: arm of the A/B split that chose the model (`edge_serve.api.respond.Turn`).
         priority: the request's priority; lower runs first.

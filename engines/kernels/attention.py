@@ -8,14 +8,7 @@ from edge.backends.tensorrt.launch_rules import JOIN, PARTS, number_of_parts, ro
 from edge.errors import ConfigError
 
 from .launch import Buffers, Job, Tactic, launch_of
-from .variants import (
-    ATTENTION_ROWS,
-    BY_NAME,
-    HEAD_WIDTHS,
-    JOIN_ROWS,
-    attention_name,
-    join_name,
-)
+from .variants import ATTENTION_ROWS, BY_NAME, HEAD_WIDTHS, JOIN_ROWS, attention_name, join_name
 
 
 def part_tactics(width: int) -> tuple[Tactic, ...]:

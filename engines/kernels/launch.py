@@ -11,13 +11,7 @@ import numpy as np
 from edge.backends.tensorrt.launch_rules import BLOCK, NUMBERS, PRODUCT, PluginRule, Shape
 from edge.errors import ConfigError
 
-from .variants import (
-    BY_NAME,
-    MAX_ROWS,
-    Variant,
-    gemm_name,
-    gemv_name,
-)
+from .variants import BY_NAME, MAX_ROWS, Variant, gemm_name, gemv_name
 
 GROUPS = (32, 64, 128)
 _COLUMNS = 64  # per program of w4_gemv: 32 lanes with two columns each

@@ -15,7 +15,7 @@ DATA = Path(__file__).parent / "data"
 _TEGRA = (87, 110)
 """Compute capabilities, times ten, of Jetsons. Their machine code runs on Jetsons only (CUDA C++
 Programming Guide, binary compatibility: not between desktop and Tegra)."""
-_CURE = "install edge-llm again; in a checkout, scripts/kernels makes them"
+_CURE = "install edge-llm again; in a checkout, python3 -m tools kernels makes them"
 
 
 @dataclass(frozen=True)

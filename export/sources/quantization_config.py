@@ -2,7 +2,7 @@
 
 Every tool writes keys of its own. They are brought into one form, a `WeightFormat` for each module,
 and a setting that cannot be followed exactly is refused by name. The layouts were read off tools'
-own files (``scripts/make_quantized_golden.py``): those of GPTQ and AWQ as GPTQModel 7.6 and
+own files (``tools/goldens/quantized.py``): those of GPTQ and AWQ as GPTQModel 7.6 and
 AutoRound 0.15 write them, compressed-tensors 0.19 and ModelOpt 0.47. Names of older versions are
 from the source of AutoRound 0.3 to 0.6 and of compressed-tensors 0.5. ``fp8`` is described by
 transformers' ``FineGrainedFP8Config``.

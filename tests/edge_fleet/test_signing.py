@@ -13,8 +13,8 @@ from edge.errors import BundleError, IntegrityError
 from edge_fleet.signing import sign_engine
 from edge_lab.signing import make_key_pair, open_signer
 from tests.conftest import Bundles
-from tests.fake_tensorrt import write_engine
-from tests.keys import make_key, minisign, need_minisign
+from tests.makers.keys import make_key, minisign, need_minisign
+from tests.standins.tensorrt import write_engine
 
 
 def test_minisign_checks_the_signature_of_an_engine(tiny_bundles: Bundles, tmp_path: Path):

@@ -11,7 +11,7 @@ from edge.bundle.manifest import read_manifest
 from edge.errors import BundleError
 from edge_lab.engine_layers import LayerTable, layers_path, parse_inspector, read_layers
 from tests.conftest import Bundles
-from tests.fake_inspector import inspector_json
+from tests.standins.inspector import inspector_json
 
 PROFILES = ("prefill", "decode")
 

@@ -13,7 +13,7 @@ from edge.bundle.manifest import read_manifest
 from edge_lab.engine_layers import parse_inspector
 from edge_lab.engine_verdict import describe_slowness, how_to_mend, slow_parts
 from tests.conftest import Bundles
-from tests.fake_inspector import inspector_json
+from tests.standins.inspector import inspector_json
 
 DATA = Path(__file__).parents[1] / "data"
 

@@ -20,7 +20,7 @@ from edge.bundle.minisign import (
 )
 from edge.errors import ConfigError, DependencyError, EdgeError, IntegrityError
 from edge_lab.signing import make_key_pair, open_signer, write_signature
-from tests.keys import encode_public_key, encode_signature, make_key, minisign, need_minisign
+from tests.makers.keys import encode_public_key, encode_signature, make_key, minisign, need_minisign
 
 DATA = b'{"schema_version": 6}\n' * 100
 

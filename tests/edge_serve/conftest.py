@@ -10,8 +10,8 @@ import pytest
 
 from tests.conftest import RUNNABLE, Bundles, write_secret
 from tests.edge_serve.scripted import HERMES_TEMPLATE, KEY, Live, running
-from tests.manifests import replace_file
-from tests.tiny_vision import write_vision_checkpoint
+from tests.makers.manifests import replace_file
+from tests.makers.tiny_vision import write_vision_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -27,8 +27,8 @@ from edge.runtime.llm import LLM, Prompt
 from edge_lab.telemetry import Snapshot
 from edge_serve.run import Service
 from edge_serve.settings import ServerSettings
-from tests.fakes import ScriptedBackend, random_logits
-from tests.tiny_models import CONTROL_IDS, EOS_ID
+from tests.makers.tiny_models import CONTROL_IDS, EOS_ID
+from tests.standins.scripted_backend import ScriptedBackend, random_logits
 
 CAPACITY = 512
 KEY = "sk-of-the-client"

@@ -17,9 +17,9 @@ from edge_serve.settings import ServerSettings
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.edge.adapters.test_trust import sign
 from tests.edge_serve.scripted import Live, ScriptedEngine, running
-from tests.keys import make_key
-from tests.tiny_adapters import write_adapter
-from tests.tiny_models import write_checkpoint
+from tests.makers.keys import make_key
+from tests.makers.tiny_adapters import write_adapter
+from tests.makers.tiny_models import write_checkpoint
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KEYS = "ann:sk-of-ann-the-admin\nbob:sk-of-bob-the-client\n"

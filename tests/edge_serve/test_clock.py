@@ -30,7 +30,7 @@ SHOWN = {
     "edge_fleet/cli/waves.py",  # a number that is larger than that of any older order
     "edge_fleet/waves/device.py",
     "edge_fleet/waves/progress.py",  # ages in hours, which outlast restarts
-    "edge_serve/batch/askers.py",  # or compared with a time of day that a server has said
+    "edge_serve/batch/clients.py",  # or compared with a time of day that a server has said
 }
 
 

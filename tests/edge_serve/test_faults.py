@@ -27,8 +27,8 @@ from edge.limited_child import LimitedChild, Limits
 from edge.text import template_child
 from tests.conftest import Bundles
 from tests.edge_serve.scripted import Live, running
-from tests.fakes import ScriptedBackend
-from tests.tiny_models import CHAT_TEMPLATE, CONTROL_IDS
+from tests.makers.tiny_models import CHAT_TEMPLATE, CONTROL_IDS
+from tests.standins.scripted_backend import ScriptedBackend
 
 SECRET = re.compile(rb"0x[0-9a-f]{6,}|Traceback|/opt/|/tmp/|\.py|/work|edge_serve")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Bundles
-from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import emptied
+from tests.standins.cuda import FakeGpu
+from tests.standins.tensorrt import emptied
 
 
 @pytest.fixture

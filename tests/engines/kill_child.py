@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from edge.bundle.engine_file import find_engines, read_engine_info
-from engines.store import EngineStore
+from engines.builder.store import EngineStore
 
 EVENTS = {"open", "os.rename", "os.remove", "os.listdir", "os.scandir", "os.mkdir"}
 

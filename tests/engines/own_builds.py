@@ -20,17 +20,17 @@ from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import Node, OnnxFile, attribute
 from edge.bundle.onnx_values import Constants, node_attributes
 from edge.device.gpu import Gpu
-from engines import builder
-from engines.builder import Target
+from engines.builder import build as build_module
+from engines.builder.target import Target
 from engines.cli import build
-from engines.compat import TensorRT
+from engines.compiler.compat import TensorRT
+from engines.graph.own_kernels import OwnGraph, use_own_kernels
 from engines.kernels.layout import unpack_weights
-from engines.own_kernels import OwnGraph, use_own_kernels
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import RUNNABLE
-from tests.fake_cuda import FakeGpu
-from tests.fake_plugin import PLUGINS
-from tests.fake_tensorrt import emptied, install, make_module
+from tests.standins.cuda import FakeGpu
+from tests.standins.plugin import PLUGINS
+from tests.standins.tensorrt import emptied, install, make_module
 
 JETPACK6 = "10.3.0.30"
 needs_a_runner = pytest.mark.skipif(
@@ -129,7 +129,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
 @pytest.fixture
 def target(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Target:
     found = target_of(gpu)
-    monkeypatch.setattr(builder, "find_target", lambda **_options: found)
+    monkeypatch.setattr(build_module, "find_target", lambda **_options: found)
     return found
 
 

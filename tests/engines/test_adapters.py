@@ -11,10 +11,10 @@ from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
 from engines.build_plan import plan_build
 from engines.config import BuildConfig
-from engines.own_kernels import use_own_kernels
+from engines.graph.own_kernels import use_own_kernels
 from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS
-from engines.trtexec import trtexec_command
+from engines.trtexec.command import trtexec_command
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import TINY_KV_CAPACITY, Checkpoints
 

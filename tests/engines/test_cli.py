@@ -14,14 +14,18 @@ from edge.bundle.manifest import read_manifest
 from edge.device.gpu import Gpu
 from edge.errors import ConfigError
 from edge_lab.cli.inspect import inspect
-from engines import builder, check, compat
-from engines.audit import Audit
-from engines.builder import Target, build_engine
+from engines.builder import build as build_module
+from engines.builder import variant
+from engines.builder.audit import Audit
+from engines.builder.build import build_engine
+from engines.builder.target import Target
+from engines.check import check
 from engines.cli import build
 from engines.cli import check as check_verb
+from engines.compiler import compat
 from engines.config import BuildConfig
 from tests.conftest import Bundles
-from tests.fake_inspector import inspector_json
+from tests.standins.inspector import inspector_json
 
 pytest.importorskip("tensorrt_rtx")
 SIZE = ["--max-prefill", "32"]
@@ -62,7 +66,7 @@ def test_a_fault_is_printed_and_is_an_exit_code(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults = ("layers.0.attended has no mask",)
-    monkeypatch.setattr(builder, "audit_network", lambda *_args: Audit(faults, (), (), 0))
+    monkeypatch.setattr(variant, "audit_network", lambda *_args: Audit(faults, (), (), 0))
     result = run(check_verb, str(bundle), *SIZE)
     assert result.exit_code == 65
     assert "FAULT: layers.0.attended has no mask" in result.stdout
@@ -101,7 +105,7 @@ def test_the_trtexec_line_is_printed_without_tensorrt(bundle: Path) -> None:
 def test_build_and_inspect(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     target = Target(compat.load("tensorrt-rtx"), None, "8.6")
-    monkeypatch.setattr(builder, "find_target", lambda **_options: target)
+    monkeypatch.setattr(build_module, "find_target", lambda **_options: target)
     built = json.loads(run(build, str(copy), *SIZE, "--json").stdout)
     assert built["built"] is True
     assert "is up to date" in run(build, str(copy), *SIZE).stdout

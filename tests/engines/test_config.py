@@ -9,7 +9,7 @@ import pytest
 from edge.errors import ConfigError
 from engines.build_plan import plan_build
 from engines.config import BuildConfig, BuildShapes, default_kv_buckets, resolve
-from tests.manifests import make_manifest
+from tests.makers.manifests import make_manifest
 
 BUNDLE = Path("bundle")
 

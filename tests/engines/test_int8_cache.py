@@ -9,15 +9,15 @@ import pytest
 
 from edge.errors import BuildError, EdgeError
 from engines.build_plan import plan_build
-from engines.check import check_bundle
+from engines.builder.fallbacks import scales_to_try
+from engines.check.check import check_bundle
 from engines.config import BuildConfig
-from engines.graph import has_half_scales, prepare_graph, widen_scales
-from engines.ladder import scales_to_try
+from engines.graph.adapt import has_half_scales, prepare_graph, widen_scales
 from engines.rules.bundle import check_bundle_rules
 from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS
 from tests.conftest import Bundles
-from tests.tiny_models import Kind
+from tests.makers.tiny_models import Kind
 
 
 def build_plan(bundle: Path, **options: Any) -> Any:

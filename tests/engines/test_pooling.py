@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engines.check import check_bundle
+from engines.check.check import check_bundle
 from engines.config import BuildConfig
 from tests.conftest import PoolingBundles
 

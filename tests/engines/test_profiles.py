@@ -9,7 +9,7 @@ from edge.bundle.manifest import Dialect
 from edge.bundle.sizes import DEFAULT_MAX_LOGITS, profile_limits
 from engines.config import BuildShapes
 from engines.profiles import ShapeRange, make_profiles
-from tests.manifests import make_model
+from tests.makers.manifests import make_model
 
 MODEL = make_model(num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
 SHAPES = BuildShapes(max_batch=4, max_prefill=32, capacity=128, kv_buckets=(16, 64, 128))

@@ -21,14 +21,16 @@ from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BuildError, IntegrityError
 from edge_lab.cli.inspect import inspect
-from engines import builder, compat
 from engines.build_plan import plan_build
-from engines.builder import Target, build_engine
+from engines.builder import build as build_module
+from engines.builder.build import build_engine
+from engines.builder.fallbacks import make_rungs
+from engines.builder.target import Target
 from engines.cli import build
-from engines.compat import Compiler, TensorRT
+from engines.compiler import compat
+from engines.compiler.compat import Compiler, TensorRT
 from engines.config import BuildConfig
-from engines.graph import has_half_scales, widen_scales
-from engines.ladder import make_rungs
+from engines.graph.adapt import has_half_scales, widen_scales
 from engines.rules.check import check_graph
 from engines.rules.facts import QUANTIZING, GraphFacts
 from engines.rules.table import VERSIONS
@@ -179,7 +181,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Target:
 
     monkeypatch.setattr(Compiler, "parse", refuse)
     target = Target(compat.load("tensorrt-rtx"), None, "8.6")
-    monkeypatch.setattr(builder, "find_target", lambda **_options: target)
+    monkeypatch.setattr(build_module, "find_target", lambda **_options: target)
     return target
 
 
@@ -209,7 +211,7 @@ TRTEXEC = """\
 #!{python}
 import pathlib, sys
 
-from engines.graph import has_half_scales
+from engines.graph.adapt import has_half_scales
 
 given = dict(word.partition("=")[::2] for word in sys.argv[1:])
 graph = pathlib.Path(given["--onnx"])

@@ -33,25 +33,32 @@ from edge.bundle.sizes import activation_bytes, profile_limits
 from edge.device.gpu import Gpu
 from edge.errors import BackendError, BuildError, ConfigError
 from edge_lab.target import write_durably
-from engines import builder, cli, compat, store
+from engines import cli
 from engines.build_plan import BuildPlan, plan_build
-from engines.builder import Target, build_engine, compile_bundle
-from engines.compat import TensorRT
+from engines.builder import build as build_module
+from engines.builder import fallbacks, store, variant
+from engines.builder.build import build_engine
+from engines.builder.target import Target
+from engines.builder.variant import compile_bundle
+from engines.compiler import compat
+from engines.compiler.compat import TensorRT
 from engines.config import BuildConfig
 from engines.rules.bundle import check_bundle_rules, parse_versions
 from engines.rules.table import RULES, VERSIONS
 from export.pipeline import ExportConfig, export_checkpoint
-from tests import fake_builder, fake_network, fake_parser
 from tests.conftest import FEW_TOKENS, RUNNABLE, TINY_KV_CAPACITY, Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 from tests.edge.backends.tensorrt.gpu_runner import ATOL, GpuRunner
 from tests.engines.rules.test_bundle import plant
 from tests.engines.rules.test_rules import PLANTED
 from tests.export.quantize.loud_checkpoint import loud_by_token, write_loud_checkpoint
-from tests.fake_builder import TimingCache
-from tests.fake_cuda import FakeGpu, RuleError
-from tests.fake_network import Planted
-from tests.fake_tensorrt import (
+from tests.standins import builder as fake_builder
+from tests.standins import network as fake_network
+from tests.standins import parser as fake_parser
+from tests.standins.builder import TimingCache
+from tests.standins.cuda import FakeGpu, RuleError
+from tests.standins.network import Planted
+from tests.standins.tensorrt import (
     NO_CUDA,
     FakeEngine,
     emptied,
@@ -113,7 +120,7 @@ def test_without_it_the_builder_refuses(
 ) -> None:
     bundle = copied("portable", "int4")
     plant(bundle, "int8")
-    monkeypatch.setattr(builder, "refuse_illegal", lambda *_: [])
+    monkeypatch.setattr(variant, "refuse_illegal", lambda *_: [])
     with pytest.raises(BuildError, match=r"10\.3\.0\.30 failed to build .*rule block-type"):
         build_engine(BuildConfig(bundle, max_prefill=32), target=target(gpu, "10.3.0.30"))
     assert not list((bundle / "engines").glob("*/engine.json"))
@@ -135,7 +142,7 @@ def test_it_takes_what_the_table_takes(
     """Every recipe and version, past the product's checks; what is built passes the audit."""
     bundle = tiny_bundles("qwen2", dialect, quant)
     (verdict,) = check_bundle_rules(bundle, parse_versions(name))
-    monkeypatch.setattr(builder, "refuse_illegal", lambda *_: [])
+    monkeypatch.setattr(variant, "refuse_illegal", lambda *_: [])
     build = plan_of(bundle, max_batch=4)
     if not verdict.legal:
         with pytest.raises(BuildError, match=f"rule {verdict.refusals[0].rule}"):
@@ -331,7 +338,7 @@ def test_the_command_of_a_plan_that_does_not_load_builds_it(
     bundle = copied(RUNNABLE, "int4")
     install(monkeypatch, gpu)
     here = target(gpu)
-    monkeypatch.setattr(builder, "find_target", lambda **_options: here)
+    monkeypatch.setattr(build_module, "find_target", lambda **_options: here)
     info = build_engine(BuildConfig(bundle, max_prefill=24)).info
     runtime = sys.modules["tensorrt"].Runtime
     monkeypatch.setattr(runtime, "deserialize_cuda_engine", lambda *_: None)
@@ -362,7 +369,7 @@ def test_an_engine_is_for_the_number_of_active_multiprocessors(
     install(monkeypatch, gpu)
     here = target(gpu)
 
-    def build(num_sms: int) -> builder.BuildResult:
+    def build(num_sms: int) -> build_module.BuildResult:
         found = dataclasses.replace(here, gpu=Gpu("Orin", "8.7", num_sms))
         return build_engine(BuildConfig(bundle, max_prefill=24), target=found)
 
@@ -421,7 +428,7 @@ def test_a_refused_build_frees_its_builder(
                 raise BuildError("no kernel (planted)")
             return super().build(*args, **options)
 
-    monkeypatch.setattr(builder, "Compiler", Watched)
+    monkeypatch.setattr(variant, "Compiler", Watched)
     config = BuildConfig(copied("native", "int4"), max_prefill=32, kv_read="auto")
     assert build_engine(config, target=target(gpu)).built
     assert len(made) == 2
@@ -460,14 +467,13 @@ def test_failing_to_keep_timings_or_logs_costs_no_engine(
     bundle = copied("portable", "fp16")
     caches = bundle.parent / "caches"
     caches.mkdir()
-    compile_it = builder.compile_bundle
 
     def compiled(*args: Any, **options: Any) -> Any:
         caches.rmdir()
         caches.touch()
-        return compile_it(*args, **options)
+        return compile_bundle(*args, **options)
 
-    monkeypatch.setattr(builder, "compile_bundle", compiled)
+    monkeypatch.setattr(fallbacks, "compile_bundle", compiled)
     config = BuildConfig(bundle, max_prefill=32, timing_cache=caches / "timing.cache")
     built = build_engine(config, target=target(gpu))
     assert built.built
@@ -540,17 +546,17 @@ def test_a_plan_of_another_size_than_tensorrt_for_rtx_gives_is_kept_with_a_warni
     weights = build.manifest.files["decoder.onnx.data"].num_bytes
     here = target(gpu, "10.3.0.30")
     rtx = dataclasses.replace(here, rt=TensorRT(None, "tensorrt-rtx", "1.7.0.1"))
-    assert builder._check_size(weights, build, rtx) == builder._check_size(weights, build, here)
+    assert variant.check_size(weights, build, rtx) == variant.check_size(weights, build, here)
     assert not caplog.records
     for size, words in ((4 * weights + 100_000_000, "were unpacked"), (1000, "less than")):
-        (problem,) = builder._check_size(size, build, rtx)
+        (problem,) = variant.check_size(size, build, rtx)
         assert words in problem
-        assert builder._check_size(size, build, here) == ()
+        assert variant.check_size(size, build, here) == ()
         (record,) = caplog.records
         assert record.getMessage().startswith(f"{problem}. That is compared with")
         assert "this is TensorRT 10.3.0.30" in record.getMessage()
         caplog.clear()
-    monkeypatch.setattr(builder, "check_plan_bytes", lambda *_: ["the plan has 9 bytes"])
+    monkeypatch.setattr(variant, "check_plan_bytes", lambda *_: ["the plan has 9 bytes"])
     assert build_engine(build.config, target=here).built
     assert "the plan has 9 bytes. That is compared" in caplog.text
 

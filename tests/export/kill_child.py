@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 
 from edge.bundle.manifest import read_manifest
-from edge_lab import place as bundle_place
+from edge_lab import atomic_swap as bundle_place
 from edge_lab import target as bundle_target
-from edge_lab.place import update_manifest
+from edge_lab.atomic_swap import update_manifest
 from export import bundle
 from export.bundle import BundleWriter
-from tests.manifests import make_manifest
+from tests.makers.manifests import make_manifest
 
 EVENTS = {
     "open", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir",

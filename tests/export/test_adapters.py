@@ -29,9 +29,9 @@ from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize.scaled_checkpoint import ScaledCheckpoint
 from export.sources.opening import open_checkpoint
 from tests.conftest import FEW_TOKENS, TINY_KV_CAPACITY, Checkpoints
-from tests.run_time_adapters import MergedCheckpoint, random_adapter
-from tests.tiny_models import KINDS, Kind, write_checkpoint
-from tests.tiny_pooling import write_judge
+from tests.makers.run_time_adapters import MergedCheckpoint, random_adapter
+from tests.makers.tiny_models import KINDS, Kind, write_checkpoint
+from tests.makers.tiny_pooling import write_judge
 
 RANK = 8
 Export = Callable[..., Path]

@@ -25,7 +25,7 @@ from export.cli import _FIGURES, export
 from export.config import ExportConfig
 from export.recipes import RECIPES
 from tests.conftest import FEW_TOKENS, RUNNABLE
-from tests.tiny_models import write_checkpoint
+from tests.makers.tiny_models import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,9 +15,9 @@ from edge_lab.measure.compare import CHUNK_TOKENS, compare
 from edge_lab.measure.defaults import EVAL_TEXT
 from edge_lab.measure.evaluate import EvalText, cut_windows, measure, read_text
 from export.pipeline import ExportConfig, export_checkpoint
-from scripts.smollm2 import smollm2_gguf
 from tests.conftest import RUNNABLE
 from tests.measured import cell
+from tools.models.smollm2 import smollm2_gguf
 
 pytestmark = [pytest.mark.slow, pytest.mark.once]
 

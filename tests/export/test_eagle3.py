@@ -29,10 +29,10 @@ from edge.bundle.manifest import (
 from edge.bundle.verified_files import verify_files
 from edge.errors import BundleError, CheckpointError, ConfigError
 from engines.config import BuildShapes
-from engines.graph import prepare_graph
+from engines.graph.adapt import prepare_graph
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import RUNNABLE, TINY_KV_CAPACITY, Bundles, Checkpoints, require_kernels
-from tests.tiny_heads import DRAFT_VOCAB, HIDDEN, LAYERS, VOCAB, TinyHead, make_head
+from tests.makers.tiny_heads import DRAFT_VOCAB, HIDDEN, LAYERS, VOCAB, TinyHead, make_head
 
 NUM_TOKENS = 11
 

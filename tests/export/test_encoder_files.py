@@ -18,8 +18,8 @@ from edge.errors import CheckpointError, ConfigError
 from edge.vision.section import IMAGE_ROWS, PIXEL_VALUES, read_vision
 from edge_lab.measure.pictures import drawn_tile, relative_error
 from export.pipeline import ExportConfig, export_checkpoint
-from tests.tiny_models import write_checkpoint
-from tests.tiny_vision import encoder_rows, vision_weights, write_vision_checkpoint
+from tests.makers.tiny_models import write_checkpoint
+from tests.makers.tiny_vision import encoder_rows, vision_weights, write_vision_checkpoint
 
 Array = NDArray[np.float32]
 PIXELS = np.random.RandomState(0).uniform(-1, 1, (3, 3, 32, 32)).astype(np.float32)

@@ -23,8 +23,8 @@ from export.sources.checkpoint_text import read_json
 from export.sources.download import Download, Preview
 from export.sources.hf_directory import HfDirectory
 from export.sources.quantization_config import read_quantization
-from tests.quantized_golden import QuantizedGolden
-from tests.tiny_models import write_checkpoint
+from tests.makers.quantized_golden import QuantizedGolden
+from tests.makers.tiny_models import write_checkpoint
 
 SPEC = BUILT_IN["deepseek-r1:1.5b"].spec
 WEIGHTS_BYTES = 3_554_214_752  # model.safetensors of the 1.5B, in bf16
@@ -77,7 +77,9 @@ def test_a_disk_that_is_too_small_is_refused_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_bytes: int, fits: bool
 ):
     """It holds the download and the bundle each for itself, but not both."""
-    monkeypatch.setattr("edge_lab.place.shutil.disk_usage", lambda _: Usage(10**10, 0, free_bytes))
+    monkeypatch.setattr(
+        "edge_lab.atomic_swap.shutil.disk_usage", lambda _: Usage(10**10, 0, free_bytes)
+    )
     found = of_1_5b(tmp_path)
     assert found.needed_bytes < free_bytes
     assert free_bytes > WEIGHTS_BYTES

@@ -31,10 +31,10 @@ from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize.linear import convert_linear
 from export.quantize.plan import nearest_rows
 from export.sources.opening import open_checkpoint
-from tests import tiny_models
 from tests.conftest import Bundles, Checkpoints
-from tests.parity import Golden, log_sum_exp
-from tests.tiny_models import BOS, BOS_ID, EOS, EOS_ID, KINDS, Kind, write_checkpoint
+from tests.makers import tiny_models
+from tests.makers.goldens import Golden, log_sum_exp
+from tests.makers.tiny_models import BOS, BOS_ID, EOS, EOS_ID, KINDS, Kind, write_checkpoint
 
 MIB = 1 << 20
 MODEL_CARD = "---\nlicense: mit\n---\n# A tiny model\n"

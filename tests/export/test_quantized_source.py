@@ -32,7 +32,7 @@ from export.sources.opening import open_checkpoint
 from export.sources.quantization_config import Inputs, WeightFormat
 from tests.conftest import require_kernels
 from tests.edge.backends.runner import Runner
-from tests.quantized_golden import (
+from tests.makers.quantized_golden import (
     IDS,
     NAMES,
     NUM_LOGITS,
@@ -42,7 +42,7 @@ from tests.quantized_golden import (
     write_base,
     write_raw,
 )
-from tests.tiny_adapters import write_adapter
+from tests.makers.tiny_adapters import write_adapter
 
 FLOATS = ("ct-fp8", "ct-nvfp4", "modelopt-fp8", "modelopt-nvfp4")
 KEPT = tuple(name for name in NAMES if name not in FLOATS)

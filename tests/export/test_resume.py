@@ -23,7 +23,7 @@ import pytest
 from edge.bundle.manifest import LinearInfo, Manifest, Task, TensorScheme, read_manifest
 from edge.bundle.verified_files import verify_files
 from edge.errors import ResourceError
-from edge_lab.place import check_free_space, remove
+from edge_lab.atomic_swap import check_free_space, remove
 from edge_lab.target import beside
 from export import bundle as bundle_writer
 from export.graph.data_file import StoredTensor
@@ -33,9 +33,9 @@ from export.resume import STATE_NAME, Finished, Work, calibration_key, resumable
 from export.sources.lora import LoraCheckpoint
 from export.sources.opening import open_checkpoint
 from tests.export.quantize.loud_checkpoint import loud_by_token, write_loud_checkpoint
-from tests.quantized_golden import QuantizedGolden, change_config
-from tests.tiny_adapters import write_adapter
-from tests.tiny_models import write_checkpoint
+from tests.makers.quantized_golden import QuantizedGolden, change_config
+from tests.makers.tiny_adapters import write_adapter
+from tests.makers.tiny_models import write_checkpoint
 
 pytestmark = pytest.mark.xdist_group("resume")  # the whole exports are made once
 

@@ -171,7 +171,7 @@ def test_wide_scales_compile_to_int8_products(
     tiny_checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from engines.check import check_bundle
+    from engines.check.check import check_bundle
     from engines.config import BuildConfig
 
     bundle = write(tiny_checkpoints, tmp_path / "bundle", target="jetpack7", **W8A8)

@@ -33,8 +33,8 @@ from export.cli import export as export_verb
 from export.pipeline import ExportConfig, export_checkpoint
 from export.sources import opening, vocabulary
 from tests.conftest import RUNNABLE
-from tests.tiny_adapters import write_adapter
-from tests.tiny_models import write_checkpoint
+from tests.makers.tiny_adapters import write_adapter
+from tests.makers.tiny_models import write_checkpoint
 
 # int4 of white noise is far from float, int8 is near: measured KL 0.4 and 0.004.
 LOOSE, STRICT = {"kl_mean": 1.5}, {"kl_mean": 0.05, "top1_agreement": 0.999}

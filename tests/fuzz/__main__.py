@@ -1,6 +1,6 @@
 """Fuzz one reader of `tests.readers`: ``python -m tests.fuzz NAME [CORPUS...] [-OPTION=VALUE]``.
 
-Runs under atheris, which is in an environment of its own (`scripts/fuzz`). The mutator changes
+Runs under atheris, which is in an environment of its own (`tools/fuzz`). The mutator changes
 bytes or, of JSON, values, and makes the file's own hashes right again. A finding is an exception
 that is no `EdgeError`, a run over libFuzzer's ``-timeout``, or memory over its ``-rss_limit_mb``.
 """

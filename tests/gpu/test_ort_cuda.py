@@ -14,7 +14,7 @@ from tests.conftest import Bundles
 from tests.edge.backends.ort.conftest import variant
 from tests.edge.backends.ort.test_gpu import CudaRunner
 from tests.edge.backends.runner import Runner, check_greedy_tokens, history, random_ids
-from tests.tiny_models import KINDS, Kind
+from tests.makers.tiny_models import KINDS, Kind
 
 __all__ = ["variant"]  # a fixture
 

@@ -65,7 +65,7 @@ def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 @pytest.fixture(scope="module")
 def built(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Bundles with an engine for the GPU that is here."""
-    from engines.builder import build_engine
+    from engines.builder.build import build_engine
     from engines.config import BuildConfig
 
     root = tmp_path_factory.mktemp("built")

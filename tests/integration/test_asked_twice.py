@@ -16,10 +16,10 @@ from edge.errors import BundleError
 from edge_lab.measure.defaults import GOLDEN_SET
 from edge_lab.measure.watch import BundleAnswerer, read_golden
 from export.pipeline import ExportConfig, export_checkpoint
-from scripts.ask_twice import find_differing
-from scripts.smollm2 import smollm2_gguf
+from lab.quality.ask_twice import find_differing
 from tests.conftest import Bundles, require_even_rows
 from tests.edge.backends.runner import random_ids
+from tools.models.smollm2 import smollm2_gguf
 
 SIZES = (2, 3, 7, 20, 33, 45, 65)  # 33 and 65 would leave a token alone behind blocks
 
@@ -83,7 +83,7 @@ def test_golden_prompts_have_the_same_answer_twice(quant: str, served: Any):
 
 
 def test_what_cannot_be_asked_is_no_answer_that_differs(tmp_path: Path):
-    command = [sys.executable, "-m", "scripts.ask_twice", str(tmp_path / "absent")]
+    command = [sys.executable, "-m", "lab.quality.ask_twice", str(tmp_path / "absent")]
     asked = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert (asked.returncode, asked.stdout) == (BundleError.exit_code, "")
     assert asked.stderr.startswith("error: ")

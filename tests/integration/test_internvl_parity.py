@@ -16,8 +16,8 @@ from edge.bundle.manifest import read_manifest
 from edge.vision.section import IMAGE_ROWS, PIXEL_VALUES, read_vision
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.edge.vision import judge
-from tests.parity import assert_close
-from tests.tiny_internvl import IMAGE, write_internvl_checkpoint
+from tests.makers.goldens import assert_close
+from tests.makers.tiny_internvl import IMAGE, write_internvl_checkpoint
 
 NEW_TOKENS = 12
 WORDS = "hello the sea"

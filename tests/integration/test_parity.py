@@ -24,7 +24,7 @@ from edge.bundle import io_spec
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import read_manifest
 from tests.conftest import TINY_KV_CAPACITY, Bundles, Checkpoints, require_kernels
-from tests.parity import (
+from tests.makers.goldens import (
     FP16_KERNELS,
     Golden,
     SmolGolden,
@@ -33,7 +33,7 @@ from tests.parity import (
     log_sum_exp,
     root_mean_square,
 )
-from tests.tiny_models import KINDS, Kind
+from tests.makers.tiny_models import KINDS, Kind
 
 # Sums of up to 128 products of size one in another order; measured 2.5e-5.
 FP32_ATOL = 1e-4
@@ -224,12 +224,12 @@ def test_golden_is_what_transformers_computes(kind: Kind, tiny_checkpoints: Chec
     """Catches a golden file that is older than the models, and a `transformers` that changed."""
     pytest.importorskip("torch", reason="live parity needs torch and transformers")
     pytest.importorskip("transformers", reason="live parity needs torch and transformers")
-    from scripts import make_golden
+    from tools.goldens import references as make_golden
 
     expected = golden(kind)
     model = make_golden.load_model(tiny_checkpoints(kind))
     logits, cache = make_golden.forward(model, expected.ids[:-1])
-    remedy = f"run python -m scripts.make_golden {kind} (written by {expected.versions})"
+    remedy = f"run python3 -m tools goldens {kind} (written by {expected.versions})"
     assert_close(logits, expected.logits, atol=FP32_ATOL, what=f"golden logits, {remedy}")
     assert_close(cache, expected.cache, atol=FP32_ATOL, what=f"golden cache, {remedy}")
 
@@ -272,7 +272,7 @@ def test_smollm2_equals_transformers(smollm2_bundle: Path):
 def test_smollm2_golden_is_what_transformers_computes():
     for module in ("torch", "transformers", "accelerate", "gguf"):
         pytest.importorskip(module, reason="live parity needs the dependency group parity")
-    from scripts import make_golden
+    from tools.goldens import references as make_golden
 
     model, tokenizer = make_golden.load_smollm2()
     for expected in SmolGolden.load_all():

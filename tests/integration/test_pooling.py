@@ -14,8 +14,8 @@ from edge import LLM
 from edge.errors import BackendError, OverloadError, RequestError
 from edge.runtime import embedding
 from tests.conftest import PoolingBundles, require_even_rows, require_kernels
-from tests.parity import PoolingGolden, assert_close
-from tests.tiny_pooling import PAIRS, TEXTS, write_embedder, write_judge
+from tests.makers.goldens import PoolingGolden, assert_close
+from tests.makers.tiny_pooling import PAIRS, TEXTS, write_embedder, write_judge
 
 # fp32 sums in another order; vectors have length 1 (measured 4e-7), scores end below 1 (2e-6).
 ATOL = 1e-5
@@ -205,9 +205,9 @@ def test_a_model_that_generates_does_not_embed(tiny_bundles: object):
 def test_golden_is_what_transformers_computes(tmp_path: Path, golden: PoolingGolden):
     pytest.importorskip("torch", reason="live parity needs torch and transformers")
     pytest.importorskip("transformers", reason="live parity needs torch and transformers")
-    from scripts import make_golden
+    from tools.goldens import references as make_golden
 
     found = make_golden.make_pooling(write_embedder(tmp_path / "e"), write_judge(tmp_path / "j"))
-    remedy = f"run python -m scripts.make_golden pooling (written by {golden.versions})"
+    remedy = f"run python3 -m tools goldens pooling (written by {golden.versions})"
     assert_close(found.vectors, golden.vectors, atol=ATOL, what=f"golden vectors, {remedy}")
     assert_close(found.scores, golden.scores, atol=ATOL, what=f"golden scores, {remedy}")

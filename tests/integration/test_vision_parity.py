@@ -15,8 +15,8 @@ from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
 from edge.vision.section import IMAGE_ROWS, PIXEL_VALUES
 from export.pipeline import ExportConfig, export_checkpoint
-from tests.parity import assert_close
-from tests.tiny_vision import (
+from tests.makers.goldens import assert_close
+from tests.makers.tiny_vision import (
     AROUND,
     CONTROL_IDS,
     IMAGE,

@@ -37,7 +37,7 @@ from edge.bundle.schemes import HIGH_PLANE, PLANES_LEAST
 from edge.device.process import count_usable_cpus
 
 from .cpu_attention import OWN_DOMAIN, expect_node
-from .lent_weights import has_room, map_file
+from .mapped_weights import has_room, map_file
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -59,7 +59,7 @@ def join_planes(
 ) -> None:
     """Replace every pair of planes, and INT4 in products of MatMulNBits, in `OnnxFile.in_memory`.
 
-    Only the new weights take memory. On a CPU they are in files (`lent_weights`) if there is room
+    Only the new weights take memory. On a CPU they are in files (`mapped_weights`) if there is room
     for such files; else INT4 stays as it is. ONNX Runtime packs and releases files one layer after
     the other, but would keep weights that it is handed until the last one is packed.
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.backends.batching import Batching, Window, window_step
 from edge.backends.step import Floats, Step
-from edge.backends.windows import Batching, Window, window_step
 from edge.bundle import io_spec
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from edge.device.process import choose_num_threads, count_usable_cpus
 from edge.errors import BackendError, BundleError, ConfigError, DependencyError, install_command
 
 from .join_planes import hand_over
-from .lent_weights import lend
+from .mapped_weights import lend
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -29,13 +29,7 @@ from edge.bundle.engine_file import (
 from edge.bundle.manifest import Manifest
 from edge.bundle.trust import trusted_keys_file
 from edge.device.tensorrt_version import loaded_version
-from edge.errors import (
-    BackendError,
-    BundleError,
-    DependencyError,
-    DeviceMemoryError,
-    EdgeError,
-)
+from edge.errors import BackendError, BundleError, DependencyError, DeviceMemoryError, EdgeError
 
 from .listener import Listener, stoppable
 

@@ -3,7 +3,7 @@
 They are PTX in ``engine.json``, and a field of each plugin in the plan names them by a number. The
 PTX itself cannot be in the fields: the bindings are compiled for NumPy 1, and with NumPy 2 the data
 of a field reads as its first element repeated (``PluginField.data``; seen with the wheels of 10.3
-and 10.13, not of 10.16). `scripts/trt_plugin_v3.py` checks that single numbers come through.
+and 10.13, not of 10.16). `tools/trt/plugin_v3.py` checks that single numbers come through.
 """
 
 from __future__ import annotations

@@ -29,8 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import BestLogits, Rows, cuda
-from edge.backends.step import Floats, Step, refuse_adapter, step_after
-from edge.backends.windows import (
+from edge.backends.batching import (
     UNBOUNDED,
     Batching,
     Window,
@@ -40,6 +39,7 @@ from edge.backends.windows import (
     prompt_lengths,
     spread,
 )
+from edge.backends.step import Floats, Step, refuse_adapter, step_after
 from edge.bundle import io_spec
 from edge.bundle.engine_file import rebuild_command
 from edge.bundle.manifest import Manifest
@@ -50,12 +50,7 @@ from edge.errors import BackendError, ConfigError, DeviceError
 from .bound_context import BoundContext, StepShape
 from .cuda_graph import StepGraphs
 from .device_cache import DeviceCache, NewRows
-from .device_memory import (
-    EngineMemory,
-    StepSizes,
-    plan_engine_memory,
-    step_sizes,
-)
+from .device_memory import EngineMemory, StepSizes, plan_engine_memory, step_sizes
 from .engine import ChosenEngine, Engine, choose_engine
 from .step_buffers import StepBuffers
 
@@ -262,7 +257,7 @@ class TensorRTBackend:
             )
             self.adapter_rank, self.set_adapter = self._adapters.rank, self._put_adapter
         if info.outside is not None:
-            from .outside_weights import load_weights
+            from .external_weights import load_weights
 
             self._engine.weights = load_weights(
                 chosen, info.outside, self._device, self._stream, self._resources
@@ -416,7 +411,7 @@ class TensorRTBackend:
 
     @property
     def hidden_states(self) -> NDArray[np.float32] | None:
-        """Return None: engines are built without the output for a head (`engines.graph`)."""
+        """Return None: engines are built without the output for a head (`engines.graph.adapt`)."""
         return None
 
     def forward(self, step: Step) -> NDArray[np.float32]:

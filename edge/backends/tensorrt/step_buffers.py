@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import cuda
+from edge.backends.batching import Window
 from edge.backends.step import Floats, Step
-from edge.backends.windows import Window
 from edge.bundle import io_spec
 from edge.bundle.manifest import FloatType, ModelSpec
 

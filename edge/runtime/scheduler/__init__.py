@@ -6,7 +6,7 @@ them. It works on token ids: texts, templates and grammars reach it only as sink
 
 from __future__ import annotations
 
-from .request import Constraint, Overflow, PrefixSource, PutAway, Request, StoredPrefix
+from .request import Constraint, Overflow, PrefixSource, Request, StoredPrefix, Suspended
 from .scheduler import Scheduler
 from .sequence import SequenceState
 
@@ -14,9 +14,9 @@ __all__ = [
     "Constraint",
     "Overflow",
     "PrefixSource",
-    "PutAway",
     "Request",
     "Scheduler",
     "SequenceState",
     "StoredPrefix",
+    "Suspended",
 ]

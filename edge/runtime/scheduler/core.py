@@ -9,8 +9,8 @@ decodes (`steps`); its tokens go to its sink (`delivery`). Prompts prefill one a
 order, so that a prompt that shares a prefix with the one before finds it complete. Only a shorter
 prompt of a client with nothing running is read alongside another client's. A round
 (`EngineCore.step`) is one decode step of all sequences that have one token to run, and one chunk of
-the prompt whose turn it is. Alternatively that prompt's next token runs in the decode step (it
-rides).
+the prompt whose turn it is. Alternatively that prompt's next token joins
+the decode step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from edge.runtime.sampling import Sampler
 
 from .delivery import Delivery
 from .policy import Policy
-from .request import Overflow, PrefixSource, PutAway, Request, Sink
+from .request import Overflow, PrefixSource, Request, Sink, Suspended
 from .roster import Roster
 from .sequence import SequenceState, slot_of
 from .steps import SHORT, Steps
@@ -107,7 +107,7 @@ class EngineCore:
             drafted.drafting = self.drafting = Drafting(drafter, drafts, self.policy, self.delivery)
         self._overlaps = self.delivery.holds = backend.meanwhile is not None
         if self._overlaps:
-            backend.meanwhile = self.delivery.push_drawn
+            backend.meanwhile = self.delivery.push_sampled
         self._chunks = 0  # chunks of prompts so far
         self._read_at: dict[str, int] = {}  # the newest chunk of each client that runs
         self._rested = False  # whether the prompt whose turn it was had to wait a round
@@ -136,23 +136,23 @@ class EngineCore:
         Raises:
             RequestError: an id is outside the vocabulary.
         """
-        params, begun = request.params, request.begun
-        if begun is not None:
-            params = replace(params, seed=begun.seed)
+        params, state = request.params, request.resume_from
+        if state is not None:
+            params = replace(params, seed=state.seed)
         sampler = self.sampler_type(params, self.vocab_size, request.ids)
         if request.adapter is not None:
             salt = f"{request.adapter.digest}\0{salt}"
         sequence = SequenceState(request, sampler, sink, salt, now_s)
-        if begun is not None:
-            sampler.go_on(begun.answer)
-            sequence.ids += begun.answer
-            sequence.stats.completion_tokens = len(begun.answer)
-            if begun.kept is not None:
-                sequence.aside = begun.kept
-                sequence.pending = sequence.ids[-begun.pending :]
+        if state is not None:
+            sampler.replay(state.answer)
+            sequence.ids += state.answer
+            sequence.stats.completion_tokens = len(state.answer)
+            if state.saved_rows is not None:
+                sequence.saved_rows = state.saved_rows
+                sequence.pending = sequence.ids[-state.pending :]
         return sequence
 
-    def put_away(self, sequence: SequenceState) -> PutAway | None:
+    def suspend(self, sequence: SequenceState) -> Suspended | None:
         """Take a sequence out for good; its sink is told that it was cancelled.
 
         Its rows are left out if they cannot be read.
@@ -160,17 +160,17 @@ class EngineCore:
         Returns:
             The state from which it can continue; None if it has ended.
         """
-        self.delivery.push_drawn()
+        self.delivery.push_sampled()
         if sequence.ended:
             return None
-        kept, seed, pending = sequence.aside, sequence.sampler.seed, len(sequence.pending)
+        kept, seed, pending = sequence.saved_rows, sequence.sampler.seed, len(sequence.pending)
         if sequence.slot is not None:
             # Without its rows it must be read again, which is better than not continuing.
             with contextlib.suppress(EdgeError, MemoryError):
-                kept = self.roster.keep_rows(sequence.slot)
+                kept = self.roster.save_rows(sequence.slot)
         answer = tuple(sequence.ids[len(sequence.request.ids) :])
         self.delivery.finish(sequence, "cancelled")
-        return PutAway(seed, answer, pending, kept)
+        return Suspended(seed, answer, pending, kept)
 
     def add(self, sequence: SequenceState) -> None:
         """Put a sequence into the `FairQueue`."""
@@ -184,24 +184,24 @@ class EngineCore:
             self.drafting.begin_round()
             self.delivery.holds = self._overlaps and not self.drafting.in_round
             if self.drafting.in_round:
-                self.delivery.push_drawn()  # tokens of a round without drafts
+                self.delivery.push_sampled()  # tokens of a round without drafts
         self._sweep()
         self._start_waiting()
         self.delivery.tell_waiting()
         decoding = [s for s in self.roster.running if s.decodes]
         prefilling = self._next_prompt(at_least=2)
-        chunk, rides = 0, False
-        if prefilling is not None and self._rests(prefilling):
+        chunk, joins_decode = 0, False
+        if prefilling is not None and self._skips_round(prefilling):
             prefilling = None
         if prefilling is not None:
             chunk = self._chunk(prefilling, len(decoding))
-            rides = not (chunk or self.deterministic or prefilling.request.on_logits)
+            joins_decode = not (chunk or self.deterministic or prefilling.request.on_logits)
         if decoding:
-            rides = self.steps.decode(decoding, prefilling if rides else None)
-        if prefilling is not None and not (rides or prefilling.ended):
+            joins_decode = self.steps.decode(decoding, prefilling if joins_decode else None)
+        if prefilling is not None and not (joins_decode or prefilling.ended):
             self._turn_read += self.steps.prefill(prefilling, max(chunk, 1))
         if self.times.steps == steps:
-            self.delivery.push_drawn()  # since there was no step to do it
+            self.delivery.push_sampled()  # since there was no step to do it
 
     def call(self, work: Callable[[], _Result]) -> _Result:
         """Let ``work`` use the backend as it likes, while no sequence runs."""
@@ -219,7 +219,7 @@ class EngineCore:
 
     def end_all(self, error: EdgeError | None) -> None:
         """End every sequence with an error, or as cancelled; the backend is not touched."""
-        self.delivery.push_drawn()
+        self.delivery.push_sampled()
         for sequence in [*self.roster.running, *self.roster.waiting]:
             if error is None:
                 self.delivery.finish(sequence, "cancelled")
@@ -238,7 +238,7 @@ class EngineCore:
         for sequence in [*self.roster.running, *self.roster.waiting]:
             late = sequence.deadline_s is not None and now >= sequence.deadline_s
             if late or sequence.cancelled:
-                self.delivery.push_drawn()
+                self.delivery.push_sampled()
             if sequence.ended:
                 continue
             if sequence.cancelled:
@@ -261,8 +261,8 @@ class EngineCore:
         """Start waiting sequences, in their order, that find room or for which others make way."""
         roster = self.roster
         while self.may_start:
-            sequence = roster.waiting.first(roster.busy, aside=roster.is_crowded)
-            if sequence.aside is None and any(self._waits_for(sequence, s) for s in roster.running):
+            sequence = roster.waiting.first(roster.busy, preempted_first=roster.is_crowded)
+            if any(self._waits_for(sequence, s) for s in roster.running):
                 return
             has_room = roster.pool.num_free and self.policy.allows(len(roster.running))
             if not (has_room or self._make_way(sequence)):
@@ -270,40 +270,40 @@ class EngineCore:
             self._start(sequence)
 
     def _make_way(self, sequence: SequenceState) -> bool:
-        """Put a running sequence aside for a waiting one, if one gives way and fits.
+        """Preempt a running sequence for a waiting one, if one gives way and fits.
 
-        All that is aside has at most the rows of one slot, and half of that is for newcomers.
+        Preempted sequences have at most the rows of one slot, and half of that is for newcomers.
         """
         roster = self.roster
-        room = self.backend.capacity // (1 if sequence.is_newcomer else 2) - roster.aside_rows
+        room = self.backend.capacity // (1 if sequence.is_newcomer else 2) - roster.preempted_rows
         other = roster.waiting.gives_way(sequence, roster.running, room)
         if other is None:
             return False
         running = len(roster.running)
-        self.delivery.push_drawn()
-        return len(roster.running) < running or self._put_aside(other)
+        self.delivery.push_sampled()
+        return len(roster.running) < running or self._preempt(other)
 
-    def _put_aside(self, sequence: SequenceState) -> bool:
+    def _preempt(self, sequence: SequenceState) -> bool:
         """Make a running sequence wait with its rows; returns whether its slot is free."""
         try:
-            self.roster.put_aside(sequence)
+            self.roster.preempt(sequence)
         except EdgeError as error:
             self.delivery.fail(sequence, error)
             return True
         except MemoryError:  # it continues, and the other one waits
             return False
-        self.counts["put_aside"] += 1
+        self.counts["preempted"] += 1
         return True
 
     def _waits_for(self, sequence: SequenceState, other: SequenceState) -> bool:
         """Whether a sequence waits until the prompt of another, which runs, has been read.
 
-        It may then share its rows. It does not wait if its priority is higher. Nor does it wait for
-        a longer rest of another client's prompt, if its own client runs nothing and it shares no
-        row that is still to come.
+        It may then share its rows. It does not wait if its priority is higher, or if it was
+        preempted. Nor does it wait for a longer rest of another client's prompt, if its own client
+        runs nothing and it shares no row that is still to come.
         """
         ahead = sequence.request.priority - other.request.priority
-        if len(other.pending) == 1 or ahead < 0:
+        if len(other.pending) == 1 or ahead < 0 or sequence.saved_rows is not None:
             return False
         if ahead or sequence.request.client in self.roster.busy:
             return True
@@ -342,7 +342,7 @@ class EngineCore:
         short = min(max(_WHOLE * chunk, SHORT), self.policy.step_tokens)
         return rest if alert and rest <= short and self.policy.target_itl_s is None else chunk
 
-    def _rests(self, prefilling: SequenceState) -> bool:
+    def _skips_round(self, prefilling: SequenceState) -> bool:
         """Whether a prompt is not read in this round, but in the next.
 
         It rests every second round while another client writes a brief answer, which halves its
@@ -361,7 +361,7 @@ class EngineCore:
     def _start(self, sequence: SequenceState) -> None:
         """Start a sequence, or continue it."""
         self.turn = max(self.turn - 1, 0)
-        stats, is_new = sequence.stats, sequence.aside is None
+        stats, is_new = sequence.stats, sequence.saved_rows is None
         if not stats.has_started:
             stats.queue_s = self.now() - sequence.submitted_s
             sequence.model_s_before = self.times.model_s

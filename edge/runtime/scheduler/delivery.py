@@ -83,7 +83,7 @@ class Delivery:
             return True
         return self._push(sequence, token, reason)
 
-    def push_drawn(self) -> None:
+    def push_sampled(self) -> None:
         """Push the tokens of the last step to their sinks, and let constraints look ahead."""
         drawn, self._drawn = self._drawn, []
         for sequence, token in drawn:
@@ -123,7 +123,7 @@ class Delivery:
         if now == self._told_at or not any(s.request.wants_progress for s in roster.waiting):
             return
         self._told_at = now
-        order = roster.waiting.order(roster.busy, aside=roster.is_crowded)
+        order = roster.waiting.order(roster.busy, preempted_first=roster.is_crowded)
         for ahead, sequence in enumerate(list(order)):
             if sequence.request.wants_progress and not sequence.stats.has_started:
                 self._tell(sequence, PromptProgress(len(sequence.request.ids), ahead=ahead))
@@ -152,7 +152,7 @@ class Delivery:
 
     def finish(self, sequence: SequenceState, reason: FinishReason) -> None:
         """End a sequence; its rows stay for others."""
-        stats, books = sequence.stats, sequence.slot or sequence.aside
+        stats, books = sequence.stats, sequence.slot or sequence.saved_rows
         if stats.has_started:
             stats.model_s = self.times.model_s - sequence.model_s_before
             run_s = self.now() - sequence.submitted_s - stats.queue_s

@@ -193,8 +193,8 @@ class DraftPolicy:
         plain = self.plain.costs.decode.estimate(batch)
         if row is None or guess is None or plain is None:
             return DraftWorth()
-        run, go_on = row / plain, (row + guess) / plain
-        return DraftWorth(min(run, _MOST_CHANCE), min(go_on, _MOST_CHANCE))
+        run, continue_threshold = row / plain, (row + guess) / plain
+        return DraftWorth(min(run, _MOST_CHANCE), min(continue_threshold, _MOST_CHANCE))
 
     def reads(
         self, behind: int, draft: Draft, batch: int, *, written: int, expected: float

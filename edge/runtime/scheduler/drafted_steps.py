@@ -76,8 +76,7 @@ class DraftedSteps(Steps):
     def _account(
         self, slots: list[Slot], tokens: list[list[int]], places: int, seconds: float
     ) -> None:
-        hidden = self._backend.hidden_states
-        if hidden is not None:
+        if (hidden := self._backend.hidden_states) is not None:
             self.drafting.show_hidden(slots, tokens, hidden)
         super()._account(slots, tokens, places, seconds)
         if places > 1:

@@ -38,11 +38,11 @@ class DraftWorth(NamedTuple):
 
     Attributes:
         run: least probability for the target to run it; 0 if that time is not known yet.
-        go_on: least probability for making another guess after it.
+        continue_threshold: least probability for making another guess after it.
     """
 
     run: float = 0.0
-    go_on: float = 0.0
+    continue_threshold: float = 0.0
 
 
 class Drafter(Protocol):

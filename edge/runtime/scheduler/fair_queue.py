@@ -75,7 +75,7 @@ class FairQueue:
     def add(self, sequence: SequenceState, busy: Container[str] = ()) -> None:
         """Put a sequence after those of its client, and a new client after the others.
 
-        A sequence that comes back after it was put aside gets its old place among its client's.
+        A sequence that comes back after it was preempted gets its old place among its client's.
 
         Args:
             sequence: the sequence that waits.
@@ -109,12 +109,12 @@ class FairQueue:
             del self._lines[request.priority]
         self.changes += 1
 
-    def first(self, busy: Container[str], *, aside: bool = False) -> SequenceState:
+    def first(self, busy: Container[str], *, preempted_first: bool = False) -> SequenceState:
         """Return the sequence that starts next, of a client that is not ``busy`` if one waits.
 
         Args:
             busy: clients of which a sequence runs.
-            aside: whether sequences that were put aside come before others that have not started.
+            preempted_first: whether preempted sequences come before others that have not started.
         """
         lines = self._lines[min(self._lines)]
         idle = [line for client, line in lines.items() if client not in busy]
@@ -124,7 +124,7 @@ class FairQueue:
             head = next(iter(line.sequences))
             if head.is_newcomer and may_lead:
                 return False, self._cost(head, self._quantum), line.turn
-            return True, aside and head.aside is None and not head.is_newcomer, line.turn
+            return True, preempted_first and not (head.saved_rows or head.is_newcomer), line.turn
 
         return next(iter(min(idle or lines.values(), key=turn).sequences))
 
@@ -167,7 +167,7 @@ class FairQueue:
         Args:
             sequence: the waiting sequence.
             running: the running sequences.
-            room: rows that may be put aside.
+            room: rows that preempted sequences may have.
         """
         counts = Counter(each.request.client for each in running)
         client, priority = sequence.request.client, sequence.request.priority
@@ -197,7 +197,7 @@ class FairQueue:
             default=None,
         )
 
-    def order(self, busy: set[str], *, aside: bool = False) -> Iterator[SequenceState]:
+    def order(self, busy: set[str], *, preempted_first: bool = False) -> Iterator[SequenceState]:
         """Yield the sequences in the order in which they start, if none comes or ends meanwhile."""
         rest, busy = FairQueue(self._quantum), set(busy)
         rest._places, rest._led = itertools.count(next(self._places)), self._led
@@ -207,7 +207,7 @@ class FairQueue:
                 copied.sequences = dict(line.sequences)
         rest._all = dict(self._all)
         while rest:
-            sequence = rest.first(busy, aside=aside)
+            sequence = rest.first(busy, preempted_first=preempted_first)
             rest.remove(sequence)
             rest.charge(sequence)
             busy.add(sequence.request.client)

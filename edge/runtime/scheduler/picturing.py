@@ -49,9 +49,9 @@ class PictureCore(EngineCore):
         self._table.check_held(request.ids, cast("Sequence[PictureRows]", request.pictures))
         return super().sequence(request, sink, salt, now_s)
 
-    def _rests(self, prefilling: SequenceState) -> bool:
+    def _skips_round(self, prefilling: SequenceState) -> bool:
         """Whether a prompt is not read in this round; one of its tiles may be encoded instead."""
-        if super()._rests(prefilling):
+        if super()._skips_round(prefilling):
             return True
         try:
             if not self._table.prepare(prefilling.pending):

@@ -13,7 +13,7 @@ from edge.backends import Floats
 from edge.errors import EdgeError
 from edge.runtime.generation import FinishReason as FinishReason
 from edge.runtime.generation import GenerationStats, PromptProgress
-from edge.runtime.kv_cache import KeptRows
+from edge.runtime.kv_cache import SavedRows
 from edge.runtime.sampling import SampledToken
 from edge.runtime.sampling_params import SamplingParams
 
@@ -118,20 +118,21 @@ class PrefixSource(Protocol):
         """
 
 
-class PutAway(NamedTuple):
-    """The state from which a sequence taken out of a scheduler continues, by `Request.begun`.
+class Suspended(NamedTuple):
+    """The state from which a sequence taken out of a scheduler continues, by `Request.resume_from`.
 
     Attributes:
         seed: seed of its sampler, also if its parameters have none.
         answer: the tokens sampled so far.
-        pending: how many of the last tokens of prompt and answer have no row in ``kept``.
-        kept: its rows, valid only for the same bundle, engine and scales; None if nothing has run.
+        pending: how many of the last tokens of prompt and answer have no row in ``saved_rows``.
+        saved_rows: its rows, valid only for the same bundle, engine and scales; None if nothing
+            has run.
     """
 
     seed: int
     answer: tuple[int, ...] = ()
     pending: int = 0
-    kept: KeptRows | None = None
+    saved_rows: SavedRows | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +155,10 @@ class Request:
         constraint: decides which tokens may come next. It has state, so it serves one sequence.
         wants_progress: whether the sink is told of each change of the place in the queue, and of
             each percent of the prompt that has been read.
-        begun: state from `Scheduler.put_away` of this request: it continues, and the sink gets only
-            the tokens to come. Prompt, parameters and end ids must be the same as then, and the
-            constraint must have accepted the answer so far. If ``kept`` is None, prompt and answer
-            are read again.
+        resume_from: state from `Scheduler.suspend` of this request: it continues, and the sink gets
+            only the tokens to come. Prompt, parameters and end ids must be the same as then, and
+            the constraint must have accepted the answer so far. If ``saved_rows`` is None, prompt
+            and answer are read again.
         on_logits: takes a chunk of the logits of the prompt's places, float32 ``[n, vocab]``, valid
             during the call, and the first of these places; runs in the engine's thread. After its
             prompt the sequence ends with ``length``, and nothing is sampled. An error that it
@@ -175,7 +176,7 @@ class Request:
     adapter: AdapterWeights | None = None
     constraint: Constraint | None = None
     wants_progress: bool = False
-    begun: PutAway | None = None
+    resume_from: Suspended | None = None
     on_logits: Callable[[int, NDArray[np.float32]], None] | None = None
     pictures: tuple[object, ...] = ()
 
@@ -219,7 +220,7 @@ class SchedulerStats:
         prompt_tokens: prompt tokens of all requests that ran.
         cached_tokens: prompt tokens that were in the cache already.
         completion_tokens: tokens that were sampled.
-        put_aside: how often a sequence had to wait with its rows, for another client's.
+        preempted: how often a sequence had to wait with its rows, for another client's.
         drafted_tokens, accepted_tokens: tokens that speculative decoding ran, and that were right.
         draft_steps: decode steps for which tokens were drafted.
         draft_saved_s: seconds that drafts have saved so far against plain decode at its measured
@@ -245,7 +246,7 @@ class SchedulerStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
-    put_aside: int = 0
+    preempted: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     draft_steps: int = 0

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from edge.backends import Backend, Floats
 from edge.backends.step import zero_rows
 from edge.errors import EdgeError
-from edge.runtime.kv_cache import KeptRows, Placement, Slot, SlotPool
+from edge.runtime.kv_cache import Placement, SavedRows, Slot, SlotPool
 
 from .fair_queue import FairQueue
 from .request import PrefixSource
@@ -62,14 +62,14 @@ class Roster:
         return {sequence.request.client for sequence in self.running}
 
     @property
-    def aside_rows(self) -> int:
-        """Return the number of rows that were put aside."""
-        return sum(len(sequence.aside.ids) for sequence in self.waiting if sequence.aside)
+    def preempted_rows(self) -> int:
+        """Return the number of rows of preempted sequences."""
+        return sum(len(sequence.saved_rows.ids) for sequence in self.waiting if sequence.saved_rows)
 
     @property
     def is_crowded(self) -> bool:
-        """Whether so much is aside that it should continue before more is started."""
-        return 2 * self.aside_rows > self.backend.capacity
+        """Whether so much is preempted that it should continue before more is started."""
+        return 2 * self.preempted_rows > self.backend.capacity
 
     def see(self, client: str) -> None:
         """Note that a client has come, or that an answer of it has ended."""
@@ -96,10 +96,10 @@ class Roster:
         """
         self.running.append(sequence)  # first, so that another thread's count misses none
         self.waiting.remove(sequence)
-        kept = sequence.aside
+        kept = sequence.saved_rows
         return self._place(sequence) if kept is None else self._bring_back(sequence, kept)
 
-    def put_aside(self, sequence: SequenceState) -> None:
+    def preempt(self, sequence: SequenceState) -> None:
         """Make a running sequence wait with its rows.
 
         Raises:
@@ -107,7 +107,7 @@ class Roster:
             MemoryError: there is no room for them outside the cache; it continues to run.
         """
         slot = slot_of(sequence)
-        sequence.aside = self.keep_rows(slot)
+        sequence.saved_rows = self.save_rows(slot)
         self._give_back(sequence, slot, keep=self.reuse_prefix)
         sequence.came_back = True
         self.waiting.add(sequence)  # first, so that another thread's count misses none
@@ -118,15 +118,15 @@ class Roster:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         if sequence.slot is not None:
             self._give_back(sequence, sequence.slot, keep=sound and self.reuse_prefix)
-        sequence.aside = None
+        sequence.saved_rows = None
 
     # ------------------------------------------------------------------ rows
 
-    def keep_rows(self, slot: Slot) -> KeptRows | None:
+    def save_rows(self, slot: Slot) -> SavedRows | None:
         """Read the rows of a slot; None if there is none."""
         if not slot.length:
             return None
-        return KeptRows.of(slot, self.backend.read_slot(slot.index, slot.length))
+        return SavedRows.of(slot, self.backend.read_slot(slot.index, slot.length))
 
     def scrub(self, slot: Slot, written: int, first: int = 0) -> None:
         """Zero spoilt rows from ``first`` on, and rows that the last step may have written.
@@ -161,8 +161,8 @@ class Roster:
             placement = placement._replace(cached=cached, source=None)
         return self._move_in(sequence, placement, rows)
 
-    def _bring_back(self, sequence: SequenceState, kept: KeptRows) -> int:
-        """Give a sequence that was aside a slot with its rows; returns how many it has.
+    def _bring_back(self, sequence: SequenceState, kept: SavedRows) -> int:
+        """Give a preempted sequence a slot with its rows; returns how many it has.
 
         They are written even if a slot has rows of the same tokens, whose bits may differ.
         """
@@ -170,7 +170,7 @@ class Roster:
         assert placement is not None
         self._move_in(sequence, placement, kept.rows)
         slot_of(sequence).restore(kept)
-        sequence.aside = None
+        sequence.saved_rows = None
         return len(kept.ids)
 
     def _move_in(

@@ -27,7 +27,7 @@ from edge.engine_config import EngineConfig
 from edge.errors import BackendError, ContextLengthError, OverloadError, RequestError, ResourceError
 
 from .core import EngineCore
-from .request import Overflow, PrefixSource, PutAway, Request, SchedulerStats, Sink, SlotState
+from .request import Overflow, PrefixSource, Request, SchedulerStats, Sink, SlotState, Suspended
 from .sequence import SequenceState
 
 if TYPE_CHECKING:
@@ -161,14 +161,14 @@ class Scheduler:
         """
         return cast(_Result, self._thread.call(work).result())
 
-    def put_away(
+    def suspend(
         self, sequences: Sequence[SequenceState], timeout_s: float
-    ) -> list[PutAway | None]:
+    ) -> list[Suspended | None]:
         """Take sequences out, so that they can continue later with the same tokens in any process.
 
-        It happens between two rounds, whether they run, wait or are aside. Their sinks get the
+        It happens between two rounds, whether they run, wait or are preempted. Their sinks get the
         tokens sampled so far and the end ``cancelled``. To continue one, submit its request again
-        with `Request.begun`; its deadline and times begin anew.
+        with `Request.resume_from`; its deadline and times begin anew.
 
         Args:
             sequences: sequences from `submit`.
@@ -180,9 +180,9 @@ class Scheduler:
         Raises:
             BackendError: the scheduler is closed, the engine failed, or it ended no round in time.
         """
-        work = self._thread.between(lambda core: [core.put_away(each) for each in sequences])
+        work = self._thread.between(lambda core: [core.suspend(each) for each in sequences])
         try:
-            return cast("list[PutAway | None]", work.result(timeout_s))
+            return cast("list[Suspended | None]", work.result(timeout_s))
         except FutureTimeoutError:
             work.cancel()
             raise BackendError(f"the engine ended no round within {timeout_s:g} s") from None
@@ -215,7 +215,7 @@ class Scheduler:
             prompt_tokens=counts["prompt"],
             cached_tokens=counts["cached"],
             completion_tokens=counts["completion"],
-            put_aside=counts["put_aside"],
+            preempted=counts["preempted"],
             drafted_tokens=counts["drafted"],
             accepted_tokens=counts["accepted"],
             draft_steps=counts["draft_steps"],
@@ -267,12 +267,12 @@ class Scheduler:
     def _check(self, request: Request) -> None:
         """Refuse, in the caller's thread, a request that can never run."""
         num_tokens, capacity = len(request.ids), self._core.backend.capacity
-        if (begun := request.begun) is not None:
-            _check_begun(request, begun)
+        if (state := request.resume_from) is not None:
+            _check_resumed(request, state)
             # A slot that has slid has fewer rows than tokens, and a full one slides before the
             # next.
-            kept = begun.kept
-            num_tokens = num_tokens + len(begun.answer) if kept is None else len(kept.ids) - 1
+            kept = state.saved_rows
+            num_tokens = num_tokens + len(state.answer) if kept is None else len(kept.ids) - 1
         if not request.ids:
             raise RequestError("the prompt is empty; give at least one token")
         self._core.steps.embeddings.check(np.array(request.ids))
@@ -286,18 +286,18 @@ class Scheduler:
             raise RequestError(f"a deadline must be a positive number of s, not {deadline_s!r:.80}")
 
 
-def _check_begun(request: Request, begun: PutAway) -> None:
+def _check_resumed(request: Request, state: Suspended) -> None:
     """Refuse rows that are not those of the request's tokens."""
-    if begun.kept is None:
+    if state.saved_rows is None:
         return
-    ids, kept = [*request.ids, *begun.answer], begun.kept
-    rest = len(ids) - begun.pending
+    ids, kept = [*request.ids, *state.answer], state.saved_rows
+    rest = len(ids) - state.pending
     if (
         not 0 <= rest < len(ids)
         or kept.rows.shape[2] != len(kept.ids)
         or (kept.shareable and kept.ids != ids[:rest])
     ):
-        raise RequestError("the rows that were put away are not those of this prompt and answer")
+        raise RequestError("the saved rows are not those of this prompt and answer")
 
 
 class _EngineThread:
@@ -337,7 +337,7 @@ class _EngineThread:
         """Drop the newest waiting submissions of the clients that have most waiting.
 
         If a submission has partly started, only its other sequences are dropped, and sequences that
-        were put aside are kept. Cancelled ones count as gone.
+        were preempted are kept. Cancelled ones count as gone.
 
         Raises:
             OverloadError: the client with most is the one that comes; nothing was dropped.

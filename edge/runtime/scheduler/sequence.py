@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from edge.errors import EdgeError
 from edge.runtime.generation import GenerationStats
-from edge.runtime.kv_cache import KeptRows, Slot
+from edge.runtime.kv_cache import SavedRows, Slot
 from edge.runtime.sampling import Sampler
 
 from .request import Request, Sink
@@ -22,10 +22,10 @@ class SequenceState:
         ids: prompt and answer so far.
         pending: tokens that must run before the next can be sampled.
         slot: the sequence's slot while it runs, else None.
-        aside: its rows while it waits to continue; else None.
+        saved_rows: its rows while it waits to continue; else None.
         arrival: its place in the order of arrivals; None before it is queued.
         is_newcomer: whether it may come before others, as in `FairQueue`; true until it starts.
-        came_back: whether it has been put aside before.
+        came_back: whether it has been preempted before.
         cancelled: whether to end it; anyone may set it at any time.
         dropped: the error that ends it unless it has started; anyone may set it at any time.
         submission: the number of its submission.
@@ -42,7 +42,7 @@ class SequenceState:
         self.ids = list(request.ids)
         self.pending: list[int] = self.ids[:]
         self.slot: Slot | None = None
-        self.aside: KeptRows | None = None
+        self.saved_rows: SavedRows | None = None
         self.arrival: int | None = None
         self.is_newcomer = self.came_back = False
         self.began_at = 0  # tokens that had run when it started or continued

@@ -124,7 +124,7 @@ class Steps:
             best = None if whole else self._backend.forward_best
             logits = (best or self._backend.forward)(step)
         except EdgeError as error:
-            self.delivery.push_drawn()
+            self.delivery.push_sampled()
             for sequence, slot, length in zip(sequences, slots, lengths, strict=True):
                 self._spoil(sequence, slot, length + seq, error)
             return None
@@ -164,11 +164,11 @@ class Steps:
             if sequence.cancelled or sequence.ended:  # by a stop string that was found meanwhile
                 continue
             slot_of(sequence).extend(sequence.pending[:1])
-            rides = len(sequence.pending) > 1
-            if rides or not sequence.stats.completion_tokens:  # it was a prompt's token
+            joins_decode = len(sequence.pending) > 1
+            if joins_decode or not sequence.stats.completion_tokens:  # it was a prompt's token
                 sequence.pending = sequence.pending[1:]
                 self.delivery.tell_read(sequence)
-            if not (rides or sequence.ended):
+            if not (joins_decode or sequence.ended):
                 self._sample(sequence, rows)
 
     def _sample(self, sequence: SequenceState, logits: Rows) -> None:

@@ -25,9 +25,9 @@ from starlette.responses import Response
 
 from edge.bundle.kv_scales import pack_rows
 from edge.errors import EdgeError, OverloadError, ResourceError
-from edge.runtime.kv_cache import KeptRows
+from edge.runtime.kv_cache import SavedRows
 from edge.runtime.prefix_store import Layout, bundle_key
-from edge.runtime.scheduler import PutAway
+from edge.runtime.scheduler import Suspended
 from edge_serve.api.protocol import convert
 from edge_serve.api.respond import Answer, Plan, Resumed, Turn, begin, json_response
 from edge_serve.http.access import Client
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("edge_serve")
 MOST_BEGINS = 3
 """How many servers may be killed while they run a response before it is given up."""
-PUT_AWAY_S = 30.0
+SUSPEND_S = 30.0
 """Seconds after which a stopping server writes no more cache rows."""
 _ROUND_S = 10.0  # that an engine may take to finish a round
 _MOST_UNSAVED = 100
@@ -326,13 +326,13 @@ class StoredResponses:
             if self._is_closing:
                 return
 
-    async def put_away(self) -> None:
+    async def suspend(self) -> None:
         """Take background responses out of the engines and save them, to continue later.
 
         A response that cannot be saved is computed again from its last stored state.
         """
         self._is_closing = True
-        until = monotonic() + PUT_AWAY_S
+        until = monotonic() + SUSPEND_S
         waiting: dict[LLM, list[_Live]] = {}
         running: dict[LLM, list[_Live]] = {}
         for live in self._live.values():
@@ -342,10 +342,10 @@ class StoredResponses:
         # Save waiting responses first and together, or they would start as others leave. Then save
         # the running ones one by one, so that only one has its rows in memory.
         for llm, lives in waiting.items():
-            await self._put_away(llm, lives, until)
+            await self._suspend(llm, lives, until)
         for llm, lives in running.items():
             for live in lives:
-                if not await self._put_away(llm, [live], until):
+                if not await self._suspend(llm, [live], until):
                     break
 
     async def close(self) -> None:
@@ -394,7 +394,8 @@ class StoredResponses:
                 "response; ask again",
             )
         state = await in_thread(partial(self._state_of, record, llm))
-        if state.kept is None and len(unfinished.prompt) + len(state.answer) >= llm.kv_capacity:
+        length = len(unfinished.prompt) + len(state.answer)
+        if state.saved_rows is None and length >= llm.kv_capacity:
             cut(live.response)
             self._keep(live)
             return True
@@ -433,7 +434,7 @@ class StoredResponses:
         self._watch(live)
         answer.flight.start(partial(self._write, live, render))
         if self._is_closing:
-            await self._put_away(llm, [live], monotonic() + PUT_AWAY_S)
+            await self._suspend(llm, [live], monotonic() + SUSPEND_S)
             return True
         # Its rows leave the disk: after a kill, prompt and answer are read again.
         unfinished = replace(unfinished, rows=None, begins=unfinished.begins + 1)
@@ -444,7 +445,7 @@ class StoredResponses:
             _log.warning("response %s goes on, and its file is as it was: %s", record.id, error)
         return True
 
-    async def _put_away(self, llm: LLM, lives: list[_Live], until: float) -> bool:
+    async def _suspend(self, llm: LLM, lives: list[_Live], until: float) -> bool:
         """Save responses, with their rows if there is time until then.
 
         Returns:
@@ -454,16 +455,16 @@ class StoredResponses:
         answers = [live.answer for live in lives if live.answer is not None]
         generations = [answer.generations[0] for answer in answers]
         try:
-            states = await in_thread(partial(llm.put_away, generations, _ROUND_S))
+            states = await in_thread(partial(llm.suspend, generations, _ROUND_S))
         except EdgeError as error:
-            _log.error("responses are not put away, and begin anew after the restart: %s", error)
+            _log.error("responses are not suspended, and start again after the restart: %s", error)
             return False
         for live, answer, state in zip(lives, answers, states, strict=True):
             if state is not None:  # otherwise it has just ended
-                await self._write_down(live, answer, state, until)
+                await self._save_rows(live, answer, state, until)
         return True
 
-    async def _write_down(self, live: _Live, answer: Answer, state: PutAway, until: float) -> None:
+    async def _save_rows(self, live: _Live, answer: Answer, state: Suspended, until: float) -> None:
         unfinished = live.record.unfinished
         assert unfinished is not None
         backend = answer.model.llm.backend
@@ -477,7 +478,7 @@ class StoredResponses:
             rows=None,
         )
         packed = None
-        if (kept := state.kept) is not None and monotonic() < until:
+        if (kept := state.saved_rows) is not None and monotonic() < until:
             packed = await in_thread(partial(pack_rows, kept.rows, backend.kv_scales))
             unfinished.rows = StoredRows(
                 Layout.of_rows(backend, kept.rows),
@@ -493,9 +494,9 @@ class StoredResponses:
         except ResourceError as error:
             _log.error("response %s begins anew after the restart: %s", live.record.id, error)
         else:
-            _log.info("response %s is put away after %d tokens", live.record.id, len(state.answer))
+            _log.info("response %s is suspended after %d tokens", live.record.id, len(state.answer))
 
-    def _state_of(self, record: Record, llm: LLM) -> PutAway:
+    def _state_of(self, record: Record, llm: LLM) -> Suspended:
         """Return the state to continue from; without rows if another engine made them."""
         unfinished, kept = record.unfinished, None
         assert unfinished is not None
@@ -510,8 +511,8 @@ class StoredResponses:
                 )  # fmt: skip
             elif (rows := self._store.load_rows(record.id, backend.kv_scales)) is not None:
                 books = stored.prefilled, stored.shared, stored.shareable
-                kept = KeptRows(rows, list(stored.ids), *books)
-        return PutAway(unfinished.seed, tuple(unfinished.answer), unfinished.pending, kept)
+                kept = SavedRows(rows, list(stored.ids), *books)
+        return Suspended(unfinished.seed, tuple(unfinished.answer), unfinished.pending, kept)
 
     # ------------------------------------------------------------------------------- ends
 

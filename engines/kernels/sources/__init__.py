@@ -1,1 +1,1 @@
-"""Holds the kernels' Triton sources; only `scripts/kernels` and interpreter tests import them."""
+"""Holds the kernels' Triton sources; only `tools.kernels` and interpreter tests import them."""

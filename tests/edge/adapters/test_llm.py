@@ -25,9 +25,9 @@ from edge.runtime.scheduler.pooling import NEUTRAL
 from edge.runtime.stream import OutputStream, submit
 from edge_lab.cli.adapter import adapter as adapter_verb
 from export.pipeline import ExportConfig, export_checkpoint
-from tests.parity import assert_close
-from tests.tiny_adapters import GOLDEN, golden_ids, write_adapter, write_case
-from tests.tiny_models import write_checkpoint
+from tests.makers.goldens import assert_close
+from tests.makers.tiny_adapters import GOLDEN, golden_ids, write_adapter, write_case
+from tests.makers.tiny_models import write_checkpoint
 
 RANK = 8
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)

@@ -19,8 +19,8 @@ from export.pipeline import ExportConfig, export_checkpoint
 from export.sources.lora import LoraCheckpoint
 from export.sources.opening import open_checkpoint
 from export.sources.safetensors_file import SafetensorsFile
-from tests.tiny_adapters import CASES, write_adapter, write_case
-from tests.tiny_models import _write_safetensors, write_checkpoint
+from tests.makers.tiny_adapters import CASES, write_adapter, write_case
+from tests.makers.tiny_models import _write_safetensors, write_checkpoint
 
 TARGETS = {"target_modules": ["q_proj", "down_proj"]}
 LINEAR_CASES = ["qwen2 all linears", "qwen2 patterns", "llama rslora, one layer"]

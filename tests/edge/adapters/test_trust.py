@@ -20,9 +20,9 @@ from edge_fleet.signing import sign_bundle
 from edge_lab.cli.adapter import adapter as adapter_verb
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.edge.adapters.test_peft_file import change_config
-from tests.keys import Key, make_key, minisign
-from tests.tiny_adapters import write_adapter
-from tests.tiny_models import write_checkpoint
+from tests.makers.keys import Key, make_key, minisign
+from tests.makers.tiny_adapters import write_adapter
+from tests.makers.tiny_models import write_checkpoint
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 

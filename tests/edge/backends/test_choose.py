@@ -19,8 +19,8 @@ from edge.device.nodes import find_gpu_node
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, DependencyError, EdgeError
 from tests.conftest import Bundles, require_even_rows
-from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import emptied, install, write_engine
+from tests.standins.cuda import FakeGpu
+from tests.standins.tensorrt import emptied, install, write_engine
 
 NODE = "/dev/nvmap"
 
@@ -48,7 +48,7 @@ def node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def set_node(monkeypatch: pytest.MonkeyPatch, node: str | None) -> None:
     monkeypatch.setattr("edge.device.nodes.find_gpu_node", lambda: node)
-    monkeypatch.setattr("edge.backends.missing.find_gpu_node", lambda: node)
+    monkeypatch.setattr("edge.backends.missing_requirements.find_gpu_node", lambda: node)
     monkeypatch.setattr(choose, "_has_cuda_provider", lambda: False)
 
 
@@ -184,8 +184,8 @@ def test_a_wait_for_the_gpu_asks_for_tensorrt(
     with pytest.raises(ConfigError, match=r"gpu_wait is for TensorRT.*no engine: edge-llm build"):
         choose.open_backend(bundle, read_manifest(bundle), config)
     without_bindings(monkeypatch)
-    monkeypatch.setattr("edge.backends.missing.load_driver", lambda: None)
-    monkeypatch.setattr("edge.backends.missing.find_gpu", lambda: None)
+    monkeypatch.setattr("edge.backends.missing_requirements.load_driver", lambda: None)
+    monkeypatch.setattr("edge.backends.missing_requirements.find_gpu", lambda: None)
     said = "gpu_wait needs an NVIDIA GPU" if node is None else "PyCUDA or cuda-bindings"
     with pytest.raises(DependencyError, match=said):
         choose.open_backend(engine_bundle, read_manifest(engine_bundle), config)
@@ -228,8 +228,8 @@ def test_the_first_missing_thing_is_named(
 
     set_node(monkeypatch, NODE if "gpu" in has else None)
     gpu = SimpleNamespace() if "driver" in has else None
-    monkeypatch.setattr("edge.backends.missing.find_gpu", lambda: gpu)
-    monkeypatch.setattr("edge.backends.missing.load_driver", load_driver)
+    monkeypatch.setattr("edge.backends.missing_requirements.find_gpu", lambda: gpu)
+    monkeypatch.setattr("edge.backends.missing_requirements.load_driver", load_driver)
     without_bindings(monkeypatch)
     chosen = engine_bundle if "engine" in has else bundle
     with pytest.raises((DependencyError, BundleError), match=said) as caught:
@@ -241,7 +241,7 @@ def test_the_first_missing_thing_is_named(
 
 def test_onnx_runtime_without_a_gpu_is_told_so(bundle: Path, monkeypatch: pytest.MonkeyPatch):
     set_node(monkeypatch, None)
-    monkeypatch.setattr("edge.backends.missing.find_gpu", lambda: None)
+    monkeypatch.setattr("edge.backends.missing_requirements.find_gpu", lambda: None)
     with pytest.raises(DependencyError, match="--backend ort-cuda needs an NVIDIA GPU"):
         LLM(bundle, backend="ort-cuda")
 

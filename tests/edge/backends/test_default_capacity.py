@@ -18,7 +18,7 @@ from edge.engine_config import EngineConfig
 from edge.errors import DeviceMemoryError, ResourceError
 from edge_lab.planner.memory import Deployment, plan_process_memory
 from tests.conftest import Bundles, require_kernels
-from tests.manifests import make_manifest
+from tests.makers.manifests import make_manifest
 
 MANIFEST = make_manifest(kv_capacity=8192, rope_positions=8192)
 SLOTS, STEP = 4, 512

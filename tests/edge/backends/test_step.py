@@ -15,7 +15,7 @@ from numpy.testing import assert_array_equal
 from edge.backends.step import Step, all_tokens, last_token, prefill, step_after
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError
-from tests.fakes import ScriptedBackend, random_logits, write_table
+from tests.standins.scripted_backend import ScriptedBackend, random_logits, write_table
 
 VOCAB = 40
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, BundleError, RequestError
-from tests.fakes import num_open_files
+from tests.standins.scripted_backend import num_open_files
 
 VOCAB, HIDDEN = 7, 5
 

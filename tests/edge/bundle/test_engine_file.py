@@ -12,7 +12,7 @@ from edge.bundle.engine_file import open_plan, read_engine_info
 from edge.errors import BundleError
 from tests.cached_pages import cached_pages, require_page_cache
 from tests.conftest import Bundles
-from tests.fake_tensorrt import write_engine
+from tests.standins.tensorrt import write_engine
 
 BUILD = r"build the engine again with: edge-llm build .* --max-batch 2"
 

@@ -34,9 +34,9 @@ from edge.errors import ConfigError, IntegrityError
 from edge_fleet.signing import sign_engine
 from edge_lab.engine_record import record_engine
 from tests.conftest import RUNNABLE, Bundles
-from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import emptied, install, write_engine
-from tests.keys import Key, make_key
+from tests.makers.keys import Key, make_key
+from tests.standins.cuda import FakeGpu
+from tests.standins.tensorrt import emptied, install, write_engine
 
 SIZES: dict[str, Any] = {"max_prefill": 24, "kv_capacity": 128, "kv_buckets": (16, 64, 128)}
 NOT_ROOT = os.geteuid() != 0

@@ -8,7 +8,7 @@ import pytest
 from edge.bundle.extras import read_extra
 from edge.bundle.manifest import decode_manifest, encode_manifest
 from edge.errors import BundleError
-from tests.manifests import make_manifest
+from tests.makers.manifests import make_manifest
 
 
 class Pictures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

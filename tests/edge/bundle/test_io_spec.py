@@ -24,7 +24,7 @@ from edge.bundle.io_spec import (
 )
 from edge.bundle.manifest import Dialect, FloatType
 from edge.errors import ConfigError
-from tests.manifests import make_model
+from tests.makers.manifests import make_model
 
 MODEL = make_model(num_layers=3, hidden_size=80)
 CAPACITY = 512

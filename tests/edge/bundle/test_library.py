@@ -23,7 +23,7 @@ from edge.bundle.library import (
 )
 from edge.bundle.manifest import Source, encode_manifest
 from edge.errors import BundleError, ConfigError
-from tests.manifests import make_manifest
+from tests.makers.manifests import make_manifest
 
 QWEN = "deepseek-r1-distill-qwen-1.5b"
 LLAMA = "deepseek-r1-distill-llama-8b"

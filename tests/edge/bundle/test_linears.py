@@ -6,7 +6,7 @@ import pytest
 
 from edge.bundle.linears import expected_tensors, linear_layers
 from edge.bundle.manifest import ModelSpec
-from tests.manifests import make_model
+from tests.makers.manifests import make_model
 
 UNTIED = make_model(tied_embeddings=False)
 TIED = make_model(architecture="llama", qkv_bias=False, tied_embeddings=True)

@@ -11,17 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.bundle.onnx_file import (
-    ELEMENT_TYPES,
-    ExternalTensor,
-    Message,
-    Node,
-    OnnxFile,
-    attribute,
-)
+from edge.bundle.onnx_file import ELEMENT_TYPES, ExternalTensor, Message, Node, OnnxFile, attribute
 from edge.errors import BundleError
 from tests.conftest import Bundles
-from tests.tiny_models import KINDS, Kind
+from tests.makers.tiny_models import KINDS, Kind
 
 onnx = pytest.importorskip("onnx", reason="the reference")
 helper, TensorProto = onnx.helper, onnx.TensorProto

@@ -17,8 +17,8 @@ from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, IntegrityError
 from edge.runtime.draft_model import read_draft
 from edge_fleet.signing import sign_bundle
-from edge_lab.place import update_manifest
-from tests.keys import Key, make_key
+from edge_lab.atomic_swap import update_manifest
+from tests.makers.keys import Key, make_key
 from tests.packages import PACKAGES
 
 
@@ -167,7 +167,7 @@ def test_every_room_that_opens_a_bundle_comes_through_the_one_door():
         "edge/bundle/trust.py",
         "edge/bundle/manifest.py",
         "edge/bundle/library.py",
-        "edge_lab/place.py",
+        "edge_lab/atomic_swap.py",
         "edge_lab/cli/adapter.py",
         "edge_lab/cli/bench.py",
         "edge_fleet/cli/bundle.py",
@@ -177,7 +177,7 @@ def test_every_room_that_opens_a_bundle_comes_through_the_one_door():
         "edge_lab/cli/inspect.py",
         "edge_lab/cli/inspect_engine.py",
         "edge_lab/cli/library.py",
-        "edge_lab/cli/ways.py",
+        "edge_lab/cli/strategies.py",
         "edge_lab/doctor/software.py",
         "edge_lab/planner/models.py",
         "edge_fleet/registry/pull.py",
@@ -193,7 +193,7 @@ def test_every_room_that_opens_a_bundle_comes_through_the_one_door():
         "edge_serve/run.py",
         "engines/cli.py",
         "engines/rules/bundle.py",
-        "engines/trtexec_explain.py",
+        "engines/trtexec/explain.py",
         "export/pipeline.py",
     }
     found = {

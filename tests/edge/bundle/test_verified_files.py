@@ -13,7 +13,7 @@ from edge.bundle import verified_files as module
 from edge.bundle.manifest import MANIFEST_NAME, encode_manifest, read_manifest
 from edge.bundle.verified_files import VerifiedFiles, sha256_file, verify_files
 from edge.errors import BundleError, IntegrityError
-from tests.manifests import make_manifest
+from tests.makers.manifests import make_manifest
 
 
 @pytest.fixture

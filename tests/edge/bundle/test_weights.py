@@ -12,8 +12,8 @@ from edge.bundle.manifest import Manifest, TensorScheme, read_manifest
 from edge.bundle.weights import manifest_linears, weight_parts
 from edge_lab.recipe import Recipe, find_variant, recipe_linears
 from tests.conftest import Bundles
-from tests.manifests import make_model
-from tests.tiny_models import Kind
+from tests.makers.manifests import make_model
+from tests.makers.tiny_models import Kind
 
 
 def exact_bytes(manifest: Manifest, bundle: Path) -> dict[str, int]:

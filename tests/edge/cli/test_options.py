@@ -16,7 +16,7 @@ from edge_serve.settings import ServerSettings
 from tests.command_line import Result, error_line
 from tests.conftest import Bundles
 from tests.export.sources.test_gguf import write_tiny
-from tests.tiny_models import write_checkpoint
+from tests.makers.tiny_models import write_checkpoint
 
 EdgeLlm = Callable[..., Result]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edge.device.tensorrt_version import loaded_version
-from engines import compat
+from engines.compiler import compat
 
 NUMBERS = {"Major": 10, "Minor": 3, "Patch": 0, "Build": 26}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from edge.bundle.embeddings import EmbeddingTable
-from tests.fakes import write_table
+from tests.standins.scripted_backend import write_table
 
 VOCAB = 50
 

@@ -20,7 +20,7 @@ from edge.runtime.scheduler.sequence import SequenceState
 from edge.runtime.structured_output import OutputFormat
 from tests.edge.runtime.conftest import VOCAB
 from tests.edge.runtime.scheduler.conftest import Collected, Engine
-from tests.fakes import random_logits
+from tests.standins.scripted_backend import random_logits
 
 TARGET = random_logits(VOCAB)
 Seconds = Callable[[Step], float]

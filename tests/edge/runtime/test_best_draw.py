@@ -13,7 +13,7 @@ from edge.runtime.best_draw import draw, rest_mass
 from edge.runtime.sampling import Sampler
 from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.sampling_reference import Logits
-from scripts.best_logits import best_of, compare
+from lab.quality.best_logits import best_of, compare
 from tests.edge.runtime.test_sampling import aim, knobs, params, row, rows
 
 INF = math.inf

@@ -39,7 +39,7 @@ from tests.edge.runtime.drafting_support import (
     unrelated,
 )
 from tests.edge.runtime.scheduler.conftest import DropMiddle, Engine, drafting_of, drop_middle
-from tests.fakes import Script, ScriptedBackend, write_table
+from tests.standins.scripted_backend import Script, ScriptedBackend, write_table
 
 
 @pytest.fixture(scope="module")
@@ -346,9 +346,9 @@ def test_an_unsure_draft_stops_early(tables: Callable[[int], EmbeddingTable]):
         return len(draft)
 
     assert length(DraftWorth()) == 6
-    assert length(DraftWorth(run=0.0, go_on=1.0)) == 1
-    assert length(DraftWorth(run=1.0, go_on=1.0)) == 0
-    assert 1 <= length(DraftWorth(run=0.01, go_on=0.1)) < 6
+    assert length(DraftWorth(run=0.0, continue_threshold=1.0)) == 1
+    assert length(DraftWorth(run=1.0, continue_threshold=1.0)) == 0
+    assert 1 <= length(DraftWorth(run=0.01, continue_threshold=0.1)) < 6
 
 
 def test_tokens_that_the_draft_lacks_are_read_in_chunks(tables: Callable[[int], EmbeddingTable]):

@@ -29,7 +29,7 @@ from edge.runtime.scheduler.sequence import SequenceState
 from tests.edge.runtime.drafting_support import NoneTwice
 from tests.edge.runtime.sampling_definition import final_probabilities
 from tests.edge.runtime.scheduler.conftest import Collected
-from tests.fakes import Script, ScriptedBackend, random_logits
+from tests.standins.scripted_backend import Script, ScriptedBackend, random_logits
 
 VOCAB = 12
 _small_ids = st.lists(st.integers(0, 5), min_size=1, max_size=60)

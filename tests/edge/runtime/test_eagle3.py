@@ -47,10 +47,10 @@ from tests.edge.runtime.drafting_support import (
     unrelated,
 )
 from tests.edge.runtime.scheduler.conftest import DropMiddle, Engine, drafting_of
-from tests.fakes import Script, ScriptedBackend
-from tests.manifests import replace_file
-from tests.parity import FP16_KERNELS
-from tests.tiny_heads import make_head
+from tests.makers.goldens import FP16_KERNELS
+from tests.makers.manifests import replace_file
+from tests.makers.tiny_heads import make_head
+from tests.standins.scripted_backend import Script, ScriptedBackend
 
 Seen = tuple[int, ...]
 

@@ -15,7 +15,7 @@ from edge.errors import BackendError, ContextLengthError, RequestError
 from edge.runtime.generation import GenerationStats
 from edge.runtime.scoring import score
 from tests.edge.runtime.conftest import VOCAB
-from tests.fakes import ScriptedBackend, random_logits
+from tests.standins.scripted_backend import ScriptedBackend, random_logits
 
 
 def test_derived_figures():

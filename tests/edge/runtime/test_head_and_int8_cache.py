@@ -12,7 +12,7 @@ from edge.runtime.sampling_params import SamplingParams
 from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from tests.conftest import TINY_KV_CAPACITY, Checkpoints, require_int8_cache
-from tests.tiny_heads import make_head
+from tests.makers.tiny_heads import make_head
 
 QUESTION = [{"role": "user", "content": "hello"}]
 

@@ -32,9 +32,9 @@ from edge.runtime.stream import OutputStream
 from edge.runtime.structured_output import OutputFormat
 from tests.conftest import TINY_KV_CAPACITY, Bundles
 from tests.edge.text.test_tokenizer import added, sentencepiece
-from tests.fakes import ScriptedBackend, random_logits
-from tests.manifests import replace_file
-from tests.tiny_models import BOS_ID, CHAT_TEMPLATE, CONTROL_IDS, EOS_ID
+from tests.makers.manifests import replace_file
+from tests.makers.tiny_models import BOS_ID, CHAT_TEMPLATE, CONTROL_IDS, EOS_ID
+from tests.standins.scripted_backend import ScriptedBackend, random_logits
 
 QUESTION = [{"role": "user", "content": "what"}]
 GREEDY = SamplingParams(temperature=0)
@@ -412,7 +412,7 @@ def test_answers_that_run_together_are_those_of_each_alone(scripted: Scripted):
 
 @pytest.mark.parametrize("num_read", [0, 1, 9])
 @pytest.mark.parametrize("form", [None, "json_object"])
-def test_an_answer_put_away_continues_in_another_process(
+def test_an_answer_suspended_resumes_in_another_process(
     tiny_bundles: Bundles, num_read: int, form: Literal["json_object"] | None
 ):
     """With reasoning that its budget ends, then a form, and penalties that count what was said."""
@@ -434,15 +434,15 @@ def test_an_answer_put_away_continues_in_another_process(
         backend.forward = slow
         generation = first.submit(QUESTION, params, **asked)
         seen = [chunk for _, chunk in zip(range(num_read), generation, strict=False)]
-        (state,) = first.put_away([generation], 10)
+        (state,) = first.suspend([generation], 10)
         rest = list(generation)
         assert state is not None
         assert rest[-1].finish_reason == "cancelled"
         had = tuple(token.id for chunk in [*seen, *rest] for token in chunk.tokens)
         assert state.answer == had
-        assert first.put_away([generation], 10) == [None]
+        assert first.suspend([generation], 10) == [None]
     with LLM(tiny_bundles("qwen2"), reuse_prefix=False) as second:
-        with pytest.raises(RequestError, match="goes on as one"):
+        with pytest.raises(RequestError, match="n must be 1"):
             second.submit(QUESTION, params, **asked, n=2, resumed=state)
         resumed = second.submit(QUESTION, params, **asked, resumed=state)
         result = resumed.result()

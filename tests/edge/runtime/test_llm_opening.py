@@ -20,7 +20,7 @@ from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, IntegrityError, RequestError, ResourceError
 from edge.runtime import open_bundle
 from tests.conftest import Bundles
-from tests.fakes import num_open_files
+from tests.standins.scripted_backend import num_open_files
 
 
 def test_a_cache_beyond_all_memory_is_a_resource_error(tiny_bundles: Bundles):

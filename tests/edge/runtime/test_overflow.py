@@ -16,7 +16,7 @@ from edge.bundle.rope import inverse_frequencies, turn
 from edge.errors import ConfigError
 from edge.runtime.overflow import SlidingWindow
 from tests.conftest import Bundles
-from tests.tiny_models import KINDS, Kind
+from tests.makers.tiny_models import KINDS, Kind
 
 
 def _model(rope: RopeSpec | None = None, head_dim: int = 8) -> ModelSpec:

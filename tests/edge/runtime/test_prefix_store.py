@@ -26,11 +26,7 @@ from edge.bundle.manifest import FileInfo, Manifest, SamplingDefaults, read_mani
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError, RequestError, ResourceError
 from edge.runtime.llm import LLM
-from edge.runtime.prefix_store import (
-    Layout,
-    PrefixStore,
-    bundle_key,
-)
+from edge.runtime.prefix_store import Layout, PrefixStore, bundle_key
 from edge.runtime.sampling_params import SamplingParams
 from edge.runtime.scheduler import Request, Scheduler
 from edge.runtime.stream import OutputStream, submit

@@ -16,13 +16,7 @@ from hypothesis.extra import numpy as hnp
 from edge.bundle.manifest import SamplingDefaults
 from edge.cli.settings_options import attribute_texts
 from edge.errors import BackendError, RequestError
-from edge.runtime.sampling import (
-    SampledToken,
-    Sampler,
-    _mark_before,
-    _running_sums,
-    _top_ids,
-)
+from edge.runtime.sampling import SampledToken, Sampler, _mark_before, _running_sums, _top_ids
 from edge.runtime.sampling_params import KNOBS, SamplingParams
 from edge.runtime.sampling_reference import (
     apply_logit_bias,

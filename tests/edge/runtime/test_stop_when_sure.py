@@ -16,7 +16,7 @@ from edge.runtime.structured_output import OutputFormat
 from edge.votes.boundaries import PLAIN, THINKING
 from tests.conftest import Bundles
 from tests.edge.runtime.test_llm import GREEDY, QUESTION, Scripted
-from tests.tiny_models import EOS_ID
+from tests.makers.tiny_models import EOS_ID
 
 PARAGRAPH = "the world is what the world is, and that is what the others said to an inner one.\n\n"
 ANSWER = "\n</think>\n\nIt is so."
@@ -119,7 +119,7 @@ def test_trials_cost_a_twentieth_of_the_steps_at_most(thinker: Thinker):
     rows = len(thinker.asked) * (asking + 10)
     assert 0.02 * result.stats.completion_tokens < 0.1 * rows
     assert 0.1 * rows <= 0.05 * result.stats.completion_tokens
-    assert thinker.llm.stop_counts["too_dear"] > 0
+    assert thinker.llm.stop_counts["too_expensive"] > 0
     # The rows of the thought were shared: a trial read its question alone.
     stats = thinker.llm.scheduler.stats()
     assert stats.prompt_tokens - stats.cached_tokens < thinker.start + 2 * rows

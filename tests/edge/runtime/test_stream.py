@@ -14,7 +14,7 @@ from edge.runtime.stream import GenerationChunk, OutputStream
 from edge.text.reasoning import THINK_END, THINK_START, ReasoningSplitter
 from edge.text.streamed_text import Detokenizer
 from edge.text.tokenizer import Tokenizer
-from tests.tiny_models import BOS, BOS_ID, EOS, EOS_ID, write_tokenizer
+from tests.makers.tiny_models import BOS, BOS_ID, EOS, EOS_ID, write_tokenizer
 
 _texts = st.lists(st.sampled_from(["a", "b", "\n", "🙂", "é", THINK_START, THINK_END])).map("".join)
 

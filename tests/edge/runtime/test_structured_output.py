@@ -28,7 +28,7 @@ from edge.runtime.structured_output import GrammarCompiler, GrammarLimits, Outpu
 from edge.text.streamed_text import Detokenizer
 from edge.text.tokenizer import Tokenizer
 from tests.edge.text.test_tokenizer import sentencepiece
-from tests.tiny_models import BOS, BOS_ID, CONTROL_IDS, EOS, EOS_ID, write_tokenizer
+from tests.makers.tiny_models import BOS, BOS_ID, CONTROL_IDS, EOS, EOS_ID, write_tokenizer
 
 pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")

@@ -18,7 +18,7 @@ from edge.runtime.thinking import ThinkingBudget
 from edge.text.reasoning import ReasoningSplitter
 from edge.text.tokenizer import Tokenizer
 from tests.edge.text.test_tokenizer import sentencepiece
-from tests.tiny_models import BOS, BOS_ID, EOS, EOS_ID, write_tokenizer
+from tests.makers.tiny_models import BOS, BOS_ID, EOS, EOS_ID, write_tokenizer
 
 VOCAB = 325
 TOKENS = Tokens(bos=BOS_ID, bos_text=BOS, eos=(EOS_ID,), eos_text=EOS, add_bos=True)

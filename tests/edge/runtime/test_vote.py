@@ -21,7 +21,7 @@ from edge.votes.tally import VoteRule
 from tests.conftest import Bundles
 from tests.edge.runtime.test_llm import QUESTION, Scripted
 from tests.edge_serve.scripted import until
-from tests.tiny_models import EOS_ID
+from tests.makers.tiny_models import EOS_ID
 
 SEEDED = SamplingParams(temperature=1.0, top_p=1.0, seed=5, max_tokens=60)
 TWO = VoteRule(first=2, error=0.15)  # two that agree are enough
@@ -230,8 +230,8 @@ def test_a_vote_cannot_be_put_away(voters: Voters):
     vote = voters.llm.submit(QUESTION, SEEDED, vote=VoteRule(most=2))
     other = voters.llm.submit(QUESTION, replace(SEEDED, seed=7))
     try:
-        with pytest.raises(RequestError, match="a vote cannot be put away"):
-            voters.llm.put_away([other, vote], 5)
+        with pytest.raises(RequestError, match="a vote cannot be suspended"):
+            voters.llm.suspend([other, vote], 5)
     finally:
         voters.gate.set()
     assert vote.result().finish_reason == "stop"

@@ -12,7 +12,7 @@ from edge.text.begun_answer import BegunAnswer, take_begun_answer
 from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.reasoning import ReasoningSplitter
 from edge.text.tokenizer import Tokenizer
-from tests.tiny_models import BOS, BOS_ID, CHAT_TEMPLATE, EOS, EOS_ID, write_tokenizer
+from tests.makers.tiny_models import BOS, BOS_ID, CHAT_TEMPLATE, EOS, EOS_ID, write_tokenizer
 
 TOKENS = Tokens(bos=BOS_ID, bos_text=BOS, eos=(EOS_ID,), eos_text=EOS, add_bos=True)
 QUESTION = {"role": "user", "content": "what"}

@@ -25,7 +25,7 @@ from edge.text.messages import normalize_messages
 from edge.text.reasoning import prompt_opens_reasoning, template_reasons
 from edge.text.template_engine import TemplateEngine
 from edge.text.tokenizer import Tokenizer
-from tests.tiny_models import (
+from tests.makers.tiny_models import (
     BOS,
     BOS_ID,
     CHAT_TEMPLATE,

@@ -14,7 +14,7 @@ from edge.errors import RequestError
 from edge.text.fill_in_middle import fill_in_middle
 from edge.text.tokenizer import Tokenizer
 from tests.edge.text.test_tokenizer import NO_BOS, TOKENS, added, sentencepiece, texts
-from tests.tiny_models import BOS_ID, FIRST_CONTROL_ID, write_tokenizer
+from tests.makers.tiny_models import BOS_ID, FIRST_CONTROL_ID, write_tokenizer
 
 FAMILIES = {
     "Qwen2.5-Coder": ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_sep|>"),

@@ -22,7 +22,7 @@ from edge.errors import BundleError, RequestError
 from edge.text import tokenizer as module
 from edge.text.streamed_text import Detokenizer
 from edge.text.tokenizer import Tokenizer
-from tests.tiny_models import BOS, BOS_ID, CONTROL, CONTROL_IDS, EOS, EOS_ID, write_tokenizer
+from tests.makers.tiny_models import BOS, BOS_ID, CONTROL, CONTROL_IDS, EOS, EOS_ID, write_tokenizer
 
 TOKENS = Tokens(bos=BOS_ID, bos_text=BOS, eos=(EOS_ID,), eos_text=EOS, add_bos=True)
 NO_BOS = Tokens(bos=None, bos_text="", eos=(), eos_text="", add_bos=False)

@@ -16,7 +16,7 @@ from edge.text import tokenizer as module
 from edge.text import tokenizer_file
 from edge.text.tokenizer import Tokenizer
 from edge.text.tokenizer_file import is_linear, parse_tokenizer
-from tests.tiny_models import write_tokenizer
+from tests.makers.tiny_models import write_tokenizer
 
 TOKENS = Tokens(bos=None, bos_text="", eos=(), eos_text="", add_bos=False)
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.command_line import edge_llm  # noqa: F401
 from tests.conftest import RUNNABLE
-from tests.tiny_vision import write_vision_checkpoint
+from tests.makers.tiny_vision import write_vision_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from PIL import Image
 from tests.edge.vision.test_section import WRITTEN
 
 GOLDEN_PATH = Path(__file__).parents[2] / "data" / "golden" / "pictures.json"
-"""What transformers makes of `LOSSLESS` for `SECTIONS`; ``scripts/make_golden.py`` writes it."""
+"""What transformers makes of `LOSSLESS` for `SECTIONS`; `tools.goldens.references` writes it."""
 TINY_SMOLVLM = WRITTEN
 SMOLVLM = msgspec.structs.replace(TINY_SMOLVLM, tile_px=512, rows_per_tile=64, longest_edge_px=2048)
 """SmolVLM-256M-Instruct and SmolVLM2-500M-Video-Instruct, by their ``preprocessor_config.json``."""

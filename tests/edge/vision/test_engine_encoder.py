@@ -19,12 +19,12 @@ from edge.vision.plan import vision_plan
 from edge.vision.rows import PictureTable
 from edge.vision.section import read_vision
 from engines.build_plan import plan_build
-from engines.compat import TensorRT
+from engines.builder.encoder import compile_encoder
+from engines.builder.store import EngineStore
+from engines.compiler.compat import TensorRT
 from engines.config import BuildConfig
-from engines.encoder import compile_encoder
-from engines.store import EngineStore
-from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import emptied, install, make_module, write_engine
+from tests.standins.cuda import FakeGpu
+from tests.standins.tensorrt import emptied, install, make_module, write_engine
 
 from .test_prompt import ask, draw
 

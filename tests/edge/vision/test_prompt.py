@@ -20,9 +20,9 @@ from edge.vision import prompt as vision_prompt
 from edge.vision.layout import plan_layout
 from edge.vision.prompt import PictureReader, PicturesLengthError
 from edge.vision.section import read_vision
-from tests import tiny_vision as tiny
 from tests.conftest import Bundles
-from tests.manifests import replace_file
+from tests.makers import tiny_vision as tiny
+from tests.makers.manifests import replace_file
 
 Message = dict[str, Any]
 

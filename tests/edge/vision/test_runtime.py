@@ -191,7 +191,7 @@ def test_an_answer_about_a_picture_continues_after_putting_away(vision_bundle: P
     with LLM(vision_bundle, **OPTIONS) as llm:
         generation = llm.submit(messages, params)
         assert generation.take(20) is not None
-        (state,) = llm.put_away([generation], 20)
+        (state,) = llm.suspend([generation], 20)
         assert state is not None
         again = llm.submit(messages, params, resumed=state)
         assert tokens(again.result()) == alone
@@ -205,7 +205,7 @@ def test_a_sequence_with_a_picture_continues_after_waiting_aside(vision_bundle: 
         assert generation.take(20) is not None
         llm.generate(ask(draw(2), "Brief?"), SamplingParams(max_tokens=2), client="b")
         assert tokens(generation.result()) == alone[1:]
-        assert llm.scheduler.stats().put_aside >= 1
+        assert llm.scheduler.stats().preempted >= 1
 
 
 class SlowEncoder:

@@ -10,7 +10,7 @@ import pytest
 from edge.bundle.manifest import FileInfo, Manifest
 from edge.errors import BundleError
 from edge.vision.section import SECTION, VisionSection, read_vision
-from tests.manifests import make_manifest
+from tests.makers.manifests import make_manifest
 
 WRITTEN = VisionSection(
     family="idefics3",

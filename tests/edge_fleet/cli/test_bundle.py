@@ -20,8 +20,8 @@ from edge.errors import BundleError, ConfigError, IntegrityError
 from edge_lab.cli.options import ask_password
 from tests.conftest import Bundles
 from tests.edge_fleet.registry.live import LiveRegistry, write_bundle
-from tests.fake_tensorrt import write_engine
-from tests.keys import need_minisign
+from tests.makers.keys import need_minisign
+from tests.standins.tensorrt import write_engine
 
 FILES = {"decoder.onnx": b"graph", "decoder.cpu.onnx": b"twin"}
 

@@ -20,9 +20,9 @@ from tests.command_line import Result, error_line
 from tests.edge_fleet.registry.live import SMALL, LiveRegistry, write_bundle
 from tests.export.sources.local_server import LocalServer
 from tests.export.sources.test_hub import MAIN, Hub
-from tests.keys import need_minisign
-from tests.quantized_golden import QuantizedGolden, write_base
-from tests.tiny_models import write_checkpoint
+from tests.makers.keys import need_minisign
+from tests.makers.quantized_golden import QuantizedGolden, write_base
+from tests.makers.tiny_models import write_checkpoint
 
 EdgeLlm = Callable[..., Result]
 

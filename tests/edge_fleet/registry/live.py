@@ -13,7 +13,7 @@ import pytest
 
 from edge.bundle.manifest import FileInfo, encode_manifest
 from edge.bundle.verified_files import sha256_file
-from tests.manifests import make_manifest
+from tests.makers.manifests import make_manifest
 
 FILES = {
     "decoder.onnx": b"graph",

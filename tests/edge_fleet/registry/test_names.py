@@ -10,7 +10,7 @@ from edge.errors import ConfigError
 from edge_fleet.registry.names import TENSORRT, TeamRegistry, suffixes, takes, team_registry
 from edge_lab.published import PUBLISHED
 from export.targets import TARGETS
-from tests.manifests import make_manifest
+from tests.makers.manifests import make_manifest
 
 TEAM = TeamRegistry("registry.example:5000/models", None)
 

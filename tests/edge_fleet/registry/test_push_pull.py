@@ -35,7 +35,7 @@ from edge_fleet.registry.pull import Pulled, look, origin_digest, pull
 from edge_fleet.registry.push import push
 from edge_fleet.registry.reference import Reference, parse_reference
 from edge_fleet.signing import sign_bundle
-from tests.keys import Key, make_key
+from tests.makers.keys import Key, make_key
 
 from .live import FILES, SMALL, LiveRegistry, write_bundle
 
@@ -452,7 +452,7 @@ def test_a_replaced_bundle_that_still_serves_is_never_written_into(
 
     ends = {
         "edge_fleet.registry.pull.sweep": interrupt,
-        "edge_lab.place.remove": begin_to_remove,
+        "edge_lab.atomic_swap.remove": begin_to_remove,
     }
     for number, (name, end) in enumerate(ends.items()):
         offer(3 * number)

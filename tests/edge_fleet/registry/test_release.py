@@ -17,7 +17,7 @@ from edge_fleet.registry.push import push
 from edge_fleet.registry.reference import Reference, parse_reference
 from edge_fleet.registry.release import check_name, check_release, release_at
 from edge_fleet.signing import sign_bundle
-from tests.keys import make_key
+from tests.makers.keys import make_key
 
 from .live import SMALL, write_bundle
 

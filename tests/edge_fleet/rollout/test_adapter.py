@@ -40,9 +40,9 @@ from edge_fleet.signing import sign_bundle
 from edge_lab.measure.watch import _WORDS, BundleAnswerer
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.edge_fleet.registry.live import SMALL, LiveRegistry, write_bundle
-from tests.keys import make_key, minisign
-from tests.tiny_adapters import write_adapter
-from tests.tiny_models import _write_safetensors, write_checkpoint
+from tests.makers.keys import make_key, minisign
+from tests.makers.tiny_adapters import write_adapter
+from tests.makers.tiny_models import _write_safetensors, write_checkpoint
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 LINEARS = {"target_modules": ["q_proj", "v_proj", "down_proj"]}

@@ -18,7 +18,7 @@ from edge.errors import ConfigError, NonFiniteError
 from edge_fleet.rollout.judge import Candidate, Gate, Judge, Measure, WorseError
 from edge_lab.measure.watch import Baseline, ItemResult
 from edge_lab.progress import silent
-from tests.manifests import replace_file
+from tests.makers.manifests import replace_file
 
 TOKENS = 2000
 HAS = math.log(20) * TOKENS
@@ -177,7 +177,7 @@ def _too_much(*_: object) -> float:
 def test_a_real_model_of_which_a_third_of_the_bytes_is_noise_is_rejected(
     smollm2_bundle: Path, tmp_path: Path
 ):
-    """A small version of scripts/planted-bundles."""
+    """A small version of python3 -m lab planted-bundles."""
     text = tmp_path / "text.txt"
     text.write_text("Rivers carry water from the mountains down to the sea, and sand with it. " * 4)
     judge = Judge(Gate((text,), golden=None), silent)

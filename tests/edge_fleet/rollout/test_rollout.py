@@ -60,9 +60,9 @@ from edge_lab.measure.watch_server import ServerAnswerer
 from edge_lab.telemetry import Snapshot
 from tests.conftest import Bundles
 from tests.edge_fleet.registry.live import LiveRegistry
-from tests.fake_tensorrt import write_engine
-from tests.keys import make_key
-from tests.manifests import replace_file
+from tests.makers.keys import make_key
+from tests.makers.manifests import replace_file
+from tests.standins.tensorrt import write_engine
 
 from .killed import make_gate, make_plan
 

@@ -30,8 +30,8 @@ from edge_fleet.rollout.journal import Place
 from edge_fleet.rollout.orders import Order, read_answer
 from edge_fleet.signing import sign_bundle
 from tests.conftest import Bundles
-from tests.fake_tensorrt import write_engine
-from tests.keys import make_key
+from tests.makers.keys import make_key
+from tests.standins.tensorrt import write_engine
 
 WEIGHTS = "embeddings.safetensors"
 

@@ -11,8 +11,8 @@ import pytest
 from edge.errors import RequestError
 from tests.command_line import Result, error_line
 from tests.conftest import PoolingBundles
-from tests.parity import PoolingGolden, assert_close
-from tests.tiny_pooling import TEXTS
+from tests.makers.goldens import PoolingGolden, assert_close
+from tests.makers.tiny_pooling import TEXTS
 
 
 def test_embed_prints_a_vector_of_each_text(

@@ -34,7 +34,7 @@ from edge_lab.cli.eval import evaluate
 from edge_lab.measure import evaluator, tasks
 from edge_lab.measure.evaluator import _shape
 from tests.edge_lab.measure.test_report import check_html
-from tests.fake_tensorrt import write_engine
+from tests.standins.tensorrt import write_engine
 
 ROOT = Path(__file__).parents[3]
 SHORT = ("--tokens", 300, "--window", 64)

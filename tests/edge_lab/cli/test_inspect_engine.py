@@ -15,8 +15,8 @@ from edge.bundle.trust import KEYS_VARIABLE
 from edge_fleet.signing import sign_engine
 from edge_lab.cli.inspect import inspect
 from tests.conftest import Bundles
-from tests.fake_tensorrt import write_engine
-from tests.keys import make_key
+from tests.makers.keys import make_key
+from tests.standins.tensorrt import write_engine
 
 
 def test_inspect_says_who_vouches_for_the_engine(

@@ -17,7 +17,7 @@ from edge_lab.signing import make_key_pair
 from tests.command_line import Result
 from tests.edge_lab.prove.test_report import CONTENT
 from tests.edge_lab.prove.test_run import Steps
-from tests.keys import minisign, need_minisign
+from tests.makers.keys import minisign, need_minisign
 
 EdgeLlm = Callable[..., Result]
 

@@ -25,8 +25,8 @@ from edge_lab.recipe import Recipe, recipe_linears
 from tests.conftest import Bundles
 from tests.edge.device import jetson_trees as trees
 from tests.edge_lab.doctor.fake_machine import CPU, MISSING, FakeMachine, cuda, find, statuses
-from tests.keys import make_key
-from tests.manifests import make_manifest
+from tests.makers.keys import make_key
+from tests.makers.manifests import make_manifest
 
 
 def test_memory(orin: FakeMachine, tiny_bundles: Bundles):

@@ -19,7 +19,7 @@ from edge_lab.doctor import probe as device_probe
 from edge_lab.doctor.machine import CudaProbe, Machine
 from tests.edge.device import jetson_trees as trees
 from tests.edge_lab.doctor.fake_machine import CPU, GPU, find
-from tests.fake_cuda import FakeGpu
+from tests.standins.cuda import FakeGpu
 
 
 def test_the_onnx_runtimes_of_this_machine():

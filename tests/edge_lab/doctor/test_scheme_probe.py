@@ -16,11 +16,11 @@ from edge_lab.doctor.machine import Machine
 from edge_lab.doctor.scheme_probe import SCHEMES, Verdict, probe_schemes
 from export.graph.block_rotation import rotate_blocks
 from tests.conftest import require_kernels
-from tests.fake_cuda import FakeGpu
-from tests.fake_inspector import inspector_json
-from tests.fake_network import Planted
-from tests.fake_tensorrt import emptied, install
-from tests.parity import FP16_KERNELS
+from tests.makers.goldens import FP16_KERNELS
+from tests.standins.cuda import FakeGpu
+from tests.standins.inspector import inspector_json
+from tests.standins.network import Planted
+from tests.standins.tensorrt import emptied, install
 
 
 def test_tensorrt_for_rtx_builds_every_scheme() -> None:

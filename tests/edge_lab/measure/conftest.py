@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import emptied, install
+from tests.standins.cuda import FakeGpu
+from tests.standins.tensorrt import emptied, install
 
 
 @pytest.fixture

@@ -37,9 +37,9 @@ from edge_lab.measure.bench_report import (
 from edge_lab.planner.calibration import calibrated
 from edge_lab.planner.plan import CPU, PlanDevice, find_device
 from edge_lab.telemetry import EnergyMeter, Snapshot
-from scripts.best_logits import best_of
+from lab.quality.best_logits import best_of
 from tests.conftest import Bundles
-from tests.fakes import ScriptedBackend, random_logits
+from tests.standins.scripted_backend import ScriptedBackend, random_logits
 
 SMALL = ["--prompt-tokens", "40", "--output-tokens", "6", "--repeats", "5"]
 

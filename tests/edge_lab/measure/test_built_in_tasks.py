@@ -13,7 +13,7 @@ import pytest
 from edge_lab.measure.defaults import EVAL_TEXT
 from edge_lab.measure.tasks import ChoiceItem, NumberItem, read_task
 from export.sources.documents import read_calibration_text
-from scripts.make_tasks import make_problems
+from tools.goldens.tasks import make_problems
 
 TASKS = EVAL_TEXT.parent / "tasks"
 

@@ -38,8 +38,8 @@ from edge_lab.measure.evaluate import (
     read_text,
     summarize,
 )
-from tests.fakes import ScriptedBackend, random_logits, write_table
-from tests.manifests import make_manifest
+from tests.makers.manifests import make_manifest
+from tests.standins.scripted_backend import ScriptedBackend, random_logits, write_table
 
 LOGITS = st.lists(st.floats(-500, 500, width=32), min_size=6, max_size=6)
 

@@ -17,8 +17,8 @@ from edge_lab.cli.bench import bench
 from edge_lab.engine_layers import layers_path, read_layers
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.tensorrt.gpu_runner import GpuRunner
-from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import write_engine
+from tests.standins.cuda import FakeGpu
+from tests.standins.tensorrt import write_engine
 
 SMALL = ["--prompt-tokens", "40", "--output-tokens", "6", "--repeats", "1"]
 

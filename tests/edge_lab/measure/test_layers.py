@@ -21,8 +21,8 @@ from edge.errors import BundleError, ConfigError
 from edge_lab.cli.verify import verify
 from edge_lab.measure.layers import CpuLayers, LayerReport, compare_layers
 from tests.conftest import RUNNABLE, TINY_KV_CAPACITY, Bundles, Checkpoints, require_kernels
-from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import write_engine
+from tests.standins.cuda import FakeGpu
+from tests.standins.tensorrt import write_engine
 
 PROMPTS = [[5, 17, 200, 3, 90, 41, 8], [77]]
 STEPS = 6

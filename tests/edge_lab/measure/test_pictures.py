@@ -15,8 +15,8 @@ from edge.bundle.manifest import read_manifest
 from edge_lab.cli.verify import verify
 from edge_lab.measure.pictures import EncoderReport, drawn_tile, relative_error
 from export.pipeline import ExportConfig, export_checkpoint
-from tests.manifests import replace_file
-from tests.tiny_vision import write_vision_checkpoint
+from tests.makers.manifests import replace_file
+from tests.makers.tiny_vision import write_vision_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_graph_that_computes_something_else_is_a_miss(exported: Path, tmp_path
 
 
 def test_a_text_bundle_is_told_nothing_of_pictures(tmp_path: Path):
-    from tests.tiny_models import write_checkpoint
+    from tests.makers.tiny_models import write_checkpoint
 
     checkpoint = write_checkpoint(tmp_path / "text", "llama")
     export_checkpoint(ExportConfig(str(checkpoint), output=tmp_path / "b", quant="fp16"))

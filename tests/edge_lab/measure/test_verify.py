@@ -30,7 +30,7 @@ from edge_lab.measure.verify import (
     default_thresholds,
 )
 from tests.conftest import RUNNABLE, Bundles, require_int8_cache
-from tests.manifests import make_manifest, make_model
+from tests.makers.manifests import make_manifest, make_model
 
 PROMPTS = [[5, 17, 200, 3, 90, 41, 8], [77]]
 

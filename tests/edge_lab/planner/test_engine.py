@@ -40,8 +40,8 @@ from edge_lab.planner.speed import (
 )
 from tests.conftest import Bundles
 from tests.edge_lab.planner.test_speed import work_for
-from tests.fake_inspector import inspector_json
-from tests.fake_tensorrt import write_engine
+from tests.standins.inspector import inspector_json
+from tests.standins.tensorrt import write_engine
 
 AGX = MODULES["agx-orin-64"].mode(None)
 KINDS = ("prefill", "decode")

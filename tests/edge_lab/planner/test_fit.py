@@ -9,12 +9,7 @@ import pytest
 from edge_lab.planner.published import SPEED_FIGURES, Figure
 from edge_lab.planner.speed import FITTED
 from tests.edge_lab.planner import record
-from tests.edge_lab.planner.fit import (
-    MEMORY_FIGURES,
-    error,
-    fit,
-    predicted_memory,
-)
+from tests.edge_lab.planner.fit import MEMORY_FIGURES, error, fit, predicted_memory
 from tests.edge_lab.planner.unseen import UNSEEN, errors
 
 

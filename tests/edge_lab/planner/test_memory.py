@@ -34,7 +34,7 @@ from edge_lab.planner.memory import (
 from edge_lab.planner.models import BUILT_IN
 from edge_lab.recipe import find_variant, recipe_linears
 from tests.conftest import Bundles, require_kernels
-from tests.fake_tensorrt import write_engine
+from tests.standins.tensorrt import write_engine
 
 
 def plan_of(manifest: Manifest, deployment: Deployment) -> ProcessMemory:

@@ -17,7 +17,7 @@ from edge_lab.model_config import parse_config
 from edge_lab.planner.models import BUILT_IN, find_model, read_config
 from edge_lab.prove.checkpoint import CONFIG
 from tests.conftest import Bundles, Checkpoints
-from tests.tiny_models import Kind
+from tests.makers.tiny_models import Kind
 
 
 def without_rope(spec: ModelSpec) -> ModelSpec:

@@ -17,7 +17,7 @@ from edge_lab.prove import run as prove_run
 from edge_lab.prove.report import read_report, table
 from edge_lab.prove.run import ENGINES, REPORT, ProofPlan, exit_code, prove
 from edge_lab.prove.steps import Done
-from tests.test_gpu_check import BENCH, DOCTOR, INSPECT, NO_GPU, TIMES
+from lab.gpu.test_check import BENCH, DOCTOR, INSPECT, NO_GPU, TIMES
 
 SOAK = {"growth": {"grows": False, "bytes_per_prompt": 0.0, "source": "available"}}
 FULL_BENCH = {**BENCH, "roofline": {"reached": 0.7}, "decode_joules_per_token": 0.1}

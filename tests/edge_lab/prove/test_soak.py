@@ -14,7 +14,7 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge_lab.prove import soak
 from edge_lab.prove.soak import ANSWER_TOKENS, MAX_GROWTH_BYTES, Memory, judge, theil_sen
 from tests.conftest import Bundles
-from tests.fakes import ScriptedBackend
+from tests.standins.scripted_backend import ScriptedBackend
 
 GB = 1 << 30
 

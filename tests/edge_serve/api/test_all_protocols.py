@@ -18,7 +18,7 @@ from edge.runtime.llm import LLM
 from edge_serve import app
 from tests.conftest import write_secret
 from tests.edge_serve.scripted import CAPACITY, HERMES_TEMPLATE, Answer, Live, running
-from tests.manifests import replace_file
+from tests.makers.manifests import replace_file
 
 CHAT, MESSAGES, COUNT = "/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"
 RESPONSES, OLLAMA, GENERATE = "/v1/responses", "/api/chat", "/api/generate"

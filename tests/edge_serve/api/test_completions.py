@@ -11,7 +11,7 @@ import pytest
 
 from edge.runtime.sampling_params import SamplingParams
 from tests.edge_serve.scripted import Live, running
-from tests.tiny_models import BOS
+from tests.makers.tiny_models import BOS
 
 
 def complete(live: Live, prompt: Any = "hello", **fields: Any) -> Any:

@@ -20,7 +20,7 @@ from tests.conftest import Bundles
 from tests.edge_serve.api.test_tools import CLOCK, hermes
 from tests.edge_serve.api.weather import CALL, QUESTION, WEATHER
 from tests.edge_serve.scripted import HERMES_TEMPLATE, Live, running
-from tests.tiny_models import BOS, BOS_ID, CHAT_TEMPLATE, CONTROL_IDS, EOS, EOS_ID
+from tests.makers.tiny_models import BOS, BOS_ID, CHAT_TEMPLATE, CONTROL_IDS, EOS, EOS_ID
 
 TOKENS = Tokens(BOS_ID, BOS, (EOS_ID,), EOS, add_bos=True)
 PLAIN = ChatTemplate(CHAT_TEMPLATE, TOKENS)

@@ -18,8 +18,8 @@ from edge.errors import BackendError
 from edge_serve.api.pooling import encoded
 from tests.conftest import Bundles, PoolingBundles
 from tests.edge_serve.scripted import Live, ScriptedEngine, running, until
-from tests.parity import PoolingGolden, assert_close
-from tests.tiny_pooling import PAIRS, PROMPTS, TEXTS
+from tests.makers.goldens import PoolingGolden, assert_close
+from tests.makers.tiny_pooling import PAIRS, PROMPTS, TEXTS
 
 ATOL = 1e-5
 CHAT = [{"role": "user", "content": "hello"}]

@@ -34,8 +34,8 @@ from edge_serve.api.tools import (
 from edge_serve.http.errors import APIError
 from tests.edge_serve.api.weather import CALL, QUESTION, WEATHER
 from tests.edge_serve.scripted import HERMES_TEMPLATE, Live, running
-from tests.manifests import replace_file
-from tests.tiny_models import BOS, BOS_ID, CHAT_TEMPLATE, EOS, EOS_ID
+from tests.makers.manifests import replace_file
+from tests.makers.tiny_models import BOS, BOS_ID, CHAT_TEMPLATE, EOS, EOS_ID
 
 CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object",
          "properties": {}, "additionalProperties": False}}}  # fmt: skip

@@ -16,7 +16,9 @@ import pytest
 from numpy.typing import NDArray
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when the sources are imported
-triton = pytest.importorskip("triton", reason="needs Triton: scripts/kernels --check has it")
+triton = pytest.importorskip(
+    "triton", reason="needs Triton: python3 -m tools kernels --check has it"
+)
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 

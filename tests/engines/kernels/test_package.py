@@ -22,8 +22,8 @@ from engines.kernels.package import DATA, choose_architecture, load_cubins, load
 from engines.kernels.top_k import top_k
 from engines.kernels.variants import ARCHITECTURES, BY_NAME, VARIANTS
 from export.quantize.packing import split_planes, unpack_int4
-from scripts.kernel_sass import budget, read_sass, resident_warps
-from scripts.kernels import make_portable
+from tools.kernels.compile import make_portable
+from tools.kernels.sass import budget, read_sass, resident_warps
 
 MANIFEST = json.loads((DATA / "manifest.json").read_text("utf-8"))
 

@@ -17,10 +17,11 @@ from edge.bundle.manifest import encode_manifest, read_manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, OnnxFile
 from edge.bundle.verified_files import sha256_file
 from edge.errors import EXIT_GATE_MISSED, BuildError, ConfigError, IntegrityError
-from engines import builder
-from engines.builder import Target, build_engine
+from engines.builder import by_trtexec, variant
+from engines.builder.build import build_engine
+from engines.builder.target import Target
 from engines.cli import check
-from engines.compat import TensorRT
+from engines.compiler.compat import TensorRT
 from engines.config import BuildConfig
 from engines.rules.bundle import check_bundle_rules, parse_versions
 from engines.rules.table import VERSIONS
@@ -142,8 +143,8 @@ def test_a_build_is_refused_before_the_parser(
     def never(*_arguments: Any) -> None:
         raise AssertionError("the parser was called")
 
-    monkeypatch.setattr(builder, "Compiler", never)
-    monkeypatch.setattr(builder, "run_trtexec", never)
+    monkeypatch.setattr(variant, "Compiler", never)
+    monkeypatch.setattr(by_trtexec, "run_trtexec", never)
     kept = illegal / "engines" / "other"
     kept.mkdir(parents=True)
     (kept / "engine.json").write_text("kept")

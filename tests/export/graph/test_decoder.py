@@ -21,7 +21,7 @@ from edge.bundle.schemes import HIGH_PLANE
 from export.graph.graph_builder import ONNX_TYPE
 from export.sources.opening import open_checkpoint
 from tests.conftest import TINY_KV_CAPACITY, Bundles, Checkpoints
-from tests.tiny_models import KINDS
+from tests.makers.tiny_models import KINDS
 
 IR_VERSION = {"native": 12, "portable": 10}  # the oldest that may hold opset 24 and opset 21
 INTEGERS = (TensorProto.INT4, TensorProto.INT8)

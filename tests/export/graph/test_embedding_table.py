@@ -24,8 +24,8 @@ from export.graph import embedding_table
 from export.graph.embedding_table import EmbeddingType, embedding_tensors, quantize_table_rows
 from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize.recipe import read_recipe
-from tests.manifests import make_model
-from tests.tiny_models import write_checkpoint
+from tests.makers.manifests import make_model
+from tests.makers.tiny_models import write_checkpoint
 
 KINDS: tuple[EmbeddingType, ...] = ("fp16", "int8")
 rows_of_floats = arrays(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from export.quantize.smoothquant import Smoothing, smoothing
-from tests.tiny_models import Kind, write_checkpoint
+from tests.makers.tiny_models import Kind, write_checkpoint
 
 LOUD = (3, 17, 40)
 """The loud channels."""

@@ -22,8 +22,8 @@ from export.sources.opening import open_checkpoint
 from tests.conftest import Checkpoints
 from tests.export.quantize.layers import all_factors, plan_blocks, run_layers
 from tests.export.quantize.test_gptq import FP16, INT4, correlated, weights
-from tests.parity import Golden
-from tests.tiny_models import KINDS, Kind, write_checkpoint
+from tests.makers.goldens import Golden
+from tests.makers.tiny_models import KINDS, Kind, write_checkpoint
 
 
 def error_of(x: NDArray[np.float32], w: NDArray[np.float32], factors: NDArray[np.float32]) -> float:

@@ -18,16 +18,12 @@ from edge.text.tokenizer import Tokenizer
 from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize import calibration
 from export.sources.checkpoint import Checkpoint
-from export.sources.documents import (
-    calibration_batches,
-    encode_document,
-    read_calibration_text,
-)
+from export.sources.documents import calibration_batches, encode_document, read_calibration_text
 from export.sources.opening import open_checkpoint
 from tests.conftest import Checkpoints
 from tests.export.quantize.layers import run_layers
-from tests.parity import Golden
-from tests.tiny_models import BOS_ID, CONTROL_IDS, EOS_ID, KINDS, Kind
+from tests.makers.goldens import Golden
+from tests.makers.tiny_models import BOS_ID, CONTROL_IDS, EOS_ID, KINDS, Kind
 
 # -------------------------------------------------------------------------------- activations
 

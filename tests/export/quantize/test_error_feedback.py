@@ -26,8 +26,8 @@ from export.sources.checkpoint import Transformed
 from export.sources.opening import open_checkpoint
 from tests.conftest import Checkpoints
 from tests.export.quantize.layers import plan_blocks, run_layers
-from tests.parity import Golden
-from tests.tiny_models import KINDS, Kind
+from tests.makers.goldens import Golden
+from tests.makers.tiny_models import KINDS, Kind
 
 FP16 = np.dtype(np.float16)
 Array = NDArray[np.float32]

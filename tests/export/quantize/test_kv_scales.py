@@ -23,8 +23,8 @@ from export.quantize.kv_scales import Observed, find_scales, observe, score_erro
 from export.sources.opening import open_checkpoint
 from tests.conftest import Bundles, Checkpoints
 from tests.edge.backends.runner import Runner, random_ids
-from tests.manifests import make_model
-from tests.tiny_models import KINDS, Kind
+from tests.makers.manifests import make_model
+from tests.makers.tiny_models import KINDS, Kind
 
 SIZES = st.floats(0, 1000, width=32)
 

@@ -17,8 +17,8 @@ from export.quantize.rotation import RotatedCheckpoint, Rotation
 from export.sources.checkpoint import Checkpoint
 from export.sources.opening import open_checkpoint
 from tests.export.quantize.layers import run_layers
-from tests.tiny_models import KINDS, Kind, write_checkpoint
-from tests.tiny_pooling import write_embedder
+from tests.makers.tiny_models import KINDS, Kind, write_checkpoint
+from tests.makers.tiny_pooling import write_embedder
 
 
 def float_logits(checkpoint: Checkpoint) -> NDArray[np.float32]:

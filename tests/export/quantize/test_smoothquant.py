@@ -23,7 +23,7 @@ from export.sources.opening import open_checkpoint
 from tests.export.quantize.layers import all_factors, plan_blocks
 from tests.export.quantize.loud_checkpoint import loud_by_token, write_loud_checkpoint
 from tests.export.quantize.test_rotation import float_logits
-from tests.tiny_models import KINDS, Kind, write_checkpoint
+from tests.makers.tiny_models import KINDS, Kind, write_checkpoint
 
 W8A8 = TensorScheme(kind="w8a8")
 FP16 = np.dtype(np.float16)

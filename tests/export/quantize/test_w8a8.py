@@ -24,7 +24,7 @@ from export.quantize.smoothquant import Smoothing
 from export.sources.opening import open_checkpoint
 from tests.conftest import require_kernels
 from tests.export.quantize.loud_checkpoint import loud_by_token, write_loud_checkpoint
-from tests.tiny_models import write_checkpoint
+from tests.makers.tiny_models import write_checkpoint
 
 TEXT = "hello world, what is the thing on the mat and the cat in a hat? " * 100
 
@@ -205,7 +205,7 @@ def test_onnx_runtime_computes_what_the_integers_say(bundle: Path):
 
 def test_tensorrt_compiles_it(bundle: Path):
     pytest.importorskip("tensorrt_rtx")
-    from engines.check import check_bundle
+    from engines.check.check import check_bundle
     from engines.config import BuildConfig
 
     report = check_bundle(BuildConfig(bundle, max_batch=2, max_prefill=32))
@@ -217,7 +217,7 @@ def test_every_linear_may_have_ranges_per_token(
 ) -> None:
     """Also one with a bias (qkv) and the one whose output is the logits."""
     pytest.importorskip("tensorrt_rtx")
-    from engines.check import check_bundle
+    from engines.check.check import check_bundle
     from engines.config import BuildConfig
 
     def rotated(_: Any, x: NDArray[np.float32], *rest: Any, **named: Any) -> Smoothing:

@@ -27,7 +27,7 @@ from export.sources.checkpoint import Checkpoint
 from export.sources.checkpoint_text import read_licence, sampling_defaults
 from export.sources.opening import Hub, open_checkpoint
 from export.sources.safetensors_file import SafetensorsFile
-from tests import tiny_models as tiny
+from tests.makers import tiny_models as tiny
 
 NUMPY_TYPE = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}
 

@@ -25,7 +25,7 @@ from edge.text import known_templates
 from export.sources import gguf_file
 from export.sources.gguf_source import derive_llama3
 from export.sources.opening import open_checkpoint
-from tests import tiny_models as tiny
+from tests.makers import tiny_models as tiny
 
 gguf = pytest.importorskip("gguf")
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from edge.bundle.manifest import RopeSpec, SamplingDefaults, Tokens
 from export.sources import gguf_file
 from export.sources.opening import open_checkpoint
-from scripts.smollm2 import smollm2_gguf
+from tools.models.smollm2 import smollm2_gguf
 
 gguf = pytest.importorskip("gguf")
 

@@ -21,8 +21,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from export.sources.hub import _missing_bytes, _no_way
-from tests import tiny_models as tiny
 from tests.export.sources.local_server import LocalServer
+from tests.makers import tiny_models as tiny
 
 pytest.importorskip("huggingface_hub")
 

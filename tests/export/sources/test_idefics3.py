@@ -14,7 +14,13 @@ from edge_lab.model_config import parse_config
 from export.sources.documents import encode_document
 from export.sources.hf_directory import HfDirectory
 from export.sources.opening import open_checkpoint
-from tests.tiny_vision import CONTROL_IDS, IMAGE, ModelType, vision_weights, write_vision_checkpoint
+from tests.makers.tiny_vision import (
+    CONTROL_IDS,
+    IMAGE,
+    ModelType,
+    vision_weights,
+    write_vision_checkpoint,
+)
 
 _TOWER = "model.vision_model."
 

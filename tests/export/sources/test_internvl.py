@@ -11,7 +11,7 @@ import pytest
 
 from edge.errors import CheckpointError
 from export.sources.hf_directory import HfDirectory
-from tests.tiny_internvl import internvl_weights, write_internvl_checkpoint
+from tests.makers.tiny_internvl import internvl_weights, write_internvl_checkpoint
 
 _VISION = ("vision_tower.", "multi_modal_projector.")
 

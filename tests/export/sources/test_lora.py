@@ -26,10 +26,17 @@ from export.sources.lora import LoraCheckpoint
 from export.sources.lora_config import LoraConfig, read_lora_config
 from export.sources.opening import open_checkpoint
 from export.sources.safetensors_file import SafetensorsFile
-from tests.parity import assert_close
-from tests.tiny_adapters import CASES, GOLDEN, golden_ids, peft_logits, write_adapter, write_case
-from tests.tiny_models import _write_safetensors, write_checkpoint
-from tests.tiny_pooling import write_embedder
+from tests.makers.goldens import assert_close
+from tests.makers.tiny_adapters import (
+    CASES,
+    GOLDEN,
+    golden_ids,
+    peft_logits,
+    write_adapter,
+    write_case,
+)
+from tests.makers.tiny_models import _write_safetensors, write_checkpoint
+from tests.makers.tiny_pooling import write_embedder
 
 # As for the parity tests: every weight is exact in fp16, sums are in another order.
 FP32_ATOL = 1e-4
@@ -77,7 +84,10 @@ def test_golden_is_what_peft_computes(name: str, tmp_path: Path):
         expected = golden[name]
     found = peft_logits(*write_case(tmp_path, name))
     assert_close(
-        found, expected, atol=FP32_ATOL, what="golden logits; run python -m tests.tiny_adapters"
+        found,
+        expected,
+        atol=FP32_ATOL,
+        what="golden logits; run python -m tests.makers.tiny_adapters",
     )
 
 

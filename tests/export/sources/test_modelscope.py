@@ -18,9 +18,9 @@ from edge.errors import CheckpointError, ConfigError
 from export.sources import modelscope
 from export.sources.checkpoint import Checkpoint
 from export.sources.opening import open_checkpoint
-from tests import tiny_models as tiny
 from tests.export.sources.local_server import LocalServer
-from tests.tiny_pooling import PROMPTS, write_embedder
+from tests.makers import tiny_models as tiny
+from tests.makers.tiny_pooling import PROMPTS, write_embedder
 
 COMMIT, OLD = "c" * 40, "d" * 40
 WEIGHTS = "model.safetensors"

@@ -18,9 +18,9 @@ from export.pipeline import ExportConfig, export_checkpoint
 from export.sources.lora import LoraCheckpoint
 from export.sources.opening import open_checkpoint
 from tests.conftest import RUNNABLE, PoolingBundles
-from tests.tiny_adapters import write_adapter
-from tests.tiny_models import EOS_ID, write_checkpoint
-from tests.tiny_pooling import PROMPTS, write_embedder, write_judge, write_pooling
+from tests.makers.tiny_adapters import write_adapter
+from tests.makers.tiny_models import EOS_ID, write_checkpoint
+from tests.makers.tiny_pooling import PROMPTS, write_embedder, write_judge, write_pooling
 
 
 def test_an_embedder_is_recognised(tmp_path: Path):

@@ -28,7 +28,7 @@ from export.sources.quantization_config import WeightFormat, read_quantization
 from export.sources.quantized_module import QuantizedModule, unpack
 from export.sources.quantized_weight import QuantizedWeight
 from export.sources.safetensors_file import SafetensorsFile, TensorEntry
-from tests.quantized_golden import (
+from tests.makers.quantized_golden import (
     NAMES,
     QuantizedGolden,
     Raw,

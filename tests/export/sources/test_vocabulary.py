@@ -29,10 +29,10 @@ from export.sources.checkpoint import Checkpoint
 from export.sources.opening import open_checkpoint
 from export.sources.reduced_tokenizer import BpeTokenizer, reduce_generation_config
 from export.sources.vocabulary import VOCABULARY_NAME, ReducedCheckpoint, choose, read_keep_list
-from scripts.smollm2 import smollm2_gguf
 from tests.conftest import RUNNABLE
-from tests.parity import assert_close
-from tests.tiny_models import CONTROL_IDS, EOS_ID, write_checkpoint, write_tokenizer
+from tests.makers.goldens import assert_close
+from tests.makers.tiny_models import CONTROL_IDS, EOS_ID, write_checkpoint, write_tokenizer
+from tools.models.smollm2 import smollm2_gguf
 
 TEXT = "hello world, what is the other thing?\n"
 PROSE = (

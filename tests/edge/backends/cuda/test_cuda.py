@@ -28,9 +28,12 @@ from edge.device import memory
 from edge.device.nodes import find_gpu_node
 from edge.engine_config import GpuWait
 from edge.errors import DependencyError, DeviceError, DeviceMemoryError
-from tests import fake_builder, fake_network, fake_parser, fake_tensorrt
-from tests import fake_cuda_bindings as fake_bindings
-from tests.fake_cuda import DRIVERS, CaptureMode, FakeGpu
+from tests.standins import builder as fake_builder
+from tests.standins import cuda_bindings as fake_bindings
+from tests.standins import network as fake_network
+from tests.standins import parser as fake_parser
+from tests.standins import tensorrt as fake_tensorrt
+from tests.standins.cuda import DRIVERS, CaptureMode, FakeGpu
 
 
 @pytest.fixture(params=DRIVERS)

@@ -11,8 +11,8 @@ import pytest
 from edge.backends import cuda
 from edge.backends.cuda import pieces
 from edge.errors import DeviceMemoryError
-from tests.fake_cuda import DRIVERS, OUT_OF_MEMORY, FakeGpu
-from tests.fake_cuda_bindings import UNIT_BYTES
+from tests.standins.cuda import DRIVERS, OUT_OF_MEMORY, FakeGpu
+from tests.standins.cuda_bindings import UNIT_BYTES
 
 SIZE = 9 * UNIT_BYTES + 512
 

@@ -34,8 +34,8 @@ from tests.conftest import (
 )
 from tests.edge.backends.ort.test_gpu import CudaRunner
 from tests.edge.backends.runner import Runner, random_ids
-from tests.run_time_adapters import random_adapter
-from tests.tiny_adapters import GOLDEN, golden_ids, write_case
+from tests.makers.run_time_adapters import random_adapter
+from tests.makers.tiny_adapters import GOLDEN, golden_ids, write_case
 
 RANK = 8
 SLOTS = 4

@@ -22,7 +22,7 @@ from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, ConfigError
 from tests.conftest import RUNNABLE, TINY_KV_CAPACITY, Bundles, require_huge_pages
 from tests.edge.backends.runner import Runner, check_slots_apart, random_ids
-from tests.tiny_models import KINDS, Kind
+from tests.makers.tiny_models import KINDS, Kind
 
 # Sums of at most 128 products of size one in another order; measured 8e-6.
 ATOL = 5e-5

@@ -15,7 +15,7 @@ from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BundleError, ConfigError
 from tests.conftest import FEW_TOKENS, TINY_KV_CAPACITY, Bundles, require_kernels
 from tests.edge.backends.runner import Runner, history
-from tests.tiny_models import KINDS, Kind, write_checkpoint
+from tests.makers.tiny_models import KINDS, Kind, write_checkpoint
 
 # Sums of at most 128 products of size one in another order; measured 1e-5.
 ATOL = 5e-5

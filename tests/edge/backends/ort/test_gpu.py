@@ -45,8 +45,8 @@ from tests.edge.backends.runner import (
     history,
     random_ids,
 )
-from tests.parity import FP16_KERNELS
-from tests.tiny_models import KINDS, Kind
+from tests.makers.goldens import FP16_KERNELS
+from tests.makers.tiny_models import KINDS, Kind
 
 HOST = OrtDevice("cpu", 0, "CPUExecutionProvider", {})
 # Activations in fp16 against fp32, logits of size 1 to 5; measured 0.033, on Arm 0.11.

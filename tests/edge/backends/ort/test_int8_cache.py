@@ -19,13 +19,13 @@ from edge.bundle import io_spec
 from edge.bundle.kv_scales import dequantize_rows, quantize_rows
 from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, DependencyError
-from edge.figures import log_softmax
-from edge_lab.measure.figures import kl_divergence
+from edge.logprobs import log_softmax
+from edge_lab.measure.divergence import kl_divergence
 from tests.conftest import Bundles, require_even_rows, require_int8_cache
 from tests.edge.backends.ort.test_cpu_attention import ATOL, export_heads
 from tests.edge.backends.runner import Runner, history, random_ids
-from tests.manifests import as_written_before_scales
-from tests.tiny_models import KINDS, Kind
+from tests.makers.manifests import as_written_before_scales
+from tests.makers.tiny_models import KINDS, Kind
 
 DIALECTS = ("native", "portable")
 # Tiny random models are worse at this than real ones: their heads have 16 or 32 channels to

@@ -26,7 +26,7 @@ from edge.errors import BundleError, ConfigError, ResourceError
 from export.quantize.packing import pack_int4, split_planes
 from tests.conftest import Bundles
 from tests.edge.backends.runner import Runner, random_ids
-from tests.tiny_models import KINDS, Kind
+from tests.makers.tiny_models import KINDS, Kind
 
 QUANTS = ("int4", "int8")
 

@@ -26,7 +26,7 @@ from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize.packing import split_planes
 from tests.conftest import Bundles, Checkpoints, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
-from tests.tiny_models import KINDS, Kind, write_checkpoint
+from tests.makers.tiny_models import KINDS, Kind, write_checkpoint
 
 # The same integers and scales in other sums, of products of size one; measured 1e-5.
 ATOL = 5e-5

@@ -10,8 +10,8 @@ import pytest
 
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.tensorrt.gpu_runner import DIALECTS, ENGINE, EngineBundles
-from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import emptied, install, write_engine
+from tests.standins.cuda import FakeGpu
+from tests.standins.tensorrt import emptied, install, write_engine
 
 
 @pytest.fixture(scope="session")

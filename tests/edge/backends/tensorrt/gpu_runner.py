@@ -15,8 +15,8 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import read_manifest
 from edge.errors import EdgeError
 from tests.edge.backends.runner import Runner
-from tests.fake_cuda import DRIVERS, FakeGpu
-from tests.parity import FP16_KERNELS
+from tests.makers.goldens import FP16_KERNELS
+from tests.standins.cuda import DRIVERS, FakeGpu
 
 # The engine's graph is typed fp16, the reference fp32: logits of size 10 differ in the third digit.
 ATOL = 0.3 if FP16_KERNELS else 0.15

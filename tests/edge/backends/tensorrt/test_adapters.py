@@ -24,9 +24,9 @@ from export.pipeline import ExportConfig, export_checkpoint
 from tests.conftest import Checkpoints, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 from tests.edge.backends.tensorrt.gpu_runner import ATOL, CAPACITY, ENGINE, GpuRunner
-from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import write_engine
-from tests.run_time_adapters import random_adapter
+from tests.makers.run_time_adapters import random_adapter
+from tests.standins.cuda import FakeGpu
+from tests.standins.tensorrt import write_engine
 
 RANK = 8
 SLOTS = 4

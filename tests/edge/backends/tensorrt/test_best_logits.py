@@ -23,7 +23,7 @@ from edge.runtime.sampling import Sampler
 from edge.runtime.sampling_params import SamplingParams
 from engines.build_plan import plan_build
 from engines.config import BuildConfig
-from engines.graph import graph_of
+from engines.graph.adapt import graph_of
 from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS
 from tests.edge.backends.runner import random_ids
@@ -34,7 +34,7 @@ from tests.edge.backends.tensorrt.gpu_runner import (
     GpuRunner,
     both_drivers,
 )
-from tests.fake_cuda import FakeGpu
+from tests.standins.cuda import FakeGpu
 
 KEEP = 256  # as documented: a decode step's come in one copy, a prompt's in three
 

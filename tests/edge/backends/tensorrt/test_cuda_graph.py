@@ -13,8 +13,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from edge.backends import cuda
+from edge.backends.batching import canonical_windows, prompt_lengths
 from edge.backends.tensorrt import cuda_graph
-from edge.backends.windows import canonical_windows, prompt_lengths
 from edge.errors import EdgeError
 from tests.edge.backends.runner import Runner, random_ids
 from tests.edge.backends.tensorrt.gpu_runner import (
@@ -27,8 +27,8 @@ from tests.edge.backends.tensorrt.gpu_runner import (
     attempt,
     both_drivers,
 )
-from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import CONTEXT_BYTES, FakeContext
+from tests.standins.cuda import FakeGpu
+from tests.standins.tensorrt import CONTEXT_BYTES, FakeContext
 
 
 @both_drivers

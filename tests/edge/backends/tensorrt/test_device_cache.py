@@ -13,11 +13,11 @@ from numpy.testing import assert_array_equal
 from edge.backends import cuda
 from edge.backends.cuda import pieces
 from edge.backends.tensorrt.device_cache import DeviceCache
-from tests import fake_cuda_bindings
 from tests.edge.backends.runner import history
 from tests.edge.backends.tensorrt.gpu_runner import EngineBundles, GpuRunner, both_drivers
-from tests.fake_cuda import FakeGpu
-from tests.manifests import make_manifest
+from tests.makers.manifests import make_manifest
+from tests.standins import cuda_bindings as fake_cuda_bindings
+from tests.standins.cuda import FakeGpu
 
 SLOTS, ROWS = 3, 64
 

@@ -12,7 +12,7 @@ from edge.backends.tensorrt.device_memory import (
     new_rows_stride,
 )
 from edge.bundle.sizes import ALIGNMENT
-from tests.manifests import make_manifest
+from tests.makers.manifests import make_manifest
 
 MODEL = make_manifest().model
 

@@ -18,8 +18,8 @@ from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, DeviceError
 from tests.edge.backends.runner import random_ids
 from tests.edge.backends.tensorrt.gpu_runner import EngineBundles, GpuRunner, attempt, both_drivers
-from tests.fake_cuda import ILLEGAL_ADDRESS, OUT_OF_MEMORY, FakeGpu, FakeStream
-from tests.fake_tensorrt import FakeContext
+from tests.standins.cuda import ILLEGAL_ADDRESS, OUT_OF_MEMORY, FakeGpu, FakeStream
+from tests.standins.tensorrt import FakeContext
 
 
 def places_to_fail(calls: list[str]) -> list[int]:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from edge.backends.batching import canonical_windows, prompt_lengths
 from edge.backends.step import step_after, zero_rows
-from edge.backends.windows import canonical_windows, prompt_lengths
 from tests.edge.backends.runner import Runner, random_ids
 from tests.edge.backends.tensorrt.gpu_runner import (
     ATOL,
@@ -22,8 +22,8 @@ from tests.edge.backends.tensorrt.gpu_runner import (
     EngineBundles,
     GpuRunner,
 )
-from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import FakeContext
+from tests.standins.cuda import FakeGpu
+from tests.standins.tensorrt import FakeContext
 
 LENGTHS = prompt_lengths(24, 64)
 

@@ -1,4 +1,4 @@
-"""The 8-bit KV cache of an engine, on the stand-ins of `fake_cuda` and `fake_tensorrt`."""
+"""The 8-bit KV cache of an engine, on the stand-ins of `cuda` and `tensorrt`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from engines.config import BuildConfig
 from tests.conftest import Bundles
 from tests.edge.backends.runner import Runner, random_ids
 from tests.edge.backends.tensorrt.gpu_runner import CAPACITY, EngineBundles, GpuRunner, both_drivers
-from tests.fake_cuda import FakeGpu
-from tests.manifests import as_written_before_scales, make_manifest, make_model
-from tests.parity import FP16_KERNELS
-from tests.tiny_models import KINDS
+from tests.makers.goldens import FP16_KERNELS
+from tests.makers.manifests import as_written_before_scales, make_manifest, make_model
+from tests.makers.tiny_models import KINDS
+from tests.standins.cuda import FakeGpu
 
 # The engine rounds to 8 bits what is fp16, the reference what is fp32: a value between two integers
 # may go either way, and then a row differs by a whole step.

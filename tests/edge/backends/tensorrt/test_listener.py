@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from edge.backends.tensorrt.listener import Listener
-from tests.fake_cuda import FakeGpu
-from tests.fake_network import Severity
-from tests.fake_tensorrt import make_module
+from tests.standins.cuda import FakeGpu
+from tests.standins.network import Severity
+from tests.standins.tensorrt import make_module
 
 
 def test_two_engines_that_open_at_once_do_not_hear_each_other(gpu: FakeGpu):

@@ -44,10 +44,10 @@ from tests.edge.backends.tensorrt.gpu_runner import (
     GpuRunner,
     both_drivers,
 )
-from tests.fake_builder import OptimizationProfile
-from tests.fake_cuda import ILLEGAL_ADDRESS, OUT_OF_MEMORY, FakeGpu, RuleError
-from tests.fake_network import Planted
-from tests.fake_tensorrt import CONTEXT_BYTES, NO_CUDA, fake_plan, start_nothing, write_engine
+from tests.standins.builder import OptimizationProfile
+from tests.standins.cuda import ILLEGAL_ADDRESS, OUT_OF_MEMORY, FakeGpu, RuleError
+from tests.standins.network import Planted
+from tests.standins.tensorrt import CONTEXT_BYTES, NO_CUDA, fake_plan, start_nothing, write_engine
 
 # Which engine
 

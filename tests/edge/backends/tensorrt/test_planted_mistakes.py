@@ -19,7 +19,7 @@ from tests.edge.backends.tensorrt.gpu_runner import (
     attempt,
     both_drivers,
 )
-from tests.fake_cuda import CaptureMode, FakeGpu, RuleError
+from tests.standins.cuda import CaptureMode, FakeGpu, RuleError
 
 _MISTAKES = {
     "cache at two addresses": "is not at the address of",

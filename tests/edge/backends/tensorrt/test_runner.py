@@ -1,4 +1,4 @@
-"""The TensorRT runner's steps, on the stand-ins of `fake_cuda` and `fake_tensorrt`.
+"""The TensorRT runner's steps, on the stand-ins of `cuda` and `tensorrt`.
 
 The stand-ins compute with ONNX Runtime on the bound addresses, so the runner must give the tokens
 and logits of the CPU backend; what they refuse, the runner must not do.
@@ -39,10 +39,10 @@ from tests.edge.backends.tensorrt.gpu_runner import (
     GpuRunner,
     both_drivers,
 )
-from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import install, write_engine
-from tests.parity import FP16_KERNELS
-from tests.tiny_models import KINDS
+from tests.makers.goldens import FP16_KERNELS
+from tests.makers.tiny_models import KINDS
+from tests.standins.cuda import FakeGpu
+from tests.standins.tensorrt import install, write_engine
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from edge.backends import cuda
+from edge.backends.batching import Window
 from edge.backends.step import step_after
 from edge.backends.tensorrt.device_memory import StepSizes
 from edge.backends.tensorrt.step_buffers import StepBuffers, round_to_bf16, widen_fp16
-from edge.backends.windows import Window
-from tests.fake_cuda import FakeGpu
-from tests.manifests import make_manifest
+from tests.makers.manifests import make_manifest
+from tests.standins.cuda import FakeGpu
 
 MODEL = make_manifest().model
 

@@ -21,7 +21,7 @@ from edge.runtime.scheduler.drafting import Drafting
 from edge.runtime.scheduler.request import FinishReason
 from edge.runtime.scheduler.sequence import SequenceState
 from tests.edge.runtime.conftest import VOCAB
-from tests.fakes import Script, ScriptedBackend
+from tests.standins.scripted_backend import Script, ScriptedBackend
 
 END = 49
 GREEDY = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)

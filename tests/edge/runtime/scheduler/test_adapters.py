@@ -16,7 +16,7 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.runtime.scheduler.request import StoredPrefix
 from tests.edge.runtime.conftest import VOCAB
 from tests.edge.runtime.scheduler.conftest import GREEDY, Engine, answer_alone, make_request
-from tests.fakes import Script, ScriptedBackend, random_logits
+from tests.standins.scripted_backend import Script, ScriptedBackend, random_logits
 
 SCRIPT = random_logits(10 * VOCAB)
 ADAPTERS = [AdapterWeights(f"a{n}", f"{n:064x}", n, {}) for n in range(1, 4)]
@@ -93,7 +93,7 @@ def make_engine(table: EmbeddingTable, **options: Any) -> Engine:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_each_answer_is_the_one_that_its_adapter_gives_alone(table: EmbeddingTable, seed: int):
-    """Prompts share beginnings, slots are few, answers are put aside and cancelled."""
+    """Prompts share beginnings, slots are few, answers are preempted and cancelled."""
     draw = random.Random(seed)
     store = Stored([1, 2, 3, 4]) if draw.random() < 0.5 else None
     engine = make_engine(table, num_slots=draw.choice([2, 3, 5]), prefix_store=store)
@@ -128,12 +128,12 @@ def test_an_answer_put_away_continues_with_its_adapter(table: EmbeddingTable):
     sequence, _ = engine.submit(request)
     for _ in range(5):
         engine.core.step()
-    begun = engine.core.put_away(sequence)
-    assert begun is not None
-    assert 0 < len(begun.answer) < 10
+    resume_from = engine.core.suspend(sequence)
+    assert resume_from is not None
+    assert 0 < len(resume_from.answer) < 10
     other = make_engine(table)
-    answer, reason = other.answer(replace(request, begun=begun))
-    assert ([*begun.answer, *answer], reason) == expected
+    answer, reason = other.answer(replace(request, resume_from=resume_from))
+    assert ([*resume_from.answer, *answer], reason) == expected
 
 
 def test_equal_prompts_share_rows_within_an_adapter_only(table: EmbeddingTable):

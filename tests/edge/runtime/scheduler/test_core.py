@@ -32,7 +32,7 @@ from edge.runtime.sampling import SampledToken
 from edge.runtime.scheduler.draft_policy import DecodeRun
 from edge.runtime.scheduler.drafter import DraftContext, Drafter, DraftWorth
 from edge.runtime.scheduler.sequence import SequenceState
-from scripts.best_logits import best_of
+from lab.quality.best_logits import best_of
 from tests.edge.runtime.conftest import VOCAB
 from tests.edge.runtime.scheduler.conftest import (
     COUNT_UP,
@@ -47,7 +47,7 @@ from tests.edge.runtime.scheduler.conftest import (
     failed_as_told,
     make_request,
 )
-from tests.fakes import Script, ScriptedBackend, random_logits
+from tests.standins.scripted_backend import Script, ScriptedBackend, random_logits
 
 SCRIPT = random_logits(VOCAB)
 

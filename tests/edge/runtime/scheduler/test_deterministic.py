@@ -19,7 +19,7 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.runtime.scheduler.steps import even_chunk
 from tests.edge.runtime.conftest import VOCAB
 from tests.edge.runtime.scheduler.conftest import GREEDY, Collected, Engine, make_request
-from tests.fakes import ScriptedBackend, random_logits
+from tests.standins.scripted_backend import ScriptedBackend, random_logits
 
 LONE = 1000  # added to a token whose row another kernel computed
 ODD = 5000

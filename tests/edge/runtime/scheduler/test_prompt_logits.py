@@ -19,10 +19,10 @@ from edge.errors import DeadlineError, EdgeError, RequestError
 from edge.runtime.scheduler.pooling import NEUTRAL
 from edge.runtime.scheduler.sequence import SequenceState
 from edge.runtime.scheduler.steps import _MOST_LOGITS
-from scripts.best_logits import best_of
+from lab.quality.best_logits import best_of
 from tests.edge.runtime.conftest import VOCAB
 from tests.edge.runtime.scheduler.conftest import GREEDY, Collected, Engine, make_request
-from tests.fakes import ScriptedBackend, random_logits
+from tests.standins.scripted_backend import ScriptedBackend, random_logits
 
 SCRIPT = random_logits(VOCAB)
 
@@ -79,7 +79,7 @@ def test_logits_are_those_of_the_prompt_alone_whatever_runs_beside_it(
     deterministic: bool,
     target: float | None,
 ):
-    """Also of prompts whose rows are in the cache, and of those that were put aside."""
+    """Also of prompts whose rows are in the cache, and of those that were preempted."""
     chunk = max(chunk, 3) if deterministic else chunk
     engine = Engine(
         table,
@@ -102,7 +102,7 @@ def test_logits_are_those_of_the_prompt_alone_whatever_runs_beside_it(
         engine.check_books()
         for sequence in engine.core.roster.running[:1]:
             if len(engine.backend.steps) % 3 == 0:
-                engine.core._put_aside(sequence)
+                engine.core._preempt(sequence)
                 engine.core.step()
     for ids, sink in known:
         assert sink.last == "length"

@@ -41,7 +41,7 @@ from tests.edge.runtime.scheduler.conftest import (
     make_request,
     take_config,
 )
-from tests.fakes import ScriptedBackend, random_logits
+from tests.standins.scripted_backend import ScriptedBackend, random_logits
 
 SCRIPT = random_logits(VOCAB)
 Make = Callable[..., tuple[Scheduler, ScriptedBackend]]
@@ -622,15 +622,15 @@ def test_sequences_that_were_put_away_go_on_in_another_scheduler(make: Make):
     sequences = scheduler.submit([ended, runs, waits], sinks)
     assert gate.entered.wait(10)
     with pytest.raises(BackendError, match=r"no round within 0.05 s"):
-        scheduler.put_away(sequences, 0.05)
+        scheduler.suspend(sequences, 0.05)
     gate.opened.set()
     first = sinks[1].get()
-    begun = scheduler.put_away(sequences, 10)
-    assert begun[0] is None
-    assert begun[1] is not None
-    assert begun[2] is not None
-    assert 0 < len(begun[1].answer) < 40
-    assert begun[2].answer == ()
+    resume_from = scheduler.suspend(sequences, 10)
+    assert resume_from[0] is None
+    assert resume_from[1] is not None
+    assert resume_from[2] is not None
+    assert 0 < len(resume_from[1].answer) < 40
+    assert resume_from[2].answer == ()
     assert scheduler.stats().running == scheduler.stats().waiting == 0
     assert isinstance(first, GenerationChunk)
     found = [token.id for token in first.tokens]
@@ -642,10 +642,10 @@ def test_sequences_that_were_put_away_go_on_in_another_scheduler(make: Make):
     assert isinstance(last, GenerationChunk)
     assert first.finish_reason == last.finish_reason == "cancelled"
     other, _ = make(num_slots=1)
-    (one,) = submit(other, replace(runs, begun=begun[1]))
-    (two,) = submit(other, replace(waits, begun=begun[2]))
+    (one,) = submit(other, replace(runs, resume_from=resume_from[1]))
+    (two,) = submit(other, replace(waits, resume_from=resume_from[2]))
     assert [*found, *ids_of(one)] == [(5 + i) % VOCAB for i in range(1, 41)]
     assert ids_of(two) == [(20 + i) % VOCAB for i in range(1, 41)]
     scheduler.close()
     with pytest.raises(BackendError, match="closed"):
-        scheduler.put_away(sequences, 1)
+        scheduler.suspend(sequences, 1)

@@ -15,8 +15,8 @@ from tests.edge_serve.api.fields import check_field, fields_of
 from tests.edge_serve.api.ollama.test_protocol import SAMPLING
 from tests.edge_serve.api.test_pooling import ATOL, RealEngine
 from tests.edge_serve.scripted import Live, running
-from tests.parity import PoolingGolden, assert_close
-from tests.tiny_pooling import TEXTS
+from tests.makers.goldens import PoolingGolden, assert_close
+from tests.makers.tiny_pooling import TEXTS
 
 EMBED, OLDER = "/api/embed", "/api/embeddings"
 CAPACITY = 256

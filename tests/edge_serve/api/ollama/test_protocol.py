@@ -7,12 +7,7 @@ from typing import Any
 
 import pytest
 
-from edge_serve.api.ollama.protocol import (
-    IGNORED,
-    GenerateRequest,
-    OllamaChatRequest,
-    ShowRequest,
-)
+from edge_serve.api.ollama.protocol import IGNORED, GenerateRequest, OllamaChatRequest, ShowRequest
 from tests.edge_serve.api.fields import Pair, check_field, fields_of
 from tests.edge_serve.api.weather import THINKING
 from tests.edge_serve.scripted import Live

@@ -146,7 +146,7 @@ def test_a_stop_in_the_middle_changes_no_token(
         before = wait(client, id_, 20)
         seed = seed_of(tmp_path / "s", id_)
         stop(first)
-        first.wait_for(rf"{id_} is put away after \d+ tokens")
+        first.wait_for(rf"{id_} is suspended after \d+ tokens")
     size = (tmp_path / "s" / f"{id_}.response").stat().st_size
     with server(bundle, tmp_path / "s") as second, connected(second) as client:
         after = client.responses.retrieve(id_)
@@ -252,7 +252,7 @@ def test_a_response_that_repeatedly_kills_its_server_is_given_up(
         assert (ended.status, ended.error.code) == ("failed", "interrupted")
 
 
-def put_away(bundle: Path, directory: Path, letters: int = 20, **fields: Any) -> tuple[str, Any]:
+def suspend(bundle: Path, directory: Path, letters: int = 20, **fields: Any) -> tuple[str, Any]:
     """A response that was stopped in the middle, and what it had said."""
     with server(bundle, directory) as first, connected(first) as client:
         id_ = begin(client, max_output_tokens=200, **fields).id
@@ -264,7 +264,7 @@ def put_away(bundle: Path, directory: Path, letters: int = 20, **fields: Any) ->
 def test_a_changed_bundle_ends_a_response_with_its_output_so_far(
     tiny_bundles: Bundles, tmp_path: Path
 ):
-    id_, before = put_away(tiny_bundles("qwen2"), tmp_path / "s")
+    id_, before = suspend(tiny_bundles("qwen2"), tmp_path / "s")
     with server(tiny_bundles("llama"), tmp_path / "s") as other, connected(other) as client:
         ended = wait(client, id_)
         assert (ended.status, ended.error.code) == ("failed", "bundle_changed")
@@ -276,7 +276,7 @@ def test_a_changed_bundle_ends_a_response_with_its_output_so_far(
 def test_a_smaller_context_ends_a_response_with_its_output_so_far(
     tiny_bundles: Bundles, tmp_path: Path
 ):
-    id_, before = put_away(tiny_bundles("qwen2"), tmp_path / "s", 60)
+    id_, before = suspend(tiny_bundles("qwen2"), tmp_path / "s", 60)
     small = {"kv_capacity": 24}
     with (
         server(tiny_bundles("qwen2"), tmp_path / "s", **small) as second,
@@ -290,7 +290,7 @@ def test_a_smaller_context_ends_a_response_with_its_output_so_far(
 
 def test_rows_that_are_damaged_are_computed_again(tiny_bundles: Bundles, tmp_path: Path):
     bundle = tiny_bundles("qwen2")
-    id_, before = put_away(bundle, tmp_path / "s", temperature=0)
+    id_, before = suspend(bundle, tmp_path / "s", temperature=0)
     path = tmp_path / "s" / f"{id_}.response"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -1,0 +1,1 @@
+"""Builds engines: graph, compilation, comparison, audit, and the files they end in."""

@@ -1,0 +1,1 @@
+"""Holds a bundle against TensorRT without building the engine that will run."""

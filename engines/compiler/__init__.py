@@ -1,0 +1,1 @@
+"""Wraps TensorRT on the machine that builds: nothing else here imports it."""

@@ -1,0 +1,1 @@
+"""Rewrites a bundle's graph into the one that TensorRT is given."""

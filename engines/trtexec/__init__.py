@@ -1,0 +1,1 @@
+"""Makes, runs and explains command lines of NVIDIA's ``trtexec``."""

@@ -1,0 +1,1 @@
+"""Experiments; python3 -m lab lists them."""

@@ -1,0 +1,1 @@
+"""Attacks on a running service, a registry and a bundle, each of which must fail."""

@@ -1,0 +1,1 @@
+"""What quantization, sampling rules and clients do to answers."""

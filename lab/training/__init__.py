@@ -1,0 +1,1 @@
+"""Adapters, draft heads and a model that sees, trained on a CPU."""

@@ -1,0 +1,1 @@
+"""Makes what tests read: tiny checkpoints, adapters, manifests, keys and golden files."""

@@ -1,0 +1,1 @@
+"""Holds the code to budgets, words and tests that notice mistakes."""

@@ -1,0 +1,1 @@
+"""Finds real models in PyPI packages."""

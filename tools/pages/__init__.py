@@ -1,0 +1,1 @@
+"""Makes pictures and tables of the documentation."""

@@ -1,0 +1,1 @@
+"""Makes releases and proves them."""

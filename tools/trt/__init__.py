@@ -1,0 +1,1 @@
+"""Holds our plugins and calls against NVIDIA's own Python bindings."""
