@@ -23,7 +23,7 @@ from edge import cli
 from edge.device.nodes import JETSON_NODES, SLOT_NODES
 from edge_serve.config_file import load_settings
 from tests.conftest import Bundles
-from tools.release.make import OWN_LOCK
+from tools.release.targets import OWN_LOCK
 
 ROOT = Path(__file__).parent.parent
 UNITS = ROOT / "scripts" / "systemd"

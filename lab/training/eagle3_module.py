@@ -15,7 +15,7 @@ from edge.bundle.rope import inverse_frequencies
 from export.sources.eagle3 import head_linears, head_norms
 
 if TYPE_CHECKING:
-    from .train_eagle3 import Lesson
+    from .lessons import Lesson
 
 
 class HeadModule(nn.Module):  # type: ignore[misc]

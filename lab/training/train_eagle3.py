@@ -19,7 +19,6 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +41,8 @@ from edge_lab.safetensors_writer import TensorSource, write_safetensors
 from export.sources.documents import encode_document, read_calibration_text
 from tools.command import run_main, say
 
+from .lessons import Lesson
+
 if TYPE_CHECKING:
     from .eagle3_module import HeadModule
 
@@ -50,25 +51,6 @@ BEST = 16
 """Number of most probable tokens to keep of the model's distribution at each place."""
 _DECAY = 0.8  # weight of a guess relative to the one before it
 _SHORTEST = 8
-
-
-@dataclass(frozen=True, eq=False)
-class Lesson:
-    """The model's output for one text of ``n`` tokens.
-
-    Attributes:
-        ids: int64 ``[n]``.
-        states: inputs of the three layers, float16 ``[n, 3 * hidden]``.
-        best: the most probable tokens after each, int64 ``[n, BEST]``, best first.
-        probabilities: float32 ``[n, BEST]``.
-        first: the first token that the model wrote or would write; in a chat, of the last turn.
-    """
-
-    ids: NDArray[np.int64]
-    states: NDArray[np.float16]
-    best: NDArray[np.int64]
-    probabilities: NDArray[np.float32]
-    first: int
 
 
 def main() -> None:

@@ -17,8 +17,9 @@ from packaging.requirements import Requirement
 from edge_serve.cli.man import man_page
 from tools.release import make as release
 from tools.release import proof as release_proof
-from tools.release.make import LOCKS, OWN_LOCK, PLACEHOLDER, SUMS, TARGETS, Commit, ReleaseError
+from tools.release.make import LOCKS, PLACEHOLDER, Commit
 from tools.release.proof import Machine, ProofError, Row
+from tools.release.targets import OWN_LOCK, SUMS, TARGETS, ReleaseError, Target
 
 ROOT = Path(__file__).parents[2]
 URL = "https://git.example.org/edge/llm.git"
@@ -368,7 +369,7 @@ def test_a_release_names_no_place_of_this_machine(repository: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.lock)
-def test_each_python_gets_one_version_of_each_library(target: release.Target):
+def test_each_python_gets_one_version_of_each_library(target: Target):
     text = (ROOT / "requirements" / f"{target.lock}.txt").read_text("utf-8")
     versions = {}
     for python in target.pythons:

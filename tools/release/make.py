@@ -27,14 +27,12 @@ from typing import Any
 from minijinja import Environment
 from packaging.markers import Marker
 
+from . import proof as release_proof
+from .targets import DISTRIBUTION, OWN_LOCK, SUMS, TARGETS, ReleaseError, Target
+
 ROOT = Path(__file__).resolve().parents[2]
-DISTRIBUTION = "jetson-edge-llm"
 PLACEHOLDER = "URL_OF_THIS_REPOSITORY"
 """Words of the documentation that ``--repository`` replaces by the address."""
-
-SUMS = "SHA256SUMS"
-OWN_LOCK = "requirements/edge-llm.txt"
-"""The lock of the release's own wheel; ``scripts/install-service`` knows a release by it."""
 
 LOCKS = ("laptop", "jetpack6", "jetpack7", "fleet", "check", "report", "pycuda")
 """Locks that users install; the others are for developers."""
@@ -53,10 +51,6 @@ COPIED = (
     "scripts/systemd",
     *(f"requirements/{lock}.txt" for lock in LOCKS),
 )
-
-
-class ReleaseError(Exception):
-    """A release cannot be made; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -80,45 +74,6 @@ class Commit:
     @property
     def name(self) -> str:
         return f"edge-llm-{self.version}"
-
-
-@dataclass(frozen=True)
-class Target:
-    """Machines that one lock file is for.
-
-    Attributes:
-        lock: its name, and that of the folder of wheels.
-        title: name for people.
-        machine: value of ``platform.machine()``.
-        glibc_minor: wheels for glibc 2.17 up to this one run there.
-        pythons: Python versions that they may have.
-    """
-
-    lock: str
-    title: str
-    machine: str
-    glibc_minor: int
-    pythons: tuple[str, ...]
-
-    def platforms(self) -> Iterator[str]:
-        """Yield pip's platform tags, the newest glibc first."""
-        for minor in range(self.glibc_minor, 16, -1):
-            yield f"manylinux_2_{minor}_{self.machine}"
-        yield f"manylinux2014_{self.machine}"
-
-    def pip_arguments(self, python: str) -> list[str]:
-        """Return arguments that make pip choose as it would on such a machine."""
-        chosen = ["--only-binary", ":all:", "--implementation", "cp", "--python-version", python]
-        for platform in self.platforms():
-            chosen += ["--platform", platform]
-        return chosen
-
-
-TARGETS = (
-    Target("laptop", "Linux on x86-64", "x86_64", 35, ("3.10", "3.11", "3.12", "3.13")),
-    Target("jetpack6", "JetPack 6.1 and 6.2", "aarch64", 35, ("3.10",)),
-    Target("jetpack7", "JetPack 7.2", "aarch64", 39, ("3.12",)),
-)
 
 
 def git(*arguments: str, root: Path = ROOT) -> str:
@@ -612,8 +567,6 @@ def make(arguments: argparse.Namespace) -> Path:
     Raises:
         ReleaseError: it cannot be made, or a proof failed; then the folder gets no name.
     """
-    from . import proof as release_proof
-
     commit = read_commit()
     repository = arguments.repository and check_repository(arguments.repository)
     folder: Path = arguments.out.resolve() / commit.name

@@ -25,7 +25,7 @@ from urllib.request import Request, urlopen
 
 from tools.models.smollm2 import smollm2_gguf
 
-from .make import DISTRIBUTION, OWN_LOCK, SUMS, TARGETS, ReleaseError, Target
+from .targets import DISTRIBUTION, OWN_LOCK, SUMS, TARGETS, ReleaseError, Target
 
 PYTHONS = ("3.10", "3.12", "3.13")
 """JetPack 6's, JetPack 7's and the newest."""
