@@ -52,7 +52,7 @@ class BuildPlan:
 
     @property
     def changes_graph(self) -> bool:
-        """Whether the engine's graph differs from the bundle's (`graph.prepare_graph`)."""
+        """Whether the engine's graph differs from the bundle's (`engines.graph.adapt`)."""
         capacity = self.manifest.kv_capacity
         if self.manifest.head is not None:
             return True  # it has one more output

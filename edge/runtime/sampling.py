@@ -370,7 +370,7 @@ class Sampler:
         return _first_above(until, uniforms[-1] * float(until[-1]))
 
     def _with_logprobs(self, token_id: int, logits: Logits, num_top: int) -> SampledToken:
-        # Not `figures.log_softmax`: this runs per token of every answer, so in float32 and in
+        # Not `logprobs.log_softmax`: this runs per token of every answer, so in float32 and in
         # place.
         best = logits.max()
         check_best(best)

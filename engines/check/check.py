@@ -96,7 +96,7 @@ def check_bundle(config: BuildConfig, sm: int = 86, progress: Progress = silent)
     Args:
         config: options of the build to check.
         sm: compute capability without the dot; a key of `COMPUTE_CAPABILITIES`.
-        progress: called in the steps of `compile_first`, and in ``scratch``.
+        progress: called in the steps of `compile_first`, and in `scratch`.
 
     Raises:
         DependencyError: TensorRT for RTX is missing.

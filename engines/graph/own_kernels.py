@@ -2,8 +2,8 @@
 
 The plugin `w4_linear` computes a product with INT4 weights, or INT8 in two planes, and adds the
 bias. It replaces up to six nodes of the graph (`export.graph.decoder`) and the weights as ONNX
-stores them. The weights become inputs of the engine, in the kernels' order (`outside`). So does
-everything else that only these plugins read, and so do the tables of positions.
+stores them. The weights become inputs of the engine, in the kernels' order (`external_weights`). So
+does everything else that only these plugins read, and so do the tables of positions.
 
 Attention is replaced by `own_attention`, the search for the best logits by `own_top_k`.
 """
