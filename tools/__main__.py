@@ -23,6 +23,7 @@ PROGRAMS = {
     "voice": Program("tools.gates.voice", "docstrings that read like a translation", DEV),
     "words": Program("tools.gates.words", "length of the manual", DEV),
     "mutants": Program("tools.gates.mutants", "breaks the code; a test must notice", DEV),
+    "artifacts": Program("tools.gates.artifacts", "hashes of exports and builds, to compare", DEV),
     "goldens": Program(
         "tools.goldens.references",
         "golden references of the parity tests, by transformers",
