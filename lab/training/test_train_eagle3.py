@@ -249,9 +249,9 @@ def test_a_trained_head_is_right_where_it_was_trained(
     head = tmp_path / "head"
     # In a process of its own: torch brings threads, and warnings that are errors here.
     done = subprocess.run(
-        [sys.executable, "lab/training/train_eagle3.py", tiny_bundles("qwen2"), texts, "-o", head,
-         "--minutes", "0.1", "--draft-vocab", "300", "--ahead", "2", "--learning-rate", "0.01",
-         *more],
+        [sys.executable, "-m", "lab.training.train_eagle3", tiny_bundles("qwen2"), texts,
+         "-o", head, "--minutes", "0.1", "--draft-vocab", "300", "--ahead", "2",
+         "--learning-rate", "0.01", *more],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path])},
         capture_output=True, text=True, check=False,

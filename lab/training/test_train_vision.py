@@ -208,7 +208,7 @@ def test_what_is_learned_is_what_transformers_loads(tmp_path: Path):
         return report, done.stderr
 
     command = (
-        "lab/training/train_vision.py", "-o", checkpoint, "--state", state,
+        "-m", "lab.training.train_vision", "-o", checkpoint, "--state", state,
         "--label-steps", "3", "--answer-steps", "2", "--threads", "1", "--pictures", "5",
     )  # fmt: skip
     report, _ = run(*command)
