@@ -23,7 +23,7 @@ from edge_fleet.registry.reference import parse_reference
 from edge_lab.signing import Signer
 
 WAVES = ("1", "5%", "25%", "100%")
-NOBODY, EVERYBODY = "", "f" * 16
+NOBODY = ""
 _WAVE = re.compile(r"[1-9]\d{0,6}|(?:[1-9]\d?|100)%")
 _WINDOW = re.compile(r"([01]?\d|2[0-3])-([01]?\d|2[0-3])")
 Outcome = Literal["has", "rejected", "failed", "later", "waiting", "back"]

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-VERDICTS = ("passed", "failed", "skipped")
 NOT_BEGUN = 75
 """Exit code of a step that did not begin because the time was over (``EX_TEMPFAIL``)."""
 TIMED_OUT = 124

@@ -33,7 +33,6 @@ from .store import TIMING_CACHE, TRTEXEC_SCRATCH, EngineStore
 from .target import Target
 from .variant import Compiled, check_size, warn_of_rules
 
-_LAYERS = "layers.json"
 _log = logging.getLogger(__name__)
 
 
@@ -106,17 +105,12 @@ def _compile_with_trtexec(
     engines = build.config.bundle / ENGINES_DIR
     with tempfile.TemporaryDirectory(prefix=TRTEXEC_SCRATCH, dir=engines) as scratch:
         graph = write_graph(build, Path(scratch))
-        plan, layers = Path(scratch) / "engine.plan", Path(scratch) / _LAYERS
+        plan, layers = Path(scratch) / "engine.plan", Path(scratch) / "layers.json"
         cache = Path(scratch) / TIMING_CACHE  # a copy: trtexec writes it in place
         if timings is not None:
             cache.write_bytes(timings)
         argv = trtexec_command(
-            build,
-            target.rt.release,
-            onnx=graph,
-            plan=plan,
-            timing_cache=cache,
-            layers=layers,
+            build, target.rt.release, onnx=graph, plan=plan, timing_cache=cache, layers=layers
         )
         for warning in warn_of_rules(build, target, graph.read_bytes()):
             keep(warning)

@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PACKAGES = {
     "edge": 16_909,
-    "edge_lab": 12_251,
+    "edge_lab": 12_250,
     "edge_serve": 11_315,
     "edge_fleet": 4_853,
-    "engines": 7_323,
+    "engines": 7_317,
     "export": 8_665,
 }
 """Code lines of each package, without what an allowance covers."""

@@ -9,8 +9,7 @@ decodes (`steps`); its tokens go to its sink (`delivery`). Prompts prefill one a
 order, so that a prompt that shares a prefix with the one before finds it complete. Only a shorter
 prompt of a client with nothing running is read alongside another client's. A round
 (`EngineCore.step`) is one decode step of all sequences that have one token to run, and one chunk of
-the prompt whose turn it is. Alternatively that prompt's next token joins
-the decode step.
+the prompt whose turn it is. Alternatively that prompt's next token joins the decode step.
 """
 
 from __future__ import annotations

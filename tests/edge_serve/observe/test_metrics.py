@@ -128,13 +128,18 @@ def test_no_limit_does_not_spoil_the_sum():
 
 def test_state_is_read_on_each_scrape():
     state = {"r1": SchedulerStats(running=2, waiting=5, queue_capacity=64, num_slots=4)}
-    state["r1"] = replace(state["r1"], kv_used_tokens=25, kv_capacity_tokens=100, steps=7)
+    state["r1"] = replace(
+        state["r1"], kv_used_tokens=25, kv_capacity_tokens=100, steps=7, preempted=3
+    )
     metrics = Metrics(lambda: state)
     assert value(metrics, "requests_running", model="r1") == 2
     assert value(metrics, "requests_waiting", model="r1") == 5
     assert value(metrics, "queue_capacity", model="r1") == 64
     assert value(metrics, "kv_cache_usage_ratio", model="r1") == 0.25
     assert value(metrics, "engine_steps_total", model="r1") == 7
+    for name in ("preempted", "put_aside"):  # the latter is its old name, for this release
+        assert value(metrics, f"sequences_{name}_total", model="r1") == 3
+        assert metrics.stats_json()["models"]["r1"][name] == 3
     state["r1"] = replace(state["r1"], slots=(SlotState(True, 20, 5), SlotState(False, 7, 7)))
     assert metrics.stats_json()["models"]["r1"]["slots"] == [
         {"in_use": True, "rows": 20, "cached_rows": 5},
