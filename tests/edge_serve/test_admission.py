@@ -114,8 +114,11 @@ def test_texts_that_cannot_fit(tiny_bundles: Bundles):
     with scripted_child(tiny_bundles("qwen2"), _STEP_S) as server:
         with compared(server) as attacks:
             answers = attacks.enter_context(attacked(server, "texts", 8))
-        assert answers.keys() <= {"400", "429"}
+        assert answers.keys() <= {"400", "429", "cut"}
         assert answers["400"] > 10
+        # The server reads on for a second after it has refused, then resets; an attacker that has
+        # a low priority on a busy machine sometimes takes longer to send its 4 MiB.
+        assert answers.get("cut", 0) < sum(answers.values()) / 8
 
 
 @pytest.mark.timing
