@@ -11,13 +11,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from edge.bundle.manifest import Architecture, ModelSpec, RopeSpec, Task
 from edge.bundle.manifest_checks import check_ranges
 from edge.errors import BundleError, CheckpointError
+from edge.model.dense import Dense
+from edge.model.spec import ModelSpec, RopeSpec, Task
 
 from .picture_models import decoder_config, reads_pictures
 
-_ARCHITECTURES: dict[str, Architecture] = {
+_ARCHITECTURES: dict[str, str] = {
     "Qwen2ForCausalLM": "qwen2",
     "LlamaForCausalLM": "llama",
     "Qwen3ForCausalLM": "qwen3",
@@ -37,7 +38,7 @@ _OTHER_KINDS = (
     ),
 )
 """Other kinds of models by their architectures' names, and which model to take instead."""
-_WITHOUT_HEAD: dict[str, Architecture] = {
+_WITHOUT_HEAD: dict[str, str] = {
     "Qwen2Model": "qwen2",
     "LlamaModel": "llama",
     "Qwen3Model": "qwen3",
@@ -135,7 +136,7 @@ def parse_config(
     num_heads = reader.integer("num_attention_heads")
     # Only Llama configs from before grouped-query attention leave it out.
     fallback = num_heads if architecture == "llama" else None
-    spec = ModelSpec(
+    spec = Dense(
         architecture=architecture,
         hidden_size=reader.integer("hidden_size"),
         num_layers=reader.integer("num_hidden_layers"),
@@ -154,12 +155,11 @@ def parse_config(
         tied_embeddings=reader.boolean("tie_word_embeddings"),
         task=task,
     )
-    check_spec(spec, where)
-    return spec
+    return checked(spec, where)
 
 
-def check_spec(spec: ModelSpec, where: str) -> None:
-    """Refuse dimensions that do not fit each other.
+def checked(spec: Dense, where: str) -> ModelSpec:
+    """Make a model of dimensions, and refuse those that do not fit each other.
 
     Raises:
         CheckpointError: heads that do not divide into KV heads, an odd head dimension or a
@@ -167,6 +167,7 @@ def check_spec(spec: ModelSpec, where: str) -> None:
     """
     try:
         check_ranges(spec, where)
+        check_ranges(spec.model(), where)
     except BundleError as error:
         message = re.sub(r"(?<=\$\.)\w+", lambda name: _KEYS.get(name[0], name[0]), str(error))
         raise CheckpointError(f"{message}; is the file damaged?") from error
@@ -179,6 +180,7 @@ def check_spec(spec: ModelSpec, where: str) -> None:
         raise CheckpointError(
             f"{where}: head_dim is {spec.head_dim}; rotary embeddings need an even one"
         )
+    return spec.model()
 
 
 def yarn_attention_factor(
@@ -197,7 +199,7 @@ def yarn_attention_factor(
     return scale(1.0)
 
 
-def _architecture(config: _Config, task: Task) -> Architecture:
+def _architecture(config: _Config, task: Task) -> str:
     names = config.get("architectures")
     known = {**_ARCHITECTURES, **_WITHOUT_HEAD} if task == "embed" else _ARCHITECTURES
     supported = ", ".join(known)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edge.bundle.linears import linear_layers
-from edge.bundle.manifest import ModelSpec, TensorScheme
+from edge.bundle.manifest import TensorScheme
 from edge.bundle.schemes import GROUP_SIZES, RULES, SCHEMES, Quant, SchemeFacts, fold_quant
 from edge.bundle.weights import Linear
 from edge.errors import ConfigError
+from edge.model.spec import ModelSpec
 
 Clip = Literal["absmax", "mse"]
 

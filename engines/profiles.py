@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from edge.adapters.graph_inputs import linear_inputs, rank_sizes, with_adapters
 from edge.bundle import io_spec
-from edge.bundle.manifest import Dialect, FloatType, ModelSpec
+from edge.bundle.manifest import Dialect, FloatType
 from edge.bundle.sizes import ProfileName, StepLimits, profile_limits
+from edge.model.spec import ModelSpec
 
 from .config import BuildShapes
 

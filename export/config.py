@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from edge.adapters.graph_inputs import MAX_RANK
-from edge.bundle.manifest import Dialect, Task
+from edge.bundle.manifest import Dialect
 from edge.bundle.schemes import Quant, fold_quant
 from edge.errors import ConfigError
+from edge.model.spec import Task
 from edge_lab.recipe import Clip, Recipe, kind_of
 
 from .graph.embedding_table import EmbeddingType

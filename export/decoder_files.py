@@ -29,11 +29,11 @@ from edge.bundle.manifest import (
     Graphs,
     KvCache,
     LinearInfo,
-    ModelSpec,
     TensorScheme,
 )
 from edge.bundle.schemes import HIGH_PLANE
 from edge.errors import ConfigError
+from edge.model.spec import ModelSpec
 from edge_lab.progress import Progress, prefixed
 from edge_lab.safetensors_writer import TensorSource, write_safetensors
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 
 from edge.bundle.linears import linear_layers
-from edge.bundle.manifest import ModelSpec, TensorScheme
+from edge.bundle.manifest import TensorScheme
+from edge.model.spec import ModelSpec
 
 from .quantize.calibrated import Method
 from .quantize.effort import layer_effort

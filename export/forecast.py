@@ -9,8 +9,9 @@ from pathlib import Path
 
 from edge.bundle import io_spec
 from edge.bundle.linears import linear_layers
-from edge.bundle.manifest import ModelSpec, TensorScheme
+from edge.bundle.manifest import TensorScheme
 from edge.bundle.schemes import GROUP_SIZES, stored_bytes
+from edge.model.spec import ModelSpec
 from edge_lab.atomic_swap import check_free_space, human
 
 from .config import AS_IN_SOURCE, ExportRecipe, ExportTarget

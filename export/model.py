@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from edge.bundle.manifest import Task
 from edge.errors import ConfigError
+from edge.model.spec import Task
 from edge_lab.progress import Progress
 
 from .config import ExportSource

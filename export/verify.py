@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edge.bundle.linears import linear_layers
-from edge.bundle.manifest import Dialect, ModelSpec, TensorScheme
+from edge.bundle.manifest import Dialect, TensorScheme
 from edge.bundle.schemes import INT4_GROUP_SIZE
 from edge.bundle.weights import Linear
 from edge.device.memory import read_available_memory_bytes
@@ -28,6 +28,7 @@ from edge.errors import (
     GateError,
     ResourceError,
 )
+from edge.model.spec import ModelSpec
 from edge_lab.measure.compare import CHUNK_TOKENS
 from edge_lab.planner.memory import Deployment, plan_process_memory
 from edge_lab.recipe import Recipe, recipe_linears

@@ -26,9 +26,10 @@ from hypothesis import HealthCheck, settings
 from edge.backends.ort.session import onnxruntime_version
 from edge.bundle.engine_records import RECORDS_VARIABLE
 from edge.bundle.io_spec import needed_onnxruntime
-from edge.bundle.manifest import Dialect, Task
+from edge.bundle.manifest import Dialect
 from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
 from edge.device.nodes import GPU_NODES, find_gpu_node
+from edge.model.spec import Task
 from edge_serve.observe.logs import CONFIGURED
 from tests import second_try, skips
 from tests.makers.manifests import replace_file

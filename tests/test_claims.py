@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from edge import LLM, cli
 from edge.bundle import io_spec
 from edge.bundle.linears import linear_layers
-from edge.bundle.manifest import ModelSpec
+from edge.model.spec import ModelSpec
 from edge.runtime import deepseek
 from edge_lab.planner import recommend
 from edge_lab.planner.models import BUILT_IN

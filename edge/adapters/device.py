@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.manifest import Manifest, ModelSpec
+from edge.bundle.manifest import Manifest
+from edge.model.spec import ModelSpec
 
 from .graph_inputs import Basis, read_basis, read_section, slot_values
 from .slots import AdapterSlots

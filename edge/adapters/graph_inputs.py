@@ -34,10 +34,11 @@ from numpy.typing import NDArray
 from edge.bundle.extras import read_extra
 from edge.bundle.io_spec import BATCH, TensorSpec
 from edge.bundle.linears import LinearSpec, linear_layers
-from edge.bundle.manifest import FloatType, HeadManifest, Line, Manifest, ModelSpec
+from edge.bundle.manifest import FloatType, HeadManifest, Line, Manifest
 from edge.bundle.sizes import ALIGNMENT, ENGINE_FLOAT_BYTES, ProfileName
 from edge.errors import BundleError, CheckpointError, ConfigError
 from edge.files import MALFORMED
+from edge.model.spec import ModelSpec
 
 from .safetensors_header import read_header
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.manifest import Manifest, ModelSpec
+from edge.bundle.manifest import Manifest
+from edge.model.spec import ModelSpec
 
 from .graph_inputs import Basis
 from .slots import AdapterSlots, adapt

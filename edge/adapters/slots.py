@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.io_spec import BATCH
-from edge.bundle.manifest import Manifest, ModelSpec
+from edge.bundle.manifest import Manifest
 from edge.errors import BackendError, ResourceError
+from edge.model.spec import ModelSpec
 
 from .graph_inputs import (
     Basis,

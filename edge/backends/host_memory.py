@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from edge.bundle import io_spec
-from edge.bundle.manifest import Dialect, ModelSpec
+from edge.bundle.manifest import Dialect
 from edge.bundle.memory_facts import MemoryFacts
 from edge.bundle.sizes import INDEX_BYTES
+from edge.model.spec import ModelSpec
 
 LEAST_CAPACITY = 1024
 """Least capacity in tokens; a machine without room for it is left to fail by itself."""

@@ -23,9 +23,10 @@ import msgspec
 
 from edge.errors import BundleError, IntegrityError, install_command
 from edge.files import MALFORMED, drop_cached, read_file
+from edge.model.parts import Rows
 
 from . import io_spec
-from .manifest import ENGINES_DIR, Count, Line, Manifest, Rows, Sha256
+from .manifest import ENGINES_DIR, Count, Line, Manifest, Sha256
 from .profile_layers import ProfileLayers
 from .sizes import ALIGNMENT, ProfileName, StepLimits
 

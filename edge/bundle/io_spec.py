@@ -60,7 +60,9 @@ from typing import TYPE_CHECKING, Literal
 from edge.errors import ConfigError
 
 if TYPE_CHECKING:
-    from .manifest import Dialect, FloatType, ModelSpec
+    from edge.model.spec import ModelSpec
+
+    from .manifest import Dialect, FloatType
 
 INPUTS_EMBEDS = "inputs_embeds"
 POSITION_IDS = "position_ids"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .manifest import ModelSpec
+from edge.model.names import TOKEN_TABLE, module_name
+from edge.model.parts import Linear, Norm
+from edge.model.spec import ModelSpec
 
-TOKEN_TABLE = "model.embed_tokens.weight"
-"""HF name of the token embeddings ``[vocab, hidden]``."""
 ROTATION = "rotation"
 """Begins the name of the constant that rotates ``n`` input channels of a linear layer in the graph:
 ``rotation.n``."""
@@ -81,22 +81,15 @@ def expected_tensors(model: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 def _parts(model: ModelSpec) -> Iterator[LinearSpec | NormSpec]:
     """Yield the whole decoder, in the order of the graph."""
-    hidden, wide, dim = model.hidden_size, model.intermediate_size, model.head_dim
-    q_width, kv_width = model.num_heads * dim, model.num_kv_heads * dim
-    for i in range(model.num_layers):
-        name, source = f"layers.{i}", f"model.layers.{i}"
-        attention, mlp = f"{source}.self_attn", f"{source}.mlp"
-        yield NormSpec(f"{name}.input_norm", f"{source}.input_layernorm.weight", hidden)
-        widths = {"q": q_width, "k": kv_width, "v": kv_width}
-        qkv = {f"{attention}.{part}_proj": width for part, width in widths.items()}
-        yield fuse(f"{name}.qkv", hidden, qkv, has_bias=model.qkv_bias)
-        if model.qk_norm:
-            for part in "qk":
-                yield NormSpec(f"{name}.{part}_norm", f"{attention}.{part}_norm.weight", dim)
-        yield fuse(f"{name}.o", q_width, {f"{attention}.o_proj": hidden})
-        yield NormSpec(f"{name}.post_norm", f"{source}.post_attention_layernorm.weight", hidden)
-        yield fuse(f"{name}.gate_up", hidden, {f"{mlp}.gate_proj": wide, f"{mlp}.up_proj": wide})
-        yield fuse(f"{name}.down", wide, {f"{mlp}.down_proj": hidden})
+    for i, layer in model.each_layer():
+        for part in layer:
+            match part:
+                case Norm(name=name, size=size):
+                    yield NormSpec(f"layers.{i}.{name}", f"{module_name(i, name)}.weight", size)
+                case Linear(name=name):
+                    rows = {module_name(i, output): size for output, size in part.outputs}
+                    yield fuse(f"layers.{i}.{name}", part.width, rows, has_bias=part.bias)
+    hidden = model.hidden_size
     yield NormSpec("final_norm", "model.norm.weight", hidden)
     if model.task == "embed":
         return

@@ -16,16 +16,19 @@ import msgspec
 
 from edge.errors import BundleError, IntegrityError
 from edge.files import MALFORMED, read_file
+from edge.model.parts import Rows, Size
+from edge.model.spec import MAX_LAYERS, ModelSpec
 
 from .manifest_checks import check_fit, head_files
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 """Counts versions of the schema. 2 added `SamplingDefaults.assumed`; 3 `Manifest.tensorrt` and
 `TensorScheme.planes`; 4 `Source.quantization`, and ``from_source``, ``offsets`` and ``reordered``
 of `LinearInfo`; 5 `Manifest.kv_cache` and `Manifest.head`; 6 `ModelSpec.task`,
 `Manifest.embedding` and `Manifest.reranking`; 7 ``per_token`` and ``rotation_block`` of
-`LinearInfo`; 8 `Manifest.extras`."""
-_READABLE_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8)
+`LinearInfo`; 8 `Manifest.extras`; 9 `ModelSpec.layers`."""
+_READABLE_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
+_LAYERS_SINCE = 9
 MANIFEST_NAME = "manifest.json"
 ENGINES_DIR = "engines"
 _NO_HASH = "0" * 64
@@ -33,22 +36,14 @@ MAX_MANIFEST_BYTES = 1 << 24  # a layer takes about 1 KB
 _SELF_HASH = re.compile(rb'"self_sha256": "([0-9a-f]{64})"\n\}\n\Z')
 _FILE_NAME = re.compile(r"(?!manifest\.json)[A-Za-z0-9_][A-Za-z0-9._-]{0,199}\Z")
 
-Architecture = Literal["qwen2", "llama", "qwen3"]
 Dialect = Literal["native", "portable"]
 FloatType = Literal["fp16", "bf16", "fp32"]
 SchemeKind = Literal["float", "int8", "int4", "w8a8"]
 Treatment = Literal["kept", "requantized", "dequantized"]
-Task = Literal["generate", "embed", "rerank"]
-
 
 # Ranges: far beyond existing models, and small enough that nothing computed from them is large.
 # They are checked when a manifest is decoded, so also before one is written.
-_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
-_Heads = Annotated[int, msgspec.Meta(ge=1, le=4096)]
-_Layers = Annotated[int, msgspec.Meta(ge=1, le=1000)]
-_LayerInput = Annotated[int, msgspec.Meta(ge=0, le=1000)]
-Rows = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]  # of a token table; ids are below it
-_Positions = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+_LayerInput = Annotated[int, msgspec.Meta(ge=0, le=MAX_LAYERS)]
 _Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 22)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
@@ -62,55 +57,6 @@ _TokenText = Annotated[str, msgspec.Meta(max_length=1000)]
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every struct of the manifest."""
-
-
-class RopeSpec(_Struct, frozen=True):
-    """Rotary position embedding, as ``rope_theta`` and ``rope_scaling`` of an HF ``config.json``.
-
-    Attributes:
-        theta: base of the frequencies.
-        kind: how the frequencies are scaled beyond the original context.
-        factor: context extension (``linear``, ``llama3``, ``yarn``).
-        original_max_positions: context of pre-training (``llama3``, ``yarn``).
-        low_freq_factor, high_freq_factor: the two borders of ``llama3``.
-        beta_fast, beta_slow: the two borders of ``yarn``, in rotations.
-        attention_factor: scale on cos and sin (``yarn``); 1.0 elsewhere.
-    """
-
-    theta: Annotated[float, msgspec.Meta(gt=1, le=1e15)]
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
-    factor: Annotated[float, msgspec.Meta(ge=1, le=1e6)] = 1.0
-    original_max_positions: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] = 0
-    low_freq_factor: _Positive = 1.0
-    high_freq_factor: _Positive = 4.0
-    beta_fast: _Positive = 32.0
-    beta_slow: _Positive = 1.0
-    attention_factor: _Positive = 1.0
-
-
-class ModelSpec(_Struct, frozen=True):
-    """Every number of the decoder that the graph and the runtime need.
-
-    Attributes:
-        task: what the graph puts out: logits of the whole vocabulary, the normed hidden state
-            (``embed``), or the logits of the two tokens that judge a document (``rerank``).
-    """
-
-    architecture: Architecture
-    hidden_size: _Size
-    num_layers: _Layers
-    num_heads: _Heads
-    num_kv_heads: _Heads
-    head_dim: _Heads
-    intermediate_size: _Size
-    vocab_size: Rows
-    rms_norm_eps: Annotated[float, msgspec.Meta(gt=0, le=1)]
-    max_position_embeddings: _Positions
-    rope: RopeSpec
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    tied_embeddings: bool = False
-    task: Task = "generate"
 
 
 class TensorScheme(_Struct, frozen=True):
@@ -251,7 +197,8 @@ class KvCache(_Struct, frozen=True):
 
     kind: Literal["int8"]
     score_errors: Annotated[
-        tuple[Annotated[float, msgspec.Meta(ge=0, le=1e12)], ...], msgspec.Meta(max_length=1000)
+        tuple[Annotated[float, msgspec.Meta(ge=0, le=1e12)], ...],
+        msgspec.Meta(max_length=MAX_LAYERS),
     ]
     limit: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
     float_layers: Annotated[tuple[Count, ...], msgspec.Meta(max_length=1000)]
@@ -429,7 +376,7 @@ class Embedding(_Struct, frozen=True):
         dict[Line, Annotated[str, msgspec.Meta(max_length=10_000)]], msgspec.Meta(max_length=256)
     ] = {}
     default_prompt: Line | None = None
-    least_dimensions: _Size | None = None
+    least_dimensions: Size | None = None
 
 
 class Reranking(_Struct, frozen=True):
@@ -562,7 +509,12 @@ def is_file_name(name: str) -> bool:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Serialize with the self-hash filled in; the inverse of `decode_manifest`."""
-    content = msgspec.to_builtins(msgspec.structs.replace(manifest, self_sha256=_NO_HASH))
+    return hash_content(msgspec.to_builtins(manifest))
+
+
+def hash_content(content: dict[str, Any]) -> bytes:
+    """Serialize the object of a manifest with the self-hash filled in."""
+    content = {**content, "self_sha256": _NO_HASH}
     data = msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
     match = _SELF_HASH.search(data)
     assert match is not None
@@ -604,7 +556,7 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
             "copy or export the bundle again"
         )
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = _decode(data, version)
     except MALFORMED as error:
         raise BundleError(
             f"{where} does not fit schema {version}: {error}; export the bundle again"
@@ -618,6 +570,22 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
                 "export the bundle again"
             )
     return manifest
+
+
+def _decode(data: bytes, version: int) -> Manifest:
+    """Decode a manifest; one from before `ModelSpec.layers` has a dense model's numbers instead."""
+    if version >= _LAYERS_SINCE:
+        return msgspec.json.decode(data, type=Manifest)
+    from edge.model.dense import Dense  # only an older bundle needs it
+
+    def translated(model: Any) -> Any:
+        return msgspec.to_builtins(msgspec.convert(model, Dense).model())
+
+    content = msgspec.json.decode(data)
+    head = content.get("head")
+    if isinstance(head, dict):
+        content["head"] = {**head, "model": translated(head.get("model"))}
+    return msgspec.convert({**content, "model": translated(content.get("model"))}, Manifest)
 
 
 def printable(text: str) -> str:

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edge.errors import BundleError
+from edge.model.check import layer_faults
 
 if TYPE_CHECKING:
-    from .manifest import DraftHead, Manifest, ModelSpec
+    from edge.model.spec import ModelSpec
+
+    from .manifest import DraftHead, Manifest
 
 
-def check_ranges(spec: ModelSpec, where: str) -> None:
+def check_ranges(spec: msgspec.Struct, where: str) -> None:
     """Refuse dimensions that no manifest may have.
 
     Raises:
@@ -30,24 +33,15 @@ def check_fit(manifest: Manifest, where: str) -> None:
     Raises:
         BundleError: some do; the message names the contradiction.
     """
-    model, rope = manifest.model, manifest.model.rope
+    model = manifest.model
     ids = [*manifest.tokens.eos, *([] if manifest.tokens.bos is None else [manifest.tokens.bos])]
     wrong = [] if manifest.head is None else _head_faults(manifest.head, model)
+    wrong += [*layer_faults(model), *_rope_faults(model)]
     wrong += [
         text
         for is_wrong, text in (
-            (model.num_heads % model.num_kv_heads, "num_heads is no multiple of num_kv_heads"),
-            (model.head_dim % 2, "head_dim is odd"),
             (manifest.kv_capacity > manifest.rope_positions, "kv_capacity exceeds rope_positions"),
             (max(ids) >= model.vocab_size, "the id of bos or eos exceeds vocab_size"),
-            (
-                rope.kind in ("llama3", "yarn") and not rope.original_max_positions,
-                f"rope of kind {rope.kind} has no original_max_positions",
-            ),
-            (
-                rope.kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor,
-                "rope's low_freq_factor is not below its high_freq_factor",
-            ),
             *_task_faults(manifest),
             (
                 manifest.kv_cache is not None
@@ -66,6 +60,17 @@ def check_fit(manifest: Manifest, where: str) -> None:
         raise BundleError(
             f"{where} contradicts itself: {'; '.join(wrong)}; export the bundle again"
         )
+
+
+def _rope_faults(model: ModelSpec) -> list[str]:
+    """Return messages for RoPE scalings whose numbers contradict each other."""
+    faults = []
+    for rope in model.ropes:
+        if rope.kind in ("llama3", "yarn") and not rope.original_max_positions:
+            faults.append(f"rope of kind {rope.kind} has no original_max_positions")
+        if rope.kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor:
+            faults.append("rope's low_freq_factor is not below its high_freq_factor")
+    return faults
 
 
 def _task_faults(manifest: Manifest) -> list[tuple[bool, str]]:
@@ -93,19 +98,21 @@ def _head_faults(head: DraftHead, model: ModelSpec) -> list[str]:
     """Return messages for contradictions of a head with itself or its model."""
     own = head.model
     return [
-        f"the head {text}"
-        for is_wrong, text in (
-            (own.num_layers != 1, f"has {own.num_layers} layers"),
-            (own.hidden_size != model.hidden_size, "has another hidden_size than the model"),
-            (own.num_heads % own.num_kv_heads or own.head_dim % 2, "has heads that do not fit"),
-            (own.vocab_size > model.vocab_size, "has more tokens than the model"),
-            (
-                head.vocabulary is None and own.vocab_size != model.vocab_size,
-                "guesses some tokens and does not say which",
-            ),
-            (max(head.layers) > model.num_layers, "reads a layer that the model does not have"),
-        )
-        if is_wrong
+        *(f"the head: {text}" for text in [*layer_faults(own), *_rope_faults(own)]),
+        *(
+            f"the head {text}"
+            for is_wrong, text in (
+                (own.num_layers != 1, f"has {own.num_layers} layers"),
+                (own.hidden_size != model.hidden_size, "has another hidden_size than the model"),
+                (own.vocab_size > model.vocab_size, "has more tokens than the model"),
+                (
+                    head.vocabulary is None and own.vocab_size != model.vocab_size,
+                    "guesses some tokens and does not say which",
+                ),
+                (max(head.layers) > model.num_layers, "reads a layer that the model does not have"),
+            )
+            if is_wrong
+        ),
     ]
 
 

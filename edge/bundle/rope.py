@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from .manifest import RopeSpec
+from edge.model.spec import RopeSpec
 
 Array = NDArray[np.float64]
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from edge.errors import ConfigError
+from edge.model.spec import ModelSpec
 
 from .io_spec import DIALECTS, ELEMENT_BYTES
-from .manifest import Dialect, Manifest, ModelSpec
+from .manifest import Dialect, Manifest
 
 ProfileName = Literal[
     "prefill", "decode", "batch", "prefill-adapters", "decode-adapters", "batch-adapters"

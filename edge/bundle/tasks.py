@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from edge.errors import RequestError
+from edge.model.spec import Task
 
-from .manifest import Manifest, Task
+from .manifest import Manifest
 
 _DOES: dict[Task, str] = {
     "generate": "generates text",

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from edge.bundle.linears import linear_layers, norm_layers
-from edge.bundle.manifest import HeadManifest, Manifest, ModelSpec, TensorScheme
+from edge.bundle.manifest import HeadManifest, Manifest, TensorScheme
 from edge.bundle.memory_facts import PARTS, MemoryFacts, Part
 from edge.bundle.schemes import SCALE_BYTES, SCHEMES, stored_bytes
 from edge.bundle.sizes import ENGINE_FLOAT_BYTES
+from edge.model.spec import ModelSpec
 
 # ONNX Runtime keeps the fp32 scales, packs them beside the integers, and adds sums of each group.
 ORT_SCALE_COPIES = 3

@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 
 from edge.backends import Floats
-from edge.bundle.manifest import ModelSpec
 from edge.bundle.rope import inverse_frequencies, turn
 from edge.errors import ConfigError
+from edge.model.spec import ModelSpec
 
 NUM_SINKS = 4
 

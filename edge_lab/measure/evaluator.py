@@ -18,11 +18,12 @@ import msgspec
 import numpy as np
 
 from edge.backends.ort.session import rounds_activations
-from edge.bundle.manifest import Manifest, ModelSpec
+from edge.bundle.manifest import Manifest
 from edge.bundle.trust import open_manifest
 from edge.bundle.verified_files import VerifiedFiles
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError
+from edge.model.spec import ModelSpec
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import SamplingParams
 from edge.text.tokenizer import Tokenizer

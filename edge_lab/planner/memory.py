@@ -17,7 +17,7 @@ from edge.backends.host_memory import (
     tokenizer_bytes,
 )
 from edge.bundle import io_spec
-from edge.bundle.manifest import Dialect, FloatType, Manifest, ModelSpec
+from edge.bundle.manifest import Dialect, FloatType, Manifest
 from edge.bundle.memory_facts import MemoryFacts, Part, read_memory_facts
 from edge.bundle.sizes import (
     ALIGNMENT,
@@ -31,6 +31,7 @@ from edge.bundle.sizes import (
     profile_limits,
 )
 from edge.bundle.weights import Linear, count_facts
+from edge.model.spec import ModelSpec
 
 BackendKind = Literal["tensorrt", "ort-cpu"]
 # CUDA's context with cuBLAS, TensorRT's libraries and their scratch. Not measured by us: it is the

@@ -9,17 +9,11 @@ from typing import Any
 import msgspec
 
 from edge.bundle.library import CATALOGUE, find_bundle, hub_id, nearest_model
-from edge.bundle.manifest import (
-    MANIFEST_NAME,
-    Architecture,
-    Manifest,
-    ModelSpec,
-    RopeSpec,
-    head_manifest,
-    read_manifest,
-)
+from edge.bundle.manifest import MANIFEST_NAME, Manifest, head_manifest, read_manifest
 from edge.errors import BundleError, CheckpointError, ConfigError
 from edge.files import MALFORMED, exists, is_directory, is_file, read_file
+from edge.model.dense import Dense
+from edge.model.spec import ModelSpec, RopeSpec
 from edge.text.tokenizer_difference import tokenizer_difference
 from edge_lab.model_config import parse_config
 
@@ -46,7 +40,7 @@ class PlannedModel:
 
 
 def decoder_spec(
-    architecture: Architecture,
+    architecture: str,
     hidden: int,
     layers: int,
     heads: tuple[int, int, int],
@@ -68,7 +62,7 @@ def decoder_spec(
         tied: whether the lm_head is the token table.
         max_positions: context of the model.
     """
-    return ModelSpec(
+    return Dense(
         architecture=architecture,
         hidden_size=hidden,
         num_layers=layers,
@@ -83,7 +77,7 @@ def decoder_spec(
         qkv_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
         tied_embeddings=tied,
-    )
+    ).model()
 
 
 # Dimensions of the models' own config.json files.

@@ -25,12 +25,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edge.bundle.manifest import ModelSpec
 from edge.bundle.memory_facts import Part
 from edge.bundle.profile_layers import AttentionKind
 from edge.bundle.schemes import SCHEMES
 from edge.bundle.weights import ORT_SCALE_COPIES, Linear
 from edge.errors import ConfigError
+from edge.model.spec import ModelSpec
 
 from .devices import PowerMode
 from .memory import Deployment

@@ -16,7 +16,8 @@ import onnx
 from edge._version import __version__
 from edge.adapters.graph_inputs import linear_inputs
 from edge.bundle import io_spec
-from edge.bundle.manifest import Dialect, FloatType, ModelSpec
+from edge.bundle.manifest import Dialect, FloatType
+from edge.model.spec import ModelSpec
 
 from .data_file import StoredTensor
 from .graph_builder import ONNX_TYPE, GraphBuilder

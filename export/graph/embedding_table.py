@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle import io_spec
-from edge.bundle.linears import TOKEN_TABLE
+from edge.model.names import TOKEN_TABLE
 from edge_lab.safetensors_writer import TensorSource
 
 from .float_range import check_range

@@ -11,7 +11,8 @@ from __future__ import annotations
 import onnx
 
 from edge.bundle import io_spec
-from edge.bundle.manifest import Dialect, FloatType, ModelSpec
+from edge.bundle.manifest import Dialect, FloatType
+from edge.model.spec import ModelSpec
 
 from .decoder import Decoder, DecoderTensors, NativeDecoder, PortableDecoder
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.manifest import RopeSpec
 from edge.bundle.rope import inverse_frequencies
+from edge.model.spec import RopeSpec
 
 Array = NDArray[np.float64]
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -21,10 +20,12 @@ from numpy.typing import NDArray
 from edge._version import __version__
 from edge.bundle import io_spec
 from edge.bundle.io_spec import TensorSpec
-from edge.bundle.linears import TOKEN_TABLE, linear_layers, norm_sources
-from edge.bundle.manifest import FloatType, ModelSpec, TensorScheme
+from edge.bundle.linears import linear_layers, norm_sources
+from edge.bundle.manifest import FloatType, TensorScheme
 from edge.device.process import choose_num_threads
 from edge.errors import DependencyError, install_command
+from edge.model.names import TOKEN_TABLE
+from edge.model.spec import ModelSpec
 from edge_lab.progress import Progress, silent
 from export.graph.data_file import StoredTensor
 from export.graph.decoder import DecoderTensors, PortableDecoder
@@ -223,7 +224,7 @@ class LayerGraph(PortableDecoder):
 
     def __init__(self, model: ModelSpec, taps: Mapping[str, str] = TAPS) -> None:
         self._taps = taps
-        one = msgspec.structs.replace(model, num_layers=1)
+        one = model.of_layer(0)
         self.linear_specs = {layer.name: layer for layer in linear_layers(one)}
         self.linear_specs.pop("lm_head", None)  # a model that embeds has none
         self.norm_sources = norm_sources(one)

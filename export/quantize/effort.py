@@ -6,10 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import msgspec
-
 from edge.bundle.linears import linear_layers
-from edge.bundle.manifest import ModelSpec
+from edge.model.spec import ModelSpec
 
 # Other work on each weight, in operations that take as long: to read it and find AWQ's factors,
 # and to round it.
@@ -50,7 +48,7 @@ def layer_effort(model: ModelSpec, tokens: int) -> LayerEffort:
         model: the model's dimensions.
         tokens: tokens of the calibration text.
     """
-    one = msgspec.structs.replace(model, num_layers=1)
+    one = model.of_layer(0)
     look, short = 0.0, ""
     plan: dict[str, tuple[float, ...]] = {}
     linears = [layer for layer in linear_layers(one) if layer.name != "lm_head"]

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.manifest import Calibration, KvCache, ModelSpec
+from edge.bundle.manifest import Calibration, KvCache
+from edge.model.spec import ModelSpec
 from edge_lab.progress import Progress
 from export.graph.kv_quantization import KvScales
 from export.sources.checkpoint import Checkpoint

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.linears import TOKEN_TABLE
+from edge.model.names import TOKEN_TABLE
 from export.graph.block_rotation import hadamard, rotate_blocks
 from export.sources.checkpoint import Checkpoint, Transformed
 

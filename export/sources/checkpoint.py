@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
-from edge.bundle.manifest import Embedding, ModelSpec, Reranking, Source
+from edge.bundle.manifest import Embedding, Reranking, Source
+from edge.model.spec import ModelSpec
 from edge.text.chat_template import ChatTemplate
 
 from .checkpoint_text import CheckpointText

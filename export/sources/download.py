@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge.bundle.manifest import ModelSpec
+from edge.model.spec import ModelSpec
 
 from .quantization_config import QuantizationConfig
 

@@ -18,10 +18,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.linears import TOKEN_TABLE, LinearSpec, NormSpec, fuse
-from edge.bundle.manifest import ModelSpec
+from edge.bundle.linears import LinearSpec, NormSpec, fuse, linear_layers
 from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
+from edge.model.names import TOKEN_TABLE
+from edge.model.spec import ModelSpec
 from edge_lab.model_config import parse_config
 
 from .checkpoint import Checkpoint, Transformed
@@ -44,18 +45,18 @@ def head_linears(head: ModelSpec) -> list[LinearSpec]:
     The decoder layer's q, k and v read an embedding and a hidden state side by side. ``fc``, which
     joins three hidden states to one, runs in the model's graph and is not among them.
     """
-    hidden, wide, dim = head.hidden_size, head.intermediate_size, head.head_dim
-    q_width, kv_width = head.num_heads * dim, head.num_kv_heads * dim
-    attention, mlp = "midlayer.self_attn", "midlayer.mlp"
-    widths = {"q": q_width, "k": kv_width, "v": kv_width}
-    qkv = {f"{attention}.{part}_proj": width for part, width in widths.items()}
-    return [
-        fuse("layers.0.qkv", 2 * hidden, qkv),
-        fuse("layers.0.o", q_width, {f"{attention}.o_proj": hidden}),
-        fuse("layers.0.gate_up", hidden, {f"{mlp}.gate_proj": wide, f"{mlp}.up_proj": wide}),
-        fuse("layers.0.down", wide, {f"{mlp}.down_proj": hidden}),
-        fuse("lm_head", hidden, {"lm_head": head.vocab_size}),
-    ]
+    parts = []
+    for linear in linear_layers(head):
+        width = (2 if linear.name.endswith(".qkv") else 1) * linear.shape[0]
+        rows = dict(zip(linear.weights, linear.rows, strict=True))
+        modules = {_published(name): size for name, size in rows.items()}
+        parts.append(fuse(linear.name, width, modules))
+    return parts
+
+
+def _published(name: str) -> str:
+    """Return the module of a tensor as SafeAILab/EAGLE spells it."""
+    return name.removesuffix(".weight").replace("model.layers.0.", "midlayer.", 1)
 
 
 def head_norms(head: ModelSpec) -> list[NormSpec]:

@@ -13,16 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.linears import expected_tensors
-from edge.bundle.manifest import Architecture, ModelSpec, RopeSpec, Source
+from edge.bundle.manifest import Source
 from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
-from edge_lab.model_config import BIDIRECTIONAL, alternative, check_spec, yarn_attention_factor
+from edge.model.dense import Dense
+from edge.model.spec import ModelSpec, RopeSpec
+from edge_lab.model_config import BIDIRECTIONAL, alternative, checked, yarn_attention_factor
 
 from .checkpoint import Checkpoint
 from .gguf_file import GgufFile
 from .gguf_tokenizer import read_gguf_text
 
-_ARCHITECTURES: dict[str, Architecture] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_ARCHITECTURES: dict[str, str] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _log = logging.getLogger(__name__)
 _ROPE_FACTORS = "rope_freqs.weight"
 _EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
@@ -157,7 +159,7 @@ def read_gguf_spec(
             raise keys.error(key, f"is {keys.get(key)}, expected the head dimension {head_dim}")
     if len(shapes.get(_EMBEDDINGS, ())) != 2:
         raise CheckpointError(f"{path} has no tensor {_EMBEDDINGS} [vocabulary, {hidden}]")
-    spec = ModelSpec(
+    spec = Dense(
         architecture=_ARCHITECTURES[architecture],
         hidden_size=hidden,
         num_layers=keys.integer("block_count"),
@@ -177,8 +179,7 @@ def read_gguf_spec(
         raise keys.error(
             "vocab_size", f"is {keys.get('vocab_size')}, {_EMBEDDINGS} has {spec.vocab_size} rows"
         )
-    check_spec(spec, str(path))
-    return spec
+    return checked(spec, str(path))
 
 
 class _Keys:

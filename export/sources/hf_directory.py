@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.linears import TOKEN_TABLE, expected_tensors, linear_layers
-from edge.bundle.manifest import Source, Task
+from edge.bundle.linears import expected_tensors, linear_layers
+from edge.bundle.manifest import Source
 from edge.errors import CheckpointError
+from edge.model.names import TOKEN_TABLE
+from edge.model.spec import Task
 from edge_lab.model_config import parse_config
 
 from .checkpoint import Checkpoint

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from edge.bundle.library import hub_id, nearest_model
-from edge.bundle.manifest import ModelSpec, Task
 from edge.errors import CheckpointError, ConfigError
+from edge.model.spec import ModelSpec, Task
 from edge_lab.model_config import parse_config
 from edge_lab.progress import Progress, silent
 from edge_lab.published import REVISIONS

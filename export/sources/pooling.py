@@ -17,10 +17,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.linears import TOKEN_TABLE
-from edge.bundle.manifest import Embedding, Reranking, Task
+from edge.bundle.manifest import Embedding, Reranking
 from edge.errors import BundleError, CheckpointError
 from edge.files import MALFORMED, read_file
+from edge.model.names import TOKEN_TABLE
+from edge.model.spec import Task
 
 from .checkpoint import Checkpoint, Transformed
 from .checkpoint_text import CheckpointText, read_json, read_optional

@@ -18,10 +18,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.linears import TOKEN_TABLE
 from edge.bundle.manifest import ReducedVocabulary
 from edge.errors import ConfigError, RequestError
 from edge.files import MALFORMED, read_file
+from edge.model.names import TOKEN_TABLE
 from edge.text.chat_template import encode_chat
 from edge.text.tokenizer import Tokenizer
 

@@ -25,7 +25,8 @@ from edge.adapters.graph_inputs import adapted_linears
 from edge.adapters.weights import AdapterWeights
 from edge.backends.ort.cpu import OrtBackend
 from edge.backends.step import step_after
-from edge.bundle.manifest import ModelSpec, read_manifest
+from edge.bundle.manifest import read_manifest
+from edge.model.spec import ModelSpec
 
 PROMPT = 64
 """Tokens that each sequence has before the steps that are timed."""

@@ -36,7 +36,8 @@ import pytest
 from numpy.typing import NDArray
 from openvino import opset13
 
-from edge.bundle.linears import TOKEN_TABLE, expected_tensors, linear_layers
+from edge.bundle.linears import expected_tensors, linear_layers
+from edge.model.names import TOKEN_TABLE
 from export.sources.opening import open_checkpoint
 
 from .genai_weights import start_directory, write_floats

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge.bundle.manifest import ModelSpec
 from edge.bundle.rope import inverse_frequencies
+from edge.model.spec import ModelSpec
 from export.sources.eagle3 import head_linears, head_norms
 
 if TYPE_CHECKING:

@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 
 from edge import LLM, EdgeError, SamplingParams
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from edge.bundle.manifest import ModelSpec, read_manifest
+from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError
+from edge.model.spec import ModelSpec
 from export.graph.rope import rope_tables
 from export.pipeline import ExportConfig, export_checkpoint
 from export.sources.eagle3 import Eagle3Head, head_linears, head_norms
 from export.sources.opening import open_checkpoint
 from tests.conftest import RUNNABLE, TINY_KV_CAPACITY, Bundles, Checkpoints
-from tests.makers.manifests import make_model
+from tests.makers.manifests import change_model, make_model
 from tests.makers.tiny_heads import EPS, HIDDEN, THETA, VOCAB, make_head
 from tests.makers.tiny_models import KINDS, Kind, write_checkpoint
 
@@ -199,7 +200,7 @@ def test_the_unrolled_head_is_the_one_that_drafts():
     head = make_head(draft_vocab=VOCAB)
     spec = head_spec(make_model(), VOCAB, 96)
     rope = msgspec.structs.replace(spec.rope, theta=THETA)
-    spec = msgspec.structs.replace(spec, rope=rope, rms_norm_eps=EPS)
+    spec = change_model(spec, rope=rope, rms_norm_eps=EPS)
     rng = np.random.RandomState(0)
     table = rng.standard_normal((VOCAB, HIDDEN)).astype(np.float16)
     module = HeadModule(spec, table, np.arange(VOCAB), np.ones(HIDDEN, np.float32), False)

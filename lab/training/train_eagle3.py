@@ -30,11 +30,13 @@ from edge.backends.ort.session import open_session
 from edge.backends.step import all_tokens
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from edge.bundle.manifest import Manifest, ModelSpec, RopeSpec, read_manifest
+from edge.bundle.manifest import Manifest, read_manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, OnnxFile, tensor_info
 from edge.bundle.verified_files import verify_files
 from edge.errors import ConfigError, DependencyError
 from edge.files import decode_text
+from edge.model.dense import Dense
+from edge.model.spec import ModelSpec, RopeSpec
 from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.tokenizer import Tokenizer
 from edge_lab.safetensors_writer import TensorSource, write_safetensors
@@ -193,7 +195,7 @@ def layers_of(model: ModelSpec) -> tuple[int, int, int]:
 
 def head_spec(model: ModelSpec, draft_vocab: int, intermediate: int | None) -> ModelSpec:
     """Return the head's own numbers: one layer like the model's, with fewer tokens."""
-    return ModelSpec(
+    return Dense(
         architecture="llama",
         hidden_size=model.hidden_size,
         num_layers=1,
@@ -205,7 +207,7 @@ def head_spec(model: ModelSpec, draft_vocab: int, intermediate: int | None) -> M
         rms_norm_eps=model.rms_norm_eps,
         max_position_embeddings=model.max_position_embeddings,
         rope=model.rope,
-    )
+    ).model()
 
 
 def make_lessons(

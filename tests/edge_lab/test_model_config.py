@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.bundle.linears import expected_tensors
-from edge.bundle.manifest import ModelSpec, RopeSpec
 from edge.errors import CheckpointError
+from edge.model.dense import Dense
+from edge.model.spec import RopeSpec
 from edge_lab.model_config import parse_config
 
 # The published config.json of DeepSeek-R1-Distill-Qwen-1.5B.
@@ -63,19 +64,22 @@ def rope(**scaling: Any) -> RopeSpec:
 
 
 def test_r1_distill_qwen() -> None:
-    assert parse_config(R1_QWEN) == ModelSpec(
-        architecture="qwen2",
-        hidden_size=1536,
-        num_layers=28,
-        num_heads=12,
-        num_kv_heads=2,
-        head_dim=128,
-        intermediate_size=8960,
-        vocab_size=151936,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=131072,
-        rope=RopeSpec(theta=10000.0),
-        qkv_bias=True,
+    assert (
+        parse_config(R1_QWEN)
+        == Dense(
+            architecture="qwen2",
+            hidden_size=1536,
+            num_layers=28,
+            num_heads=12,
+            num_kv_heads=2,
+            head_dim=128,
+            intermediate_size=8960,
+            vocab_size=151936,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=131072,
+            rope=RopeSpec(theta=10000.0),
+            qkv_bias=True,
+        ).model()
     )
 
 

@@ -9,15 +9,17 @@ import msgspec
 import pytest
 
 from edge.bundle.linears import linear_layers
-from edge.bundle.manifest import ModelSpec, RopeSpec, TensorScheme
+from edge.bundle.manifest import TensorScheme
 from edge.bundle.schemes import Quant
 from edge.errors import ConfigError
+from edge.model.dense import Dense
+from edge.model.spec import ModelSpec, RopeSpec
 from edge_lab.planner.models import BUILT_IN
 from edge_lab.recipe import VARIANTS, Recipe, find_variant, recipe_linears
 from tests.makers.manifests import make_model
 
 # DeepSeek-R1-Distill-Qwen-1.5B's numbers, two layers of it.
-QWEN = ModelSpec(
+QWEN = Dense(
     architecture="qwen2",
     hidden_size=1536,
     num_layers=2,
@@ -30,7 +32,7 @@ QWEN = ModelSpec(
     max_position_embeddings=131072,
     rope=RopeSpec(theta=10000.0),
     qkv_bias=True,
-)
+).model()
 # SmolLM2-135M: 576 = 4.5 * 128 = 9 * 64.
 SMOLLM2 = msgspec.structs.replace(
     QWEN,

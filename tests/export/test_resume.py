@@ -20,9 +20,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge.bundle.manifest import LinearInfo, Manifest, Task, TensorScheme, read_manifest
+from edge.bundle.manifest import LinearInfo, Manifest, TensorScheme, read_manifest
 from edge.bundle.verified_files import verify_files
 from edge.errors import ResourceError
+from edge.model.spec import Task
 from edge_lab.atomic_swap import check_free_space, remove
 from edge_lab.target import beside
 from export import bundle as bundle_writer

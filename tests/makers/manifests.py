@@ -15,18 +15,19 @@ from edge.bundle.manifest import (
     Graphs,
     LinearInfo,
     Manifest,
-    ModelSpec,
     Quantization,
-    RopeSpec,
     SamplingDefaults,
     Source,
     TensorScheme,
     Tokens,
     encode_manifest,
+    hash_content,
     read_manifest,
 )
+from edge.model.dense import Dense
+from edge.model.spec import ModelSpec, RopeSpec
 
-_MODEL = ModelSpec(
+_DENSE = Dense(
     architecture="qwen2",
     hidden_size=64,
     num_layers=2,
@@ -45,7 +46,7 @@ _MANIFEST = Manifest(
     producer="edge-llm 0.0.0",
     created="2026-01-01T00:00:00Z",
     name="tiny",
-    model=_MODEL,
+    model=_DENSE.model(),
     dialect="native",
     dtype="fp16",
     kv_capacity=256,
@@ -78,13 +79,33 @@ def make_manifest(**changes: Any) -> Manifest:
 
 def make_model(**changes: Any) -> ModelSpec:
     """The manifest's model with some fields replaced."""
-    return msgspec.structs.replace(_MODEL, **changes)
+    return msgspec.structs.replace(_DENSE, **changes).model()
+
+
+def change_model(model: ModelSpec, **changes: Any) -> ModelSpec:
+    """A model whose layers are alike, with some of the fields of `Dense` replaced."""
+    fields = {name: getattr(model, name) for name in Dense.__struct_fields__}
+    return Dense(**{**fields, **changes}).model()
+
+
+def written_before_layers(manifest: Manifest, version: int = 8) -> bytes:
+    """The bytes of a manifest before schema 9, with a dense model's numbers instead of layers."""
+    older = msgspec.structs.replace(manifest, schema_version=version)
+    content = msgspec.to_builtins(older)
+
+    def numbers(model: ModelSpec) -> Any:
+        return {name: msgspec.to_builtins(getattr(model, name)) for name in Dense.__struct_fields__}
+
+    content["model"] = numbers(manifest.model)
+    if manifest.head is not None:
+        content["head"]["model"] = numbers(manifest.head.model)
+    return hash_content(content)
 
 
 def as_written_before_scales(bundle: Path) -> None:
     """Give a bundle the manifest of a release that left the cache's scales in the graphs alone."""
-    older = msgspec.structs.replace(read_manifest(bundle), extras={}, schema_version=7)
-    (bundle / MANIFEST_NAME).write_bytes(encode_manifest(older))
+    older = msgspec.structs.replace(read_manifest(bundle), extras={})
+    (bundle / MANIFEST_NAME).write_bytes(written_before_layers(older, 7))
 
 
 def replace_file(bundle: Path, name: str, data: bytes) -> None:

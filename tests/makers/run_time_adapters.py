@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edge.adapters.graph_inputs import adapted_linears
 from edge.adapters.weights import AdapterWeights
-from edge.bundle.manifest import ModelSpec
+from edge.model.spec import ModelSpec
 from export.sources.checkpoint import Checkpoint, Transformed
 
 

@@ -54,6 +54,23 @@ def test_a_budget_is_kept_and_not_wide(found: int, complaint: str | None):
     assert said is None if complaint is None else (said or "").startswith(complaint)
 
 
+def test_a_closure_has_imports_of_functions_and_none_for_types(tmp_path: Path):
+    files = {
+        "edge/__init__.py": "",
+        "edge/a.py": "if TYPE_CHECKING:\n    from .unused import X\nfrom . import b\n",
+        "edge/b.py": "def f():\n    from edge.room.c import D\n    import numpy\n",
+        "edge/room/__init__.py": "from .d import E\n",
+        "edge/room/c.py": "import edge.a\n",
+        "edge/room/d.py": "",
+        "edge/unused.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = sizes.closure("edge.a", tmp_path)
+    assert found == ["edge", "edge.a", "edge.b", "edge.room", "edge.room.c", "edge.room.d"]
+
+
 def test_a_room_counts_against_its_allowance_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("edge/a.py", "edge/room/b.py", "edge/room/deeper/c.py", "engines/d.py"):
         path = tmp_path / name

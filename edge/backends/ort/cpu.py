@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from edge.backends.step import Floats, Step, refuse_adapter
 from edge.bundle import io_spec
-from edge.bundle.manifest import Manifest, ModelSpec
+from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.device.huge_pages import collapse_filled
 from edge.device.memory import read_available_memory_bytes
 from edge.engine_config import INT8_PREFILL_TOKENS
 from edge.errors import BackendError, ConfigError, ResourceError
+from edge.model.spec import ModelSpec
 
 from .cpu_attention import can_fuse, fuse_cache_attention
 from .host_cache import HostCaches

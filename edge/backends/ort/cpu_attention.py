@@ -19,9 +19,10 @@ from __future__ import annotations
 import math
 
 from edge.bundle import io_spec
-from edge.bundle.manifest import Manifest, ModelSpec
+from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import Node, OnnxFile, attribute
 from edge.errors import BundleError
+from edge.model.spec import ModelSpec
 
 OWN_DOMAIN = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from edge.backends.step import Step
 from edge.bundle import io_spec
-from edge.bundle.manifest import FloatType, ModelSpec
+from edge.bundle.manifest import FloatType
+from edge.model.spec import ModelSpec
 
 from .device_cache import OrtDeviceCache
 from .faults import DeviceFaults

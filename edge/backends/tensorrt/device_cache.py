@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from edge.backends import cuda
 from edge.backends.step import Floats
-from edge.bundle.manifest import FloatType, Manifest, ModelSpec
+from edge.bundle.manifest import FloatType, Manifest
 from edge.bundle.sizes import cache_element_bytes, check_slots
 from edge.errors import DeviceMemoryError
+from edge.model.spec import ModelSpec
 
 from .device_memory import CachePlanes, StepSizes, cache_planes, new_rows_bytes, new_rows_stride
 from .step_buffers import round_to_bf16

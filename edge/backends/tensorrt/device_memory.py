@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from edge.bundle import io_spec
 from edge.bundle.engine_file import EngineInfo
-from edge.bundle.manifest import Manifest, ModelSpec
+from edge.bundle.manifest import Manifest
 from edge.bundle.sizes import (
     ALIGNMENT,
     DEFAULT_MAX_LOGITS,
@@ -21,6 +21,7 @@ from edge.bundle.sizes import (
     activation_bytes,
     cache_slots,
 )
+from edge.model.spec import ModelSpec
 
 
 class StepSizes(NamedTuple):

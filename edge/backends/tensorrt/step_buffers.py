@@ -16,7 +16,8 @@ from edge.backends import cuda
 from edge.backends.batching import Window
 from edge.backends.step import Floats, Step
 from edge.bundle import io_spec
-from edge.bundle.manifest import FloatType, ModelSpec
+from edge.bundle.manifest import FloatType
+from edge.model.spec import ModelSpec
 
 from .device_memory import BestLayout, StepSizes, best_layout, input_layout, logits_bytes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edge.bundle.linears import expected_tensors, linear_layers
-from edge.bundle.manifest import ModelSpec
+from edge.model.spec import ModelSpec
 from tests.makers.manifests import make_model
 
 UNTIED = make_model(tied_embeddings=False)

@@ -24,7 +24,6 @@ from edge.bundle.manifest import (
     LinearInfo,
     Manifest,
     Quantization,
-    RopeSpec,
     SamplingDefaults,
     Source,
     TensorScheme,
@@ -37,9 +36,10 @@ from edge.bundle.manifest import (
 from edge.bundle.rope import inverse_frequencies
 from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, IntegrityError
+from edge.model.spec import RopeSpec
 from edge.runtime.sampling_params import KNOBS
 from edge_lab.manifest_text import describe_kv_cache, describe_sampling
-from tests.makers.manifests import make_manifest, make_model
+from tests.makers.manifests import make_manifest, make_model, written_before_layers
 
 counts = st.integers(0, 2**50)
 rows = st.integers(1, 2**22)
@@ -236,21 +236,20 @@ _BEFORE_8 = b',\n  "extras": {}'
     ],
 )
 def test_a_bundle_of_an_older_schema_still_opens(version: int, lacks: list[bytes]) -> None:
-    data = encode_manifest(make_manifest(schema_version=version))
-    old = data
+    manifest = make_manifest(schema_version=version)
+    old = written_before_layers(manifest, version)
     for part in lacks:
         assert part in old
         old = old.replace(part, b"")
-    assert decode_manifest(resign(old)) == msgspec.structs.replace(
-        decode_manifest(data), self_sha256=decode_manifest(resign(old)).self_sha256
-    )
+    found = decode_manifest(resign(old))
+    assert msgspec.structs.replace(found, self_sha256=manifest.self_sha256) == manifest
 
 
 def test_int8_of_a_bundle_of_schema_2_is_not_in_planes() -> None:
     linear = LinearInfo(scheme=TensorScheme(kind="int8", group_size=32), shape=(64, 8), num_bytes=1)
     manifest = make_manifest(schema_version=2)
     quantization = msgspec.structs.replace(manifest.quantization, linears={"lm_head": linear})
-    data = encode_manifest(msgspec.structs.replace(manifest, quantization=quantization))
+    data = written_before_layers(msgspec.structs.replace(manifest, quantization=quantization), 2)
     old = re.sub(rb',\s+"planes": false', b"", data)
     assert old != data
     assert decode_manifest(resign(old)).quantization.linears == {"lm_head": linear}
@@ -306,30 +305,47 @@ def test_sha256_over_several_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def change(place: str, value: Any) -> bytes:
-    """The manifest with one value replaced, ``place`` is ``model.rope.theta``."""
+    """The manifest with one value replaced, ``place`` is ``model.ropes.0.theta``."""
     tree = json.loads(encode_manifest(make_manifest()))
     del tree["self_sha256"]
     *path, last = place.split(".")
-    node = tree
+    node: Any = tree
     for key in path:
-        node = node[key]
-    node[last] = value
+        node = node[int(key) if isinstance(node, list) else key]
+    node[int(last) if isinstance(node, list) else last] = value
     return resign(json.dumps({**tree, "self_sha256": ""}, indent=2).encode())
 
 
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        ("model.num_layers", 10**9),
-        ("model.num_layers", 0),
-        ("model.head_dim", 15),
-        ("model.num_kv_heads", 3),
+        ("model.layers.0.count", 10**9),
+        ("model.layers.0.count", 0),
+        ("model.layers", [{"count": 999, "parts": [{"part": "add", "name": "x"}]}] * 2),
+        ("model.layers.0.parts", []),
+        ("model.layers.0.parts", [{"part": "add", "name": "x"}] * 33),
+        ("model.layers.0.parts.0.part", "layer_norm"),
+        ("model.layers.0.parts.0.name", "post_norm"),  # twice
+        ("model.layers.0.parts.0.name", "a.b"),
+        ("model.layers.0.parts.0.name", "unheard_of"),
+        ("model.layers.0.parts.0.size", 65),
+        ("model.layers.0.parts.0.of", "q"),  # qkv comes later
+        ("model.layers.0.parts.1.width", 2**40),
+        ("model.layers.0.parts.1.outputs", [["q", 64]]),
+        ("model.layers.0.parts.2.dims", 15),
+        ("model.layers.0.parts.2.table", 1),
+        ("model.layers.0.parts.3.dim", 15),
+        ("model.layers.0.parts.3.kv_heads", 3),
+        ("model.layers.0.parts.3.scale", 0),
+        ("model.layers.0.parts.8.activation", "relu"),
+        ("model.layers.0.parts.10", {"part": "gated_mlp"}),
         ("model.vocab_size", 2**40),
         ("model.rms_norm_eps", 0),
-        ("model.rope.theta", 0),
-        ("model.rope.theta", -1),
-        ("model.rope.theta", 1),
-        ("model.rope.kind", "yarn"),  # without original_max_positions
+        ("model.ropes.0.theta", 0),
+        ("model.ropes.0.theta", -1),
+        ("model.ropes.0.theta", 1),
+        ("model.ropes.0.kind", "yarn"),  # without original_max_positions
+        ("model.ropes", []),
         ("kv_capacity", 10**6),
         ("rope_positions", 0),
         ("tokens.eos", []),
@@ -382,16 +398,17 @@ hostile_values = st.recursive(
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=4), hostile_values)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=7), hostile_values)
 def test_any_signed_manifest_is_one_or_an_error(place: list[int], value: Any) -> None:
     """And what is made of it when a bundle is opened takes no time."""
     tree = json.loads(encode_manifest(make_manifest()))
     del tree["self_sha256"]
     node: Any = tree
-    while isinstance(node, dict) and node:
-        key = list(node)[place[0] % len(node)]
+    while isinstance(node, (dict, list)) and node:
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        key = keys[place[0] % len(keys)]
         place = place[1:]
-        if not place or not isinstance(node[key], dict):
+        if not place or not isinstance(node[key], (dict, list)):
             node[key] = value
             break
         node = node[key]
@@ -404,7 +421,8 @@ def test_any_signed_manifest_is_one_or_an_error(place: list[int], value: Any) ->
     finally:
         assert time.process_time() - before_s < 1
     assert len(linear_layers(manifest.model)) == 4 * manifest.model.num_layers + 1
-    assert np.isfinite(inverse_frequencies(manifest.model.rope, manifest.model.head_dim)).all()
+    for rope in manifest.model.ropes:
+        assert np.isfinite(inverse_frequencies(rope, 16)).all()
     assert describe_sampling(manifest.sampling).isprintable()
     assert time.process_time() - before_s < 2
 

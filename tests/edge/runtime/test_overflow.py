@@ -11,16 +11,18 @@ from edge.backends import Floats
 from edge.backends.ort.cpu import OrtBackend
 from edge.backends.step import step_after
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from edge.bundle.manifest import ModelSpec, RopeSpec, read_manifest
+from edge.bundle.manifest import read_manifest
 from edge.bundle.rope import inverse_frequencies, turn
 from edge.errors import ConfigError
+from edge.model.dense import Dense
+from edge.model.spec import ModelSpec, RopeSpec
 from edge.runtime.overflow import SlidingWindow
 from tests.conftest import Bundles
 from tests.makers.tiny_models import KINDS, Kind
 
 
 def _model(rope: RopeSpec | None = None, head_dim: int = 8) -> ModelSpec:
-    return ModelSpec(
+    return Dense(
         architecture="llama",
         hidden_size=16,
         num_layers=2,
@@ -32,7 +34,7 @@ def _model(rope: RopeSpec | None = None, head_dim: int = 8) -> ModelSpec:
         rms_norm_eps=1e-6,
         max_position_embeddings=4096,
         rope=rope or RopeSpec(theta=10_000.0),
-    )
+    ).model()
 
 
 @given(

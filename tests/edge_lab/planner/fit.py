@@ -14,8 +14,8 @@ import numpy as np
 
 from edge.bundle import io_spec
 from edge.bundle.linears import linear_layers
-from edge.bundle.manifest import ModelSpec
 from edge.bundle.weights import Linear
+from edge.model.spec import ModelSpec
 from edge_lab.planner.devices import MODULES, PowerMode
 from edge_lab.planner.memory import Deployment, plan_process_memory
 from edge_lab.planner.models import BUILT_IN, decoder_spec

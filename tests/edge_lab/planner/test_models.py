@@ -6,23 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.bundle.manifest import ModelSpec, RopeSpec
 from edge.errors import CheckpointError, ConfigError
+from edge.model.spec import ModelSpec, RopeSpec
 from edge_lab.model_config import parse_config
 from edge_lab.planner.models import BUILT_IN, find_model, read_config
 from edge_lab.prove.checkpoint import CONFIG
 from tests.conftest import Bundles, Checkpoints
+from tests.makers.manifests import change_model
 from tests.makers.tiny_models import Kind
 
 
 def without_rope(spec: ModelSpec) -> ModelSpec:
     """RoPE and epsilon are no matter of bytes; the built-in models leave them out."""
-    return msgspec.structs.replace(spec, rope=RopeSpec(theta=1.0), rms_norm_eps=1.0)
+    return change_model(spec, rope=RopeSpec(theta=1.0), rms_norm_eps=1.0)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3"])

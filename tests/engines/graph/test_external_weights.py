@@ -24,17 +24,11 @@ from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle import io_spec
 from edge.bundle.engine_file import decode_engine_info, find_engines, read_engine_info
 from edge.bundle.linears import linear_layers, norm_layers
-from edge.bundle.manifest import (
-    FileInfo,
-    LinearInfo,
-    Manifest,
-    ModelSpec,
-    TensorScheme,
-    read_manifest,
-)
+from edge.bundle.manifest import FileInfo, LinearInfo, Manifest, TensorScheme, read_manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.onnx_values import Constant, Constants
 from edge.errors import BackendError, BundleError, IntegrityError, ResourceError
+from edge.model.spec import ModelSpec
 from edge_lab.cli.inspect import inspect
 from edge_lab.engine_record import verify_plan
 from edge_lab.planner.models import BUILT_IN

@@ -27,6 +27,7 @@ from engines.graph.own_attention import use_own_attention
 from engines.graph.own_kernels import OwnGraph, use_own_kernels
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.engines.own_builds import put, weights_of
+from tests.makers.manifests import change_model
 from tests.makers.tiny_models import write_checkpoint
 from tests.standins.own_kernels import compute_all
 
@@ -323,7 +324,7 @@ def test_a_result_that_something_else_reads_is_left(wide: Bundle) -> None:
 def test_other_numbers_of_heads_than_the_manifests_are_seen(wide: Bundle) -> None:
     bundle = wide("portable")
     manifest = read_manifest(bundle)
-    model = msgspec.structs.replace(manifest.model, num_heads=8)
+    model = change_model(manifest.model, num_heads=8)
     graph = OnnxFile((bundle / "decoder.onnx").read_bytes())
     found, left = use_own_attention(graph, msgspec.structs.replace(manifest, model=model))
     assert found == ()

@@ -44,6 +44,7 @@ from tests.edge.backends.runner import random_ids
 from tests.edge.backends.tensorrt.gpu_runner import GpuRunner
 from tests.edge.backends.tensorrt.test_best_logits import best_step
 from tests.engines.own_builds import gpu, needs_a_runner, only_engine, put, run, target
+from tests.makers.manifests import change_model
 from tests.standins.cuda import FakeGpu
 from tests.standins.own_kernels import compute_all, inputs_of
 
@@ -123,7 +124,7 @@ def test_unsupported_parts_are_named(
 ) -> None:
     bundle = tiny_bundles("qwen2", "portable", quant)
     manifest = read_manifest(bundle)
-    model = msgspec.structs.replace(manifest.model, **changes)
+    model = change_model(manifest.model, **changes)
     graph = graph_with_best(bundle, 8)
     before = graph.serialize()
     manifest = msgspec.structs.replace(manifest, model=model)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge.bundle.manifest import RopeSpec
 from edge.bundle.rope import inverse_frequencies
+from edge.model.spec import RopeSpec
 from edge_lab.model_config import parse_config
 from export.graph.rope import rope_tables
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge.bundle.linears import TOKEN_TABLE
+from edge.model.names import TOKEN_TABLE
 from export.quantize.held_layer import HeldLayer
 from export.sources.checkpoint import Transformed
 from export.sources.opening import open_checkpoint

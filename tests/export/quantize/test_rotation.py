@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from edge.bundle.io_spec import EMBEDDINGS_NAME
 from edge.bundle.linears import expected_tensors
-from edge.bundle.manifest import Manifest, Task
+from edge.bundle.manifest import Manifest
+from edge.model.spec import Task
 from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize.rotation import RotatedCheckpoint, Rotation
 from export.sources.checkpoint import Checkpoint

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from edge.bundle.linears import expected_tensors
-from edge.bundle.manifest import RopeSpec, SamplingDefaults, Tokens
+from edge.bundle.manifest import SamplingDefaults, Tokens
 from edge.errors import CheckpointError
+from edge.model.spec import RopeSpec
 from edge.text import known_templates
 from export.sources import gguf_file
 from export.sources.gguf_source import derive_llama3

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from edge.bundle.manifest import RopeSpec, SamplingDefaults, Tokens
+from edge.bundle.manifest import SamplingDefaults, Tokens
+from edge.model.spec import RopeSpec
 from export.sources import gguf_file
 from export.sources.opening import open_checkpoint
 from tools.models.smollm2 import smollm2_gguf

@@ -14,15 +14,16 @@ from edge.backends.ort.cpu import OrtBackend
 from edge.bundle.manifest import read_manifest
 from edge.errors import BundleError, DependencyError
 from tests.conftest import Bundles
+from tests.makers.manifests import change_model
 
 
 def test_a_graph_that_breaks_the_contract_is_refused(tiny_bundles: Bundles):
     bundle = tiny_bundles("qwen2")
     manifest = read_manifest(bundle)
-    model = msgspec.structs.replace(manifest.model, num_kv_heads=4)
+    model = change_model(manifest.model, num_kv_heads=4)
     with pytest.raises(BundleError, match=r"found \('past_key_values.0.key'.*export the bundle"):
         OrtBackend(bundle, msgspec.structs.replace(manifest, model=model))
-    model = msgspec.structs.replace(manifest.model, num_layers=1)
+    model = change_model(manifest.model, num_layers=1)
     with pytest.raises(BundleError, match="found 9 tensors, expected 7 tensors"):
         OrtBackend(bundle, msgspec.structs.replace(manifest, model=model))
 

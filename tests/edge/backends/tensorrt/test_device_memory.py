@@ -12,7 +12,7 @@ from edge.backends.tensorrt.device_memory import (
     new_rows_stride,
 )
 from edge.bundle.sizes import ALIGNMENT
-from tests.makers.manifests import make_manifest
+from tests.makers.manifests import change_model, make_manifest
 
 MODEL = make_manifest().model
 
@@ -22,9 +22,8 @@ MODEL = make_manifest().model
     st.integers(1, 8), st.integers(1, 8), st.integers(1, 300), st.sampled_from([16, 24, 64, 128])
 )
 def test_the_new_rows_of_any_step_fit_and_are_aligned(batch: int, heads: int, seq: int, dim: int):
-    from msgspec.structs import replace
 
-    model = replace(MODEL, num_kv_heads=heads, head_dim=dim)
+    model = change_model(MODEL, num_kv_heads=heads, head_dim=dim)
     stride = new_rows_stride(batch, seq, model)
     pitch = seq * dim * 2
     assert stride % ALIGNMENT == stride % pitch == 0
