@@ -14,7 +14,7 @@ from edge.adapters.graph_inputs import MAX_RANK
 from edge.bundle.manifest import Dialect, Task
 from edge.bundle.schemes import Quant, fold_quant
 from edge.errors import ConfigError
-from edge_lab.recipe import Clip, Recipe, kind_of
+from edge_make.recipe import Clip, Recipe, kind_of
 
 from .graph.embedding_table import EmbeddingType
 from .quantize.calibrated import Method

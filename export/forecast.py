@@ -11,7 +11,7 @@ from edge.bundle import io_spec
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import ModelSpec, TensorScheme
 from edge.bundle.schemes import GROUP_SIZES, stored_bytes
-from edge_lab.atomic_swap import check_free_space, human
+from edge_make.atomic_swap import check_free_space, human
 
 from .config import AS_IN_SOURCE, ExportRecipe, ExportTarget
 from .decoder_files import cache_tokens, calibrates

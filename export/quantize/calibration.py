@@ -25,7 +25,7 @@ from edge.bundle.linears import TOKEN_TABLE, linear_layers, norm_sources
 from edge.bundle.manifest import FloatType, ModelSpec, TensorScheme
 from edge.device.process import choose_num_threads
 from edge.errors import DependencyError, install_command
-from edge_lab.progress import Progress, silent
+from edge_make.progress import Progress, silent
 from export.graph.data_file import StoredTensor
 from export.graph.decoder import DecoderTensors, PortableDecoder
 from export.graph.float_range import FP16_MAX

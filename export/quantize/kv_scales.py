@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.manifest import Calibration, KvCache, ModelSpec
-from edge_lab.progress import Progress
+from edge_make.progress import Progress
 from export.graph.kv_quantization import KvScales
 from export.sources.checkpoint import Checkpoint
 

@@ -22,7 +22,7 @@ from edge.bundle.linears import TOKEN_TABLE, LinearSpec, NormSpec, fuse
 from edge.bundle.manifest import ModelSpec
 from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
-from edge_lab.model_config import parse_config
+from edge_make.model_config import parse_config
 
 from .checkpoint import Checkpoint, Transformed
 from .checkpoint_text import read_json

@@ -16,7 +16,7 @@ from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import Architecture, ModelSpec, RopeSpec, Source
 from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
-from edge_lab.model_config import BIDIRECTIONAL, alternative, check_spec, yarn_attention_factor
+from edge_make.model_config import BIDIRECTIONAL, alternative, check_spec, yarn_attention_factor
 
 from .checkpoint import Checkpoint
 from .gguf_file import GgufFile

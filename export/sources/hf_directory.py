@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edge.bundle.linears import TOKEN_TABLE, expected_tensors, linear_layers
 from edge.bundle.manifest import Source, Task
 from edge.errors import CheckpointError
-from edge_lab.model_config import parse_config
+from edge_make.model_config import parse_config
 
 from .checkpoint import Checkpoint
 from .checkpoint_text import read_json, read_licence, read_text

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from edge.bundle.manifest import ModelSpec, RopeSpec
 from edge.errors import CheckpointError, ConfigError
-from edge_lab.model_config import parse_config
 from edge_lab.planner.models import BUILT_IN, find_model, read_config
 from edge_lab.prove.checkpoint import CONFIG
+from edge_make.model_config import parse_config
 from tests.conftest import Bundles, Checkpoints
 from tests.makers.tiny_models import Kind
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import ModelSpec, RopeSpec
 from edge.errors import CheckpointError
-from edge_lab.model_config import parse_config
+from edge_make.model_config import parse_config
 
 # The published config.json of DeepSeek-R1-Distill-Qwen-1.5B.
 R1_QWEN: dict[str, Any] = {

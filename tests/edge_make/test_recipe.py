@@ -13,7 +13,7 @@ from edge.bundle.manifest import ModelSpec, RopeSpec, TensorScheme
 from edge.bundle.schemes import Quant
 from edge.errors import ConfigError
 from edge_lab.planner.models import BUILT_IN
-from edge_lab.recipe import VARIANTS, Recipe, find_variant, recipe_linears
+from edge_make.recipe import VARIANTS, Recipe, find_variant, recipe_linears
 from tests.makers.manifests import make_model
 
 # DeepSeek-R1-Distill-Qwen-1.5B's numbers, two layers of it.
