@@ -1,4 +1,4 @@
-"""Signs bundles and engines; `edge_lab.signing` has the keys, and `edge.bundle.minisign` checks."""
+"""Signs bundles and engines; `edge_make.signing` has the keys, `edge.bundle.minisign` checks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from edge.bundle.manifest import (
 from edge.bundle.release import RELEASE, Release
 from edge.bundle.trust import SIGNATURE_NAME
 from edge.errors import ConfigError
-from edge_lab.atomic_swap import update_manifest
-from edge_lab.engine_record import verify_plan
-from edge_lab.signing import Signer, write_signature
-from edge_lab.target import locked, resolve_target
+from edge_make.atomic_swap import update_manifest
+from edge_make.engine_record import verify_plan
+from edge_make.signing import Signer, write_signature
+from edge_make.target import locked, resolve_target
 
 
 def sign_bundle(bundle: Path, key: Signer, comment: str, release: Release | None = None) -> None:

@@ -11,8 +11,8 @@ from edge.bundle.engine_records import ENGINE_SIGNATURE, who_vouches
 from edge.bundle.manifest import ENGINES_DIR
 from edge.errors import BundleError
 from edge.files import list_directory
-from edge_lab.atomic_swap import own_entries
-from edge_lab.engine_layers import is_layers_file
+from edge_make.atomic_swap import own_entries
+from edge_make.engine_layers import is_layers_file
 
 _ENGINE_FILES = {ENGINE_JSON, ENGINE_SIGNATURE, "build.log", "timing.cache"}
 _UNASKED = "nobody is asked who vouches for it: no keys are trusted here"

@@ -2,5 +2,5 @@
 
 `measure` has quality, speed and drift; `planner` predicts memory and speed; `doctor` checks a
 machine; `prove` does all of it in one run on a device; `cli` has the verbs. This package may import
-`edge` and nothing above it: servers, fleets, the exporter and the engine builder stand on it.
+`edge` and `edge_make`. Servers, fleets, the exporter and the engine builder stand on it.
 """

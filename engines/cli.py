@@ -245,8 +245,8 @@ def build(
         )
     check_writable(config.timing_cache, "--timing-cache")
     from edge_lab.cli.inspect_engine import describe_trial
-    from edge_lab.engine_verdict import slow_parts
     from edge_lab.telemetry import moving_clocks, read_snapshot
+    from edge_make.engine_verdict import slow_parts
     from engines.builder.build import build_engine
     from engines.builder.fallbacks import describe
 
@@ -315,7 +315,7 @@ def _default_kernels(bundle: Path) -> KernelChoice:
 
 
 def _print_slowness(info: EngineInfo) -> None:
-    from edge_lab.engine_verdict import describe_slowness
+    from edge_make.engine_verdict import describe_slowness
 
     if info.compiled_unknown is not None:
         click.echo(f"nobody knows whether it is slow: {info.compiled_unknown}")

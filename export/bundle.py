@@ -8,7 +8,7 @@ they exist when it takes the lock, a killed export left them, and they are remov
 ``.r1.edge-llm-calibration`` outlives an export that failed or was killed, at any step: the next
 export continues there, and putting a bundle in place removes it.
 
-The finished staging directory and the old bundle trade places (`edge_lab.atomic_swap`): whenever
+The finished staging directory and the old bundle trade places (`edge_make.atomic_swap`): whenever
 the process is killed, the target is the whole old bundle or the whole new one.
 
 A process that has the old bundle's files open or mapped keeps them. A process that is just opening
@@ -38,7 +38,7 @@ from edge.bundle.manifest import (
 from edge.bundle.update import fsync
 from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, ConfigError, ResourceError
-from edge_lab.atomic_swap import (
+from edge_make.atomic_swap import (
     check_free_space,
     check_replaceable,
     put_in_place,
@@ -46,7 +46,7 @@ from edge_lab.atomic_swap import (
     remove,
     sweep,
 )
-from edge_lab.target import beside, locked, resolve_target, write_durably
+from edge_make.target import beside, locked, resolve_target, write_durably
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import click
 from edge.bundle.schemes import RULES, fold_quant
 from edge.cli.sections import SectionCommand, option
 from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, GateError, install_command
-from edge_lab.manifest_text import (
+from edge_make.manifest_text import (
     describe_from_source,
     describe_kv_cache,
     describe_sampling,

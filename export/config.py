@@ -15,7 +15,7 @@ from edge.bundle.manifest import Dialect
 from edge.bundle.schemes import Quant, fold_quant
 from edge.errors import ConfigError
 from edge.model.spec import Task
-from edge_lab.recipe import Clip, Recipe, kind_of
+from edge_make.recipe import Clip, Recipe, kind_of
 
 from .graph.embedding_table import EmbeddingType
 from .quantize.calibrated import Method

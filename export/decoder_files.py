@@ -34,8 +34,8 @@ from edge.bundle.manifest import (
 from edge.bundle.schemes import HIGH_PLANE
 from edge.errors import ConfigError
 from edge.model.spec import ModelSpec
-from edge_lab.progress import Progress, prefixed
-from edge_lab.safetensors_writer import TensorSource, write_safetensors
+from edge_make.progress import Progress, prefixed
+from edge_make.safetensors_writer import TensorSource, write_safetensors
 
 from .bundle import BundleWriter
 from .config import AS_IN_SOURCE, ExportRecipe

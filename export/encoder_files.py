@@ -15,7 +15,7 @@ from edge.bundle.manifest import FloatType, Manifest, TensorScheme
 from edge.errors import EdgeError
 from edge.vision.section import IMAGE_ROWS, PIXEL_VALUES, SECTION, VisionQuant, VisionSection
 from edge_lab.measure.pictures import drawn_tile, relative_error
-from edge_lab.progress import Progress
+from edge_make.progress import Progress
 
 from .bundle import BundleWriter
 from .config import ExportRecipe

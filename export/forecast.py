@@ -12,7 +12,7 @@ from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import TensorScheme
 from edge.bundle.schemes import GROUP_SIZES, stored_bytes
 from edge.model.spec import ModelSpec
-from edge_lab.atomic_swap import check_free_space, human
+from edge_make.atomic_swap import check_free_space, human
 
 from .config import AS_IN_SOURCE, ExportRecipe, ExportTarget
 from .decoder_files import cache_tokens, calibrates

@@ -7,7 +7,7 @@ import json
 import numpy as np
 
 from edge.bundle.manifest import Dialect, DraftHead, FloatType, Graphs
-from edge_lab.recipe import Recipe
+from edge_make.recipe import Recipe
 
 from .bundle import BundleWriter
 from .config import ExportRecipe

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from edge.errors import ConfigError
 from edge.model.spec import Task
-from edge_lab.progress import Progress
+from edge_make.progress import Progress
 
 from .config import ExportSource
 from .quantize.from_source import is_quantized

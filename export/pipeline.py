@@ -30,11 +30,11 @@ from edge.bundle.manifest import (
 from edge.bundle.weights import count_facts, manifest_linears
 from edge.errors import ConfigError, DependencyError, EdgeError, ResourceError
 from edge.text.reasoning import template_reasons
-from edge_lab.atomic_swap import check_free_space
 from edge_lab.measure.evaluate import check_gate, load_gate
-from edge_lab.progress import Progress, prefixed, silent, uncounted
-from edge_lab.recipe import Clip
-from edge_lab.safetensors_writer import write_safetensors
+from edge_make.atomic_swap import check_free_space
+from edge_make.progress import Progress, prefixed, silent, uncounted
+from edge_make.recipe import Clip
+from edge_make.safetensors_writer import write_safetensors
 from engines.rules.check import check_graph
 from engines.rules.table import VERSIONS
 

@@ -30,7 +30,7 @@ from edge._version import __version__
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import LinearInfo
 from edge.bundle.update import fsync
-from edge_lab.target import write_durably
+from edge_make.target import write_durably
 
 from .config import ExportRecipe
 from .graph.data_file import DataFile, open_data_file

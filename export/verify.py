@@ -31,7 +31,7 @@ from edge.errors import (
 from edge.model.spec import ModelSpec
 from edge_lab.measure.compare import CHUNK_TOKENS
 from edge_lab.planner.memory import Deployment, plan_process_memory
-from edge_lab.recipe import Recipe, recipe_linears
+from edge_make.recipe import Recipe, recipe_linears
 
 from .config import AS_IN_SOURCE, DEFAULT_METHOD, ExportRecipe
 

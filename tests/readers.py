@@ -45,9 +45,6 @@ from edge_fleet.rollout.orders import ANSWER_NAME, ORDER_NAME, read_answer
 from edge_fleet.rollout.switch import StagedFolder, read_order
 from edge_lab.cli.conversation import read_conversation
 from edge_lab.cli.verify import read_prompts
-from edge_lab.engine_layers import layers_path, read_layers
-from edge_lab.key_file import read_key_file
-from edge_lab.manifest_text import describe_sampling
 from edge_lab.measure.drift import read_counts
 from edge_lab.measure.evaluate import load_gate
 from edge_lab.measure.tasks import read_task
@@ -55,6 +52,9 @@ from edge_lab.measure.watch import read_baseline, read_golden
 from edge_lab.measure.watch_server import read_state, read_stats_file
 from edge_lab.planner.calibration import BENCH_SCHEMA, read_runs
 from edge_lab.planner.models import read_config
+from edge_make.engine_layers import layers_path, read_layers
+from edge_make.key_file import read_key_file
+from edge_make.manifest_text import describe_sampling
 from edge_serve.config_file import load_settings
 from edge_serve.settings import ServerSettings
 from edge_serve.stored.record import head_of

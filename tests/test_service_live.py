@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from edge_lab.key_file import hashed_line
+from edge_make.key_file import hashed_line
 from tests.conftest import Bundles
 from tests.makers.manifests import replace_file
 from tests.systemd_machine import ROOT, Machine, until, why_not
@@ -50,7 +50,7 @@ attempt("link", lambda: os.replace("/var/lib/edge-llm/bundles/tiny", "/var/lib/e
 attempt("keys", lambda: open("/etc/edge-llm/api-keys").read())
 attempt("fork as root", lambda: os.setuid(0))
 attempt("staging", lambda: open(f"{os.environ['STATE_DIRECTORY']}/of-the-probe", "w").close())
-from edge_lab.engine_record import check_recording
+from edge_make.engine_record import check_recording
 attempt("records of engines", check_recording)
 attempt("root's records", lambda: open("/var/lib/edge-llm/engine-records/of-the-probe", "w"))
 tries["uid"] = str(os.getuid())

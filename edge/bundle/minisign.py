@@ -1,7 +1,7 @@
 """Checks signatures in minisign's format: Ed25519 over a file's BLAKE2b-512.
 
 The format is that of https://jedisct1.github.io/minisign/, so Debian's ``minisign`` makes the
-signatures; `edge_lab.signing` runs it. The arithmetic is that of `cryptography` and `hashlib`.
+signatures; `edge_make.signing` runs it. The arithmetic is that of `cryptography` and `hashlib`.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ from edge_fleet.signing import sign_bundle, sign_engine
 from edge_fleet.unsigned_files import find_uncovered
 from edge_lab.cli.options import ask_password
 from edge_lab.cli.progress import show_progress
-from edge_lab.progress import Progress, uncounted
-from edge_lab.signing import make_key_pair, open_signer
+from edge_make.progress import Progress, uncounted
+from edge_make.signing import make_key_pair, open_signer
 
 from .registry_options import (
     ReferenceType,

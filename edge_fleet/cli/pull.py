@@ -23,11 +23,11 @@ from edge_fleet.registry.names import (
     takes,
     team_registry,
 )
-from edge_lab.atomic_swap import check_replaceable, human
 from edge_lab.cli.options import build_option
 from edge_lab.cli.progress import show_progress
-from edge_lab.published import PUBLISHED, REVISIONS
 from edge_lab.telemetry import read_target
+from edge_make.atomic_swap import check_replaceable, human
+from edge_make.published import PUBLISHED, REVISIONS
 
 
 @click.command(context_settings={"ignore_unknown_options": True})

@@ -15,7 +15,7 @@ from edge.errors import ConfigError
 from edge_fleet.registry.reference import Reference, is_loopback
 from edge_fleet.waves.wanted import WAVES, Wanted, seal
 from edge_lab.cli.options import ask_password
-from edge_lab.signing import open_signer
+from edge_make.signing import open_signer
 
 from .registry_options import plain_http_option, reference_argument
 

@@ -14,7 +14,7 @@ from msgspec import Meta
 from edge.errors import ConfigError
 from edge.settings_fields import unknown_name
 from edge.user_paths import expand_user
-from edge_lab.key_file import read_key_file
+from edge_make.key_file import read_key_file
 from edge_serve.config_file import read_toml
 from edge_serve.settings import is_loopback
 

@@ -23,7 +23,7 @@ import msgspec
 
 from edge.errors import BackendError, ConfigError, DependencyError
 from edge.files import MALFORMED
-from edge_lab.key_file import read_key_file
+from edge_make.key_file import read_key_file
 
 from .config import Device, FleetConfig
 from .haproxy_file import KEYS_NAME, MASTER_NAME, client_map, configuration, worker_url

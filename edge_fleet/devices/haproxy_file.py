@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 
-from edge_lab.key_file import KeyEntry
+from edge_make.key_file import KeyEntry
 
 from .config import Device, FleetConfig
 

@@ -18,8 +18,8 @@ from edge.adapters.safetensors_header import read_header
 from edge.adapters.trust import SIGNATURE_NAME
 from edge.errors import CheckpointError, IntegrityError
 from edge.files import MALFORMED, is_file, read_file
-from edge_lab.atomic_swap import check_free_space
-from edge_lab.target import write_durably
+from edge_make.atomic_swap import check_free_space
+from edge_make.target import write_durably
 
 from .artifact import EMPTY, EMPTY_TYPE, TITLE
 from .client import MANIFEST_TYPE, Registry, digest_of

@@ -30,7 +30,7 @@ from edge.bundle.minisign import MAX_BYTES as MAX_SIGNATURE_BYTES
 from edge.bundle.trust import SIGNATURE_NAME, read_signature_bytes
 from edge.errors import BundleError, DependencyError, IntegrityError, install_command
 from edge.files import MALFORMED
-from edge_lab.progress import Progress, silent
+from edge_make.progress import Progress, silent
 
 from .client import MANIFEST_TYPE, digest_of
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from edge.bundle.library import CATALOGUE
 from edge.bundle.manifest import Manifest
 from edge.errors import ConfigError
-from edge_lab.published import PUBLISHED
+from edge_make.published import PUBLISHED
 
 from .reference import Reference, parse_reference
 

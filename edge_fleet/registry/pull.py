@@ -35,7 +35,7 @@ from edge.bundle.update import fsync, replace_durably
 from edge.bundle.verified_files import verify_files
 from edge.errors import ConfigError, EdgeError, ResourceError
 from edge.files import read_file
-from edge_lab.atomic_swap import (
+from edge_make.atomic_swap import (
     ORIGIN_NAME,
     check_free_space,
     check_replaceable,
@@ -44,8 +44,8 @@ from edge_lab.atomic_swap import (
     remove,
     sweep,
 )
-from edge_lab.progress import Progress, silent
-from edge_lab.target import beside, locked, resolve_target, write_durably
+from edge_make.progress import Progress, silent
+from edge_make.target import beside, locked, resolve_target, write_durably
 
 from . import artifact as artifacts
 from .artifact import Contents, Piece

@@ -11,7 +11,7 @@ from edge.bundle.manifest import read_manifest, read_manifest_bytes
 from edge.bundle.release import read_release
 from edge.bundle.trust import read_signature_bytes
 from edge.errors import IntegrityError
-from edge_lab.progress import Progress, silent
+from edge_make.progress import Progress, silent
 
 from . import artifact as artifacts
 from .client import NUM_CONNECTIONS, Registry, digest_of

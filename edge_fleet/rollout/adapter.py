@@ -24,9 +24,9 @@ from edge.errors import GateError, ResourceError
 from edge_fleet.registry.adapter import fetch, look
 from edge_fleet.registry.client import Registry
 from edge_fleet.registry.reference import Reference
-from edge_lab.atomic_swap import exchange
-from edge_lab.progress import Progress, silent
-from edge_lab.target import beside, locked
+from edge_make.atomic_swap import exchange
+from edge_make.progress import Progress, silent
+from edge_make.target import beside, locked
 
 from .journal import Place, undo
 from .judge import Candidate, Gate, Judge, Measure, WorseError

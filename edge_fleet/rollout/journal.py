@@ -26,7 +26,7 @@ import msgspec
 from edge.bundle.update import fsync, replace_durably
 from edge.errors import BackendError, ConfigError, EdgeError
 from edge.files import MALFORMED, read_file
-from edge_lab.target import beside, locked
+from edge_make.target import beside, locked
 
 from .orders import send
 

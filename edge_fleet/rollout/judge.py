@@ -34,7 +34,7 @@ from edge_lab.measure.watch import (
     read_golden,
     run_golden,
 )
-from edge_lab.progress import Progress, prefixed
+from edge_make.progress import Progress, prefixed
 
 from . import PERPLEXITY_RATIO
 from .service import Service

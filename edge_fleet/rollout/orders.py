@@ -23,7 +23,7 @@ from edge.errors import (
     ResourceError,
 )
 from edge.files import MALFORMED, read_file
-from edge_lab.target import beside
+from edge_make.target import beside
 
 ORDER_NAME, ANSWER_NAME = "order.json", "answer.json"
 MAX_BYTES = 1 << 14

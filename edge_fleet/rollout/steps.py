@@ -33,7 +33,7 @@ from edge_fleet.registry.reference import Reference
 from edge_fleet.registry.release import check_release, release_at
 from edge_fleet.unsigned_files import find_uncovered
 from edge_lab.measure.watch import GoldenItem, read_golden
-from edge_lab.progress import Progress, silent
+from edge_make.progress import Progress, silent
 
 from . import SWITCH_TIMEOUT_S, WATCH_S
 from .guard import guarded

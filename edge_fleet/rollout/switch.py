@@ -28,9 +28,9 @@ from edge.bundle.update import fsync, replace_durably
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, ResourceError
 from edge.files import MALFORMED
 from edge_fleet.registry.release import check_release, release_at
-from edge_lab.atomic_swap import ORIGIN_NAME, check_free_space
-from edge_lab.engine_record import record_engine
-from edge_lab.target import beside, write_durably
+from edge_make.atomic_swap import ORIGIN_NAME, check_free_space
+from edge_make.engine_record import record_engine
+from edge_make.target import beside, write_durably
 
 from .journal import Journal, Place, reload_service, take_back, undo
 from .orders import ANSWER_NAME, MAX_BYTES, ORDER_NAME, Answer, Order, read_answer

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from edge.bundle.update import replace_durably
 from edge.errors import ConfigError
 from edge.files import MALFORMED, read_file
-from edge_lab.key_file import read_key_file
+from edge_make.key_file import read_key_file
 
 from .progress import Progress, Reports
 from .wanted import Envelope, Report, Wanted

@@ -20,7 +20,7 @@ from edge.bundle.trust import trusted_keys_file
 from edge.errors import BundleError, ConfigError, IntegrityError
 from edge.files import MALFORMED
 from edge_fleet.registry.reference import parse_reference
-from edge_lab.signing import Signer
+from edge_make.signing import Signer
 
 WAVES = ("1", "5%", "25%", "100%")
 NOBODY = ""

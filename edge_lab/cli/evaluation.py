@@ -31,11 +31,11 @@ from edge.errors import (
     install_command,
 )
 from edge.files import exists, is_file
-from edge_lab.atomic_swap import update_manifest
 from edge_lab.measure import evaluate as evaluation
 from edge_lab.measure.evaluator import Computer, evaluate_task, evaluate_text
 from edge_lab.measure.report import figure_rows, html_report, html_task_report
 from edge_lab.plot import load_renderer
+from edge_make.atomic_swap import update_manifest
 
 from .options import check_writable
 from .progress import show_progress

@@ -16,7 +16,7 @@ from edge.bundle.verified_files import verify_files
 from edge.cli import echo_json
 from edge.cli.options import bundle_argument, json_option
 from edge.files import is_file
-from edge_lab.manifest_text import (
+from edge_make.manifest_text import (
     describe_from_source,
     describe_kv_cache,
     describe_sampling,

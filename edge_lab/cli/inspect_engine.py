@@ -20,9 +20,9 @@ from edge.bundle.manifest import MANIFEST_NAME, Manifest, read_manifest
 from edge.bundle.profile_layers import ProfileLayers
 from edge.bundle.trust import trusted_keys_file
 from edge.cli import echo_json
-from edge_lab.engine_layers import LayerTable, engine_dtype, read_layers
-from edge_lab.engine_record import verify_plan
-from edge_lab.engine_verdict import slow_parts
+from edge_make.engine_layers import LayerTable, engine_dtype, read_layers
+from edge_make.engine_record import verify_plan
+from edge_make.engine_verdict import slow_parts
 
 _BITS = {"int4": 4, "int8": 8, "fp16": 16, "bf16": 16}
 

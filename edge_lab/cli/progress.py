@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from edge_lab.progress import Progress
+from edge_make.progress import Progress
 
 _QUICK_S = 10.0
 _SILENCE_S = 30.0
@@ -100,7 +100,7 @@ class ProgressLines:
     def __call__(
         self, step: str, done: float, total: float, unit: str = "", detail: str = ""
     ) -> None:
-        """Take note of a step's progress, as `edge_lab.progress.Progress` describes."""
+        """Take note of a step's progress, as `edge_make.progress.Progress` describes."""
         with self._lock:
             now = self._clock()
             known = self._steps.get(step)
@@ -215,7 +215,7 @@ class _Bars:
     def __call__(
         self, step: str, done: float, total: float, unit: str = "", detail: str = ""
     ) -> None:
-        """Take note of a step's progress, as `edge_lab.progress.Progress` describes."""
+        """Take note of a step's progress, as `edge_make.progress.Progress` describes."""
         if step in self._hidden:
             if done < total:
                 self._rich.stop()

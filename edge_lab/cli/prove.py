@@ -18,7 +18,7 @@ from .options import Finite, ask_password, given_flag
 
 if TYPE_CHECKING:
     from edge_lab.prove.run import ProofPlan
-    from edge_lab.signing import Signer
+    from edge_make.signing import Signer
 
 
 @click.command(cls=SectionCommand)
@@ -95,7 +95,7 @@ def prove(
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the power mode is restored
     from edge_lab.prove.report import markdown
-    from edge_lab.signing import write_signature
+    from edge_make.signing import write_signature
 
     content = run_plan(plan, lambda line: click.echo(f"prove: {line}", err=True))
     page = markdown([content])
@@ -112,7 +112,7 @@ def prove(
 
 
 def _read_key(key_file: Path | None, password_file: Path | None) -> Signer | None:
-    from edge_lab.signing import open_signer
+    from edge_make.signing import open_signer
 
     if key_file is None:
         if password_file is not None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from edge_lab.measure.layers import CpuLayers, LayerReport
     from edge_lab.measure.pictures import EncoderReport
     from edge_lab.measure.verify import Agreement, VerifyReport
-    from edge_lab.progress import Progress
+    from edge_make.progress import Progress
 
 _PROMPT_CHUNK = 64  # tokens per step: the longest prompt goes through several
 _PROMPT_TOKENS = (1, 24, 300)  # one token, one chunk, several chunks
@@ -146,7 +146,7 @@ def _compare(
     from edge.backends.choose import open_backend
     from edge_lab.measure.pictures import compare_encoders
     from edge_lab.measure.verify import compare_backends, default_thresholds
-    from edge_lab.progress import uncounted
+    from edge_make.progress import uncounted
 
     with _open(bundle) as opened:
         manifest = opened.manifest
@@ -189,7 +189,7 @@ def _open(bundle: Path) -> Iterator[_Opened]:
     from edge.bundle.verified_files import verify_files
     from edge.text.tokenizer import Tokenizer
     from edge_lab.measure.manifest_facts import check_facts
-    from edge_lab.progress import uncounted
+    from edge_make.progress import uncounted
 
     manifest = open_manifest(bundle)
     with ExitStack() as stack:
@@ -253,7 +253,7 @@ def _compare_layers(
     from edge.backends.choose import open_backend, tries_gpu
     from edge_lab.measure.layers import CacheLayers, LayerSource, compare_layers
     from edge_lab.measure.verify import ROUNDED_ACTIVATIONS, Thresholds
-    from edge_lab.progress import uncounted
+    from edge_make.progress import uncounted
 
     with _open(bundle) as opened:
         manifest, progress = opened.manifest, opened.progress

@@ -48,7 +48,7 @@ from edge_lab.measure.watch_server import (
     read_state,
     read_stats_file,
 )
-from edge_lab.progress import Progress, prefixed, uncounted
+from edge_make.progress import Progress, prefixed, uncounted
 
 from .options import check_writable
 from .progress import show_progress

@@ -25,7 +25,7 @@ from edge.bundle.onnx_file import (
 )
 from edge.bundle.schemes import GROUP_SIZES, INT4_GROUP_SIZE
 from edge.errors import BundleError
-from edge_lab.engine_layers import parse_inspector
+from edge_make.engine_layers import parse_inspector
 
 _WIDTH, _OUT = 256, 64
 WIDE = (1536, 8960)

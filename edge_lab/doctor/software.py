@@ -20,9 +20,9 @@ from edge.bundle.trust import trusted_keys_file
 from edge.bundle.verified_files import verify_files
 from edge.device.memory import read_free_memory_bytes, read_kib
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, install_command
-from edge_lab.engine_record import verify_plan
-from edge_lab.engine_verdict import how_to_mend, slow_parts
 from edge_lab.planner.memory import Deployment, plan_bundle_memory
+from edge_make.engine_record import verify_plan
+from edge_make.engine_verdict import how_to_mend, slow_parts
 
 from .check import (
     DAMAGED,

@@ -24,8 +24,8 @@ from edge.bundle.manifest import Manifest
 from edge.errors import ConfigError
 from edge.runtime.sampling import Sampler
 from edge.runtime.sampling_params import SamplingParams
-from edge_lab.progress import Progress, silent
 from edge_lab.telemetry import EnergyMeter
+from edge_make.progress import Progress, silent
 
 _METER_INTERVAL_S = 0.05
 

@@ -21,8 +21,6 @@ from edge.bundle.engine_file import EngineInfo
 from edge.bundle.manifest import Manifest
 from edge.bundle.weights import manifest_linears
 from edge.errors import BundleError, ConfigError
-from edge_lab.engine_layers import read_layers
-from edge_lab.manifest_text import describe_kv_cache
 from edge_lab.planner.calibration import BENCH_SCHEMA
 from edge_lab.planner.devices import identify
 from edge_lab.planner.engine import engine_work
@@ -30,6 +28,8 @@ from edge_lab.planner.memory import BackendKind, Deployment, plan_bundle_memory
 from edge_lab.planner.plan import CPU, PlanDevice, find_device
 from edge_lab.planner.speed import FITTED, EngineWork, Work, ceiling, decode_s, work_of
 from edge_lab.telemetry import Snapshot
+from edge_make.engine_layers import read_layers
+from edge_make.manifest_text import describe_kv_cache
 
 from .bench import BenchConfig, Samples
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from edge.runtime.llm import LLM, Prompt
 from edge.runtime.sampling_params import SamplingParams
-from edge_lab.progress import Progress, silent
+from edge_make.progress import Progress, silent
 
 from .bench import BenchConfig
 

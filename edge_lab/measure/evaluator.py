@@ -27,7 +27,7 @@ from edge.model.spec import ModelSpec
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import SamplingParams
 from edge.text.tokenizer import Tokenizer
-from edge_lab.progress import Progress, prefixed, silent, uncounted
+from edge_make.progress import Progress, prefixed, silent, uncounted
 
 from .compare import CHUNK_TOKENS, Comparison, WindowResult, merge, num_scored, run_window
 from .defaults import EVAL_TEXT, WINDOW

@@ -11,8 +11,8 @@ from edge.backends.tensorrt.runner import TensorRTBackend
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import Manifest
 from edge.errors import ConfigError
-from edge_lab.engine_layers import LayerTable, read_layers
-from edge_lab.progress import Progress, silent
+from edge_make.engine_layers import LayerTable, read_layers
+from edge_make.progress import Progress, silent
 
 from .bench import BenchConfig, run_bench
 

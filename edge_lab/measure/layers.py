@@ -26,7 +26,7 @@ from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, tensor_info
 from edge.errors import BackendError, ConfigError
-from edge_lab.progress import Progress, silent
+from edge_make.progress import Progress, silent
 
 from .divergence import cosine_similarity
 

@@ -25,8 +25,8 @@ from edge.runtime.stream import join_chunks
 from edge.votes.numbers import find_number, parse_number
 from edge.votes.tally import VoteRule
 from edge_lab.planner.devices import identify
-from edge_lab.progress import Progress, prefixed, silent
 from edge_lab.telemetry import EnergyMeter, read_snapshot
+from edge_make.progress import Progress, prefixed, silent
 
 from .evaluate import read_text
 from .tasks import _NEXT_QUESTION, NumberItem, _prompt, _question, check_item, read_task

@@ -18,7 +18,7 @@ from edge.backends.step import TokenTable, prefill
 from edge.bundle.manifest import Manifest
 from edge.errors import ConfigError
 from edge.logprobs import log_softmax
-from edge_lab.progress import Progress, silent
+from edge_make.progress import Progress, silent
 
 from .divergence import cosine_similarity, kl_divergence
 

@@ -25,7 +25,7 @@ from edge.files import MALFORMED, read_file
 from edge.runtime.llm import LLM
 from edge.runtime.sampling_params import SamplingParams
 from edge.votes.numbers import find_number, parse_number
-from edge_lab.progress import Progress, silent
+from edge_make.progress import Progress, silent
 
 from . import compare, evaluate
 from .defaults import MAX_TOKENS, TEXT_TOKENS

@@ -19,8 +19,8 @@ import msgspec
 
 from edge.errors import BackendError, ConfigError
 from edge.files import MALFORMED, exists, read_file
-from edge_lab.key_file import read_key_file
-from edge_lab.progress import Progress, silent
+from edge_make.key_file import read_key_file
+from edge_make.progress import Progress, silent
 
 from .drift import WATCH_USER, Counts, check_counts, decode_counts
 from .evaluate import EvalText

@@ -19,7 +19,7 @@ from edge.bundle.engine_file import (
 from edge.bundle.manifest import Manifest
 from edge.bundle.weights import unpacked_bytes
 from edge.errors import BundleError, ConfigError
-from edge_lab.engine_layers import LayerTable, read_layers
+from edge_make.engine_layers import LayerTable, read_layers
 
 from .devices import ORIN_COMPUTE_CAPABILITY
 from .speed import EngineStep, EngineWork, StepKind

@@ -15,7 +15,7 @@ from edge.files import MALFORMED, exists, is_directory, is_file, read_file
 from edge.model.dense import Dense
 from edge.model.spec import ModelSpec, RopeSpec
 from edge.text.tokenizer_difference import tokenizer_difference
-from edge_lab.model_config import parse_config
+from edge_make.model_config import parse_config
 
 _MAX_CONFIG_BYTES = 1 << 20
 

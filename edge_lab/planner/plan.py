@@ -10,7 +10,7 @@ from edge.bundle import io_spec
 from edge.bundle.schemes import fold_quant
 from edge.bundle.weights import Linear, manifest_linears
 from edge.errors import ConfigError
-from edge_lab.recipe import VARIANTS, Recipe, find_variant, recipe_linears
+from edge_make.recipe import VARIANTS, Recipe, find_variant, recipe_linears
 
 from .devices import DEFAULT_DEVICE, PowerMode, find_module
 from .drafting import ACCEPTANCES, DraftPlan, DraftSpeed, draft_speed, least_acceptance, plan_draft

@@ -94,7 +94,7 @@ class EngineStep:
         unpacked_weights: stored weights that are written as floats; two planes count as two.
         unpacked_bytes: bytes written and read for them on top of the packed weights.
         reformats: launches that only change a layout or a type.
-        attention: kind of attention, as in `edge_lab.engine_layers.ProfileLayers`.
+        attention: kind of attention, as in `edge_make.engine_layers.ProfileLayers`.
     """
 
     launches: int

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.linears import expected_tensors
-from edge_lab.model_config import parse_config
-from edge_lab.safetensors_writer import TensorSource, write_safetensors
+from edge_make.model_config import parse_config
+from edge_make.safetensors_writer import TensorSource, write_safetensors
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edge.errors import ConfigError, DependencyError
-from edge_lab.target import write_durably
 from edge_lab.telemetry import read_power_mode, read_power_modes
+from edge_make.target import write_durably
 
 NVPMODEL = "nvpmodel"
 _BLOCK = re.compile(r"^\s*<\s*POWER_MODEL\s+ID=(\d+)\s.*?(?=^\s*<|\Z)", re.MULTILINE | re.DOTALL)

@@ -27,9 +27,9 @@ from edge.cli import to_json
 from edge.device.nodes import find_gpu_node
 from edge.errors import EXIT_GATE_MISSED, DependencyError
 from edge.files import MALFORMED
-from edge_lab.atomic_swap import check_free_space
-from edge_lab.target import locked, write_durably
 from edge_lab.telemetry import read_cpu_name, read_snapshot
+from edge_make.atomic_swap import check_free_space
+from edge_make.target import locked, write_durably
 
 from . import power
 from .report import SCHEMA, seal

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edge.errors import ConfigError, RequestError, ResourceError
 from edge.files import MALFORMED, open_file
-from edge_lab.progress import Progress, silent
+from edge_make.progress import Progress, silent
 
 from .rows import PREFIX, Row, RowError, key_of, read_answer, read_lines, read_row
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError, OverloadError
-from edge_lab.progress import Progress, silent, uncounted
+from edge_make.progress import Progress, silent, uncounted
 from edge_serve.http.priority import BACKGROUND
 from edge_serve.settings import ServerSettings
 

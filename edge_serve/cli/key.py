@@ -7,7 +7,7 @@ import sys
 import click
 
 from edge.errors import ConfigError
-from edge_lab.key_file import hashed_line, make_key
+from edge_make.key_file import hashed_line, make_key
 
 _MAX_CHARS = 4096
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_lab.key_file import key_digest, read_key_file
+from edge_make.key_file import key_digest, read_key_file
 from edge_serve.settings import Network, is_loopback
 
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{0,5})?")
@@ -39,7 +39,7 @@ class APIKeys:
     """The API keys of a file, compared in constant time.
 
     Args:
-        path: the file, in the format of `edge_lab.key_file`.
+        path: the file, in the format of `edge_make.key_file`.
 
     Raises:
         ConfigError: the file cannot be used.

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from edge.bundle.manifest import Manifest, fingerprint
 from edge.errors import ResourceError
 from edge.runtime.scheduler.request import SchedulerStats
-from edge_lab.engine_verdict import describe_slowness
-from edge_lab.manifest_text import describe_kv_cache
 from edge_lab.measure.drift import WATCH_USER
+from edge_make.engine_verdict import describe_slowness
+from edge_make.manifest_text import describe_kv_cache
 from edge_serve.http.errors import APIError, draining, invalid, stalled
 from edge_serve.http.threads import while_there
 from edge_serve.observe.metric_families import EngineInfo

@@ -21,7 +21,7 @@ LogFormat = Literal["auto", "plain", "json"]
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
-OWN = ("edge", "edge_lab", "edge_serve", "edge_fleet")
+OWN = ("edge", "edge_make", "edge_lab", "edge_serve", "edge_fleet")
 CONFIGURED = (*OWN, "asyncio", "uvicorn")
 """Names of the loggers that have our handler."""
 _MAX_CHARS = 8192  # per message: a line of the journal holds 48 kB (LineMax=)

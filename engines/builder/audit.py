@@ -16,7 +16,7 @@ from edge.backends.tensorrt.launch_rules import BLOCK
 from edge.bundle import io_spec
 from edge.bundle.engine_file import KvRead, LayerCount, OutsideTensor, WeightBytes
 from edge.bundle.manifest import Manifest
-from edge_lab.engine_layers import engine_dtype
+from edge_make.engine_layers import engine_dtype
 from engines.compiler.network import AttentionView, LayerView, NetworkView, TensorView
 from engines.config import BuildShapes
 from engines.graph.own_attention import attention_name

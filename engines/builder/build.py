@@ -11,8 +11,8 @@ from edge.bundle.engine_file import EngineInfo
 from edge.bundle.trust import open_manifest, trusted_keys_file
 from edge.device.memory import read_available_memory_bytes
 from edge.errors import BuildError, ConfigError
-from edge_lab.engine_record import check_recording
-from edge_lab.progress import Progress, silent
+from edge_make.engine_record import check_recording
+from edge_make.progress import Progress, silent
 from engines.build_plan import BuildPlan, plan_build
 from engines.compiler import support
 from engines.compiler.advice import what_auto_takes

@@ -13,7 +13,7 @@ from edge.bundle.manifest import ENGINES_DIR
 from edge.bundle.trust import trusted_keys_file
 from edge.bundle.verified_files import verify_files
 from edge.errors import BackendError, BuildError, BundleError
-from edge_lab.progress import Progress, uncounted
+from edge_make.progress import Progress, uncounted
 from engines.build_plan import BuildPlan
 from engines.compiler.compat import TensorRT
 from engines.compiler.skipped_tactics import skipped_tactics

@@ -13,7 +13,7 @@ from edge.bundle.trust import open_manifest
 from edge.bundle.verified_files import verify_files
 from edge.errors import BuildError
 from edge.vision.section import IMAGE_ROWS, PIXEL_VALUES, VisionSection, read_vision
-from edge_lab.progress import Progress, silent, uncounted
+from edge_make.progress import Progress, silent, uncounted
 from engines.build_plan import BuildPlan, plan_build
 from engines.compiler.compat import Compiler, TensorRT
 from engines.compiler.network import NetworkView

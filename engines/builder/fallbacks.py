@@ -20,7 +20,7 @@ from edge.bundle.engine_file import EngineInfo, Kernels, KvRead, RefusedRung, Sc
 from edge.bundle.schemes import SCHEMES
 from edge.bundle.verified_files import verify_files
 from edge.errors import BuildError
-from edge_lab.progress import Progress, silent
+from edge_make.progress import Progress, silent
 from engines.build_plan import BuildPlan, plan_build
 from engines.compiler import compat, support
 from engines.compiler.compat import TensorRT

@@ -10,8 +10,8 @@ from edge.bundle.manifest import Manifest
 from edge.device.memory import make_free
 from edge.errors import ResourceError
 from edge.files import drop_cached, is_file, is_jetson, list_directory, open_file
-from edge_lab.engine_layers import engine_dtype
 from edge_lab.planner.memory import BuildMemory, plan_build_memory
+from edge_make.engine_layers import engine_dtype
 from engines.kernels.launch import GROUPS
 
 

@@ -19,7 +19,7 @@ from edge.bundle.engine_file import (
 )
 from edge.errors import BuildError, BundleError, DependencyError
 from edge_lab import telemetry
-from edge_lab.engine_layers import LayerTable, parse_inspector
+from edge_make.engine_layers import LayerTable, parse_inspector
 from engines.build_plan import BuildPlan
 from engines.compiler import compat
 from engines.graph.external_weights import PRODUCER

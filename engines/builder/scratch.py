@@ -26,7 +26,7 @@ from pathlib import Path
 from edge.bundle import io_spec
 from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.onnx_values import ELEMENT_BITS
-from edge_lab.progress import silent
+from edge_make.progress import silent
 from engines.build_plan import BuildPlan, plan_build
 from engines.compiler.compat import Compiler, TensorRT
 from engines.graph.adapt import graph_of

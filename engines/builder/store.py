@@ -31,9 +31,9 @@ from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, ConfigError, ResourceError
 from edge.vision.plan import VisionPlan, vision_plan
 from edge.vision.section import SECTION
-from edge_lab.engine_layers import LayerTable, is_layers_file, layers_path
-from edge_lab.engine_record import forget_engine, record_engine, verify_plan
-from edge_lab.target import write_durably
+from edge_make.engine_layers import LayerTable, is_layers_file, layers_path
+from edge_make.engine_record import forget_engine, record_engine, verify_plan
+from edge_make.target import write_durably
 from engines.graph.external_weights import SUFFIX, Outside, place
 
 _log = logging.getLogger(__name__)

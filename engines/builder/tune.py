@@ -30,7 +30,7 @@ from edge.bundle.verified_files import verify_files
 from edge.errors import BackendError, BuildError, DependencyError, ResourceError
 from edge_lab.measure.bench import BenchConfig, run_bench
 from edge_lab.measure.verify import compare_backends, default_thresholds
-from edge_lab.progress import Progress, silent
+from edge_make.progress import Progress, silent
 from engines.build_plan import BuildPlan
 
 from .fallbacks import Climbed, describe, make_rungs, refused_rung

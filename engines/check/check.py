@@ -9,7 +9,7 @@ from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.trust import open_manifest
 from edge.device.memory import read_available_memory_bytes
 from edge.errors import BuildError
-from edge_lab.progress import Progress, silent, uncounted
+from edge_make.progress import Progress, silent, uncounted
 from engines.build_plan import BuildPlan, plan_build
 from engines.builder.encoder import compile_encoder
 from engines.builder.fallbacks import compile_first

@@ -22,8 +22,8 @@ from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, OnnxFile, small_mode
 from edge.bundle.schemes import INT4_GROUP_SIZE
 from edge.errors import BundleError, EdgeError
 from edge_lab.doctor.scheme_probe import Verdict
-from edge_lab.engine_layers import parse_inspector
-from edge_lab.progress import silent
+from edge_make.engine_layers import parse_inspector
+from edge_make.progress import silent
 from engines.builder.target import Target, find_target
 from engines.compiler import compat, support
 from engines.compiler.compat import Compiler

@@ -19,7 +19,7 @@ from edge.bundle.manifest import FloatType
 from edge.bundle.trust import open_manifest
 from edge.bundle.verified_files import verify_files
 from edge.errors import BuildError, ConfigError, DependencyError, install_command
-from edge_lab.progress import Progress, silent, uncounted
+from edge_make.progress import Progress, silent, uncounted
 from engines.build_plan import BuildPlan, plan_build
 from engines.builder.fallbacks import make_rungs
 from engines.builder.target import Target, find_target

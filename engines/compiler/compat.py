@@ -29,8 +29,8 @@ from edge.bundle import io_spec
 from edge.bundle.engine_file import Attention, Flavour, KvRead, Plugins, where_tensorrt_is_from
 from edge.device.tensorrt_version import loaded_version
 from edge.errors import BuildError, ConfigError, DependencyError, EdgeError
-from edge_lab.engine_layers import told_profiles
-from edge_lab.progress import Progress
+from edge_make.engine_layers import told_profiles
+from edge_make.progress import Progress
 from engines.config import TIMINGS, PluginChoice
 from engines.kernels import plugin, plugin_v3
 from engines.kernels.own_plugins import element_types

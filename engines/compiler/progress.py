@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-from edge_lab.progress import Progress
+from edge_make.progress import Progress
 
 STEP = "build"
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edge.bundle import io_spec
 from edge.model.names import TOKEN_TABLE
-from edge_lab.safetensors_writer import TensorSource
+from edge_make.safetensors_writer import TensorSource
 
 from .float_range import check_range
 

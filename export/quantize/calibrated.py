@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edge.bundle.linears import LinearSpec
 from edge.bundle.manifest import TensorScheme
 from edge.model.spec import ModelSpec
-from edge_lab.recipe import Clip
+from edge_make.recipe import Clip
 from export.graph.float_range import check_range
 from export.sources.checkpoint import Checkpoint
 from export.sources.quantized_weight import QuantizedWeight

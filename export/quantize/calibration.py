@@ -26,7 +26,7 @@ from edge.device.process import choose_num_threads
 from edge.errors import DependencyError, install_command
 from edge.model.names import TOKEN_TABLE
 from edge.model.spec import ModelSpec
-from edge_lab.progress import Progress, silent
+from edge_make.progress import Progress, silent
 from export.graph.data_file import StoredTensor
 from export.graph.decoder import DecoderTensors, PortableDecoder
 from export.graph.float_range import FP16_MAX

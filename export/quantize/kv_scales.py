@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.manifest import Calibration, KvCache
 from edge.model.spec import ModelSpec
-from edge_lab.progress import Progress
+from edge_make.progress import Progress
 from export.graph.kv_quantization import KvScales
 from export.sources.checkpoint import Checkpoint
 

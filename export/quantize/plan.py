@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edge.bundle.linears import LinearSpec, linear_layers
 from edge.bundle.manifest import TensorScheme, Treatment
 from edge.model.spec import ModelSpec
-from edge_lab.recipe import Clip
+from edge_make.recipe import Clip
 from export.sources.checkpoint import Checkpoint
 from export.sources.quantized_weight import QuantizedWeight
 

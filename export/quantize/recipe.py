@@ -10,7 +10,7 @@ import msgspec
 from edge.bundle.schemes import Quant
 from edge.errors import ConfigError, DependencyError, install_command
 from edge.files import MALFORMED, read_file
-from edge_lab.recipe import Clip
+from edge_make.recipe import Clip
 
 _MAX_BYTES = 1 << 20
 

@@ -23,7 +23,7 @@ from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
 from edge.model.names import TOKEN_TABLE
 from edge.model.spec import ModelSpec
-from edge_lab.model_config import parse_config
+from edge_make.model_config import parse_config
 
 from .checkpoint import Checkpoint, Transformed
 from .checkpoint_text import read_json

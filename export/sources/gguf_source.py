@@ -18,7 +18,7 @@ from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
 from edge.model.dense import Dense
 from edge.model.spec import ModelSpec, RopeSpec
-from edge_lab.model_config import BIDIRECTIONAL, alternative, checked, yarn_attention_factor
+from edge_make.model_config import BIDIRECTIONAL, alternative, checked, yarn_attention_factor
 
 from .checkpoint import Checkpoint
 from .gguf_file import GgufFile

@@ -14,7 +14,7 @@ from edge.bundle.manifest import Source
 from edge.errors import CheckpointError
 from edge.model.names import TOKEN_TABLE
 from edge.model.spec import Task
-from edge_lab.model_config import parse_config
+from edge_make.model_config import parse_config
 
 from .checkpoint import Checkpoint
 from .checkpoint_text import read_json, read_licence, read_text

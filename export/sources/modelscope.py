@@ -29,7 +29,7 @@ from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError, ConfigError
 from edge.files import MALFORMED
 from edge.user_paths import user_directory
-from edge_lab.progress import Progress
+from edge_make.progress import Progress
 
 from .download import Download
 

@@ -11,9 +11,9 @@ from typing import Literal, get_args
 from edge.bundle.library import hub_id, nearest_model
 from edge.errors import CheckpointError, ConfigError
 from edge.model.spec import ModelSpec, Task
-from edge_lab.model_config import parse_config
-from edge_lab.progress import Progress, silent
-from edge_lab.published import REVISIONS
+from edge_make.model_config import parse_config
+from edge_make.progress import Progress, silent
+from edge_make.published import REVISIONS
 
 from . import modelscope
 from .checkpoint import Checkpoint

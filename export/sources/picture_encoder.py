@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edge.bundle.linears import LinearSpec
 from edge.errors import CheckpointError
 from edge.vision.section import VisionSection
-from edge_lab.picture_models import IDEFICS3_TYPES, reads_pictures
+from edge_make.picture_models import IDEFICS3_TYPES, reads_pictures
 
 from .checkpoint_text import read_json, read_optional
 

@@ -141,7 +141,7 @@ class Vendor:
     def _forget_release(self) -> None:
         """Restore the bundle before releases: the same files, and a manifest without a release."""
         from edge.bundle.manifest import read_manifest
-        from edge_lab.atomic_swap import update_manifest
+        from edge_make.atomic_swap import update_manifest
 
         manifest = read_manifest(self.copy)
         if manifest.extras.pop("release", None) is not None:

@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from edge._version import __version__
-from edge_lab.key_file import hashed_line, make_key
+from edge_make.key_file import hashed_line, make_key
 from lab.bundles import quickstart_bundle
 
 from . import load as load_server

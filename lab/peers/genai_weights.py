@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from edge.bundle.linears import expected_tensors, linear_layers
-from edge_lab.safetensors_writer import TensorSource, write_safetensors
+from edge_make.safetensors_writer import TensorSource, write_safetensors
 from export.sources.checkpoint import Checkpoint
 from export.sources.opening import open_checkpoint
 

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from edge.engine_config import EngineConfig
 from edge_fleet.rollout.judge import Candidate, Gate, Judge, Measure, WorseError
 from edge_lab.measure.defaults import DATA, GATE_TEXTS
-from edge_lab.progress import silent
+from edge_make.progress import silent
 from lab.bundles import quickstart_bundle
 from tests.makers.manifests import replace_file
 

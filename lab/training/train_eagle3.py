@@ -39,7 +39,7 @@ from edge.model.dense import Dense
 from edge.model.spec import ModelSpec, RopeSpec
 from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.tokenizer import Tokenizer
-from edge_lab.safetensors_writer import TensorSource, write_safetensors
+from edge_make.safetensors_writer import TensorSource, write_safetensors
 from export.sources.documents import encode_document, read_calibration_text
 from tools.command import run_main, say
 

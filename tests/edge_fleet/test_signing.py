@@ -11,7 +11,7 @@ from edge.bundle.engine_records import ENGINE_SIGNATURE
 from edge.bundle.minisign import check_signature, parse_signature
 from edge.errors import BundleError, IntegrityError
 from edge_fleet.signing import sign_engine
-from edge_lab.signing import make_key_pair, open_signer
+from edge_make.signing import make_key_pair, open_signer
 from tests.conftest import Bundles
 from tests.makers.keys import make_key, minisign, need_minisign
 from tests.standins.tensorrt import write_engine

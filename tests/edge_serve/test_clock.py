@@ -107,7 +107,7 @@ def test_nothing_is_computed_with_the_wall_clock():
     root = Path(edge.__file__).parent.parent
     users = {
         path.relative_to(root).as_posix()
-        for package in ("edge", "edge_lab", "edge_serve", "edge_fleet")
+        for package in ("edge", "edge_make", "edge_lab", "edge_serve", "edge_fleet")
         for path in (root / package).rglob("*.py")
         if re.search(r"\btime\.time(_ns)?\b|\butcnow\b", path.read_text("utf-8"))
     }

@@ -32,7 +32,7 @@ from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, Node, OnnxFile, attr
 from edge.bundle.sizes import activation_bytes, profile_limits
 from edge.device.gpu import Gpu
 from edge.errors import BackendError, BuildError, ConfigError
-from edge_lab.target import write_durably
+from edge_make.target import write_durably
 from engines import cli
 from engines.build_plan import BuildPlan, plan_build
 from engines.builder import build as build_module

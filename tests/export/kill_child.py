@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 from edge.bundle.manifest import read_manifest
-from edge_lab import atomic_swap as bundle_place
-from edge_lab import target as bundle_target
-from edge_lab.atomic_swap import update_manifest
+from edge_make import atomic_swap as bundle_place
+from edge_make import target as bundle_target
+from edge_make.atomic_swap import update_manifest
 from export import bundle
 from export.bundle import BundleWriter
 from tests.makers.manifests import make_manifest

@@ -26,8 +26,8 @@ from edge.bundle.manifest import (
 )
 from edge.bundle.verified_files import sha256_file, verify_files
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, ResourceError
-from edge_lab import atomic_swap as bundle_place
-from edge_lab.atomic_swap import update_manifest
+from edge_make import atomic_swap as bundle_place
+from edge_make.atomic_swap import update_manifest
 from export.bundle import BundleWriter
 from tests.export.kill_child import NEW_FILES, refuse
 from tests.makers.manifests import make_manifest

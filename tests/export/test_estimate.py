@@ -8,7 +8,7 @@ import pytest
 
 from edge.bundle.schemes import Quant
 from edge_lab.planner.models import BUILT_IN
-from edge_lab.recipe import Recipe
+from edge_make.recipe import Recipe
 from export.config import DEFAULT_METHOD
 from export.estimate import describe_s, export_s
 from export.quantize.calibrated import Method

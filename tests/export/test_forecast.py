@@ -78,7 +78,7 @@ def test_a_disk_that_is_too_small_is_refused_first(
 ):
     """It holds the download and the bundle each for itself, but not both."""
     monkeypatch.setattr(
-        "edge_lab.atomic_swap.shutil.disk_usage", lambda _: Usage(10**10, 0, free_bytes)
+        "edge_make.atomic_swap.shutil.disk_usage", lambda _: Usage(10**10, 0, free_bytes)
     )
     found = of_1_5b(tmp_path)
     assert found.needed_bytes < free_bytes

@@ -22,7 +22,7 @@ from edge.bundle.manifest import Dialect, Manifest, read_manifest
 from edge.bundle.schemes import HIGH_PLANE, stored_bytes
 from edge.cli import cli
 from edge.errors import ConfigError
-from edge_lab.manifest_text import describe_from_source
+from edge_make.manifest_text import describe_from_source
 from export import pipeline
 from export.bundle import BundleWriter
 from export.pipeline import ExportConfig, export_checkpoint

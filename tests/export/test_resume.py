@@ -24,8 +24,8 @@ from edge.bundle.manifest import LinearInfo, Manifest, TensorScheme, read_manife
 from edge.bundle.verified_files import verify_files
 from edge.errors import ResourceError
 from edge.model.spec import Task
-from edge_lab.atomic_swap import check_free_space, remove
-from edge_lab.target import beside
+from edge_make.atomic_swap import check_free_space, remove
+from edge_make.target import beside
 from export import bundle as bundle_writer
 from export.graph.data_file import StoredTensor
 from export.graph.linear_nodes import StoredLinear

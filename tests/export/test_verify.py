@@ -26,7 +26,7 @@ from edge.errors import (
     GateError,
     ResourceError,
 )
-from edge_lab.target import beside
+from edge_make.target import beside
 from export import bundle as bundle_writer
 from export import pipeline, verify
 from export.cli import export as export_verb

@@ -1,6 +1,6 @@
 """Keys in memory that sign in minisign's format, for tests of what checks signatures.
 
-What signs for users is the program minisign: `tests/edge_lab/test_signing.py` has both.
+What signs for users is the program minisign: `tests/edge_make/test_signing.py` has both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge.bundle.minisign import PublicKey, Signature
-from edge_lab.signing import Signer
+from edge_make.signing import Signer
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.linears import expected_tensors
-from edge_lab.model_config import parse_config
+from edge_make.model_config import parse_config
 from export.sources.lora_config import LoraConfig
 
 from .goldens import GOLDEN_DIR

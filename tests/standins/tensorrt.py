@@ -40,8 +40,8 @@ from edge.bundle.engine_file import (
 )
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.bundle.onnx_file import OnnxFile
-from edge_lab.engine_layers import parse_inspector
-from edge_lab.progress import silent
+from edge_make.engine_layers import parse_inspector
+from edge_make.progress import silent
 from engines.build_plan import BuildPlan, plan_build
 from engines.builder.fallbacks import scales_to_try
 from engines.builder.store import EngineStore

@@ -115,7 +115,7 @@ STEPS = (
             "edge/runtime/sampling_reference.py",
             "edge/vision/decode_child.py",
             "edge/vision/layout.py",
-            "edge_lab/model_config.py",
+            "edge_make/model_config.py",
             "export/graph/**",
             "tools/goldens/references.py",
             "tests/data/golden/**",

@@ -19,6 +19,7 @@ PACKAGES: tuple[str, ...] = (
     "edge",
     "edge_fleet",
     "edge_lab",
+    "edge_make",
     "edge_serve",
     "engines",
     "export",

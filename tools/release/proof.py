@@ -162,8 +162,8 @@ def is_alone(machine: Machine) -> None:
     """Check that all packages come from the environment, and no path leads to a checkout."""
     own = f"{machine.home}/edge-llm/"
     script = (
-        "import edge, edge_fleet, edge_lab, edge_serve, engines, export, sys\n"
-        "for package in (edge, edge_fleet, edge_lab, edge_serve, engines, export):\n"
+        "import edge, edge_fleet, edge_lab, edge_make, edge_serve, engines, export, sys\n"
+        "for package in (edge, edge_fleet, edge_lab, edge_make, edge_serve, engines, export):\n"
         f"    assert package.__file__.startswith({own!r}), package\n"
     )
     machine.run(["edge-llm/bin/python", "-c", script])

@@ -224,7 +224,7 @@ def find_uses(files: Iterable[Path]) -> Uses:
 def source_files() -> list[Path]:
     """Return every file of the product that names TensorRT's module, and `SOURCES`."""
     found = {ROOT / name for name in SOURCES}
-    for package in ("edge", "edge_lab", "edge_fleet", "engines"):
+    for package in ("edge", "edge_make", "edge_lab", "edge_fleet", "engines"):
         for path in (ROOT / package).rglob("*.py"):
             if path.parent != _CUDA and _USES_TENSORRT.search(path.read_text("utf-8")):
                 found.add(path)
@@ -308,7 +308,7 @@ class _Finder(ast.NodeVisitor):
 def own_names() -> set[str]:
     """Return every name that the product itself defines: functions, classes, fields, variables."""
     found: set[str] = set()
-    for package in ("edge", "edge_lab", "edge_fleet", "engines"):
+    for package in ("edge", "edge_make", "edge_lab", "edge_fleet", "engines"):
         for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):

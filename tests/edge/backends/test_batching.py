@@ -27,7 +27,7 @@ from edge_lab.planner.devices import MODULES
 from edge_lab.planner.memory import Deployment, plan_process_memory
 from edge_lab.planner.models import BUILT_IN
 from edge_lab.planner.speed import FITTED, prefill_s, work_of
-from edge_lab.recipe import find_variant, recipe_linears
+from edge_make.recipe import find_variant, recipe_linears
 
 SLOTS = st.lists(st.integers(0, 20), unique=True, min_size=1).flatmap(st.permutations)
 

@@ -32,7 +32,7 @@ from edge.bundle.engine_records import (
 from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError, IntegrityError
 from edge_fleet.signing import sign_engine
-from edge_lab.engine_record import record_engine
+from edge_make.engine_record import record_engine
 from tests.conftest import RUNNABLE, Bundles
 from tests.makers.keys import Key, make_key
 from tests.standins.cuda import FakeGpu

@@ -38,7 +38,7 @@ from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, IntegrityError
 from edge.model.spec import RopeSpec
 from edge.runtime.sampling_params import KNOBS
-from edge_lab.manifest_text import describe_kv_cache, describe_sampling
+from edge_make.manifest_text import describe_kv_cache, describe_sampling
 from tests.makers.manifests import make_manifest, make_model, written_before_layers
 
 counts = st.integers(0, 2**50)

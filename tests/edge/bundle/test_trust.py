@@ -17,7 +17,7 @@ from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, IntegrityError
 from edge.runtime.draft_model import read_draft
 from edge_fleet.signing import sign_bundle
-from edge_lab.atomic_swap import update_manifest
+from edge_make.atomic_swap import update_manifest
 from tests.makers.keys import Key, make_key
 from tests.packages import PACKAGES
 
@@ -167,7 +167,7 @@ def test_every_room_that_opens_a_bundle_comes_through_the_one_door():
         "edge/bundle/trust.py",
         "edge/bundle/manifest.py",
         "edge/bundle/library.py",
-        "edge_lab/atomic_swap.py",
+        "edge_make/atomic_swap.py",
         "edge_lab/cli/adapter.py",
         "edge_lab/cli/bench.py",
         "edge_fleet/cli/bundle.py",

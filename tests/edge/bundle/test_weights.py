@@ -10,7 +10,7 @@ import pytest
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest, TensorScheme, read_manifest
 from edge.bundle.weights import manifest_linears, weight_parts
-from edge_lab.recipe import Recipe, find_variant, recipe_linears
+from edge_make.recipe import Recipe, find_variant, recipe_linears
 from tests.conftest import Bundles
 from tests.makers.manifests import make_model
 from tests.makers.tiny_models import Kind

@@ -15,7 +15,7 @@ import pytest
 
 from edge.bundle.library import CATALOGUE, find_bundle
 from edge.bundle.manifest import Source, encode_manifest, read_manifest
-from edge_lab.published import PUBLISHED, REVISIONS
+from edge_make.published import PUBLISHED, REVISIONS
 from tests.command_line import Result, error_line
 from tests.edge_fleet.registry.live import SMALL, LiveRegistry, write_bundle
 from tests.export.sources.local_server import LocalServer

@@ -8,7 +8,7 @@ from edge.bundle.library import CATALOGUE
 from edge.bundle.manifest import Adapter, ReducedVocabulary, Source
 from edge.errors import ConfigError
 from edge_fleet.registry.names import TENSORRT, TeamRegistry, suffixes, takes, team_registry
-from edge_lab.published import PUBLISHED
+from edge_make.published import PUBLISHED
 from export.targets import TARGETS
 from tests.makers.manifests import make_manifest
 

@@ -452,7 +452,7 @@ def test_a_replaced_bundle_that_still_serves_is_never_written_into(
 
     ends = {
         "edge_fleet.registry.pull.sweep": interrupt,
-        "edge_lab.atomic_swap.remove": begin_to_remove,
+        "edge_make.atomic_swap.remove": begin_to_remove,
     }
     for number, (name, end) in enumerate(ends.items()):
         offer(3 * number)

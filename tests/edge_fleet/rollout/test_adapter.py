@@ -516,7 +516,7 @@ def test_the_candidate_is_measured_with_its_adapter(
     """A text's likelihood is what the answers' own scores say, with the adapter and without."""
     from edge.engine_config import EngineConfig
     from edge_fleet.rollout.judge import Gate, Judge
-    from edge_lab.progress import silent
+    from edge_make.progress import silent
 
     judge = Judge(Gate((golden.parent / "text.txt",), golden=golden, max_tokens=12), silent)
     who = Candidate(bundle, EngineConfig(backend="ort-cpu", num_threads=1), None)

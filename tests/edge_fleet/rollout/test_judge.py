@@ -17,7 +17,7 @@ from edge.engine_config import EngineConfig
 from edge.errors import ConfigError, NonFiniteError
 from edge_fleet.rollout.judge import Candidate, Gate, Judge, Measure, WorseError
 from edge_lab.measure.watch import Baseline, ItemResult
-from edge_lab.progress import silent
+from edge_make.progress import silent
 from tests.makers.manifests import replace_file
 
 TOKENS = 2000

@@ -36,8 +36,8 @@ from edge_fleet.waves.device import Poll, Receiver
 from edge_fleet.waves.progress import Progress
 from edge_fleet.waves.receiver import State, make_app
 from edge_fleet.waves.wanted import Report, Wanted, seal, unseal
-from edge_lab.atomic_swap import ORIGIN_NAME
-from edge_lab.key_file import make_key as make_device_key
+from edge_make.atomic_swap import ORIGIN_NAME
+from edge_make.key_file import make_key as make_device_key
 from tests.makers.keys import Key, make_key
 
 ORIGIN = b"the registry's manifest of the new bundle"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edge_lab.cli import progress as shown
 from edge_lab.cli.progress import ProgressLines, show_progress
-from edge_lab.progress import Progress, prefixed, uncounted
+from edge_make.progress import Progress, prefixed, uncounted
 
 
 class Screen:

@@ -13,7 +13,7 @@ from edge.bundle.minisign import check_signature, parse_signature
 from edge_lab.prove import run as prove_run
 from edge_lab.prove.report import read_report, seal
 from edge_lab.prove.steps import Done
-from edge_lab.signing import make_key_pair
+from edge_make.signing import make_key_pair
 from tests.command_line import Result
 from tests.edge_lab.prove.test_report import CONTENT
 from tests.edge_lab.prove.test_run import Steps

@@ -19,9 +19,9 @@ from edge_lab.doctor import exit_code, run_checks
 from edge_lab.doctor.check import MachineFacts
 from edge_lab.doctor.machine import Library
 from edge_lab.doctor.software import check_memory
-from edge_lab.engine_record import record_engine
 from edge_lab.planner.models import BUILT_IN
-from edge_lab.recipe import Recipe, recipe_linears
+from edge_make.engine_record import record_engine
+from edge_make.recipe import Recipe, recipe_linears
 from tests.conftest import Bundles
 from tests.edge.device import jetson_trees as trees
 from tests.edge_lab.doctor.fake_machine import CPU, MISSING, FakeMachine, cuda, find, statuses

@@ -14,7 +14,7 @@ from edge.backends.tensorrt.layer_times import LayerTimes
 from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.errors import ConfigError
 from edge_lab.cli.bench import bench
-from edge_lab.engine_layers import layers_path, read_layers
+from edge_make.engine_layers import layers_path, read_layers
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.tensorrt.gpu_runner import GpuRunner
 from tests.standins.cuda import FakeGpu

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from edge.errors import EXIT_GATE_MISSED, BackendError, ConfigError
 from edge_lab.cli.watch import watch
-from edge_lab.key_file import hashed_line
 from edge_lab.measure.defaults import GOLDEN_SET
 from edge_lab.measure.drift import GRIDS, WATCH_USER, Counts
 from edge_lab.measure.watch import (
@@ -38,6 +37,7 @@ from edge_lab.measure.watch import (
     write_baseline,
 )
 from edge_lab.measure.watch_server import ServerAnswerer, read_api_key
+from edge_make.key_file import hashed_line
 from tests.conftest import Bundles, write_secret
 
 KEY = "a-long-enough-key-of-a-test"

@@ -28,7 +28,7 @@ from edge_lab.planner.published import (
     Precision,
 )
 from edge_lab.planner.speed import FITTED, Efficiency, Work, decode_s, prefill_s, work_of
-from edge_lab.recipe import Recipe, recipe_linears
+from edge_make.recipe import Recipe, recipe_linears
 
 MODELS: dict[str, ModelSpec] = {
     "R1-Distill-Qwen-1.5B": BUILT_IN["deepseek-r1:1.5b"].spec,

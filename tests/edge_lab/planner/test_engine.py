@@ -21,7 +21,6 @@ from edge.bundle.engine_file import ENGINE_JSON, find_engines, read_engine_info
 from edge.bundle.manifest import read_manifest
 from edge.errors import BundleError, ConfigError
 from edge_lab.cli.plan import plan
-from edge_lab.engine_layers import layers_path, parse_inspector, read_layers
 from edge_lab.planner.devices import MODULES
 from edge_lab.planner.engine import Asked, PlannedEngine, find_engine
 from edge_lab.planner.speed import (
@@ -38,6 +37,7 @@ from edge_lab.planner.speed import (
     prefill_s,
     verify_s,
 )
+from edge_make.engine_layers import layers_path, parse_inspector, read_layers
 from tests.conftest import Bundles
 from tests.edge_lab.planner.test_speed import work_for
 from tests.standins.inspector import inspector_json

@@ -32,7 +32,7 @@ from edge_lab.planner.memory import (
     plan_process_pair,
 )
 from edge_lab.planner.models import BUILT_IN
-from edge_lab.recipe import find_variant, recipe_linears
+from edge_make.recipe import find_variant, recipe_linears
 from tests.conftest import Bundles, require_kernels
 from tests.standins.tensorrt import write_engine
 

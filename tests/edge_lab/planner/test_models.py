@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from edge.errors import CheckpointError, ConfigError
 from edge.model.spec import ModelSpec, RopeSpec
-from edge_lab.model_config import parse_config
 from edge_lab.planner.models import BUILT_IN, find_model, read_config
 from edge_lab.prove.checkpoint import CONFIG
+from edge_make.model_config import parse_config
 from tests.conftest import Bundles, Checkpoints
 from tests.makers.manifests import change_model
 from tests.makers.tiny_models import Kind

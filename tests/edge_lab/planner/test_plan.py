@@ -17,7 +17,7 @@ from edge_lab.planner.models import BUILT_IN, PlannedModel, decoder_spec, find_m
 from edge_lab.planner.picture import draw_plan
 from edge_lab.planner.plan import CPU, ModelPlan, find_device, make_plan
 from edge_lab.planner.speed import FITTED
-from edge_lab.recipe import VARIANTS
+from edge_make.recipe import VARIANTS
 from tests.conftest import Bundles
 
 SVG = "{http://www.w3.org/2000/svg}"

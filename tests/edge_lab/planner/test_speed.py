@@ -26,7 +26,7 @@ from edge_lab.planner.speed import (
     prefill_s,
     work_of,
 )
-from edge_lab.recipe import VARIANTS, find_variant, recipe_linears
+from edge_make.recipe import VARIANTS, find_variant, recipe_linears
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "planner.md"
 AGX = MODULES["agx-orin-64"].mode(None)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from edge_lab.model_config import parse_config
 from edge_lab.prove.checkpoint import CONFIG, SHAPES, main
+from edge_make.model_config import parse_config
 
 
 def test_safetensors_reads_random_weights_of_the_size_of_a_models(tmp_path: Path):

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.errors import ConfigError
-from edge_lab.key_file import hashed_line
+from edge_make.key_file import hashed_line
 from edge_serve.http.access import _MOST_CLIENTS, RateLimit, address_group
 from edge_serve.http.connections import Connections, listen
 from edge_serve.http.guard import Guard, _Body, _Headers

@@ -34,8 +34,8 @@ from edge.errors import (
     ResourceError,
 )
 from edge_lab import telemetry
-from edge_lab.engine_record import verify_plan
 from edge_lab.planner.memory import plan_build_memory
+from edge_make.engine_record import verify_plan
 from engines.builder import build as build_module
 from engines.builder import by_trtexec, fallbacks, memory, variant
 from engines.builder import target as target_module

@@ -23,7 +23,7 @@ from edge_lab.planner.memory import Deployment, plan_process_memory
 from edge_lab.planner.models import find_model
 from edge_lab.planner.plan import find_device, make_plan
 from edge_lab.planner.speed import FITTED, Work, ceiling, work_of
-from edge_lab.recipe import Recipe, recipe_linears
+from edge_make.recipe import Recipe, recipe_linears
 from engines.check.check import check_bundle
 from engines.check.step_bytes import read_graph_bytes, step_costs, work_of_graph
 from engines.cli import check

@@ -10,7 +10,7 @@ import pytest
 from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.device.gpu import Gpu
 from edge.errors import BuildError
-from edge_lab.engine_layers import parse_inspector, read_layers
+from edge_make.engine_layers import parse_inspector, read_layers
 from engines.builder import build as build_module
 from engines.builder.build import build_engine
 from engines.builder.record import read_compiled_layers

@@ -30,9 +30,9 @@ from edge.bundle.onnx_values import Constant, Constants
 from edge.errors import BackendError, BundleError, IntegrityError, ResourceError
 from edge.model.spec import ModelSpec
 from edge_lab.cli.inspect import inspect
-from edge_lab.engine_record import verify_plan
 from edge_lab.planner.models import BUILT_IN
-from edge_lab.progress import silent
+from edge_make.engine_record import verify_plan
+from edge_make.progress import silent
 from engines.build_plan import plan_build
 from engines.builder.build import build_engine
 from engines.builder.memory import check_memory

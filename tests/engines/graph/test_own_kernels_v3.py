@@ -44,7 +44,7 @@ from edge.errors import (
     DeviceError,
 )
 from edge_lab.cli.inspect import inspect
-from edge_lab.engine_record import record_engine
+from edge_make.engine_record import record_engine
 from engines.build_plan import plan_build
 from engines.builder import build as build_module
 from engines.builder import tune

@@ -15,7 +15,7 @@ from edge.bundle.manifest import read_manifest
 from edge.device.gpu import Gpu
 from edge.errors import BuildError
 from edge_lab.cli.inspect import inspect
-from edge_lab.engine_layers import parse_inspector, read_layers
+from edge_make.engine_layers import parse_inspector, read_layers
 from engines.builder import record
 from engines.builder import target as target_module
 from engines.builder.build import BuildResult, build_engine

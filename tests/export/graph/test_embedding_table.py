@@ -17,8 +17,8 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_NAME
 from edge.bundle.manifest import read_manifest
 from edge.errors import CheckpointError, ConfigError
-from edge_lab.recipe import Recipe
-from edge_lab.safetensors_writer import write_safetensors
+from edge_make.recipe import Recipe
+from edge_make.safetensors_writer import write_safetensors
 from export.forecast import estimated_bytes
 from export.graph import embedding_table
 from export.graph.embedding_table import EmbeddingType, embedding_tensors, quantize_table_rows

@@ -12,7 +12,7 @@ import pytest
 
 from edge.bundle.rope import inverse_frequencies
 from edge.model.spec import RopeSpec
-from edge_lab.model_config import parse_config
+from edge_make.model_config import parse_config
 from export.graph.rope import rope_tables
 
 HEAD_DIM = 128

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from edge.bundle.linears import norm_sources
-from edge_lab.recipe import Recipe
+from edge_make.recipe import Recipe
 from export.quantize.awq import awq_factors
 from export.quantize.calibrated import Calibrated, Method, shared_channels
 from export.quantize.calibration import TAPS, LayerRunner

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.manifest import TensorScheme
 from edge.errors import CheckpointError, ConfigError
-from edge_lab.recipe import Recipe
+from edge_make.recipe import Recipe
 from export.pipeline import ExportConfig
 from export.quantize.calibrated import Calibrated, Method
 from export.quantize.calibration import TAPS, LayerRunner

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edge.bundle.manifest import SamplingDefaults
-from edge_lab.manifest_text import describe_sampling
+from edge_make.manifest_text import describe_sampling
 from export.sources.assumed_sampling import assume_sampling
 from export.sources.checkpoint_text import sampling_defaults
 

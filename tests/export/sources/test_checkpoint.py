@@ -21,7 +21,7 @@ from edge.bundle.library import CATALOGUE
 from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import CheckpointError, ConfigError
-from edge_lab.published import REVISIONS
+from edge_make.published import REVISIONS
 from export.pipeline import ExportConfig, export_checkpoint
 from export.sources.checkpoint import Checkpoint
 from export.sources.checkpoint_text import read_licence, sampling_defaults

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edge.errors import CheckpointError
-from edge_lab.model_config import parse_config
+from edge_make.model_config import parse_config
 from export.sources.documents import encode_document
 from export.sources.hf_directory import HfDirectory
 from export.sources.opening import open_checkpoint

@@ -9,7 +9,7 @@ import pytest
 
 from edge.bundle.manifest import read_manifest
 from edge.errors import BundleError
-from edge_lab.engine_layers import LayerTable, layers_path, parse_inspector, read_layers
+from edge_make.engine_layers import LayerTable, layers_path, parse_inspector, read_layers
 from tests.conftest import Bundles
 from tests.standins.inspector import inspector_json
 

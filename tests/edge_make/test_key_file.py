@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from edge.errors import ConfigError
-from edge_lab.key_file import MAX_FILE_BYTES, hashed_line, make_key, read_key_file
+from edge_make.key_file import MAX_FILE_BYTES, hashed_line, make_key, read_key_file
 from edge_serve.cli.key import key as verb
 from tests.conftest import write_secret
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from edge.bundle.library import CATALOGUE
-from edge_lab.published import PUBLISHED, REVISIONS
+from edge_make.published import PUBLISHED, REVISIONS
 
 
 def test_every_name_of_the_catalogue_has_its_commit():

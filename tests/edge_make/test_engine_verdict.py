@@ -10,8 +10,8 @@ import pytest
 
 from edge.bundle.engine_file import EngineInfo, RefusedRung, read_engine_info
 from edge.bundle.manifest import read_manifest
-from edge_lab.engine_layers import parse_inspector
-from edge_lab.engine_verdict import describe_slowness, how_to_mend, slow_parts
+from edge_make.engine_layers import parse_inspector
+from edge_make.engine_verdict import describe_slowness, how_to_mend, slow_parts
 from tests.conftest import Bundles
 from tests.standins.inspector import inspector_json
 

@@ -11,7 +11,7 @@ import pytest
 from edge.bundle import engine_records
 from edge.bundle.engine_records import RECORDS_VARIABLE, why_unrecorded
 from edge.errors import ConfigError
-from edge_lab.engine_record import check_recording, forget_engine, record_engine
+from edge_make.engine_record import check_recording, forget_engine, record_engine
 
 DATA = b'{"plan": "engine.plan"}'
 

@@ -15,7 +15,7 @@ from edge.errors import ConfigError
 from edge.model.dense import Dense
 from edge.model.spec import ModelSpec, RopeSpec
 from edge_lab.planner.models import BUILT_IN
-from edge_lab.recipe import VARIANTS, Recipe, find_variant, recipe_linears
+from edge_make.recipe import VARIANTS, Recipe, find_variant, recipe_linears
 from tests.makers.manifests import make_model
 
 # DeepSeek-R1-Distill-Qwen-1.5B's numbers, two layers of it.

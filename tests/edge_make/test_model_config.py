@@ -16,7 +16,7 @@ from edge.bundle.linears import expected_tensors
 from edge.errors import CheckpointError
 from edge.model.dense import Dense
 from edge.model.spec import RopeSpec
-from edge_lab.model_config import parse_config
+from edge_make.model_config import parse_config
 
 # The published config.json of DeepSeek-R1-Distill-Qwen-1.5B.
 R1_QWEN: dict[str, Any] = {

@@ -33,7 +33,7 @@ from edge.bundle.trust import SIGNATURE_NAME
 from edge.bundle.update import fsync, temp_path
 from edge.errors import BundleError, ConfigError, ResourceError
 from edge.files import MALFORMED, read_file
-from edge_lab.target import beside, locked, resolve_target, write_durably
+from edge_make.target import beside, locked, resolve_target, write_durably
 
 _log = logging.getLogger(__name__)
 

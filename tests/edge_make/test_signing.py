@@ -19,7 +19,7 @@ from edge.bundle.minisign import (
     read_public_keys,
 )
 from edge.errors import ConfigError, DependencyError, EdgeError, IntegrityError
-from edge_lab.signing import make_key_pair, open_signer, write_signature
+from edge_make.signing import make_key_pair, open_signer, write_signature
 from tests.makers.keys import encode_public_key, encode_signature, make_key, minisign, need_minisign
 
 DATA = b'{"schema_version": 6}\n' * 100
