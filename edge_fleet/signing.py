@@ -1,4 +1,4 @@
-"""Signs bundles and engines; `edge_make.signing` has the keys, `edge.bundle.minisign` checks."""
+"""Signs bundles and engines; `edge_make.signing` has the keys and `edge.bundle.minisign` checks."""
 
 from __future__ import annotations
 

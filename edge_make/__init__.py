@@ -1,4 +1,4 @@
-"""Holds the code that export, engines, the lab, servers and fleets share and no chat loads.
+"""Holds the code that export, engines, the lab, services and fleets share; a chat loads none of it.
 
 This package may import `edge` and nothing above it.
 """
