@@ -40,7 +40,7 @@ from edge_make.safetensors_writer import TensorSource, write_safetensors
 from .bundle import BundleWriter
 from .config import AS_IN_SOURCE, ExportRecipe
 from .graph.data_file import DataFile, StoredTensor
-from .graph.decoder import DecoderTensors, HiddenTap, build_decoder
+from .graph.decoder import DecoderTensors, HiddenTap, build_decoder, rope_names
 from .graph.float_range import check_range
 from .graph.graph_builder import NUMPY_TYPE, ONNX_TYPE
 from .graph.kv_quantization import KvScales
@@ -268,8 +268,8 @@ class DecoderFiles:
         for i, output in enumerate(outputs):
             linears = {name: stored[i] for name, stored in finished.linears.items()}
             norms = _store_norms(folded, output)
-            rope = store_rope(self.checkpoint.spec, self.positions, output)
-            tensors.append(DecoderTensors(linears, norms, *rope))
+            ropes = store_ropes(self.checkpoint.spec, self.positions, output)
+            tensors.append(DecoderTensors(linears, norms, ropes))
         if self.head is None:
             return finished, tensors
         fc = outputs[0].add("eagle3.fc.weight", self.head.tensor("fc.weight").T)
@@ -391,12 +391,19 @@ class Output:
         return None if values is None else self.add(name, values)
 
 
-def store_rope(
+def store_ropes(
     model: ModelSpec, positions: int, output: Output
-) -> tuple[StoredTensor, StoredTensor]:
-    """Store the tables of cosines and sines."""
-    cos, sin = rope_tables(model.rope, model.head_dim, positions)
-    return output.add("rope.cos_table", cos), output.add("rope.sin_table", sin)
+) -> list[tuple[StoredTensor, StoredTensor]]:
+    """Store the cosines and sines of each RoPE table."""
+    result = []
+    for number, rope in enumerate(model.ropes):
+        tables = rope_tables(rope, model.rope_dims(number), positions)
+        cos, sin = (
+            output.add(f"{name}_table", table)
+            for name, table in zip(rope_names(number), tables, strict=True)
+        )
+        result.append((cos, sin))
+    return result
 
 
 def store_linear(

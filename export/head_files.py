@@ -11,7 +11,7 @@ from edge_make.recipe import Recipe
 
 from .bundle import BundleWriter
 from .config import ExportRecipe
-from .decoder_files import Output, linear_info, store_linear, store_rope
+from .decoder_files import Output, linear_info, store_linear, store_ropes
 from .graph.data_file import open_data_file
 from .graph.decoder import DecoderTensors
 from .graph.graph_builder import NUMPY_TYPE
@@ -78,7 +78,7 @@ def write_head(
                     norm.name: output.add(f"{norm.name}.weight", head.tensor(norm.source))
                     for norm in head_norms(head.spec)
                 },
-                *store_rope(head.spec, positions, output),
+                store_ropes(head.spec, positions, output),
             )
             for own, output in zip(linears, outputs, strict=True)
         ]

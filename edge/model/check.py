@@ -46,8 +46,8 @@ class _Reader:
         """Return what is wrong with a layer."""
         for part in layer:
             self._part(part)
-        if not isinstance(layer[-1], Add):
-            self._faults.append("the last part is not add")
+        if layer[-1] != Add("mlp_residual"):
+            self._faults.append("the last part is not add with the name mlp_residual")
         if len(only(layer, Attention)) > 1:
             self._faults.append("it has more than one attention")
         return self._faults
@@ -68,6 +68,8 @@ class _Reader:
             case Rope(dims=dims, table=table):
                 if table >= len(self._model.ropes):
                     self._faults.append(f"rope has no table {table}")
+                elif dims != self._model.rope_dims(table):
+                    self._faults.append(f"rope turns {dims} dimensions by a table of others")
                 if dims % 2:
                     self._faults.append(f"rope turns {dims} dimensions, an odd number")
                 for value in "qk":

@@ -8,6 +8,7 @@ The last part is an `Add`, whose result is the layer's output.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Annotated, Literal, TypeVar
 
@@ -85,7 +86,7 @@ class Attention(Part, frozen=True, tag="attention"):
     @property
     def factor(self) -> float:
         """Return the factor on the scores."""
-        return self.dim**-0.5 if self.scale is None else self.scale
+        return 1.0 / math.sqrt(self.dim) if self.scale is None else self.scale
 
 
 class GatedMlp(Part, frozen=True, tag="gated_mlp"):

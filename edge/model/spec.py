@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from .parts import AnyPart, Attention, Layer, Linear, Name, Norm, Rows, Size, only
+from .parts import AnyPart, Attention, Layer, Linear, Name, Norm, Rope, Rows, Size, only
 
 Task = Literal["generate", "embed", "rerank"]
 MAX_LAYERS = 1000
@@ -88,6 +88,11 @@ class ModelSpec(_Struct, frozen=True):
     def of_layer(self, number: int) -> ModelSpec:
         """Return the same model with this layer alone."""
         return msgspec.structs.replace(self, layers=(LayerRun(1, self.layer(number)),))
+
+    def rope_dims(self, table: int) -> int:
+        """Return the dimensions of a head that a table of ``ropes`` turns; 0 if nothing uses it."""
+        parts = (part for run in self.layers for part in only(run.parts, Rope))
+        return next((part.dims for part in parts if part.table == table), 0)
 
     # For layers that are all alike; what asks for these does not read layers yet.
 

@@ -7,8 +7,7 @@ of the step, ``K`` cache rows read, ``H`` heads, ``G`` KV heads, ``D`` head size
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx
@@ -17,6 +16,8 @@ from edge._version import __version__
 from edge.adapters.graph_inputs import linear_inputs
 from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect, FloatType
+from edge.errors import CheckpointError
+from edge.model.parts import Add, AnyPart, Attention, GatedMlp, Linear, Norm, Rope, only
 from edge.model.spec import ModelSpec
 
 from .data_file import StoredTensor
@@ -25,6 +26,7 @@ from .kv_quantization import KvScales, dequantized_rows, key_factor, rounded_row
 from .linear_nodes import LinearNodes, StoredLinear
 
 _FP32 = ONNX_TYPE["fp32"]
+_SPLITS = {"qkv": "split", "gate_up": "split_mlp"}  # nodes whose names are older than parts
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class DecoderTensors:
         linears: linears by layer name (`edge.bundle.linears.linear_layers`).
         norms: RMSNorm weights by name: ``layers.0.input_norm``, ``layers.0.post_norm``,
             ``layers.0.q_norm``, ``layers.0.k_norm``, ``final_norm``.
-        rope_cos, rope_sin: ``[positions, head_dim / 2]``.
+        ropes: cosines and sines of each of the model's `RopeSpec`, ``[positions, dims / 2]``.
         kv_scales: scales of the layers whose cache is in 8 bits, by number.
         tap: hidden states for a head; None for a bundle without one.
         adapters: whether the linears take adapters, of any rank.
@@ -56,8 +58,7 @@ class DecoderTensors:
 
     linears: Mapping[str, StoredLinear]
     norms: Mapping[str, StoredTensor]
-    rope_cos: StoredTensor
-    rope_sin: StoredTensor
+    ropes: Sequence[tuple[StoredTensor, StoredTensor]]
     kv_scales: Mapping[int, KvScales] = field(default_factory=dict)
     tap: HiddenTap | None = None
     adapters: bool = False
@@ -81,6 +82,12 @@ def build_decoder(
     """
     writer = NativeDecoder if dialect == "native" else PortableDecoder
     return writer(model, float_type, tensors).build(dialect, kv_capacity)
+
+
+def rope_names(table: int) -> tuple[str, str]:
+    """Return the names of a table's cosines and sines."""
+    base = f"rope.{table}" if table else "rope"
+    return f"{base}.cos", f"{base}.sin"
 
 
 class Decoder(LinearNodes):
@@ -135,61 +142,84 @@ class Decoder(LinearNodes):
             __version__,
         )
 
-    def attention_input(self, i: int, x: str) -> tuple[str, str]:
-        """Return the input of a layer's q, k and v, and its residual stream."""
-        return self.norm(x, f"layers.{i}.input_norm"), x
+    def begin(self, i: int, x: str) -> tuple[str, str, Sequence[AnyPart]]:
+        """Return the running value of a layer, its residual stream, and the parts that follow."""
+        return x, x, self.model.layer(i)
 
     def layer(self, i: int, x: str) -> str:
-        """Add a layer to the residual stream ``x`` ``[B, S, hidden]``."""
-        g, m = self.g, self.model
-        name = f"layers.{i}"
-        q_width, kv_width = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
-        h, x = self.attention_input(i, x)
-        qkv = self.linear(h, f"{name}.qkv")
-        g.node(
-            "Split",
-            [qkv, g.constant("split.qkv", [q_width, kv_width, kv_width])],
-            f"{name}.split",
-            outputs=[f"{name}.{part}" for part in "qkv"],
-            axis=-1,
-        )
-        q = self.heads(f"{name}.q", m.num_heads, f"{name}.q_norm" if m.qk_norm else None)
-        k = self.heads(f"{name}.k", m.num_kv_heads, f"{name}.k_norm" if m.qk_norm else None)
-        v = self.heads(f"{name}.v", m.num_kv_heads, None)
-        q, k = self.rope(q, f"{name}.q.rope"), self.rope(k, self.key_name(i))
-        attended = self.attention(i, q, k, v)
-        merged = g.node("Transpose", [attended], f"{name}.attended.t", perm=[0, 2, 1, 3])
-        merged = g.node(
-            "Reshape", [merged, g.constant("shape.merge", [0, 0, q_width])], f"{name}.merged"
-        )
-        x = g.node("Add", [x, self.linear(merged, f"{name}.o")], f"{name}.attention_residual")
+        """Add a layer to the residual stream ``x`` ``[B, S, hidden]``, part by part."""
+        g, name = self.g, f"layers.{i}"
+        x, stream, parts = self.begin(i, x)
+        head_norms: dict[str, str] = {}
+        heads: list[str] = []  # q, k and v, once a part wants heads
+        for part in parts:
+            match part:
+                case Norm(of=None):
+                    x = self.norm(x, f"{name}.{part.name}")
+                case Norm(of=str() as value):
+                    head_norms[value] = f"{name}.{part.name}"
+                case Linear():
+                    x = self.linear(x, f"{name}.{part.name}")
+                    if len(part.outputs) > 1:
+                        widths = [width for _, width in part.outputs]
+                        g.node(
+                            "Split",
+                            [x, g.constant(f"split.{part.name}", widths)],
+                            f"{name}.{_SPLITS.get(part.name, f'split_{part.name}')}",
+                            outputs=[f"{name}.{value}" for value, _ in part.outputs],
+                            axis=-1,
+                        )
+                case Rope():
+                    attention = only(parts, Attention)[0]
+                    if part.dims != attention.dim:
+                        raise CheckpointError(
+                            f"{name}: RoPE of {part.dims} of {attention.dim} dimensions of a head "
+                            "is not supported; take a model whose heads turn whole"
+                        )
+                    q, k, v = self.qkv_heads(i, attention, head_norms, turns=True)
+                    q = self.rope(q, f"{name}.q.rope", part.table)
+                    heads = [q, self.rope(k, self.key_name(i), part.table), v]
+                case Attention():
+                    q, k, v = heads or self.qkv_heads(i, part, head_norms, turns=False)
+                    x = self.attention(i, part, q, k, v)
+                    x = g.node("Transpose", [x], f"{name}.attended.t", perm=[0, 2, 1, 3])
+                    shape = g.constant("shape.merge", [0, 0, part.heads * part.dim])
+                    x = g.node("Reshape", [x, shape], f"{name}.merged")
+                case GatedMlp():
+                    # SiLU in two operators: TensorRT knows `Swish` only from 11.0 on.
+                    sigmoid = g.node("Sigmoid", [f"{name}.gate"], f"{name}.gate.sigmoid")
+                    gate = g.node("Mul", [f"{name}.gate", sigmoid], f"{name}.gate.silu")
+                    x = g.node("Mul", [gate, f"{name}.up"], f"{name}.gated")
+                case Add():
+                    x = stream = g.node("Add", [stream, x], f"{name}.{part.name}")
+        return x
 
-        h = self.norm(x, f"{name}.post_norm")
-        wide = m.intermediate_size
-        g.node(
-            "Split",
-            [self.linear(h, f"{name}.gate_up"), g.constant("split.gate_up", [wide, wide])],
-            f"{name}.split_mlp",
-            outputs=[f"{name}.gate", f"{name}.up"],
-            axis=-1,
-        )
-        # SiLU in two operators: TensorRT knows `Swish` only from 11.0 on.
-        sigmoid = g.node("Sigmoid", [f"{name}.gate"], f"{name}.gate.sigmoid")
-        gate = g.node("Mul", [f"{name}.gate", sigmoid], f"{name}.gate.silu")
-        h = g.node("Mul", [gate, f"{name}.up"], f"{name}.gated")
-        return g.node("Add", [x, self.linear(h, f"{name}.down")], io_spec.layer_output(i))
+    def qkv_heads(
+        self, i: int, part: Attention, norms: Mapping[str, str], *, turns: bool
+    ) -> list[str]:
+        """Divide q, k and v into heads ``[B, heads, S, D]``, some of them normalized.
 
-    def heads(self, x: str, count: int, norm: str | None) -> str:
-        """Turn ``[B, S, count * D]`` into ``[B, count, S, D]``, normalised per head for Qwen3."""
-        shape = self.g.constant(f"shape.heads.{count}", [0, 0, count, self.model.head_dim])
-        x = self.g.node("Reshape", [x, shape], f"{x}.heads")
-        if norm is not None:
-            x = self.norm(x, norm)
-        return self.g.node("Transpose", [x], self.heads_name(x), perm=[0, 2, 1, 3])
+        Keys that ``turns`` says will be rotated are not yet what the cache takes.
+        """
+        counts = {"q": part.heads, "k": part.kv_heads, "v": part.kv_heads}
+        found = []
+        for value, count in counts.items():
+            x = f"layers.{i}.{value}"
+            shape = self.g.constant(f"shape.heads.{count}", [0, 0, count, part.dim])
+            x = self.g.node("Reshape", [x, shape], f"{x}.heads")
+            if value in norms:
+                x = self.norm(x, norms[value])
+            output = f"{x}.t"
+            if value == "v":
+                output = self.value_name(i, output)
+            elif value == "k" and not turns:
+                output = self.key_name(i)
+            found.append(self.g.node("Transpose", [x], output, perm=[0, 2, 1, 3]))
+        return found
 
-    def heads_name(self, x: str) -> str:
-        """Return the name of a projection's heads."""
-        return f"{x}.t"
+    def value_name(self, i: int, name: str) -> str:
+        """Return the name of a layer's heads of values, by default ``name``."""
+        return name
 
     # The dialects differ in the following methods.
 
@@ -201,15 +231,15 @@ class Decoder(LinearNodes):
         """Add an RMSNorm over the last axis, in fp32 inside (fp16 squares overflow at 256)."""
         raise NotImplementedError
 
-    def rope(self, x: str, output: str) -> str:
+    def rope(self, x: str, output: str, table: int) -> str:
         """Rotate ``[B, heads, S, D]`` by its positions, halves paired (HF's layout)."""
         raise NotImplementedError
 
     def key_name(self, i: int) -> str:
-        """Return the name of a layer's rotated keys."""
+        """Return the name of a layer's keys as the cache takes them, but for their rounding."""
         raise NotImplementedError
 
-    def attention(self, i: int, q: str, k: str, v: str) -> str:
+    def attention(self, i: int, part: Attention, q: str, k: str, v: str) -> str:
         """Add the cache update and the attention; return ``[B, H, S, D]``."""
         raise NotImplementedError
 
@@ -241,16 +271,16 @@ class NativeDecoder(Decoder):
             stash_type=_FP32,
         )
 
-    def rope(self, x: str, output: str) -> str:
+    def rope(self, x: str, output: str, table: int) -> str:
         """Rotate by one operator."""
-        cos, sin = self.g.floats(self.tensors.rope_cos), self.g.floats(self.tensors.rope_sin)
+        cos, sin = (self.g.floats(part) for part in self.tensors.ropes[table])
         return self.g.node("RotaryEmbedding", [x, cos, sin, io_spec.POSITION_IDS], output)
 
     def key_name(self, i: int) -> str:
-        """Return the name of a layer's rotated keys."""
+        """Return the name of a layer's keys as the cache takes them, but for their rounding."""
         return f"layers.{i}.k.rope"
 
-    def attention(self, i: int, q: str, k: str, v: str) -> str:
+    def attention(self, i: int, part: Attention, q: str, k: str, v: str) -> str:
         """Write the cache, then attend to its rows."""
         g = self.g
         read = [
@@ -261,7 +291,7 @@ class NativeDecoder(Decoder):
             "Attention",
             [q, *read, "mask"],
             f"layers.{i}.attended",
-            scale=1.0 / math.sqrt(self.model.head_dim),
+            scale=part.factor,
         )
 
     def _cached(
@@ -317,9 +347,10 @@ class PortableDecoder(Decoder):
     def rope_rows(self) -> None:
         """Add a row of cos/sin per token, broadcast over the heads: ``[B, 1, S, D / 2]``."""
         g = self.g
-        for name, table in (("cos", self.tensors.rope_cos), ("sin", self.tensors.rope_sin)):
-            rows = g.node("Gather", [g.floats(table), io_spec.POSITION_IDS], f"rope.{name}.rows")
-            g.node("Unsqueeze", [rows, g.constant("axes.1", [1])], f"rope.{name}")
+        for number, tables in enumerate(self.tensors.ropes):
+            for name, table in zip(rope_names(number), tables, strict=True):
+                rows = g.node("Gather", [g.floats(table), io_spec.POSITION_IDS], f"{name}.rows")
+                g.node("Unsqueeze", [rows, g.constant("axes.1", [1])], name)
 
     def norm(self, x: str, name: str) -> str:
         """Add an RMSNorm in primitive operators."""
@@ -337,10 +368,11 @@ class PortableDecoder(Decoder):
             normed = g.node("Cast", [normed], f"{name}.narrow", to=ONNX_TYPE[g.float_type])
         return g.node("Mul", [normed, g.floats(self.tensors.norms[name])], f"{name}.out")
 
-    def rope(self, x: str, output: str) -> str:
+    def rope(self, x: str, output: str, table: int) -> str:
         """Rotate in primitive operators."""
         g = self.g
-        half = self.model.head_dim // 2
+        half = self.tensors.ropes[table][0].dims[1]
+        cos, sin = rope_names(table)
         first, second = f"{output}.first", f"{output}.second"
         g.node(
             "Split",
@@ -352,16 +384,16 @@ class PortableDecoder(Decoder):
         low = g.node(
             "Sub",
             [
-                g.node("Mul", [first, "rope.cos"], f"{first}.cos"),
-                g.node("Mul", [second, "rope.sin"], f"{second}.sin"),
+                g.node("Mul", [first, cos], f"{first}.cos"),
+                g.node("Mul", [second, sin], f"{second}.sin"),
             ],
             f"{output}.low",
         )
         high = g.node(
             "Add",
             [
-                g.node("Mul", [second, "rope.cos"], f"{second}.cos"),
-                g.node("Mul", [first, "rope.sin"], f"{first}.sin"),
+                g.node("Mul", [second, cos], f"{second}.cos"),
+                g.node("Mul", [first, sin], f"{first}.sin"),
             ],
             f"{output}.high",
         )
@@ -371,27 +403,21 @@ class PortableDecoder(Decoder):
         """Return the name of an output: the keys leave the graph as they are, or rounded."""
         return f"layers.{i}.k.rope" if i in self.tensors.kv_scales else io_spec.new_key(i)
 
-    def heads_name(self, x: str) -> str:
-        """Return the name of a projection's heads; values are outputs of the graph, as keys are."""
-        parts = x.split(".")
-        if parts[0] == "layers" and parts[2:] == ["v", "heads"]:
-            layer = int(parts[1])
-            if layer not in self.tensors.kv_scales:
-                return io_spec.new_value(layer)
-        return f"{x}.t"
+    def value_name(self, i: int, name: str) -> str:
+        """Return the name of an output, too, unless values are rounded first."""
+        return name if i in self.tensors.kv_scales else io_spec.new_value(i)
 
-    def attention(self, i: int, q: str, k: str, v: str) -> str:
+    def attention(self, i: int, part: Attention, q: str, k: str, v: str) -> str:
         """Join past and new rows in the scores, not in the cache: softmax([q.K_past | q.K_new])."""
-        g, m = self.g, self.model
-        name = f"layers.{i}"
-        shared, size = m.num_heads // m.num_kv_heads, m.head_dim
+        g, name = self.g, f"layers.{i}"
+        kv_heads, size = part.kv_heads, part.dim
         # [B, H, S, D] -> [B, G, H / G, S, D]: query heads beside the KV head that they share.
         grouped = g.node(
             "Reshape",
-            [q, g.constant("shape.grouped", [0, m.num_kv_heads, shared, -1, size])],
+            [q, g.constant("shape.grouped", [0, kv_heads, part.heads // kv_heads, -1, size])],
             f"{name}.q.grouped",
         )
-        scale = g.scalar("attention_scale", 1.0 / math.sqrt(size))
+        scale = g.scalar("attention_scale", part.factor)
         grouped = g.node("Mul", [grouped, scale], f"{name}.q.scaled")
         group_axis = g.constant("axes.2", [2])
         scores, values = [], []
@@ -404,8 +430,8 @@ class PortableDecoder(Decoder):
             v = rounded_rows(g, v, value_factor(g, i, kv), io_spec.new_value(i), kv)
             grouped = self._scaled(grouped, key_factor(g, i, kv), f"{name}.q.by_key_scale")
         past = (io_spec.past_key(i), io_spec.past_value(i))
-        for part, keys, vals in (("past", *past), ("new", k, v)):
-            if part == "past":
+        for rows, keys, vals in (("past", *past), ("new", k, v)):
+            if rows == "past":
                 bounds = [g.constant("kv_start", [0]), "kv_len", group_axis]
                 keys = g.node("Slice", [keys, *bounds], f"{keys}.read")
                 vals = g.node("Slice", [vals, *bounds], f"{vals}.read")
@@ -415,10 +441,10 @@ class PortableDecoder(Decoder):
             if kv is not None:
                 keys, vals = dequantized_rows(g, keys, kv), dequantized_rows(g, vals, kv)
             values.append(vals)
-            score = g.node("MatMul", [grouped, keys], f"{name}.scores.{part}")
+            score = g.node("MatMul", [grouped, keys], f"{name}.scores.{rows}")
             if g.float_type != "fp32":
                 score = g.node("Cast", [score], f"{score}.fp32", to=_FP32)
-            scores.append(g.node("Add", [score, f"mask.{part}"], f"{name}.scores.{part}.masked"))
+            scores.append(g.node("Add", [score, f"mask.{rows}"], f"{name}.scores.{rows}.masked"))
         joined = g.node("Concat", scores, f"{name}.scores", axis=-1)
         weights = g.node("Softmax", [joined], f"{name}.softmax", axis=-1)
         if g.float_type != "fp32":
@@ -431,15 +457,15 @@ class PortableDecoder(Decoder):
             axis=-1,
         )
         mixed = [
-            g.node("MatMul", [f"{name}.weights.{part}", value], f"{name}.mixed.{part}")
-            for part, value in zip(("past", "new"), values, strict=True)
+            g.node("MatMul", [f"{name}.weights.{rows}", value], f"{name}.mixed.{rows}")
+            for rows, value in zip(("past", "new"), values, strict=True)
         ]
         total = g.node("Add", mixed, f"{name}.mixed")
         if kv is not None:
             total = self._scaled(total, value_factor(g, i, kv), f"{name}.mixed.by_value_scale")
         return g.node(
             "Reshape",
-            [total, g.constant("shape.ungrouped", [0, m.num_heads, -1, size])],
+            [total, g.constant("shape.ungrouped", [0, part.heads, -1, size])],
             f"{name}.attended",
         )
 

@@ -59,19 +59,22 @@ class GraphBuilder:
         return names[0]
 
     def constant(self, name: str, values: NDArray[np.generic] | Sequence[int]) -> str:
-        """Add a small integer or bool constant, stored in the model file; one per name."""
-        if name not in self._initializers:
-            array = np.asarray(values, dtype=None if isinstance(values, np.ndarray) else np.int64)
-            self._initializers[name] = onnx.numpy_helper.from_array(array, name)
-        return name
+        """Add a small integer or bool constant, stored in the model file."""
+        array = np.asarray(values, dtype=None if isinstance(values, np.ndarray) else np.int64)
+        return self._small(onnx.numpy_helper.from_array(array, name))
 
     def scalar(self, name: str, value: float, float_type: FloatType | None = None) -> str:
         """Add a float scalar in the graph's float type, or in the one given."""
-        if name not in self._initializers:
-            self._initializers[name] = helper.make_tensor(
-                name, ONNX_TYPE[float_type or self.float_type], [], [value]
-            )
-        return name
+        kind = ONNX_TYPE[float_type or self.float_type]
+        return self._small(helper.make_tensor(name, kind, [], [value]))
+
+    def _small(self, tensor: TensorProto) -> str:
+        """Add a constant once; one that layers have in several values is numbered."""
+        name, number = str(tensor.name), 0
+        while self._initializers.setdefault(tensor.name, tensor) != tensor:
+            number += 1
+            tensor.name = f"{name}.{number}"
+        return str(tensor.name)
 
     def small_floats(self, name: str, values: NDArray[np.floating]) -> str:
         """Add a small constant in the graph's float type, stored in the model file."""

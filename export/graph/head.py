@@ -8,10 +8,13 @@ for the next token that it guesses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx
 
 from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect, FloatType
+from edge.model.parts import AnyPart
 from edge.model.spec import ModelSpec
 
 from .decoder import Decoder, DecoderTensors, NativeDecoder, PortableDecoder
@@ -67,12 +70,12 @@ class _Head(Decoder):
         self.g.node("Identity", [x], io_spec.HIDDEN_STATES)
         return self.finish(x, dialect, kv_capacity, hidden)
 
-    def attention_input(self, i: int, x: str) -> tuple[str, str]:
+    def begin(self, i: int, x: str) -> tuple[str, str, Sequence[AnyPart]]:
         name = f"layers.{i}"
         embedding = self.norm(_EMBEDDING, f"{name}.embed_norm")
         hidden = self.norm(x, f"{name}.input_norm")
         joined = self.g.node("Concat", [embedding, hidden], f"{name}.joined", axis=-1)
-        return joined, hidden if self.norm_before_residual else x
+        return joined, hidden if self.norm_before_residual else x, self.model.layer(i)[1:]
 
 
 class _NativeHead(_Head, NativeDecoder):

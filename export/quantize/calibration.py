@@ -8,7 +8,6 @@ one layer's activations, whatever the model's depth. There is no KV cache: a seq
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +24,7 @@ from edge.bundle.manifest import FloatType, TensorScheme
 from edge.device.process import choose_num_threads
 from edge.errors import DependencyError, install_command
 from edge.model.names import TOKEN_TABLE
+from edge.model.parts import Attention
 from edge.model.spec import ModelSpec
 from edge_make.progress import Progress, silent
 from export.graph.data_file import StoredTensor
@@ -245,7 +245,7 @@ class LayerGraph(PortableDecoder):
             for name, source in self.norm_sources.items()
         }
         rope = [_placeholder(f"rope.{part}_table", -1, model.head_dim // 2) for part in _ROPE]
-        super().__init__(one, "fp32", DecoderTensors(linears, norms, rope[0], rope[1]))
+        super().__init__(one, "fp32", DecoderTensors(linears, norms, [(rope[0], rope[1])]))
         self.g: _FedGraph = _FedGraph()
         self.outputs: dict[str, str] = {}
 
@@ -313,13 +313,12 @@ class LayerGraph(PortableDecoder):
         causal = g.node("Where", [causal, keep, drop], "mask.flat")
         g.node("Unsqueeze", [causal, g.constant("axes.1_2", [1, 2])], "mask")
 
-    def attention(self, i: int, q: str, k: str, v: str) -> str:
+    def attention(self, i: int, part: Attention, q: str, k: str, v: str) -> str:
         """Attend without a cache; return ``[B, H, S, D]``."""
-        g, m, name = self.g, self.model, f"layers.{i}"
-        shared = m.num_heads // m.num_kv_heads
-        shape = g.constant("shape.grouped", [0, m.num_kv_heads, shared, -1, m.head_dim])
+        g, name, kv_heads, dim = self.g, f"layers.{i}", part.kv_heads, part.dim
+        shape = g.constant("shape.grouped", [0, kv_heads, part.heads // kv_heads, -1, dim])
         grouped = g.node("Reshape", [q, shape], f"{name}.q.grouped")
-        scale = g.scalar("attention_scale", 1.0 / math.sqrt(m.head_dim))
+        scale = g.scalar("attention_scale", part.factor)
         grouped = g.node("Mul", [grouped, scale], f"{name}.q.scaled")
         axis = g.constant("axes.2", [2])
         keys = g.node("Unsqueeze", [k, axis], f"{name}.k.grouped")
@@ -329,7 +328,7 @@ class LayerGraph(PortableDecoder):
         weights = g.node("Softmax", [scores], f"{name}.softmax", axis=-1)
         values = g.node("Unsqueeze", [v, axis], f"{name}.v.grouped")
         mixed = g.node("MatMul", [weights, values], f"{name}.mixed")
-        shape = g.constant("shape.ungrouped", [0, m.num_heads, -1, m.head_dim])
+        shape = g.constant("shape.ungrouped", [0, part.heads, -1, dim])
         return g.node("Reshape", [mixed, shape], f"{name}.attended")
 
 

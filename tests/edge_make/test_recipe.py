@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import msgspec
 import pytest
 
 from edge.bundle.linears import linear_layers
@@ -16,7 +15,7 @@ from edge.model.dense import Dense
 from edge.model.spec import ModelSpec, RopeSpec
 from edge_lab.planner.models import BUILT_IN
 from edge_make.recipe import VARIANTS, Recipe, find_variant, recipe_linears
-from tests.makers.manifests import make_model
+from tests.makers.manifests import change_model, make_model
 
 # DeepSeek-R1-Distill-Qwen-1.5B's numbers, two layers of it.
 QWEN = Dense(
@@ -34,7 +33,7 @@ QWEN = Dense(
     qkv_bias=True,
 ).model()
 # SmolLM2-135M: 576 = 4.5 * 128 = 9 * 64.
-SMOLLM2 = msgspec.structs.replace(
+SMOLLM2 = change_model(
     QWEN,
     architecture="llama",
     hidden_size=576,
@@ -46,7 +45,7 @@ SMOLLM2 = msgspec.structs.replace(
     qkv_bias=False,
     tied_embeddings=True,
 )
-ODD = msgspec.structs.replace(QWEN, intermediate_size=8968)  # 8 divides it, 32 does not
+ODD = change_model(QWEN, intermediate_size=8968)  # 8 divides it, 32 does not
 FLOAT = TensorScheme(kind="float")
 LAYERS = [f"layers.{i}.{part}" for i in range(2) for part in ("qkv", "o", "gate_up", "down")]
 
@@ -79,7 +78,7 @@ def test_float_recipes_leave_every_layer(quant: Quant):
 
 def test_int8_has_the_largest_group_that_fits_every_layer():
     assert Recipe("int8").schemes(SMOLLM2)["layers.0.down"] == int8(64)
-    narrow = msgspec.structs.replace(SMOLLM2, intermediate_size=1536 + 32)
+    narrow = change_model(SMOLLM2, intermediate_size=1536 + 32)
     assert Recipe("int8").schemes(narrow)["layers.0.qkv"] == int8(32)
 
 

@@ -387,7 +387,7 @@ def decoder_of(
         for name in ("cos", "sin")
     )
     graph = build_decoder(
-        model, example.dialect, "fp16", DecoderTensors(linears, norms, cos, sin), 4096
+        model, example.dialect, "fp16", DecoderTensors(linears, norms, [(cos, sin)]), 4096
     )
     (folder / "decoder.onnx.data").touch()
     os.truncate(folder / "decoder.onnx.data", end)
