@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from edge.bundle.manifest_checks import check_ranges
@@ -16,13 +16,9 @@ from edge.errors import BundleError, CheckpointError
 from edge.model.dense import Dense
 from edge.model.spec import ModelSpec, RopeSpec, Task
 
+from .families import FAMILIES, Family
 from .picture_models import decoder_config, reads_pictures
 
-_ARCHITECTURES: dict[str, str] = {
-    "Qwen2ForCausalLM": "qwen2",
-    "LlamaForCausalLM": "llama",
-    "Qwen3ForCausalLM": "qwen3",
-}
 _OTHER_KINDS = (
     (
         re.compile(r"encoder.?decoder|t5|bart|pegasus", re.IGNORECASE),
@@ -38,14 +34,6 @@ _OTHER_KINDS = (
     ),
 )
 """Other kinds of models by their architectures' names, and which model to take instead."""
-_WITHOUT_HEAD: dict[str, str] = {
-    "Qwen2Model": "qwen2",
-    "LlamaModel": "llama",
-    "Qwen3Model": "qwen3",
-}
-"""Architectures without an lm_head, which is enough for a model that embeds."""
-# ``rope_theta`` may be absent from the oldest Llama configs; all three classes default to this.
-_DEFAULT_ROPE_THETA = 10_000.0
 _KEYS = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
@@ -130,14 +118,13 @@ def parse_config(
     if reads_pictures(config):
         config, where = decoder_config(config, where), f"{where}: text_config"
     reader = _Config(config, where)
-    architecture = _architecture(reader, task)
+    family = _family(reader, task)
     _refuse_unsupported(reader)
 
     num_heads = reader.integer("num_attention_heads")
-    # Only Llama configs from before grouped-query attention leave it out.
-    fallback = num_heads if architecture == "llama" else None
+    fallback = num_heads if family.old_without_kv_heads else None
     spec = Dense(
-        architecture=architecture,
+        architecture=family.name,
         hidden_size=reader.integer("hidden_size"),
         num_layers=reader.integer("num_hidden_layers"),
         num_heads=num_heads,
@@ -147,18 +134,21 @@ def parse_config(
         vocab_size=reader.integer("vocab_size"),
         rms_norm_eps=reader.number("rms_norm_eps"),
         max_position_embeddings=reader.integer("max_position_embeddings"),
-        rope=_rope(reader),
-        # Qwen2's class has these biases whatever the key says. In the other two, `attention_bias`
-        # gives o a bias as well, which is looked for in the weights.
-        qkv_bias=reader.boolean("attention_bias") or architecture == "qwen2",
-        qk_norm=architecture == "qwen3",
-        tied_embeddings=reader.boolean("tie_word_embeddings"),
+        rope=_rope(reader, family.default_theta),
+        # `attention_bias` gives o a bias as well, which is looked for in the weights.
+        qkv_bias=reader.boolean("attention_bias") or family.has_qkv_bias,
+        qk_norm=family.qk_norm,
+        tied_embeddings=reader.boolean("tie_word_embeddings", family.tied_by_default),
         task=task,
     )
-    return checked(spec, where)
+    try:
+        without_rope = family.without_rope(reader.get, spec.num_layers)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return checked(spec, where, without_rope)
 
 
-def checked(spec: Dense, where: str) -> ModelSpec:
+def checked(spec: Dense, where: str, without_rope: Collection[int] = ()) -> ModelSpec:
     """Make a model of dimensions, and refuse those that do not fit each other.
 
     Raises:
@@ -167,7 +157,8 @@ def checked(spec: Dense, where: str) -> ModelSpec:
     """
     try:
         check_ranges(spec, where)
-        check_ranges(spec.model(), where)
+        model = spec.model(without_rope)
+        check_ranges(model, where)
     except BundleError as error:
         message = re.sub(r"(?<=\$\.)\w+", lambda name: _KEYS.get(name[0], name[0]), str(error))
         raise CheckpointError(f"{message}; is the file damaged?") from error
@@ -180,7 +171,7 @@ def checked(spec: Dense, where: str) -> ModelSpec:
         raise CheckpointError(
             f"{where}: head_dim is {spec.head_dim}; rotary embeddings need an even one"
         )
-    return spec.model()
+    return model
 
 
 def yarn_attention_factor(
@@ -199,9 +190,12 @@ def yarn_attention_factor(
     return scale(1.0)
 
 
-def _architecture(config: _Config, task: Task) -> str:
+def _family(config: _Config, task: Task) -> Family:
     names = config.get("architectures")
-    known = {**_ARCHITECTURES, **_WITHOUT_HEAD} if task == "embed" else _ARCHITECTURES
+    known = {family.model_class: family for family in FAMILIES.values()}
+    without_head = {family.base_class: family for family in FAMILIES.values()}
+    if task == "embed":
+        known |= without_head
     supported = ", ".join(known)
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise config.error(
@@ -210,7 +204,7 @@ def _architecture(config: _Config, task: Task) -> str:
     if names[0] not in known:
         both = config.boolean("is_encoder_decoder")
         advice = alternative("encoder-decoder" if both else names[0], task)
-        if names[0] in _WITHOUT_HEAD:
+        if names[0] in without_head:
             advice = "a model that embeds: --task embed"
         raise config.error(
             "architectures", f"{names[0]} is not supported; supported: {supported}; {advice}"
@@ -254,7 +248,7 @@ def _refuse_unsupported(config: _Config) -> None:
             "stock architecture, delete the key from a local copy",
         )
     activation = config.get("hidden_act")
-    if activation not in (None, "silu"):  # silu is the default of all three classes
+    if activation not in (None, "silu"):  # silu is the default of all classes
         raise config.error("hidden_act", f"must be silu, found {activation!r}")
     layer_types = config.get("layer_types")
     if layer_types is not None and (
@@ -276,7 +270,7 @@ def _head_dim(config: _Config, num_heads: int) -> int:
     return hidden_size // num_heads
 
 
-def _rope(config: _Config) -> RopeSpec:
+def _rope(config: _Config, default_theta: float) -> RopeSpec:
     # The order of transformers 5: a non-empty rope_scaling wins over rope_parameters.
     name = "rope_scaling" if config.section("rope_scaling") else "rope_parameters"
     values = config.section(name)
@@ -284,7 +278,7 @@ def _rope(config: _Config) -> RopeSpec:
     for key, value in values.items():
         if isinstance(value, dict):
             raise rope.error(key, "is an object: RoPE parameters per layer are not supported")
-    theta = rope.number("rope_theta", config.number("rope_theta", _DEFAULT_ROPE_THETA))
+    theta = rope.number("rope_theta", config.number("rope_theta", default_theta))
     if rope.get("rope_theta") is None and config.get("rope_theta") is None:
         ignored = config.section("rope_parameters").get("rope_theta")
         if ignored is not None:

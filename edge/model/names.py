@@ -41,14 +41,3 @@ OUTSIDE = {
 def module_name(layer: int, part: str) -> str:
     """Return the HF name of a module of a layer, without ``.weight``."""
     return f"model.layers.{layer}.{MODULES[part].safetensors}"
-
-
-def gguf_name(name: str) -> str:
-    """Return the GGUF name of a tensor with a given HF name."""
-    stem, _, suffix = name.rpartition(".")
-    for names in OUTSIDE.values():
-        if stem == names.safetensors:
-            return f"{names.gguf}.{suffix}"
-    _, _, layer, rest = stem.split(".", 3)  # model.layers.0.self_attn.q_proj
-    gguf = next(names.gguf for names in MODULES.values() if names.safetensors == rest)
-    return f"blk.{layer}.{gguf}.{suffix}"

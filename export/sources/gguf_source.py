@@ -17,36 +17,20 @@ from edge.bundle.manifest import Source
 from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
 from edge.model.dense import Dense
+from edge.model.names import MODULES, OUTSIDE, module_name
+from edge.model.parts import Attention, Linear, Norm, only
 from edge.model.spec import ModelSpec, RopeSpec
+from edge_make.families import FAMILIES
 from edge_make.model_config import BIDIRECTIONAL, alternative, checked, yarn_attention_factor
 
 from .checkpoint import Checkpoint
 from .gguf_file import GgufFile
 from .gguf_tokenizer import read_gguf_text
 
-_ARCHITECTURES: dict[str, str] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _log = logging.getLogger(__name__)
 _ROPE_FACTORS = "rope_freqs.weight"
 _EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
-_GLOBAL_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-# Each of these changes the arithmetic; supported models of the three architectures set none.
+# Each of these changes the arithmetic; supported models of the architectures set none.
 _UNSUPPORTED_KEYS = (
     "expert_count",
     "attention.sliding_window",
@@ -81,6 +65,7 @@ class GgufCheckpoint(Checkpoint):
         self._gguf_names = _check_tensors(self.spec, shapes, self._file, path)
         self.text = read_gguf_text(metadata, path, self.spec.vocab_size)
         self.name = path.stem
+        self._interleaved = _interleaved(self.spec)
 
     @cached_property
     def source(self) -> Source:
@@ -99,12 +84,8 @@ class GgufCheckpoint(Checkpoint):
         if name not in self._gguf_names:
             raise CheckpointError(f"{self._path} has no tensor {name}")
         weights = file.tensor(self._gguf_names[name])
-        if self.spec.architecture == "llama":
-            if "q_proj." in name:
-                return _unpermute(weights, self.spec.num_heads)
-            if "k_proj." in name:
-                return _unpermute(weights, self.spec.num_kv_heads)
-        return weights
+        heads = self._interleaved.get(name)
+        return weights if heads is None else _unpermute(weights, heads)
 
     def close(self) -> None:
         """Release the file; it stays mapped until the last view of it is gone."""
@@ -140,12 +121,12 @@ def read_gguf_spec(
             f"{path} is one part of a split model; join them first: llama-gguf-split --merge"
         )
     architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise CheckpointError(
             f"{path}: general.architecture {architecture!r} is not supported; supported: "
-            f"{', '.join(_ARCHITECTURES)}; {alternative(str(architecture))}"
+            f"{', '.join(FAMILIES)}; {alternative(str(architecture))}"
         )
-    keys = _Keys(metadata, architecture, path)
+    keys, family = _Keys(metadata, architecture, path), FAMILIES[architecture]
     for key in _UNSUPPORTED_KEYS:
         if keys.get(key) not in (None, 0, 1.0 if key.endswith("_scale") else 0):
             raise keys.error(key, f"is {keys.get(key)!r}: not supported")
@@ -160,7 +141,7 @@ def read_gguf_spec(
     if len(shapes.get(_EMBEDDINGS, ())) != 2:
         raise CheckpointError(f"{path} has no tensor {_EMBEDDINGS} [vocabulary, {hidden}]")
     spec = Dense(
-        architecture=_ARCHITECTURES[architecture],
+        architecture=architecture,
         hidden_size=hidden,
         num_layers=keys.integer("block_count"),
         num_heads=num_heads,
@@ -171,15 +152,15 @@ def read_gguf_spec(
         rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         max_position_embeddings=keys.integer("context_length"),
         rope=_rope(keys, rope_factors, head_dim),
-        qkv_bias=architecture == "qwen2" or "blk.0.attn_q.bias" in shapes,
-        qk_norm=architecture == "qwen3",
+        qkv_bias=family.has_qkv_bias or "blk.0.attn_q.bias" in shapes,
+        qk_norm=family.qk_norm,
         tied_embeddings=_HEAD not in shapes,
     )
     if keys.integer("vocab_size", spec.vocab_size) != spec.vocab_size:
         raise keys.error(
             "vocab_size", f"is {keys.get('vocab_size')}, {_EMBEDDINGS} has {spec.vocab_size} rows"
         )
-    return checked(spec, str(path))
+    return checked(spec, str(path), family.without_rope(keys.get, spec.num_layers))
 
 
 class _Keys:
@@ -319,13 +300,34 @@ def _unpermute(weights: NDArray[Any], num_heads: int) -> NDArray[Any]:
     return np.swapaxes(pairs, 1, 2).reshape(weights.shape)
 
 
-def _gguf_name(name: str) -> str:
-    """Return the GGUF name of a tensor with a given HF name."""
-    stem, _, suffix = name.rpartition(".")
-    if stem in _GLOBAL_NAMES:
-        return f"{_GLOBAL_NAMES[stem]}.{suffix}"
-    _, _, index, rest = stem.split(".", 3)  # model.layers.0.self_attn.q_proj
-    return f"blk.{index}.{_LAYER_NAMES[rest]}.{suffix}"
+def _interleaved(model: ModelSpec) -> dict[str, int]:
+    """Return the heads of the tensors whose rows llama.cpp's converter reordered, by HF name."""
+    found = {}
+    for number, layer in (
+        model.each_layer() if FAMILIES[model.architecture].gguf_interleaves else ()
+    ):
+        for part in only(layer, Attention):
+            for value, heads in (("q", part.heads), ("k", part.kv_heads)):
+                for kind in ("weight", "bias"):
+                    found[f"{module_name(number, value)}.{kind}"] = heads
+    return found
+
+
+def _gguf_modules(model: ModelSpec) -> dict[str, str]:
+    """Return the GGUF names of a model's modules by their HF names."""
+    found = {names.safetensors: names.gguf for names in OUTSIDE.values()}
+    for layer, parts in model.each_layer():
+        for part in parts:
+            match part:
+                case Norm(name=name):
+                    modules = [name]
+                case Linear(outputs=outputs):
+                    modules = [output for output, _ in outputs]
+                case _:
+                    continue
+            for name in modules:
+                found[module_name(layer, name)] = f"blk.{layer}.{MODULES[name].gguf}"
+    return found
 
 
 def _check_tensors(
@@ -333,7 +335,11 @@ def _check_tensors(
 ) -> dict[str, str]:
     """Map HF names to GGUF names, after a check that exactly these tensors are there."""
     expected = expected_tensors(spec)
-    names = {name: _gguf_name(name) for name in expected}
+    modules = _gguf_modules(spec)
+    names = {}
+    for name in expected:
+        module, _, kind = name.rpartition(".")
+        names[name] = f"{modules[module]}.{kind}"
     for name, gguf_name in names.items():
         found = shapes.get(gguf_name)
         if found != expected[name]:

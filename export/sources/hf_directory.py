@@ -14,6 +14,7 @@ from edge.bundle.manifest import Source
 from edge.errors import CheckpointError
 from edge.model.names import TOKEN_TABLE
 from edge.model.spec import Task
+from edge_make.families import FAMILIES
 from edge_make.model_config import parse_config
 
 from .checkpoint import Checkpoint
@@ -167,7 +168,7 @@ class HfDirectory(Checkpoint):
             known.add(name)
             if name not in entries:
                 says = ""
-                if name.endswith(".bias") and self.spec.architecture != "qwen2":
+                if name.endswith(".bias") and not FAMILIES[self.spec.architecture].has_qkv_bias:
                     says = " since attention_bias in config.json is true"
                 raise CheckpointError(
                     f"{self._directory} has no tensor {name}, expected {list(shape)}{says}; the "

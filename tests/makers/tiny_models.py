@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Kind = Literal["qwen2", "llama", "qwen3"]
-KINDS: tuple[Kind, ...] = ("qwen2", "llama", "qwen3")
+Kind = Literal["qwen2", "llama", "qwen3", "smollm3"]
+KINDS: tuple[Kind, ...] = ("qwen2", "llama", "qwen3", "smollm3")
 
 # The first merges of GPT-2 (Ġ is a space in its byte alphabet), then a few longer words.
 _MERGES = (
@@ -117,6 +117,21 @@ _CONFIGS: dict[Kind, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
             "beta_fast": 2.0,
         },
+    },
+    # Positions do not turn the second layer.
+    "smollm3": {
+        **_COMMON,
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "pad_token_id": EOS_ID,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "no_rope_layers": [1, 0],
+        "no_rope_layer_interval": 2,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "layer_types": ["full_attention", "full_attention"],
     },
 }
 

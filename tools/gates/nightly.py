@@ -112,9 +112,11 @@ STEPS = (
         "EDGE_LLM_PARITY=1 scripts/test -m parity",
         (
             "edge/bundle/rope.py",
+            "edge/model/**",
             "edge/runtime/sampling_reference.py",
             "edge/vision/decode_child.py",
             "edge/vision/layout.py",
+            "edge_make/families/**",
             "edge_make/model_config.py",
             "export/graph/**",
             "tools/goldens/references.py",

@@ -38,7 +38,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 # Smaller steps between the frequencies than the tiny Llama's own: two lie between the borders.
-OVERRIDES: dict[str, dict[str, Any]] = {"llama": {"rope_theta": 100.0, "rope_scaling": LLAMA3}}
+# llama.cpp takes every fourth layer of SmolLM3 as one without RoPE, and no key says so.
+SMOLLM3 = {"num_hidden_layers": 4, "no_rope_layers": None, "layer_types": None}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "llama": {"rope_theta": 100.0, "rope_scaling": LLAMA3},
+    "smollm3": {**SMOLLM3, "no_rope_layer_interval": 4},
+}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
@@ -128,7 +133,7 @@ def tensors_of(config: dict[str, Any], ggml_type: str) -> dict[str, tuple[np.nda
     kind = gguf.GGMLQuantizationType[ggml_type]
     stored = {}
     for name, weights in tiny.make_weights(config, seed=2).items():
-        if config["model_type"] == "llama" and re.search(r"[qk]_proj", name):
+        if config["model_type"] in ("llama", "smollm3") and re.search(r"[qk]_proj", name):
             key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
             weights = permute(weights, config[key])
         if weights.ndim == 1:
@@ -342,7 +347,7 @@ def test_factors_that_are_no_llama3(factors) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"general.architecture": "gemma3"}, "'gemma3' is not supported; supported: llama"),
+        ({"general.architecture": "gemma3"}, "'gemma3' is not supported; supported: qwen2"),
         ({"general.architecture": "qwen3moe"}, "instead of a mixture of experts take a dense"),
         ({"llama.block_count": ...}, r"llama\.block_count is missing"),
         ({"llama.block_count": 3}, r"blk\.2\.attn_norm\.weight must have shape \[64\], found none"),

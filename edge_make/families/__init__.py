@@ -1,0 +1,14 @@
+"""Holds the families of models that can be exported, a file for each."""
+
+from __future__ import annotations
+
+from .family import Family
+from .llama import LLAMA
+from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+from .smollm3 import SMOLLM3
+
+FAMILIES = {family.name: family for family in (QWEN2, LLAMA, QWEN3, SMOLLM3)}
+"""Families by name."""
+
+__all__ = ["FAMILIES", "Family"]
