@@ -54,7 +54,7 @@ from .quantize.held_layer import HeldLayer
 from .quantize.kv_scales import CACHE_TOKENS, calibrate_kv_cache
 from .quantize.linear import LinearTensors, convert
 from .quantize.plan import Block, BlockPlan, Calibrator, LinearPlan, ToNearest, linear_blocks
-from .quantize.rounded_twin import TAPS_OF_BOTH, RoundedTwin
+from .quantize.rounded_twin import RoundedTwin, twin_taps
 from .quantize.scaled_checkpoint import ScaledCheckpoint
 from .resume import Finished, Work, calibration_key, fresh_work, resumable_work
 from .sources.checkpoint import Checkpoint
@@ -243,9 +243,9 @@ class DecoderFiles:
             runner = LayerRunner(self.checkpoint, ids, self.progress)
             return Calibrated(runner, self.schemes, method, clip, scale_type)
         held = HeldLayer(self.checkpoint)
-        effort = layer_effort(held.spec, ids.size)
-        share = effort.look / effort.total
-        runner = LayerRunner(held, ids, self.progress, TAPS_OF_BOTH, share)
+        effort = [layer_effort(layer, ids.size) for _, layer in held.spec.each_layer()]
+        shares = [each.look / each.total for each in effort]
+        runner = LayerRunner(held, ids, self.progress, twin_taps, shares)
         twin = RoundedTwin(held, ids.shape[1])
         return Calibrated(runner, self.schemes, method, clip, scale_type, twin, effort)
 
@@ -288,7 +288,7 @@ class DecoderFiles:
         finished = work.finished
         every = linear_blocks(self.checkpoint.spec)
         # A calibration with an effort reports whole layers itself.
-        reported = isinstance(calibrator, Calibrated) and calibrator.effort is not None
+        reported = isinstance(calibrator, Calibrated) and bool(calibrator.effort)
         first = self.checkpoint.spec.num_layers if reported else 0
         counted = {each.name: math.prod(each.shape) for b in every[first:] for each in b.linears}
         total = sum(counted.values())

@@ -46,7 +46,11 @@ def export_s(
         cache_tokens: tokens with which the KV cache is calibrated; 0 for a cache in float.
         tokens: tokens to calibrate the INT4 layers with.
     """
-    plan = layer_effort(model, tokens).plan
+    plan = {
+        f"layers.{number}.{name}": sum(operations)
+        for number, layer in model.each_layer()
+        for name, operations in layer_effort(layer, tokens).plan.items()
+    }
     sizes = {layer.name: math.prod(layer.shape) for layer in linear_layers(model)}
     total = sum(sizes.values())
     kinds = {scheme.kind for scheme in schemes.values()}
@@ -60,7 +64,7 @@ def export_s(
         elif kind == "int4" and rounding != "rtn" and name != "lm_head":
             operations = 2.0 * tokens * size
             if "gptq" in rounding:
-                operations += sum(plan[name.rpartition(".")[2]])
+                operations += plan[name]
             else:
                 operations += _AWQ_OPERATIONS * size
             seconds += operations / _OPERATIONS_PER_S

@@ -217,7 +217,8 @@ def estimated_bytes(
     """
     row_bytes = 2 * model.hidden_size if embeddings == "fp16" else model.hidden_size + 4
     total = model.vocab_size * row_bytes
-    total += positions * model.head_dim * (2 + 4)  # cos and sin, for both graphs
+    turned = sum(model.rope_dims(table) for table in range(len(model.ropes)))
+    total += positions * turned * (2 + 4)  # cos and sin, for both graphs
     for layer in linear_layers(model):
         scheme = schemes[layer.name]
         weight, scales = stored_bytes(layer.shape, scheme)

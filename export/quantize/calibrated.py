@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.linears import LinearSpec
 from edge.bundle.manifest import TensorScheme
+from edge.model.parts import Attention
 from edge.model.spec import ModelSpec
 from edge_make.recipe import Clip
 from export.graph.float_range import check_range
@@ -21,10 +22,11 @@ from .awq import awq_factors
 from .calibration import LayerActivations, LayerRunner
 from .effort import LayerEffort
 from .error_feedback import cross_moment, made_up
+from .fed_linears import fed_linear, fed_linears
 from .gptq import GptqRows, gptq_factor
 from .plan import Block, BlockPlan, LinearPlan, nearest_rows
 from .rotation import BlockRotatedCheckpoint
-from .rounded_twin import RESIDUAL, RoundedLayer, RoundedTwin, flat
+from .rounded_twin import RoundedLayer, RoundedTwin, flat
 from .rtn import NearestRows, QuantizedRows, RowQuantizer, dequantize_rows, round_tiles
 from .scaled_checkpoint import ScaledCheckpoint
 from .signs import channel_signs
@@ -64,9 +66,9 @@ class Calibrated:
         method: how INT4 linears are rounded.
         clip: how the others are rounded, as for `rtn.quantize_rows`.
         scale_type: type in which scales will be stored, float16 or bfloat16.
-        twin: runs the model as rounded so far, for GPTQ. The runner then has `TAPS_OF_BOTH`,
+        twin: runs the model as rounded so far, for GPTQ. The runner then has `twin_taps`,
             layers are planned in their order, and ``hidden`` has both models' states, stacked.
-        effort: operations of a layer with a twin; the runner reports the share of running it.
+        effort: operations of each layer with a twin; the runner reports the share of running it.
     """
 
     runner: LayerRunner
@@ -75,7 +77,7 @@ class Calibrated:
     clip: Clip
     scale_type: np.dtype[np.generic]
     twin: RoundedTwin | None = None
-    effort: LayerEffort | None = None
+    effort: Sequence[LayerEffort] = ()
 
     def look(self, block: Block, hidden: Array | None) -> LayerActivations:
         """Run the text through a block, as `plan.Calibrator.look` describes."""
@@ -92,15 +94,20 @@ class Calibrated:
         linears = [self._look(linear, inputs[_short(linear)]) for linear in block.linears]
         factors = {each.layer.name: each.factors for each in linears if each.factors is not None}
         if self.method != "rtn":
-            # The signs of down and o flip rows of up and v, so they are chosen first.
+            # Signs flip rows of an earlier linear of the layer, so the last ones are chosen first.
             for at in reversed(range(len(linears))):
                 linears[at] = self._with_signs(linears[at], factors, inputs)
         folded = ScaledCheckpoint(self.runner.checkpoint, factors)
         peaks = folded.peaks(seen.peaks)
-        if self.twin is not None and block.index < self.runner.checkpoint.spec.num_layers:
+        model = self.runner.checkpoint.spec
+        if self.twin is not None and block.index < model.num_layers:
             assert seen.before is not None
             rounded = self.twin.layer(folded, block.index, seen.before[1])
-            streams = {"o": inputs.pop(RESIDUAL), "down": flat(seen.hidden)}
+            streams = {
+                each.part.name: inputs.pop(each.add.name, flat(seen.hidden))
+                for each in fed_linears(model.layer(block.index))
+                if each.add is not None
+            }
             plans = [self._plan_rounded(each, folded, inputs, rounded, streams) for each in linears]
             hidden = np.stack([seen.hidden, rounded.after()])
             return BlockPlan(tuple(plans), factors, peaks, hidden)
@@ -109,21 +116,25 @@ class Calibrated:
 
     def _report(self, layer: LinearSpec, parts: int) -> None:
         """Report how many parts of a linear are done, as counted in `effort.LayerEffort`."""
-        if self.effort is not None:
+        if self.effort:
             index = int(layer.name.split(".")[1])
-            self.runner.report(index + self.effort.done(_short(layer), parts))
+            self.runner.report(index + self.effort[index].done(_short(layer), parts))
+
+    def _is_foldable(self, layer: LinearSpec) -> bool:
+        """Return whether something before a linear can take factors."""
+        fed = fed_linear(self.runner.checkpoint.spec, layer.name)
+        return fed is not None and fed.producer is not None
 
     def _look(self, layer: LinearSpec, x: Array) -> _SeenLinear:
-        scheme = self.schemes[layer.name]
-        is_head = layer.name == "lm_head"
+        scheme, foldable = self.schemes[layer.name], self._is_foldable(layer)
         if scheme.kind == "w8a8":
             found = smoothing(
                 *(self._weights(layer), x, scheme, self.scale_type, self._shared(layer)),
-                foldable=not is_head,
+                foldable=foldable,
             )
             return _SeenLinear(layer, scheme, found.factors, found.per_token, found.rotation_block)
         factors = None
-        if scheme.kind == "int4" and "awq" in self.method and not is_head:
+        if scheme.kind == "int4" and "awq" in self.method and foldable:
             factors = awq_factors(
                 self._weights(layer), x, scheme, self.scale_type, self._shared(layer)
             )
@@ -134,7 +145,7 @@ class Calibrated:
     ) -> _SeenLinear:
         """Give a linear's factors the signs that suit INT4 (`signs`), in ``factors``, too."""
         layer = seen.layer
-        if seen.scheme.kind != "int4" or layer.name == "lm_head":
+        if seen.scheme.kind != "int4" or not self._is_foldable(layer):
             return seen
         importance = mean_square(inputs[_short(layer)])
         found = np.ones_like(importance) if seen.factors is None else seen.factors
@@ -148,8 +159,7 @@ class Calibrated:
         return _stack(checkpoint or self.runner.checkpoint, layer.weights)
 
     def _shared(self, layer: LinearSpec) -> NDArray[np.int64] | None:
-        is_o = layer.name.endswith(".o")
-        return shared_channels(self.runner.checkpoint.spec) if is_o else None
+        return shared_channels(self.runner.checkpoint.spec, layer.name)
 
     def _plan(self, seen: _SeenLinear, folded: ScaledCheckpoint, x: Array) -> LinearPlan:
         """Plan a linear for its float inputs ``[tokens, in]``, which are overwritten."""
@@ -184,7 +194,7 @@ class Calibrated:
             folded: the model with the factors of the whole layer.
             exact: inputs of linears in the float model, ``[tokens, in]``; this one's are removed.
             rounded: the layer, up to this linear.
-            streams: residual stream of the float model after ``o`` and after ``down``.
+            streams: residual stream of the float model after each linear that is added to it.
 
         Raises:
             CheckpointError: a weight is not finite, or too large for the graph's float type.
@@ -260,8 +270,15 @@ def _split(rows: QuantizedRows, lengths: Sequence[int]) -> tuple[QuantizedWeight
     return tuple(parts)
 
 
-def shared_channels(model: ModelSpec) -> NDArray[np.int64]:
-    """Map each input channel of ``o`` to the channel of ``v`` that it is mixed from, ``[in]``."""
-    heads = np.arange(model.num_heads, dtype=np.int64) // (model.num_heads // model.num_kv_heads)
-    channels = heads[:, None] * model.head_dim + np.arange(model.head_dim, dtype=np.int64)
+def shared_channels(model: ModelSpec, name: str) -> NDArray[np.int64] | None:
+    """Map each input channel of a linear to the channel of ``v`` that it is mixed from, ``[in]``.
+
+    It is None where attention does not feed the linear.
+    """
+    fed = fed_linear(model, name)
+    if fed is None or not isinstance(fed.source, Attention):
+        return None
+    part = fed.source
+    heads = np.arange(part.heads, dtype=np.int64) // (part.heads // part.kv_heads)
+    channels = heads[:, None] * part.dim + np.arange(part.dim, dtype=np.int64)
     return channels.reshape(-1)

@@ -1,15 +1,17 @@
 """Calibrates: finds the inputs of the float model's linear layers for a text.
 
 The float model runs in ONNX Runtime one decoder layer at a time. One small graph whose weights are
-inputs serves every layer. So memory holds the hidden states of all tokens, one layer's weights and
-one layer's activations, whatever the model's depth. There is no KV cache: a sequence is run whole.
+inputs serves all layers of the same parts. So memory holds the hidden states of all tokens, one
+layer's weights and one layer's activations, whatever the model's depth. There is no KV cache: a
+sequence is run whole.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,12 @@ from numpy.typing import NDArray
 from edge._version import __version__
 from edge.bundle import io_spec
 from edge.bundle.io_spec import TensorSpec
-from edge.bundle.linears import linear_layers, norm_sources
+from edge.bundle.linears import linear_layers, norm_layers
 from edge.bundle.manifest import FloatType, TensorScheme
 from edge.device.process import choose_num_threads
 from edge.errors import DependencyError, install_command
 from edge.model.names import TOKEN_TABLE
-from edge.model.parts import Attention
+from edge.model.parts import Add, Attention, GatedMlp, Layer, Linear, Rope, only
 from edge.model.spec import ModelSpec
 from edge_make.progress import Progress, silent
 from export.graph.data_file import StoredTensor
@@ -35,24 +37,21 @@ from export.graph.linear_nodes import StoredLinear
 from export.graph.rope import rope_tables
 from export.sources.checkpoint import Checkpoint
 
+from .fed_linears import fed_linears, value_name
+
 Array = NDArray[np.float32]
+Taps = Callable[[Layer], Mapping[str, str]]
+"""Finds the values of a layer to look at: from their names in its graph to other ones."""
 
 _FP16_NEAR = FP16_MAX / 2  # calibration sees few tokens, so less than a factor of two is too near
 _EMBEDDINGS = "embeddings"
 _ROPE = ("cos", "sin")
-TAPS = {"input_norm.out": "qkv", "merged": "o", "post_norm.out": "gate_up", "gated": "down"}
-"""Values of a layer's graph that feed its linears."""
-# Values whose range matters to an fp16 graph.
-_PEAKS = (
-    "qkv.out",
-    "o.out",
-    "attention_residual",
-    "gate_up.out",
-    "gated",
-    "down.out",
-    "mlp_residual",
-)
 _log = logging.getLogger(__name__)
+
+
+def linear_taps(layer: Layer) -> dict[str, str]:
+    """Find the values that feed a layer's linears."""
+    return {each.value: each.part.name for each in fed_linears(layer)}
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,8 @@ class LayerActivations:
     """Activations of one decoder layer, or of the lm_head, for every calibration token.
 
     Attributes:
-        inputs: float32 ``[tokens, width]`` by the linear's last name: ``qkv``, ``o``, ``gate_up``
-            and ``down``, or ``lm_head``, and by the names of other taps. Tokens are in the order of
-            the batches, row by row.
+        inputs: float32 ``[tokens, width]`` by the linear's last name, e.g. ``qkv`` or ``lm_head``,
+            or by the names of other taps. Tokens are in the order of the batches, row by row.
         peaks: largest magnitude of each channel of the values whose range matters to an fp16
             graph, float32 ``[channels]`` by the value's full name, e.g. ``layers.3.gated``.
         hidden: hidden states after the layer, before any final norm, float32 ``[sequences, seq_len,
@@ -87,9 +85,8 @@ class LayerRunner:
         ids: token ids int64 ``[sequences, seq_len]``.
         progress: called with the sequences that passed a layer (step ``calibrate``), counted over
             all layers.
-        taps: the values of a layer that `LayerActivations.inputs` has: from their names within the
-            layer to the names there. By default the linears' inputs.
-        share: share of a layer's work that running it takes; the caller reports the rest.
+        taps: finds the values of a layer that `LayerActivations.inputs` has, and their names there.
+        shares: share of each layer's work that running it takes; the caller reports the rest.
     """
 
     def __init__(
@@ -97,17 +94,14 @@ class LayerRunner:
         checkpoint: Checkpoint,
         ids: NDArray[np.int64],
         progress: Progress = silent,
-        taps: Mapping[str, str] = TAPS,
-        share: float = 1.0,
+        taps: Taps = linear_taps,
+        shares: Sequence[float] = (),
     ) -> None:
         self.checkpoint = checkpoint
-        self._share = share
+        self._shares = shares or (1.0,) * checkpoint.spec.num_layers
         self._ids = ids
         self._progress = progress
-        model = checkpoint.spec
-        self._graph = LayerGraph(model, taps)
-        self._session = run_session(self._graph.build_layer())
-        self._rope = rope_feed(model, ids.shape[1])
+        self._graph = cache(lambda one: LayerGraph(one, taps))  # layers of equal parts share it
 
     def run(self, index: int, hidden: Array | None) -> LayerActivations:
         """Run all sequences through a decoder layer, or through the norm before the lm_head.
@@ -137,7 +131,8 @@ class LayerRunner:
 
     def _layer(self, index: int, hidden: Array) -> LayerActivations:
         count, seq_len, _ = hidden.shape
-        weights = self._rope | self._graph.weights(self.checkpoint, index)
+        graph = self._graph(self.checkpoint.spec.of_layer(index))
+        weights = graph.rope_feed(seq_len) | graph.weights(self.checkpoint, index)
         positions = np.arange(seq_len, dtype=np.int64)[None]
         inputs: dict[str, Array] = {}
         peaks: dict[str, Array] = {}
@@ -148,8 +143,8 @@ class LayerRunner:
                 io_spec.INPUTS_EMBEDS: hidden[at : at + 1],
                 io_spec.POSITION_IDS: positions,
             }
-            values = self._session.run(list(self._graph.outputs), feed)
-            for name, value in zip(self._graph.outputs.values(), values, strict=True):
+            values = graph.session.run(list(graph.outputs), feed)
+            for name, value in zip(graph.outputs.values(), values, strict=True):
                 kind, _, short = name.partition(" ")
                 if kind == "peak":
                     full = f"layers.{index}.{short}"
@@ -162,7 +157,7 @@ class LayerRunner:
                     inputs[short][at * seq_len : (at + 1) * seq_len] = value[0]
                 else:
                     after[at] = value[0]
-            self.report(index + self._share * (at + 1) / count)
+            self.report(index + self._shares[index] * (at + 1) / count)
         return LayerActivations(inputs, peaks, after)
 
     def _final_norm(self, hidden: Array) -> LayerActivations:
@@ -217,18 +212,21 @@ class _FedGraph(GraphBuilder):
 class LayerGraph(PortableDecoder):
     """One decoder layer in fp32 from hidden states to hidden states: no cache, extra outputs.
 
+    Args:
+        model: the model of this layer alone.
+        taps: finds the values to put out as ``input <name>``.
+
     Attributes:
         outputs: meaning of each output of the graph, in order: ``hidden``, ``input <name>`` or
             ``peak <name>``.
     """
 
-    def __init__(self, model: ModelSpec, taps: Mapping[str, str] = TAPS) -> None:
-        self._taps = taps
-        one = model.of_layer(0)
-        self.linear_specs = {layer.name: layer for layer in linear_layers(one)}
+    def __init__(self, model: ModelSpec, taps: Taps) -> None:
+        self.parts = model.layer(0)
+        self._taps = taps(self.parts)
+        self.linear_specs = {layer.name: layer for layer in linear_layers(model)}
         self.linear_specs.pop("lm_head", None)  # a model that embeds has none
-        self.norm_sources = norm_sources(one)
-        del self.norm_sources["final_norm"]
+        self.norm_specs = norm_layers(model)[:-1]
         linears = {
             name: StoredLinear(
                 scheme=TensorScheme(kind="float"),
@@ -239,13 +237,13 @@ class LayerGraph(PortableDecoder):
             for name, layer in self.linear_specs.items()
         }
         norms = {
-            name: _placeholder(
-                f"{name}.weight", model.head_dim if "self_attn" in source else model.hidden_size
-            )
-            for name, source in self.norm_sources.items()
+            norm.name: _placeholder(f"{norm.name}.weight", norm.size) for norm in self.norm_specs
         }
-        rope = [_placeholder(f"rope.{part}_table", -1, model.head_dim // 2) for part in _ROPE]
-        super().__init__(one, "fp32", DecoderTensors(linears, norms, [(rope[0], rope[1])]))
+        ropes: list[tuple[StoredTensor, StoredTensor]] = []
+        for part in only(self.parts, Rope):
+            cos, sin = (_placeholder(f"rope.{each}_table", -1, part.dims // 2) for each in _ROPE)
+            ropes = [(cos, sin)] * (part.table + 1)  # the one table that is fed, at its number
+        super().__init__(model, "fp32", DecoderTensors(linears, norms, ropes))
         self.g: _FedGraph = _FedGraph()
         self.outputs: dict[str, str] = {}
 
@@ -253,6 +251,11 @@ class LayerGraph(PortableDecoder):
     def fed(self) -> list[str]:
         """Names of the inputs that take the weights of the layer that was built."""
         return list(self.g.fed)
+
+    @cached_property
+    def session(self) -> Any:
+        """Open a session of the model."""
+        return run_session(self.build_layer())
 
     def build_layer(self) -> onnx.ModelProto:
         """Build the model; its inputs are the hidden states, the positions and every weight."""
@@ -267,7 +270,10 @@ class LayerGraph(PortableDecoder):
             self.outputs[name] = f"input {short}"
             outputs.append(TensorSpec(name, ("batch", "seq", f"{short}.width"), "fp32"))
         tokens = g.constant("axes.0_1", [0, 1])
-        for value in _PEAKS:
+        for part in self.parts:
+            if not isinstance(part, Linear | GatedMlp | Add):
+                continue  # the others stay in the range of what they take
+            value = value_name(part)
             name = f"layers.0.{value}"
             size = g.node("Abs", [name], f"{name}.magnitude")
             peak = g.node("ReduceMax", [size, tokens], f"{name}.peak", keepdims=0)
@@ -298,9 +304,19 @@ class LayerGraph(PortableDecoder):
             result[f"{name}.weight"] = fused
             if layer.biases:
                 result[f"{name}.bias"] = np.concatenate([read(part) for part in layer.biases])
-        for name, source in self.norm_sources.items():
-            result[f"{name}.weight"] = read(source)
+        for norm in self.norm_specs:
+            result[f"{norm.name}.weight"] = read(norm.source)
         return result
+
+    def rope_feed(self, seq_len: int) -> dict[str, Array]:
+        """Compute the RoPE tables, by the inputs that take them; none for a layer without RoPE."""
+        return {
+            f"rope.{name}_table": table.astype(np.float32)
+            for part in only(self.parts, Rope)
+            for name, table in zip(
+                _ROPE, rope_tables(self.model.ropes[part.table], part.dims, seq_len), strict=True
+            )
+        }
 
     def prologue(self) -> None:
         """Add the rows of RoPE and the causal mask."""
@@ -330,15 +346,6 @@ class LayerGraph(PortableDecoder):
         mixed = g.node("MatMul", [weights, values], f"{name}.mixed")
         shape = g.constant("shape.ungrouped", [0, part.heads, -1, dim])
         return g.node("Reshape", [mixed, shape], f"{name}.attended")
-
-
-def rope_feed(model: ModelSpec, seq_len: int) -> dict[str, Array]:
-    """Compute the RoPE tables, by the inputs of a layer's graph that take them."""
-    tables = rope_tables(model.rope, model.head_dim, seq_len)
-    return {
-        f"rope.{part}_table": table.astype(np.float32)
-        for part, table in zip(_ROPE, tables, strict=True)
-    }
 
 
 def _placeholder(name: str, *dims: int) -> StoredTensor:

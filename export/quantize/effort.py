@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from edge.bundle.linears import linear_layers
-from edge.model.spec import ModelSpec
+from edge.model.parts import Layer
+
+from .fed_linears import fed_linears
 
 # Other work on each weight, in operations that take as long: to read it and find AWQ's factors,
 # and to round it.
@@ -41,24 +42,23 @@ class LayerEffort:
         return (operations + sum(self.plan[linear][:parts])) / self.total
 
 
-def layer_effort(model: ModelSpec, tokens: int) -> LayerEffort:
+def layer_effort(layer: Layer, tokens: int) -> LayerEffort:
     """Count the operations of a layer.
 
     Args:
-        model: the model's dimensions.
+        layer: its parts.
         tokens: tokens of the calibration text.
     """
-    one = model.of_layer(0)
     look, short = 0.0, ""
     plan: dict[str, tuple[float, ...]] = {}
-    linears = [layer for layer in linear_layers(one) if layer.name != "lm_head"]
-    before = _READ * sum(math.prod(layer.shape) for layer in linears)
-    for layer in linears:
-        width, rows = layer.shape
+    linears = fed_linears(layer)
+    sizes = [(each.part.width, sum(size for _, size in each.part.outputs)) for each in linears]
+    before = _READ * sum(map(math.prod, sizes))
+    for each, (width, rows) in zip(linears, sizes, strict=True):
         product = 2.0 * tokens * width * rows
         look += product
-        short = layer.name.rpartition(".")[2]
-        if short in ("o", "down"):  # their results are taken from the float model's residual stream
+        short = each.part.name
+        if each.add is not None:  # its result is taken from the float model's residual stream
             made_up = product
         else:
             made_up = 2.0 * width**2 * (tokens + rows)

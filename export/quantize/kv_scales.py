@@ -2,8 +2,8 @@
 
 Keys are rounded after RoPE, which turns pairs of channels. A pair's length is the same at every
 position, so it gets one scale, from the longest pair of the calibration text: no position and no
-slide of the cache brings a key out of range that was in range before. Values have one scale per
-channel, from the largest magnitude.
+slide of the cache brings a key out of range that was in range before. Values, and keys of a layer
+without RoPE, have one scale per channel, from the largest magnitude.
 
 Rounding to multiples of ``s`` has a mean squared error of ``s^2 / 12`` (Widrow & Kollar,
 Quantization Noise, 2008), independently per channel. An attention score is ``q . k / sqrt(d)``, so
@@ -20,12 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.manifest import Calibration, KvCache
+from edge.errors import CheckpointError
+from edge.model.names import module_name
+from edge.model.parts import Attention, Layer, Linear, Norm, Rope, only
 from edge.model.spec import ModelSpec
 from edge_make.progress import Progress
 from export.graph.kv_quantization import KvScales
 from export.sources.checkpoint import Checkpoint
 
 from .calibration import LayerRunner
+from .fed_linears import value_name
 
 Array = NDArray[np.float32]
 
@@ -36,17 +40,18 @@ CACHE_TOKENS = 4096
 by 3 %."""
 _LEAST = 2.0**-14
 _LARGEST = 127
-_VALUE = {"qkv.out": "qkv"}
 
 
 @dataclass(frozen=True)
 class Observed:
     """Ranges of one layer's keys, values and queries in the calibration text.
 
+    A group is a pair of channels that RoPE turns, or a single channel of a layer without RoPE.
+
     Attributes:
-        key_length: longest pair of each KV head, ``[kv_heads, head_dim / 2]``.
+        key_length: length of the longest group of each KV head, ``[kv_heads, groups]``.
         value_size: largest magnitude of each channel, ``[kv_heads, head_dim]``.
-        query_square: mean square length of each pair, ``[heads, head_dim / 2]``.
+        query_square: mean square length of each group, ``[heads, groups]``.
     """
 
     key_length: Array
@@ -58,23 +63,47 @@ def observe(model: ModelSpec, checkpoint: Checkpoint, layer: int, qkv: Array) ->
     """Reduce the outputs of a layer's projection.
 
     Args:
-        model: dimensions.
+        model: has the layer.
         checkpoint: has the weights of the norms of queries and keys, if there are such.
         layer: its number.
-        qkv: float32 ``[tokens, (heads + 2 * kv_heads) * head_dim]``.
+        qkv: outputs of the linear of `cache_taps`, float32 ``[tokens, out]``.
     """
-    heads, kv_heads, dim = model.num_heads, model.num_kv_heads, model.head_dim
-    q, k, v = np.split(qkv, [heads * dim, (heads + kv_heads) * dim], axis=1)
-    queries, keys = q.reshape(-1, heads, dim), k.reshape(-1, kv_heads, dim)
-    if model.qk_norm:
-        queries = _normed(queries, checkpoint, f"model.layers.{layer}.self_attn.q_norm", model)
-        keys = _normed(keys, checkpoint, f"model.layers.{layer}.self_attn.k_norm", model)
-    stretch = np.float32(model.rope.attention_factor)
+    parts = model.layer(layer)
+    attention, ropes = only(parts, Attention)[0], only(parts, Rope)
+    names, widths = zip(*_projection(parts).outputs, strict=True)
+    split = np.split(qkv, np.cumsum(widths)[:-1], axis=1)
+    heads = {
+        name: x.reshape(len(x), -1, attention.dim) for name, x in zip(names, split, strict=True)
+    }
+    for norm in only(parts, Norm):
+        if norm.of in heads:
+            heads[norm.of] = _normed(
+                heads[norm.of], checkpoint, module_name(layer, norm.name), model
+            )
+    stretch = np.float32(model.ropes[ropes[0].table].attention_factor if ropes else 1)
+    squares = _pair_squares if ropes else np.square
+    query_square = squares(heads["q"]).mean(axis=0, dtype=np.float64).astype(np.float32)
+    if attention.scale is not None:  # instead of the default, which `score_error` takes
+        query_square *= np.float32(attention.scale**2 * attention.dim)
     return Observed(
-        key_length=np.sqrt(_pair_squares(keys).max(axis=0)) * stretch,
-        value_size=np.abs(v.reshape(-1, kv_heads, dim)).max(axis=0),
-        query_square=_pair_squares(queries).mean(axis=0, dtype=np.float64).astype(np.float32)
-        * stretch**2,
+        key_length=np.sqrt(squares(heads["k"]).max(axis=0)) * stretch,
+        value_size=np.abs(heads["v"]).max(axis=0),
+        query_square=query_square * stretch**2,
+    )
+
+
+def cache_taps(layer: Layer) -> dict[str, str]:
+    """Find the value of a layer that holds its queries, keys and values."""
+    return {value_name(_projection(layer)): "qkv"}
+
+
+def _projection(layer: Layer) -> Linear:
+    for linear in only(layer, Linear):
+        if {"q", "k", "v"} <= {name for name, _ in linear.outputs}:
+            return linear
+    raise CheckpointError(
+        "--kv-cache int8: a layer has no linear that computes queries, keys and values together; "
+        "leave the option out"
     )
 
 
@@ -99,7 +128,8 @@ def find_scales(observed: Observed, float_type: np.dtype[np.generic], *, wide: b
         float_type: fp16 or bf16.
         wide: whether the scale 1 is FP32, as in `KvScales`.
     """
-    lengths = np.concatenate([observed.key_length] * 2, axis=-1)
+    turned = observed.value_size.shape[-1] // observed.key_length.shape[-1]
+    lengths = np.concatenate([observed.key_length] * turned, axis=-1)
     keys, values = (
         _stored(np.maximum(sizes / _LARGEST, _LEAST), float_type)
         for sizes in (lengths, observed.value_size)
@@ -118,11 +148,11 @@ def _stored(scales: Array, float_type: np.dtype[np.generic]) -> Array:
 
 def score_error(observed: Observed, scales: KvScales) -> float:
     """Return the root of the expected squared error of scores, for the worst head, in nats."""
-    heads, half = observed.query_square.shape
-    steps = np.square(scales.keys[:, :half].astype(np.float64))
+    heads, groups = observed.query_square.shape
+    steps = np.square(scales.keys[:, :groups].astype(np.float64))
     shared = heads // len(steps)
     noise = (observed.query_square * np.repeat(steps, shared, axis=0)).sum(axis=1)
-    return float(np.sqrt(noise.max() / (12 * 2 * half)))
+    return float(np.sqrt(noise.max() / (12 * scales.keys.shape[1])))
 
 
 def calibrate_kv_cache(
@@ -149,7 +179,7 @@ def calibrate_kv_cache(
         of each value, as in `BlockPlan.peaks`.
     """
     model = checkpoint.spec
-    runner = LayerRunner(checkpoint, ids, progress, _VALUE)
+    runner = LayerRunner(checkpoint, ids, progress, cache_taps)
     hidden: Array | None = None
     scales: dict[int, KvScales] = {}
     errors: list[float] = []

@@ -8,6 +8,7 @@ inputs that it will get, and make up for the errors in them (`error_feedback`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,30 +17,23 @@ from numpy.typing import NDArray
 from onnx.utils import Extractor
 
 from edge.bundle import io_spec
+from edge.model.parts import Add, Layer, Linear, only
+from edge.model.spec import ModelSpec
 from export.sources.checkpoint import Checkpoint
 
-from .calibration import TAPS, LayerGraph, rope_feed, run_session
+from .calibration import LayerGraph, linear_taps, run_session
+from .fed_linears import neighbours
 
 Array = NDArray[np.float32]
-RESIDUAL = "residual"
-"""The residual stream that down's result is added to; o's is added to the layer's input."""
-TAPS_OF_BOTH = {**TAPS, "attention_residual": RESIDUAL}
-"""Values that the float model must show of a layer if the rounded model runs, too."""
-_BEFORE, _BETWEEN, _AFTER = (
-    io_spec.INPUTS_EMBEDS,
-    "layers.0.attention_residual",
-    io_spec.layer_output(0),
-)
-_SEEN = {linear: f"layers.0.{value}" for value, linear in TAPS.items()}
-# Each value, and the values it is computed from with the weights of at most one linear, in order.
-_STAGES: dict[str, tuple[str, ...]] = {
-    _SEEN["qkv"]: (_BEFORE,),
-    _SEEN["o"]: (_SEEN["qkv"],),
-    _BETWEEN: (_SEEN["o"], _BEFORE),
-    _SEEN["gate_up"]: (_BETWEEN,),
-    _SEEN["down"]: (_SEEN["gate_up"],),
-    _AFTER: (_SEEN["down"], _BETWEEN),
-}
+_BEFORE = io_spec.INPUTS_EMBEDS
+
+
+def twin_taps(layer: Layer) -> dict[str, str]:
+    """Find what the float model must show of a layer if the rounded model runs, too.
+
+    That is the inputs of its linears, and the residual stream within it, by the names of the adds.
+    """
+    return linear_taps(layer) | {add.name: add.name for add in only(layer, Add)[:-1]}
 
 
 class RoundedTwin:
@@ -51,19 +45,8 @@ class RoundedTwin:
     """
 
     def __init__(self, checkpoint: Checkpoint, seq_len: int) -> None:
-        model = checkpoint.spec
-        self.graph = LayerGraph(model, TAPS_OF_BOTH)
-        whole = self.graph.build_layer()
-        # A value at which another stage begins needs a known type.
-        whole.graph.value_info.extend(whole.graph.output)
-        self.stages = {
-            value: _Stage(whole, [*sources, *self.graph.fed], value)
-            for value, sources in _STAGES.items()
-        }
-        self.fixed: dict[str, NDArray[Any]] = {
-            **rope_feed(model, seq_len),
-            io_spec.POSITION_IDS: np.arange(seq_len, dtype=np.int64)[None],
-        }
+        self._model = checkpoint.spec
+        self._stages = cache(lambda one: _Stages(one, seq_len))
 
     def layer(self, checkpoint: Checkpoint, index: int, hidden: Array) -> RoundedLayer:
         """Begin a layer.
@@ -73,24 +56,26 @@ class RoundedTwin:
             index: number of the layer.
             hidden: hidden states before it, float32 ``[sequences, seq_len, hidden]``.
         """
-        return RoundedLayer(self, self.fixed | self.graph.weights(checkpoint, index), hidden)
+        stages = self._stages(self._model.of_layer(index))
+        feed = stages.fixed | stages.graph.weights(checkpoint, index)
+        return RoundedLayer(stages, feed, hidden)
 
 
 class RoundedLayer:
     """One decoder layer; its linears are rounded in their order, before the next one's inputs."""
 
-    def __init__(self, twin: RoundedTwin, feed: dict[str, NDArray[Any]], hidden: Array) -> None:
-        self._twin = twin
+    def __init__(self, stages: _Stages, feed: dict[str, NDArray[Any]], hidden: Array) -> None:
+        self._stages = stages
         self._feed = feed
         self._values = {_BEFORE: hidden}
 
     def inputs(self, linear: str) -> Array:
-        """Compute the inputs of ``qkv``, ``o``, ``gate_up`` or ``down``, ``[tokens, in]``."""
-        return flat(self._value(_SEEN[linear]))
+        """Compute the inputs of a linear, by its name in the layer, ``[tokens, in]``."""
+        return flat(self._value(self._stages.inputs[linear]))
 
     def residual(self, linear: str) -> Array:
-        """Compute the stream before ``o`` or ``down`` is added, ``[tokens, hidden]``."""
-        return flat(self._value(_BEFORE if linear == "o" else _BETWEEN))
+        """Compute the stream that a linear's result is added to, ``[tokens, hidden]``."""
+        return flat(self._value(self._stages.streams[linear]))
 
     def round(self, linear: str, weights: Array) -> None:
         """Set a linear's weights ``[out, in]``; until then it has the checkpoint's exact ones."""
@@ -98,16 +83,63 @@ class RoundedLayer:
 
     def after(self) -> Array:
         """Compute the hidden states after the layer, ``[sequences, seq_len, hidden]``."""
-        return self._value(_AFTER)
+        return self._value(io_spec.layer_output(0))
 
     def _value(self, name: str) -> Array:
         if name not in self._values:
-            sources = {source: self._value(source) for source in _STAGES[name]}
-            self._values[name] = self._twin.stages[name].run(self._feed, sources)
-            for source in _STAGES[name]:
-                if source not in (_BEFORE, _BETWEEN):
+            stages = self._stages
+            sources = {source: self._value(source) for source in stages.sources[name]}
+            self._values[name] = stages.stages[name].run(self._feed, sources)
+            for source in stages.sources[name]:
+                if source not in stages.kept:
                     del self._values[source]  # nothing else is computed from it
         return self._values[name]
+
+
+class _Stages:
+    """The graph of layers of the same parts, cut so that a stage has at most one linear's weights.
+
+    Attributes:
+        graph: the whole layer.
+        inputs: the value that feeds each linear, by the linear's name in the layer.
+        streams: the residual stream that each linear's result is added to, likewise.
+        kept: values that more than one stage may begin with.
+        sources: each value at which a stage ends, and the values it is computed from.
+        stages: the stages by that value.
+        fixed: what all these layers are fed.
+    """
+
+    def __init__(self, one: ModelSpec, seq_len: int) -> None:
+        self.graph = LayerGraph(one, twin_taps)
+        taps = linear_taps(self.graph.parts)
+        self.inputs = {linear: f"layers.0.{value}" for value, linear in taps.items()}
+        self.streams: dict[str, str] = {}
+        self.sources: dict[str, tuple[str, ...]] = {}
+        self.kept = {_BEFORE}
+        stream = base = _BEFORE
+        for before, part, _ in neighbours(self.graph.parts):
+            match before, part:
+                case _, Add(name=name):
+                    if isinstance(before, Linear):
+                        self.streams[before.name] = stream
+                    added = f"layers.0.{name}"
+                    self.sources[added] = (base, stream)
+                    self.kept.add(added)
+                    stream = base = added
+                case _, Linear(name=name):
+                    self.sources[self.inputs[name]] = (base,)
+                    base = self.inputs[name]
+        whole = self.graph.build_layer()
+        # A value at which another stage begins needs a known type.
+        whole.graph.value_info.extend(whole.graph.output)
+        self.stages = {
+            value: _Stage(whole, [*sources, *self.graph.fed], value)
+            for value, sources in self.sources.items()
+        }
+        self.fixed: dict[str, NDArray[Any]] = {
+            **self.graph.rope_feed(seq_len),
+            io_spec.POSITION_IDS: np.arange(seq_len, dtype=np.int64)[None],
+        }
 
 
 class _Stage:

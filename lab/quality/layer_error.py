@@ -141,7 +141,7 @@ def _linear(
 ) -> Iterator[Row]:
     short = layer.name.rpartition(".")[2]
     weights = np.concatenate([checkpoint.tensor(name).astype(np.float32) for name in layer.weights])
-    shared = shared_channels(checkpoint.spec) if short == "o" else None
+    shared = shared_channels(checkpoint.spec, layer.name)
 
     def row(method: str, calibration: str, found: QuantizedRows, factors: Array | None) -> Row:
         change = dequantize_rows(found) / (1 if factors is None else factors) - weights

@@ -13,8 +13,8 @@ from edge.bundle.linears import norm_sources
 from edge_make.recipe import Recipe
 from export.quantize.awq import awq_factors
 from export.quantize.calibrated import Calibrated, Method, shared_channels
-from export.quantize.calibration import TAPS, LayerRunner
-from export.quantize.rounded_twin import TAPS_OF_BOTH, RoundedTwin
+from export.quantize.calibration import LayerRunner, linear_taps
+from export.quantize.rounded_twin import RoundedTwin, twin_taps
 from export.quantize.rtn import dequantize_rows, quantize_rows
 from export.quantize.scaled_checkpoint import ScaledCheckpoint
 from export.quantize.statistics import mean_square
@@ -150,7 +150,7 @@ def test_peaks_are_those_of_the_folded_model(method: Method, tmp_path: Path):
         save_file(weights, file, metadata={"format": "pt"})
     with open_checkpoint(str(path)) as checkpoint:
         schemes = Recipe("int4", group_size=32).schemes(checkpoint.spec)
-        both = TAPS_OF_BOTH if "gptq" in method else TAPS
+        both = twin_taps if "gptq" in method else linear_taps
         runner = LayerRunner(checkpoint, ids, taps=both)
         twin = RoundedTwin(checkpoint, ids.shape[1]) if "gptq" in method else None
         plans = plan_blocks(Calibrated(runner, schemes, method, "mse", FP16, twin))
@@ -174,4 +174,4 @@ def test_channels_of_o_come_from_those_of_v(kind: Kind, tiny_checkpoints: Checkp
         spec = checkpoint.spec
     values = np.random.RandomState(0).normal(size=(spec.num_kv_heads, 1, spec.head_dim))
     repeated = values.repeat(spec.num_heads // spec.num_kv_heads, axis=1).reshape(-1)
-    np.testing.assert_array_equal(values.reshape(-1)[shared_channels(spec)], repeated)
+    np.testing.assert_array_equal(values.reshape(-1)[shared_channels(spec, "layers.1.o")], repeated)

@@ -17,11 +17,13 @@ from edge.text.reasoning import ReasoningSplitter
 from edge.text.tokenizer import Tokenizer
 from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize import calibration
+from export.quantize.calibration import LayerRunner
 from export.sources.checkpoint import Checkpoint
 from export.sources.documents import calibration_batches, encode_document, read_calibration_text
 from export.sources.opening import open_checkpoint
 from tests.conftest import Checkpoints
 from tests.export.quantize.layers import run_layers
+from tests.export.quantize.made_layers import without_rope
 from tests.makers.goldens import Golden
 from tests.makers.tiny_models import BOS_ID, CONTROL_IDS, EOS_ID, KINDS, Kind
 
@@ -71,6 +73,21 @@ def test_taps_are_those_of_the_whole_float_model(kind: Kind, tiny_checkpoints: C
         head = table if spec.tied_embeddings else checkpoint.tensor("lm_head.weight")
         logits = last.inputs["lm_head"] @ head.astype(np.float32).T
     np.testing.assert_allclose(logits, golden.logits, atol=1e-3)
+
+
+def test_layers_without_rope_see_no_positions(tiny_checkpoints: Checkpoints):
+    """The last token sees a set of earlier ones there, whose order counts elsewhere."""
+    random = np.random.default_rng(0)
+    hidden = random.standard_normal((1, 12, 64)).astype(np.float32)
+    mixed = np.concatenate([hidden[:, 10::-1], hidden[:, 11:]], axis=1)
+    with open_checkpoint(str(tiny_checkpoints("qwen2"))) as checkpoint:
+        runner = LayerRunner(without_rope(checkpoint), np.ones((1, 12), np.int64))
+        moved = []
+        for layer in (0, 1):
+            one, other = (runner.run(layer, each).inputs["o"][-1] for each in (hidden, mixed))
+            moved.append(np.abs(one - other).max() / np.abs(one).max())
+    assert moved[0] > 1e-2
+    assert moved[1] < 1e-5
 
 
 def test_sequences_do_not_see_each_other(tiny_checkpoints: Checkpoints):

@@ -30,7 +30,7 @@ SEQUENCES = 16
 def reports(model: str) -> Iterator[tuple[float, float]]:
     """Seconds at which layers are reported as done, and how many."""
     spec, recipe = BUILT_IN[model].spec, RECIPES["default"]
-    effort = layer_effort(spec, recipe.calibration_tokens)
+    effort = layer_effort(spec.layer(0), recipe.calibration_tokens)
     (look,), *linears = RECORDED[model]
     now = 0.0
     for layer in range(spec.num_layers):
@@ -71,7 +71,7 @@ def test_after_a_minute_the_time_that_is_left_is_right_within_a_fifth(model: str
 
 def test_more_tokens_and_larger_linears_take_longer():
     spec = BUILT_IN["deepseek-r1:1.5b"].spec
-    few, many = (layer_effort(spec, tokens) for tokens in (2048, 8192))
+    few, many = (layer_effort(spec.layer(0), tokens) for tokens in (2048, 8192))
     assert many.look == 4 * few.look
     assert all(sum(p) < sum(many.plan[name]) < 4 * sum(p) for name, p in few.plan.items())
     assert list(few.plan) == ["qkv", "o", "gate_up", "down"]

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from edge.bundle.manifest import TensorScheme
 from edge.errors import CheckpointError, ConfigError
+from edge.model.parts import Add, Norm
 from edge_make.recipe import Recipe
 from export.pipeline import ExportConfig
 from export.quantize.calibrated import Calibrated, Method
-from export.quantize.calibration import TAPS, LayerRunner
+from export.quantize.calibration import LayerRunner, linear_taps
 from export.quantize.error_feedback import cross_moment, made_up
 from export.quantize.plan import BlockPlan, linear_blocks
-from export.quantize.rounded_twin import RESIDUAL, TAPS_OF_BOTH, RoundedTwin
+from export.quantize.rounded_twin import RoundedTwin, twin_taps
 from export.quantize.rtn import integer_range
 from export.quantize.scaled_checkpoint import ScaledCheckpoint
 from export.quantize.statistics import second_moment
@@ -26,6 +27,7 @@ from export.sources.checkpoint import Transformed
 from export.sources.opening import open_checkpoint
 from tests.conftest import Checkpoints
 from tests.export.quantize.layers import plan_blocks, run_layers
+from tests.export.quantize.made_layers import OfOtherLayers, without_rope
 from tests.makers.goldens import Golden
 from tests.makers.tiny_models import KINDS, Kind
 
@@ -59,22 +61,45 @@ def test_the_change_solves_the_damped_least_squares(shape: tuple[int, int], adds
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_rounding_both_models_see_the_same(kind: Kind, tiny_checkpoints: Checkpoints):
+@pytest.mark.parametrize("turns", [True, False])
+def test_without_rounding_both_models_see_the_same(
+    kind: Kind, turns: bool, tiny_checkpoints: Checkpoints
+):
     ids = Golden.load(kind).ids[None, :64]
     with open_checkpoint(str(tiny_checkpoints(kind))) as checkpoint:
-        runner = LayerRunner(checkpoint, ids, taps=TAPS_OF_BOTH)
+        if not turns:
+            checkpoint = without_rope(checkpoint)
+        runner = LayerRunner(checkpoint, ids, taps=twin_taps)
         twin = RoundedTwin(checkpoint, 64)
         hidden = runner.embed()
         seen = runner.run(0, None)
         for index in range(checkpoint.spec.num_layers):
             layer = twin.layer(checkpoint, index, hidden)
             np.testing.assert_array_equal(layer.residual("o"), hidden.reshape(64, -1))
-            for linear in TAPS.values():
+            for linear in linear_taps(checkpoint.spec.layer(index)).values():
                 close(layer.inputs(linear), seen.inputs[linear])
-            close(layer.residual("down"), seen.inputs[RESIDUAL])
+            close(layer.residual("down"), seen.inputs["attention_residual"])
             close(layer.after(), seen.hidden)
             hidden = seen.hidden
             seen = runner.run(index + 1, hidden)
+
+
+def test_a_norm_between_a_linear_and_its_add_is_run_in_both_models(tiny_checkpoints: Checkpoints):
+    ids = Golden.load("llama").ids[None, :32]
+    with open_checkpoint(str(tiny_checkpoints("llama"))) as checkpoint:
+        layer = checkpoint.spec.layer(0)
+        at = next(i for i, part in enumerate(layer) if isinstance(part, Add))
+        after = (*layer[:at], Norm("q_norm", 64), *layer[at:])
+        weight = np.linspace(0.5, 1.5, 64, dtype=np.float32)
+        norm = {"model.layers.0.self_attn.q_norm.weight": weight}
+        made = Replaced(OfOtherLayers(checkpoint, after), norm)
+        runner = LayerRunner(made, ids, taps=twin_taps)
+        seen = runner.run(0, None)
+        rounded = RoundedTwin(made, 32).layer(made, 0, runner.embed())
+        for linear in linear_taps(after).values():
+            close(rounded.inputs(linear), seen.inputs[linear])
+        close(rounded.residual("down"), seen.inputs["attention_residual"])
+        close(rounded.after(), seen.hidden)
 
 
 # GPTQ alone is the same without AWQ's factors, so one kind of model is enough for it.
@@ -119,14 +144,14 @@ def test_outputs_to_the_residual_stream_make_up_for_its_errors(
     monkeypatch.setattr("export.quantize.calibrated.made_up", recorded)
     with open_checkpoint(str(tiny_checkpoints("qwen2"))) as checkpoint:
         plans = plan_blocks(gptq(checkpoint, ids, "gptq"))[:-1]
-        exact = LayerRunner(checkpoint, ids, taps=TAPS_OF_BOTH)
-        bundle = LayerRunner(dequantized(checkpoint, plans), ids, taps=TAPS_OF_BOTH)
+        exact = LayerRunner(checkpoint, ids, taps=twin_taps)
+        bundle = LayerRunner(dequantized(checkpoint, plans), ids, taps=twin_taps)
         before = [runner.embed() for runner in (exact, bundle)]
         for index in range(checkpoint.spec.num_layers):
             float_seen = exact.run(index, before[0] if index else None)
             seen = bundle.run(index, before[1] if index else None)
-            streams = (float_seen.inputs[RESIDUAL], float_seen.hidden.reshape(64, -1))
-            ours = (before[1].reshape(64, -1), seen.inputs[RESIDUAL])
+            streams = (float_seen.inputs["attention_residual"], float_seen.hidden.reshape(64, -1))
+            ours = (before[1].reshape(64, -1), seen.inputs["attention_residual"])
             for name, place, stream, own in zip(("o", "down"), (1, 3), streams, ours, strict=True):
                 close(asked[4 * index + place], cross_moment(seen.inputs[name], stream - own))
             before = [float_seen.hidden, seen.hidden]
@@ -207,7 +232,7 @@ def gptq(
     schemes: dict[str, TensorScheme] | None = None,
 ) -> Calibrated:
     schemes = schemes or Recipe("int4", group_size=32).schemes(checkpoint.spec)
-    runner = LayerRunner(checkpoint, ids, taps=TAPS_OF_BOTH)
+    runner = LayerRunner(checkpoint, ids, taps=twin_taps)
     twin = RoundedTwin(checkpoint, ids.shape[1])
     return Calibrated(runner, schemes, method, "mse", FP16, twin)
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,10 +17,12 @@ from hypothesis.extra import numpy as arrays
 from edge.bundle.manifest import read_manifest
 from edge.bundle.rope import inverse_frequencies, turn
 from edge.errors import ConfigError
+from edge.model.parts import Rope
+from edge.model.spec import LayerRun
 from export.config import ExportConfig
 from export.pipeline import export_checkpoint
 from export.quantize import kv_scales
-from export.quantize.kv_scales import Observed, find_scales, observe, score_error
+from export.quantize.kv_scales import Observed, cache_taps, find_scales, observe, score_error
 from export.sources.opening import open_checkpoint
 from tests.conftest import Bundles, Checkpoints
 from tests.edge.backends.runner import Runner, random_ids
@@ -82,6 +85,23 @@ def test_the_expected_error_of_a_score_is_what_rounding_gives() -> None:
     assert score_error(observed, scales) == pytest.approx(max(errors), rel=0.1)
 
 
+def test_a_channel_that_nothing_turns_has_its_own_scale() -> None:
+    dense = make_model(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16)
+    parts = tuple(part for part in dense.layer(0) if not isinstance(part, Rope))
+    model = msgspec.structs.replace(dense, layers=(LayerRun(1, parts),))
+    random = np.random.default_rng(2)
+    qkv = random.standard_normal((4000, 8 * 16)).astype(np.float32)
+    qkv[:, 64:96] *= np.linspace(0.1, 4, 32, dtype=np.float32)
+    observed = observe(model, None, 0, qkv)  # type: ignore[arg-type]
+    scales = find_scales(observed, np.dtype(np.float16), wide=False)
+    keys = qkv[:, 64:96].reshape(-1, 2, 16)
+    np.testing.assert_allclose(127 * scales.keys, np.abs(keys).max(axis=0), rtol=2e-3)
+    wrong = np.rint(keys / scales.keys) * scales.keys - keys
+    queries = qkv[:, :64].reshape(-1, 2, 2, 16)
+    errors = np.sqrt(np.square((queries * wrong[:, :, None]).sum(axis=-1) / 4).mean(axis=0))
+    assert score_error(observed, scales) == pytest.approx(errors.max(), rel=0.1)
+
+
 def test_small_keys_are_normed_with_the_models_epsilon() -> None:
     model = make_model(
         num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16, qk_norm=True, rms_norm_eps=1e-2
@@ -106,7 +126,7 @@ def test_observed_ranges_are_those_of_the_cache(
         runner.step(ids, [0])
         rows = runner.cache(0)
     with open_checkpoint(str(tiny_checkpoints(kind))) as checkpoint:
-        layers = LayerRunner(checkpoint, ids, taps={"qkv.out": "qkv"})
+        layers = LayerRunner(checkpoint, ids, taps=cache_taps)
         hidden = None
         for layer in range(checkpoint.spec.num_layers):
             seen = layers.run(layer, hidden)

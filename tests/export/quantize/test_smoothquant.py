@@ -41,7 +41,8 @@ def test_folding_keeps_the_logits(kind: Kind, tied: bool, tmp_path: Path):
     path = write_checkpoint(tmp_path / "model", kind, tie_word_embeddings=tied)
     random = np.random.RandomState(1)
     with open_checkpoint(str(path)) as checkpoint:
-        shared = shared_channels(checkpoint.spec)
+        shared = shared_channels(checkpoint.spec, "layers.0.o")
+        assert shared is not None
         scales = {}
         for layer in linear_layers(checkpoint.spec)[:-1]:
             factors = np.exp(random.randn(layer.shape[0])).astype(np.float32)
