@@ -3,30 +3,35 @@
 The residual stream is written in another orthonormal basis ``R``: rows of the embedding become
 ``x R``, and so do a picture's. Layers that read the stream absorb ``R`` and the RMSNorm weight
 before it, since a norm without weight commutes with rotations. Layers that write to the stream
-absorb ``R`` too. Each head's values are rotated in the same way and the output projection rotates
-them back. Sources: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406). Everything is folded
-into weights: the graph stays as it is.
+absorb ``R`` too. So a layer must read the stream by a norm and a linear, and add to it what a
+linear computes. Each head's values are rotated in the same way and the linear after attention
+rotates them back. Everything is folded into weights: the graph stays as it is.
+Sources: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406).
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.model.names import TOKEN_TABLE
+from edge.errors import CheckpointError
+from edge.model.names import TOKEN_TABLE, module_name
+from edge.model.parts import Add, Attention, Layer, Linear, Norm, only
 from export.graph.block_rotation import hadamard, rotate_blocks
 from export.sources.checkpoint import Checkpoint, Transformed
 
+from .fed_linears import neighbours, value_name
+
 Array = NDArray[np.float32]
+Change = Callable[[NDArray[Any]], NDArray[Any]]
 _HEAD = "lm_head.weight"
 _FINAL_NORM = "model.norm.weight"
-_LAYER_NORM = re.compile(r"(?:model\.layers\.\d+\.(?:input|post_attention)_layer)?norm\.weight")
 _TILE_ROWS = 1024  # so few that temporaries stay near the CPU's cache
 
 
@@ -41,6 +46,7 @@ class Rotation:
     """
 
     def __init__(self, size: int, seed: int) -> None:
+        self.size = size
         odd = size
         while odd % 2 == 0:
             odd //= 2
@@ -72,6 +78,9 @@ class RotatedCheckpoint(Transformed):
     Args:
         checkpoint: the float model; see `Transformed`.
         seed: seed of the two rotations.
+
+    Raises:
+        CheckpointError: a layer's parts do not allow it.
     """
 
     def __init__(self, checkpoint: Checkpoint, seed: int = 0) -> None:
@@ -79,46 +88,59 @@ class RotatedCheckpoint(Transformed):
         model = checkpoint.spec
         self.spec = msgspec.structs.replace(model, tied_embeddings=False)
         self._residual = Rotation(model.hidden_size, seed)
-        self._head = Rotation(model.head_dim, seed + 1)
+        self._heads = cache(lambda size: Rotation(size, seed + 1))
+        # What is done to each tensor, in this order.
+        self._changes: dict[str, list[Change]] = {
+            TOKEN_TABLE: [self._read_stream],
+            _HEAD: [partial(self._read_stream, norm=_FINAL_NORM)],
+            _FINAL_NORM: [_ones],
+        }
         vision = checkpoint.vision
-        self._encoder = {} if vision is None else vision.tensors()
-        self._projector = "" if vision is None else vision.projector
+        if vision is not None:
+            for name in vision.tensors():
+                if name.rpartition(".")[0] == vision.projector:
+                    self._changes[name] = [partial(_rotate_rows, by=self._residual)]
+        for number, layer in model.each_layer():
+            self._plan(number, layer)
+
+    def _plan(self, number: int, layer: Layer) -> None:
+        """Find what is done to the tensors of a layer."""
+
+        def change(
+            how: Change, modules: Iterable[str], kinds: tuple[str, ...] = ("weight",)
+        ) -> None:
+            for name in (f"{module_name(number, module)}.{k}" for module in modules for k in kinds):
+                self._changes.setdefault(name, []).append(how)
+
+        normed = {norm.of for norm in only(layer, Norm)}
+        for before, part, after in neighbours(layer):
+            match before, part, after:
+                case None | Add(), Norm(), Linear():
+                    norm = f"{module_name(number, part.name)}.weight"
+                    change(partial(self._read_stream, norm=norm), dict(after.outputs))
+                    change(_ones, [part.name])
+                case Linear(), Add(), _:
+                    how = partial(_rotate_rows, by=self._residual)
+                    change(how, dict(before.outputs), ("weight", "bias"))
+                case Attention(dim=dim), Linear(), _ if "v" not in normed:
+                    change(partial(_rotate_rows, by=self._heads(dim)), "v", ("weight", "bias"))
+                    change(partial(_rotate_columns, by=self._heads(dim)), dict(part.outputs))
+                case (None | Add(), _, _) | (_, Add(), _):
+                    raise CheckpointError(
+                        f"layers.{number}.{value_name(part)}: a model can be rotated only if norms "
+                        "before linears read its residual stream and linears write to it; export "
+                        "with --no-rotate"
+                    )
 
     def tensor(self, name: str) -> NDArray[Any]:
         """Read a rotated tensor; see `Checkpoint.tensor`."""
-        if name in self._encoder:
-            tensor = self.original.tensor(name)
-            if name.rpartition(".")[0] != self._projector:
-                return tensor
-            columns = tensor.astype(np.float32).reshape(len(tensor), -1)  # a bias is one
-            return self._write_stream(columns).reshape(tensor.shape)
-        if name == TOKEN_TABLE:
-            return self._read_stream(self.original.tensor(name), None)
-        if name == _HEAD:
-            tied = self.original.spec.tied_embeddings
-            head = self.original.tensor(TOKEN_TABLE if tied else _HEAD)
-            return self._read_stream(head, _FINAL_NORM)
-        tensor = self.original.tensor(name)
-        if name == _FINAL_NORM or _LAYER_NORM.fullmatch(name):
-            return np.ones(tensor.shape, dtype=np.float32)
-        block, _, part = name.rpartition(".self_attn.")
-        if part.startswith(("q_proj.weight", "k_proj.weight")):
-            return self._read_stream(tensor, f"{block}.input_layernorm.weight")
-        if part == "v_proj.weight":
-            rows = self._read_stream(tensor, f"{block}.input_layernorm.weight")
-            return np.ascontiguousarray(self._rotate_heads(rows.T).T)
-        if part == "v_proj.bias":
-            return self._rotate_heads(tensor[None].astype(np.float32)).reshape(-1)
-        if part == "o_proj.weight":
-            return self._write_stream(self._rotate_heads(tensor.astype(np.float32)))
-        block, _, part = name.rpartition(".mlp.")
-        if part in ("gate_proj.weight", "up_proj.weight"):
-            return self._read_stream(tensor, f"{block}.post_attention_layernorm.weight")
-        if part == "down_proj.weight":
-            return self._write_stream(tensor.astype(np.float32))
-        return tensor  # biases of q and k, norms of single heads
+        is_tied = name == _HEAD and self.original.spec.tied_embeddings
+        tensor = self.original.tensor(TOKEN_TABLE if is_tied else name)
+        for change in self._changes.get(name, ()):
+            tensor = change(tensor)
+        return tensor
 
-    def _read_stream(self, weight: NDArray[Any], norm: str | None) -> Array:
+    def _read_stream(self, weight: NDArray[Any], norm: str | None = None) -> Array:
         """Compute ``W diag(norm) R`` for ``[out, hidden]`` weights."""
         factors = None if norm is None else self.original.tensor(norm).astype(np.float32)
         result = np.empty(weight.shape, dtype=np.float32)
@@ -129,14 +151,24 @@ class RotatedCheckpoint(Transformed):
             result[start : start + len(rows)] = self._residual(rows)
         return result
 
-    def _write_stream(self, weight: Array) -> Array:
-        """Compute ``R^T W`` for ``[hidden, in]`` weights."""
-        return np.ascontiguousarray(self._residual(np.ascontiguousarray(weight.T)).T)
 
-    def _rotate_heads(self, values: Array) -> Array:
-        """Rotate ``[n, heads * head_dim]`` head by head."""
-        width = self.spec.head_dim
-        return self._head(np.ascontiguousarray(values).reshape(-1, width)).reshape(values.shape)
+def _ones(norm: NDArray[Any]) -> Array:
+    return np.ones(norm.shape, dtype=np.float32)
+
+
+def _rotate_columns(tensor: NDArray[Any], by: Rotation) -> Array:
+    """Compute ``W R`` for ``[out, in]`` weights, or for each head of ``in``."""
+    values = np.ascontiguousarray(tensor, dtype=np.float32)
+    return by(values.reshape(-1, by.size)).reshape(tensor.shape)
+
+
+def _rotate_rows(tensor: NDArray[Any], by: Rotation) -> Array:
+    """Compute ``R^T W`` for ``[out, in]`` weights, or for each head of ``out``.
+
+    A bias is one column.
+    """
+    columns = tensor.reshape(len(tensor), -1)
+    return np.ascontiguousarray(_rotate_columns(columns.T, by).T).reshape(tensor.shape)
 
 
 class BlockRotatedCheckpoint(Transformed):

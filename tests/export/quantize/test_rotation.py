@@ -12,12 +12,17 @@ from numpy.typing import NDArray
 from edge.bundle.io_spec import EMBEDDINGS_NAME
 from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import Manifest
+from edge.errors import CheckpointError
+from edge.model.parts import Add, AnyPart, Norm
 from edge.model.spec import Task
 from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize.rotation import RotatedCheckpoint, Rotation
+from export.quantize.scaled_checkpoint import ScaledCheckpoint
 from export.sources.checkpoint import Checkpoint
 from export.sources.opening import open_checkpoint
+from tests.conftest import Checkpoints
 from tests.export.quantize.layers import run_layers
+from tests.export.quantize.made_layers import OfOtherLayers, without_rope
 from tests.makers.tiny_models import KINDS, Kind, write_checkpoint
 from tests.makers.tiny_pooling import write_embedder
 
@@ -63,6 +68,42 @@ def test_rotation_keeps_the_logits(kind: Kind, tied: bool, tmp_path: Path):
         assert not np.allclose(
             rotated.tensor("model.embed_tokens.weight").astype(np.float32),
             checkpoint.tensor("model.embed_tokens.weight").astype(np.float32),
+        )
+
+
+def of(layer: tuple[AnyPart, ...], kind: type[AnyPart]) -> int:
+    return next(i for i, part in enumerate(layer) if isinstance(part, kind))
+
+
+def test_a_norm_between_a_linear_and_its_add_is_refused(tiny_checkpoints: Checkpoints):
+    with open_checkpoint(str(tiny_checkpoints("llama"))) as checkpoint:
+        layer = checkpoint.spec.layer(0)
+        at = of(layer, Add)
+        after = (*layer[:at], Norm("post_norm", checkpoint.spec.hidden_size), *layer[at:])
+        message = r"layers\.1\.attention_residual: .* --no-rotate"
+        with pytest.raises(CheckpointError, match=message):
+            RotatedCheckpoint(OfOtherLayers(checkpoint, layer, after))
+
+
+def test_a_linear_that_reads_the_stream_without_a_norm_is_refused(tiny_checkpoints: Checkpoints):
+    with open_checkpoint(str(tiny_checkpoints("llama"))) as checkpoint:
+        layer = checkpoint.spec.layer(0)
+        with pytest.raises(CheckpointError, match=r"layers\.0\.qkv\.out: .* --no-rotate"):
+            RotatedCheckpoint(OfOtherLayers(checkpoint, layer[1:]))
+
+
+def test_rotation_and_folding_keep_the_logits_of_a_layer_without_rope(
+    tiny_checkpoints: Checkpoints,
+):
+    with open_checkpoint(str(tiny_checkpoints("qwen2"))) as checkpoint:
+        plain = without_rope(checkpoint)
+        wanted = float_logits(plain)
+        size = float(np.abs(wanted).max())
+        assert np.abs(wanted - float_logits(checkpoint)).max() > 1e-2 * size
+        np.testing.assert_allclose(float_logits(RotatedCheckpoint(plain)), wanted, atol=2e-4 * size)
+        factors = {"layers.1.down": np.linspace(0.5, 2, 128, dtype=np.float32)}
+        np.testing.assert_allclose(
+            float_logits(ScaledCheckpoint(plain, factors)), wanted, atol=2e-4 * size
         )
 
 
