@@ -38,6 +38,7 @@ from edge.bundle.manifest import FloatType, HeadManifest, Line, Manifest
 from edge.bundle.sizes import ALIGNMENT, ENGINE_FLOAT_BYTES, ProfileName
 from edge.errors import BundleError, CheckpointError, ConfigError
 from edge.files import MALFORMED
+from edge.model.parts import Attention, only
 from edge.model.spec import ModelSpec
 
 from .safetensors_header import read_header
@@ -171,8 +172,9 @@ class Basis:
         rows = self._factors.get(f"{block}.{_DIVIDED.get(kind)}")
         if rows is not None:
             if kind == "qkv":  # one factor per KV channel, shared by its query heads
-                shape = (self._model.num_kv_heads, -1, self._model.head_dim)
-                rows = rows.reshape(shape)[:, 0].reshape(-1)
+                number = int(block.rpartition(".")[2])
+                (attention,) = only(self._model.layer(number), Attention)
+                rows = rows.reshape(attention.kv_heads, -1, attention.dim)[:, 0].reshape(-1)
             b = b.copy()
             b[-len(rows) :] /= rows[:, None]
         return a, b

@@ -11,6 +11,7 @@ from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect
 from edge.bundle.memory_facts import MemoryFacts
 from edge.bundle.sizes import INDEX_BYTES
+from edge.model.parts import widest
 from edge.model.spec import ModelSpec
 
 LEAST_CAPACITY = 1024
@@ -82,11 +83,13 @@ def plan_host_memory(
     """
     step = min(max_step_tokens, kv_capacity)
     # ONNX Runtime frees between operators and prefills one sequence at a time. So at most the
-    # scores of attention, or the MLP's tensors, are alive at once.
-    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    scores = model.num_heads * step * kv_capacity
-    mlp = step * 4 * model.intermediate_size  # gate and up, first fused and then separate
-    activations = max(scores + 2 * step * qkv, mlp) + 2 * step * model.hidden_size
+    # scores of attention, or a linear's outputs, first fused and then separate, are alive at once.
+    linears = max(widest(run.parts) for run in model.layers)
+    attentions = (
+        part.heads * kv_capacity + 2 * (part.heads + 2 * part.kv_heads) * part.dim
+        for part in model.attentions()
+    )
+    activations = step * (max([2 * linears, *attentions]) + 2 * model.hidden_size)
     tokens = max(step, num_slots)
     values = tokens * model.hidden_size + num_slots * io_spec.output_width(model)
     io = _FP32_BYTES * values + INDEX_BYTES * (tokens + kv_capacity)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from edge.errors import ConfigError
+from edge.model.parts import Attention, only, widest
 from edge.model.spec import ModelSpec
 
 from .io_spec import DIALECTS, ELEMENT_BYTES
@@ -90,9 +91,9 @@ def check_slots(model: ModelSpec, capacity: int, element_bytes: int = ENGINE_FLO
     Raises:
         ConfigError: the keys or values of a slot do not end at a multiple of `ALIGNMENT` bytes.
     """
-    row_bytes = model.num_kv_heads * model.head_dim * element_bytes
-    if row_bytes * capacity % ALIGNMENT:
-        step = ALIGNMENT // math.gcd(ALIGNMENT, row_bytes)
+    rows = {part.kv_heads * part.dim * element_bytes for part in model.attentions()}
+    step = max((ALIGNMENT // math.gcd(ALIGNMENT, row) for row in rows), default=1)
+    if capacity % step:
         raise ConfigError(
             f"a KV capacity of {capacity} tokens puts slots at addresses that TensorRT refuses; "
             f"build the engine with a --kv-capacity that is a multiple of {step}"
@@ -114,13 +115,15 @@ def activation_bytes(
     TensorRT sizes it for the largest run of any profile. If attention is made of single operators
     (dialect ``portable``), the scores count too.
     """
-    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    widest = max(2 * model.intermediate_size, qkv) + 2 * model.hidden_size
     separate = not DIALECTS[dialect].one_attention_operator
 
     def values(step: StepLimits) -> int:
-        scores = model.num_heads * (kv_capacity + step.seq) if separate else 0
+        rows = kv_capacity + step.seq if separate else 0
+        layer = max(
+            widest(run.parts) + rows * sum(part.heads for part in only(run.parts, Attention))
+            for run in model.layers
+        )
         logits = step.num_logits * model.vocab_size * 2 if rows_in_fp32 else 0
-        return step.batch * max(step.seq * (widest + scores), logits)
+        return step.batch * max(step.seq * (layer + 2 * model.hidden_size), logits)
 
     return 2 * ENGINE_FLOAT_BYTES * max(map(values, limits))

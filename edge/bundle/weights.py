@@ -126,8 +126,9 @@ def weight_parts(model: ModelSpec, linears: Iterable[Linear], positions: int) ->
         parts["scales"] += scales
     biases = sum(layer.shape[1] for layer in linear_layers(model) if layer.biases)
     parts["norms"] = _FLOAT_BYTES * (sum(norm.size for norm in norm_layers(model)) + biases)
-    # cos and sin of half the head each
-    parts["rope"] = _FLOAT_BYTES * positions * model.head_dim
+    # cos and sin of half the turned dimensions each
+    turned = sum(map(model.rope_dims, range(len(model.ropes))))
+    parts["rope"] = _FLOAT_BYTES * positions * turned
     return parts
 
 

@@ -109,3 +109,9 @@ _P = TypeVar("_P", bound=Part)
 def only(layer: Iterable[Part], kind: type[_P]) -> list[_P]:
     """Return the parts of a layer that are of one kind."""
     return [part for part in layer if isinstance(part, kind)]
+
+
+def widest(layer: Iterable[Part]) -> int:
+    """Return the values of a token that the widest linear of a layer puts out."""
+    sums = (sum(width for _, width in part.outputs) for part in only(layer, Linear))
+    return max(sums, default=0)

@@ -85,6 +85,10 @@ class ModelSpec(_Struct, frozen=True):
         """Return the parts of a layer."""
         return next(parts for at, parts in self.each_layer() if at == number)
 
+    def attentions(self) -> list[Attention]:
+        """Return the attention of every layer that has one, from first to last."""
+        return [part for _, parts in self.each_layer() for part in only(parts, Attention)]
+
     def of_layer(self, number: int) -> ModelSpec:
         """Return the same model with this layer alone."""
         return msgspec.structs.replace(self, layers=(LayerRun(1, self.layer(number)),))

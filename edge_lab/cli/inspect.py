@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -16,6 +17,8 @@ from edge.bundle.verified_files import verify_files
 from edge.cli import echo_json
 from edge.cli.options import bundle_argument, json_option
 from edge.files import is_file
+from edge.model.parts import Linear, Rope, only
+from edge.model.spec import ModelSpec
 from edge_make.manifest_text import (
     describe_from_source,
     describe_kv_cache,
@@ -52,6 +55,19 @@ def inspect(bundle: Path, as_json: bool, layers: bool, no_verify: bool) -> None:
     _print_tables(bundle, manifest, layers, verified=not no_verify)
 
 
+def _different(texts: Iterable[str]) -> str:
+    """Join what layers differ in, each once."""
+    return " or ".join(dict.fromkeys(texts))
+
+
+def _turns(model: ModelSpec, table: int) -> str:
+    """Describe a table of RoPE, and how many layers it turns unless it is all."""
+    layers = [parts for _, parts in model.each_layer()]
+    count = sum(any(part.table == table for part in only(parts, Rope)) for parts in layers)
+    where = "" if count == len(layers) else f" in {count} of {len(layers)} layers"
+    return f"{model.ropes[table].kind}, theta {model.ropes[table].theta:g}{where}"
+
+
 def bytes_by_part(manifest: Manifest) -> dict[str, int]:
     """Count the bytes of the weights by kind of layer, of the token table, and of all files."""
     parts: Counter[str] = Counter()
@@ -80,6 +96,9 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
     revision = f" at {manifest.source.revision}" if manifest.source.revision else ""
     from_source = describe_from_source(manifest)
     kv_bytes = io_spec.kv_bytes_per_token(model, manifest.dtype, manifest.int8_layers)
+    parts = [part for run in model.layers for part in run.parts]
+    heads = _different(f"{a.heads}/{a.kv_heads} x {a.dim}" for a in model.attentions())
+    intermediate = _different(f"{a.width}" for a in only(parts, Linear) if a.name == "down")
     for name, value in (
         ("source", f"{manifest.source.kind} {manifest.source.location}{revision}"),
         ("licence", manifest.source.licence or "not stated"),
@@ -88,10 +107,10 @@ def _print_tables(bundle: Path, manifest: Manifest, layers: bool, *, verified: b
         ("architecture", f"{model.architecture}, {model.num_layers} layers"),
         (
             "dimensions",
-            f"hidden {model.hidden_size}, heads {model.num_heads}/{model.num_kv_heads} x "
-            f"{model.head_dim}, intermediate {model.intermediate_size}, vocab {model.vocab_size}",
+            f"hidden {model.hidden_size}, heads {heads}, intermediate {intermediate}, "
+            f"vocab {model.vocab_size}",
         ),
-        ("RoPE", f"{model.rope.kind}, theta {model.rope.theta:g}"),
+        ("RoPE", "; ".join(_turns(model, table) for table in range(len(model.ropes)))),
         ("dialect", f"{manifest.dialect}, {manifest.dtype}"),
         ("TensorRT", describe_tensorrt(manifest)),
         ("KV capacity", f"{manifest.kv_capacity} tokens, {kv_bytes:,} bytes each in the engine"),

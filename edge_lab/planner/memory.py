@@ -74,15 +74,19 @@ class Deployment:
     dialect: Dialect = "native"
     int8_layers: tuple[int, ...] | Literal["all"] = ()
 
-    def cache_row_bytes(self, model: ModelSpec) -> list[int]:
-        """Return the bytes of a head's row in each cache tensor."""
+    def cache_rows(self, model: ModelSpec) -> list[tuple[int, int]]:
+        """Return the heads of each cache tensor, and the bytes of a head's row in it."""
         layers = range(model.num_layers) if self.int8_layers == "all" else self.int8_layers
         types = io_spec.cache_types(model, self.float_type, layers)
-        return [model.head_dim * io_spec.ELEMENT_BYTES[each] for each in types]
+        parts = (part for part in model.attentions() for _ in ("keys", "values"))
+        return [
+            (part.kv_heads, part.dim * io_spec.ELEMENT_BYTES[each])
+            for part, each in zip(parts, types, strict=True)
+        ]
 
     def cache_token_bytes(self, model: ModelSpec) -> int:
         """Return the bytes of cache that a token takes over all layers."""
-        return model.num_kv_heads * sum(self.cache_row_bytes(model))
+        return sum(heads * row for heads, row in self.cache_rows(model))
 
     @property
     def float_type(self) -> FloatType:
@@ -328,8 +332,8 @@ def io_bytes(model: ModelSpec, deployment: Deployment) -> tuple[int, int]:
     io = INDEX_BYTES * deployment.kv_capacity
     if not io_spec.DIALECTS[deployment.dialect].in_place:
         io += sum(
-            tokens * (model.num_kv_heads + _padding_heads(row)) * row
-            for row in deployment.cache_row_bytes(model)
+            tokens * (heads + _padding_heads(row)) * row
+            for heads, row in deployment.cache_rows(model)
         )
     return io, ENGINE_FLOAT_BYTES * values + INDEX_BYTES * (inputs + logits)
 

@@ -15,6 +15,7 @@ from edge.files import MALFORMED, exists, is_directory, is_file, read_file
 from edge.model.dense import Dense
 from edge.model.spec import ModelSpec, RopeSpec
 from edge.text.tokenizer_difference import tokenizer_difference
+from edge_make.families import FAMILIES
 from edge_make.model_config import parse_config
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -62,6 +63,7 @@ def decoder_spec(
         tied: whether the lm_head is the token table.
         max_positions: context of the model.
     """
+    family = FAMILIES[architecture]
     return Dense(
         architecture=architecture,
         hidden_size=hidden,
@@ -74,8 +76,8 @@ def decoder_spec(
         rms_norm_eps=1e-6,
         max_position_embeddings=max_positions,
         rope=RopeSpec(theta=10_000.0),
-        qkv_bias=architecture == "qwen2",
-        qk_norm=architecture == "qwen3",
+        qkv_bias=family.has_qkv_bias,
+        qk_norm=family.qk_norm,
         tied_embeddings=tied,
     ).model()
 

@@ -206,7 +206,7 @@ def work_of(
         kv_bytes_per_token=deployment.cache_token_bytes(model),
         linear_ops=layer_ops,
         head_ops=head_ops,
-        attention_ops=4 * model.num_layers * model.num_heads * model.head_dim,
+        attention_ops=4 * sum(part.heads * part.dim for part in model.attentions()),
         int8_share=int8_ops / layer_ops,
         unpacked_bytes=0 if on_cpu else sum(linear.unpacked_bytes for linear in linears),
     )

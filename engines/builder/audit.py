@@ -16,6 +16,7 @@ from edge.backends.tensorrt.launch_rules import BLOCK
 from edge.bundle import io_spec
 from edge.bundle.engine_file import KvRead, LayerCount, OutsideTensor, WeightBytes
 from edge.bundle.manifest import Manifest
+from edge.model.parts import Attention, only
 from edge_make.engine_layers import engine_dtype
 from engines.compiler.network import AttentionView, LayerView, NetworkView, TensorView
 from engines.config import BuildShapes
@@ -199,7 +200,8 @@ def _check_attentions(
     network: NetworkView, manifest: Manifest, kv_read: KvRead, num_own: int
 ) -> list[str]:
     live = _live_attentions(network)
-    expected = manifest.model.num_layers - num_own if manifest.dialect == "native" else 0
+    native = manifest.dialect == "native"
+    expected = len(manifest.model.attentions()) - num_own if native else 0
     problems = []
     if len(live) != expected:
         problems.append(f"there are {len(live)} attentions, not {expected}")
@@ -310,7 +312,9 @@ def _check_cache(network: NetworkView, manifest: Manifest) -> list[str]:
     if manifest.dialect != "native":
         return []
     problems = []
-    for i in range(manifest.model.num_layers):
+    for i, parts in manifest.model.each_layer():
+        if not only(parts, Attention):
+            continue
         for past, present in (
             (io_spec.past_key(i), io_spec.present_key(i)),
             (io_spec.past_value(i), io_spec.present_value(i)),

@@ -26,6 +26,8 @@ from pathlib import Path
 from edge.bundle import io_spec
 from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.onnx_values import ELEMENT_BITS
+from edge.model.parts import Layer
+from edge.model.spec import ModelSpec
 from edge_make.progress import silent
 from engines.build_plan import BuildPlan, plan_build
 from engines.compiler.compat import Compiler, TensorRT
@@ -95,7 +97,7 @@ def compare_decode_scratch(
     """
     single = plan_build(replace(build.config, max_batch=1), build.manifest)
     path = build.config.bundle.resolve() / build.manifest.graphs.decoder
-    graph = one_of_each_kind(graph_of(build))
+    graph = one_of_each_kind(graph_of(build), build.manifest.model)
     twin, num_bytes = in_floats(graph)
     if twin == graph:
         return None
@@ -136,22 +138,25 @@ def _decode_scratch(
     return scratch_by_profile(lines, profiles).get("decode")
 
 
-def one_of_each_kind(data: bytes) -> bytes:
-    """Leave out decoder layers whose weights are stored like those of an earlier layer.
+def one_of_each_kind(data: bytes, model: ModelSpec) -> bytes:
+    """Leave out decoder layers with the parts of an earlier one, and weights stored like its.
 
     Args:
         data: bytes of a decoder.
+        model: its layers.
 
     Returns:
         A decoder with fewer layers that reads the same weight files.
     """
     graph, facts = OnnxFile(data), GraphFacts(OnnxFile(data))
-    kinds: set[frozenset[tuple[object, ...]]] = set()
+    kinds: set[tuple[Layer, frozenset[tuple[object, ...]]]] = set()
     skipped: dict[str, str] = {}
     dropped: set[str] = set()
-    last, layer = io_spec.INPUTS_EMBEDS, 0
-    while io_spec.past_key(layer) in facts.inputs:
-        kind, output = _kind(facts, layer), io_spec.layer_output(layer)
+    last = io_spec.INPUTS_EMBEDS
+    for layer, parts in model.each_layer():
+        if io_spec.past_key(layer) not in facts.inputs:
+            continue
+        kind, output = (parts, _kind(facts, layer)), io_spec.layer_output(layer)
         if kind in kinds:
             skipped[output] = last
             dropped |= {io_spec.past_key(layer), io_spec.past_value(layer)}
@@ -160,7 +165,6 @@ def one_of_each_kind(data: bytes) -> bytes:
         else:
             kinds.add(kind)
             last = output
-        layer += 1
     for node in graph.nodes:
         node.inputs = [skipped.get(name, name) for name in node.inputs]
     graph.remove_values(dropped)

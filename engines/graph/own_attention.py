@@ -8,7 +8,6 @@ plugins still read them from beside it, so that both dialects share one kernel.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from edge.bundle.engine_file import Plugins
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Node, OnnxFile, attribute
 from edge.bundle.onnx_values import Constants, node_attributes
+from edge.model.parts import Attention, only
 from engines.kernels.variants import HEAD_WIDTHS
 
 from .plugin_nodes import MisfitError, makers_and_readers, plugin_node, strange
@@ -33,11 +33,13 @@ class _Attention:
         query: ``[B, H, S, D]``.
         rows: keys and values of the cache ``[B, G, C, D]``, and of the step ``[B, G, S, D]``.
         output: ``[B, S, H * D]``.
+        width: D.
     """
 
     query: str
     rows: tuple[str, str, str, str]
     output: str
+    width: int
 
 
 def attention_name(layer: int) -> str:
@@ -47,7 +49,7 @@ def attention_name(layer: int) -> str:
 
 def use_own_attention(
     graph: OnnxFile, manifest: Manifest, plugins: Plugins = "compiled"
-) -> tuple[tuple[str, ...], dict[str, str]]:
+) -> tuple[dict[str, int], dict[str, str]]:
     """Replace the attentions that the kernels compute; unused nodes go on serialization.
 
     Args:
@@ -56,7 +58,8 @@ def use_own_attention(
         plugins: kind of plugin that the engine has (`edge.bundle.engine_file.EngineInfo`).
 
     Returns:
-        Names of the attentions that own kernels compute; and of the others, each with the reason.
+        Names of the attentions that own kernels compute, each with the width of its heads; and of
+        the others, each with the reason.
 
     Raises:
         BundleError: the graph is not valid.
@@ -64,33 +67,31 @@ def use_own_attention(
     finder = _Finder(graph, manifest)
     found: dict[str, _Attention] = {}
     left: dict[str, str] = {}
-    for layer in range(manifest.model.num_layers):
-        try:
-            found[attention_name(layer)] = finder.find(layer)
-        except MisfitError as reason:
-            left[attention_name(layer)] = str(reason)
+    for layer, parts in manifest.model.each_layer():
+        for attention in only(parts, Attention):
+            try:
+                found[attention_name(layer)] = finder.find(layer, attention)
+            except MisfitError as reason:
+                left[attention_name(layer)] = str(reason)
     if not found:
-        return (), left
+        return {}, left
     to = [attribute("to", ELEMENT_NUMBERS["int32"])]
     cast = Node("Cast", [io_spec.POSITION_IDS], [_POSITIONS], f"{_POSITIONS}/Cast", attributes=to)
-    width = manifest.model.head_dim
-    replaced = {
-        each.output: _plugin_nodes(name, each, plugins, width) for name, each in found.items()
-    }
+    replaced = {each.output: _plugin_nodes(name, each, plugins) for name, each in found.items()}
     nodes = [cast]
     for node in graph.nodes:
         nodes += replaced.get(node.outputs[0], [node])
     graph.nodes = nodes
-    return tuple(found), left
+    return {name: each.width for name, each in found.items()}, left
 
 
-def _plugin_nodes(name: str, found: _Attention, plugins: Plugins, width: int) -> list[Node]:
+def _plugin_nodes(name: str, found: _Attention, plugins: Plugins) -> list[Node]:
     sums = [f"{name}.partial", f"{name}.stats"]
     inputs = [found.query, *found.rows, _POSITIONS]
     joined = [*sums, _POSITIONS, found.query]
     return [
-        plugin_node(PARTS, inputs, sums, name, plugins, width),
-        plugin_node(JOIN, joined, [found.output], name, plugins, width),
+        plugin_node(PARTS, inputs, sums, name, plugins, found.width),
+        plugin_node(JOIN, joined, [found.output], name, plugins, found.width),
     ]
 
 
@@ -102,46 +103,46 @@ class _Finder:
         self._manifest = manifest
         self._makers, self._readers = makers_and_readers(graph)
 
-    def find(self, layer: int) -> _Attention:
+    def find(self, layer: int, attention: Attention) -> _Attention:
         """Find the attention of a layer.
 
         Raises:
             MisfitError: the kernels cannot compute it.
         """
-        manifest, model = self._manifest, self._manifest.model
+        manifest = self._manifest
         if manifest.dtype != "fp16":
             raise MisfitError(f"its floats are {manifest.dtype}, and the kernels take FP16")
         if layer in manifest.int8_layers:
             raise MisfitError("its cache is INT8, and the kernels take FP16")
-        if model.head_dim not in HEAD_WIDTHS:
+        if attention.dim not in HEAD_WIDTHS:
             widths = " or ".join(map(str, HEAD_WIDTHS))
             raise MisfitError(
-                f"its heads have {model.head_dim} values, and the kernels take {widths}"
+                f"its heads have {attention.dim} values, and the kernels take {widths}"
             )
         attended = f"layers.{layer}.attended"
-        output = self._merged(attended)
-        if manifest.dialect == "native":
-            query, rows = self._of_operator(layer, attended)
-        else:
-            query, rows = self._of_primitives(layer, attended)
-        return _Attention(query, rows, output)
+        output = self._merged(attended, attention)
+        find = self._of_operator if manifest.dialect == "native" else self._of_primitives
+        query, rows = find(layer, attended, attention)
+        return _Attention(query, rows, output, attention.dim)
 
-    def _merged(self, attended: str) -> str:
+    def _merged(self, attended: str, attention: Attention) -> str:
         """Follow ``[B, H, S, D]`` to the tensor in which each token's heads are adjacent."""
         (transposed,) = self._only_reader(attended, "Transpose").outputs
         if self._perm(transposed) != (0, 2, 1, 3):
             raise strange(transposed)
         (merged,) = self._only_reader(transposed, "Reshape").outputs
-        model = self._manifest.model
-        if self._numbers(self._input(merged, 1)) != [0, 0, model.num_heads * model.head_dim]:
+        width = attention.heads * attention.dim
+        if self._numbers(self._input(merged, 1)) != [0, 0, width]:
             raise strange(merged)
         return merged
 
-    def _of_operator(self, layer: int, attended: str) -> tuple[str, tuple[str, str, str, str]]:
+    def _of_operator(
+        self, layer: int, attended: str, attention: Attention
+    ) -> tuple[str, tuple[str, str, str, str]]:
         """Find the query and the rows in dialect ``native``."""
         node = self._maker(attended, "Attention")
         attributes = node_attributes(node)
-        self._check_scale(attended, attributes.pop("scale", None))
+        self._check_scale(attended, attributes.pop("scale", None), attention)
         if attributes or len(node.inputs) != 4:
             raise MisfitError("it has more to it than a scale and a mask")
         mask = self._maker(node.inputs[3], "LessOrEqual")
@@ -162,7 +163,9 @@ class _Finder:
         cache = io_spec.present_key(layer), io_spec.present_value(layer)
         return node.inputs[0], (*cache, new[0], new[1])
 
-    def _of_primitives(self, layer: int, attended: str) -> tuple[str, tuple[str, str, str, str]]:
+    def _of_primitives(
+        self, layer: int, attended: str, attention: Attention
+    ) -> tuple[str, tuple[str, str, str, str]]:
         """Find the query and the rows in dialect ``portable``."""
         total = self._maker(self._maker(attended, "Reshape").inputs[0], "Add")
         products = [self._maker(name, "MatMul") for name in total.inputs]
@@ -193,11 +196,10 @@ class _Finder:
         if len(queries) != 1:
             raise strange(attended)
         scaled = self._maker(queries.pop(), "Mul")
-        self._check_scale(attended, self._scalar(scaled.inputs[1]))
+        self._check_scale(attended, self._scalar(scaled.inputs[1]), attention)
         grouped_query = self._maker(scaled.inputs[0], "Reshape")
-        model = self._manifest.model
-        heads = model.num_heads // model.num_kv_heads
-        shape = [0, model.num_kv_heads, heads, -1, model.head_dim]
+        heads = attention.heads // attention.kv_heads
+        shape = [0, attention.kv_heads, heads, -1, attention.dim]
         if self._numbers(grouped_query.inputs[1]) != shape:
             raise strange(scaled.inputs[0])
         return grouped_query.inputs[0], (*past, *new)
@@ -230,8 +232,8 @@ class _Finder:
         if ends != wanted:
             raise strange(mask)
 
-    def _check_scale(self, attended: str, scale: float | None) -> None:
-        wanted = 1 / math.sqrt(self._manifest.model.head_dim)
+    def _check_scale(self, attended: str, scale: float | None, attention: Attention) -> None:
+        wanted = attention.dim**-0.5  # what the kernels multiply by
         if scale is None or abs(scale - wanted) > wanted * 2**-10:  # it may be in FP16
             raise MisfitError(f"its scores are not divided by the root of the width: {attended}")
 

@@ -122,7 +122,7 @@ def use_own_kernels(
             products.append(finder.find(name, linear))
         except MisfitError as reason:
             left[name] = str(reason)
-    attentions: tuple[str, ...] = ()
+    attentions: dict[str, int] = {}
     if attention:
         attentions, others = use_own_attention(onnx, manifest, plugins)
         if not attentions:
@@ -150,8 +150,7 @@ def use_own_kernels(
     path = bundle.resolve() / manifest.graphs.decoder
     linears = tuple(each.name for each in products)
     used = {(PRODUCT.name, len(each.planes)) for each in products}
-    if attentions:
-        used |= {(rule.name, manifest.model.head_dim) for rule in (PARTS, JOIN)}
+    used |= {(rule.name, width) for rule in (PARTS, JOIN) for width in attentions.values()}
     if keep:
         used |= {(rule.name, keep) for rule in (TOP_K_PARTS, TOP_K_MERGE)}
     return OwnGraph(
@@ -159,7 +158,7 @@ def use_own_kernels(
         path,
         linears,
         left,
-        attentions,
+        tuple(attentions),
         frozenset(used),
         top_k=keep > 0,
         outside=outside,

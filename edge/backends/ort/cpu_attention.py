@@ -16,17 +16,17 @@ rows that it writes, and multiplies the integers that it reads.
 
 from __future__ import annotations
 
-import math
-
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import Node, OnnxFile, attribute
 from edge.errors import BundleError
+from edge.model.parts import AnyPart, Attention, Norm, Rope, only
 from edge.model.spec import ModelSpec
 
 OWN_DOMAIN = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 _KEY_SCALE_INPUT = 12
+_ROWS = "cpu.rows"
 
 
 def can_fuse(manifest: Manifest) -> bool:
@@ -35,9 +35,18 @@ def can_fuse(manifest: Manifest) -> bool:
     It refuses heads whose size is not a multiple of 8, or of 16 if it rotates them
     (onnxruntime group_query_attention_helper.h).
     """
-    multiple = 8 if manifest.model.qk_norm else 16
-    dialect = io_spec.DIALECTS[manifest.dialect]
-    return dialect.one_attention_operator and manifest.model.head_dim % multiple == 0
+    return io_spec.DIALECTS[manifest.dialect].one_attention_operator and all(
+        part.dim % (8 if _is_apart(run.parts) or not only(run.parts, Rope) else 16) == 0
+        for run in manifest.model.layers
+        for part in only(run.parts, Attention)
+    )
+
+
+def _is_apart(layer: tuple[AnyPart, ...]) -> bool:
+    """Whether something that the operator does not do lies between projection and attention."""
+    (attention,) = only(layer, Attention)
+    turns_a_part = any(rope.dims != attention.dim for rope in only(layer, Rope))
+    return turns_a_part or any(norm.of for norm in only(layer, Norm))
 
 
 def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
@@ -48,13 +57,19 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
     """
     producers = {output: node for node in graph.nodes for output in node.outputs}
     consumers = {name: node for node in graph.nodes for name in node.inputs}
-    shape_q = graph.add_int64("cpu.shape.q", [0, 0, model.num_heads * model.head_dim])
-    shape_kv = graph.add_int64("cpu.shape.kv", [0, 0, model.num_kv_heads * model.head_dim])
+    layers = [parts for _, parts in model.each_layer() if only(parts, Attention)]
+    found = [node for node in graph.nodes if node.op_type == "Attention"]
+    if len(found) != len(layers):
+        raise BundleError(
+            f"the decoder graph has {len(found)} Attention nodes for {len(layers)} layers; "
+            "export the bundle again"
+        )
+    graph.add_int64(_ROWS, [0, 0, -1])
     fused: dict[str, list[Node]] = {}  # an Attention's output: the nodes that replace it
     taken: set[str] = set()  # tensors that the replacements produce
-    for node in graph.nodes:
-        if node.op_type != "Attention":
-            continue
+    for node, layer in zip(found, layers, strict=True):
+        (attention,) = only(layer, Attention)
+        turns = bool(only(layer, Rope))
         keys, key_rows, key_scale = _written(producers, node.inputs[1])
         values, value_rows, value_scale = _written(producers, node.inputs[2])
         # Transpose and Reshape merged the heads to [B, S, H * D], which the operator returns
@@ -63,23 +78,29 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
         merged = expect_node(consumers, transposed.outputs[0], "Reshape")
         outputs = [merged.outputs[0], keys.outputs[0], values.outputs[0]]
         new: list[Node] = []
-        v = _rows(producers, value_rows, shape_kv, new)
+        v = _rows(producers, value_rows, new)
         attributes = [
-            attribute("num_heads", model.num_heads),
-            attribute("kv_num_heads", model.num_kv_heads),
-            attribute("scale", 1.0 / math.sqrt(model.head_dim)),
+            attribute("num_heads", attention.heads),
+            attribute("kv_num_heads", attention.kv_heads),
+            attribute("scale", attention.factor),
         ]
-        if model.qk_norm:
-            q = _rope_on_rows(producers, node.inputs[0], shape_q, model.num_heads, new)
-            k = _rope_on_rows(producers, key_rows, shape_kv, model.num_kv_heads, new)
-            inputs = [q, k, v]
-            tables = []
+        tables: list[str] = []
+        if _is_apart(layer):
+            q_and_k = (node.inputs[0], attention.heads), (key_rows, attention.kv_heads)
+            inputs = [
+                _rope_on_rows(producers, name, heads, new) if turns else _rows(producers, name, new)
+                for name, heads in q_and_k
+            ]
+            inputs.append(v)
         else:
-            # Nothing is between the fused projection and the rotation, so the operator splits and
-            # rotates by itself, by cache row, which equals the position here.
+            # The operator splits the fused projection and rotates by itself, by cache row, which
+            # equals the position here.
             inputs = [expect_node(producers, v, "Split").inputs[0], "", ""]
-            tables = expect_node(producers, node.inputs[0], "RotaryEmbedding").inputs[1:3]
-            attributes.append(attribute("do_rotary", 1))
+            if turns:
+                tables = expect_node(producers, node.inputs[0], "RotaryEmbedding").inputs[1:3]
+                attributes.append(attribute("do_rotary", 1))
+            else:
+                expect_node(producers, node.inputs[0], "Transpose")
         inputs += [keys.inputs[0], values.inputs[0], "cpu.seqlens", "cpu.total", *tables]
         if key_scale is not None and value_scale is not None:
             # The inputs before them are cos, sin, position_ids, attention_bias and head_sink.
@@ -96,11 +117,6 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
         )
         fused[node.outputs[0]] = new
         taken.update(outputs)
-    if len(fused) != model.num_layers:
-        raise BundleError(
-            f"the decoder graph has {len(fused)} Attention nodes for {model.num_layers} layers; "
-            "export the bundle again"
-        )
     nodes = _sequence_lengths(graph)
     for node in graph.nodes:
         if not taken.intersection(node.outputs):
@@ -137,23 +153,21 @@ def expect_node(nodes: dict[str, Node], name: str, *op_types: str) -> Node:
     return node
 
 
-def _rows(producers: dict[str, Node], name: str, shape: str, nodes: list[Node]) -> str:
+def _rows(producers: dict[str, Node], name: str, nodes: list[Node]) -> str:
     """Return ``[B, S, heads * D]`` of a tensor, which the graph has as ``[B, heads, S, D]``."""
     transpose = expect_node(producers, name, "Transpose")
     reshape_or_norm = expect_node(producers, transpose.inputs[0], "Reshape", "RMSNormalization")
     if reshape_or_norm.op_type == "Reshape":
         return reshape_or_norm.inputs[0]
     source = reshape_or_norm.outputs[0]
-    nodes.append(Node("Reshape", [source, shape], [f"{source}.rows"], f"{source}.rows/Reshape"))
+    nodes.append(Node("Reshape", [source, _ROWS], [f"{source}.rows"], f"{source}.rows/Reshape"))
     return f"{source}.rows"
 
 
-def _rope_on_rows(
-    producers: dict[str, Node], name: str, shape: str, heads: int, nodes: list[Node]
-) -> str:
+def _rope_on_rows(producers: dict[str, Node], name: str, heads: int, nodes: list[Node]) -> str:
     """Add the rotation of ``name`` on ``[B, S, heads * D]``, so that nothing is transposed."""
     rope = expect_node(producers, name, "RotaryEmbedding")
-    rows = _rows(producers, rope.inputs[0], shape, nodes)
+    rows = _rows(producers, rope.inputs[0], nodes)
     nodes.append(
         Node(
             "RotaryEmbedding",

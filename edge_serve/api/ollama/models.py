@@ -73,7 +73,7 @@ def list_running(entries: Sequence[ModelEntry]) -> OllamaModels:
 def show_model(entry: ModelEntry, llm: LLM | BundleText) -> ShowAnswer:
     """Describe a model by the texts in its bundle."""
     spec = llm.manifest.model
-    family = spec.architecture
+    family, attentions = spec.architecture, spec.attentions()
     sampling = msgspec.to_builtins(llm.manifest.sampling)
     del sampling["assumed"]
     sampling["repeat_penalty"] = sampling.pop("repetition_penalty")  # as a request's option
@@ -89,8 +89,10 @@ def show_model(entry: ModelEntry, llm: LLM | BundleText) -> ShowAnswer:
             f"{family}.context_length": llm.kv_capacity,
             f"{family}.embedding_length": spec.hidden_size,
             f"{family}.block_count": spec.num_layers,
-            f"{family}.attention.head_count": spec.num_heads,
-            f"{family}.attention.head_count_kv": spec.num_kv_heads,
+            f"{family}.attention.head_count": max((part.heads for part in attentions), default=0),
+            f"{family}.attention.head_count_kv": max(
+                (part.kv_heads for part in attentions), default=0
+            ),
         },
         capabilities=_capabilities(llm),
         modified_at=_modified_at(entry),

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from edge.bundle import io_spec
 from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
+from edge.model.parts import Rope
+from edge.model.spec import LayerRun
 from engines.build_plan import plan_build
 from engines.builder.scratch import (
     DecodeScratch,
@@ -117,14 +120,25 @@ def test_a_layer_of_each_kind_is_left(source: Path, tmp_path: Path) -> None:
     keep = (("layers.1.down", "int8"),)
     bundle = export(source, tmp_path / "mixed", "int4", keep=keep, dialect="portable")
     data = (bundle / "decoder.onnx").read_bytes()
-    cut = OnnxFile(one_of_each_kind(data))
+    cut = OnnxFile(one_of_each_kind(data, read_manifest(bundle).model))
     names = {info.name for info in (*cut.inputs, *cut.outputs)}
     assert {io_spec.past_key(0), io_spec.past_value(1), io_spec.new_key(1)} < names
     assert not {io_spec.past_key(2), io_spec.new_value(2)} & names
     assert not [node for node in cut.nodes if node.outputs[0].startswith("layers.2.")]
     (last,) = (node for node in cut.nodes if node.outputs == ["last_hidden"])
     assert last.inputs[0] == io_spec.layer_output(1)
-    assert one_of_each_kind(cut.serialize()) == cut.serialize()
+    assert one_of_each_kind(cut.serialize(), read_manifest(bundle).model) == cut.serialize()
+
+
+def test_a_layer_without_rope_is_another_kind(source: Path, tmp_path: Path) -> None:
+    bundle = export(source, tmp_path / "alike", "int8", dialect="portable")
+    data, model = (bundle / "decoder.onnx").read_bytes(), read_manifest(bundle).model
+    (run,) = model.layers
+    still = LayerRun(1, tuple(part for part in run.parts if not isinstance(part, Rope)))
+    mixed = msgspec.structs.replace(model, layers=(LayerRun(1, run.parts), still) * 2)
+    for layers, left in ((model, 1), (mixed, 2)):
+        names = {info.name for info in OnnxFile(one_of_each_kind(data, layers)).inputs}
+        assert sum(io_spec.past_key(layer) in names for layer in range(3)) == left
 
 
 def test_nothing_stays_packed(source: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from engines.graph.own_kernels import OwnGraph, use_own_kernels
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.engines.own_builds import put, weights_of
 from tests.makers.manifests import change_model
-from tests.makers.tiny_models import write_checkpoint
+from tests.makers.tiny_models import Kind, write_checkpoint
 from tests.standins.own_kernels import compute_all
 
 Bundle = Callable[..., Path]
@@ -43,9 +43,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     root = tmp_path_factory.mktemp("wide")
 
     @functools.cache
-    def make(dialect: Any, quant: Any = "fp16", width: int = 64, kv_cache: Any = "float") -> Path:
-        name = f"{dialect}-{quant}-{width}-{kv_cache}"
-        source = write_checkpoint(root / f"{name}-source", "qwen3", head_dim=width)
+    def make(
+        dialect: Any,
+        quant: Any = "fp16",
+        width: int = 64,
+        kv_cache: Any = "float",
+        kind: Kind = "qwen3",
+    ) -> Path:
+        name = f"{dialect}-{quant}-{width}-{kv_cache}-{kind}"
+        source = write_checkpoint(root / f"{name}-source", kind, head_dim=width)
         config = ExportConfig(
             source=str(source),
             output=root / name,
@@ -126,6 +132,14 @@ def test_the_answers_are_those_of_the_graph_as_exported(
     ]
     assert {reason for name, reason in own.left.items() if name in own.attentions} == set()
     check_same(bundle, own, feed_of(bundle, starts, tokens))
+
+
+@pytest.mark.parametrize("dialect", ["native", "portable"])
+def test_a_layer_without_rope_has_the_same_attention(wide: Bundle, dialect: str) -> None:
+    bundle = wide(dialect, kind="smollm3")
+    own = rewrite(bundle)
+    assert own.attentions == ("layers.0.attention", "layers.1.attention")
+    check_same(bundle, own, feed_of(bundle, [17, 0], 9))
 
 
 @pytest.mark.parametrize("dialect", ["native", "portable"])
@@ -275,7 +289,7 @@ def test_unsupported_parts_are_named(
     if manifest.int8_layers and len(manifest.int8_layers) < 2:
         assert found
     else:
-        assert found == ()
+        assert found == {}
         with pytest.raises(BuildError, match=f"no attention of .*{reason}.*leave --attention own"):
             rewrite(bundle)
     assert set(left.values()) == {reason}
@@ -317,7 +331,7 @@ def test_a_result_that_something_else_reads_is_left(wide: Bundle) -> None:
     (reader,) = (node for node in graph.nodes if "layers.0.gate_up.out" in node.inputs)
     reader.inputs.append("layers.1.attended")
     found, left = use_own_attention(graph, read_manifest(bundle))
-    assert found == ("layers.0.attention",)
+    assert found == {"layers.0.attention": 64}
     assert "layers.1.attended" in left["layers.1.attention"]
 
 
@@ -327,5 +341,5 @@ def test_other_numbers_of_heads_than_the_manifests_are_seen(wide: Bundle) -> Non
     model = change_model(manifest.model, num_heads=8)
     graph = OnnxFile((bundle / "decoder.onnx").read_bytes())
     found, left = use_own_attention(graph, msgspec.structs.replace(manifest, model=model))
-    assert found == ()
+    assert found == {}
     assert len(left) == 2
