@@ -59,6 +59,7 @@ from tests.engines.own_builds import (
     target,
     weights_of,
 )
+from tests.makers.manifests import change_model
 from tests.standins.cuda import FakeGpu
 
 __all__ = ["gpu", "target"]  # fixtures
@@ -409,7 +410,7 @@ def test_no_more_than_10_mb_stay_in_the_engine(
     whole = BUILT_IN[name].spec
     inside, outside_bytes = [], []
     for layers in (2, 3):
-        model = msgspec.structs.replace(whole, num_layers=layers)
+        model = change_model(whole, num_layers=layers)
         example = read_manifest(tiny_bundles("qwen2", dialect, quant))
         data, manifest = decoder_of(example, model, quant, tmp_path)
         own = use_own_kernels(data, manifest, tmp_path)
