@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from edge.backends import Backend, Floats
+from edge.backends import Backend
 from edge.backends.step import prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import ConfigError, ContextLengthError, RequestError
 from edge.logprobs import check_finite
+from edge.model.cache import SlotRows
 from edge.runtime.kv_cache import common_prefix
 from edge.user_paths import user_directory
 
@@ -38,7 +39,7 @@ def stable_prefix(encode: Callable[[str], list[int]]) -> list[int]:
     return (first := encode("1"))[: common_prefix(first, encode(" x"))]
 
 
-def compute_rows(backend: Backend, embeddings: EmbeddingTable, ids: Sequence[int]) -> Floats:
+def compute_rows(backend: Backend, embeddings: EmbeddingTable, ids: Sequence[int]) -> SlotRows:
     """Prefill the first slot and read its rows; nothing else may use the backend meanwhile.
 
     Raises:

@@ -91,11 +91,11 @@ class WrittenDecoder:
 
 
 def _planes(scales: Mapping[int, KvScales]) -> Scales:
-    """Number the scales of layers as cache tensors are numbered."""
+    """Name the scales of layers as cache tensors are named."""
     return {
-        2 * layer + entry: values[:, None]
-        for layer, each in scales.items()
-        for entry, values in enumerate((each.keys, each.values))
+        f"{layer}.{part}": values[:, None]
+        for layer, each in sorted(scales.items())
+        for part, values in (("key", each.keys), ("value", each.values))
     }
 
 

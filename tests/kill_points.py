@@ -21,20 +21,20 @@ from pathlib import Path
 import numpy as np
 
 from edge.bundle.manifest import read_manifest
-from edge.runtime.prefix_store import Layout, PrefixStore
+from edge.runtime.prefix_store import PrefixStore
 from edge_lab.measure.drift import write_atomic
 from edge_serve.stored.store import ResponseStore
 from export.resume import Finished, resumable_work
 from tests.edge_serve.stored.records import make_record
 from tests.export.kill_child import EVENTS
+from tests.standins.slot_rows import LAYOUT, filled_rows
 
-LAYOUT = Layout("ort-cpu", "float32", 4, 2, 8)
 NUM_WRITES, NUM_WRITES_OF_VERB = 20, 4  # the verb opens a model each time; its writer is "prefix"
 Scenario = Callable[[Path], object]
 
 
 def save_prefix(place: Path, bundle: str) -> None:
-    rows = np.full(LAYOUT.shape(600), 2, np.float32)
+    rows = filled_rows(600, 2)
     PrefixStore(place, read_manifest(Path(bundle)), LAYOUT).save("a", [2] * 600, rows)
 
 

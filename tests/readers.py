@@ -29,7 +29,8 @@ from edge.bundle.rope import inverse_frequencies
 from edge.bundle.trust import read_signature_bytes
 from edge.errors import ConfigError, EdgeError
 from edge.files import read_file
-from edge.runtime.prefix_store import Layout, PrefixStore, bundle_key
+from edge.model.cache import Rows
+from edge.runtime.prefix_store import PrefixStore, bundle_key
 from edge.text.chat_template import ChatTemplate
 from edge.text.tokenizer import Tokenizer
 from edge.vision.decode import decode_picture, picture_size
@@ -73,6 +74,7 @@ from tests.edge_serve.stored.records import make_record
 from tests.makers.keys import encode_public_key, encode_signature
 from tests.makers.manifests import make_manifest
 from tests.makers.tiny_models import CHAT_TEMPLATE
+from tests.standins.slot_rows import layout_of
 
 TOKENS = Tokens(bos=None, bos_text="", eos=(0,), eos_text="", add_bos=False)
 _MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head")
@@ -231,11 +233,11 @@ def _engine_seed() -> bytes:
 
 
 _MANIFEST = make_manifest()
-_LAYOUT = Layout("ort-cpu", "float32", 2, 1, 4)
+_LAYOUT = layout_of(2, Rows(1, 4, "fp32"))
 
 
 def _prefix_file(header: bytes, rows: bytes) -> bytes:
-    head = b"edge-llm prefix 1\n" + len(header).to_bytes(8, "little") + header
+    head = b"edge-llm prefix 2\n" + len(header).to_bytes(8, "little") + header
     return head + hashlib.sha256(header).digest() + rows
 
 

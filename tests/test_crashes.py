@@ -22,13 +22,15 @@ import pytest
 
 from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError, EdgeError, ResourceError
-from edge.runtime.prefix_store import Layout, PrefixStore
+from edge.model.cache import Rows
+from edge.runtime.prefix_store import PrefixStore
 from edge_lab.measure.drift import write_atomic
 from edge_serve.stored.store import ResponseStore
 from export.resume import STATE_NAME
 from tests.conftest import Bundles
 from tests.edge_serve.stored.records import make_record
-from tests.kill_points import LAYOUT, calibrate
+from tests.kill_points import calibrate
+from tests.standins.slot_rows import LAYOUT, filled_rows, layout_of
 
 ROOT = Path(__file__).parent.parent
 OLD, NEW = b"old" * 70_000, b"new" * 100_000
@@ -55,7 +57,7 @@ def test_a_stored_prefix(tiny_bundles: Bundles, tmp_path: Path):
     def store(place: Path) -> PrefixStore:
         return PrefixStore(place, manifest, LAYOUT)
 
-    old = np.ones(LAYOUT.shape(400), np.float32)
+    old = filled_rows(400)
     store(tmp_path / "start").save("a", [1] * 400, old)
     found = []
     for place in kill_everywhere(tmp_path, "prefix", bundle):
@@ -63,7 +65,7 @@ def test_a_stored_prefix(tiny_bundles: Bundles, tmp_path: Path):
         assert info.problem is None
         found.append(info.num_tokens)
         # Whatever is saved next, of another name too, takes away what was left.
-        store(place).save("b", [3], np.ones(LAYOUT.shape(1), np.float32))
+        store(place).save("b", [3], filled_rows(1))
         assert names(place) == ["a.kv", "b.kv"]
     assert set(found) == {400, 600}
 
@@ -80,9 +82,9 @@ def test_a_prefix_that_the_verb_builds(tiny_bundles: Bundles, tmp_path: Path):
         infos = PrefixStore(place, manifest).list()
         assert all(info.problem is None for info in infos)
         found.append(len(infos))
-        layout = Layout("other", "float32", 4, 2, 8)
+        layout = layout_of(4, Rows(2, 8, "fp32"), engine="other")
         other = PrefixStore(place, manifest, layout)
-        other.save("b", [3], np.ones(layout.shape(1), np.float32))
+        other.save("b", [3], filled_rows(1))
         assert names(place) == (["a.kv", "b.kv"] if infos else ["b.kv"])
     assert set(found) == {0, 1}
 
@@ -173,15 +175,15 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(
 ):
     manifest = read_manifest(tiny_bundles("qwen2"))
     store = PrefixStore(tmp_path / "prefixes", manifest, LAYOUT)
-    store.save("a", [1] * 400, np.ones(LAYOUT.shape(400), np.float32))
+    store.save("a", [1] * 400, filled_rows(400))
     write_atomic(tmp_path / "state.json", OLD)
     before = names(tmp_path)
 
     def save() -> None:
-        store.save("a", [2] * 600, np.ones(LAYOUT.shape(600), np.float32))
+        store.save("a", [2] * 600, filled_rows(600))
 
     def save_another() -> None:
-        store.save("b", [2] * 600, np.ones(LAYOUT.shape(600), np.float32))
+        store.save("b", [2] * 600, filled_rows(600))
 
     def write() -> None:
         write_atomic(tmp_path / "state.json", NEW)
@@ -208,15 +210,15 @@ def test_a_disk_that_is_really_full(tiny_bundles: Bundles, tmp_path: Path):
     ):
         pytest.skip("no file system can be mounted here")
     code = (
-        "import sys; from pathlib import Path; import numpy as np\n"
+        "import sys; from pathlib import Path\n"
         "from edge.bundle.manifest import read_manifest\n"
         "from edge.errors import EdgeError\n"
         "from edge_lab.measure.drift import write_atomic\n"
         "from edge.runtime.prefix_store import PrefixStore\n"
-        "from tests.kill_points import LAYOUT\n"
+        "from tests.standins.slot_rows import LAYOUT, filled_rows\n"
         "place, bundle = map(Path, sys.argv[1:])\n"
         "store = PrefixStore(place, read_manifest(bundle), LAYOUT)\n"
-        "rows = np.ones(LAYOUT.shape(20_000), np.float32)\n"
+        "rows = filled_rows(20_000)\n"
         "for work in (lambda: store.save('a', [2] * 20_000, rows),\n"
         "             lambda: write_atomic(place / 'state', b'x' * (2 << 20))):\n"
         "    try:\n"

@@ -13,6 +13,7 @@ from edge.errors import BackendError
 
 if TYPE_CHECKING:
     from edge.adapters.weights import AdapterWeights
+    from edge.model.cache import SlotRows
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
@@ -140,14 +141,11 @@ class RunsSteps(Protocol):
         """
         ...
 
-    def read_slot(self, slot: int, length: int) -> Floats:
-        """Copy the first ``length`` rows: ``[2 * layers, kv_heads, length, head_dim]``.
-
-        Entry ``2 * i`` holds the keys of layer ``i``, and entry ``2 * i + 1`` its values.
-        """
+    def read_slot(self, slot: int, length: int) -> SlotRows:
+        """Copy the first ``length`` rows of every cache tensor."""
         ...
 
-    def write_slot(self, slot: int, rows: Floats) -> None:
+    def write_slot(self, slot: int, rows: SlotRows) -> None:
         """Overwrite the first rows of a slot with rows that `read_slot` returned."""
         ...
 
@@ -200,10 +198,7 @@ def zero_rows(backend: RunsSteps, slot: int, end: int, first: int = 0) -> None:
     Raises:
         EdgeError: the engine failed.
     """
-    rows = backend.read_slot(slot, max(first, 1))
-    zeroed = np.zeros((*rows.shape[:2], end, *rows.shape[3:]), dtype=rows.dtype)
-    zeroed[:, :, :first] = rows[:, :, :first]
-    backend.write_slot(slot, zeroed)
+    backend.write_slot(slot, backend.read_slot(slot, max(first, 1)).zeroed(first, end))
 
 
 class TokenTable(Protocol):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edge.errors import BundleError
 
 from . import io_spec
-from .kv_scales import Scales
+from .kv_scales import Scales, scale_shapes
 from .manifest import Manifest
 from .onnx_file import OnnxFile
 from .onnx_values import Constants
@@ -45,27 +45,25 @@ def graph_scales(graph: OnnxFile, manifest: Manifest, path: Path) -> Scales:
     Raises:
         BundleError: one is missing, or has another shape, or is not above zero.
     """
-    model = manifest.model
-    shape = (model.num_kv_heads, 1, model.head_dim)
     if not manifest.int8_layers:
         return {}
     constants = Constants(graph)
-    scales: dict[int, NDArray[np.float32]] = {}
-    for layer in manifest.int8_layers:
-        for entry, name in enumerate((io_spec.key_scale(layer), io_spec.value_scale(layer))):
-            constant = constants.get(name)
-            values = None if constant is None else constants.values(name)
-            if constant is None or values is None or constant.shape != shape:
-                found = "missing" if constant is None else f"of shape {list(constant.shape)}"
-                raise BundleError(
-                    f"{path}: the KV cache's scales {name} are {found}, {list(shape)} is expected; "
-                    "export the bundle again with --kv-cache int8"
-                )
-            wide = values.astype(np.float32).reshape(shape)
-            if not (np.isfinite(wide) & (wide > 0)).all():
-                raise BundleError(
-                    f"{path}: of the KV cache's scales {name} one is not above zero; "
-                    "export the bundle again with --kv-cache int8"
-                )
-            scales[2 * layer + entry] = wide
+    scales: dict[str, NDArray[np.float32]] = {}
+    for tensor, shape in scale_shapes(manifest).items():
+        name = io_spec.cache_scale(tensor)
+        constant = constants.get(name)
+        values = None if constant is None else constants.values(name)
+        if constant is None or values is None or constant.shape != shape:
+            found = "missing" if constant is None else f"of shape {list(constant.shape)}"
+            raise BundleError(
+                f"{path}: the KV cache's scales {name} are {found}, {list(shape)} is expected; "
+                "export the bundle again with --kv-cache int8"
+            )
+        wide = values.astype(np.float32).reshape(shape)
+        if not (np.isfinite(wide) & (wide > 0)).all():
+            raise BundleError(
+                f"{path}: of the KV cache's scales {name} one is not above zero; "
+                "export the bundle again with --kv-cache int8"
+            )
+        scales[tensor] = wide
     return scales

@@ -53,11 +53,14 @@ is not greater than its own, so rows of padding after a sequence are never read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from edge.errors import ConfigError
+from edge.model.cache import ELEMENT_BYTES as ELEMENT_BYTES
+from edge.model.cache import CacheSpec, cache_tensors
+from edge.model.cache import ElementType as ElementType
 
 if TYPE_CHECKING:
     from edge.model.spec import ModelSpec
@@ -88,8 +91,6 @@ BATCH, SEQ, NUM_LOGITS, KV = "batch", "seq", "num_logits", "kv"
 
 # A longer RoPE table costs more memory than any context on an edge device is worth.
 MAX_ROPE_POSITIONS = 32768
-
-ElementType = Literal["fp16", "bf16", "fp32", "int64", "int32", "int8"]
 
 
 @dataclass(frozen=True)
@@ -175,19 +176,20 @@ def new_value(layer: int) -> str:
     return f"new.{layer}.value"
 
 
-def cache_inputs(layer: int) -> tuple[str, str]:
-    """Return the names of a layer's cache inputs: keys and values."""
-    return past_key(layer), past_value(layer)
-
-
 def key_scale(layer: int) -> str:
-    """Return the name of the scales of a layer's keys in an 8-bit cache, ``[kv, 1, dim]``."""
-    return f"layers.{layer}.k.cache_scale"
+    """Return the name of the scales of a layer's keys in an 8-bit cache."""
+    return cache_scale(f"{layer}.key")
 
 
 def value_scale(layer: int) -> str:
-    """Return the name of the scales of a layer's values in an 8-bit cache, ``[kv, 1, dim]``."""
-    return f"layers.{layer}.v.cache_scale"
+    """Return the name of the scales of a layer's values in an 8-bit cache."""
+    return cache_scale(f"{layer}.value")
+
+
+def cache_scale(tensor: str) -> str:
+    """Return the name of the scales of an 8-bit cache tensor, ``[kv, 1, dim]``."""
+    layer, _, part = tensor.partition(".")
+    return f"layers.{layer}.{part[0]}.cache_scale"
 
 
 def layer_output(layer: int) -> str:
@@ -205,7 +207,7 @@ class DialectSpec:
         min_onnxruntime: the first ONNX Runtime whose CPU has all of them.
         min_onnxruntime_int8: the first ONNX Runtime for a cache in 8 bits.
         cursor: name of the input ``[B]`` with the row after the last valid one of each sequence.
-        cache_outputs: names of a layer's outputs of keys and values.
+        new_prefix: names the output of a cache tensor, before the tensor's name.
         in_place: whether the graph itself writes the step's rows into the cache, also for idle
             slots; otherwise it returns them and the runtime appends them.
         one_attention_operator: whether attention is a single operator; otherwise its scores are
@@ -217,7 +219,7 @@ class DialectSpec:
     min_onnxruntime: tuple[int, int]
     min_onnxruntime_int8: tuple[int, int]
     cursor: str
-    cache_outputs: Callable[[int], tuple[str, str]]
+    new_prefix: str
     in_place: bool
     one_attention_operator: bool
 
@@ -243,7 +245,7 @@ DIALECTS: dict[Dialect, DialectSpec] = {
         # values itself, it is wrong from the second sequence of a batch on.
         min_onnxruntime_int8=(1, 28),
         cursor=WRITE_INDICES,
-        cache_outputs=lambda layer: (present_key(layer), present_value(layer)),
+        new_prefix=PRESENT_PREFIX,
         in_place=True,
         one_attention_operator=True,
     ),
@@ -253,7 +255,7 @@ DIALECTS: dict[Dialect, DialectSpec] = {
         min_onnxruntime=(1, 23),
         min_onnxruntime_int8=(1, 23),
         cursor=PAST_LENGTHS,
-        cache_outputs=lambda layer: (new_key(layer), new_value(layer)),
+        new_prefix="new.",
         in_place=False,
         one_attention_operator=False,
     ),
@@ -299,11 +301,8 @@ def needed_onnxruntime(dialect: Dialect, *, int8_cache: bool) -> tuple[int, int]
 def cache_types(
     model: ModelSpec, dtype: FloatType, int8_layers: Collection[int]
 ) -> list[ElementType]:
-    """Return the element type of each cache tensor: keys and values of layer after layer."""
-    types: list[ElementType] = []
-    for layer in range(model.num_layers):
-        types += ["int8" if layer in int8_layers else dtype] * 2
-    return types
+    """Return the element type of each cache tensor."""
+    return [spec.type for spec in cache_tensors(model, dtype, int8_layers).values()]
 
 
 def decoder_inputs(
@@ -315,18 +314,19 @@ def decoder_inputs(
     embeds_width: int | None = None,
 ) -> list[TensorSpec]:
     """Return the decoder's inputs in graph order; ``embeds_width`` None is the hidden size."""
-    cache = (BATCH, model.num_kv_heads, capacity, model.head_dim)
-    specs = [
+    return [
         TensorSpec(INPUTS_EMBEDS, (BATCH, SEQ, embeds_width or model.hidden_size), dtype),
         TensorSpec(POSITION_IDS, (BATCH, SEQ), "int64"),
         TensorSpec(DIALECTS[dialect].cursor, (BATCH,), "int64"),
         TensorSpec(KV_POSITIONS, (KV,), "int64"),
         TensorSpec(LOGITS_INDICES, (BATCH, NUM_LOGITS), "int64"),
+        *_caches(PAST_PREFIX, cache_tensors(model, dtype, int8_layers), capacity),
     ]
-    types = cache_types(model, dtype, int8_layers)
-    for layer in range(model.num_layers):
-        specs += [TensorSpec(name, cache, types[2 * layer]) for name in cache_inputs(layer)]
-    return specs
+
+
+def _caches(prefix: str, caches: dict[str, CacheSpec], rows: int | str) -> list[TensorSpec]:
+    shapes = {name: spec.shape(BATCH, rows) for name, spec in caches.items()}
+    return [TensorSpec(prefix + name, shapes[name], spec.type) for name, spec in caches.items()]
 
 
 def decoder_outputs(
@@ -345,30 +345,16 @@ def decoder_outputs(
     """
     spec = DIALECTS[dialect]
     rows = capacity if spec.in_place else SEQ
-    shape = (BATCH, model.num_kv_heads, rows, model.head_dim)
     specs = [TensorSpec(output_name(model), (BATCH, NUM_LOGITS, output_width(model)), dtype)]
-    types = cache_types(model, dtype, int8_layers)
-    for layer in range(model.num_layers):
-        specs += [TensorSpec(name, shape, types[2 * layer]) for name in spec.cache_outputs(layer)]
+    specs += _caches(spec.new_prefix, cache_tensors(model, dtype, int8_layers), rows)
     if hidden_width:
         specs.append(TensorSpec(HIDDEN_STATES, (BATCH, SEQ, hidden_width), dtype))
     specs += best_outputs(model.vocab_size, best_logits, dtype)
     return specs
 
 
-ELEMENT_BYTES: dict[ElementType, int] = {
-    "fp16": 2,
-    "bf16": 2,
-    "fp32": 4,
-    "int64": 8,
-    "int32": 4,
-    "int8": 1,
-}
-
-
 def kv_bytes_per_token(
     model: ModelSpec, dtype: FloatType, int8_layers: Collection[int] = ()
 ) -> int:
     """Return how many bytes of cache one token takes over all layers."""
-    types = cache_types(model, dtype, int8_layers)
-    return model.num_kv_heads * model.head_dim * sum(ELEMENT_BYTES[each] for each in types)
+    return sum(spec.row_bytes for spec in cache_tensors(model, dtype, int8_layers).values())

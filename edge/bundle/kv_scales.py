@@ -1,8 +1,8 @@
 """Converts rows of an 8-bit KV cache, and reads their scales.
 
 A row of the cache holds ``round(x / scale)``, at most 127 and at least -128, with one scale per
-head and channel. The scales are constants of the graph (`io_spec.key_scale`, `io_spec.value_scale`)
-and do not change while it runs. The manifest repeats them in its section ``kv_scales``, so that no
+head and channel. The scales are constants of the graph (`io_spec.cache_scale`) and
+do not change while it runs. The manifest repeats them in its section ``kv_scales``, so that no
 runtime parses the graph for them. Converting a row to floats and back with the same scales gives
 the same integers, so a row may be read as floats and written back.
 """
@@ -20,15 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import BackendError, BundleError
+from edge.model.cache import CacheSpec, SlotRows, cache_tensors
 
 from .extras import read_extra
 from .manifest import Manifest
 
 SECTION = "kv_scales"
 """Names the manifest's section, which `read_scales` reads."""
-Scales = Mapping[int, NDArray[np.float32]]
-"""Maps each INT8 tensor of the cache to its scales, ``[kv_heads, 1, head_dim]``. A tensor's number
-is twice its layer, and one more for values."""
+Scales = Mapping[str, NDArray[np.float32]]
+"""Maps each INT8 tensor of the cache (`edge.model.cache`) to its scales, ``[kv_heads, 1, dim]``, in
+graph order."""
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,31 +61,38 @@ def read_scales(bundle: Path, manifest: Manifest, graph: str) -> Scales:
         from .graph_scales import read_graph_scales
 
         return read_graph_scales(bundle, manifest, graph)
-    numbers = [2 * layer + entry for layer in manifest.int8_layers for entry in (0, 1)]
-    shape = (len(numbers), manifest.model.num_kv_heads, 1, manifest.model.head_dim)
-    whole = len(stored.float32) == 4 * math.prod(shape)
+    shapes = scale_shapes(manifest)
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+    whole = len(stored.float32) == 4 * ends[-1]
     scales = np.frombuffer(stored.float32 if whole else b"", "<f4").astype(np.float32)
     if not whole or not (np.isfinite(scales) & (scales > 0)).all():
         raise BundleError(
-            f"{bundle}: the manifest's section {SECTION} has not {math.prod(shape)} scales above "
+            f"{bundle}: the manifest's section {SECTION} has not {ends[-1]} scales above "
             "zero; export the bundle again with --kv-cache int8"
         )
-    return dict(zip(numbers, scales.reshape(shape), strict=True))
+    parts = zip(shapes.items(), np.split(scales, ends[:-1]), strict=True)
+    return {name: part.reshape(shape) for (name, shape), part in parts}
+
+
+def scale_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the scales of each INT8 tensor of the cache, ``[kv_heads, 1, dim]``."""
+    tensors = cache_tensors(manifest.model, manifest.dtype, manifest.int8_layers)
+    return {name: spec.shape(1, 1)[1:] for name, spec in tensors.items() if spec.type == "int8"}
 
 
 def scales_section(scales: Scales) -> dict[str, Any]:
     """Make the manifest's section from which `read_scales` reads these scales."""
-    ordered = [scales[number].astype("<f4").tobytes() for number in sorted(scales)]
+    ordered = [scale.astype("<f4").tobytes() for scale in scales.values()]
     section: dict[str, Any] = msgspec.to_builtins(_Section(b"".join(ordered)))
     return section
 
 
 def scales_sha256(scales: Scales) -> str:
-    """Return the SHA-256 of scales and the numbers of their tensors; empty without scales."""
+    """Return the SHA-256 of scales and the names of their tensors; empty without scales."""
     digest = hashlib.sha256()
-    for number in sorted(scales):
-        digest.update(number.to_bytes(4, "little"))
-        digest.update(np.ascontiguousarray(scales[number], "<f4").data)
+    for name, scale in scales.items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(scale, "<f4").data)
     return digest.hexdigest() if scales else ""
 
 
@@ -106,41 +114,36 @@ def dequantize_rows(codes: NDArray[np.int8], scale: NDArray[np.float32]) -> NDAr
     return codes * scale
 
 
-def pack_rows(rows: NDArray[np.floating], scales: Scales) -> NDArray[np.uint8]:
-    """Return the bytes of rows, plane after plane: INT8 where there are scales, else unchanged.
+def pack_rows(rows: SlotRows, scales: Scales) -> NDArray[np.uint8]:
+    """Return the bytes of rows, tensor after tensor: INT8 where there are scales, else unchanged.
 
     Args:
-        rows: ``[2 * layers, kv_heads, length, head_dim]``.
-        scales: scales of the planes in INT8.
+        rows: the rows.
+        scales: scales of the tensors in INT8.
     """
     parts: list[NDArray[Any]] = [
-        quantize_rows(plane, scales[number]) if number in scales else plane
-        for number, plane in enumerate(rows)
+        quantize_rows(array, scales[name]) if name in scales else array
+        for name, array in rows.items()
     ]
     return np.concatenate([np.ascontiguousarray(part).view(np.uint8).ravel() for part in parts])
 
 
 def unpack_rows(
-    data: NDArray[np.uint8],
-    shape: tuple[int, int, int, int],
-    dtype: np.dtype[Any],
-    scales: Scales,
-) -> NDArray[np.floating]:
-    """Return rows of ``shape`` and ``dtype`` from bytes of `pack_rows`, whose inverse it is."""
-    rows: NDArray[np.floating] = np.empty(shape, dtype)
-    at = 0
-    for number, plane in enumerate(rows):
-        if number in scales:
-            codes = data[at : at + plane.size].view(np.int8).reshape(plane.shape)
-            plane[...] = dequantize_rows(codes, scales[number])
-            at += plane.size
-        else:
-            plane[...] = data[at : at + plane.nbytes].view(dtype).reshape(plane.shape)
-            at += plane.nbytes
+    data: NDArray[np.uint8], tensors: Mapping[str, CacheSpec], length: int, scales: Scales
+) -> SlotRows:
+    """Return ``length`` rows from bytes of `pack_rows`, whose inverse it is.
+
+    Args:
+        data: the bytes.
+        tensors: the cache tensors as they are in ``data``.
+        length: number of rows.
+        scales: scales of the tensors in INT8.
+    """
+    rows, at = SlotRows(), 0
+    for name, spec in tensors.items():
+        end = at + spec.row_bytes * length
+        part = data[at:end].view(spec.type.replace("fp", "float"))
+        array = part.reshape(spec.shape(1, length)[1:])
+        rows[name] = dequantize_rows(array, scales[name]) if name in scales else array
+        at = end
     return rows
-
-
-def packed_bytes(shape: tuple[int, int, int, int], dtype: np.dtype[Any], num_int8: int) -> int:
-    """Return the length of the bytes of `pack_rows`, with ``num_int8`` planes in INT8."""
-    planes, heads, length, dim = shape
-    return heads * length * dim * (num_int8 + (planes - num_int8) * dtype.itemsize)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Backend, Floats
+from edge.backends import Backend
 from edge.backends.choose import open_backend
 from edge.backends.step import TokenTable, prefill, step_after, zero_rows
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
@@ -28,6 +28,7 @@ from edge.bundle.trust import open_manifest
 from edge.bundle.verified_files import verify_files
 from edge.engine_config import BackendName, EngineConfig
 from edge.errors import ConfigError
+from edge.model.cache import SlotRows
 from edge.text.tokenizer_difference import tokenizer_difference
 
 from .guesses import Guesses
@@ -40,7 +41,7 @@ from .scheduler.drafter import DraftContext, Drafter, DraftWorth
 CLOSE = 8
 """Most tokens that a draft's first step runs itself; if more are lacking they are read before."""
 
-CutRows = Callable[[Floats, int, int], Floats]
+CutRows = Callable[[SlotRows, int, int], SlotRows]
 """Given rows of a slot, the first row to drop and a count, returns the rows left, keys turned."""
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from edge.backends import Floats
 from edge.errors import ContextLengthError
+from edge.model.cache import SlotRows
 
 
 @dataclass(eq=False)
@@ -92,19 +92,19 @@ class SavedRows(NamedTuple):
     """A sequence's rows outside the cache, and the records of the slot that they came from.
 
     Attributes:
-        rows: rows from `Backend.read_slot`, ``[2 * layers, kv_heads, len(ids), head_dim]``.
+        rows: rows from `Backend.read_slot`.
         ids: the token of each row.
         prefilled, shared, shareable: fields of `Slot`.
     """
 
-    rows: Floats
+    rows: SlotRows
     ids: list[int]
     prefilled: int
     shared: int
     shareable: bool
 
     @classmethod
-    def of(cls, slot: Slot, rows: Floats) -> SavedRows:
+    def of(cls, slot: Slot, rows: SlotRows) -> SavedRows:
         """Keep all rows of a slot, which have been read."""
         return cls(rows, list(slot.ids), slot.prefilled, slot.shared, slot.shareable)
 

@@ -15,56 +15,49 @@ import hashlib
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, BinaryIO
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Backend, Floats
-from edge.bundle.kv_scales import Scales, pack_rows, packed_bytes, scales_sha256, unpack_rows
+from edge.backends import Backend
+from edge.bundle.kv_scales import Scales, pack_rows, scales_sha256, unpack_rows
 from edge.bundle.manifest import Manifest
 from edge.bundle.update import fsync, replace_durably, sweep_temp, temp_path
 from edge.errors import ConfigError, ResourceError
 from edge.files import MALFORMED, open_file
+from edge.model.cache import ElementType, Rows, SlotRows
 
 from .scheduler import StoredPrefix
 
 _log = logging.getLogger(__name__)
 
-_MAGIC = b"edge-llm prefix 1\n"
+_MAGIC = b"edge-llm prefix 2\n"
 _DIGEST_BYTES = 32
 _MAX_HEADER_BYTES = 1 << 22
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 DEFAULT_MAX_BYTES = 4 << 30
 
 
-_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
-
-
-class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Layout(msgspec.Struct, frozen=True):
     """Origin and shape of stored rows: rows of another engine or type cannot be used.
 
     Attributes:
         engine: the backend's name.
-        dtype: NumPy's name of the type.
-        planes: keys and values of all layers, ``2 * layers``.
-        kv_heads, head_dim: dimensions of the rows from `Backend.read_slot`.
+        tensors: the cache tensors as they are stored, by name in graph order; empty in what an
+            older edge-llm wrote.
         rounds_activations: whether the backend rounds activations, as in `Backend`.
-        int8_planes: planes that are stored as INT8, ascending.
-        scales_sha256: SHA-256 of their scales; empty if there are none.
+        scales_sha256: SHA-256 of the scales of tensors in INT8; empty if there are none.
     """
 
     engine: str
-    dtype: Literal["float16", "float32"]
-    planes: _Size
-    kv_heads: _Size
-    head_dim: _Size
+    tensors: Annotated[dict[str, Rows], msgspec.Meta(max_length=1 << 16)] = {}
     rounds_activations: bool = False
-    int8_planes: Annotated[tuple[int, ...], msgspec.Meta(max_length=1 << 16)] = ()
     scales_sha256: str = ""
 
     @classmethod
@@ -73,39 +66,33 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return cls.of_rows(backend, backend.read_slot(0, 1))
 
     @classmethod
-    def of_rows(cls, backend: Backend, rows: Floats) -> Layout:
+    def of_rows(cls, backend: Backend, rows: SlotRows) -> Layout:
         """Return the layout of rows that a backend returned."""
-        planes, kv_heads, _, head_dim = rows.shape
-        dtype: Literal["float16", "float32"] = "float32"
-        if rows.dtype == np.float16:
-            dtype = "float16"
-        return cls(
-            backend.name,
-            dtype,
-            planes,
-            kv_heads,
-            head_dim,
-            backend.rounds_activations,
-            tuple(sorted(backend.kv_scales)),
-            scales_sha256(backend.kv_scales),
-        )
+        tensors = {}
+        for name, array in rows.items():
+            stored: ElementType = "fp16" if array.dtype == np.float16 else "fp32"
+            kind: ElementType = "int8" if name in backend.kv_scales else stored
+            tensors[name] = Rows(array.shape[0], array.shape[2], kind)
+        return cls("", tensors).on(backend)
+
+    def on(self, backend: Backend) -> Layout:
+        """Return the layout of the same tensors on a backend."""
+        digest = scales_sha256(backend.kv_scales)
+        return Layout(backend.name, self.tensors, backend.rounds_activations, digest)
 
     def __str__(self) -> str:
-        text = f"{self.engine} in {self.dtype}"
+        kinds = Counter(rows.type for rows in self.tensors.values())
+        text = f"{self.engine} in {' and '.join(sorted(kinds)) or 'rows of an older edge-llm'}"
         if self.rounds_activations:
             text += " with int8 activations"
-        if self.int8_planes:
-            text += f", {len(self.int8_planes)} of {self.planes} cache tensors in int8"
+        if self.scales_sha256:
+            text += f", {kinds['int8']} of {len(self.tensors)} cache tensors in int8"
             text += f" (scales {self.scales_sha256[:8]})"
         return text
 
-    def shape(self, length: int) -> tuple[int, int, int, int]:
-        """Return the shape of ``length`` rows."""
-        return self.planes, self.kv_heads, length, self.head_dim
-
     def num_bytes(self, length: int) -> int:
         """Return the bytes of ``length`` rows in a file."""
-        return packed_bytes(self.shape(length), np.dtype(self.dtype), len(self.int8_planes))
+        return length * sum(rows.row_bytes for rows in self.tensors.values())
 
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -183,7 +170,7 @@ class PrefixStore:
         stored, path = best
         return StoredPrefix(len(stored), lambda: self._load(path, stored))
 
-    def save(self, name: str, ids: Sequence[int], rows: Floats) -> Path:
+    def save(self, name: str, ids: Sequence[int], rows: SlotRows) -> Path:
         """Write a prefix; an old one of this name stays until the new one is whole on disk.
 
         Args:
@@ -198,8 +185,8 @@ class PrefixStore:
         _check_name(name)
         layout = self._layout
         assert layout is not None, "a store without a layout only lists and drops"
-        assert rows.shape == layout.shape(len(ids)), "rows are those of the ids"
-        assert rows.dtype == layout.dtype, "rows are the backend's"
+        assert rows.length == len(ids), "rows are those of the ids"
+        assert rows.keys() == layout.tensors.keys(), "rows are the backend's"
         data = pack_rows(rows, self._scales)
         digest = hashlib.sha256(data.data).hexdigest()
         header = msgspec.json.encode(_Header(self._bundle, layout, list(ids), digest))
@@ -260,16 +247,14 @@ class PrefixStore:
     def _files(self) -> Sequence[Path]:
         return sorted(self.directory.glob("*.kv"))
 
-    def _load(self, path: Path, ids: Sequence[int]) -> Floats | None:
+    def _load(self, path: Path, ids: Sequence[int]) -> SlotRows | None:
         """Return the rows of a file, which may have changed since it was found."""
         try:
             header, start = self._read(path)
             if header.ids != ids:
                 raise _UnusableError("it was replaced; restart to use the new one")
             data = self._read_bytes(path, header, start)
-            layout = header.layout
-            shape = layout.shape(len(header.ids))
-            return unpack_rows(data, shape, np.dtype(layout.dtype), self._scales)
+            return unpack_rows(data, header.layout.tensors, len(header.ids), self._scales)
         except (OSError, _UnusableError) as error:
             _log.warning("stored prefix %s is ignored from now on: %s", path, error)
             self._entries.pop(path.stem, None)
@@ -298,8 +283,6 @@ class PrefixStore:
             raise _UnusableError(
                 f"it was made by {header.layout}, this is {self._layout}; build it again"
             )
-        if len(header.layout.int8_planes) > header.layout.planes:
-            raise _UnusableError("it is damaged (its layout)")
         expected = start + header.layout.num_bytes(len(header.ids))
         if not header.ids or size != expected:
             raise _UnusableError(f"it has {size} bytes, its header describes {expected}")

@@ -20,11 +20,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Backend, Floats
+from edge.backends import Backend
 from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import Manifest
 from edge.logprobs import log_softmax
+from edge.model.cache import SlotRows
 from edge_make.progress import Progress, silent
 
 from .divergence import cosine_similarity, kl_divergence
@@ -100,25 +101,27 @@ class CacheSums:
 
     Attributes:
         num_tokens: number of tokens summed over.
-        keys: float64 ``[layers, 2]``: squares of the difference, and of the reference.
-        values: float64 ``[layers, 3, kv_heads, head_dim, head_dim]``: products of the reference
-            with itself, of the bundle with itself, and of the bundle with the reference.
+        keys: by layer, float64 ``[2]``: squares of the difference, and of the reference.
+        values: by layer, float64 ``[3, kv_heads, dim, dim]``: products of the reference with
+            itself, of the bundle with itself, and of the bundle with the reference.
     """
 
     num_tokens: int
-    keys: Vector
-    values: Vector
+    keys: dict[int, Vector]
+    values: dict[int, Vector]
 
     def __add__(self, other: CacheSums) -> CacheSums:
         """Return the sums over the tokens of both."""
         tokens = self.num_tokens + other.num_tokens
-        return CacheSums(tokens, self.keys + other.keys, self.values + other.values)
+        keys = {layer: sums + other.keys[layer] for layer, sums in self.keys.items()}
+        values = {layer: sums + other.values[layer] for layer, sums in self.values.items()}
+        return CacheSums(tokens, keys, values)
 
     def errors(self) -> list[LayerError]:
         """Compute the error of every layer."""
         return [
             LayerError(layer, math.sqrt(difference / norm), self._value_error(layer))
-            for layer, (difference, norm) in enumerate(self.keys.tolist())
+            for layer, (difference, norm) in self.keys.items()
         ]
 
     def _value_error(self, layer: int) -> float | None:
@@ -281,14 +284,16 @@ def compare_chunk(
     return result
 
 
-def cache_sums(reference: Floats, bundle: Floats) -> CacheSums:
-    """Sum over the tokens of both caches, ``[2 * layers, kv_heads, tokens, head_dim]``."""
-    layers, heads, tokens, dim = len(reference) // 2, *reference.shape[1:]
-    sums = CacheSums(tokens, np.empty((layers, 2)), np.empty((layers, 3, heads, dim, dim)))
-    for layer in range(layers):
-        keys, found = (c[2 * layer].astype(np.float64) for c in (reference, bundle))
-        sums.keys[layer] = ((found - keys) ** 2).sum(), (keys**2).sum()
-        values, found = (c[2 * layer + 1].astype(np.float64) for c in (reference, bundle))
+def cache_sums(reference: SlotRows, bundle: SlotRows) -> CacheSums:
+    """Sum over the tokens of both caches."""
+    sums = CacheSums(reference.length, {}, {})
+    for name, rows in reference.items():
+        layer, _, part = name.partition(".")
+        wanted, found = rows.astype(np.float64), bundle[name].astype(np.float64)
+        if part == "key":
+            sums.keys[int(layer)] = np.array([((found - wanted) ** 2).sum(), (wanted**2).sum()])
+            continue
         turned = found.transpose(0, 2, 1)
-        sums.values[layer] = values.transpose(0, 2, 1) @ values, turned @ found, turned @ values
+        products = wanted.transpose(0, 2, 1) @ wanted, turned @ found, turned @ wanted
+        sums.values[int(layer)] = np.stack(products)
     return sums

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -19,13 +20,14 @@ from numpy.typing import NDArray
 
 from edge.backends import Backend, Floats
 from edge.backends.ort.cpu import load_cpu_graph
-from edge.backends.ort.runner import RunShape, cache_tensors, fill_inputs, make_inputs
+from edge.backends.ort.runner import RunShape, cache_bindings, fill_inputs, make_inputs
 from edge.backends.ort.session import check_sizes, check_threads, open_session
 from edge.backends.step import TokenTable, last_token, step_after
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, tensor_info
 from edge.errors import BackendError, ConfigError
+from edge.model.cache import cache_tensors
 from edge_make.progress import Progress, silent
 
 from .divergence import cosine_similarity
@@ -87,12 +89,12 @@ class LayerSource(Protocol):
     max_step_tokens: int
     compared: Compared
 
-    def run(self, start: int, embeds: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def run(self, start: int, embeds: Floats) -> tuple[dict[str, Floats], NDArray[np.float32]]:
         """Run tokens ``[S, hidden]`` from cache row ``start`` on.
 
         Returns:
-            The parts of each layer, ``[layers, parts, S, width]``, and the logits ``[vocab]`` of
-            the last token. A layer's output is one part, its keys and values are two.
+            The parts of layers, ``[S, width]``, by names that begin with the layer's number:
+            ``0``, or ``0.key`` and ``0.value``; and the logits ``[vocab]`` of the last token.
 
         Raises:
             BackendError: the engine failed.
@@ -109,14 +111,15 @@ class CacheLayers:
         self.capacity, self.max_step_tokens = backend.capacity, backend.max_step_tokens
         self._backend = backend
 
-    def run(self, start: int, embeds: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def run(self, start: int, embeds: Floats) -> tuple[dict[str, Floats], NDArray[np.float32]]:
         """Run tokens, as `LayerSource.run` describes."""
         step = step_after([0], [start], embeds[None], last_token(len(embeds))[None])
         logits = self._backend.forward(step)[0, -1].copy()
-        rows = self._backend.read_slot(0, step.end)[:, :, start:]
-        entries, heads, count, width = rows.shape
-        by_token = rows.transpose(0, 2, 1, 3).astype(np.float32)
-        return by_token.reshape(entries // 2, 2, count, heads * width), logits
+        rows = self._backend.read_slot(0, step.end).cut(start, step.end)
+        by_token = rows.each(
+            lambda array: array.swapaxes(0, 1).astype(np.float32).reshape(step.seq, -1)
+        )
+        return by_token, logits
 
 
 class CpuLayers:
@@ -163,19 +166,18 @@ class CpuLayers:
         self._session = open_session(
             graph, bundle, manifest, num_threads, int8_activations=int8_activations
         )
-        rows = (1, model.num_kv_heads, capacity, model.head_dim)
-        self._caches = [
-            np.zeros(rows, np.int8 if kind == "int8" else np.float32)
-            for kind in io_spec.cache_types(model, "fp32", manifest.int8_layers)
-        ]
+        self._caches = {
+            name: np.zeros(spec.shape(1, capacity), np.int8 if spec.type == "int8" else np.float32)
+            for name, spec in cache_tensors(model, "fp32", manifest.int8_layers).items()
+        }
 
-    def run(self, start: int, embeds: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def run(self, start: int, embeds: Floats) -> tuple[dict[str, Floats], NDArray[np.float32]]:
         """Run tokens, as `LayerSource.run` describes."""
         step = step_after([0], [start], embeds[None], last_token(len(embeds))[None])
         shape = RunShape(0, 1, step.seq, 1)
         inputs = make_inputs(self._dialect, self._model.hidden_size, np.float32, shape)
         fill_inputs(inputs, step, step.embeds)
-        caches, outputs, _ = cache_tensors(self._dialect, self._caches, lambda _: self._caches[0])
+        caches, outputs, _ = cache_bindings(self._dialect, self._caches, lambda _, cache: cache)
         rows_read = self._dialect.rows_read(step.starts, step.kv_len)
         feeds = {**inputs, **caches, io_spec.KV_POSITIONS: np.arange(rows_read, dtype=np.int64)}
         try:
@@ -187,11 +189,12 @@ class CpuLayers:
                 f"ONNX Runtime failed on a step of {step.seq} tokens: {error}"
             ) from error
         self._keep(found[: len(outputs)], start, step.end)
-        return np.stack(found[len(outputs) :]), logits[0, -1]
+        layers = {str(number): each[0] for number, each in enumerate(found[len(outputs) :])}
+        return layers, logits[0, -1]
 
     def _keep(self, rows: list[NDArray[np.float32]], start: int, end: int) -> None:
         """Keep the step's keys and values: whole caches, or only new rows where those are given."""
-        for cache, new in zip(self._caches, rows, strict=True):
+        for cache, new in zip(self._caches.values(), rows, strict=True):
             cache[:, :, start:end] = new[:, :, start:end] if self._dialect.in_place else new
 
 
@@ -229,7 +232,7 @@ def compare_layers(
             f"{[len(prompt) for prompt in prompts]}"
         )
     chunk = min(max_tokens, reference.max_step_tokens, candidate.max_step_tokens)
-    measured: list[NDArray[np.float64]] = []
+    measured: list[dict[str, NDArray[np.float64]]] = []
     ran, total = 0, sum(len(prompt) + decode_steps for prompt in prompts)
     progress("compare", 0, total, "tokens")
     for prompt in prompts:
@@ -237,17 +240,19 @@ def compare_layers(
         while start < len(prompt) + decode_steps:
             embeds = table[ids[start : start + chunk]]
             ours, logits = reference.run(start, embeds)
-            measured.append(_measure(ours, candidate.run(start, embeds)[0]))
+            theirs = candidate.run(start, embeds)[0]
+            measured.append({name: _measure(rows, theirs[name]) for name, rows in ours.items()})
             start += len(embeds)
             ran += len(embeds)
             progress("compare", ran, total, "tokens")
             if start == len(ids):
                 ids = np.append(ids, logits.argmax())
-    return _report(reference.compared, np.concatenate(measured, axis=-1), floor)
+    joined = {name: np.hstack([each[name] for each in measured]) for name in measured[0]}
+    return _report(reference.compared, joined, floor)
 
 
-def _measure(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return cosine and error of each row, ``[2, layers, parts, S]``; NaN for a row not finite."""
+def _measure(ours: Floats, theirs: Floats) -> NDArray[np.float64]:
+    """Return cosine and error of each row, ``[2, S]``; NaN for a row not finite."""
     with np.errstate(invalid="ignore"):
         error = np.abs(ours.astype(np.float64) - theirs).max(axis=-1)
         size = np.sqrt(np.square(ours, dtype=np.float64).mean(axis=-1))
@@ -255,13 +260,14 @@ def _measure(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[
     return np.stack([cosine_similarity(ours, theirs), relative])
 
 
-def _report(compared: Compared, measured: NDArray[np.float64], floor: float) -> LayerReport:
-    cosines = measured[0].min(axis=(-2, -1))  # min and max both keep a NaN
-    errors = measured[1].max(axis=(-2, -1))
-    below = np.flatnonzero(~(cosines >= floor))
-    layers = tuple(
-        LayerDrift(layer, float(cosine), float(error))
-        for layer, (cosine, error) in enumerate(zip(cosines, errors, strict=True))
-    )
-    first = int(below[0]) if below.size else None
-    return LayerReport(compared, measured.shape[-1], floor, first, layers)
+def _report(
+    compared: Compared, measured: dict[str, NDArray[np.float64]], floor: float
+) -> LayerReport:
+    layers = []
+    for layer, names in groupby(measured, lambda name: int(name.partition(".")[0])):
+        # min and max both keep a NaN
+        cosines, errors = np.hstack([measured[name] for name in names])
+        layers.append(LayerDrift(layer, float(cosines.min()), float(errors.max())))
+    first = next((each.layer for each in layers if not each.min_cosine >= floor), None)
+    positions = next(iter(measured.values())).shape[-1]
+    return LayerReport(compared, positions, floor, first, tuple(layers))

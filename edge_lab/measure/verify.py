@@ -211,8 +211,8 @@ def _measure(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[
 def _cache_cosine(reference: Backend, candidate: Backend, length: int) -> float:
     worst = 1.0
     ours, theirs = reference.read_slot(0, length), candidate.read_slot(0, length)
-    for a, b in zip(ours, theirs, strict=True):  # one layer's keys or values at a time
-        cosines = cosine_similarity(a, b)
+    for name, rows in ours.items():
+        cosines = cosine_similarity(rows, theirs[name])
         worst = float(np.minimum(worst, cosines.min()))  # keeps a NaN, as min() would not
     return worst
 

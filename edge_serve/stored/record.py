@@ -15,9 +15,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Floats
 from edge.bundle.kv_scales import Scales, unpack_rows
 from edge.files import MALFORMED, open_file
+from edge.model.cache import SlotRows
 from edge.runtime.prefix_store import Layout
 
 _MAGIC = b"edge-llm response 1\n"
@@ -124,7 +124,7 @@ def read_record(path: Path) -> Record:
         return _read(file)[0]
 
 
-def read_rows(path: Path, scales: Scales) -> Floats | None:
+def read_rows(path: Path, scales: Scales) -> SlotRows | None:
     """Read the rows of a file, for `Backend.write_slot`; None if it has none.
 
     Args:
@@ -143,8 +143,7 @@ def read_rows(path: Path, scales: Scales) -> Floats | None:
     data = np.fromfile(path, dtype=np.uint8, offset=start)
     if rows_sha256(data) != rows.sha256:
         raise UnusableError("it is damaged (its rows)")
-    shape = rows.layout.shape(len(rows.ids))
-    return unpack_rows(data, shape, np.dtype(rows.layout.dtype), scales)
+    return unpack_rows(data, rows.layout.tensors, len(rows.ids), scales)
 
 
 def rows_sha256(data: NDArray[np.uint8]) -> str:
@@ -166,10 +165,9 @@ def _read(file: BinaryIO) -> tuple[Record, int]:
     except MALFORMED as error:
         raise UnusableError(f"it is of another version ({error})") from error
     rows = None if record.unfinished is None else record.unfinished.rows
-    if rows is not None and len(rows.layout.int8_planes) > rows.layout.planes:
-        raise UnusableError("it is damaged (the layout of its rows)")
     start = file.tell()
     expected = start + (0 if rows is None else rows.num_bytes)
-    if (size := os.fstat(file.fileno()).st_size) != expected:
+    size = os.fstat(file.fileno()).st_size
+    if size != expected and (rows is None or rows.layout.tensors):
         raise UnusableError(f"it has {size} bytes, and its record describes {expected}")
     return record, start

@@ -19,10 +19,10 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from edge.backends import Floats
 from edge.bundle.kv_scales import Scales
 from edge.bundle.update import fsync, replace_durably, sweep_temp, try_lock
 from edge.errors import ConfigError, ResourceError
+from edge.model.cache import SlotRows
 
 from .record import Record, UnusableError, head_of, read_record, read_rows
 
@@ -138,7 +138,7 @@ class ResponseStore:
                 del self._entries[id_]
                 return None
 
-    def load_rows(self, id_: str, scales: Scales) -> Floats | None:
+    def load_rows(self, id_: str, scales: Scales) -> SlotRows | None:
         """Read the rows that were saved with a response; None if there are none."""
         path = self._path(id_)
         try:

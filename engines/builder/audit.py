@@ -291,8 +291,8 @@ def _check_own_top_k(network: NetworkView, own_top_k: bool) -> list[str]:
 def _rows_of(network: NetworkView, manifest: Manifest, layer: int) -> tuple[str, ...]:
     """List a layer's cached keys and values, and those of the step."""
     if manifest.dialect != "native":
-        new = io_spec.DIALECTS[manifest.dialect].cache_outputs(layer)
-        return (*io_spec.cache_inputs(layer), *new)
+        past = io_spec.past_key(layer), io_spec.past_value(layer)
+        return (*past, io_spec.new_key(layer), io_spec.new_value(layer))
     cache = io_spec.present_key(layer), io_spec.present_value(layer)
     return (*cache, *(_updating(network.producers.get(name)) for name in cache))
 

@@ -26,6 +26,7 @@ from tests.edge.backends.tensorrt.gpu_runner import DIALECTS, SHAPES_ATOL, GpuRu
 from tests.engines.own_builds import export, gpu, target  # noqa: F401
 from tests.makers.tiny_models import write_checkpoint
 from tests.standins.cuda import FakeGpu
+from tests.standins.slot_rows import by_name, stacked
 
 STEP, LONGEST, CAPACITY = 512, 2048, 2560
 SCORED = 64  # tokens of a step whose logits are all had
@@ -78,7 +79,7 @@ def unpadded(bundle: Path, gpu: FakeGpu) -> tuple[NDArray[Any], NDArray[Any]]:  
         rows = [
             read(plain, 0, start, start + SCORED, SCORED) for start in range(0, CAPACITY, SCORED)
         ]
-        return np.concatenate(rows), plain.backend.read_slot(0, CAPACITY)
+        return np.concatenate(rows), stacked(plain.backend.read_slot(0, CAPACITY))
 
 
 def check(found: NDArray[Any], expected: NDArray[Any]) -> int:
@@ -112,7 +113,7 @@ def test_starts_up_to_the_capacity_of_any_slot(built: Path, gpu: FakeGpu) -> Non
     with GpuRunner(built, gpu, num_slots=4) as ours:
         capacity, ends, found = ours.engine.capacity, [], []
         for slot in range(4):
-            ours.backend.write_slot(slot, rows[:, :, :capacity])
+            ours.backend.write_slot(slot, by_name(rows[:, :, :capacity]))
         for number in range(60):
             length = int(random.integers(1, STEP + 1))
             start = int(random.integers(0, capacity - length + 1))

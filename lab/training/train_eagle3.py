@@ -35,6 +35,7 @@ from edge.bundle.onnx_file import ELEMENT_NUMBERS, OnnxFile, tensor_info
 from edge.bundle.verified_files import verify_files
 from edge.errors import ConfigError, DependencyError
 from edge.files import decode_text
+from edge.model.cache import cache_tensors
 from edge.model.dense import Dense
 from edge.model.spec import ModelSpec, RopeSpec
 from edge.text.chat_template import ChatTemplate, encode_chat
@@ -283,15 +284,17 @@ def feeds(manifest: Manifest, capacity: int, embeds: NDArray[np.float32]) -> dic
     """Return the inputs of a step that reads a whole text."""
     model, dialect = manifest.model, io_spec.DIALECTS[manifest.dialect]
     count = embeds.shape[1]
-    cache = np.zeros((1, model.num_kv_heads, capacity, model.head_dim), np.float32)
-    names = [name for layer in range(model.num_layers) for name in io_spec.cache_inputs(layer)]
+    caches = {
+        io_spec.PAST_PREFIX + name: np.zeros(spec.shape(1, capacity), np.float32)
+        for name, spec in cache_tensors(model, "fp32").items()
+    }
     return {
         io_spec.INPUTS_EMBEDS: embeds,
         io_spec.POSITION_IDS: all_tokens(count)[None],
         dialect.cursor: np.zeros(1, np.int64),
         io_spec.KV_POSITIONS: np.arange(dialect.rows_read([0], count)),
         io_spec.LOGITS_INDICES: all_tokens(count)[None],
-        **dict.fromkeys(names, cache),
+        **caches,
     }
 
 

@@ -28,6 +28,7 @@ from edge.bundle.manifest import (
 )
 from edge.bundle.verified_files import verify_files
 from edge.errors import BundleError, CheckpointError, ConfigError
+from edge.model.cache import cache_tensors
 from engines.config import BuildShapes
 from engines.graph.adapt import prepare_graph
 from export.pipeline import ExportConfig, export_checkpoint
@@ -122,9 +123,7 @@ def _feeds(manifest: Any, embeds: NDArray[np.float32]) -> dict[str, Any]:
         io_spec.KV_POSITIONS: np.arange(dialect.rows_read([0], count)),
         io_spec.LOGITS_INDICES: np.array([[count - 1]]),
     }
-    for layer in range(model.num_layers):
-        feeds |= dict.fromkeys(io_spec.cache_inputs(layer), cache)
-    return feeds
+    return feeds | {io_spec.PAST_PREFIX + name: cache for name in cache_tensors(model, "fp32")}
 
 
 @pytest.mark.parametrize("dialect", ["native", "portable"])

@@ -27,6 +27,7 @@ from edge.engine_config import GpuWait
 from edge.errors import DependencyError, DeviceMemoryError
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
+from tests.standins.slot_rows import by_name, stacked
 
 pytestmark = pytest.mark.gpu
 
@@ -111,7 +112,7 @@ def test_the_gpu_agrees_with_the_cpu(
         assert_allclose(ours.step(ids, [0, 3]), theirs.step(ids, [0, 3]), atol=ATOL, rtol=0)
         for slot in (0, 2, 3):
             assert_allclose(ours.cache(slot), theirs.cache(slot), atol=0.1, rtol=0)
-        assert not ours.backend.read_slot(1, ours.backend.capacity).any()
+        assert not stacked(ours.backend.read_slot(1, ours.backend.capacity)).any()
         if graphs:
             assert ours.engine.graphs_disabled is None
             assert len(ours.engine._graphs) >= 1
@@ -125,11 +126,11 @@ def test_slots_are_copied_and_stay_apart(dialect: str, quant: str, built: Callab
     with GpuRunner(built("qwen2", dialect, quant)) as runner:
         runner.step(random_ids(1, 23), [2])
         rows = runner.cache(2)
-        runner.backend.write_slot(0, rows)
+        runner.backend.write_slot(0, by_name(rows))
         runner.backend.copy_slot(2, 3, 20)
-        assert_array_equal(runner.backend.read_slot(0, 23), rows)
-        assert_array_equal(runner.backend.read_slot(3, 20), rows[:, :, :20])
-        assert not runner.backend.read_slot(1, 60).any()
+        assert_array_equal(stacked(runner.backend.read_slot(0, 23)), rows)
+        assert_array_equal(stacked(runner.backend.read_slot(3, 20)), rows[:, :, :20])
+        assert not stacked(runner.backend.read_slot(1, 60)).any()
         runner.lengths[0] = 23
         following = random_ids(1, 1, seed=1)
         found, expected = runner.step(following, [0]), runner.step(following, [2])

@@ -34,6 +34,7 @@ from tests.makers.goldens import (
     root_mean_square,
 )
 from tests.makers.tiny_models import KINDS, Kind
+from tests.standins.slot_rows import by_name, stacked
 
 # Sums of up to 128 products of size one in another order; measured 2.5e-5.
 FP32_ATOL = 1e-4
@@ -98,7 +99,7 @@ def test_logits_and_cache_equal_transformers(runner: Runner, kind: Kind, chunk: 
     ids = expected.ids[:-1]
     logits = runner.prefill(ids, chunk)
     assert_close(logits, expected.logits, atol=FP32_ATOL, what="logits")
-    cache = runner.backend.read_slot(0, len(ids))
+    cache = stacked(runner.backend.read_slot(0, len(ids)))
     assert_close(cache, expected.cache, atol=FP32_ATOL, what="KV cache")
 
 
@@ -113,15 +114,15 @@ def test_batched_slots_equal_each_alone(runner: Runner, kind: Kind):
         logits = runner.step(expected.ids[now][:, None], now, slots)
         assert_close(logits[:, 0], expected.logits[now], atol=FP32_ATOL, what=f"step {step}")
     for slot, start in zip(slots, starts, strict=True):
-        rows = runner.backend.read_slot(slot, start + 8)
+        rows = stacked(runner.backend.read_slot(slot, start + 8))
         assert_close(rows, expected.cache[:, :, : start + 8], atol=FP32_ATOL, what=f"slot {slot}")
 
 
 def test_rows_behind_the_sequence_are_never_read(runner: Runner, kind: Kind):
     """What an earlier, longer sequence left in the slot must not leak into a new one."""
     expected = golden(kind)
-    junk = np.full_like(runner.backend.read_slot(0, TINY_KV_CAPACITY), 100.0)
-    runner.backend.write_slot(0, junk)
+    junk = np.full_like(stacked(runner.backend.read_slot(0, TINY_KV_CAPACITY)), 100.0)
+    runner.backend.write_slot(0, by_name(junk))
     logits = runner.prefill(expected.ids[:-1], 16)
     assert_close(logits, expected.logits, atol=FP32_ATOL, what="logits")
 
@@ -258,7 +259,7 @@ def test_smollm2_equals_transformers(smollm2_bundle: Path):
             assert_close(
                 log_sum_exp(logits), expected.log_sum_exp, atol=SMOLLM2_ATOL, what="log-sum-exp"
             )
-            cache = llm.backend.read_slot(0, len(expected.ids) - 1)
+            cache = stacked(llm.backend.read_slot(0, len(expected.ids) - 1))
             norms = root_mean_square(cache)
             assert_close(norms, expected.cache_norms, atol=SMOLLM2_ATOL, what="size of the cache")
             rows = cache.reshape(-1, 2, *cache.shape[1:])[expected.cache_layers]

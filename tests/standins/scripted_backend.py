@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Floats, Rows, Step
+from edge.backends import Rows, Step
 from edge.backends.step import refuse_adapter
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.kv_scales import Scales
 from edge.errors import BackendError
+from edge.model.cache import SlotRows
 
 Script = Callable[[tuple[int, ...]], "int | NDArray[np.float32]"]
 """From the tokens so far to the next token, or to its row of logits."""
@@ -97,16 +98,16 @@ class ScriptedBackend:
             ]
         )
 
-    def read_slot(self, slot: int, length: int) -> Floats:
+    def read_slot(self, slot: int, length: int) -> SlotRows:
         self._be_free()
-        return self._cache[None, None, slot, :length, None].astype(np.float32)
+        return SlotRows({"0.key": self._cache[None, slot, :length, None].astype(np.float32)})
 
-    def write_slot(self, slot: int, rows: Floats) -> None:
+    def write_slot(self, slot: int, rows: SlotRows) -> None:
         self._be_free()
-        assert rows.shape[:2] == (1, 1)
-        assert rows.shape[3] == 1
-        assert rows.shape[2] <= self.capacity
-        self._cache[slot, : rows.shape[2]] = rows[0, 0, :, 0]
+        (ids,) = rows.values()
+        assert (ids.shape[0], ids.shape[2]) == (1, 1)
+        assert rows.length <= self.capacity
+        self._cache[slot, : rows.length] = ids[0, :, 0]
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         self._be_free()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.step import Floats, Step, refuse_adapter
+from edge.backends.step import Step, refuse_adapter
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import OnnxFile
@@ -24,12 +24,13 @@ from edge.device.huge_pages import collapse_filled
 from edge.device.memory import read_available_memory_bytes
 from edge.engine_config import INT8_PREFILL_TOKENS
 from edge.errors import BackendError, ConfigError, ResourceError
+from edge.model.cache import SlotRows, cache_tensors
 from edge.model.spec import ModelSpec
 
 from .cpu_attention import can_fuse, fuse_cache_attention
 from .host_cache import HostCaches
 from .join_planes import join_planes
-from .runner import RunShape, StepOutputs, StepRunner, cache_tensors, fill_inputs, make_inputs
+from .runner import RunShape, StepOutputs, StepRunner, cache_bindings, fill_inputs, make_inputs
 from .session import (
     accuracy_level,
     check_int8_activations,
@@ -155,9 +156,9 @@ class OrtBackend:
         # One piece after each step; none after the first step, since an answer waits for it.
         self._collapsing = itertools.chain([0], collapse_filled(_WEIGHTS_BYTES))
         model = self._model
-        shape = (num_slots, model.num_kv_heads, self.capacity, model.head_dim)
+        tensors = cache_tensors(model, "fp32", manifest.int8_layers)
         try:
-            self._cache = HostCaches(2 * model.num_layers, shape, self.kv_scales)
+            self._cache = HostCaches(tensors, num_slots, self.capacity, self.kv_scales)
         except MemoryError as error:
             raise ResourceError(
                 f"the KV cache of {num_slots} slots of {self.capacity} tokens does not fit into "
@@ -204,7 +205,7 @@ class OrtBackend:
     @property
     def cache_bytes(self) -> int:
         """Return the memory of the cache when full, in bytes."""
-        return sum(array.nbytes for array in self._cache.arrays)
+        return sum(array.nbytes for array in self._cache.arrays.values())
 
     def forward(self, step: Step) -> NDArray[np.float32]:
         """See `edge.backends.Backend.forward`."""
@@ -213,11 +214,11 @@ class OrtBackend:
         next(self._collapsing, None)
         return rows
 
-    def read_slot(self, slot: int, length: int) -> Floats:
+    def read_slot(self, slot: int, length: int) -> SlotRows:
         """See `edge.backends.Backend.read_slot`."""
         return self._cache.read(slot, length)
 
-    def write_slot(self, slot: int, rows: Floats) -> None:
+    def write_slot(self, slot: int, rows: SlotRows) -> None:
         """See `edge.backends.Backend.write_slot`."""
         self._cache.write(slot, rows)
 
@@ -342,11 +343,10 @@ class _HostStep:
         self._cache, self._kv_positions = cache, kv_positions
         self._inputs = make_inputs(dialect, embeds_width, np.float32, shape)
         self._logits, self.hidden = outputs
-        rows = (batch, model.num_kv_heads, seq, model.head_dim)
         # ONNX Runtime gets bare addresses; the arrays at them must outlive a `close`.
-        self._caches = [array[first : first + batch] for array in cache.arrays]
-        inputs, bound, self._new = cache_tensors(
-            dialect, self._caches, lambda cache: np.empty(rows, dtype=cache.dtype)
+        self._caches = {n: array[first : first + batch] for n, array in cache.arrays.items()}
+        inputs, bound, self._new = cache_bindings(
+            dialect, self._caches, lambda _, cache: np.empty_like(cache[:, :, :seq], order="C")
         )
         self.binding = session.io_binding()
         for name, array in {**self._inputs, **inputs}.items():
@@ -378,8 +378,8 @@ class _HostStep:
         if not self._new:
             return
         for row, start in enumerate(step.starts):
-            for cache, new in zip(self._caches, self._new, strict=True):
-                cache[row, :, start : start + step.seq] = new[row]
+            for name, new in self._new.items():
+                self._caches[name][row, :, start : start + step.seq] = new[row]
 
 
 def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.device.process import choose_num_threads
+from edge.model.cache import CacheSpec, SlotRows
 
 from .device import OrtDevice, open_on_device
 from .rows import Block, RowMover, RowWriter
@@ -21,12 +23,12 @@ class OrtDeviceCache:
     Args:
         ort: the module ``onnxruntime``.
         device: device of the tensors.
-        num_tensors: keys and values of all layers.
-        shape: shape of each tensor.
+        tensors: the tensors.
+        num_slots, capacity: slots, and rows of each.
         dtype: NumPy's type of the elements; bf16 is held as uint16.
 
     Attributes:
-        device: device of the tensors.
+        device, tensors: the arguments.
         dtype: NumPy's type of the elements.
         positions: 0, 1, 2, ... up to the capacity.
     """
@@ -35,40 +37,48 @@ class OrtDeviceCache:
         self,
         ort: ModuleType,
         device: OrtDevice,
-        num_tensors: int,
-        shape: tuple[int, int, int, int],
+        tensors: Mapping[str, CacheSpec],
+        num_slots: int,
+        capacity: int,
         dtype: np.dtype[Any],
     ) -> None:
-        self._ort, self.device, self.dtype = ort, device, dtype
-        self._slot_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+        self._ort, self.device, self.dtype, self.tensors = ort, device, dtype, tensors
         # Zeros instead of old memory: a masked row is multiplied by 0, and NaN times 0 is NaN.
-        self._tensors = [self.upload(np.zeros(shape, dtype)) for _ in range(num_tensors)]
-        self.positions = self.upload(np.arange(shape[2], dtype=np.int64))
+        self._tensors = {
+            name: self.upload(np.zeros(spec.shape(num_slots, capacity), dtype))
+            for name, spec in tensors.items()
+        }
+        self.positions = self.upload(np.arange(capacity, dtype=np.int64))
         self._mover = RowMover(
-            self._open_session, self.allocate, (device.name, device.index), num_tensors, dtype
+            self._open_session,
+            self.allocate,
+            (device.name, device.index),
+            {name: block.shape[1] for name, block in self._tensors.items()},
+            dtype,
         )
 
     @property
     def num_bytes(self) -> int:
         """Return the memory of the tensors, in bytes."""
-        return sum(tensor.shape[0] * self._slot_bytes for tensor in self._tensors)
+        return self.dtype.itemsize * sum(math.prod(t.shape) for t in self._tensors.values())
 
-    def blocks(self, first: int, batch: int) -> list[Block]:
+    def blocks(self, first: int, batch: int) -> dict[str, Block]:
         """Return the part of each tensor that holds ``batch`` slots from ``first`` on."""
-        offset = first * self._slot_bytes
-        return [
-            Block(tensor.address + offset, (batch, *tensor.shape[1:]), tensor.owner)
-            for tensor in self._tensors
-        ]
+        found = {}
+        for name, tensor in self._tensors.items():
+            slot = tensor.shape[1:]
+            address = tensor.address + first * math.prod(slot) * self.dtype.itemsize
+            found[name] = Block(address, (batch, *slot), tensor.owner)
+        return found
 
-    def read(self, slot: int, length: int) -> NDArray[Any]:
-        """Copy the first rows of a slot: ``[num_tensors, kv_heads, length, head_dim]``."""
-        rows: NDArray[Any] = self._mover.read_to_host(self.blocks(slot, 1), length)[:, 0]
-        return rows
+    def read(self, slot: int, length: int) -> SlotRows:
+        """Copy the first rows of a slot."""
+        rows = self._mover.read_to_host(self.blocks(slot, 1), length)
+        return SlotRows((name, array[0]) for name, array in rows.items())
 
-    def write(self, slot: int, rows: NDArray[Any]) -> None:
+    def write(self, slot: int, rows: SlotRows) -> None:
         """Overwrite the first rows of a slot with rows that `read` returned."""
-        new = [self.upload(array[None]) for array in rows]
+        new = {name: self.upload(array[None]) for name, array in rows.items()}
         self.writer(self.blocks(slot, 1), new).write([0])
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -76,7 +86,7 @@ class OrtDeviceCache:
         rows = self._mover.read(self.blocks(source, 1), length)
         self.writer(self.blocks(target, 1), rows).write([0])
 
-    def writer(self, caches: Sequence[Block], rows: Sequence[Block]) -> RowWriter:
+    def writer(self, caches: Mapping[str, Block], rows: Mapping[str, Block]) -> RowWriter:
         """Prepare writes of rows by `RowMover.writer`."""
         return self._mover.writer(caches, rows)
 
@@ -96,7 +106,7 @@ class OrtDeviceCache:
 
     def close(self) -> None:
         """Free the memory and the sessions that move rows."""
-        self._tensors = []
+        self._tensors = {}
         self._mover.close()
 
     def _open_session(self, model: bytes) -> Any:

@@ -16,7 +16,7 @@ from .device_cache import OrtDeviceCache
 from .faults import DeviceFaults
 from .float_bits import from_storage, to_storage
 from .rows import Block
-from .runner import RunShape, StepOutputs, cache_tensors, fill_inputs, make_inputs
+from .runner import RunShape, StepOutputs, cache_bindings, fill_inputs, make_inputs
 
 _BF16 = 16  # onnx.TensorProto.BFLOAT16: NumPy has no such type, its bits travel as uint16
 
@@ -60,10 +60,11 @@ class DeviceStep:
         # ONNX Runtime needs some of the indices on the host and some on the device.
         self._inputs = make_inputs(dialect, embeds_width, cache.dtype, shape)
         self._logits, self._hidden = outputs  # ONNX Runtime copies them from the device
-        rows = (batch, model.num_kv_heads, seq, model.head_dim)
         self._caches = cache.blocks(first, batch)
-        inputs, bound, self._new = cache_tensors(
-            dialect, self._caches, lambda _: cache.allocate(rows)
+        inputs, bound, self._new = cache_bindings(
+            dialect,
+            self._caches,
+            lambda name, _: cache.allocate(cache.tensors[name].shape(batch, seq)),
         )
         # Appending the rows that a graph returns is a separate run.
         self._append = cache.writer(self._caches, self._new) if self._new else None

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.step import Floats, Step, last_token, refuse_adapter, step_after
+from edge.backends.step import Step, last_token, refuse_adapter, step_after
 from edge.bundle import io_spec
 from edge.bundle.manifest import FloatType, Manifest
 from edge.bundle.onnx_file import Node, OnnxFile
 from edge.errors import BackendError, DependencyError, EdgeError
+from edge.model.cache import SlotRows, cache_tensors
 
 from .cpu_attention import can_fuse, fuse_cache_attention
 from .device import OrtDevice, import_for_device, open_on_device
@@ -149,8 +150,6 @@ class OrtCudaBackend:
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         # MatMulNBits keeps the activations' type, as an engine does; 4 would mean int8.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        model = self._model
-        shape = (self.num_slots, model.num_kv_heads, self.capacity, model.head_dim)
         with tempfile.TemporaryDirectory(prefix="edge-llm-") as folder:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "step")
@@ -159,8 +158,9 @@ class OrtCudaBackend:
                 self._cache = OrtDeviceCache(
                     self._ort,
                     self.device,
-                    2 * model.num_layers,
-                    shape,
+                    cache_tensors(self._model, self._float_type),
+                    self.num_slots,
+                    self.capacity,
                     storage_dtype(self._float_type),
                 )
                 self._resources.callback(self._cache.close)
@@ -196,17 +196,17 @@ class OrtCudaBackend:
         step.check(self)
         return self._runner.run(step)
 
-    def read_slot(self, slot: int, length: int) -> Floats:
+    def read_slot(self, slot: int, length: int) -> SlotRows:
         """See `edge.backends.Backend.read_slot`; bf16 rows become float32, without loss."""
         self._check_usable()
         with self._faults.explain("while reading a slot"):
             rows = self._cache.read(slot, length)
-        return from_storage(rows, self._float_type)
+        return rows.each(lambda array: from_storage(array, self._float_type))
 
-    def write_slot(self, slot: int, rows: Floats) -> None:
+    def write_slot(self, slot: int, rows: SlotRows) -> None:
         """See `edge.backends.Backend.write_slot`."""
         self._check_usable()
-        stored = to_storage(rows, self._float_type)
+        stored = rows.each(lambda array: to_storage(array, self._float_type))
         with self._faults.explain("while writing a slot"):
             self._cache.write(slot, stored)
 
@@ -227,7 +227,7 @@ class OrtCudaBackend:
         if self._session is None:
             raise BackendError("the backend is closed; load the bundle again")
 
-    def _put_back(self, slot: int, row: Floats) -> None:
+    def _put_back(self, slot: int, row: SlotRows) -> None:
         try:
             self.write_slot(slot, row)
         except EdgeError as error:
@@ -242,7 +242,7 @@ class OrtCudaBackend:
 
     def _check_in_place(self) -> None:
         """Check that the rows of two steps exist: a copied cache would have lost the first."""
-        if not self.read_slot(0, 2).any(axis=(1, 3)).all():
+        if not all(rows.any(axis=(0, 2)).all() for rows in self.read_slot(0, 2).values()):
             raise BackendError(
                 f"ONNX Runtime {self._ort.__version__} did not update the cache in place on "
                 f"{self.device.provider}; use another version, or --backend ort-cpu"

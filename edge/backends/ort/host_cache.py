@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections import deque
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from edge.backends.step import Floats
 from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
+from edge.model.cache import CacheSpec, SlotRows, alike
 
 if TYPE_CHECKING:
     from edge.bundle.kv_scales import Scales
@@ -31,59 +33,57 @@ class HostCaches:
     """Tensors in `HostCache` of which some hold INT8 and the others float32.
 
     Args:
-        shape: shape of each tensor.
-        num_tensors: keys and values of all layers.
-        scales: scales of the tensors in INT8, by number.
+        tensors: the tensors.
+        num_slots, capacity: slots, and rows of each.
+        scales: scales of the tensors in INT8.
 
     Attributes:
-        arrays: the tensors in order.
+        arrays: the tensors by name, in graph order.
 
     Raises:
         MemoryError: the system does not grant so much address space.
     """
 
-    def __init__(self, num_tensors: int, shape: tuple[int, int, int, int], scales: Scales) -> None:
+    def __init__(
+        self, tensors: Mapping[str, CacheSpec], num_slots: int, capacity: int, scales: Scales
+    ) -> None:
         self._scales = scales
         self._parts: list[HostCache] = []
-        found: dict[int, NDArray[Any]] = {}
-        for dtype, numbers in (
-            (np.dtype(np.int8), [each for each in range(num_tensors) if each in scales]),
-            (np.dtype(np.float32), [each for each in range(num_tensors) if each not in scales]),
-        ):
-            if numbers:
-                part = HostCache(len(numbers), shape, dtype)
-                self._parts.append(part)
-                found.update(zip(numbers, part.arrays, strict=True))
-        self.arrays: list[NDArray[Any]] = [found[number] for number in range(num_tensors)]
+        self.arrays: dict[str, NDArray[Any]] = dict.fromkeys(tensors, np.empty(0))
+        for names, spec in alike(tensors):
+            dtype = np.dtype(np.int8 if spec.type == "int8" else np.float32)
+            part = HostCache(len(names), spec.shape(num_slots, capacity), dtype)
+            self._parts.append(part)
+            self.arrays.update(zip(names, part.arrays, strict=True))
 
-    def read(self, slot: int, length: int) -> NDArray[np.float32]:
-        """Copy the first rows of a slot: float32 ``[num_tensors, kv_heads, length, head_dim]``."""
-        _, heads, _, dim = self.arrays[0].shape
-        rows = np.empty((len(self.arrays), heads, length, dim), np.float32)
-        for number, array in enumerate(self.arrays):
-            part, scale = array[slot, :, :length], self._scales.get(number)
-            if scale is not None:
+    def read(self, slot: int, length: int) -> SlotRows:
+        """Copy the first rows of a slot, in float32."""
+        rows = SlotRows()
+        for name, array in self.arrays.items():
+            part = array[slot, :, :length]
+            if name in self._scales:
                 from edge.bundle.kv_scales import dequantize_rows
 
-                part = dequantize_rows(part, scale)
-            rows[number] = part
+                rows[name] = dequantize_rows(part, self._scales[name])
+            else:
+                rows[name] = part.copy()
         return rows
 
-    def write(self, slot: int, rows: Floats) -> None:
+    def write(self, slot: int, rows: SlotRows) -> None:
         """Overwrite the first rows of a slot with rows that `read` returned.
 
         Raises:
             BackendError: a value for INT8 is not finite; nothing is written then.
         """
-        stored: list[NDArray[Any]] = list(rows)
+        stored: dict[str, NDArray[Any]] = dict(rows)
         if self._scales:
             from edge.bundle.kv_scales import quantize_rows
 
-            for number, scale in self._scales.items():
-                stored[number] = quantize_rows(rows[number], scale)
-        for array, values in zip(self.arrays, stored, strict=True):
-            array[slot, :, : values.shape[1]] = values
-        self.wrote(slot, rows.shape[2])
+            for name, scale in self._scales.items():
+                stored[name] = quantize_rows(rows[name], scale)
+        for name, array in self.arrays.items():
+            array[slot, :, : rows.length] = stored[name]
+        self.wrote(slot, rows.length)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first rows of one slot to another."""
@@ -92,7 +92,7 @@ class HostCaches:
 
     def close(self) -> None:
         """Drop the memory, which lives on while anyone else holds a tensor."""
-        self.arrays = []
+        self.arrays = {}
         for part in self._parts:
             part.close()
 
@@ -111,7 +111,7 @@ class HostCache:
     """Zeroed tensors ``[slots, kv_heads, capacity, head_dim]`` in memory of their own.
 
     Args:
-        num_tensors: keys and values of all layers.
+        num_tensors: number of tensors.
         shape: shape of each tensor.
         dtype: type of its elements.
 
@@ -122,9 +122,7 @@ class HostCache:
         MemoryError: the system does not grant so much address space.
     """
 
-    def __init__(
-        self, num_tensors: int, shape: tuple[int, int, int, int], dtype: np.dtype[Any]
-    ) -> None:
+    def __init__(self, num_tensors: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         slots, self._heads, capacity, head_dim = shape
         self._row_bytes = head_dim * dtype.itemsize
         self._block_bytes = capacity * self._row_bytes  # all rows of one slot and head

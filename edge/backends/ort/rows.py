@@ -8,7 +8,7 @@ node per cache tensor, so one call moves all layers. Elements are opaque: two by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class RowMover:
         open_session: makes a session of a model's bytes on the device.
         allocate: makes an uninitialized block of a shape there.
         device: name and index of the device in ONNX Runtime's bindings.
-        num_tensors: cache tensors, keys and values of all layers.
+        heads: heads of each cache tensor.
         dtype: type of the elements, two or four bytes each.
     """
 
@@ -48,19 +48,18 @@ class RowMover:
         open_session: Callable[[bytes], Any],
         allocate: Callable[[Sequence[int]], Block],
         device: tuple[str, int],
-        num_tensors: int,
+        heads: Mapping[str, int],
         dtype: np.dtype[Any],
     ) -> None:
         self._dtype = dtype
         self._device = device
         self._allocate = allocate
-        self._names = [f"cache.{index}" for index in range(num_tensors)]
         self._bits = np.uint16 if dtype.itemsize == 2 else np.float32
         element = ELEMENT_NUMBERS["uint16" if dtype.itemsize == 2 else "fp32"]
-        self._scatter: Any = open_session(_scatter_model(self._names, element))
-        self._slice: Any = open_session(_slice_model(self._names, element))
+        self._scatter: Any = open_session(_scatter_model(heads, element))
+        self._slice: Any = open_session(_slice_model(heads, element))
 
-    def writer(self, caches: Sequence[Block], rows: Sequence[Block]) -> RowWriter:
+    def writer(self, caches: Mapping[str, Block], rows: Mapping[str, Block]) -> RowWriter:
         """Prepare writes from one set of blocks to another; it may be used many times.
 
         Args:
@@ -68,23 +67,30 @@ class RowMover:
             rows: ``[batch, kv_heads, length, head_dim]`` each, on the same device.
         """
         binding = self._scatter.io_binding()
-        for name, cache, new in zip(self._names, caches, rows, strict=True):
+        for name, cache in caches.items():
             self._bind(binding.bind_input, name, cache)
-            self._bind(binding.bind_input, f"{name}.rows", new)
+            self._bind(binding.bind_input, f"{name}.rows", rows[name])
             self._bind(binding.bind_output, f"{name}.out", cache)
-        return RowWriter(self._scatter, binding, rows[0].shape)
+        return RowWriter(self._scatter, binding, {new.shape[:3] for new in rows.values()})
 
-    def read(self, caches: Sequence[Block], length: int) -> list[Block]:
+    def read(self, caches: Mapping[str, Block], length: int) -> dict[str, Block]:
         """Copy the first rows of each block to new blocks on the device."""
-        found = [self._allocate((*cache.shape[:2], length, cache.shape[3])) for cache in caches]
+        found = {
+            name: self._allocate((*cache.shape[:2], length, cache.shape[3]))
+            for name, cache in caches.items()
+        }
         self._run_slice(caches, length, found, self._device)
         return found
 
-    def read_to_host(self, caches: Sequence[Block], length: int) -> NDArray[Any]:
-        """Copy the first rows of each block: ``[tensors, batch, kv_heads, length, head_dim]``."""
-        batch, heads, _, dim = caches[0].shape
-        found = np.empty((len(caches), batch, heads, length, dim), dtype=self._dtype)
-        targets = [Block(array.ctypes.data, array.shape, array) for array in found]
+    def read_to_host(self, caches: Mapping[str, Block], length: int) -> dict[str, NDArray[Any]]:
+        """Copy the first rows of each block: ``[batch, kv_heads, length, head_dim]``."""
+        found = {
+            name: np.empty((*cache.shape[:2], length, cache.shape[3]), self._dtype)
+            for name, cache in caches.items()
+        }
+        targets = {
+            name: Block(array.ctypes.data, array.shape, array) for name, array in found.items()
+        }
         self._run_slice(caches, length, targets, ("cpu", 0))
         return found
 
@@ -94,16 +100,16 @@ class RowMover:
 
     def _run_slice(
         self,
-        caches: Sequence[Block],
+        caches: Mapping[str, Block],
         length: int,
-        targets: Sequence[Block],
+        targets: Mapping[str, Block],
         device: tuple[str, int],
     ) -> None:
         binding = self._slice.io_binding()
         binding.bind_cpu_input("length", np.array([length], dtype=np.int64))
-        for name, cache, target in zip(self._names, caches, targets, strict=True):
+        for name, cache in caches.items():
             self._bind(binding.bind_input, name, cache)
-            self._bind(binding.bind_output, f"{name}.rows", target, device)
+            self._bind(binding.bind_output, f"{name}.rows", targets[name], device)
         self._slice.run_with_iobinding(binding)
 
     def _bind(
@@ -115,42 +121,49 @@ class RowMover:
 class RowWriter:
     """Writes the current rows of some blocks; made by `RowMover.writer`."""
 
-    def __init__(self, session: Any, binding: Any, shape: Sequence[int]) -> None:
+    def __init__(self, session: Any, binding: Any, shapes: Collection[tuple[int, ...]]) -> None:
         self._session = session
         self._binding = binding
-        batch, heads, self._length, _ = shape
-        self._indices = np.empty((batch, heads, self._length, 3), dtype=np.int64)
-        self._indices[..., 0] = np.arange(batch)[:, None, None]
-        self._indices[..., 1] = np.arange(heads)[:, None]
+        self._indices: dict[int, NDArray[np.int64]] = {}
+        for batch, heads, self._length in shapes:
+            indices = np.empty((batch, heads, self._length, 3), dtype=np.int64)
+            indices[..., 0] = np.arange(batch)[:, None, None]
+            indices[..., 1] = np.arange(heads)[:, None]
+            self._indices[heads] = indices
 
     def write(self, starts: Sequence[int] | NDArray[np.int64]) -> None:
         """Overwrite cache rows in place, from ``starts[b]`` on in sequence ``b``."""
         rows = np.asarray(starts)[:, None] + np.arange(self._length)
-        self._indices[..., 2] = rows[:, None]
-        self._binding.bind_cpu_input("indices", self._indices)
+        for heads, indices in self._indices.items():
+            indices[..., 2] = rows[:, None]
+            self._binding.bind_cpu_input(f"indices.{heads}", indices)
         self._session.run_with_iobinding(self._binding)
 
 
-def _scatter_model(names: Sequence[str], element: int) -> bytes:
-    cache, rows = ("batch", "heads", "capacity", "dim"), ("batch", "heads", "length", "dim")
-    inputs = [tensor_info("indices", ELEMENT_NUMBERS["int64"], ("batch", "heads", "length", 3))]
-    for name in names:
+def _shape(heads: int, length: str, name: str) -> tuple[int | str, ...]:
+    return "batch", heads, length, f"{name}.dim"
+
+
+def _scatter_model(tensors: Mapping[str, int], element: int) -> bytes:
+    int64 = ELEMENT_NUMBERS["int64"]
+    inputs = [
+        tensor_info(f"indices.{heads}", int64, ("batch", heads, "length", 3))
+        for heads in sorted(set(tensors.values()))
+    ]
+    nodes, outputs = [], []
+    for name, heads in tensors.items():
+        cache, rows = (_shape(heads, length, name) for length in ("capacity", "length"))
         inputs += [tensor_info(name, element, cache), tensor_info(f"{name}.rows", element, rows)]
-    nodes = [
-        Node("ScatterND", [name, "indices", f"{name}.rows"], [f"{name}.out"], name)
-        for name in names
-    ]
-    return small_model(
-        nodes, inputs, [tensor_info(f"{name}.out", element, cache) for name in names]
-    )
+        read = [name, f"indices.{heads}", f"{name}.rows"]
+        nodes.append(Node("ScatterND", read, [f"{name}.out"], name))
+        outputs.append(tensor_info(f"{name}.out", element, cache))
+    return small_model(nodes, inputs, outputs)
 
 
-def _slice_model(names: Sequence[str], element: int) -> bytes:
-    cache, rows = ("batch", "heads", "capacity", "dim"), ("batch", "heads", "length", "dim")
-    inputs = [tensor_info("length", ELEMENT_NUMBERS["int64"], (1,))]
-    inputs += [tensor_info(name, element, cache) for name in names]
-    nodes = [
-        Node("Slice", [name, "zero", "length", "axis"], [f"{name}.rows"], name) for name in names
-    ]
-    outputs = [tensor_info(f"{name}.rows", element, rows) for name in names]
+def _slice_model(tensors: Mapping[str, int], element: int) -> bytes:
+    inputs, nodes, outputs = [tensor_info("length", ELEMENT_NUMBERS["int64"], (1,))], [], []
+    for name, heads in tensors.items():
+        inputs.append(tensor_info(name, element, _shape(heads, "capacity", name)))
+        nodes.append(Node("Slice", [name, "zero", "length", "axis"], [f"{name}.rows"], name))
+        outputs.append(tensor_info(f"{name}.rows", element, _shape(heads, "length", name)))
     return small_model(nodes, inputs, outputs, {"zero": 0, "axis": 2})

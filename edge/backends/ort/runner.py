@@ -6,7 +6,7 @@ the addresses of that part. The backend decides about the memory, and how it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.batching import Batching, Window, window_step
-from edge.backends.step import Floats, Step
+from edge.backends.step import Step
 from edge.bundle import io_spec
+from edge.model.cache import SlotRows
 
 T = TypeVar("T")
 
@@ -87,8 +88,8 @@ class StepRunner:
         self,
         bind: Callable[[RunShape, StepOutputs], BoundStep],
         *,
-        read_slot: Callable[[int, int], Floats],
-        put_back: Callable[[int, Floats], None],
+        read_slot: Callable[[int, int], SlotRows],
+        put_back: Callable[[int, SlotRows], None],
         num_slots: int,
         out_width: int,
         hidden_width: int,
@@ -191,26 +192,23 @@ def fill_inputs(inputs: dict[str, NDArray[Any]], step: Step, embeds: NDArray[Any
         array[...] = value
 
 
-def cache_tensors(
-    dialect: io_spec.DialectSpec, caches: Sequence[T], make_rows: Callable[[T], T]
-) -> tuple[dict[str, T], dict[str, T], list[T]]:
+def cache_bindings(
+    dialect: io_spec.DialectSpec, caches: Mapping[str, T], make_rows: Callable[[str, T], T]
+) -> tuple[dict[str, T], dict[str, T], dict[str, T]]:
     """Name the memory that the graph's cache inputs and outputs are bound to.
 
     Args:
         dialect: dialect of the graph.
-        caches: the bound slots' part of each cache tensor: keys and values of layer after layer.
+        caches: the bound slots' part of each cache tensor, by the tensor's name.
         make_rows: makes memory for the rows that a step returns for one of them, in its type.
 
     Returns:
         Inputs and outputs by name, and the memory of the rows that the runtime must append to
-        ``caches``, in their order; empty if the graph writes in place.
+        ``caches``, by the tensor's name; empty if the graph writes in place.
     """
-    layers = range(len(caches) // 2)
-    new = [] if dialect.in_place else [make_rows(cache) for cache in caches]
-    inputs = [name for layer in layers for name in io_spec.cache_inputs(layer)]
-    outputs = [name for layer in layers for name in dialect.cache_outputs(layer)]
+    new = {} if dialect.in_place else {name: make_rows(name, at) for name, at in caches.items()}
     return (
-        dict(zip(inputs, caches, strict=True)),
-        dict(zip(outputs, new or caches, strict=True)),
+        {io_spec.PAST_PREFIX + name: cache for name, cache in caches.items()},
+        {dialect.new_prefix + name: rows for name, rows in (new or caches).items()},
         new,
     )

@@ -12,6 +12,7 @@ from edge.backends import cuda
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
 from edge.errors import BackendError
+from edge.model.cache import cache_tensors
 
 from .device_cache import DeviceCache, NewRows
 from .engine import Engine
@@ -67,18 +68,18 @@ class BoundContext:
         kv_positions: int,
         stream: cuda.Stream,
     ) -> None:
-        self._engine, self._manifest, self._stream = engine, manifest, stream
+        self._engine, self._stream = engine, stream
         self._cache, self._new_rows, self._adapters = cache, new_rows, adapters
         self._bound: StepShape | None = None
         self._times: LayerTimes | None = None
         self._hidden_size = manifest.model.hidden_size
         dialect = io_spec.DIALECTS[manifest.dialect]
         self._cursor = dialect.cursor
-        self._pasts: list[str] = []
-        self._outputs: list[str] = []
-        for layer in range(manifest.model.num_layers):
-            self._pasts += io_spec.cache_inputs(layer)
-            self._outputs += dialect.cache_outputs(layer)
+        tensors = cache_tensors(manifest.model, manifest.dtype)
+        self._pasts = {io_spec.PAST_PREFIX + name: name for name in tensors}
+        self._outputs = {dialect.new_prefix + name: name for name in tensors}
+        # In place, a cache output has the address of its input.
+        self._held = self._pasts if new_rows is not None else {**self._pasts, **self._outputs}
         self._context = engine.create_context()
         self._call("set_optimization_profile_async", engine.profile(profile), stream.handle)
         with engine.listener:
@@ -113,28 +114,21 @@ class BoundContext:
         if not same_batch:
             if self._cursor in self._engine.tensors:
                 self._call("set_input_shape", self._cursor, (batch,))
-            model = self._manifest.model
-            rows = (batch, model.num_kv_heads, self._engine.info.kv_capacity, model.head_dim)
-            for name in self._pasts:
-                self._call("set_input_shape", name, rows)
+            for past, name in self._pasts.items():
+                self._call("set_input_shape", past, self._cache.shape(name, batch))
         if old is None or old.first != first:
-            for entry, name in enumerate(self._pasts):
-                self._call("set_tensor_address", name, self._cache.address(entry, first))
+            for tensor, name in self._held.items():
+                self._call("set_tensor_address", tensor, self._cache.address(name, first))
         new = old is None or (old.first, old.batch, old.rank) != (first, batch, rank)
         for name, dims, at in (
             self._adapters.inputs(first, batch, rank) if self._adapters and new else ()
         ):
             self._call("set_input_shape", name, dims)
             self._call("set_tensor_address", name, at)
-        if self._new_rows is not None:
-            if old is None or (old.batch, old.seq) != (batch, seq):
-                for entry, name in enumerate(self._outputs):
-                    address = self._new_rows.address(entry, batch, seq)
-                    self._call("set_tensor_address", name, address)
-        elif old is None or old.first != first:
-            # In place: a cache output has the address of its input.
-            for entry, name in enumerate(self._outputs):
-                self._call("set_tensor_address", name, self._cache.address(entry, first))
+        if self._new_rows is not None and (old is None or (old.batch, old.seq) != (batch, seq)):
+            for output, name in self._outputs.items():
+                address = self._new_rows.address(name, batch, seq)
+                self._call("set_tensor_address", output, address)
         self._bound = shape
 
     def time_layers(self, times: LayerTimes) -> None:

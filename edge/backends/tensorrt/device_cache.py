@@ -1,9 +1,8 @@
-"""Holds the KV cache in device memory: one block for each size of element.
+"""Holds the KV cache in device memory: one block for all tensors that have rows of one kind.
 
 So one strided copy moves a slot of all layers of a block. If a block of that size is not available,
 not even in pieces, each layer has its own block and its own copy. The layout of a block is
-``[tensors, slots, kv_heads, rows, head_dim]``. Tensor ``2 * i`` of the cache holds the keys of
-layer ``i``, and tensor ``2 * i + 1`` its values. In an 8-bit cache they are INT8, except for layers
+``[tensors, slots, kv_heads, rows, dim]``. In an 8-bit cache tensors are INT8, except for layers
 that stay in float. An engine binds the slots of its batch in each tensor.
 """
 
@@ -18,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import cuda
-from edge.backends.step import Floats
 from edge.bundle.manifest import FloatType, Manifest
 from edge.bundle.sizes import cache_element_bytes, check_slots
-from edge.errors import DeviceMemoryError
-from edge.model.spec import ModelSpec
+from edge.errors import BackendError, DeviceMemoryError
+from edge.model.cache import Rows, SlotRows, cache_tensors
 
 from .device_memory import CachePlanes, StepSizes, cache_planes, new_rows_bytes, new_rows_stride
 from .step_buffers import round_to_bf16
@@ -40,7 +38,7 @@ class DeviceCache:
         device, stream: device of the cache, and stream of its copies.
         resources: gets all allocations, to free them.
         manifest: manifest of the bundle.
-        scales: scales of the tensors in INT8, by number.
+        scales: scales of the tensors in INT8.
         num_slots: number of slots.
         rows: rows per slot.
 
@@ -59,17 +57,13 @@ class DeviceCache:
         num_slots: int,
         rows: int,
     ) -> None:
-        self._stream, self._scales = stream, scales
+        self._stream, self._scales, self._rows = stream, scales, rows
         self._dtype: FloatType = manifest.dtype
-        model = manifest.model
-        self._shape = (2 * model.num_layers, model.num_kv_heads, model.head_dim)
-        check_slots(model, rows, cache_element_bytes(manifest))
+        check_slots(manifest.model, rows, cache_element_bytes(manifest))
 
         def allocate(planes: list[CachePlanes]) -> list[_Block]:
             with ExitStack() as taken:
-                blocks = [
-                    _Block(device, stream, taken, each, model, num_slots, rows) for each in planes
-                ]
+                blocks = [_Block(device, stream, taken, each, num_slots, rows) for each in planes]
                 resources.push(taken.pop_all())
             return blocks
 
@@ -87,11 +81,13 @@ class DeviceCache:
                 len(self._blocks) // len(whole),
                 error,
             )
-        self._of_tensor = {
-            number: (block, index)
+        tensors = cache_tensors(manifest.model, manifest.dtype, manifest.int8_layers)
+        places = {
+            name: (block, index)
             for block in self._blocks
-            for index, number in enumerate(block.planes.numbers)
+            for index, name in enumerate(block.planes.names)
         }
+        self._of_tensor = {name: places[name] for name in tensors}
 
     @property
     def planes(self) -> list[CachePlanes]:
@@ -103,49 +99,63 @@ class DeviceCache:
         """Return the memory of all blocks, in bytes."""
         return sum(block.num_bytes for block in self._blocks)
 
-    def address(self, entry: int, slot: int) -> int:
+    def address(self, name: str, slot: int) -> int:
         """Return the address of a slot of a tensor."""
-        block, index = self._of_tensor[entry]
+        block, index = self._of_tensor[name]
         return block.address(index, slot)
 
-    def read(self, slot: int, length: int) -> Floats:
-        """Read a slot's first rows: ``[2 * layers, kv_heads, length, head_dim]``, fp16 or fp32."""
-        entries, heads, dim = self._shape
-        plain = self._dtype == "fp16" and not self._scales
-        rows: Floats = np.empty((entries, heads, length, dim), np.float16 if plain else np.float32)
+    def shape(self, name: str, batch: int) -> tuple[int, ...]:
+        """Return the shape of some slots of a tensor."""
+        return self._of_tensor[name][0].planes.rows.shape(batch, self._rows)
+
+    def check(self, rows: SlotRows) -> None:
+        """Refuse rows of other tensors or shapes.
+
+        Raises:
+            BackendError: they do not fit.
+        """
+        specs = {name: block.planes.rows for name, (block, _) in self._of_tensor.items()}
+        expected = {name: spec.shape(1, rows.length)[1:] for name, spec in specs.items()}
+        if (found := {name: array.shape for name, array in rows.items()}) != expected:
+            raise BackendError(f"rows of shapes {found} do not fit a cache of {expected}")
+
+    def read(self, slot: int, length: int) -> SlotRows:
+        """Read a slot's first rows, fp32 where they are not fp16 in the cache."""
+        found: dict[str, NDArray[Any]] = {}
         for block in self._blocks:
             bits = block.read(slot, length)
-            for number, found in zip(block.planes.numbers, bits, strict=True):
-                if block.planes.is_int8:
-                    from edge.bundle.kv_scales import dequantize_rows
+            if block.planes.rows.type == "int8":
+                from edge.bundle.kv_scales import dequantize_rows
 
-                    rows[number] = dequantize_rows(found, self._scales[number])
-                elif self._dtype == "bf16":
-                    rows[number] = (found.astype(np.uint32) << np.uint32(16)).view(np.float32)
-                else:
-                    rows[number] = found.view(np.float16)
-        return rows
+                scales = np.stack([self._scales[name] for name in block.planes.names])
+                floats: NDArray[Any] = dequantize_rows(bits, scales)
+            elif self._dtype == "bf16":
+                floats = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            else:
+                floats = bits.view(np.float16)
+            found.update(zip(block.planes.names, floats, strict=True))
+        return SlotRows((name, found[name]) for name in self._of_tensor)
 
-    def write(self, slot: int, rows: Floats) -> None:
+    def write(self, slot: int, rows: SlotRows) -> None:
         """Overwrite the first rows of a slot; waits, since ``rows`` belongs to the caller.
 
         Raises:
             BackendError: a value for INT8 is not finite; nothing is written then.
         """
-        stored = [self._stored(block, rows) for block in self._blocks]
-        for block, bits in zip(self._blocks, stored, strict=True):
-            block.write(slot, bits)
+        stored = {name: self._stored(name, array) for name, array in rows.items()}
+        for name, bits in stored.items():
+            block, index = self._of_tensor[name]
+            block.write(index, slot, bits)
+        self._stream.synchronize()
 
-    def _stored(self, block: _Block, rows: Floats) -> NDArray[Any]:
-        numbers = block.planes.numbers
-        if block.planes.is_int8:
+    def _stored(self, name: str, rows: NDArray[Any]) -> NDArray[Any]:
+        if name in self._scales:
             from edge.bundle.kv_scales import quantize_rows
 
-            return np.stack([quantize_rows(rows[each], self._scales[each]) for each in numbers])
-        chosen = rows if len(numbers) == len(rows) else rows[list(numbers)]
+            return quantize_rows(rows, self._scales[name])
         if self._dtype == "bf16":
-            return round_to_bf16(chosen)
-        return np.ascontiguousarray(chosen, dtype=np.float16).view(np.uint16)
+            return round_to_bf16(rows)
+        return np.ascontiguousarray(rows, dtype=np.float16).view(np.uint16)
 
     def clear(self, slot: int | None = None) -> None:
         """Zero every row of a slot, or of every slot."""
@@ -178,14 +188,14 @@ class DeviceCache:
 def split_by_layer(blocks: list[CachePlanes]) -> list[CachePlanes]:
     """Give each layer's keys and values a block of their own."""
     return [
-        CachePlanes(tuple(numbers), block.element_bytes, block.is_int8)
+        CachePlanes(list(names), block.rows)
         for block in blocks
-        for _, numbers in groupby(block.numbers, lambda number: number // 2)
+        for _, names in groupby(block.names, lambda name: name.partition(".")[0])
     ]
 
 
 class _Block:
-    """Tensors with elements of one size, for `DeviceCache`."""
+    """Tensors with rows of one kind, for `DeviceCache`."""
 
     def __init__(
         self,
@@ -193,16 +203,15 @@ class _Block:
         stream: cuda.Stream,
         resources: ExitStack,
         planes: CachePlanes,
-        model: ModelSpec,
         num_slots: int,
         rows: int,
     ) -> None:
         self.planes, self._stream = planes, stream
-        self._heads, self._dim = model.num_kv_heads, model.head_dim
-        self._slots, self._rows = num_slots, rows
-        self._row_bytes = model.head_dim * planes.element_bytes
-        self._slot_bytes = model.num_kv_heads * rows * self._row_bytes
-        self.num_bytes = planes.num_planes * num_slots * self._slot_bytes
+        self._heads, self._dim = planes.rows.kv_heads, planes.rows.dim
+        self._slots, self._rows, self._num = num_slots, rows, len(planes.names)
+        self._row_bytes = planes.rows.row_bytes // self._heads
+        self._slot_bytes = rows * planes.rows.row_bytes
+        self.num_bytes = self._num * num_slots * self._slot_bytes
         name = f"the KV cache of {num_slots} x {rows} tokens"
         memory = cuda.DeviceMemory(device, self.num_bytes, name)
         resources.callback(memory.close)
@@ -215,24 +224,24 @@ class _Block:
         if slot is None:
             self._stream.clear(self._address, self.num_bytes)
             return
-        for index in range(self.planes.num_planes):
+        for index in range(self._num):
             self._stream.clear(self.address(index, slot), self._slot_bytes)
 
     def address(self, index: int, slot: int) -> int:
         return self._address + (index * self._slots + slot) * self._slot_bytes
 
     def read(self, slot: int, length: int) -> NDArray[Any]:
-        kind = np.int8 if self.planes.is_int8 else np.uint16
-        found = np.empty((self.planes.num_planes, self._heads, length, self._dim), kind)
+        kind = np.int8 if self.planes.rows.type == "int8" else np.uint16
+        found = np.empty((self._num, self._heads, length, self._dim), kind)
         if found.size:
             self._run(self._host_box(found), self._box(slot), length)
             self._stream.synchronize()
         return found
 
-    def write(self, slot: int, bits: NDArray[Any]) -> None:
-        if bits.size:
-            self._run(self._box(slot), self._host_box(bits), bits.shape[2])
-            self._stream.synchronize()
+    def write(self, index: int, slot: int, bits: NDArray[Any]) -> None:
+        if length := bits.shape[1]:
+            target = self._box(index * self._slots + slot)
+            self._run(target, self._host_box(bits[None]), length, tensors=1)
 
     def copy(self, source: int, target: int, end: int, first: int) -> None:
         if end > first:
@@ -241,13 +250,13 @@ class _Block:
     def append(self, source: cuda.Box, rows: int, slot: int, start: int) -> None:
         self._run(self._box(slot, start), source, rows)
 
-    def _run(self, target: cuda.Box, source: cuda.Box, rows: int) -> None:
+    def _run(self, target: cuda.Box, source: cuda.Box, rows: int, tensors: int = 0) -> None:
         self._copy.run(
             target,
             source,
             width=rows * self._row_bytes,
             height=self._heads,
-            depth=self.planes.num_planes,
+            depth=tensors or self._num,
             stream=self._stream,
         )
 
@@ -266,31 +275,29 @@ class NewRows:
         self,
         device: cuda.Device,
         resources: ExitStack,
-        model: ModelSpec,
         sizes: StepSizes,
         blocks: list[CachePlanes],
     ) -> None:
-        self._model = model
-        self._parts: list[tuple[CachePlanes, int]] = []
-        self._of_tensor: dict[int, tuple[int, int, int]] = {}
+        self._parts: list[tuple[Rows, int]] = []
+        self._of_tensor: dict[str, tuple[int, int, Rows]] = {}
         for planes in blocks:
-            num_bytes = new_rows_bytes(sizes, model, planes.num_planes, planes.element_bytes)
+            num_bytes = new_rows_bytes(sizes, planes)
             block = cuda.DeviceMemory(device, num_bytes, "the step's keys and values")
             resources.callback(block.close)
-            self._parts.append((planes, block.address))
-            for index, number in enumerate(planes.numbers):
-                self._of_tensor[number] = block.address, index, planes.element_bytes
+            self._parts.append((planes.rows, block.address))
+            for index, name in enumerate(planes.names):
+                self._of_tensor[name] = block.address, index, planes.rows
 
-    def address(self, entry: int, batch: int, seq: int) -> int:
-        """Return the address for the rows ``[batch, kv_heads, seq, head_dim]`` of a tensor."""
-        base, index, element_bytes = self._of_tensor[entry]
-        return base + index * new_rows_stride(batch, seq, self._model, element_bytes)
+    def address(self, name: str, batch: int, seq: int) -> int:
+        """Return the address for the rows ``[batch, kv_heads, seq, dim]`` of a tensor."""
+        base, index, rows = self._of_tensor[name]
+        return base + index * new_rows_stride(batch, seq, rows)
 
     def boxes(self, place: int, batch: int, seq: int) -> list[cuda.Box]:
         """Return the rows of one sequence, for each block of the cache."""
         boxes = []
-        for planes, base in self._parts:
-            pitch = seq * self._model.head_dim * planes.element_bytes
-            rows = new_rows_stride(batch, seq, self._model, planes.element_bytes) // pitch
-            boxes.append(cuda.Box(base + place * self._model.num_kv_heads * pitch, pitch, rows))
+        for rows, base in self._parts:
+            pitch = seq * rows.row_bytes // rows.kv_heads
+            count = new_rows_stride(batch, seq, rows) // pitch
+            boxes.append(cuda.Box(base + place * rows.kv_heads * pitch, pitch, count))
         return boxes

@@ -21,7 +21,7 @@ from edge.bundle.sizes import (
     activation_bytes,
     cache_slots,
 )
-from edge.model.spec import ModelSpec
+from edge.model.cache import Rows, alike, cache_tensors, check_cache
 
 
 class StepSizes(NamedTuple):
@@ -107,10 +107,7 @@ def plan_engine_memory(
     io = pinned if not integrated else rows if info.best_logits else 0
     io += _align(info.kv_capacity * INDEX_BYTES)
     if not io_spec.DIALECTS[manifest.dialect].in_place:
-        io += sum(
-            new_rows_bytes(sizes[0], model, planes.num_planes, planes.element_bytes)
-            for planes in cache_planes(manifest)
-        )
+        io += sum(new_rows_bytes(sizes[0], planes) for planes in cache_planes(manifest))
     if "adapters" in manifest.extras:
         from edge.adapters.device import slots_bytes
 
@@ -186,64 +183,47 @@ def best_layout(sizes: StepSizes, best_logits: int) -> BestLayout:
 
 
 class CachePlanes(NamedTuple):
-    """Cache tensors with elements of one size.
+    """Cache tensors with rows of one kind.
 
     Attributes:
-        numbers: numbers of the tensors, ascending: twice the layer, and one more for values.
-        element_bytes: bytes of an element.
-        is_int8: whether they hold integers, else floats of the engine's type.
+        names: names of the tensors, in graph order.
+        rows: their rows.
     """
 
-    numbers: tuple[int, ...]
-    element_bytes: int
-    is_int8: bool
-
-    @property
-    def num_planes(self) -> int:
-        """Return the number of tensors."""
-        return len(self.numbers)
+    names: list[str]
+    rows: Rows
 
 
 def cache_planes(manifest: Manifest) -> list[CachePlanes]:
-    """Group the cache tensors of an engine by the size of their elements."""
-    types = io_spec.cache_types(manifest.model, manifest.dtype, manifest.int8_layers)
-    found = []
-    for kind in sorted(set(types)):
-        numbers = tuple(number for number, each in enumerate(types) if each == kind)
-        found.append(CachePlanes(numbers, io_spec.ELEMENT_BYTES[kind], kind == "int8"))
-    return found
+    """Group the cache tensors of an engine by their rows."""
+    tensors = cache_tensors(manifest.model, manifest.dtype, manifest.int8_layers)
+    check_cache(tensors, "can_cut", "a cache of an engine")
+    return [CachePlanes(names, rows) for names, rows in alike(tensors) if isinstance(rows, Rows)]
 
 
-def new_rows_stride(
-    batch: int, seq: int, model: ModelSpec, element_bytes: int = ENGINE_FLOAT_BYTES
-) -> int:
-    """Return the bytes from one layer's new keys to its new values (dialect ``portable``).
+def new_rows_stride(batch: int, seq: int, rows: Rows) -> int:
+    """Return the bytes from a cache tensor's new rows to the next one's (dialect ``portable``).
 
     It is a whole number of rows, so that one strided copy takes all layers, and aligned.
     """
-    pitch = seq * model.head_dim * element_bytes
-    used = batch * model.num_kv_heads * pitch
+    pitch = seq * rows.row_bytes // rows.kv_heads
+    used = batch * rows.kv_heads * pitch
     stride = -(-used // pitch) * pitch
     while stride % ALIGNMENT:
         stride += pitch
     return stride
 
 
-def new_rows_bytes(
-    sizes: StepSizes,
-    model: ModelSpec,
-    num_planes: int,
-    element_bytes: int = ENGINE_FLOAT_BYTES,
-) -> int:
-    """Return the bytes for the new rows of any step within ``sizes``, of ``num_planes`` tensors."""
-    row = model.head_dim * element_bytes
+def new_rows_bytes(sizes: StepSizes, planes: CachePlanes) -> int:
+    """Return the bytes for the new rows of any step within ``sizes``."""
+    row = planes.rows.row_bytes // planes.rows.kv_heads
     # At most ALIGNMENT / gcd - 1 further pitches align a stride, and one suffices for rows whose
     # size is a multiple of it.
     extra = 1
     while row * extra % ALIGNMENT:
         extra += 1
-    stride = sizes.tokens * row * (model.num_kv_heads + extra)
-    return num_planes * _align(stride)
+    stride = sizes.tokens * row * (planes.rows.kv_heads + extra)
+    return len(planes.names) * _align(stride)
 
 
 def _align(num_bytes: int) -> int:

@@ -30,6 +30,7 @@ from edge.bundle.manifest import Manifest
 from edge.bundle.trust import trusted_keys_file
 from edge.device.tensorrt_version import loaded_version
 from edge.errors import BackendError, BundleError, DependencyError, DeviceMemoryError, EdgeError
+from edge.model.cache import cache_tensors
 
 from .listener import Listener, stoppable
 
@@ -250,9 +251,8 @@ class Engine:
         if not dialect.in_place or find is None:
             return []
         pairs = [
-            pair
-            for layer in range(manifest.model.num_layers)
-            for pair in zip(dialect.cache_outputs(layer), io_spec.cache_inputs(layer), strict=True)
+            (dialect.new_prefix + name, io_spec.PAST_PREFIX + name)
+            for name in cache_tensors(manifest.model, manifest.dtype)
         ]
         return [
             f"{output} is not updated in place"

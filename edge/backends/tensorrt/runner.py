@@ -39,13 +39,14 @@ from edge.backends.batching import (
     prompt_lengths,
     spread,
 )
-from edge.backends.step import Floats, Step, refuse_adapter, step_after
+from edge.backends.step import Step, refuse_adapter, step_after
 from edge.bundle import io_spec
 from edge.bundle.engine_file import rebuild_command
 from edge.bundle.manifest import Manifest
 from edge.bundle.sizes import ALIGNMENT, DEFAULT_MAX_LOGITS, ProfileName, cache_slots
 from edge.engine_config import GpuWait
 from edge.errors import BackendError, ConfigError, DeviceError
+from edge.model.cache import SlotRows
 
 from .bound_context import BoundContext, StepShape
 from .cuda_graph import StepGraphs
@@ -290,7 +291,7 @@ class TensorRTBackend:
         resources.callback(self._activations.close)
         self._new_rows = None
         if not self._dialect.in_place:
-            self._new_rows = NewRows(device, resources, model, sizes[0], self._cache.planes)
+            self._new_rows = NewRows(device, resources, sizes[0], self._cache.planes)
         cursor = self._dialect.cursor
         buffers = [
             StepBuffers(device, resources, size, model, dtype, cursor, info.best_logits)
@@ -657,23 +658,19 @@ class TensorRTBackend:
         """Return the least number of cache rows that suffices and that the engine may read."""
         return self._buckets[bisect_left(self._buckets, kv_len)]
 
-    def read_slot(self, slot: int, length: int) -> Floats:
+    def read_slot(self, slot: int, length: int) -> SlotRows:
         """See `edge.backends.Backend.read_slot`."""
         return self._with_slots((slot,), length, lambda: self._cache.read(slot, length))
 
-    def write_slot(self, slot: int, rows: Floats) -> None:
+    def write_slot(self, slot: int, rows: SlotRows) -> None:
         """See `edge.backends.Backend.write_slot`."""
-        model = self._manifest.model
-        length = rows.shape[2]
-        expected = (2 * model.num_layers, model.num_kv_heads, length, model.head_dim)
-        if rows.shape != expected:
-            raise BackendError(f"rows of shape {rows.shape} do not fit a cache of {expected}")
+        length = rows.length
+        self._cache.check(rows)
         # In a sequence that failed, the rows that padding wrote after its own are as bad as they
         # are.
         behind = self._behind.pop(slot, 0) - length
         if behind > 0:
-            more = np.zeros((*rows.shape[:2], behind, rows.shape[3]), dtype=rows.dtype)
-            rows = np.concatenate([rows, more], axis=2)
+            rows = rows.zeroed(length, length + behind)
         self._spoilt = self._spoilt or slot == self._home_of
         self._with_slots((slot,), length, lambda: self._cache.write(slot, rows))
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Floats
 from edge.errors import EdgeError
+from edge.model.cache import SlotRows
 from edge.runtime.generation import FinishReason as FinishReason
 from edge.runtime.generation import GenerationStats, PromptProgress
 from edge.runtime.kv_cache import SavedRows
@@ -76,15 +76,13 @@ class Sink(Protocol):
 class Overflow(Protocol):
     """Makes room in a full cache, so that a sequence can continue."""
 
-    def slide(self, rows: Floats, ids: list[int]) -> tuple[Floats, list[int]]:
+    def slide(self, rows: SlotRows, ids: list[int]) -> tuple[SlotRows, list[int]]:
         """Drop some rows of a full slot and let the others move up.
 
         Called in the engine's thread, for one sequence at a time.
 
         Args:
-            rows: rows from `Backend.read_slot`, ``[2 * layers, kv_heads, length, head_dim]``: keys
-                of layer ``i`` at ``2 * i``, rotated for the position of their row, and its values
-                at ``2 * i + 1``.
+            rows: rows from `Backend.read_slot`, keys rotated for the position of their row.
             ids: the token of each row, ``length`` of them.
 
         Returns:
@@ -98,12 +96,12 @@ class StoredPrefix(NamedTuple):
 
     Attributes:
         length: number of the prompt's tokens that it covers.
-        load: returns the rows for `Backend.write_slot`, ``[2 * layers, kv_heads, length,
-            head_dim]``, or None if they turn out to be damaged; called in the engine's thread.
+        load: returns the rows for `Backend.write_slot`, or None if they turn out to be damaged;
+            called in the engine's thread.
     """
 
     length: int
-    load: Callable[[], Floats | None]
+    load: Callable[[], SlotRows | None]
 
 
 class PrefixSource(Protocol):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from edge.backends import Backend, Floats
+from edge.backends import Backend
 from edge.backends.step import zero_rows
 from edge.errors import EdgeError
+from edge.model.cache import SlotRows
 from edge.runtime.kv_cache import Placement, SavedRows, Slot, SlotPool
 
 from .fair_queue import FairQueue
@@ -174,7 +175,7 @@ class Roster:
         return len(kept.ids)
 
     def _move_in(
-        self, sequence: SequenceState, placement: Placement, rows: Floats | None = None
+        self, sequence: SequenceState, placement: Placement, rows: SlotRows | None = None
     ) -> int:
         """Give the sequence its slot, with ``rows`` or those of the placement's source."""
         slot, cached, source, refuge = placement

@@ -294,7 +294,7 @@ def _check_resumed(request: Request, state: Suspended) -> None:
     rest = len(ids) - state.pending
     if (
         not 0 <= rest < len(ids)
-        or kept.rows.shape[2] != len(kept.ids)
+        or kept.rows.length != len(kept.ids)
         or (kept.shareable and kept.ids != ids[:rest])
     ):
         raise RequestError("the saved rows are not those of this prompt and answer")

@@ -223,9 +223,9 @@ class Steps:
         try:
             rows = self._backend.read_slot(slot.index, slot.length)
             rows, ids = self._overflow.slide(rows, list(slot.ids))
-            if not 0 < len(ids) == rows.shape[2] < slot.length:
+            if not 0 < len(ids) == rows.length < slot.length:
                 raise BackendError(
-                    f"sliding a full slot of {slot.length} rows gave {rows.shape[2]} rows and "
+                    f"sliding a full slot of {slot.length} rows gave {rows.length} rows and "
                     f"{len(ids)} tokens; this is a bug in the overflow policy"
                 )
             slot.shareable = False

@@ -503,8 +503,9 @@ class StoredResponses:
         assert self._store is not None
         if (stored := unfinished.rows) is not None:
             backend = llm.backend
-            same = Layout.of_rows(backend, np.empty(stored.layout.shape(0), stored.layout.dtype))
-            if same != stored.layout or len(stored.ids) > llm.kv_capacity:
+            same = stored.layout.on(backend)
+            fits = stored.layout.tensors and len(stored.ids) <= llm.kv_capacity
+            if same != stored.layout or not fits:
                 _log.warning(
                     "response %s: its rows are of %s, and this is %s; prompt and answer are read "
                     "again", record.id, stored.layout, same,

@@ -17,6 +17,7 @@ from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.io_spec import EMBEDDINGS_NAME
 from edge.bundle.manifest import read_manifest
 from tests.conftest import TINY_KV_CAPACITY
+from tests.standins.slot_rows import stacked
 
 
 class Runner:
@@ -43,7 +44,7 @@ class Runner:
 
     def cache(self, slot: int) -> NDArray[Any]:
         """What the slot's valid rows hold."""
-        return self.backend.read_slot(slot, self.lengths[slot])
+        return stacked(self.backend.read_slot(slot, self.lengths[slot]))
 
     def __enter__(self) -> Runner:
         return self
@@ -80,7 +81,7 @@ def history(runner: Runner) -> list[NDArray[Any]]:
 def check_slots_apart(runner: Runner) -> None:
     """What runs in some slots changes nothing in another."""
     runner.step(random_ids(1, 20, seed=1), [1])
-    before = runner.backend.read_slot(1, TINY_KV_CAPACITY)
+    before = stacked(runner.backend.read_slot(1, TINY_KV_CAPACITY))
     alone = runner.step(random_ids(1, 1, seed=2), [1])
     runner.lengths[1] -= 1
     for slot in (0, 2):
@@ -88,8 +89,8 @@ def check_slots_apart(runner: Runner) -> None:
         runner.step(random_ids(1, 1, seed=4), [slot])
     runner.step(random_ids(2, 9, seed=5), [2, 0])
     assert_array_equal(runner.step(random_ids(1, 1, seed=2), [1]), alone)
-    assert_array_equal(runner.backend.read_slot(1, 20), before[:, :, :20])
-    assert not runner.backend.read_slot(3, TINY_KV_CAPACITY).any()
+    assert_array_equal(stacked(runner.backend.read_slot(1, 20)), before[:, :, :20])
+    assert not stacked(runner.backend.read_slot(3, TINY_KV_CAPACITY)).any()
 
 
 def greedy(runner: Runner, ids: NDArray[np.int64], count: int) -> tuple[list[int], float]:

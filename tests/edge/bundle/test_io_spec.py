@@ -24,6 +24,7 @@ from edge.bundle.io_spec import (
 )
 from edge.bundle.manifest import Dialect, FloatType
 from edge.errors import ConfigError
+from edge.model.cache import cache_tensors
 from tests.makers.manifests import make_model
 
 MODEL = make_model(num_layers=3, hidden_size=80)
@@ -140,12 +141,10 @@ def test_a_dialect_is_described_as_its_tensors_are(dialect: Dialect) -> None:
     inputs = by_name(decoder_inputs(MODEL, dialect, "fp16", CAPACITY))
     outputs = by_name(decoder_outputs(MODEL, dialect, "fp16", CAPACITY))
     assert inputs[spec.cursor].shape == (io_spec.BATCH,)
-    for layer in range(MODEL.num_layers):
-        for past, output in zip(
-            io_spec.cache_inputs(layer), spec.cache_outputs(layer), strict=True
-        ):
-            # In place, the output is the cache itself.
-            assert (inputs[past].shape == outputs[output].shape) == spec.in_place
+    for name in cache_tensors(MODEL, "fp16"):
+        # In place, the output is the cache itself.
+        past, output = inputs[io_spec.PAST_PREFIX + name], outputs[spec.new_prefix + name]
+        assert (past.shape == output.shape) == spec.in_place
 
 
 def test_rows_that_a_step_reads() -> None:

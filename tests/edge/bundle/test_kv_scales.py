@@ -18,7 +18,6 @@ from edge.bundle.graph_scales import graph_scales
 from edge.bundle.kv_scales import (
     dequantize_rows,
     pack_rows,
-    packed_bytes,
     quantize_rows,
     read_scales,
     scales_section,
@@ -28,7 +27,9 @@ from edge.bundle.kv_scales import (
 from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BackendError, BundleError, IntegrityError
+from edge.model.cache import Rows, cache_tensors
 from tests.conftest import Bundles
+from tests.standins.slot_rows import by_name, stacked, tensor_name
 
 SHAPE = (2, 3, 4)
 SCALES = st.floats(2.0**-14, 8.0, width=32)
@@ -58,19 +59,25 @@ def test_rounding_errs_by_half_a_step_and_saturates(rows: Any, scale: Any) -> No
     data=st.data(),
     planes=st.integers(1, 4),
     length=st.integers(0, 3),
-    dtype=st.sampled_from([np.float32, np.float16]),
+    dtype=st.sampled_from(["fp32", "fp16"]),
 )
 def test_packed_rows_come_back(data: Any, planes: int, length: int, dtype: Any) -> None:
     shape = (planes, 2, length, 4)
     in_int8 = data.draw(st.sets(st.integers(0, planes - 1)))
     scale = np.full((2, 1, 4), 0.25, np.float32)
-    scales = dict.fromkeys(in_int8, scale)
-    rows = data.draw(arrays.arrays(np.int8, shape)).astype(dtype) / dtype(4)  # multiples of 0.25
-    packed = pack_rows(rows, scales)
-    assert packed.nbytes == packed_bytes(shape, np.dtype(dtype), len(in_int8))
-    found = unpack_rows(packed, shape, np.dtype(dtype), scales)
-    assert found.dtype == dtype
-    np.testing.assert_array_equal(found, rows)
+    scales = dict.fromkeys(map(tensor_name, in_int8), scale)
+    kinds: dict[str, Any] = {
+        tensor_name(at): "int8" if at in in_int8 else dtype for at in range(planes)
+    }
+    codes = data.draw(arrays.arrays(np.int8, shape))
+    rows = (codes / 4).astype(dtype.replace("fp", "float"))
+    packed = pack_rows(by_name(rows), scales)
+    tensors = {name: Rows(2, 4, kind) for name, kind in kinds.items()}
+    assert packed.nbytes == length * sum(each.row_bytes for each in tensors.values())
+    found = unpack_rows(packed, tensors, length, scales)
+    np.testing.assert_array_equal(stacked(found), rows)
+    for name, array in found.items():
+        assert array.dtype == (np.float32 if name in scales or dtype == "fp32" else np.float16)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -84,7 +91,8 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
 def test_the_hash_knows_values_and_places() -> None:
     one, two = np.full((2, 1, 4), 0.5, np.float32), np.full((2, 1, 4), 0.25, np.float32)
     assert scales_sha256({}) == ""
-    found = {scales_sha256(each) for each in ({0: one}, {1: one}, {0: two}, {0: one, 1: two})}
+    made = {"0.key": one}, {"0.value": one}, {"0.key": two}, {"0.key": one, "1.key": two}
+    found = {scales_sha256(each) for each in made}
     assert len(found) == 4
 
 
@@ -94,12 +102,12 @@ def test_a_graph_without_a_scale_is_refused(tiny_bundles: Bundles) -> None:
     path = bundle / manifest.graphs.cpu
     data = path.read_bytes()
     scales = graph_scales(OnnxFile(data), manifest, path)
-    assert sorted(scales) == list(range(2 * manifest.model.num_layers))
+    assert list(scales) == list(cache_tensors(manifest.model, "fp32"))
     name = io_spec.value_scale(1).encode()
     renamed = OnnxFile(data.replace(name, name[:-1] + b"x"))
     with pytest.raises(BundleError, match=r"layers\.1\.v\.cache_scale are missing.*--kv-cache"):
         graph_scales(renamed, manifest, path)
-    raw = scales[3].astype("<f4").tobytes()
+    raw = scales["1.value"].astype("<f4").tobytes()
     for wrong in (0.0, -1.0, np.nan, np.inf):
         bad = np.float32(wrong).tobytes() + raw[4:]
         with pytest.raises(BundleError, match="not above zero"):
@@ -137,11 +145,12 @@ def test_scales_that_do_not_fit_are_refused(tiny_bundles: Bundles, wrong: float 
     manifest = read_manifest(bundle)
     scales = dict(read_scales(bundle, manifest, manifest.graphs.cpu))
     if wrong == "short":
-        del scales[0]
+        del scales["0.key"]
     elif wrong == "long":
-        scales[-1] = scales[0]
+        scales["2.key"] = scales["0.key"]
     else:
-        scales[3] = np.where(np.arange(scales[3].shape[-1]) == 1, wrong, scales[3])
+        last = scales["1.value"]
+        scales["1.value"] = np.where(np.arange(last.shape[-1]) == 1, wrong, last)
     extras = {"kv_scales": scales_section(scales)}
     with pytest.raises(BundleError, match=r"section kv_scales has not .* above zero.*--kv-cache"):
         read_scales(bundle, structs.replace(manifest, extras=extras), manifest.graphs.cpu)

@@ -23,6 +23,7 @@ from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import FileInfo, encode_manifest, read_manifest
 from edge.errors import BackendError, ConfigError, IntegrityError
+from edge.model.cache import SlotRows
 from edge.runtime.draft_model import CLOSE, ModelDrafter
 from edge.runtime.sampling import Sampler
 from edge.runtime.scheduler.core import EngineCore
@@ -80,11 +81,6 @@ def similar(script: Script, seed: int) -> Script:
     return other
 
 
-def cut(rows: Any, start: int, count: int) -> Any:
-    """Rows of `ScriptedBackend` hold tokens, which do not turn."""
-    return np.concatenate((rows[:, :, :start], rows[:, :, start + count :]), axis=2)
-
-
 class Pair(TimedPair):
     """A core on a scripted target, and a drafter on a scripted draft."""
 
@@ -119,7 +115,7 @@ class Pair(TimedPair):
                 table,
                 draft_vocab=draft_vocab,
                 target_vocab=VOCAB,
-                cut_rows=cut if cuts else None,
+                cut_rows=SlotRows.without if cuts else None,
             )
         self.engine = Engine(
             tables(VOCAB),

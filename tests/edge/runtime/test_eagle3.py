@@ -51,6 +51,7 @@ from tests.makers.goldens import FP16_KERNELS
 from tests.makers.manifests import replace_file
 from tests.makers.tiny_heads import make_head
 from tests.standins.scripted_backend import Script, ScriptedBackend
+from tests.standins.slot_rows import by_name
 
 Seen = tuple[int, ...]
 
@@ -320,7 +321,7 @@ class Stored:
     def lookup(self, ids: Sequence[int]) -> StoredPrefix | None:
         if list(ids[: len(self.ids)]) != self.ids:
             return None
-        rows = np.array(self.ids, np.float32)[None, None, :, None]
+        rows = by_name(np.array(self.ids, np.float32)[None, None, :, None])
         return StoredPrefix(len(self.ids), lambda: rows)
 
 

@@ -19,6 +19,7 @@ from edge.model.spec import ModelSpec, RopeSpec
 from edge.runtime.overflow import SlidingWindow
 from tests.conftest import Bundles
 from tests.makers.tiny_models import KINDS, Kind
+from tests.standins.slot_rows import by_name, stacked
 
 
 def _model(rope: RopeSpec | None = None, head_dim: int = 8) -> ModelSpec:
@@ -45,7 +46,8 @@ def _model(rope: RopeSpec | None = None, head_dim: int = 8) -> ModelSpec:
 def test_sinks_and_the_newest_stay_in_order(length: int, sinks: int, dtype: type) -> None:
     rows: Floats = np.random.default_rng(0).standard_normal((4, 1, length, 8)).astype(dtype)
     before, ids = rows.copy(), list(range(100, 100 + length))
-    kept, kept_ids = SlidingWindow(_model(), sinks).slide(rows, ids)
+    slid, kept_ids = SlidingWindow(_model(), sinks).slide(by_name(rows), ids)
+    kept = stacked(slid)
 
     assert 1 <= len(kept_ids) == kept.shape[2] < length
     assert kept.dtype == dtype
@@ -94,12 +96,14 @@ def test_turned_keys_are_those_that_the_graph_computes_there(
 
     def rows_of(tokens: np.ndarray) -> np.ndarray:
         backend.forward(step_after([0], [0], table[tokens[None]], np.array([[len(tokens) - 1]])))
-        return np.asarray(backend.read_slot(0, len(tokens)))
+        return stacked(backend.read_slot(0, len(tokens)))
 
     table = EmbeddingTable(bundle / EMBEDDINGS_NAME)
     backend = OrtBackend(bundle, manifest, num_threads=1)
     try:
-        kept, kept_ids = SlidingWindow(manifest.model).slide(rows_of(ids), ids.tolist())
+        window = SlidingWindow(manifest.model)
+        slid, kept_ids = window.slide(by_name(rows_of(ids)), ids.tolist())
+        kept = stacked(slid)
         fresh = rows_of(np.array(kept_ids))
         assert kept.dtype == fresh.dtype
         scale = np.abs(fresh[0]).max()

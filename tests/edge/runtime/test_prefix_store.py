@@ -19,12 +19,13 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge.backends import Backend, Floats
+from edge.backends import Backend
 from edge.backends.ort.cpu import OrtBackend
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import FileInfo, Manifest, SamplingDefaults, read_manifest
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError, RequestError, ResourceError
+from edge.model.cache import Rows, SlotRows
 from edge.runtime.llm import LLM
 from edge.runtime.prefix_store import Layout, PrefixStore, bundle_key
 from edge.runtime.sampling_params import SamplingParams
@@ -33,8 +34,7 @@ from edge.runtime.stream import OutputStream, submit
 from edge_lab.cli.cache import cache
 from edge_lab.prefixes import compute_rows
 from tests.conftest import Bundles
-
-LAYOUT = Layout("ort-cpu", "float32", 4, 2, 8)
+from tests.standins.slot_rows import LAYOUT, layout_of, random_rows, stacked
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +47,18 @@ def manifest(bundle: Path) -> Manifest:
     return read_manifest(bundle)
 
 
-def make_rows(length: int, seed: int = 0) -> Floats:
-    shape = LAYOUT.shape(length)
-    return np.random.default_rng(seed).standard_normal(shape).astype(LAYOUT.dtype)
-
-
 def reopen(tmp_path: Path, manifest: Manifest, layout: Layout = LAYOUT) -> PrefixStore:
     return PrefixStore(tmp_path, manifest, layout)
 
 
-def load(store: PrefixStore, ids: list[int]) -> Floats | None:
+def load(store: PrefixStore, ids: list[int]) -> SlotRows | None:
     found = store.lookup(ids)
     return None if found is None else found.load()
 
 
 def test_what_was_saved_is_found_after_a_restart(tmp_path: Path, manifest: Manifest) -> None:
     store = reopen(tmp_path, manifest)
-    short, long = make_rows(3, 1), make_rows(5, 2)
+    short, long = random_rows(3, 1), random_rows(5, 2)
     store.save("short", [1, 2, 3], short)
     path = store.save("long", [1, 2, 3, 4, 5], long)
     assert path.stat().st_mode & 0o077 == 0  # it was made from a prompt
@@ -73,10 +68,11 @@ def test_what_was_saved_is_found_after_a_restart(tmp_path: Path, manifest: Manif
         assert found.length == 5  # the longest
         rows = found.load()
         assert rows is not None
-        assert rows.dtype == long.dtype
-        assert np.array_equal(rows, long)
-        assert np.array_equal(load(opened, [1, 2, 3, 4]), short)  # type: ignore[arg-type]
-        assert np.array_equal(load(opened, [1, 2, 3]), short)  # type: ignore[arg-type]
+        assert rows.keys() == long.keys()
+        assert stacked(rows).dtype == np.float32
+        assert np.array_equal(stacked(rows), stacked(long))
+        assert np.array_equal(stacked(load(opened, [1, 2, 3, 4])), stacked(short))
+        assert np.array_equal(stacked(load(opened, [1, 2, 3])), stacked(short))
         for other in ([1, 2], [2, 1, 2, 3], [], [1, 2, 4, 4, 5]):
             assert opened.lookup(other) is None
     infos = reopen(tmp_path, manifest).list()
@@ -99,10 +95,10 @@ def test_no_damage_gets_through(
     tmp_path: Path, manifest: Manifest, data: st.DataObject, change: str
 ) -> None:
     store = reopen(tmp_path, manifest)
-    ids, rows = [7, 8], make_rows(2)
+    ids, rows = [7, 8], random_rows(2)
     path = store.save("a", ids, rows)
     whole = bytearray(path.read_bytes())
-    head = len(whole) - rows.nbytes
+    head = len(whole) - LAYOUT.num_bytes(2)
     # The head is a sixth of the file; look at it as often as at the rows.
     at = data.draw(st.one_of(st.integers(0, head - 1), st.integers(head, len(whole) - 1)))
     if change == "flip":
@@ -122,16 +118,16 @@ def test_no_damage_gets_through(
     assert info.problem is not None
     # Building it again repairs it.
     fresh.save("a", ids, rows)
-    assert np.array_equal(load(reopen(tmp_path, manifest), ids), rows)  # type: ignore[arg-type]
+    assert np.array_equal(stacked(load(reopen(tmp_path, manifest), ids)), stacked(rows))
 
 
 def test_a_prefix_that_was_built_anew_is_not_taken_for_the_old_one(
     tmp_path: Path, manifest: Manifest
 ) -> None:
     store = reopen(tmp_path, manifest)
-    store.save("a", [1, 2], make_rows(2))
+    store.save("a", [1, 2], random_rows(2))
     found = store.lookup([1, 2, 3])
-    reopen(tmp_path, manifest).save("a", [3, 4], make_rows(2, 1))
+    reopen(tmp_path, manifest).save("a", [3, 4], random_rows(2, 1))
     assert found is not None
     assert found.load() is None
 
@@ -139,16 +135,16 @@ def test_a_prefix_that_was_built_anew_is_not_taken_for_the_old_one(
 @pytest.mark.parametrize(
     "layout",
     [
-        msgspec.structs.replace(LAYOUT, dtype="float16"),
-        msgspec.structs.replace(LAYOUT, engine="tensorrt"),
-        msgspec.structs.replace(LAYOUT, planes=2, kv_heads=4),
+        layout_of(4, Rows(2, 8, "fp16")),
+        layout_of(4, Rows(2, 8, "fp32"), engine="tensorrt"),
+        layout_of(2, Rows(4, 8, "fp32")),
         msgspec.structs.replace(LAYOUT, rounds_activations=True),
     ],
 )
 def test_rows_of_another_engine_or_type_are_left_alone(
     tmp_path: Path, manifest: Manifest, layout: Layout, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reopen(tmp_path, manifest).save("a", [1], make_rows(1))
+    reopen(tmp_path, manifest).save("a", [1], random_rows(1))
     with caplog.at_level(logging.WARNING):
         other = reopen(tmp_path, manifest, layout)
     assert other.lookup([1, 2]) is None
@@ -156,10 +152,40 @@ def test_rows_of_another_engine_or_type_are_left_alone(
     assert "build it again" in caplog.text
 
 
+def test_a_file_of_version_1_is_left_alone(
+    tmp_path: Path, manifest: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = reopen(tmp_path, manifest).save("a", [1], random_rows(1))
+    path.write_bytes(path.read_bytes().replace(b"prefix 2", b"prefix 1", 1))
+    with caplog.at_level(logging.WARNING):
+        assert reopen(tmp_path, manifest).lookup([1, 2]) is None
+    assert "no prefix file of this version" in caplog.text
+    reopen(tmp_path, manifest).save("a", [1], random_rows(1))
+    assert load(reopen(tmp_path, manifest), [1, 2]) is not None
+
+
+def test_tensors_of_unlike_shapes_and_types_come_back(tmp_path: Path, manifest: Manifest) -> None:
+    random = np.random.default_rng(0)
+    rows = SlotRows(
+        {
+            "0.key": random.standard_normal((1, 3, 8)).astype(np.float16),
+            "2.key": random.standard_normal((4, 3, 2)).astype(np.float32),
+        }
+    )
+    layout = Layout("ort-cpu", {"0.key": Rows(1, 8, "fp16"), "2.key": Rows(4, 2, "fp32")})
+    PrefixStore(tmp_path, manifest, layout).save("a", [1, 2, 3], rows)
+    found = load(PrefixStore(tmp_path, manifest, layout), [1, 2, 3, 4])
+    assert found is not None
+    assert list(found) == list(rows)
+    for name, array in rows.items():
+        assert found[name].dtype == array.dtype
+        assert np.array_equal(found[name], array)
+
+
 def test_rows_of_another_bundle_are_left_alone(tmp_path: Path, manifest: Manifest) -> None:
     files = {**manifest.files, "decoder.onnx": FileInfo(num_bytes=1, sha256="0" * 64)}
     other = msgspec.structs.replace(manifest, files=files)
-    path = reopen(tmp_path, manifest).save("a", [1], make_rows(1))
+    path = reopen(tmp_path, manifest).save("a", [1], random_rows(1))
     assert reopen(tmp_path, other).lookup([1]) is None
     # Even where someone copied the file over.
     target = tmp_path / bundle_key(other)[:16] / "a.kv"
@@ -180,8 +206,8 @@ import numpy as np
 from edge.runtime import prefix_store
 from edge.bundle import update
 from edge.bundle.manifest import read_manifest
-layout = prefix_store.Layout("ort-cpu", "float32", 4, 2, 8)
-store = prefix_store.PrefixStore(Path(sys.argv[1]), read_manifest(Path(sys.argv[2])), layout)
+from tests.standins.slot_rows import LAYOUT, filled_rows
+store = prefix_store.PrefixStore(Path(sys.argv[1]), read_manifest(Path(sys.argv[2])), LAYOUT)
 point, os_fsync = sys.argv[3], os.fsync
 def stop(*_):
     os._exit(9)
@@ -191,7 +217,7 @@ elif point == "replace":
     Path.replace = stop
 else:
     update.try_lock = lambda *a: stop()
-store.save("a", [1, 2], np.ones(layout.shape(2), np.float32))
+store.save("a", [1, 2], filled_rows(2))
 """
 
 
@@ -200,15 +226,15 @@ def test_a_build_that_is_killed_leaves_the_old_prefix(
     tmp_path: Path, manifest: Manifest, bundle: Path, point: str
 ) -> None:
     store = reopen(tmp_path, manifest)
-    old = make_rows(3)
+    old = random_rows(3)
     store.save("a", [1, 2, 3], old)
     command = [sys.executable, "-c", _KILLED, str(tmp_path), str(bundle), point]
     assert subprocess.run(command, check=False).returncode == 9
     fresh = reopen(tmp_path, manifest)
-    assert np.array_equal(load(fresh, [1, 2, 3]), old)  # type: ignore[arg-type]
-    new = make_rows(2)
+    assert np.array_equal(stacked(load(fresh, [1, 2, 3])), stacked(old))
+    new = random_rows(2)
     fresh.save("a", [1, 2], new)  # what the killed one left is in nobody's way
-    assert np.array_equal(load(fresh, [1, 2, 3]), new)  # type: ignore[arg-type]
+    assert np.array_equal(stacked(load(fresh, [1, 2, 3])), stacked(new))
     assert [path.name for path in fresh.directory.iterdir()] == ["a.kv"]
 
 
@@ -216,11 +242,11 @@ def test_two_writers_of_one_prefix_do_not_mix(tmp_path: Path, manifest: Manifest
     import fcntl
 
     store = reopen(tmp_path, manifest)
-    store.save("a", [1], make_rows(1))
+    store.save("a", [1], random_rows(1))
     with (store.directory / ".a.kv.tmp").open("wb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another process is writing"):
-            store.save("a", [1, 2], make_rows(2))
+            store.save("a", [1, 2], random_rows(2))
     assert load(reopen(tmp_path, manifest), [1]) is not None
 
 
@@ -242,7 +268,7 @@ def test_a_new_prefix_survives_a_power_loss(
     store = reopen(tmp_path, manifest)
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "replace", note_replace)
-    store.save("a", [1], make_rows(1))
+    store.save("a", [1], random_rows(1))
     folder = store.directory.name
     assert events == ["fsync .a.kv.tmp", ".a.kv.tmp -> a.kv", f"fsync {folder}"]
 
@@ -251,13 +277,13 @@ def test_a_killed_build_leaves_nothing_in_the_next_prefix(
     tmp_path: Path, manifest: Manifest
 ) -> None:
     store = reopen(tmp_path, manifest)
-    store.save("a", [1], make_rows(1))
+    store.save("a", [1], random_rows(1))
     (store.directory / ".a.kv.tmp").write_bytes(b"x" * 100_000)
-    new = make_rows(2)
+    new = random_rows(2)
     store.save("a", [1, 2], new)
     found = load(reopen(tmp_path, manifest), [1, 2, 3])
     assert found is not None
-    assert np.array_equal(found, new)
+    assert np.array_equal(stacked(found), stacked(new))
 
 
 def test_a_writer_that_gets_the_lock_too_late_leaves_the_prefix(
@@ -267,7 +293,7 @@ def test_a_writer_that_gets_the_lock_too_late_leaves_the_prefix(
     import fcntl
 
     store = reopen(tmp_path, manifest)
-    store.save("a", [1], make_rows(1))
+    store.save("a", [1], random_rows(1))
     path, flock = store.directory / "a.kv", fcntl.flock
     whole = path.read_bytes()
     temp = store.directory / ".a.kv.tmp"
@@ -282,7 +308,7 @@ def test_a_writer_that_gets_the_lock_too_late_leaves_the_prefix(
 
         monkeypatch.setattr(fcntl, "flock", finish)
         with pytest.raises(ConfigError, match="another process is writing"):
-            store.save("a", [1, 2], make_rows(2))
+            store.save("a", [1, 2], random_rows(2))
         assert path.read_bytes() == whole
 
 
@@ -291,26 +317,26 @@ def test_a_planted_link_is_not_written_through(
     tmp_path: Path, manifest: Manifest, exists: bool
 ) -> None:
     store = reopen(tmp_path / "store", manifest)
-    store.save("a", [1], make_rows(1))
+    store.save("a", [1], random_rows(1))
     victim = tmp_path / "victim"
     if exists:
         victim.write_text("precious")
     (store.directory / ".a.kv.tmp").symlink_to(victim)
     with pytest.raises(ResourceError, match="cannot write"):
-        store.save("a", [1, 2], make_rows(2))
+        store.save("a", [1, 2], random_rows(2))
     assert victim.exists() == exists
     assert not exists or victim.read_text() == "precious"
 
 
 def test_bounds_and_names(tmp_path: Path, manifest: Manifest) -> None:
     store = PrefixStore(tmp_path, manifest, LAYOUT, max_bytes=3000)
-    store.save("a", [1] * 8, make_rows(8))  # 2,048 bytes
+    store.save("a", [1] * 8, random_rows(8))  # 2,048 bytes
     with pytest.raises(ResourceError, match="drop one with"):
-        store.save("b", [2] * 8, make_rows(8))
-    store.save("a", [3] * 8, make_rows(8))  # its own old file does not count
+        store.save("b", [2] * 8, random_rows(8))
+    store.save("a", [3] * 8, random_rows(8))  # its own old file does not count
     for name in ("", "../a", "a/b", "a.b", "x" * 65, "ä"):
         with pytest.raises(ConfigError, match="cannot be a prefix"):
-            store.save(name, [1], make_rows(1))
+            store.save(name, [1], random_rows(1))
         with pytest.raises(ConfigError, match="cannot be a prefix"):
             store.drop(name)
     assert store.drop("a")
@@ -321,7 +347,7 @@ def test_bounds_and_names(tmp_path: Path, manifest: Manifest) -> None:
 def test_a_directory_that_cannot_be_written(tmp_path: Path, manifest: Manifest) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="name another directory"):
-        reopen(tmp_path / "file", manifest).save("a", [1], make_rows(1))
+        reopen(tmp_path / "file", manifest).save("a", [1], random_rows(1))
 
 
 # ------------------------------------------------------------------------- with a real engine

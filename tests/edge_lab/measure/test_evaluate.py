@@ -40,6 +40,7 @@ from edge_lab.measure.evaluate import (
 )
 from tests.makers.manifests import make_manifest
 from tests.standins.scripted_backend import ScriptedBackend, random_logits, write_table
+from tests.standins.slot_rows import by_name
 
 LOGITS = st.lists(st.floats(-500, 500, width=32), min_size=6, max_size=6)
 
@@ -169,7 +170,7 @@ def test_layer_errors_by_hand():
     # Keys 10 % too large; values turned by an invertible map, which the output matrix may undo.
     turned = np.stack([reference[0] * 1.1, reference[1] @ random.standard_normal((4, 4))])
     first, second = (
-        cache_sums(reference[:, :, half], turned[:, :, half])
+        cache_sums(by_name(reference[:, :, half]), by_name(turned[:, :, half]))
         for half in (slice(0, 150), slice(150, 400))
     )
     (error,) = (first + second).errors()
@@ -181,15 +182,18 @@ def test_value_error_measures_noise():
     random = np.random.RandomState(1)
     reference = random.standard_normal((2, 2, 2000, 8))
     noisy = reference + 0.1 * random.standard_normal(reference.shape)
-    (error,) = cache_sums(noisy, reference).errors()
+    (error,) = cache_sums(by_name(noisy), by_name(reference)).errors()
     assert error.value_error == pytest.approx(0.1, rel=0.05)
     # With 3 tokens per dimension a third of the noise is fitted away; the error must not shrink.
     reference = random.standard_normal((80, 4, 24, 8))
     noisy = reference + 0.1 * random.standard_normal(reference.shape)
-    found = [layer.value_error or 0.0 for layer in cache_sums(noisy, reference).errors()]
+    found = [
+        layer.value_error or 0.0
+        for layer in cache_sums(by_name(noisy), by_name(reference)).errors()
+    ]
     assert np.mean(found) == pytest.approx(0.1, rel=0.05)
     few = reference[:, :, :12]
-    assert cache_sums(few, few).errors()[0].value_error is None
+    assert cache_sums(by_name(few), by_name(few)).errors()[0].value_error is None
 
 
 def test_bits_per_weight():

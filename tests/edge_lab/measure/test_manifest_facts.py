@@ -60,7 +60,7 @@ def test_other_scales_than_the_graphs_are_found(tiny_bundles: Bundles) -> None:
     manifest = read_manifest(bundle)
     check_facts(bundle, manifest)
     scales = dict(read_scales(bundle, manifest, manifest.graphs.cpu))
-    scales[1] = scales[1] * 2
+    scales["0.value"] = scales["0.value"] * 2
     extras = {**manifest.extras, "kv_scales": scales_section(scales)}
     with pytest.raises(BundleError, match=r"other scales .* than decoder"):
         check_facts(bundle, structs.replace(manifest, extras=extras))

@@ -63,9 +63,9 @@ class Perturbed(OrtBackend):
         if self.fault == "logits" and positions[0, 0] >= self.start:
             logits = logits + np.random.RandomState(0).standard_normal(logits.shape).astype("f4")
         if self.fault == "cache":
-            self._cache.arrays[-1][0, 0, positions[0, 0]] *= -1
+            self._cache.arrays["1.value"][0, 0, positions[0, 0]] *= -1
         if self.fault == "NaN in the first prompt's cache" and not self.spoilt:
-            self._cache.arrays[-1][0, 0, positions[0, 0]] = np.nan
+            self._cache.arrays["1.value"][0, 0, positions[0, 0]] = np.nan
             self.spoilt = step.kv_len > len(PROMPTS[0])
         if self.fault == "nan":
             logits = np.full_like(logits, np.nan)

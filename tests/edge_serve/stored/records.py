@@ -5,15 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Floats
 from edge.bundle.kv_scales import pack_rows
-from edge.runtime.prefix_store import Layout
+from edge.model.cache import SlotRows
 from edge_serve.stored.record import Record, StoredRows, Unfinished, rows_sha256
+from tests.standins.slot_rows import LAYOUT
 
-LAYOUT = Layout("ort-cpu", "float32", 4, 2, 8)
 
-
-def packed(rows: Floats) -> NDArray[np.uint8]:
+def packed(rows: SlotRows) -> NDArray[np.uint8]:
     return pack_rows(rows, {})
 
 

@@ -18,6 +18,7 @@ from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import Node, OnnxFile
 from edge.bundle.onnx_values import node_attributes
 from edge.errors import BuildError
+from edge.model.cache import cache_tensors
 from engines.build_plan import plan_build
 from engines.compiler import compat
 from engines.compiler.compat import Compiler
@@ -85,9 +86,8 @@ def feed_of(bundle: Path, starts: list[int], tokens: int, rows: int = CAPACITY) 
         io_spec.KV_POSITIONS: np.arange(rows),
         io_spec.LOGITS_INDICES: np.arange(tokens)[None].repeat(batch, 0),
     }
-    for layer in range(model.num_layers):
-        for name in io_spec.cache_inputs(layer):
-            feed[name] = random.standard_normal(cache)
+    for name in cache_tensors(model, "fp16"):
+        feed[io_spec.PAST_PREFIX + name] = random.standard_normal(cache)
     return {
         name: value.astype(np.float16) if value.dtype == np.float64 else value
         for name, value in feed.items()
@@ -160,16 +160,12 @@ def test_a_prompt_and_then_tokens_over_its_own_cache(
             name: value for name, value in feed.items() if name.startswith("past_key_values")
         }}  # fmt: skip
         found = check_same(bundle, own, step)
-        for layer in range(2):
-            for past, new in zip(
-                io_spec.cache_inputs(layer),
-                io_spec.DIALECTS[read_manifest(bundle).dialect].cache_outputs(layer),
-                strict=True,
-            ):
-                if native:
-                    feed[past] = found[new]
-                else:
-                    feed[past][:, :, start : start + tokens] = found[new]
+        for name in ("0.key", "0.value", "1.key", "1.value"):
+            past = io_spec.PAST_PREFIX + name
+            if native:
+                feed[past] = found[io_spec.PRESENT_PREFIX + name]
+            else:
+                feed[past][:, :, start : start + tokens] = found[f"new.{name}"]
         start += tokens
 
 

@@ -23,6 +23,7 @@ from edge.errors import BackendError, ConfigError
 from tests.conftest import RUNNABLE, TINY_KV_CAPACITY, Bundles, require_huge_pages
 from tests.edge.backends.runner import Runner, check_slots_apart, random_ids
 from tests.makers.tiny_models import KINDS, Kind
+from tests.standins.slot_rows import by_name, stacked
 
 # Sums of at most 128 products of size one in another order; measured 8e-6.
 ATOL = 5e-5
@@ -142,12 +143,12 @@ def test_read_write_and_copy_of_a_slot(runner: Runner):
     assert rows.shape == (2 * model.num_layers, model.num_kv_heads, 33, model.head_dim)
     assert rows.any(axis=(1, 3)).all()
 
-    runner.backend.write_slot(0, rows)
+    runner.backend.write_slot(0, by_name(rows))
     runner.backend.copy_slot(2, 3, 20)
-    assert_array_equal(runner.backend.read_slot(0, 33), rows)
-    assert_array_equal(runner.backend.read_slot(3, 20), rows[:, :, :20])
-    assert not runner.backend.read_slot(0, TINY_KV_CAPACITY)[:, :, 33:].any()
-    assert not runner.backend.read_slot(3, TINY_KV_CAPACITY)[:, :, 20:].any()
+    assert_array_equal(stacked(runner.backend.read_slot(0, 33)), rows)
+    assert_array_equal(stacked(runner.backend.read_slot(3, 20)), rows[:, :, :20])
+    assert not stacked(runner.backend.read_slot(0, TINY_KV_CAPACITY))[:, :, 33:].any()
+    assert not stacked(runner.backend.read_slot(3, TINY_KV_CAPACITY))[:, :, 20:].any()
 
     # What was copied is as good as what was computed, and is a copy.
     runner.lengths = [33, 0, 33, 20]
@@ -157,7 +158,7 @@ def test_read_write_and_copy_of_a_slot(runner: Runner):
     runner.step(ids[:, 20:], [3])
     assert_allclose(runner.step(following, [3]), expected, atol=ATOL, rtol=0)
     rows[...] = 0
-    assert runner.backend.read_slot(2, 33).any()
+    assert stacked(runner.backend.read_slot(2, 33)).any()
 
 
 def test_the_last_row_of_the_cache_is_usable(runner: Runner):
@@ -173,7 +174,7 @@ def test_wrong_steps_are_refused_before_the_engine_runs(runner: Runner):
     backend = runner.backend
     end = TINY_KV_CAPACITY
     for slot in range(4):
-        backend.write_slot(slot, np.full_like(backend.read_slot(slot, end), 7))
+        backend.write_slot(slot, by_name(np.full_like(stacked(backend.read_slot(slot, end)), 7)))
     engine, backend._session = backend._session, NotToBeUsed()
 
     def step(slot: int, first: int, seq: int, kv_len: int | None = None) -> None:
@@ -197,7 +198,7 @@ def test_wrong_steps_are_refused_before_the_engine_runs(runner: Runner):
         step(0, 0, 9)
     backend._session = engine
     for slot in range(4):
-        assert (backend.read_slot(slot, end) == 7).all()
+        assert (stacked(backend.read_slot(slot, end)) == 7).all()
 
 
 class NotToBeUsed:

@@ -47,6 +47,7 @@ from tests.edge.backends.runner import (
 )
 from tests.makers.goldens import FP16_KERNELS
 from tests.makers.tiny_models import KINDS, Kind
+from tests.standins.slot_rows import by_name, stacked
 
 HOST = OrtDevice("cpu", 0, "CPUExecutionProvider", {})
 # Activations in fp16 against fp32, logits of size 1 to 5; measured 0.033, on Arm 0.11.
@@ -122,11 +123,11 @@ def test_slots_do_not_touch_each_other(runner: CudaRunner):
 
 
 def test_the_cache_is_updated_in_place(runner: CudaRunner):
-    addresses = [block.address for block in runner.backend._cache.blocks(0, 1)]
+    addresses = [block.address for block in runner.backend._cache.blocks(0, 1).values()]
     runner.step(random_ids(1, 5))
-    after = [block.address for block in runner.backend._cache.blocks(0, 1)]
+    after = [block.address for block in runner.backend._cache.blocks(0, 1).values()]
     assert after == addresses
-    rows = runner.backend.read_slot(0, 6)
+    rows = stacked(runner.backend.read_slot(0, 6))
     assert rows[:, :, :5].any(axis=(1, 3)).all()
     assert not rows[:, :, 5:].any()
 
@@ -140,12 +141,12 @@ def test_read_write_and_copy_of_a_slot(runner: CudaRunner):
     assert rows.shape == (2 * model.num_layers, model.num_kv_heads, 33, model.head_dim)
     assert rows.dtype == np.float16
 
-    backend.write_slot(3, rows)
+    backend.write_slot(3, by_name(rows))
     backend.copy_slot(2, 1, 20)
-    assert_array_equal(backend.read_slot(3, 33), rows)
-    assert_array_equal(backend.read_slot(1, 20), rows[:, :, :20])
-    assert not backend.read_slot(3, TINY_KV_CAPACITY)[:, :, 33:].any()
-    assert not backend.read_slot(1, TINY_KV_CAPACITY)[:, :, 20:].any()
+    assert_array_equal(stacked(backend.read_slot(3, 33)), rows)
+    assert_array_equal(stacked(backend.read_slot(1, 20)), rows[:, :, :20])
+    assert not stacked(backend.read_slot(3, TINY_KV_CAPACITY))[:, :, 33:].any()
+    assert not stacked(backend.read_slot(1, TINY_KV_CAPACITY))[:, :, 20:].any()
 
     # What was copied is as good as what was computed, and is a copy.
     runner.lengths = [0, 20, 33, 33]
@@ -155,7 +156,7 @@ def test_read_write_and_copy_of_a_slot(runner: CudaRunner):
     runner.step(ids[:, 20:], [1])
     assert_allclose(runner.step(following, [1]), expected, atol=ATOL_FP16, rtol=0)
     rows[...] = 0
-    assert backend.read_slot(2, 33).any()
+    assert stacked(backend.read_slot(2, 33)).any()
 
 
 def test_rows_of_the_cpu_backend_are_understood(variant: str, tiny_bundles: Bundles):
@@ -164,7 +165,7 @@ def test_rows_of_the_cpu_backend_are_understood(variant: str, tiny_bundles: Bund
     ids, following = random_ids(1, 30), random_ids(1, 1, seed=1)
     with open_runner(tiny_bundles, "llama", variant) as ours, Runner(bundle) as theirs:
         theirs.step(ids)
-        ours.backend.write_slot(2, theirs.cache(0))
+        ours.backend.write_slot(2, by_name(theirs.cache(0)))
         ours.lengths[2] = 30
         found, expected = ours.step(following, [2]), theirs.step(following)
         assert_allclose(found, expected, atol=ATOL_FP16, rtol=0)
@@ -208,7 +209,7 @@ def test_closing(runner: CudaRunner):
     assert runner.backend.cache_bytes == 0
     for call in (
         lambda: runner.step(random_ids(1, 1)),
-        lambda: runner.backend.read_slot(0, 1),
+        lambda: stacked(runner.backend.read_slot(0, 1)),
         lambda: runner.backend.copy_slot(0, 1, 1),
     ):
         with pytest.raises(BackendError, match="closed"):
@@ -238,8 +239,8 @@ def test_a_cache_that_is_not_updated_in_place_is_noticed(
 
     def forget(backend: OrtCudaBackend, position: int) -> None:
         if position:
-            rows = backend.read_slot(0, 1)
-            backend.write_slot(0, np.zeros_like(rows))
+            rows = stacked(backend.read_slot(0, 1))
+            backend.write_slot(0, by_name(np.zeros_like(rows)))
         real(backend, position)
 
     monkeypatch.setattr(OrtCudaBackend, "_warm_up", forget)
@@ -287,7 +288,7 @@ def test_a_backend_that_does_not_fit_leaves_nothing(
     seen: list[weakref.ref[Any]] = []
 
     def fail(backend: OrtCudaBackend, _position: int) -> None:
-        seen.extend(map(weakref.ref, (backend._session, *backend._cache._tensors)))
+        seen.extend(map(weakref.ref, (backend._session, *backend._cache._tensors.values())))
         raise DeviceMemoryError("full")
 
     monkeypatch.setattr(OrtCudaBackend, "_warm_up", fail)
@@ -318,7 +319,7 @@ def test_a_lost_device_says_so_from_then_on(runner: CudaRunner):
     with pytest.raises(BackendError, match=r"failed in an earlier step.*restart the process"):
         runner.step(random_ids(1, 4))
     with pytest.raises(BackendError, match="failed in an earlier step"):
-        runner.backend.read_slot(0, 1)
+        stacked(runner.backend.read_slot(0, 1))
     assert "illegal memory access" in str(runner.backend.failed)
 
 

@@ -26,6 +26,7 @@ from tests.edge.backends.ort.test_cpu_attention import ATOL, export_heads
 from tests.edge.backends.runner import Runner, history, random_ids
 from tests.makers.manifests import as_written_before_scales
 from tests.makers.tiny_models import KINDS, Kind
+from tests.standins.slot_rows import by_name, stacked, tensor_name
 
 DIALECTS = ("native", "portable")
 # Tiny random models are worse at this than real ones: their heads have 16 or 32 channels to
@@ -107,8 +108,9 @@ def test_answers_stay_close_to_the_float_cache(
     assert 0 < kl.mean() < MEAN_KL
     # Nothing of the first layer depends on the cache, so its rows are those of floats, rounded.
     for plane in (0, 1):
-        codes = quantize_rows(caches[0][plane], scales[plane])
-        found = quantize_rows(caches[1][plane], scales[plane])
+        scale = scales[tensor_name(plane)]
+        codes = quantize_rows(caches[0][plane], scale)
+        found = quantize_rows(caches[1][plane], scale)
         assert np.abs(codes.astype(int) - found).max() <= 1  # sums in another order
         assert (codes == found).mean() > 0.999
 
@@ -141,22 +143,24 @@ def test_slots_are_read_written_and_copied_without_loss(
         runner.step(random_ids(1, 30), [0])
         rows = runner.cache(0)
         assert rows.dtype == np.float32
-        runner.backend.write_slot(1, rows)
+        runner.backend.write_slot(1, by_name(rows))
         runner.backend.copy_slot(0, 3, 30)
         for slot in (1, 3):
-            assert_array_equal(runner.backend.read_slot(slot, 30), rows)
+            assert_array_equal(stacked(runner.backend.read_slot(slot, 30)), rows)
         runner.lengths = [30, 30, 0, 30]
         token = random_ids(1, 1)
         same = [runner.step(token, [slot]) for slot in (0, 1, 3)]
         assert_array_equal(same[0], same[1])
         assert_array_equal(same[0], same[2])
-        runner.backend.write_slot(1, np.zeros_like(rows))  # as a failed sequence is scrubbed
-        assert not runner.backend.read_slot(1, 30).any()
-        before = runner.backend.read_slot(3, 30)
+        runner.backend.write_slot(
+            1, by_name(np.zeros_like(rows))
+        )  # as a failed sequence is scrubbed
+        assert not stacked(runner.backend.read_slot(1, 30)).any()
+        before = stacked(runner.backend.read_slot(3, 30))
         rows[0, 0, 0, 0] = np.nan
         with pytest.raises(BackendError, match="not finite"):
-            runner.backend.write_slot(3, rows)
-        assert_array_equal(runner.backend.read_slot(3, 30), before)
+            runner.backend.write_slot(3, by_name(rows))
+        assert_array_equal(stacked(runner.backend.read_slot(3, 30)), before)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -203,17 +207,18 @@ def test_layers_that_stay_in_float(
         kept = runner.manifest.kv_cache
         assert kept is not None
         assert kept.float_layers == (worst,)
-        assert sorted({plane // 2 for plane in runner.backend.kv_scales}) == [1 - worst]
+        names = [f"{1 - worst}.key", f"{1 - worst}.value"]
+        assert list(runner.backend.kv_scales) == names
         ids = random_ids(1, 20)
         logits = runner.step(ids, [0])
         assert_allclose(logits, every.step(ids, [0]), atol=1.0, rtol=0)
         rows = runner.cache(0)
         for plane in (2 * worst, 2 * worst + 1):
             assert len(np.unique(rows[plane])) > 300  # no integers
-        runner.backend.write_slot(1, rows)
+        runner.backend.write_slot(1, by_name(rows))
         runner.backend.copy_slot(0, 2, 20)
         for slot in (1, 2):
-            assert_array_equal(runner.backend.read_slot(slot, 20), rows)
+            assert_array_equal(stacked(runner.backend.read_slot(slot, 20)), rows)
         runner.lengths[1] = 20
         token = random_ids(1, 1)
         assert_array_equal(runner.step(token, [0]), runner.step(token, [1]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -13,13 +11,15 @@ from edge.backends.ort.runner import (
     RunShape,
     StepOutputs,
     StepRunner,
-    cache_tensors,
+    cache_bindings,
     fill_inputs,
     make_inputs,
 )
 from edge.backends.step import Step, step_after
 from edge.bundle.io_spec import DIALECTS
 from edge.errors import BackendError
+from edge.model.cache import SlotRows
+from tests.standins.slot_rows import by_name
 
 VOCAB, HIDDEN = 5, 3
 
@@ -35,7 +35,7 @@ class Engine:
         self.fails = False
         self.runner = StepRunner(
             self.bind,
-            read_slot=lambda slot, length: self.rows[slot, :length].copy(),
+            read_slot=lambda slot, length: by_name(self.rows[None, slot, :length].copy()),
             put_back=self.put_back,
             num_slots=len(self.rows),
             out_width=VOCAB,
@@ -49,8 +49,8 @@ class Engine:
         self.outputs.append(outputs)
         return Bound(self, outputs)
 
-    def put_back(self, slot: int, rows: NDArray[Any]) -> None:
-        self.rows[slot] = rows
+    def put_back(self, slot: int, rows: SlotRows) -> None:
+        self.rows[slot] = rows["0.key"]
 
     def step(self, slots: list[int], past: list[int], seq: int = 1) -> NDArray[np.float32]:
         embeds = np.zeros((len(slots), seq, 2), np.float16)
@@ -123,15 +123,14 @@ def test_fused_attention_takes_chunks_after_a_past_one_by_one(fused: bool) -> No
 
 
 def test_cache_outputs_are_the_cache_or_rows_to_append() -> None:
-    caches = ["k0", "v0", "k1", "v1"]
-    made = iter("abcd")
-    inputs, outputs, new = cache_tensors(DIALECTS["native"], caches, lambda _: next(made))
-    assert list(inputs.values()) == list(outputs.values()) == caches
+    caches = {"0.key": "k0", "0.value": "v0", "3.key": "k3"}
+    inputs, outputs, new = cache_bindings(DIALECTS["native"], caches, lambda name, _: name)
+    assert list(inputs.values()) == list(outputs.values()) == list(caches.values())
     assert not new
-    inputs, outputs, new = cache_tensors(DIALECTS["portable"], caches, lambda _: next(made))
-    assert inputs["past_key_values.1.key"] == "k1"
-    assert outputs["new.0.value"] == "b"
-    assert new == list("abcd")
+    inputs, outputs, new = cache_bindings(DIALECTS["portable"], caches, lambda name, _: name)
+    assert inputs["past_key_values.3.key"] == "k3"
+    assert outputs["new.0.value"] == "0.value"
+    assert new == {name: name for name in caches}
 
 
 def test_inputs_hold_the_step() -> None:

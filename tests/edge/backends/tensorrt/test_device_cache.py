@@ -18,6 +18,7 @@ from tests.edge.backends.tensorrt.gpu_runner import EngineBundles, GpuRunner, bo
 from tests.makers.manifests import make_manifest
 from tests.standins import cuda_bindings as fake_cuda_bindings
 from tests.standins.cuda import FakeGpu
+from tests.standins.slot_rows import by_name, stacked, tensor_name
 
 SLOTS, ROWS = 3, 64
 
@@ -37,13 +38,13 @@ def test_rows_have_the_bits_of_the_engines_type(dtype: Any, stored: Any, gpu: Fa
     with device.active(), ExitStack() as resources:
         stream = cuda.Stream(device)
         cache = DeviceCache(device, stream, resources, manifest, {}, SLOTS, ROWS)
-        cache.write(1, rows.astype(np.float32))
+        cache.write(1, by_name(rows.astype(np.float32)))
         cache.copy(1, 2, 5)
         for slot in (1, 2):
-            found = cache.read(slot, 5)
+            found = stacked(cache.read(slot, 5))
             assert_array_equal(found.astype(np.float32), expected.astype(np.float32))
             for entry, each in enumerate(expected):
-                memory = gpu.memory(cache.address(entry, slot), heads * ROWS * dim * 2)
+                memory = gpu.memory(cache.address(tensor_name(entry), slot), heads * ROWS * dim * 2)
                 bits = memory.view(np.uint16).reshape(heads, ROWS, dim)
                 assert_array_equal(bits[:, :5], each.view(np.uint16))
                 assert not bits[:, 5:].any()

@@ -6,13 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.backends.tensorrt.device_memory import (
+    CachePlanes,
     StepSizes,
     input_layout,
     new_rows_bytes,
     new_rows_stride,
 )
 from edge.bundle.sizes import ALIGNMENT
-from tests.makers.manifests import change_model, make_manifest
+from edge.model.cache import Rows
+from tests.makers.manifests import make_manifest
 
 MODEL = make_manifest().model
 
@@ -22,15 +24,14 @@ MODEL = make_manifest().model
     st.integers(1, 8), st.integers(1, 8), st.integers(1, 300), st.sampled_from([16, 24, 64, 128])
 )
 def test_the_new_rows_of_any_step_fit_and_are_aligned(batch: int, heads: int, seq: int, dim: int):
-
-    model = change_model(MODEL, num_kv_heads=heads, head_dim=dim)
-    stride = new_rows_stride(batch, seq, model)
+    rows = Rows(heads, dim, "fp16")
+    stride = new_rows_stride(batch, seq, rows)
     pitch = seq * dim * 2
     assert stride % ALIGNMENT == stride % pitch == 0
     assert stride >= batch * heads * pitch
     # The block of the largest step holds every smaller one.
     sizes = StepSizes(8, batch * seq, 1)
-    assert 2 * model.num_layers * stride <= new_rows_bytes(sizes, model, 2 * model.num_layers)
+    assert 4 * stride <= new_rows_bytes(sizes, CachePlanes(["0.key"] * 4, rows))
 
 
 @given(st.integers(1, 64), st.integers(1, 2000), st.integers(1, 500), st.integers(1, 5000))

@@ -19,6 +19,7 @@ from edge.errors import BackendError, DeviceError
 from tests.edge.backends.runner import random_ids
 from tests.edge.backends.tensorrt.gpu_runner import EngineBundles, GpuRunner, attempt, both_drivers
 from tests.standins.cuda import ILLEGAL_ADDRESS, OUT_OF_MEMORY, FakeGpu, FakeStream
+from tests.standins.slot_rows import stacked
 from tests.standins.tensorrt import FakeContext
 
 
@@ -226,4 +227,4 @@ def test_a_closed_backend_says_so(gpu: FakeGpu, engine_bundles: EngineBundles):
         with pytest.raises(BackendError, match="closed"):
             runner.step(random_ids(1, 1), [0])
         with pytest.raises(BackendError, match="closed"):
-            runner.backend.read_slot(0, 1)
+            stacked(runner.backend.read_slot(0, 1))

@@ -23,6 +23,7 @@ from tests.edge.backends.tensorrt.gpu_runner import (
     GpuRunner,
 )
 from tests.standins.cuda import FakeGpu
+from tests.standins.slot_rows import by_name, stacked
 from tests.standins.tensorrt import FakeContext
 
 LENGTHS = prompt_lengths(24, 64)
@@ -81,10 +82,10 @@ def test_every_length_and_start_gives_the_tokens_of_an_unpadded_step(
             start = capacity - tokens if tokens % 3 == 2 else start
             slot = int(random.integers(slots))
             ids = random_ids(1, tokens, seed=tokens)
-            rows = plain.backend.read_slot(slot, start)
+            rows = stacked(plain.backend.read_slot(slot, start))
             rows[...] = random.normal(0, 0.3, rows.shape)
             for runner in (ours, plain):
-                runner.backend.write_slot(slot, rows)
+                runner.backend.write_slot(slot, by_name(rows))
                 runner.lengths[slot] = start
             with unchanged(monkeypatch, gpu):
                 found = prompt(ours, ids, slot)
@@ -228,11 +229,11 @@ def test_padding_never_reaches_the_slot(gpu: FakeGpu, engine_bundles: EngineBund
     for dialect, slots in (("native", 4), ("portable", 4), ("portable", 1)):
         bundle = engine_bundles("qwen2", dialect)
         with GpuRunner(bundle, gpu, num_slots=slots) as runner:
-            mark = runner.backend.read_slot(0, runner.engine.capacity)
+            mark = stacked(runner.backend.read_slot(0, runner.engine.capacity))
             mark[...] = 0.5
-            runner.backend.write_slot(0, mark)
+            runner.backend.write_slot(0, by_name(mark))
             prompt(runner, random_ids(1, 7), 0)
-            after = runner.backend.read_slot(0, runner.engine.capacity)
+            after = stacked(runner.backend.read_slot(0, runner.engine.capacity))
             assert_array_equal(after[:, :, 7:], mark[:, :, 7:])
 
 

@@ -11,6 +11,7 @@ from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
 
 from edge.backends.tensorrt.device_memory import (
+    CachePlanes,
     StepSizes,
     cache_planes,
     new_rows_bytes,
@@ -23,6 +24,7 @@ from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.bundle.kv_scales import quantize_rows, scales_sha256
 from edge.bundle.manifest import Calibration, KvCache, read_manifest
 from edge.errors import BackendError, ConfigError, IntegrityError
+from edge.model.cache import ElementType, Rows
 from engines.build_plan import plan_build
 from engines.config import BuildConfig
 from tests.conftest import Bundles
@@ -32,6 +34,7 @@ from tests.makers.goldens import FP16_KERNELS
 from tests.makers.manifests import as_written_before_scales, make_manifest, make_model
 from tests.makers.tiny_models import KINDS
 from tests.standins.cuda import FakeGpu
+from tests.standins.slot_rows import by_name, stacked
 
 # The engine rounds to 8 bits what is fp16, the reference what is fp32: a value between two integers
 # may go either way, and then a row differs by a whole step.
@@ -65,12 +68,13 @@ def test_it_computes_what_the_cpu_computes(
         for slot in slots:
             for plane, scale in ours.backend.kv_scales.items():
                 one, other = (
-                    quantize_rows(runner.cache(slot)[plane], scale) for runner in (ours, theirs)
+                    quantize_rows(by_name(runner.cache(slot))[plane], scale)
+                    for runner in (ours, theirs)
                 )
                 steps = np.abs(one.astype(int) - other)
-                assert steps.max() <= (1 if plane < 2 else 6 if FP16_KERNELS else 3)
+                assert steps.max() <= (1 if plane.startswith("0.") else 6 if FP16_KERNELS else 3)
                 assert steps.mean() < (0.4 if FP16_KERNELS else 0.2)
-        assert not ours.backend.read_slot(1, ours.backend.capacity).any()
+        assert not stacked(ours.backend.read_slot(1, ours.backend.capacity)).any()
         expected = io_spec.kv_bytes_per_token(
             ours.manifest.model, "fp16", ours.manifest.int8_layers
         )
@@ -88,15 +92,15 @@ def test_slots_are_read_written_and_copied_without_loss(
         runner.step(random_ids(1, 20), [1])
         rows = runner.cache(1)
         assert rows.dtype == np.float32
-        runner.backend.write_slot(3, rows)
+        runner.backend.write_slot(3, by_name(rows))
         runner.backend.copy_slot(3, 0, 20)
         for slot in (0, 3):
-            assert_array_equal(runner.backend.read_slot(slot, 20), rows)
+            assert_array_equal(stacked(runner.backend.read_slot(slot, 20)), rows)
         spoilt = rows.copy()
         spoilt[1, 0, 3, 2] = np.inf
         with pytest.raises(BackendError, match="not finite"):
-            runner.backend.write_slot(3, spoilt)
-        assert_array_equal(runner.backend.read_slot(3, 20), rows)
+            runner.backend.write_slot(3, by_name(spoilt))
+        assert_array_equal(stacked(runner.backend.read_slot(3, 20)), rows)
 
 
 def test_a_bundle_without_scales_in_its_manifest_computes_the_same(
@@ -142,23 +146,25 @@ def _mixed(num_layers: int, *kept: int) -> KvCache:
 def test_layers_in_float_have_a_block_of_their_own() -> None:
     model = make_model(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16)
     manifest = make_manifest(model=model, kv_cache=_mixed(3, 1), dialect="portable")
-    floats, int8 = sorted(cache_planes(manifest), key=lambda planes: planes.is_int8)
-    assert (floats.numbers, floats.element_bytes) == ((2, 3), 2)
-    assert (int8.numbers, int8.element_bytes) == ((0, 1, 4, 5), 1)
+    floats, int8 = sorted(cache_planes(manifest), key=lambda planes: planes.rows.type == "int8")
+    assert (floats.names, floats.rows.row_bytes) == (["1.key", "1.value"], 64)
+    assert int8.names == ["0.key", "0.value", "2.key", "2.value"]
+    assert int8.rows.row_bytes == 32
     per_token = io_spec.kv_bytes_per_token(model, "fp16", manifest.int8_layers)
     assert per_token == 2 * 16 * (4 * 1 + 2 * 2)
 
 
-@pytest.mark.parametrize("element_bytes", [1, 2])
-def test_new_rows_of_any_size_are_aligned_and_fit(element_bytes: int) -> None:
-    model = make_model(num_heads=6, num_kv_heads=3, head_dim=64)
+@pytest.mark.parametrize("kind", ["int8", "fp16"])
+def test_new_rows_of_any_size_are_aligned_and_fit(kind: ElementType) -> None:
+    rows = Rows(3, 64, kind)
+    planes = CachePlanes(["0.key"] * 5, rows)
     sizes = StepSizes(4, 24, 64)
     for batch, seq in ((1, 24), (4, 1), (4, 6), (2, 7), (1, 1)):
-        stride = new_rows_stride(batch, seq, model, element_bytes)
+        stride = new_rows_stride(batch, seq, rows)
         assert stride % 256 == 0
-        assert stride % (seq * model.head_dim * element_bytes) == 0
-        assert stride >= batch * 3 * seq * model.head_dim * element_bytes
-        assert 5 * stride <= new_rows_bytes(sizes, model, 5, element_bytes)
+        assert stride % (seq * rows.row_bytes // 3) == 0
+        assert stride >= batch * seq * rows.row_bytes
+        assert 5 * stride <= new_rows_bytes(sizes, planes)
 
 
 def test_a_capacity_of_unaligned_slots_is_refused(tiny_bundles: Bundles) -> None:

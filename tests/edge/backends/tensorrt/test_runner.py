@@ -42,6 +42,7 @@ from tests.edge.backends.tensorrt.gpu_runner import (
 from tests.makers.goldens import FP16_KERNELS
 from tests.makers.tiny_models import KINDS
 from tests.standins.cuda import FakeGpu
+from tests.standins.slot_rows import by_name, stacked
 from tests.standins.tensorrt import install, write_engine
 
 
@@ -85,7 +86,7 @@ def test_it_generates_what_the_cpu_generates(
         # A trial, the chunks, and all decode steps.
         assert gpu.calls.count("cuGraphLaunch") == 1 + 5 + steps
         # Slot 1 was inside every decode step and holds nothing.
-        assert not ours.backend.read_slot(1, ours.backend.capacity).any()
+        assert not stacked(ours.backend.read_slot(1, ours.backend.capacity)).any()
 
 
 @settings(
@@ -123,16 +124,16 @@ def test_idle_slots_keep_every_row(dialect: str, gpu: FakeGpu, engine_bundles: E
         assert backend.capacity == (CAPACITY - 1 if dialect == "native" else CAPACITY)
         marks = []
         for slot in range(4):
-            rows = backend.read_slot(slot, backend.capacity)
+            rows = stacked(backend.read_slot(slot, backend.capacity))
             rows[...] = np.random.default_rng(slot).standard_normal(rows.shape)
-            backend.write_slot(slot, rows)
+            backend.write_slot(slot, by_name(rows))
             marks.append(rows)
         for slots in ([0, 3], [3], [1, 3], [0]):
             for _ in range(4):  # plain, warm-up, capture, replay
                 runner.step(random_ids(len(slots), 1), slots)
         for slot in range(4):
             written = runner.lengths[slot]
-            after = backend.read_slot(slot, backend.capacity)
+            after = stacked(backend.read_slot(slot, backend.capacity))
             assert_array_equal(after[:, :, written:], marks[slot][:, :, written:])
         assert runner.lengths == [8, 4, 0, 12]
 
@@ -172,21 +173,24 @@ def test_read_write_and_copy_of_a_slot(dialect: str, gpu: FakeGpu, engine_bundle
         model = runner.manifest.model
         assert rows.shape == (2 * model.num_layers, model.num_kv_heads, 23, model.head_dim)
         assert rows.any(axis=(1, 3)).all()
-        backend.write_slot(0, rows)
+        backend.write_slot(0, by_name(rows))
         backend.copy_slot(2, 3, 20)
         backend.copy_slot(1, 1, 5)
-        assert_array_equal(backend.read_slot(0, 23), rows)
-        assert_array_equal(backend.read_slot(3, 20), rows[:, :, :20])
-        assert not backend.read_slot(0, 60)[:, :, 23:].any()
-        assert not backend.read_slot(1, 60).any()
-        assert backend.read_slot(1, 0).shape[2] == 0
-        for wrong in (lambda: backend.read_slot(4, 1), lambda: backend.copy_slot(0, -1, 1)):
+        assert_array_equal(stacked(backend.read_slot(0, 23)), rows)
+        assert_array_equal(stacked(backend.read_slot(3, 20)), rows[:, :, :20])
+        assert not stacked(backend.read_slot(0, 60))[:, :, 23:].any()
+        assert not stacked(backend.read_slot(1, 60)).any()
+        assert stacked(backend.read_slot(1, 0)).shape[2] == 0
+        for wrong in (
+            lambda: stacked(backend.read_slot(4, 1)),
+            lambda: backend.copy_slot(0, -1, 1),
+        ):
             with pytest.raises(BackendError, match="not slots of 4"):
                 wrong()
         with pytest.raises(BackendError, match="do not fit a cache of"):
-            backend.read_slot(0, CAPACITY + 1)
+            stacked(backend.read_slot(0, CAPACITY + 1))
         with pytest.raises(BackendError, match="do not fit"):
-            backend.write_slot(0, rows[1:])
+            backend.write_slot(0, by_name(rows[1:]))
         runner.lengths = [23, 0, 23, 20]
         following = random_ids(1, 2, seed=1)
         expected = runner.step(following, [2])
@@ -205,7 +209,9 @@ def test_more_logits_than_fit_are_fetched_in_pieces(
         ours = few.backend.forward(step_after([0], [0], table, wanted))
         whole = many.backend.forward(step_after([0], [0], table, np.arange(24)[None]))
         assert_allclose(ours[0], whole[0][wanted[0]], atol=SHAPES_ATOL, rtol=0)
-        assert_allclose(few.backend.read_slot(0, 24), many.backend.read_slot(0, 24), atol=0.01)
+        assert_allclose(
+            stacked(few.backend.read_slot(0, 24)), stacked(many.backend.read_slot(0, 24)), atol=0.01
+        )
 
 
 def test_an_engine_of_few_logits_gives_all_in_pieces(

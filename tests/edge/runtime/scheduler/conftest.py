@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from edge.backends import Floats
 from edge.bundle.embeddings import EmbeddingTable
 from edge.engine_config import EngineConfig
 from edge.errors import BackendError, EdgeError
+from edge.model.cache import SlotRows
 from edge.runtime.generation import GenerationStats, PromptProgress
 from edge.runtime.sampling import SampledToken, Sampler
 from edge.runtime.sampling_params import SamplingParams
@@ -66,9 +66,9 @@ class Collected:
 class DropMiddle:
     """An `Overflow` that keeps the first row and the newer half."""
 
-    def slide(self, rows: Floats, ids: list[int]) -> tuple[Floats, list[int]]:
+    def slide(self, rows: SlotRows, ids: list[int]) -> tuple[SlotRows, list[int]]:
         kept = drop_middle(len(ids))
-        return rows[:, :, kept], [ids[i] for i in kept]
+        return rows.each(lambda array: array[:, kept]), [ids[i] for i in kept]
 
 
 def drop_middle(length: int) -> list[int]:

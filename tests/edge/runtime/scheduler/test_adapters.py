@@ -11,12 +11,13 @@ import pytest
 from numpy.typing import NDArray
 
 from edge.adapters.weights import AdapterWeights
-from edge.backends import Floats, Step
+from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.runtime.scheduler.request import StoredPrefix
 from tests.edge.runtime.conftest import VOCAB
 from tests.edge.runtime.scheduler.conftest import GREEDY, Engine, answer_alone, make_request
 from tests.standins.scripted_backend import Script, ScriptedBackend, random_logits
+from tests.standins.slot_rows import by_name
 
 SCRIPT = random_logits(10 * VOCAB)
 ADAPTERS = [AdapterWeights(f"a{n}", f"{n:064x}", n, {}) for n in range(1, 4)]
@@ -83,7 +84,7 @@ class Stored:
         count = len(self._ids)
         if list(ids[:count]) != self._ids:
             return None
-        rows: Floats = np.array(self._ids, np.float32)[None, None, :, None]
+        rows = by_name(np.array(self._ids, np.float32)[None, None, :, None])
         return StoredPrefix(count, lambda: rows)
 
 

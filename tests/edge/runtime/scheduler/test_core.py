@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from edge.backends import Rows, Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, DeadlineError, DeviceMemoryError
+from edge.model.cache import SlotRows
 from edge.runtime.draft_model import ModelDrafter
 from edge.runtime.generation import FinishReason, GenerationStats, PromptProgress
 from edge.runtime.sampling import SampledToken
@@ -48,6 +49,7 @@ from tests.edge.runtime.scheduler.conftest import (
     make_request,
 )
 from tests.standins.scripted_backend import Script, ScriptedBackend, random_logits
+from tests.standins.slot_rows import by_name, stacked
 
 SCRIPT = random_logits(VOCAB)
 
@@ -165,9 +167,7 @@ class Life(RuleBasedStateMachine):
                 self.table,
                 draft_vocab=VOCAB,
                 target_vocab=VOCAB,
-                cut_rows=lambda rows, start, count: np.delete(
-                    rows, slice(start, start + count), axis=2
-                ),
+                cut_rows=SlotRows.without,
             )
         self.engine = Engine(
             self.table,
@@ -269,7 +269,7 @@ class Life(RuleBasedStateMachine):
     def use_the_backend(self) -> None:
         self.engine.run()
         backend = self.engine.backend
-        self.engine.core.call(lambda: backend.write_slot(0, np.full((1, 1, 3, 1), 7.0)))
+        self.engine.core.call(lambda: backend.write_slot(0, by_name(np.full((1, 1, 3, 1), 7.0))))
 
     @invariant()
     def books_are_true(self) -> None:
@@ -506,7 +506,7 @@ def test_a_step_that_runs_out_of_memory_leaves_no_row(table: EmbeddingTable):
     _, sink = engine.submit(make_request([9, 9, 9]))
     engine.run()
     assert isinstance(sink.last, DeviceMemoryError)
-    assert all(not engine.backend.read_slot(i, 3).clip(0).any() for i in range(4))
+    assert all(not stacked(engine.backend.read_slot(i, 3)).clip(0).any() for i in range(4))
 
 
 @pytest.mark.parametrize("prompt", [3, 14])
@@ -537,7 +537,7 @@ def test_logits_that_are_no_numbers_end_only_their_sequence(table: EmbeddingTabl
     assert "non-finite" in str(bad.last)
     assert all(slot.ids[:1] != [9] for slot in engine.core.roster.pool.slots)
     # Not one row of it is left: a NaN in it would reach the slot's next owner.
-    assert all(9 not in engine.backend.read_slot(i, 8) for i in range(4))
+    assert all(9 not in stacked(engine.backend.read_slot(i, 8)) for i in range(4))
 
 
 def nan_after_9(seen: tuple[int, ...]) -> Any:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from edge.backends import Floats
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, DeadlineError, OverloadError, RequestError
+from edge.model.cache import SlotRows
 from edge.runtime.scheduler import Suspended
 from edge.runtime.scheduler.fair_queue import FEW
 from edge.runtime.scheduler.sequence import SequenceState
@@ -187,10 +187,10 @@ def test_a_sequence_continues_with_its_own_rows(table: EmbeddingTable):
     sequence, _ = engine.submit(request)
     for _ in range(4):
         engine.core.step()
-    written: list[Floats] = []
+    written: list[SlotRows] = []
     write = engine.backend.write_slot
 
-    def write_slot(slot: int, rows: Floats) -> None:
+    def write_slot(slot: int, rows: SlotRows) -> None:
         written.append(rows)
         write(slot, rows)
 
@@ -390,7 +390,7 @@ def test_rows_that_cannot_be_written_back_end_their_own_sequence_alone(
     engine, _, sink = preempted_engine(table)
     write, fails = engine.backend.write_slot, ["the cache cannot be written"]
 
-    def write_slot(slot: int, rows: Floats) -> None:
+    def write_slot(slot: int, rows: SlotRows) -> None:
         if fails:
             raise BackendError(fails.pop())
         write(slot, rows)

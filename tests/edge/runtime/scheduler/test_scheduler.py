@@ -42,6 +42,7 @@ from tests.edge.runtime.scheduler.conftest import (
     take_config,
 )
 from tests.standins.scripted_backend import ScriptedBackend, random_logits
+from tests.standins.slot_rows import by_name
 
 SCRIPT = random_logits(VOCAB)
 Make = Callable[..., tuple[Scheduler, ScriptedBackend]]
@@ -324,7 +325,7 @@ def test_a_score_leaves_no_nan_behind(make: Make, table: EmbeddingTable, leaves:
         score(backend, table, [1, 2, 9, *[3] * 20], leave)
 
     for slot in range(2):
-        backend.write_slot(slot, np.full((1, 1, 64, 1), -1.0))
+        backend.write_slot(slot, by_name(np.full((1, 1, 64, 1), -1.0)))
     for run in (work, lambda: scheduler.call(work)):  # also where it calls once more
         with pytest.raises(
             RequestError if leaves else BackendError, match="left" if leaves else "NaN"
@@ -333,7 +334,7 @@ def test_a_score_leaves_no_nan_behind(make: Make, table: EmbeddingTable, leaves:
         # A row takes memory once it is written, so no other one is.
         assert backend.rows_of(0, 64) == [0] * 8 + [-1] * 56
         assert backend.rows_of(1, 64) == [-1] * 64
-        backend.write_slot(0, np.full((1, 1, 64, 1), -1.0))
+        backend.write_slot(0, by_name(np.full((1, 1, 64, 1), -1.0)))
     scheduler.call(lambda: score(backend, table, [1, 2, 3]))
     assert backend.rows_of(0, 3) == [1, 2, -1], "rows without a NaN are left"
 
