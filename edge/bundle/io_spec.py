@@ -176,16 +176,6 @@ def new_value(layer: int) -> str:
     return f"new.{layer}.value"
 
 
-def key_scale(layer: int) -> str:
-    """Return the name of the scales of a layer's keys in an 8-bit cache."""
-    return cache_scale(f"{layer}.key")
-
-
-def value_scale(layer: int) -> str:
-    """Return the name of the scales of a layer's values in an 8-bit cache."""
-    return cache_scale(f"{layer}.value")
-
-
 def cache_scale(tensor: str) -> str:
     """Return the name of the scales of an 8-bit cache tensor, ``[kv, 1, dim]``."""
     layer, _, part = tensor.partition(".")
@@ -296,13 +286,6 @@ def needed_onnxruntime(dialect: Dialect, *, int8_cache: bool) -> tuple[int, int]
     """Return the first ONNX Runtime whose CPU runs a decoder of this dialect."""
     spec = DIALECTS[dialect]
     return spec.min_onnxruntime_int8 if int8_cache else spec.min_onnxruntime
-
-
-def cache_types(
-    model: ModelSpec, dtype: FloatType, int8_layers: Collection[int]
-) -> list[ElementType]:
-    """Return the element type of each cache tensor."""
-    return [spec.type for spec in cache_tensors(model, dtype, int8_layers).values()]
 
 
 def decoder_inputs(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from .parts import AnyPart, Attention, Layer, Linear, Name, Norm, Rope, Rows, Size, only
+from .parts import AnyPart, Attention, Layer, Name, Rope, Rows, Size, only
 
 Task = Literal["generate", "embed", "rerank"]
 MAX_LAYERS = 1000
@@ -97,45 +97,3 @@ class ModelSpec(_Struct, frozen=True):
         """Return the dimensions of a head that a table of ``ropes`` turns; 0 if nothing uses it."""
         parts = (part for run in self.layers for part in only(run.parts, Rope))
         return next((part.dims for part in parts if part.table == table), 0)
-
-    # For layers that are all alike; what asks for these does not read layers yet.
-
-    @property
-    def attention(self) -> Attention:
-        """Return the attention that all layers have."""
-        return only(self.layer(0), Attention)[0]
-
-    @property
-    def num_heads(self) -> int:
-        """Return the query heads of a layer."""
-        return self.attention.heads
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Return the heads of keys and values of a layer."""
-        return self.attention.kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Return the size of a head."""
-        return self.attention.dim
-
-    @property
-    def intermediate_size(self) -> int:
-        """Return the width of the MLP."""
-        return next(part.width for part in only(self.layer(0), Linear) if part.name == "down")
-
-    @property
-    def qkv_bias(self) -> bool:
-        """Return whether q, k and v have biases."""
-        return next(part.bias for part in only(self.layer(0), Linear) if part.name == "qkv")
-
-    @property
-    def qk_norm(self) -> bool:
-        """Return whether the heads of q and k are normalized."""
-        return any(part.of for part in only(self.layer(0), Norm))
-
-    @property
-    def rope(self) -> RopeSpec:
-        """Return the frequencies of all layers."""
-        return self.ropes[0]

@@ -31,6 +31,7 @@ from edge.bundle.sizes import (
     profile_limits,
 )
 from edge.bundle.weights import Linear, count_facts
+from edge.model.cache import ELEMENT_BYTES, Rows, cache_tensors
 from edge.model.spec import ModelSpec
 
 BackendKind = Literal["tensorrt", "ort-cpu"]
@@ -77,12 +78,9 @@ class Deployment:
     def cache_rows(self, model: ModelSpec) -> list[tuple[int, int]]:
         """Return the heads of each cache tensor, and the bytes of a head's row in it."""
         layers = range(model.num_layers) if self.int8_layers == "all" else self.int8_layers
-        types = io_spec.cache_types(model, self.float_type, layers)
-        parts = (part for part in model.attentions() for _ in ("keys", "values"))
-        return [
-            (part.kv_heads, part.dim * io_spec.ELEMENT_BYTES[each])
-            for part, each in zip(parts, types, strict=True)
-        ]
+        tensors = cache_tensors(model, self.float_type, layers).values()
+        rows = [spec for spec in tensors if isinstance(spec, Rows)]
+        return [(spec.kv_heads, spec.dim * ELEMENT_BYTES[spec.type]) for spec in rows]
 
     def cache_token_bytes(self, model: ModelSpec) -> int:
         """Return the bytes of cache that a token takes over all layers."""

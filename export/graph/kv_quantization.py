@@ -33,12 +33,12 @@ class KvScales:
 
 def key_factor(g: GraphBuilder, layer: int, scales: KvScales) -> str:
     """Add the scales of a layer's keys, ``[kv_heads, 1, head_dim]``."""
-    return g.small_floats(io_spec.key_scale(layer), scales.keys[:, None])
+    return g.small_floats(io_spec.cache_scale(f"{layer}.key"), scales.keys[:, None])
 
 
 def value_factor(g: GraphBuilder, layer: int, scales: KvScales) -> str:
     """Add the scales of a layer's values, ``[kv_heads, 1, head_dim]``."""
-    return g.small_floats(io_spec.value_scale(layer), scales.values[:, None])
+    return g.small_floats(io_spec.cache_scale(f"{layer}.value"), scales.values[:, None])
 
 
 def rounded_rows(g: GraphBuilder, rows: str, factor: str, output: str, scales: KvScales) -> str:

@@ -228,7 +228,7 @@ class _HeadConfig:
             raise CheckpointError(f"{path}: transformer_layer_config must be an object")
         values = {**inner, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
         spec = parse_config(values, str(path))
-        if spec.qkv_bias:
+        if any(linear.biases for linear in linear_layers(spec)):
             raise CheckpointError(f"{path}: attention_bias is true: a head has no biases")
         if spec.num_layers != 1:
             raise CheckpointError(

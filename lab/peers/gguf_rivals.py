@@ -19,6 +19,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.model.dense import Dense
 from edge.text.chat_template import ChatTemplate
 from edge.text.tokenizer import Tokenizer
 from export.sources.documents import BUILT_IN_TOKENS, calibration_batches, read_calibration_text
@@ -70,7 +71,10 @@ def write_floats(source: Path, output: Path, adapter: Path | None = None) -> flo
         if not isinstance(base, GgufCheckpoint):
             raise SystemExit(f"error: llama.cpp's formats are made from a GGUF file, not {source}")
         places = {name: hf for hf, name in base._gguf_names.items()}
-        heads = {"q_proj": base.spec.num_heads, "k_proj": base.spec.num_kv_heads}
+        heads = {
+            "q_proj": Dense.of(base.spec).num_heads,
+            "k_proj": Dense.of(base.spec).num_kv_heads,
+        }
 
         def convert(tensor: Any) -> tuple[Any, Any]:
             if len(tensor.shape) < 2:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge.bundle.rope import inverse_frequencies
+from edge.model.dense import Dense
 from edge.model.spec import ModelSpec
 from export.sources.eagle3 import head_linears, head_norms
 
@@ -64,7 +65,7 @@ class HeadModule(nn.Module):  # type: ignore[misc]
         numbers = np.full(len(table), -1, np.int64)
         numbers[vocabulary] = np.arange(len(vocabulary))
         self._numbers = torch.from_numpy(numbers)
-        frequencies = inverse_frequencies(spec.rope, spec.head_dim)
+        frequencies = inverse_frequencies(spec.ropes[0], Dense.of(spec).head_dim)
         self._frequencies = torch.from_numpy(np.asarray(frequencies, np.float32))
 
     def trained(self) -> list[nn.Parameter]:
@@ -140,18 +141,20 @@ class HeadModule(nn.Module):  # type: ignore[misc]
         spec, (batch, count, _) = self.spec, joined.shape
         parts = []
         for part, heads in (
-            ("q", spec.num_heads),
-            ("k", spec.num_kv_heads),
-            ("v", spec.num_kv_heads),
+            ("q", Dense.of(spec).num_heads),
+            ("k", Dense.of(spec).num_kv_heads),
+            ("v", Dense.of(spec).num_kv_heads),
         ):
             projected = joined @ self._weight(f"midlayer.self_attn.{part}_proj.weight").T
-            parts.append(projected.view(batch, count, heads, spec.head_dim).transpose(1, 2))
-        shared = spec.num_heads // spec.num_kv_heads
+            parts.append(
+                projected.view(batch, count, heads, Dense.of(spec).head_dim).transpose(1, 2)
+            )
+        shared = Dense.of(spec).num_heads // Dense.of(spec).num_kv_heads
         query = self._rotate(parts[0], k)
         keys = self._rotate(parts[1], k).repeat_interleave(shared, 1)
         values = parts[2].repeat_interleave(shared, 1)
         past.append((keys, values))
-        scale = spec.head_dim**-0.5
+        scale = Dense.of(spec).head_dim ** -0.5
         first, rest = past[0], past[1:]
         scores = (query @ first[0].transpose(2, 3) * scale).masked_fill(~causal, -1e9)
         own = [(query * each[0]).sum(-1, keepdim=True) * scale for each in rest]
@@ -159,13 +162,15 @@ class HeadModule(nn.Module):  # type: ignore[misc]
         mixed = weights[..., :count] @ first[1]
         for i, each in enumerate(rest):
             mixed = mixed + weights[..., count + i, None] * each[1]
-        merged = mixed.transpose(1, 2).reshape(batch, count, spec.num_heads * spec.head_dim)
+        merged = mixed.transpose(1, 2).reshape(
+            batch, count, Dense.of(spec).num_heads * Dense.of(spec).head_dim
+        )
         return merged @ self._weight("midlayer.self_attn.o_proj.weight").T
 
     def _rotate(self, x: Tensor, k: int) -> Tensor:
         """Rotate ``[texts, heads, tokens, dim]`` by the rows' positions at guess ``k``."""
         angles = (torch.arange(x.shape[2]) + k)[:, None] * self._frequencies
-        cos, sin = (f(angles) * self.spec.rope.attention_factor for f in (torch.cos, torch.sin))
+        cos, sin = (f(angles) * self.spec.ropes[0].attention_factor for f in (torch.cos, torch.sin))
         low, high = x.chunk(2, -1)
         return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 

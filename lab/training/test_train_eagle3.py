@@ -21,6 +21,7 @@ from edge import LLM, EdgeError, SamplingParams
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError
+from edge.model.dense import Dense
 from edge.model.spec import ModelSpec
 from export.graph.rope import rope_tables
 from export.pipeline import ExportConfig, export_checkpoint
@@ -84,7 +85,7 @@ def test_the_most_frequent_tokens_are_chosen(tiny_bundles: Bundles, texts: Path)
 def test_the_layers_are_those_that_others_read():
     assert layers_of(make_model(num_layers=28)) == (2, 14, 25)
     assert layers_of(make_model(num_layers=2)) == (0, 1, 2)
-    assert head_spec(make_model(), 99, 7).intermediate_size == 7
+    assert Dense.of(head_spec(make_model(), 99, 7)).intermediate_size == 7
 
 
 def write(output: Path, spec: ModelSpec, **weights: NDArray[Any]) -> None:
@@ -116,7 +117,7 @@ def test_the_written_head_turns_by_the_rope_it_was_trained_with(
         expected = head_spec(model.spec, VOCAB, None)
         assert Eagle3Head(model, tmp_path / "head").spec == expected
         kinds = {"qwen2": "default", "llama": "llama3", "qwen3": "yarn"}
-        assert expected.rope.kind == ("linear" if linear else kinds[kind])
+        assert expected.ropes[0].kind == ("linear" if linear else kinds[kind])
 
 
 def test_what_is_no_number_is_not_written(tmp_path: Path):
@@ -167,8 +168,12 @@ def test_training_turns_as_the_exported_head_does(kind: Kind, tmp_path: Path):
     module = HeadModule(
         spec, table, np.arange(VOCAB), np.ones(spec.hidden_size, np.float32), is_tied=False
     )
-    x = np.random.RandomState(0).standard_normal((1, 2, 40, spec.head_dim)).astype(np.float32)
-    cos, sin = (part[3:] for part in rope_tables(spec.rope, spec.head_dim, 43))
+    x = (
+        np.random.RandomState(0)
+        .standard_normal((1, 2, 40, Dense.of(spec).head_dim))
+        .astype(np.float32)
+    )
+    cos, sin = (part[3:] for part in rope_tables(spec.ropes[0], Dense.of(spec).head_dim, 43))
     low, high = np.split(x, 2, axis=-1)
     expected = np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
     np.testing.assert_allclose(module._rotate(torch.from_numpy(x), 3), expected, atol=1e-4)
@@ -199,7 +204,7 @@ def test_the_unrolled_head_is_the_one_that_drafts():
 
     head = make_head(draft_vocab=VOCAB)
     spec = head_spec(make_model(), VOCAB, 96)
-    rope = msgspec.structs.replace(spec.rope, theta=THETA)
+    rope = msgspec.structs.replace(spec.ropes[0], theta=THETA)
     spec = change_model(spec, rope=rope, rms_norm_eps=EPS)
     rng = np.random.RandomState(0)
     table = rng.standard_normal((VOCAB, HIDDEN)).astype(np.float16)

@@ -60,7 +60,7 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def rope(**scaling: Any) -> RopeSpec:
-    return parse_config(config(rope_scaling=scaling)).rope
+    return parse_config(config(rope_scaling=scaling)).ropes[0]
 
 
 def test_r1_distill_qwen() -> None:
@@ -95,7 +95,11 @@ def test_qwen3_has_norms_of_the_heads_and_a_head_dim_of_its_own() -> None:
         config(architectures=["Qwen3ForCausalLM"], head_dim=256, tie_word_embeddings=True)
     )
     shapes = expected_tensors(spec)
-    assert (spec.head_dim, spec.qk_norm, spec.qkv_bias) == (256, True, False)
+    assert (Dense.of(spec).head_dim, Dense.of(spec).qk_norm, Dense.of(spec).qkv_bias) == (
+        256,
+        True,
+        False,
+    )
     assert shapes["model.layers.3.self_attn.q_norm.weight"] == (256,)
     assert shapes["model.layers.3.self_attn.o_proj.weight"] == (1536, 12 * 256)
     assert "model.layers.3.self_attn.q_proj.bias" not in shapes
@@ -114,14 +118,17 @@ def test_qwen3_has_norms_of_the_heads_and_a_head_dim_of_its_own() -> None:
     ],
 )
 def test_biases_of_q_k_and_v(architecture: str, said: bool | None, has: bool) -> None:
-    assert parse_config(config(architectures=[architecture], attention_bias=said)).qkv_bias is has
+    assert (
+        Dense.of(parse_config(config(architectures=[architecture], attention_bias=said))).qkv_bias
+        is has
+    )
 
 
 def test_old_llama_has_as_many_kv_heads_as_heads_and_the_default_theta() -> None:
     spec = parse_config(
         config(architectures=["LlamaForCausalLM"], num_key_value_heads=..., rope_theta=...)
     )
-    assert (spec.num_kv_heads, spec.rope) == (12, RopeSpec(theta=10000.0))
+    assert (Dense.of(spec).num_kv_heads, spec.ropes[0]) == (12, RopeSpec(theta=10000.0))
     with pytest.raises(CheckpointError, match="num_key_value_heads is missing"):
         parse_config(config(num_key_value_heads=...))
 
@@ -135,9 +142,9 @@ def test_llama3_scaling() -> None:
         low_freq_factor=1.0,
         high_freq_factor=4.0,
     )
-    assert parse_config(config(rope_theta=500000.0, rope_scaling=LLAMA3)).rope == expected
+    assert parse_config(config(rope_theta=500000.0, rope_scaling=LLAMA3)).ropes[0] == expected
     style_5 = config(rope_theta=..., rope_parameters={**LLAMA3, "rope_theta": 500000.0})
-    assert parse_config(style_5).rope == expected
+    assert parse_config(style_5).ropes[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -181,7 +188,7 @@ def test_rope_as_transformers_reads_it(scaling: dict[str, Any] | None) -> None:
     if scaling is not None:
         scaling = {key: value for key, value in scaling.items() if value is not None}
     values = config(rope_scaling=scaling, rope_theta=250000.0)
-    spec = parse_config(json.loads(json.dumps(values))).rope
+    spec = parse_config(json.loads(json.dumps(values))).ropes[0]
     theirs = transformers.Qwen2Config(**values)
     theirs.standardize_rope_params()
     parameters = theirs.rope_parameters
@@ -256,8 +263,8 @@ JSON = st.recursive(
 def test_any_value_is_read_or_refused(key: str, value: Any) -> None:
     with contextlib.suppress(CheckpointError):  # anything else fails the test
         spec = parse_config(config(**{key: value}))
-        assert spec.num_heads % spec.num_kv_heads == 0
-        assert spec.head_dim % 2 == 0
+        assert Dense.of(spec).num_heads % Dense.of(spec).num_kv_heads == 0
+        assert Dense.of(spec).head_dim % 2 == 0
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from edge.backends.step import step_after
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import read_manifest
+from edge.model.dense import Dense
 from tests.conftest import TINY_KV_CAPACITY, Bundles, Checkpoints, require_kernels
 from tests.makers.goldens import (
     FP16_KERNELS,
@@ -187,7 +188,12 @@ class EngineGraph:
         )
         self.embeddings = EmbeddingTable(bundle / EMBEDDINGS_NAME)
         model = self.manifest.model
-        shape = (1, model.num_kv_heads, self.manifest.kv_capacity, model.head_dim)
+        shape = (
+            1,
+            Dense.of(model).num_kv_heads,
+            self.manifest.kv_capacity,
+            Dense.of(model).head_dim,
+        )
         self.cache = [np.zeros(shape, dtype=np.float16) for _ in range(2 * model.num_layers)]
         self.length = 0
 

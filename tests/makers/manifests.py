@@ -84,8 +84,7 @@ def make_model(**changes: Any) -> ModelSpec:
 
 def change_model(model: ModelSpec, **changes: Any) -> ModelSpec:
     """A model whose layers are alike, with some of the fields of `Dense` replaced."""
-    fields = {name: getattr(model, name) for name in Dense.__struct_fields__}
-    return Dense(**{**fields, **changes}).model()
+    return msgspec.structs.replace(Dense.of(model), **changes).model()
 
 
 def written_before_layers(manifest: Manifest, version: int = 8) -> bytes:
@@ -94,7 +93,7 @@ def written_before_layers(manifest: Manifest, version: int = 8) -> bytes:
     content = msgspec.to_builtins(older)
 
     def numbers(model: ModelSpec) -> Any:
-        return {name: msgspec.to_builtins(getattr(model, name)) for name in Dense.__struct_fields__}
+        return msgspec.to_builtins(Dense.of(model))
 
     content["model"] = numbers(manifest.model)
     if manifest.head is not None:

@@ -121,7 +121,7 @@ class OrtBackend:
         if deterministic and not fused:
             raise ConfigError(
                 "deterministic needs attention in ONNX Runtime's GroupQueryAttention, which does "
-                f"not take heads of {self._model.head_dim} values; leave the option out"
+                "not take this model's heads; leave the option out"
             )
         if deterministic and platform.machine() not in ("x86_64", "AMD64"):
             raise BackendError(

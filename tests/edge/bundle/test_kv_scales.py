@@ -103,7 +103,7 @@ def test_a_graph_without_a_scale_is_refused(tiny_bundles: Bundles) -> None:
     data = path.read_bytes()
     scales = graph_scales(OnnxFile(data), manifest, path)
     assert list(scales) == list(cache_tensors(manifest.model, "fp32"))
-    name = io_spec.value_scale(1).encode()
+    name = io_spec.cache_scale("1.value").encode()
     renamed = OnnxFile(data.replace(name, name[:-1] + b"x"))
     with pytest.raises(BundleError, match=r"layers\.1\.v\.cache_scale are missing.*--kv-cache"):
         graph_scales(renamed, manifest, path)

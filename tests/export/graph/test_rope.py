@@ -92,7 +92,7 @@ def config(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def rope_of(name: str) -> RopeSpec:
-    return parse_config(config(PARAMETERS[name])).rope
+    return parse_config(config(PARAMETERS[name])).ropes[0]
 
 
 every_kind = pytest.mark.parametrize("name", PARAMETERS)

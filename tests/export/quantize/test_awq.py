@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from edge.bundle.linears import norm_sources
+from edge.model.dense import Dense
 from edge_make.recipe import Recipe
 from export.quantize.awq import awq_factors
 from export.quantize.calibrated import Calibrated, Method, shared_channels
@@ -172,6 +173,10 @@ def test_peaks_are_those_of_the_folded_model(method: Method, tmp_path: Path):
 def test_channels_of_o_come_from_those_of_v(kind: Kind, tiny_checkpoints: Checkpoints):
     with open_checkpoint(str(tiny_checkpoints(kind))) as checkpoint:
         spec = checkpoint.spec
-    values = np.random.RandomState(0).normal(size=(spec.num_kv_heads, 1, spec.head_dim))
-    repeated = values.repeat(spec.num_heads // spec.num_kv_heads, axis=1).reshape(-1)
+    values = np.random.RandomState(0).normal(
+        size=(Dense.of(spec).num_kv_heads, 1, Dense.of(spec).head_dim)
+    )
+    repeated = values.repeat(
+        Dense.of(spec).num_heads // Dense.of(spec).num_kv_heads, axis=1
+    ).reshape(-1)
     np.testing.assert_array_equal(values.reshape(-1)[shared_channels(spec, "layers.1.o")], repeated)

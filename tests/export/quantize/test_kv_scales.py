@@ -59,7 +59,7 @@ def test_a_key_is_in_range_wherever_its_token_stands() -> None:
     observed = observe(model, None, 0, qkv)  # type: ignore[arg-type]
     scales = find_scales(observed, np.dtype(np.float16), wide=False)
     keys = qkv[:, 64:96].reshape(50, 2, 16).transpose(1, 0, 2)
-    frequencies = inverse_frequencies(model.rope, 16)
+    frequencies = inverse_frequencies(model.ropes[0], 16)
     for position in (0, 1, 50, 777, 30000):
         turned = turn(keys, frequencies, position)
         assert (np.abs(turned) <= 127.01 * scales.keys[:, None]).all()

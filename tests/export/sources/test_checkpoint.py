@@ -21,6 +21,7 @@ from edge.bundle.library import CATALOGUE
 from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import CheckpointError, ConfigError
+from edge.model.dense import Dense
 from edge_make.published import REVISIONS
 from export.pipeline import ExportConfig, export_checkpoint
 from export.sources.checkpoint import Checkpoint
@@ -277,7 +278,7 @@ def test_what_is_refused_is_named(file, changes, words, directory: Path) -> None
 def test_qwen2_under_a_config_that_says_attention_bias(directory: Path) -> None:
     edit(directory / "config.json", attention_bias=True)
     with open_checkpoint(str(directory)) as checkpoint:
-        assert checkpoint.spec.qkv_bias
+        assert Dense.of(checkpoint.spec).qkv_bias
     name = "model.layers.1.self_attn.o_proj.bias"
     add_tensor(directory, name, "BF16", [64], b"\x80\x3f" * 64)
     words = rf"tensor {name} is not part .* found BF16 \[64\].* biases are read of q, k and v"

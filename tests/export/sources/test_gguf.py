@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import SamplingDefaults, Tokens
 from edge.errors import CheckpointError
+from edge.model.dense import Dense
 from edge.model.spec import RopeSpec
 from edge.text import known_templates
 from export.sources import gguf_file
@@ -269,7 +270,7 @@ def test_attention_biases_of_llama(tmp_path: Path) -> None:
             stored[f"blk.{layer}.attn_{part}.bias"] = (column[:, 0], f32)
         stored[f"blk.{layer}.attn_output.bias"] = (np.zeros(64, np.float32), f32)
     with open_checkpoint(str(write_tiny(tmp_path, "llama", stored))) as checkpoint:
-        assert checkpoint.spec.qkv_bias
+        assert Dense.of(checkpoint.spec).qkv_bias
         for part, bias in biases.items():
             found = checkpoint.tensor(f"model.layers.1.self_attn.{part}_proj.bias")
             np.testing.assert_array_equal(found, bias)
@@ -282,7 +283,7 @@ def test_yarn_of_gguf_multiplies_by_attn_factor(tmp_path: Path) -> None:
     scale = 1 / (0.1 * math.log(4) + 1)
     path = write_tiny(tmp_path, "qwen3", {"qwen3.rope.scaling.attn_factor": scale})
     with open_checkpoint(str(path)) as checkpoint:
-        assert checkpoint.spec.rope.attention_factor == pytest.approx(1.0, abs=1e-6)
+        assert checkpoint.spec.ropes[0].attention_factor == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +305,7 @@ def test_a_factor_alone_is_linear_as_in_llama_cpp(
 ) -> None:
     changes = {f"qwen2.rope.{key}": value for key, value in scaling.items()}
     with open_checkpoint(str(write_tiny(tmp_path, "qwen2", changes))) as checkpoint:
-        assert checkpoint.spec.rope == rope
+        assert checkpoint.spec.ropes[0] == rope
 
 
 @settings(deadline=None, max_examples=60)
@@ -479,7 +480,7 @@ def test_llama31_without_its_rope_factors_is_warned_of(
         "rope_freqs.weight": ...,
     }
     with open_checkpoint(str(write_tiny(tmp_path, "llama", changes))) as checkpoint:
-        assert checkpoint.spec.rope.kind == "default"
+        assert checkpoint.spec.ropes[0].kind == "default"
     assert ("converter of July 2024" in caplog.text) is warns
 
 

@@ -36,6 +36,7 @@ from edge.errors import (
     EdgeError,
     ResourceError,
 )
+from edge.model.dense import Dense
 from tests.conftest import TINY_KV_CAPACITY, Bundles, require_kernels
 from tests.edge.backends.ort.test_cpu_attention import export_heads
 from tests.edge.backends.runner import (
@@ -138,7 +139,12 @@ def test_read_write_and_copy_of_a_slot(runner: CudaRunner):
     runner.step(ids, [2])
     rows = runner.cache(2)
     model = runner.manifest.model
-    assert rows.shape == (2 * model.num_layers, model.num_kv_heads, 33, model.head_dim)
+    assert rows.shape == (
+        2 * model.num_layers,
+        Dense.of(model).num_kv_heads,
+        33,
+        Dense.of(model).head_dim,
+    )
     assert rows.dtype == np.float16
 
     backend.write_slot(3, by_name(rows))

@@ -237,7 +237,9 @@ def test_one_operator_per_layer_with_its_scales(tiny_bundles: Bundles) -> None:
     assert not {"TensorScatter", "QuantizeLinear", "DequantizeLinear", "Div"} & ops.keys()
     fused = [node for node in graph.nodes if node.op_type == "GroupQueryAttention"]
     for layer, node in enumerate(fused):
-        assert node.inputs[12:] == [io_spec.key_scale(layer), io_spec.value_scale(layer)]
+        assert node.inputs[12:] == [
+            io_spec.cache_scale(f"{layer}.{name}") for name in ("key", "value")
+        ]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from numpy.testing import assert_array_equal
 from edge.backends import cuda
 from edge.backends.cuda import pieces
 from edge.backends.tensorrt.device_cache import DeviceCache
+from edge.model.dense import Dense
 from tests.edge.backends.runner import history
 from tests.edge.backends.tensorrt.gpu_runner import EngineBundles, GpuRunner, both_drivers
 from tests.makers.manifests import make_manifest
@@ -31,7 +32,7 @@ def test_rows_have_the_bits_of_the_engines_type(dtype: Any, stored: Any, gpu: Fa
     """No CPU computes an engine in BF16, so its bits are looked at in the memory itself."""
     manifest = make_manifest(dtype=dtype)
     model = manifest.model
-    heads, dim = model.num_kv_heads, model.head_dim
+    heads, dim = Dense.of(model).num_kv_heads, Dense.of(model).head_dim
     rows = np.random.default_rng(0).normal(0, 9, (2 * model.num_layers, heads, 5, dim))
     expected = rows.astype(np.float32).astype(stored)
     device = cuda.Device()

@@ -25,6 +25,7 @@ from edge.backends.tensorrt.bound_context import BoundContext
 from edge.bundle import sizes
 from edge.bundle.sizes import StepLimits
 from edge.errors import BackendError, BundleError
+from edge.model.dense import Dense
 from edge.runtime.scheduler.request import SchedulerStats
 from engines import profiles
 from tests.conftest import Bundles
@@ -171,7 +172,12 @@ def test_read_write_and_copy_of_a_slot(dialect: str, gpu: FakeGpu, engine_bundle
         runner.step(random_ids(1, 23), [2])
         rows = runner.cache(2)
         model = runner.manifest.model
-        assert rows.shape == (2 * model.num_layers, model.num_kv_heads, 23, model.head_dim)
+        assert rows.shape == (
+            2 * model.num_layers,
+            Dense.of(model).num_kv_heads,
+            23,
+            Dense.of(model).head_dim,
+        )
         assert rows.any(axis=(1, 3)).all()
         backend.write_slot(0, by_name(rows))
         backend.copy_slot(2, 3, 20)
