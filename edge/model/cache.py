@@ -48,7 +48,7 @@ class Rows(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="k
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="state"):
-    """What a layer keeps of all tokens so far, of a size that does not grow."""
+    """Holds what a layer keeps of all tokens so far, of a size that does not grow."""
 
     sizes: Annotated[tuple[Size, ...], msgspec.Meta(min_length=1, max_length=4)]
     type: ElementType

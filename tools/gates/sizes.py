@@ -25,14 +25,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# 611 lines more than before a model was made of parts; what these replace is not all gone yet.
 PACKAGES = {
-    "edge": 17_221,  # its parts and caches by name; what they replace is on its way out
-    "edge_make": 1_171,
-    "edge_lab": 11_086,
-    "edge_serve": 11_314,
+    "edge": 17_240,
+    "edge_make": 1_245,
+    "edge_lab": 11_103,
+    "edge_serve": 11_316,
     "edge_fleet": 4_853,
-    "engines": 7_318,
-    "export": 8_678,
+    "engines": 7_324,
+    "export": 8_839,
 }
 """Code lines of each package, without what an allowance covers."""
 
@@ -53,9 +54,9 @@ class Loaded:
     lines: int
 
 
-LOADED = {"tensorrt": Loaded(modules=75, lines=8_900), "ort-cpu": Loaded(modules=78, lines=8_625)}
+LOADED = {"tensorrt": Loaded(modules=75, lines=8_868), "ort-cpu": Loaded(modules=78, lines=8_608)}
 
-CLOSURE, CLOSURE_LINES = "edge.runtime.llm", 19_230
+CLOSURE, CLOSURE_LINES = "edge.runtime.llm", 19_251
 """A module, and the code lines of all that it may ever load; 18,914 before `edge.model`."""
 
 

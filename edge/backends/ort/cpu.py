@@ -120,8 +120,8 @@ class OrtBackend:
             )
         if deterministic and not fused:
             raise ConfigError(
-                "deterministic needs attention in ONNX Runtime's GroupQueryAttention, which does "
-                "not take this model's heads; leave the option out"
+                "deterministic needs attention in ONNX Runtime's GroupQueryAttention, which "
+                "does not take this model's heads; leave the option out"
             )
         if deterministic and platform.machine() not in ("x86_64", "AMD64"):
             raise BackendError(
