@@ -13,6 +13,7 @@ from edge.bundle.manifest import FloatType, Manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.device.process import choose_num_threads, count_usable_cpus
 from edge.errors import BackendError, BundleError, ConfigError, DependencyError, install_command
+from edge.model.cache import cache_tensors, check_cache
 
 from .join_planes import hand_over
 from .mapped_weights import lend
@@ -37,8 +38,10 @@ def check_sizes(
         max_step_tokens: the most tokens per sequence and step.
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: a number is out of range, or a cache tensor has no rows.
     """
+    tensors = cache_tensors(manifest.model, manifest.dtype)
+    check_cache(tensors, "can_cut", "a slot of ONNX Runtime")
     if num_slots < 1 or max_step_tokens < 1:
         raise ConfigError(
             f"num_slots ({num_slots}) and max_step_tokens ({max_step_tokens}) must be positive"

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import ml_dtypes
+import msgspec
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -13,10 +14,12 @@ from numpy.testing import assert_array_equal
 from edge.backends import cuda
 from edge.backends.cuda import pieces
 from edge.backends.tensorrt.device_cache import DeviceCache
+from edge.model.cache import SlotRows, cache_tensors
 from edge.model.dense import Dense
+from edge.model.spec import LayerRun
 from tests.edge.backends.runner import history
 from tests.edge.backends.tensorrt.gpu_runner import EngineBundles, GpuRunner, both_drivers
-from tests.makers.manifests import make_manifest
+from tests.makers.manifests import make_manifest, make_model
 from tests.standins import cuda_bindings as fake_cuda_bindings
 from tests.standins.cuda import FakeGpu
 from tests.standins.slot_rows import by_name, stacked, tensor_name
@@ -49,6 +52,39 @@ def test_rows_have_the_bits_of_the_engines_type(dtype: Any, stored: Any, gpu: Fa
                 bits = memory.view(np.uint16).reshape(heads, ROWS, dim)
                 assert_array_equal(bits[:, :5], each.view(np.uint16))
                 assert not bits[:, 5:].any()
+
+
+@both_drivers
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_tensors_of_other_shapes_have_a_block_of_their_own(dtype: Any, gpu: FakeGpu):
+    """What is read is what was written, to each tensor in its own memory."""
+    wide, narrow = (
+        make_model(num_kv_heads=heads, head_dim=dim) for heads, dim in ((2, 64), (1, 32))
+    )
+    runs = tuple(LayerRun(1, each.layer(0)) for each in (wide, narrow, wide))
+    model = msgspec.structs.replace(wide, layers=runs)
+    tensors = cache_tensors(model, dtype)
+    random, device = np.random.default_rng(0), cuda.Device()
+    rows = SlotRows(
+        (name, random.integers(-9, 9, spec.shape(1, 5)[1:]).astype(np.float32))
+        for name, spec in tensors.items()
+    )
+    with device.active(), ExitStack() as resources:
+        manifest = make_manifest(dtype=dtype, model=model)
+        cache = DeviceCache(device, cuda.Stream(device), resources, manifest, {}, SLOTS, ROWS)
+        assert [planes.names for planes in cache.planes] == [
+            ["0.key", "0.value", "2.key", "2.value"], ["1.key", "1.value"],
+        ]  # fmt: skip
+        assert cache.num_bytes == SLOTS * ROWS * sum(spec.row_bytes for spec in tensors.values())
+        cache.write(0, rows)
+        cache.copy(0, 2, 4)
+        found = cache.read(0, 5), cache.read(2, 5)
+        assert list(found[0]) == list(found[1]) == list(tensors)
+        for name, array in rows.items():
+            assert_array_equal(found[0][name].astype(np.float32), array)
+            assert_array_equal(found[1][name][:, :4].astype(np.float32), array[:, :4])
+            assert not found[1][name][:, 4:].any()
+        assert not any(array.any() for array in cache.read(1, ROWS).values())
 
 
 @both_drivers
