@@ -10,7 +10,7 @@ from edge.backends.step import prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import ConfigError, ContextLengthError, RequestError
 from edge.logprobs import check_finite
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 from edge.runtime.kv_cache import common_prefix
 from edge.user_paths import user_directory
 

@@ -13,7 +13,7 @@ from edge.errors import BackendError
 
 if TYPE_CHECKING:
     from edge.adapters.weights import AdapterWeights
-    from edge.model.cache import SlotRows
+    from edge.model.slot_rows import SlotRows
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]

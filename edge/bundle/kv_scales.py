@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import BackendError, BundleError
-from edge.model.cache import CacheSpec, SlotRows, cache_tensors
+from edge.model.cache import CacheSpec, cache_tensors
+from edge.model.slot_rows import SlotRows
 
 from .extras import read_extra
 from .manifest import Manifest

@@ -1,13 +1,11 @@
-"""Describes a model's cache, tensor by tensor, and holds the rows of one slot by the same names."""
+"""Describes a model's cache, tensor by tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Collection, Mapping
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from edge.errors import ConfigError
 
@@ -101,33 +99,3 @@ def check_cache(
     for name, spec in tensors.items():
         if not getattr(spec, need):
             raise ConfigError(f"{what} is impossible: the cache {name} is a state, not rows")
-
-
-class SlotRows(dict[str, NDArray[Any]]):
-    """The first rows of a slot by name, in graph order: floats ``[kv_heads, length, dim]`` each.
-
-    Arrays may be views of one block.
-    """
-
-    @property
-    def length(self) -> int:
-        """Return the number of rows."""
-        return int(next(iter(self.values())).shape[1])
-
-    def each(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> SlotRows:
-        """Change every array by a function."""
-        return SlotRows((name, change(array)) for name, array in self.items())
-
-    def cut(self, start: int, end: int) -> SlotRows:
-        """Return the rows from ``start`` to ``end``, as views."""
-        return self.each(lambda array: array[:, start:end])
-
-    def without(self, start: int, count: int) -> SlotRows:
-        """Copy all rows but ``count`` from ``start`` on."""
-        return self.each(
-            lambda array: np.concatenate((array[:, :start], array[:, start + count :]), axis=1)
-        )
-
-    def zeroed(self, start: int, end: int) -> SlotRows:
-        """Copy the first ``start`` rows, with zeros behind them up to row ``end``."""
-        return self.each(lambda array: np.pad(array[:, :start], ((0, 0), (0, end - start), (0, 0))))

@@ -28,7 +28,7 @@ from edge.bundle.trust import open_manifest
 from edge.bundle.verified_files import verify_files
 from edge.engine_config import BackendName, EngineConfig
 from edge.errors import ConfigError
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 from edge.text.tokenizer_difference import tokenizer_difference
 
 from .guesses import Guesses

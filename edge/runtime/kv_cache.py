@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from edge.errors import ContextLengthError
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 
 
 @dataclass(eq=False)

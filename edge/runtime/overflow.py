@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from edge.bundle.rope import inverse_frequencies, turn
 from edge.errors import ConfigError
-from edge.model.cache import SlotRows, cache_tensors, check_cache
+from edge.model.cache import cache_tensors, check_cache
 from edge.model.parts import Rope, only
+from edge.model.slot_rows import SlotRows
 from edge.model.spec import ModelSpec
 
 NUM_SINKS = 4

@@ -31,7 +31,8 @@ from edge.bundle.manifest import Manifest
 from edge.bundle.update import fsync, replace_durably, sweep_temp, temp_path
 from edge.errors import ConfigError, ResourceError
 from edge.files import MALFORMED, open_file
-from edge.model.cache import ElementType, Rows, SlotRows
+from edge.model.cache import ElementType, Rows
+from edge.model.slot_rows import SlotRows
 
 from .scheduler import StoredPrefix
 

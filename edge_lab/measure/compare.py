@@ -25,7 +25,7 @@ from edge.backends.step import all_tokens, prefill
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import Manifest
 from edge.logprobs import log_softmax
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 from edge_make.progress import Progress, silent
 
 from .divergence import cosine_similarity, kl_divergence

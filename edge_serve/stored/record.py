@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.kv_scales import Scales, unpack_rows
 from edge.files import MALFORMED, open_file
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 from edge.runtime.prefix_store import Layout
 
 _MAGIC = b"edge-llm response 1\n"

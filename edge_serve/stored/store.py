@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edge.bundle.kv_scales import Scales
 from edge.bundle.update import fsync, replace_durably, sweep_temp, try_lock
 from edge.errors import ConfigError, ResourceError
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 
 from .record import Record, UnusableError, head_of, read_record, read_rows
 

@@ -14,7 +14,7 @@ from edge.backends.step import refuse_adapter
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.kv_scales import Scales
 from edge.errors import BackendError
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 
 Script = Callable[[tuple[int, ...]], "int | NDArray[np.float32]"]
 """From the tokens so far to the next token, or to its row of logits."""

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.model.cache import Rows, SlotRows
+from edge.model.cache import Rows
+from edge.model.slot_rows import SlotRows
 from edge.runtime.prefix_store import Layout
 
 

@@ -24,7 +24,8 @@ from edge.device.huge_pages import collapse_filled
 from edge.device.memory import read_available_memory_bytes
 from edge.engine_config import INT8_PREFILL_TOKENS
 from edge.errors import BackendError, ConfigError, ResourceError
-from edge.model.cache import SlotRows, cache_tensors
+from edge.model.cache import cache_tensors
+from edge.model.slot_rows import SlotRows
 from edge.model.spec import ModelSpec
 
 from .cpu_attention import can_fuse, fuse_cache_attention

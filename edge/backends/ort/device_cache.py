@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.device.process import choose_num_threads
-from edge.model.cache import CacheSpec, SlotRows
+from edge.model.cache import CacheSpec
+from edge.model.slot_rows import SlotRows
 
 from .device import OrtDevice, open_on_device
 from .rows import Block, RowMover, RowWriter

@@ -28,7 +28,8 @@ from edge.bundle import io_spec
 from edge.bundle.manifest import FloatType, Manifest
 from edge.bundle.onnx_file import Node, OnnxFile
 from edge.errors import BackendError, DependencyError, EdgeError
-from edge.model.cache import SlotRows, cache_tensors
+from edge.model.cache import cache_tensors
+from edge.model.slot_rows import SlotRows
 
 from .cpu_attention import can_fuse, fuse_cache_attention
 from .device import OrtDevice, import_for_device, open_on_device

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from edge.backends.step import Floats
 from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
-from edge.model.cache import CacheSpec, SlotRows, alike
+from edge.model.cache import CacheSpec, alike
+from edge.model.slot_rows import SlotRows
 
 if TYPE_CHECKING:
     from edge.bundle.kv_scales import Scales

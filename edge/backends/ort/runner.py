@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edge.backends.batching import Batching, Window, window_step
 from edge.backends.step import Step
 from edge.bundle import io_spec
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 
 T = TypeVar("T")
 

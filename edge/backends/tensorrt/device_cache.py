@@ -20,7 +20,8 @@ from edge.backends import cuda
 from edge.bundle.manifest import FloatType, Manifest
 from edge.bundle.sizes import cache_element_bytes, check_slots
 from edge.errors import BackendError, DeviceMemoryError
-from edge.model.cache import Rows, SlotRows, cache_tensors
+from edge.model.cache import Rows, cache_tensors
+from edge.model.slot_rows import SlotRows
 
 from .device_memory import CachePlanes, StepSizes, cache_planes, new_rows_bytes, new_rows_stride
 from .step_buffers import round_to_bf16

@@ -46,7 +46,7 @@ from edge.bundle.manifest import Manifest
 from edge.bundle.sizes import ALIGNMENT, DEFAULT_MAX_LOGITS, ProfileName, cache_slots
 from edge.engine_config import GpuWait
 from edge.errors import BackendError, ConfigError, DeviceError
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 
 from .bound_context import BoundContext, StepShape
 from .cuda_graph import StepGraphs

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import EdgeError
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 from edge.runtime.generation import FinishReason as FinishReason
 from edge.runtime.generation import GenerationStats, PromptProgress
 from edge.runtime.kv_cache import SavedRows

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from edge.backends import Backend
 from edge.backends.step import zero_rows
 from edge.errors import EdgeError
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 from edge.runtime.kv_cache import Placement, SavedRows, Slot, SlotPool
 
 from .fair_queue import FairQueue

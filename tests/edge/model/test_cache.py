@@ -7,7 +7,8 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from edge.errors import ConfigError
-from edge.model.cache import CacheSpec, Rows, SlotRows, State, alike, cache_tensors, check_cache
+from edge.model.cache import CacheSpec, Rows, State, alike, cache_tensors, check_cache
+from edge.model.slot_rows import SlotRows
 from tests.makers.manifests import make_model
 
 

@@ -23,7 +23,7 @@ from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import FileInfo, encode_manifest, read_manifest
 from edge.errors import BackendError, ConfigError, IntegrityError
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 from edge.runtime.draft_model import CLOSE, ModelDrafter
 from edge.runtime.sampling import Sampler
 from edge.runtime.scheduler.core import EngineCore

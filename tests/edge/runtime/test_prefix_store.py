@@ -25,7 +25,8 @@ from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import FileInfo, Manifest, SamplingDefaults, read_manifest
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError, RequestError, ResourceError
-from edge.model.cache import Rows, SlotRows
+from edge.model.cache import Rows
+from edge.model.slot_rows import SlotRows
 from edge.runtime.llm import LLM
 from edge.runtime.prefix_store import Layout, PrefixStore, bundle_key
 from edge.runtime.sampling_params import SamplingParams

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.kv_scales import pack_rows
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 from edge_serve.stored.record import Record, StoredRows, Unfinished, rows_sha256
 from tests.standins.slot_rows import LAYOUT
 

@@ -18,7 +18,8 @@ from edge.backends.ort.gpu import OrtCudaBackend
 from edge.backends.ort.host_cache import HostCaches
 from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError
-from edge.model.cache import CacheSpec, Rows, SlotRows, State
+from edge.model.cache import CacheSpec, Rows, State
+from edge.model.slot_rows import SlotRows
 from tests.conftest import Bundles
 
 SLOTS, CAPACITY = 3, 16

@@ -18,7 +18,7 @@ from edge.backends.ort.runner import (
 from edge.backends.step import Step, step_after
 from edge.bundle.io_spec import DIALECTS
 from edge.errors import BackendError
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 from tests.standins.slot_rows import by_name
 
 VOCAB, HIDDEN = 5, 3

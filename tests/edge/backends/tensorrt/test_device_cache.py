@@ -14,8 +14,9 @@ from numpy.testing import assert_array_equal
 from edge.backends import cuda
 from edge.backends.cuda import pieces
 from edge.backends.tensorrt.device_cache import DeviceCache
-from edge.model.cache import SlotRows, cache_tensors
+from edge.model.cache import cache_tensors
 from edge.model.dense import Dense
+from edge.model.slot_rows import SlotRows
 from edge.model.spec import LayerRun
 from tests.edge.backends.runner import history
 from tests.edge.backends.tensorrt.gpu_runner import EngineBundles, GpuRunner, both_drivers

@@ -11,7 +11,7 @@ import numpy as np
 from edge.bundle.embeddings import EmbeddingTable
 from edge.engine_config import EngineConfig
 from edge.errors import BackendError, EdgeError
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 from edge.runtime.generation import GenerationStats, PromptProgress
 from edge.runtime.sampling import SampledToken, Sampler
 from edge.runtime.sampling_params import SamplingParams

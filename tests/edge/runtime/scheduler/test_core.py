@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from edge.backends import Rows, Step
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, DeadlineError, DeviceMemoryError
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 from edge.runtime.draft_model import ModelDrafter
 from edge.runtime.generation import FinishReason, GenerationStats, PromptProgress
 from edge.runtime.sampling import SampledToken
@@ -820,7 +820,8 @@ def test_a_stored_prefix_is_loaded_unless_the_cache_has_more(table: EmbeddingTab
 
         def load(self) -> Any:
             loads.append(1)
-            return None if self.broken else np.array(stored, np.float32)[None, None, :, None]
+            rows = np.array(stored, np.float32)[None, None, :, None]
+            return None if self.broken else by_name(rows)
 
     store = Store()
     engine = Engine(table, prefix_store=store)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edge.bundle.embeddings import EmbeddingTable
 from edge.errors import BackendError, DeadlineError, OverloadError, RequestError
-from edge.model.cache import SlotRows
+from edge.model.slot_rows import SlotRows
 from edge.runtime.scheduler import Suspended
 from edge.runtime.scheduler.fair_queue import FEW
 from edge.runtime.scheduler.sequence import SequenceState
