@@ -103,7 +103,7 @@ def write(output: Path, spec: ModelSpec, **weights: NDArray[Any]) -> None:
     write_head(output, module, np.arange(VOCAB), manifest, layers_of(spec))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3"])
 @pytest.mark.parametrize("linear", [False, True])
 def test_the_written_head_turns_by_the_rope_it_was_trained_with(
     kind: Kind, linear: bool, tmp_path: Path
