@@ -39,6 +39,7 @@ class _Reader:
         self._hidden = model.hidden_size
         self._running: int | None = self._hidden
         self._values: dict[str, int] = {}
+        self._turned = False
         self._names: set[str] = set()
         self._faults: list[str] = []
 
@@ -48,8 +49,9 @@ class _Reader:
             self._part(part)
         if layer[-1] != Add("mlp_residual"):
             self._faults.append("the last part is not add with the name mlp_residual")
-        if len(only(layer, Attention)) > 1:
-            self._faults.append("it has more than one attention")
+        for kind in (Attention, Rope):
+            if len(only(layer, kind)) > 1:
+                self._faults.append(f"it has more than one {kind.__name__.lower()}")
         return self._faults
 
     def _part(self, part: AnyPart) -> None:
@@ -58,6 +60,8 @@ class _Reader:
                 self._name(name, name)
                 if of is None:
                     self._takes(name, self._running, size)
+                elif self._turned:
+                    self._faults.append(f"{name} comes after rope")
                 elif self._values.get(of, 0) % size or of not in self._values:
                     self._faults.append(f"{name} does not divide {of} into heads of {size}")
             case Linear(name=name, width=width, outputs=outputs):
@@ -66,6 +70,7 @@ class _Reader:
                 self._running = outputs[0][1] if len(outputs) == 1 else None
                 self._values |= dict(outputs) if len(outputs) > 1 else {}
             case Rope(dims=dims, table=table):
+                self._turned = True
                 if table >= len(self._model.ropes):
                     self._faults.append(f"rope has no table {table}")
                 elif dims != self._model.rope_dims(table):

@@ -90,7 +90,7 @@ class Dense(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             vocab_size=self.vocab_size,
             rms_norm_eps=self.rms_norm_eps,
             max_position_embeddings=self.max_position_embeddings,
-            ropes=(self.rope,),
+            ropes=(self.rope,) if any(only(run.parts, Rope) for run in runs) else (),
             layers=tuple(runs),
             tied_embeddings=self.tied_embeddings,
             task=self.task,

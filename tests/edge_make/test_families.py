@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from edge.errors import CheckpointError
+from edge.model.check import layer_faults
 from edge.model.parts import Rope, only
 from edge_make.families import FAMILIES
 from edge_make.model_config import parse_config
@@ -40,6 +41,12 @@ def test_smollm3_turns_three_of_four_layers() -> None:
     assert turned({**without, "no_rope_layer_interval": 2}) == list(range(0, 36, 2))
     del without["rope_theta"]
     assert parse_config(without).ropes[0].theta == 2_000_000.0
+
+
+def test_a_model_that_positions_turn_nowhere_has_no_table() -> None:
+    spec = parse_config({**SMOLLM3_3B, "no_rope_layers": [0] * 36})
+    assert spec.ropes == ()
+    assert layer_faults(spec) == []
 
 
 @pytest.mark.parametrize(
