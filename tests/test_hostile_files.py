@@ -230,12 +230,13 @@ def test_patterns_of_an_adapter_that_never_end(key: str, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"planes": -2}, {"head_dim": 2**63}, {"planes": 2**32, "kv_heads": 2**32}]
+    "sizes", [{"kv_heads": -2}, {"dim": 2**63}, {"dim": 2**32, "kv_heads": 2**32}, {"type": "fp1"}]
 )
 def test_prefixes_of_impossible_layouts_are_listed_as_unusable(sizes: Any, tmp_path: Path):
     reader = READERS["prefix"]
     head = json.loads(reader.seed[26 : reader.seed.index(b"}", reader.seed.index(b"rows_sha")) + 1])
-    head["layout"] |= sizes
+    for rows in head["layout"]["tensors"].values():
+        rows |= sizes
     header = json.dumps(head).encode()
     data = reader.seed[:18] + len(header).to_bytes(8, "little") + header + bytes(32 + 96)
     folder = tmp_path / bundle_key(make_manifest())[:16]

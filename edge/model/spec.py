@@ -15,11 +15,11 @@ _Positions = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
 
 
-class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of the values of a model."""
 
 
-class RopeSpec(_Struct, frozen=True):
+class RopeSpec(_Value, frozen=True):
     """Rotary position embedding, as ``rope_theta`` and ``rope_scaling`` of an HF ``config.json``.
 
     Attributes:
@@ -43,14 +43,14 @@ class RopeSpec(_Struct, frozen=True):
     attention_factor: _Positive = 1.0
 
 
-class LayerRun(_Struct, frozen=True):
+class LayerRun(_Value, frozen=True):
     """A layer that repeats ``count`` times in a row; each repetition has its own weights."""
 
     count: Annotated[int, msgspec.Meta(ge=1, le=MAX_LAYERS)]
     parts: Layer
 
 
-class ModelSpec(_Struct, frozen=True):
+class ModelSpec(_Value, frozen=True):
     """A decoder: its layers, and what lies before and after them.
 
     Attributes:

@@ -114,7 +114,8 @@ def _session(proto: onnx.ModelProto) -> Any:
 
 def _feeds(manifest: Any, embeds: NDArray[np.float32]) -> dict[str, Any]:
     model, count = manifest.model, embeds.shape[1]
-    cache = np.zeros((1, model.num_kv_heads, manifest.kv_capacity, model.head_dim), np.float32)
+    part = model.attentions()[0]
+    cache = np.zeros((1, part.kv_heads, manifest.kv_capacity, part.dim), np.float32)
     dialect = io_spec.DIALECTS[manifest.dialect]
     feeds: dict[str, Any] = {
         io_spec.INPUTS_EMBEDS: embeds,

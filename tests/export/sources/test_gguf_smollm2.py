@@ -46,8 +46,9 @@ def tokenizer(smollm2) -> Tokenizer:
 def test_smollm2(smollm2) -> None:
     spec = smollm2.spec
     assert (spec.architecture, spec.num_layers, spec.hidden_size) == ("llama", 30, 576)
-    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (9, 3, 64)
-    assert (spec.rms_norm_eps, spec.rope, spec.tied_embeddings) == (
+    (attention,) = set(spec.attentions())
+    assert (attention.heads, attention.kv_heads, attention.dim) == (9, 3, 64)
+    assert (spec.rms_norm_eps, spec.ropes[0], spec.tied_embeddings) == (
         1e-5,
         RopeSpec(theta=100_000.0),
         True,
