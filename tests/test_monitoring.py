@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -20,6 +19,7 @@ import pytest
 from edge_lab.telemetry import Snapshot
 from tests.conftest import Bundles
 from tests.edge_serve.scripted import Live, running
+from tests.ports import free_port
 
 FOLDER = Path(__file__).parent.parent / "docs/monitoring"
 ALERTS = FOLDER / "prometheus-alerts.yml"
@@ -68,9 +68,7 @@ def test_every_metric_that_is_named_is_exposed(server: Live):
 @contextmanager
 def prometheus(server: Live, folder: Path) -> Iterator[Callable[[str], Any]]:
     """Debian's Prometheus, which looks at the server every second; yields what asks its API."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     settings = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(ALERTS)],

@@ -27,6 +27,7 @@ from tests.conftest import Bundles, PoolingBundles
 from tests.documents import ROOT, blocks
 from tests.edge_serve.scripted import KEY, Live, ScriptedEngine, running, until
 from tests.export.sources.local_server import LocalServer
+from tests.ports import free_port
 
 EXAMPLES = ROOT / "docs" / "examples"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
@@ -247,9 +248,7 @@ def test_the_ros_node_publishes_no_answer_that_broke_off(
 @pytest.fixture
 def proxied(tool_bundle: Path, client_keys: Path, tmp_path: Path) -> Iterator[tuple[Live, int]]:
     """A server with keys behind nginx with the printed configuration: ``(server, port)``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with running(tool_bundle, api_key_file=client_keys) as live:
         subprocess.run(
             [

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_secret
+from tests.ports import free_port
 
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
 needs_haproxy = pytest.mark.skipif(HAPROXY is None, reason="needs HAProxy (Debian: haproxy)")
@@ -106,20 +107,6 @@ class Endpoint:
 def chat(text: str, **fields: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": text}]
     return {"model": "tiny", "messages": messages, "max_tokens": 2, **fields}
-
-
-_given: set[int] = set()
-
-
-def free_port() -> int:
-    """A port that nobody listens on, and that was not given before."""
-    while True:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port: int = free.getsockname()[1]
-        if port not in _given:
-            _given.add(port)
-            return port
 
 
 def wait_until(fact: Callable[[], Any], timeout_s: float = 10) -> Any:

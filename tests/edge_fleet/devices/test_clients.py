@@ -19,7 +19,6 @@ from tests.edge_fleet.devices.live_endpoint import (
     Endpoint,
     answers,
     endpoint,
-    free_port,
     needs_haproxy,
     needs_router,
     router,
@@ -27,6 +26,7 @@ from tests.edge_fleet.devices.live_endpoint import (
 )
 from tests.edge_serve.api.weather import CALL, QUESTION, WEATHER
 from tests.edge_serve.processes import Child, scripted_child
+from tests.ports import free_port
 
 openai = pytest.importorskip("openai")
 pytestmark = [needs_haproxy, pytest.mark.once, pytest.mark.xdist_group("fleet-clients")]

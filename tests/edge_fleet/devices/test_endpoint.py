@@ -23,7 +23,6 @@ from tests.edge_fleet.devices.live_endpoint import (
     answers,
     chat,
     endpoint,
-    free_port,
     keys,
     needs_haproxy,
     needs_router,
@@ -35,6 +34,7 @@ from tests.edge_serve.batch.stub import stub
 from tests.edge_serve.http.test_connections import blocked
 from tests.edge_serve.processes import Child, scripted_child
 from tests.edge_serve.scripted import running, until
+from tests.ports import free_port
 
 pytestmark = needs_haproxy
 _STEP_S = 0.02

@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -62,6 +61,7 @@ from tests.conftest import Bundles
 from tests.edge_fleet.registry.live import LiveRegistry
 from tests.makers.keys import make_key
 from tests.makers.manifests import replace_file
+from tests.ports import free_port
 from tests.standins.tensorrt import write_engine
 
 from .killed import make_gate, make_plan
@@ -80,9 +80,7 @@ class Device:
         self.link = self.root / "r1"
         shutil.copytree(bundle, self.root / "r1-first")
         self.link.symlink_to("r1-first")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         config = folder / "r1.toml"
         config.write_text(
             f'port = {self.port}\nbackend = "ort-cpu"\nkv_capacity = 128\nnum_slots = 2\n'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -39,6 +38,7 @@ from edge_fleet.waves.wanted import Report, Wanted, seal, unseal
 from edge_make.atomic_swap import ORIGIN_NAME
 from edge_make.key_file import make_key as make_device_key
 from tests.makers.keys import Key, make_key
+from tests.ports import free_port
 
 ORIGIN = b"the registry's manifest of the new bundle"
 DIGEST = f"sha256:{hashlib.sha256(ORIGIN).hexdigest()}"
@@ -106,9 +106,7 @@ class Fleet:
         file.write_text("".join(f"{name}:{key}\n" for name, key in keys.items()))
         file.chmod(0o600)
         self.state = State(self.folder)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.devices = {
             name: Scripted(name, folder / name, self.url, key, self.trusted)

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from tests.command_line import Result, edge_llm, error_line  # noqa: F401
 from tests.conftest import Bundles, PoolingBundles, require_even_rows, write_secret
 from tests.edge_serve.batch.stub import Stub, read_rows, stub, write_requests
 from tests.edge_serve.scripted import ScriptedEngine, running
+from tests.ports import free_port
 
 CHAT = [{"role": "user", "content": "hello"}]
 
@@ -450,9 +450,7 @@ def test_a_batch_resumes_after_a_kill_anywhere(tmp_path: Path):
 
 
 def test_a_server_that_is_killed_is_waited_for_and_loses_no_row(tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def start() -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "tests.edge_serve.batch.stub", str(port), "0.01"]

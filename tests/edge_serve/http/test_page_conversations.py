@@ -129,6 +129,7 @@ def test_delete_and_undo(browser: Browser):
     assert browser.one(".turn.user .body").text == "hello"
     browser.until(lambda: len(stored_values(browser)) == 1)
     act(browser, "delete")
+    browser.until(lambda: stored_values(browser) == [])
     browser.reload()
     assert titles(browser) == []
 
