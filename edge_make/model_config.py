@@ -13,8 +13,8 @@ from typing import Any
 
 from edge.bundle.manifest_checks import check_ranges
 from edge.errors import BundleError, CheckpointError
-from edge.model.dense import Dense
 from edge.model.spec import ModelSpec, RopeSpec, Task
+from edge_make.families.dense import Dense
 
 from .families import FAMILIES, Family
 from .picture_models import decoder_config, reads_pictures

@@ -30,7 +30,6 @@ from edge.bundle.trust import read_signature_bytes
 from edge.errors import ConfigError, EdgeError
 from edge.files import read_file
 from edge.model.cache import Rows
-from edge.model.dense import Dense
 from edge.runtime.prefix_store import PrefixStore, bundle_key
 from edge.text.chat_template import ChatTemplate
 from edge.text.tokenizer import Tokenizer
@@ -135,7 +134,7 @@ def resign(data: bytes) -> bytes:
 def _manifest(path: Path) -> None:
     manifest = read_manifest(path.parent)
     linear_layers(manifest.model)
-    inverse_frequencies(manifest.model.ropes[0], Dense.of(manifest.model).head_dim)
+    inverse_frequencies(manifest.model.ropes[0], manifest.model.attentions()[0].dim)
     describe_sampling(manifest.sampling)
 
 

@@ -576,16 +576,9 @@ def _decode(data: bytes, version: int) -> Manifest:
     """Decode a manifest; one from before `ModelSpec.layers` has a dense model's numbers instead."""
     if version >= _LAYERS_SINCE:
         return msgspec.json.decode(data, type=Manifest)
-    from edge.model.dense import Dense  # only an older bundle needs it
+    from .older_manifest import with_layers
 
-    def translated(model: Any) -> Any:
-        return msgspec.to_builtins(msgspec.convert(model, Dense).model())
-
-    content = msgspec.json.decode(data)
-    head = content.get("head")
-    if isinstance(head, dict):
-        content["head"] = {**head, "model": translated(head.get("model"))}
-    return msgspec.convert({**content, "model": translated(content.get("model"))}, Manifest)
+    return msgspec.convert(with_layers(msgspec.json.decode(data)), Manifest)
 
 
 def printable(text: str) -> str:

@@ -12,10 +12,10 @@ from edge.bundle.library import CATALOGUE, find_bundle, hub_id, nearest_model
 from edge.bundle.manifest import MANIFEST_NAME, Manifest, head_manifest, read_manifest
 from edge.errors import BundleError, CheckpointError, ConfigError
 from edge.files import MALFORMED, exists, is_directory, is_file, read_file
-from edge.model.dense import Dense
 from edge.model.spec import ModelSpec, RopeSpec
 from edge.text.tokenizer_difference import tokenizer_difference
 from edge_make.families import FAMILIES
+from edge_make.families.dense import Dense
 from edge_make.model_config import parse_config
 
 _MAX_CONFIG_BYTES = 1 << 20

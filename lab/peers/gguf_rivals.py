@@ -19,7 +19,6 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.model.dense import Dense
 from edge.text.chat_template import ChatTemplate
 from edge.text.tokenizer import Tokenizer
 from export.sources.documents import BUILT_IN_TOKENS, calibration_batches, read_calibration_text
@@ -72,8 +71,8 @@ def write_floats(source: Path, output: Path, adapter: Path | None = None) -> flo
             raise SystemExit(f"error: llama.cpp's formats are made from a GGUF file, not {source}")
         places = {name: hf for hf, name in base._gguf_names.items()}
         heads = {
-            "q_proj": Dense.of(base.spec).num_heads,
-            "k_proj": Dense.of(base.spec).num_kv_heads,
+            "q_proj": base.spec.attentions()[0].heads,
+            "k_proj": base.spec.attentions()[0].kv_heads,
         }
 
         def convert(tensor: Any) -> tuple[Any, Any]:

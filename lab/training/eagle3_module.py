@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge.bundle.rope import inverse_frequencies
-from edge.model.dense import Dense
 from edge.model.spec import ModelSpec
 from export.sources.eagle3 import head_linears, head_norms
 
@@ -65,7 +64,7 @@ class HeadModule(nn.Module):  # type: ignore[misc]
         numbers = np.full(len(table), -1, np.int64)
         numbers[vocabulary] = np.arange(len(vocabulary))
         self._numbers = torch.from_numpy(numbers)
-        frequencies = inverse_frequencies(spec.ropes[0], Dense.of(spec).head_dim)
+        frequencies = inverse_frequencies(spec.ropes[0], spec.attentions()[0].dim)
         self._frequencies = torch.from_numpy(np.asarray(frequencies, np.float32))
 
     def trained(self) -> list[nn.Parameter]:
@@ -141,20 +140,20 @@ class HeadModule(nn.Module):  # type: ignore[misc]
         spec, (batch, count, _) = self.spec, joined.shape
         parts = []
         for part, heads in (
-            ("q", Dense.of(spec).num_heads),
-            ("k", Dense.of(spec).num_kv_heads),
-            ("v", Dense.of(spec).num_kv_heads),
+            ("q", spec.attentions()[0].heads),
+            ("k", spec.attentions()[0].kv_heads),
+            ("v", spec.attentions()[0].kv_heads),
         ):
             projected = joined @ self._weight(f"midlayer.self_attn.{part}_proj.weight").T
             parts.append(
-                projected.view(batch, count, heads, Dense.of(spec).head_dim).transpose(1, 2)
+                projected.view(batch, count, heads, spec.attentions()[0].dim).transpose(1, 2)
             )
-        shared = Dense.of(spec).num_heads // Dense.of(spec).num_kv_heads
+        shared = spec.attentions()[0].heads // spec.attentions()[0].kv_heads
         query = self._rotate(parts[0], k)
         keys = self._rotate(parts[1], k).repeat_interleave(shared, 1)
         values = parts[2].repeat_interleave(shared, 1)
         past.append((keys, values))
-        scale = Dense.of(spec).head_dim ** -0.5
+        scale = spec.attentions()[0].dim ** -0.5
         first, rest = past[0], past[1:]
         scores = (query @ first[0].transpose(2, 3) * scale).masked_fill(~causal, -1e9)
         own = [(query * each[0]).sum(-1, keepdim=True) * scale for each in rest]
@@ -163,7 +162,7 @@ class HeadModule(nn.Module):  # type: ignore[misc]
         for i, each in enumerate(rest):
             mixed = mixed + weights[..., count + i, None] * each[1]
         merged = mixed.transpose(1, 2).reshape(
-            batch, count, Dense.of(spec).num_heads * Dense.of(spec).head_dim
+            batch, count, spec.attentions()[0].heads * spec.attentions()[0].dim
         )
         return merged @ self._weight("midlayer.self_attn.o_proj.weight").T
 

@@ -21,13 +21,13 @@ from edge import LLM, EdgeError, SamplingParams
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError
-from edge.model.dense import Dense
 from edge.model.spec import ModelSpec
 from export.graph.rope import rope_tables
 from export.pipeline import ExportConfig, export_checkpoint
 from export.sources.eagle3 import Eagle3Head, head_linears, head_norms
 from export.sources.opening import open_checkpoint
 from tests.conftest import RUNNABLE, TINY_KV_CAPACITY, Bundles, Checkpoints
+from tests.makers.dense import dense
 from tests.makers.manifests import change_model, make_model
 from tests.makers.tiny_heads import EPS, HIDDEN, THETA, VOCAB, make_head
 from tests.makers.tiny_models import KINDS, Kind, write_checkpoint
@@ -85,7 +85,7 @@ def test_the_most_frequent_tokens_are_chosen(tiny_bundles: Bundles, texts: Path)
 def test_the_layers_are_those_that_others_read():
     assert layers_of(make_model(num_layers=28)) == (2, 14, 25)
     assert layers_of(make_model(num_layers=2)) == (0, 1, 2)
-    assert Dense.of(head_spec(make_model(), 99, 7)).intermediate_size == 7
+    assert dense(head_spec(make_model(), 99, 7)).intermediate_size == 7
 
 
 def write(output: Path, spec: ModelSpec, **weights: NDArray[Any]) -> None:
@@ -170,10 +170,10 @@ def test_training_turns_as_the_exported_head_does(kind: Kind, tmp_path: Path):
     )
     x = (
         np.random.RandomState(0)
-        .standard_normal((1, 2, 40, Dense.of(spec).head_dim))
+        .standard_normal((1, 2, 40, spec.attentions()[0].dim))
         .astype(np.float32)
     )
-    cos, sin = (part[3:] for part in rope_tables(spec.ropes[0], Dense.of(spec).head_dim, 43))
+    cos, sin = (part[3:] for part in rope_tables(spec.ropes[0], spec.attentions()[0].dim, 43))
     low, high = np.split(x, 2, axis=-1)
     expected = np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
     np.testing.assert_allclose(module._rotate(torch.from_numpy(x), 3), expected, atol=1e-4)

@@ -36,10 +36,11 @@ from edge.bundle.verified_files import verify_files
 from edge.errors import ConfigError, DependencyError
 from edge.files import decode_text
 from edge.model.cache import cache_tensors
-from edge.model.dense import Dense
+from edge.model.parts import Linear, only
 from edge.model.spec import ModelSpec, RopeSpec
 from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.tokenizer import Tokenizer
+from edge_make.families.dense import Dense
 from edge_make.safetensors_writer import TensorSource, write_safetensors
 from export.sources.documents import encode_document, read_calibration_text
 from tools.command import run_main, say
@@ -196,19 +197,24 @@ def layers_of(model: ModelSpec) -> tuple[int, int, int]:
 
 def head_spec(model: ModelSpec, draft_vocab: int, intermediate: int | None) -> ModelSpec:
     """Return the head's own numbers: one layer like the model's, with fewer tokens."""
+    attention = model.attentions()[0]
     return Dense(
         architecture="llama",
         hidden_size=model.hidden_size,
         num_layers=1,
-        num_heads=Dense.of(model).num_heads,
-        num_kv_heads=Dense.of(model).num_kv_heads,
-        head_dim=Dense.of(model).head_dim,
-        intermediate_size=intermediate or Dense.of(model).intermediate_size,
+        num_heads=attention.heads,
+        num_kv_heads=attention.kv_heads,
+        head_dim=attention.dim,
+        intermediate_size=intermediate or _mlp_width(model),
         vocab_size=draft_vocab,
         rms_norm_eps=model.rms_norm_eps,
         max_position_embeddings=model.max_position_embeddings,
         rope=model.ropes[0],
     ).model()
+
+
+def _mlp_width(model: ModelSpec) -> int:
+    return next(part.width for part in only(model.layer(0), Linear) if part.name == "down")
 
 
 def make_lessons(
@@ -449,10 +455,10 @@ def write_head(
         "model_type": "llama",
         "hidden_size": spec.hidden_size,
         "num_hidden_layers": 1,
-        "num_attention_heads": Dense.of(spec).num_heads,
-        "num_key_value_heads": Dense.of(spec).num_kv_heads,
-        "head_dim": Dense.of(spec).head_dim,
-        "intermediate_size": Dense.of(spec).intermediate_size,
+        "num_attention_heads": spec.attentions()[0].heads,
+        "num_key_value_heads": spec.attentions()[0].kv_heads,
+        "head_dim": spec.attentions()[0].dim,
+        "intermediate_size": _mlp_width(spec),
         "vocab_size": model.vocab_size,
         "draft_vocab_size": spec.vocab_size,
         "max_position_embeddings": spec.max_position_embeddings,

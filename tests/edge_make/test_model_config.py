@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from edge.bundle.linears import expected_tensors
 from edge.errors import CheckpointError
-from edge.model.dense import Dense
 from edge.model.spec import RopeSpec
+from edge_make.families.dense import Dense
 from edge_make.model_config import parse_config
+from tests.makers.dense import dense
 
 # The published config.json of DeepSeek-R1-Distill-Qwen-1.5B.
 R1_QWEN: dict[str, Any] = {
@@ -95,7 +96,7 @@ def test_qwen3_has_norms_of_the_heads_and_a_head_dim_of_its_own() -> None:
         config(architectures=["Qwen3ForCausalLM"], head_dim=256, tie_word_embeddings=True)
     )
     shapes = expected_tensors(spec)
-    assert (Dense.of(spec).head_dim, Dense.of(spec).qk_norm, Dense.of(spec).qkv_bias) == (
+    assert (spec.attentions()[0].dim, dense(spec).qk_norm, dense(spec).qkv_bias) == (
         256,
         True,
         False,
@@ -119,7 +120,7 @@ def test_qwen3_has_norms_of_the_heads_and_a_head_dim_of_its_own() -> None:
 )
 def test_biases_of_q_k_and_v(architecture: str, said: bool | None, has: bool) -> None:
     assert (
-        Dense.of(parse_config(config(architectures=[architecture], attention_bias=said))).qkv_bias
+        dense(parse_config(config(architectures=[architecture], attention_bias=said))).qkv_bias
         is has
     )
 
@@ -128,7 +129,7 @@ def test_old_llama_has_as_many_kv_heads_as_heads_and_the_default_theta() -> None
     spec = parse_config(
         config(architectures=["LlamaForCausalLM"], num_key_value_heads=..., rope_theta=...)
     )
-    assert (Dense.of(spec).num_kv_heads, spec.ropes[0]) == (12, RopeSpec(theta=10000.0))
+    assert (spec.attentions()[0].kv_heads, spec.ropes[0]) == (12, RopeSpec(theta=10000.0))
     with pytest.raises(CheckpointError, match="num_key_value_heads is missing"):
         parse_config(config(num_key_value_heads=...))
 
@@ -263,8 +264,8 @@ JSON = st.recursive(
 def test_any_value_is_read_or_refused(key: str, value: Any) -> None:
     with contextlib.suppress(CheckpointError):  # anything else fails the test
         spec = parse_config(config(**{key: value}))
-        assert Dense.of(spec).num_heads % Dense.of(spec).num_kv_heads == 0
-        assert Dense.of(spec).head_dim % 2 == 0
+        assert spec.attentions()[0].heads % spec.attentions()[0].kv_heads == 0
+        assert spec.attentions()[0].dim % 2 == 0
 
 
 @pytest.mark.parametrize(

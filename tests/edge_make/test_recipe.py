@@ -11,9 +11,9 @@ from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import TensorScheme
 from edge.bundle.schemes import Quant
 from edge.errors import ConfigError
-from edge.model.dense import Dense
 from edge.model.spec import ModelSpec, RopeSpec
 from edge_lab.planner.models import BUILT_IN
+from edge_make.families.dense import Dense
 from edge_make.recipe import VARIANTS, Recipe, find_variant, recipe_linears
 from tests.makers.manifests import change_model, make_model
 

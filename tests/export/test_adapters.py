@@ -25,11 +25,11 @@ from edge.adapters.graph_inputs import (
 from edge.bundle.manifest import FloatType, read_manifest
 from edge.bundle.onnx_file import OnnxFile
 from edge.errors import BundleError, ConfigError
-from edge.model.dense import Dense
 from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize.scaled_checkpoint import ScaledCheckpoint
 from export.sources.opening import open_checkpoint
 from tests.conftest import FEW_TOKENS, TINY_KV_CAPACITY, Checkpoints
+from tests.makers.dense import dense
 from tests.makers.run_time_adapters import MergedCheckpoint, random_adapter
 from tests.makers.tiny_models import KINDS, Kind, write_checkpoint
 from tests.makers.tiny_pooling import write_judge
@@ -107,11 +107,9 @@ def test_the_section_names_all_linears_but_the_head(export: Export):
         f"layers.{i}.{kind}" for i in range(manifest.model.num_layers) for kind in kinds
     )
     model = manifest.model
-    hidden, wide = model.hidden_size, Dense.of(model).intermediate_size
-    qkv = (
-        hidden
-        + (Dense.of(model).num_heads + 2 * Dense.of(model).num_kv_heads) * Dense.of(model).head_dim
-    )
+    hidden, wide = model.hidden_size, dense(model).intermediate_size
+    attention = model.attentions()[0]
+    qkv = hidden + (attention.heads + 2 * attention.kv_heads) * attention.dim
     values = 3 * qkv + 2 * hidden + 2 * (hidden + 2 * wide) + (wide + hidden)
     assert slot_values(model, RANK) == RANK * values * model.num_layers
 
@@ -162,7 +160,8 @@ def test_an_adapter_in_the_basis_of_a_bundle_is_the_folded_change_of_weights(tmp
             values = random.uniform(0.5, 2, layer.shape[0]).astype(np.float32)
             values *= random.choice(np.array([-1, 1], np.float32), layer.shape[0])
             if layer.name.endswith(".o"):
-                groups = values.reshape(Dense.of(model).num_kv_heads, -1, Dense.of(model).head_dim)
+                (attention,) = model.of_layer(0).attentions()
+                groups = values.reshape(attention.kv_heads, -1, attention.dim)
                 groups[:] = groups[:, :1]
             factors[layer.name] = values
         adapter = random_adapter(model, 4)

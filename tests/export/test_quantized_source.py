@@ -22,7 +22,6 @@ from edge.bundle.manifest import Dialect, Manifest, read_manifest
 from edge.bundle.schemes import HIGH_PLANE, stored_bytes
 from edge.cli import cli
 from edge.errors import ConfigError
-from edge.model.dense import Dense
 from edge_make.manifest_text import describe_from_source
 from export import pipeline
 from export.bundle import BundleWriter
@@ -204,7 +203,7 @@ def test_the_disk_space_that_is_asked_for_has_room_for_offsets(
         3 * info.num_bytes - 2 * stored_bytes(info.shape, info.scheme)[0] for info in linears
     )
     stored += 2 * model.vocab_size * model.hidden_size
-    stored += 6 * manifest.rope_positions * Dense.of(model).head_dim
+    stored += 6 * manifest.rope_positions * model.attentions()[0].dim
     assert any(info.offsets for info in linears) == (name != "gptq")
     assert stored <= asked[0] - (64 << 20) < 1.1 * stored
 

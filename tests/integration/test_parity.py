@@ -23,7 +23,6 @@ from edge.backends.step import step_after
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import read_manifest
-from edge.model.dense import Dense
 from tests.conftest import TINY_KV_CAPACITY, Bundles, Checkpoints, require_kernels
 from tests.makers.goldens import (
     FP16_KERNELS,
@@ -190,9 +189,9 @@ class EngineGraph:
         model = self.manifest.model
         shape = (
             1,
-            Dense.of(model).num_kv_heads,
+            model.attentions()[0].kv_heads,
             self.manifest.kv_capacity,
-            Dense.of(model).head_dim,
+            model.attentions()[0].dim,
         )
         self.cache = [np.zeros(shape, dtype=np.float16) for _ in range(2 * model.num_layers)]
         self.length = 0

@@ -13,7 +13,6 @@ from safetensors.numpy import load_file
 
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest
-from edge.model.dense import Dense
 from edge.vision.section import IMAGE_ROWS, PIXEL_VALUES
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.makers.goldens import assert_close
@@ -53,7 +52,7 @@ def _logits(bundle: Path, manifest: Manifest, embeds: Array) -> Array:
     """Logits after every row, by the decoder's CPU graph with an empty cache."""
     session = onnxruntime.InferenceSession(bundle / manifest.graphs.cpu)
     count, model = len(embeds), manifest.model
-    shape = (1, Dense.of(model).num_kv_heads, manifest.kv_capacity, Dense.of(model).head_dim)
+    shape = (1, model.attentions()[0].kv_heads, manifest.kv_capacity, model.attentions()[0].dim)
     past = {
         each.name: np.zeros(shape, np.float32)
         for each in session.get_inputs()

@@ -24,8 +24,9 @@ from edge.bundle.manifest import (
     hash_content,
     read_manifest,
 )
-from edge.model.dense import Dense
 from edge.model.spec import ModelSpec, RopeSpec
+from edge_make.families.dense import Dense
+from tests.makers.dense import dense
 
 _DENSE = Dense(
     architecture="qwen2",
@@ -84,7 +85,7 @@ def make_model(**changes: Any) -> ModelSpec:
 
 def change_model(model: ModelSpec, **changes: Any) -> ModelSpec:
     """A model whose layers are alike, with some of the fields of `Dense` replaced."""
-    return msgspec.structs.replace(Dense.of(model), **changes).model()
+    return msgspec.structs.replace(dense(model), **changes).model()
 
 
 def written_before_layers(manifest: Manifest, version: int = 8) -> bytes:
@@ -93,7 +94,7 @@ def written_before_layers(manifest: Manifest, version: int = 8) -> bytes:
     content = msgspec.to_builtins(older)
 
     def numbers(model: ModelSpec) -> Any:
-        return msgspec.to_builtins(Dense.of(model))
+        return msgspec.to_builtins(dense(model))
 
     content["model"] = numbers(manifest.model)
     if manifest.head is not None:

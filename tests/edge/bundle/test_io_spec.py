@@ -25,7 +25,6 @@ from edge.bundle.io_spec import (
 from edge.bundle.manifest import Dialect, FloatType
 from edge.errors import ConfigError
 from edge.model.cache import cache_tensors
-from edge.model.dense import Dense
 from tests.makers.manifests import make_model
 
 MODEL = make_model(num_layers=3, hidden_size=80)
@@ -45,8 +44,8 @@ def cache_shape(spec: TensorSpec) -> tuple[int, ...]:
 def test_the_docstrings_table_is_the_native_dialect() -> None:
     sizes: dict[str, int | str] = {
         "B": io_spec.BATCH, "S": io_spec.SEQ, "N": io_spec.NUM_LOGITS, "K": io_spec.KV,
-        "C": CAPACITY, "hidden": MODEL.hidden_size, "kv": Dense.of(MODEL).num_kv_heads,
-        "dim": Dense.of(MODEL).head_dim, "vocab": MODEL.vocab_size,
+        "C": CAPACITY, "hidden": MODEL.hidden_size, "kv": MODEL.attentions()[0].kv_heads,
+        "dim": MODEL.attentions()[0].dim, "vocab": MODEL.vocab_size,
     }  # fmt: skip
     rows = re.findall(
         r"^(in|out) +([\w.]+) +\[(.+?)\] +(\w+) ", io_spec.__doc__ or "", re.MULTILINE

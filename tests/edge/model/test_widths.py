@@ -10,10 +10,10 @@ from edge.bundle.memory_facts import MemoryFacts
 from edge.bundle.sizes import StepLimits, activation_bytes, check_slots
 from edge.bundle.weights import weight_parts
 from edge.errors import ConfigError
-from edge.model.dense import Dense
 from edge.model.parts import widest
 from edge.model.spec import LayerRun, ModelSpec, RopeSpec
 from edge_lab.planner.memory import Deployment
+from edge_make.families.dense import Dense
 
 _SMALL = Dense("llama", 64, 1, 4, 2, 16, 96, 300, 1e-6, 512, RopeSpec(10_000.0))
 _LARGE = msgspec.structs.replace(_SMALL, num_heads=8, num_kv_heads=1, head_dim=32)

@@ -14,9 +14,9 @@ from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
 from edge.bundle.manifest import read_manifest
 from edge.bundle.rope import inverse_frequencies, turn
 from edge.errors import ConfigError
-from edge.model.dense import Dense
 from edge.model.spec import ModelSpec, RopeSpec
 from edge.runtime.overflow import SlidingWindow
+from edge_make.families.dense import Dense
 from tests.conftest import Bundles
 from tests.makers.tiny_models import KINDS, Kind
 from tests.standins.slot_rows import by_name, stacked

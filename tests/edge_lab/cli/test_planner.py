@@ -11,7 +11,6 @@ from click.testing import CliRunner
 
 from edge.bundle.manifest import read_manifest
 from edge.errors import EXIT_GATE_MISSED, ConfigError
-from edge.model.dense import Dense
 from edge_lab.cli.eval import evaluate
 from edge_lab.cli.plan import plan
 from edge_lab.cli.recommend import parse_size, recommend
@@ -53,7 +52,8 @@ def test_a_bundle_is_planned_exactly(tiny_bundles: Bundles):
     assert weights["attention"] + weights["mlp"] + weights["lm_head"] + weights["scales"] == linears
     assert found["kv_capacity"] == manifest.kv_capacity
     model = manifest.model
-    per_token = 2 * model.num_layers * Dense.of(model).num_kv_heads * Dense.of(model).head_dim * 2
+    attention = model.attentions()[0]
+    per_token = 2 * model.num_layers * attention.kv_heads * attention.dim * 2
     slots = 2 + 1  # and the one in which an engine reads prompts
     assert option["memory"]["cache_bytes"] == slots * manifest.kv_capacity * per_token
 

@@ -21,7 +21,6 @@ from edge.bundle.engine_file import read_engine_info
 from edge.bundle.manifest import Dialect, Manifest, read_manifest
 from edge.bundle.sizes import CAPTURE_BYTES
 from edge.bundle.weights import manifest_linears
-from edge.model.dense import Dense
 from edge_lab.planner.memory import (
     BackendKind,
     Deployment,
@@ -133,7 +132,7 @@ def test_portable_attention_needs_its_scores():
         plan_process_memory(model, linears, 4096, Deployment(dialect=dialect)).activations
         for dialect in ("native", "portable")
     )
-    assert portable - native == 2 * 2 * 512 * Dense.of(model).num_heads * (4096 + 512)
+    assert portable - native == 2 * 2 * 512 * model.attentions()[0].heads * (4096 + 512)
 
 
 @pytest.mark.parametrize("quant", ["fp16", "int8", "int4", "int4-g128"])

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.errors import CheckpointError, ConfigError
-from edge.model.dense import Dense
 from edge.model.spec import ModelSpec, RopeSpec
 from edge_lab.planner.models import BUILT_IN, find_model, read_config
 from edge_lab.prove.checkpoint import CONFIG
 from edge_make.model_config import parse_config
 from tests.conftest import Bundles, Checkpoints
+from tests.makers.dense import dense
 from tests.makers.manifests import change_model
 from tests.makers.tiny_models import Kind
 
@@ -55,12 +55,10 @@ def test_built_in_models_have_the_published_sizes(
 ):
     spec = BUILT_IN[name].spec
     q_width, kv_width = (
-        Dense.of(spec).num_heads * Dense.of(spec).head_dim,
-        Dense.of(spec).num_kv_heads * Dense.of(spec).head_dim,
+        spec.attentions()[0].heads * spec.attentions()[0].dim,
+        spec.attentions()[0].kv_heads * spec.attentions()[0].dim,
     )
-    per_layer = spec.hidden_size * (
-        2 * q_width + 2 * kv_width + 3 * Dense.of(spec).intermediate_size
-    )
+    per_layer = spec.hidden_size * (2 * q_width + 2 * kv_width + 3 * dense(spec).intermediate_size)
     table = spec.hidden_size * spec.vocab_size
     assert spec.num_layers * per_layer / 1e9 == pytest.approx(layers, abs=0.001)
     assert table / 1e9 == pytest.approx(head, abs=0.001)

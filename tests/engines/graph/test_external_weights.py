@@ -28,7 +28,6 @@ from edge.bundle.manifest import FileInfo, LinearInfo, Manifest, TensorScheme, r
 from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.onnx_values import Constant, Constants
 from edge.errors import BackendError, BundleError, IntegrityError, ResourceError
-from edge.model.dense import Dense
 from edge.model.spec import ModelSpec
 from edge_lab.cli.inspect import inspect
 from edge_lab.planner.models import BUILT_IN
@@ -385,7 +384,7 @@ def decoder_of(
         infos[each.name] = LinearInfo(scheme, each.shape, num_bytes=depth * columns)
     norms = {each.name: stored(each.name, 16, each.size) for each in norm_layers(model)}
     cos, sin = (
-        stored(f"rope.{name}", 16, io_spec.rope_positions(model), Dense.of(model).head_dim // 2)
+        stored(f"rope.{name}", 16, io_spec.rope_positions(model), model.attentions()[0].dim // 2)
         for name in ("cos", "sin")
     )
     graph = build_decoder(

@@ -19,7 +19,6 @@ from edge.bundle.onnx_file import Node, OnnxFile
 from edge.bundle.onnx_values import node_attributes
 from edge.errors import BuildError
 from edge.model.cache import cache_tensors
-from edge.model.dense import Dense
 from engines.build_plan import plan_build
 from engines.compiler import compat
 from engines.compiler.compat import Compiler
@@ -79,7 +78,7 @@ def feed_of(bundle: Path, starts: list[int], tokens: int, rows: int = CAPACITY) 
     """A step of sequences that have so many rows in the cache already."""
     manifest, batch = read_manifest(bundle), len(starts)
     model, random = manifest.model, np.random.default_rng(1)
-    cache = (batch, Dense.of(model).num_kv_heads, CAPACITY, Dense.of(model).head_dim)
+    cache = (batch, model.attentions()[0].kv_heads, CAPACITY, model.attentions()[0].dim)
     feed: dict[str, Any] = {
         io_spec.INPUTS_EMBEDS: random.standard_normal((batch, tokens, model.hidden_size)) / 4,
         io_spec.POSITION_IDS: np.array(starts)[:, None] + np.arange(tokens),

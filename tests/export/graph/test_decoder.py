@@ -18,10 +18,10 @@ from edge.bundle.io_spec import TensorSpec
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import FloatType, Manifest, read_manifest
 from edge.bundle.schemes import HIGH_PLANE
-from edge.model.dense import Dense
 from export.graph.graph_builder import ONNX_TYPE
 from export.sources.opening import open_checkpoint
 from tests.conftest import TINY_KV_CAPACITY, Bundles, Checkpoints
+from tests.makers.dense import dense
 from tests.makers.tiny_models import KINDS
 
 IR_VERSION = {"native": 12, "portable": 10}  # the oldest that may hold opset 24 and opset 21
@@ -202,11 +202,7 @@ def test_every_linear_is_the_scheme_of_the_manifest(case: Case):
         assert len(quantized) == len(integers) == expected
     biases = {name for name in case.decoder.initializers if name.endswith(".bias")}
     layers = range(case.manifest.model.num_layers)
-    qkv = (
-        {f"layers.{i}.qkv.bias" for i in layers}
-        if Dense.of(case.manifest.model).qkv_bias
-        else set()
-    )
+    qkv = {f"layers.{i}.qkv.bias" for i in layers} if dense(case.manifest.model).qkv_bias else set()
     assert biases == qkv
 
 
@@ -278,7 +274,7 @@ def test_every_attention_has_the_mask_and_no_causality_of_its_own(case: Case, di
             assert positions.input[0] == io_spec.POSITION_IDS
             assert set(attributes(node)) == {"scale"}
             scale = attributes(node)["scale"]
-            assert scale == pytest.approx(1 / math.sqrt(Dense.of(model).head_dim), rel=1e-6)
+            assert scale == pytest.approx(1 / math.sqrt(model.attentions()[0].dim), rel=1e-6)
 
 
 def test_the_native_cache_is_written_in_place_before_it_is_read(case: Case, dialect: str):

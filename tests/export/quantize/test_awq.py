@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from edge.bundle.linears import norm_sources
-from edge.model.dense import Dense
 from edge_make.recipe import Recipe
 from export.quantize.awq import awq_factors
 from export.quantize.calibrated import Calibrated, Method, shared_channels
@@ -174,9 +173,9 @@ def test_channels_of_o_come_from_those_of_v(kind: Kind, tiny_checkpoints: Checkp
     with open_checkpoint(str(tiny_checkpoints(kind))) as checkpoint:
         spec = checkpoint.spec
     values = np.random.RandomState(0).normal(
-        size=(Dense.of(spec).num_kv_heads, 1, Dense.of(spec).head_dim)
+        size=(spec.attentions()[0].kv_heads, 1, spec.attentions()[0].dim)
     )
     repeated = values.repeat(
-        Dense.of(spec).num_heads // Dense.of(spec).num_kv_heads, axis=1
+        spec.attentions()[0].heads // spec.attentions()[0].kv_heads, axis=1
     ).reshape(-1)
     np.testing.assert_array_equal(values.reshape(-1)[shared_channels(spec, "layers.1.o")], repeated)

@@ -21,7 +21,6 @@ from edge.bundle.library import CATALOGUE
 from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import CheckpointError, ConfigError
-from edge.model.dense import Dense
 from edge_make.published import REVISIONS
 from export.pipeline import ExportConfig, export_checkpoint
 from export.sources.checkpoint import Checkpoint
@@ -29,6 +28,7 @@ from export.sources.checkpoint_text import read_licence, sampling_defaults
 from export.sources.opening import Hub, open_checkpoint
 from export.sources.safetensors_file import SafetensorsFile
 from tests.makers import tiny_models as tiny
+from tests.makers.dense import dense
 
 NUMPY_TYPE = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}
 
@@ -278,7 +278,7 @@ def test_what_is_refused_is_named(file, changes, words, directory: Path) -> None
 def test_qwen2_under_a_config_that_says_attention_bias(directory: Path) -> None:
     edit(directory / "config.json", attention_bias=True)
     with open_checkpoint(str(directory)) as checkpoint:
-        assert Dense.of(checkpoint.spec).qkv_bias
+        assert dense(checkpoint.spec).qkv_bias
     name = "model.layers.1.self_attn.o_proj.bias"
     add_tensor(directory, name, "BF16", [64], b"\x80\x3f" * 64)
     words = rf"tensor {name} is not part .* found BF16 \[64\].* biases are read of q, k and v"

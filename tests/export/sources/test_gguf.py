@@ -21,13 +21,13 @@ from tokenizers import Tokenizer
 from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import SamplingDefaults, Tokens
 from edge.errors import CheckpointError
-from edge.model.dense import Dense
 from edge.model.spec import RopeSpec
 from edge.text import known_templates
 from export.sources import gguf_file
 from export.sources.gguf_source import derive_llama3
 from export.sources.opening import open_checkpoint
 from tests.makers import tiny_models as tiny
+from tests.makers.dense import dense
 
 gguf = pytest.importorskip("gguf")
 
@@ -270,7 +270,7 @@ def test_attention_biases_of_llama(tmp_path: Path) -> None:
             stored[f"blk.{layer}.attn_{part}.bias"] = (column[:, 0], f32)
         stored[f"blk.{layer}.attn_output.bias"] = (np.zeros(64, np.float32), f32)
     with open_checkpoint(str(write_tiny(tmp_path, "llama", stored))) as checkpoint:
-        assert Dense.of(checkpoint.spec).qkv_bias
+        assert dense(checkpoint.spec).qkv_bias
         for part, bias in biases.items():
             found = checkpoint.tensor(f"model.layers.1.self_attn.{part}_proj.bias")
             np.testing.assert_array_equal(found, bias)

@@ -20,7 +20,6 @@ from edge.backends.ort.cpu import OrtBackend
 from edge.backends.step import step_after
 from edge.bundle.manifest import read_manifest
 from edge.errors import BackendError, ConfigError
-from edge.model.dense import Dense
 from tests.conftest import RUNNABLE, TINY_KV_CAPACITY, Bundles, require_huge_pages
 from tests.edge.backends.runner import Runner, check_slots_apart, random_ids
 from tests.makers.tiny_models import KINDS, Kind
@@ -143,9 +142,9 @@ def test_read_write_and_copy_of_a_slot(runner: Runner):
     model = runner.manifest.model
     assert rows.shape == (
         2 * model.num_layers,
-        Dense.of(model).num_kv_heads,
+        model.attentions()[0].kv_heads,
         33,
-        Dense.of(model).head_dim,
+        model.attentions()[0].dim,
     )
     assert rows.any(axis=(1, 3)).all()
 

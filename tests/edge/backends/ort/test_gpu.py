@@ -36,7 +36,6 @@ from edge.errors import (
     EdgeError,
     ResourceError,
 )
-from edge.model.dense import Dense
 from tests.conftest import TINY_KV_CAPACITY, Bundles, require_kernels
 from tests.edge.backends.ort.test_cpu_attention import export_heads
 from tests.edge.backends.runner import (
@@ -141,9 +140,9 @@ def test_read_write_and_copy_of_a_slot(runner: CudaRunner):
     model = runner.manifest.model
     assert rows.shape == (
         2 * model.num_layers,
-        Dense.of(model).num_kv_heads,
+        model.attentions()[0].kv_heads,
         33,
-        Dense.of(model).head_dim,
+        model.attentions()[0].dim,
     )
     assert rows.dtype == np.float16
 

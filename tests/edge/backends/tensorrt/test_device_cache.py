@@ -15,7 +15,6 @@ from edge.backends import cuda
 from edge.backends.cuda import pieces
 from edge.backends.tensorrt.device_cache import DeviceCache
 from edge.model.cache import cache_tensors
-from edge.model.dense import Dense
 from edge.model.slot_rows import SlotRows
 from edge.model.spec import LayerRun
 from tests.edge.backends.runner import history
@@ -36,7 +35,7 @@ def test_rows_have_the_bits_of_the_engines_type(dtype: Any, stored: Any, gpu: Fa
     """No CPU computes an engine in BF16, so its bits are looked at in the memory itself."""
     manifest = make_manifest(dtype=dtype)
     model = manifest.model
-    heads, dim = Dense.of(model).num_kv_heads, Dense.of(model).head_dim
+    heads, dim = model.attentions()[0].kv_heads, model.attentions()[0].dim
     rows = np.random.default_rng(0).normal(0, 9, (2 * model.num_layers, heads, 5, dim))
     expected = rows.astype(np.float32).astype(stored)
     device = cuda.Device()

@@ -25,7 +25,6 @@ from edge.backends.tensorrt.bound_context import BoundContext
 from edge.bundle import sizes
 from edge.bundle.sizes import StepLimits
 from edge.errors import BackendError, BundleError
-from edge.model.dense import Dense
 from edge.runtime.scheduler.request import SchedulerStats
 from engines import profiles
 from tests.conftest import Bundles
@@ -174,9 +173,9 @@ def test_read_write_and_copy_of_a_slot(dialect: str, gpu: FakeGpu, engine_bundle
         model = runner.manifest.model
         assert rows.shape == (
             2 * model.num_layers,
-            Dense.of(model).num_kv_heads,
+            model.attentions()[0].kv_heads,
             23,
-            Dense.of(model).head_dim,
+            model.attentions()[0].dim,
         )
         assert rows.any(axis=(1, 3)).all()
         backend.write_slot(0, by_name(rows))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 
-from .parts import (
+from edge.model.parts import (
     Add,
     AnyPart,
     Attention,
@@ -22,13 +22,11 @@ from .parts import (
     Size,
     only,
 )
-from .spec import MAX_LAYERS, LayerRun, ModelSpec, RopeSpec, Task
+from edge.model.spec import MAX_LAYERS, LayerRun, ModelSpec, RopeSpec, Task
 
 
 class Dense(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The numbers of a dense decoder: norm, attention, norm and gated MLP in each layer.
-
-    It is also the model in a manifest from before schema 9.
 
     Attributes:
         num_heads, num_kv_heads, head_dim: query heads, heads of keys and values, and their size.
@@ -53,30 +51,6 @@ class Dense(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     qk_norm: bool = False
     tied_embeddings: bool = False
     task: Task = "generate"
-
-    @classmethod
-    def of(cls, model: ModelSpec) -> Dense:
-        """Return the numbers of a model that `model` made, without the layers that have no RoPE."""
-        layer = model.layer(0)
-        attention = only(layer, Attention)[0]
-        linears = {part.name: part for part in only(layer, Linear)}
-        return cls(
-            architecture=model.architecture,
-            hidden_size=model.hidden_size,
-            num_layers=model.num_layers,
-            num_heads=attention.heads,
-            num_kv_heads=attention.kv_heads,
-            head_dim=attention.dim,
-            intermediate_size=linears["down"].width,
-            vocab_size=model.vocab_size,
-            rms_norm_eps=model.rms_norm_eps,
-            max_position_embeddings=model.max_position_embeddings,
-            rope=model.ropes[0],
-            qkv_bias=linears["qkv"].bias,
-            qk_norm=any(part.of for part in only(layer, Norm)),
-            tied_embeddings=model.tied_embeddings,
-            task=model.task,
-        )
 
     def model(self, without_rope: Collection[int] = ()) -> ModelSpec:
         """Make the model; positions do not turn the layers ``without_rope``."""
