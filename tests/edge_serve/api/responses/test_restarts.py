@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -288,16 +289,42 @@ def test_a_smaller_context_ends_a_response_with_its_output_so_far(
             assert late.startswith(early)
 
 
-def test_rows_that_are_damaged_are_computed_again(tiny_bundles: Bundles, tmp_path: Path):
+def in_the_layout_of_schema_8(data: bytes) -> bytes:
+    """A stored response as it was before layouts named their tensors."""
+    begin = data.index(b"{")
+    end = begin + int.from_bytes(data[begin - 8 : begin], "little")
+    record = json.loads(data[begin:end])
+    layout = record["unfinished"]["rows"]["layout"]
+    tensors = list(layout.pop("tensors").values())
+    planes = {"dtype": "float32", "planes": len(tensors), "int8_planes": []}
+    sizes = {"kv_heads": tensors[0]["kv_heads"], "head_dim": tensors[0]["dim"]}
+    record["unfinished"]["rows"]["layout"] = {**layout, **planes, **sizes}
+    encoded = json.dumps(record).encode()
+    head = data[: begin - 8] + len(encoded).to_bytes(8, "little")
+    return head + encoded + hashlib.sha256(encoded).digest() + data[end + 32 :]
+
+
+def damaged(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (damaged, r"the rows in .* are not used: it is damaged"),
+        (in_the_layout_of_schema_8, r"its rows are of .* in rows of an older edge-llm"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_computed_again(
+    tiny_bundles: Bundles, tmp_path: Path, change: Callable[[bytes], bytes], says: str
+):
     bundle = tiny_bundles("qwen2")
     id_, before = suspend(bundle, tmp_path / "s", temperature=0)
     path = tmp_path / "s" / f"{id_}.response"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    path.write_bytes(change(path.read_bytes()))
     with server(bundle, tmp_path / "s", 0) as second, connected(second) as client:
         ended = wait(client, id_)
-        second.wait_for(r"the rows in .* are not used: it is damaged")
+        second.wait_for(says)
         assert ended.status in ("completed", "incomplete")
         for early, late in zip(said(before), said(ended), strict=True):
             assert late.startswith(early)
