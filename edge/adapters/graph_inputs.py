@@ -38,7 +38,7 @@ from edge.bundle.manifest import FloatType, HeadManifest, Line, Manifest
 from edge.bundle.sizes import ALIGNMENT, ENGINE_FLOAT_BYTES, ProfileName
 from edge.errors import BundleError, CheckpointError, ConfigError
 from edge.files import MALFORMED
-from edge.model.parts import Attention, only
+from edge.model.parts import MOST_OUTPUTS, Attention, only
 from edge.model.spec import ModelSpec
 
 from .safetensors_header import read_header
@@ -50,8 +50,8 @@ FACTORS_NAME = "adapters.safetensors"
 MAX_RANK = 128
 ADAPTER = ".adapter"
 """Follows the linear's name in the name of the tensor that is added to the product."""
-_RANK_DIMS = {parts: f"adapter_rank_x{parts}" for parts in (1, 2, 3)}
-"""Names the graph's dimensions: the ranks of one, two or three joined modules."""
+_RANK_DIM = "adapter_rank_x{}"
+"""Names the graph's dimensions: the ranks of so many joined modules."""
 Array = NDArray[np.float32]
 _DIVIDED = {"qkv": "o", "gate_up": "down"}
 
@@ -112,7 +112,7 @@ def linear_inputs(
     found = {}
     for layer in adapted_linears(model):
         name, (width, out) = f"{SECTION}.{layer.name}", layer.shape
-        rank = _RANK_DIMS[len(layer.rows)]
+        rank = _RANK_DIM.format(len(layer.rows))
         found[layer.name] = (
             TensorSpec(f"{name}.a", (BATCH, rank, width), float_type),
             TensorSpec(f"{name}.b", (BATCH, out, rank), float_type),
@@ -122,7 +122,7 @@ def linear_inputs(
 
 def rank_sizes(rank: int) -> dict[str, int]:
     """Return the dimensions of all linears' inputs in a step at ``rank``."""
-    return {name: parts * rank for parts, name in _RANK_DIMS.items()}
+    return {_RANK_DIM.format(parts): parts * rank for parts in range(1, MOST_OUTPUTS + 1)}
 
 
 def with_adapters(profile: ProfileName) -> ProfileName:

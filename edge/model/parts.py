@@ -19,6 +19,8 @@ Rows = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]  # of a token table; ids a
 Heads = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]{0,39}\Z")]
 
+MOST_OUTPUTS = 8
+
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="part"):
     """Base of the parts; ``part`` names the kind in a manifest."""
@@ -51,7 +53,9 @@ class Linear(Part, frozen=True, tag="linear"):
 
     name: Name
     width: Size
-    outputs: Annotated[tuple[tuple[Name, Size], ...], msgspec.Meta(min_length=1, max_length=8)]
+    outputs: Annotated[
+        tuple[tuple[Name, Size], ...], msgspec.Meta(min_length=1, max_length=MOST_OUTPUTS)
+    ]
     bias: bool = False
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -18,10 +19,15 @@ from edge.bundle.io_spec import TensorSpec
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import FloatType, Manifest, read_manifest
 from edge.bundle.schemes import HIGH_PLANE
+from edge.errors import CheckpointError
+from edge.model.parts import Attention, Rope
+from edge.model.spec import LayerRun
+from export.graph.decoder import DecoderTensors, build_decoder
 from export.graph.graph_builder import ONNX_TYPE
 from export.sources.opening import open_checkpoint
 from tests.conftest import TINY_KV_CAPACITY, Bundles, Checkpoints
 from tests.makers.dense import dense
+from tests.makers.manifests import make_model
 from tests.makers.tiny_models import KINDS
 
 IR_VERSION = {"native": 12, "portable": 10}  # the oldest that may hold opset 24 and opset 21
@@ -408,3 +414,11 @@ def as_spec(value: onnx.ValueInfoProto) -> TensorSpec:
     shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
     dtype: Any = types[tensor.elem_type]
     return TensorSpec(value.name, shape, dtype)
+
+
+@pytest.mark.parametrize("dialect", ["native", "portable"])
+def test_heads_of_which_a_part_turns_are_refused(dialect: Any):
+    run = LayerRun(1, (Rope(8), Attention(4, 2, 16)))
+    model = msgspec.structs.replace(make_model(), layers=(run,))
+    with pytest.raises(CheckpointError, match=r"layers\.0: RoPE of 8 of 16 dimensions"):
+        build_decoder(model, dialect, "fp32", DecoderTensors({}, {}, []), 64)

@@ -16,8 +16,8 @@ from hypothesis.extra import numpy as arrays
 
 from edge.bundle.manifest import read_manifest
 from edge.bundle.rope import inverse_frequencies, turn
-from edge.errors import ConfigError
-from edge.model.parts import Rope, only
+from edge.errors import CheckpointError, ConfigError
+from edge.model.parts import Attention, Linear, Rope, only
 from edge.model.spec import LayerRun
 from export.config import ExportConfig
 from export.pipeline import export_checkpoint
@@ -241,3 +241,9 @@ def test_tensorrt_takes_no_8_bit_cache_in_the_native_dialect(tiny_bundles: Bundl
     verdicts = check_graph(path.read_bytes(), path.parent, VERSIONS)
     assert not any(verdict.legal for verdict in verdicts)
     assert any("kv-types" in str(refusal) for refusal in verdicts[-1].refusals)
+
+
+def test_queries_and_keys_of_a_linear_without_the_values_are_refused() -> None:
+    layer = (Linear("qk", 64, (("q", 64), ("k", 32))), Attention(4, 2, 16))
+    with pytest.raises(CheckpointError, match="--kv-cache int8: a layer has no linear"):
+        cache_taps(layer)
