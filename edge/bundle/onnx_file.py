@@ -204,26 +204,27 @@ class OnnxFile:
 
     Attributes:
         nodes: the nodes in topological order; edit the list or its nodes, then `serialize`.
+        proto: all else of the graph, a GraphProto.
         in_memory: values of the initializers that `put_in_memory` took out of their files.
     """
 
     def __init__(self, data: bytes) -> None:
         self._model = Message.parse(data)
-        self._graph = self._model.child(7)
-        if not self._graph.fields:
+        self.proto = self._model.child(7)
+        if not self.proto.fields:
             raise BundleError("not an ONNX file: it has no graph")
-        self.nodes = [Node.decode(value) for value in self._graph.all_bytes(1)]
+        self.nodes = [Node.decode(value) for value in self.proto.all_bytes(1)]
         self.in_memory: dict[str, NDArray[np.generic]] = {}
 
     @property
     def inputs(self) -> list[ValueInfo]:
         """Return the graph's inputs in order."""
-        return [_value_info(value) for value in self._graph.all_bytes(11)]
+        return [_value_info(value) for value in self.proto.all_bytes(11)]
 
     @property
     def outputs(self) -> list[ValueInfo]:
         """Return the graph's outputs in order."""
-        return [_value_info(value) for value in self._graph.all_bytes(12)]
+        return [_value_info(value) for value in self.proto.all_bytes(12)]
 
     @property
     def opsets(self) -> dict[str, int]:
@@ -236,7 +237,7 @@ class OnnxFile:
     @property
     def initializers(self) -> list[bytes]:
         """Return the graph's constants, each an encoded TensorProto (`edge.bundle.onnx_values`)."""
-        return self._graph.all_bytes(5)
+        return self.proto.all_bytes(5)
 
     def serialize(self, first: str = "") -> bytes:
         """Encode the edited model, without nodes and initializers that nothing uses.
@@ -248,8 +249,8 @@ class OnnxFile:
         self.prune()
         # An optional input that is absent has the empty name.
         nodes = sorted(self.nodes, key=lambda node: not first or first not in node.inputs)
-        self._graph.replace(1, (node.encode() for node in nodes))
-        self._model.replace(7, [self._graph.serialize()])
+        self.proto.replace(1, (node.encode() for node in nodes))
+        self._model.replace(7, [self.proto.serialize()])
         return self._model.serialize()
 
     def set_dimension(self, names: Iterable[str], axis: int, size: int) -> None:
@@ -262,70 +263,24 @@ class OnnxFile:
         for number in (11, 12):
             infos = [
                 _with_dimension(data, axis, size) if Message.parse(data).text(1) in wanted else data
-                for data in self._graph.all_bytes(number)
+                for data in self.proto.all_bytes(number)
             ]
-            self._graph.replace(number, infos)
+            self.proto.replace(number, infos)
 
     def add_int64(self, name: str, values: Sequence[int]) -> str:
         """Add a one-dimensional int64 constant."""
         raw = struct.pack(f"<{len(values)}q", *values)
         tensor = Message().add(1, len(values)).add(2, _INT64).add(8, name).add(9, raw)
-        self._graph.add(5, tensor)
+        self.proto.add(5, tensor)
         return name
-
-    def add_floats(self, name: str, shape: Sequence[int], values: NDArray[np.float32]) -> str:
-        """Add an FP32 constant."""
-        tensor = Message()
-        for size in shape:
-            tensor.add(1, size)
-        tensor.add(2, ELEMENT_NUMBERS["fp32"]).add(8, name).add(9, values.astype("<f4").tobytes())
-        self._graph.add(5, tensor)
-        return name
-
-    def add_output(self, info: Message) -> None:
-        """Make a tensor of the graph one more output; ``info`` is made by `tensor_info`.
-
-        Raises:
-            BundleError: no node computes it.
-        """
-        name = info.text(1)
-        if not any(name in node.outputs for node in self.nodes):
-            raise BundleError(
-                f"the decoder graph has no tensor {name!r}; export the bundle again with this "
-                "edge-llm"
-            )
-        self._graph.add(12, info)
-
-    def add_inputs(self, infos: Iterable[Message]) -> None:
-        """Make tensors inputs, and drop constants of their names; `tensor_info` makes ``infos``."""
-        new = {info.text(1): info for info in infos}
-        tensors = self._graph.all_bytes(5)
-        self._graph.replace(5, [data for data in tensors if Message.parse(data).text(8) not in new])
-        for info in new.values():
-            self._graph.add(11, info)
 
     def remove_values(self, names: Iterable[str]) -> None:
         """Remove inputs and outputs of these names from the graph, if there are any."""
         unwanted = set(names)
         for number in (11, 12):
-            infos = self._graph.all_bytes(number)
+            infos = self.proto.all_bytes(number)
             kept = [data for data in infos if Message.parse(data).text(1) not in unwanted]
-            self._graph.replace(number, kept)
-
-    def put_in_file(
-        self, name: str, dtype: str, shape: Sequence[int], place: tuple[str, int, int]
-    ) -> None:
-        """Make a tensor, old or new, a constant whose bytes are in a file.
-
-        Args:
-            name: name of the tensor.
-            dtype: its element type (in `ELEMENT_TYPES`).
-            shape: its dimensions.
-            place: the file beside the model's, its first byte there, and its number of bytes.
-        """
-        tensors = self._graph.all_bytes(5)
-        kept = [data for data in tensors if Message.parse(data).text(8) != name]
-        self._graph.replace(5, [*kept, _elsewhere(name, dtype, shape, place).serialize()])
+            self.proto.replace(number, kept)
 
     def use_domain(self, domain: str, version: int) -> None:
         """Declare an operator domain."""
@@ -337,7 +292,7 @@ class OnnxFile:
         Raises:
             BundleError: one of them does not say where its bytes are.
         """
-        tensors = map(Message.parse, self._graph.all_bytes(5))
+        tensors = map(Message.parse, self.proto.all_bytes(5))
         return {each.text(8): _external(each) for each in tensors if each.integer(14) == _EXTERNAL}
 
     def put_in_memory(self, values: Mapping[str, NDArray[Any]]) -> None:
@@ -346,14 +301,14 @@ class OnnxFile:
         The model says that they are external, each in a file of its own name. Code that opens a
         session on it must pass `in_memory` to the session, or write those files.
         """
-        tensors = self._graph.all_bytes(5)
+        tensors = self.proto.all_bytes(5)
         kept = [data for data in tensors if Message.parse(data).text(8) not in values]
         new = []
         for name, value in values.items():
             place = (name, 0, value.nbytes)
             element = value.dtype.name.replace("float", "fp")
-            new.append(_elsewhere(name, element, value.shape, place).serialize())
-        self._graph.replace(5, kept + new)
+            new.append(tensor_elsewhere(name, element, value.shape, place).serialize())
+        self.proto.replace(5, kept + new)
         self.in_memory.update(values)
 
     def prune(self) -> None:
@@ -365,8 +320,8 @@ class OnnxFile:
                 needed.update(node.inputs)
                 kept.append(node)
         self.nodes = kept[::-1]
-        tensors = self._graph.all_bytes(5)
-        self._graph.replace(5, [data for data in tensors if Message.parse(data).text(8) in needed])
+        tensors = self.proto.all_bytes(5)
+        self.proto.replace(5, [data for data in tensors if Message.parse(data).text(8) in needed])
 
 
 def attribute(name: str, value: int | float | str | Sequence[int]) -> bytes:
@@ -399,17 +354,6 @@ def _external(tensor: Message) -> ExternalTensor:
     dims = tuple(value for n, _, value in tensor.fields if n == 1 and isinstance(value, int))
     element = tensor.integer(2)
     return ExternalTensor(ELEMENT_TYPES.get(element, f"onnx type {element}"), dims, *place)
-
-
-def _elsewhere(name: str, dtype: str, shape: Sequence[int], place: tuple[str, int, int]) -> Message:
-    """Make a TensorProto of external data."""
-    tensor = Message()
-    for size in shape:
-        tensor.add(1, size)
-    tensor.add(2, ELEMENT_NUMBERS[dtype]).add(8, name)
-    for key, value in zip(("location", "offset", "length"), place, strict=True):
-        tensor.add(13, Message().add(1, key).add(2, str(value)))
-    return tensor.add(14, _EXTERNAL)
 
 
 def _value_info(data: bytes) -> ValueInfo:
@@ -518,3 +462,16 @@ def tensor_info(name: str, element: int, shape: Sequence[int | str]) -> Message:
         dims.add(1, Message().add(2 if isinstance(size, str) else 1, size))
     tensor = Message().add(1, element).add(2, dims)
     return Message().add(1, name).add(2, Message().add(1, tensor))
+
+
+def tensor_elsewhere(
+    name: str, dtype: str, shape: Sequence[int], place: tuple[str, int, int]
+) -> Message:
+    """Make a TensorProto whose bytes are in a file: its name, the first byte, and their number."""
+    tensor = Message()
+    for size in shape:
+        tensor.add(1, size)
+    tensor.add(2, ELEMENT_NUMBERS[dtype]).add(8, name)
+    for key, value in zip(("location", "offset", "length"), place, strict=True):
+        tensor.add(13, Message().add(1, key).add(2, str(value)))
+    return tensor.add(14, _EXTERNAL)

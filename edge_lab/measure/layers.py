@@ -28,6 +28,7 @@ from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, tensor_info
 from edge.errors import BackendError, ConfigError
 from edge.model.cache import cache_tensors
+from edge_make.graph_edits import add_output
 from edge_make.progress import Progress, silent
 
 from .divergence import cosine_similarity
@@ -162,7 +163,7 @@ class CpuLayers:
         self._layers = [io_spec.layer_output(layer) for layer in range(model.num_layers)]
         shape = (io_spec.BATCH, io_spec.SEQ, model.hidden_size)
         for name in self._layers:
-            graph.add_output(tensor_info(name, ELEMENT_NUMBERS["fp32"], shape))
+            add_output(graph, tensor_info(name, ELEMENT_NUMBERS["fp32"], shape))
         self._session = open_session(
             graph, bundle, manifest, num_threads, int8_activations=int8_activations
         )

@@ -28,6 +28,7 @@ from edge.bundle.onnx_file import OnnxFile
 from edge.bundle.onnx_values import ELEMENT_BITS
 from edge.model.parts import Layer
 from edge.model.spec import ModelSpec
+from edge_make.graph_edits import put_in_file
 from edge_make.progress import silent
 from engines.build_plan import BuildPlan, plan_build
 from engines.compiler.compat import Compiler, TensorRT
@@ -221,7 +222,7 @@ def in_floats(data: bytes) -> tuple[bytes, int]:
         assert shape is not None
         # TensorRT refuses weights of different sizes in one place.
         num_bytes = (math.prod(shape) * ELEMENT_BITS[dtype] + 7) // 8
-        graph.put_in_file(name, dtype, shape, (_ZEROS, end, num_bytes))
+        put_in_file(graph, name, dtype, shape, (_ZEROS, end, num_bytes))
         end += num_bytes + -num_bytes % _ALIGNMENT
     return graph.serialize(), end
 

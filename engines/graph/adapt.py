@@ -14,6 +14,7 @@ from edge.bundle.manifest import FloatType, Manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Node, OnnxFile, attribute, tensor_info
 from edge.bundle.onnx_values import Constants
 from edge.errors import BundleError
+from edge_make.graph_edits import add_floats, add_output
 from engines.build_plan import BuildPlan
 from engines.config import BuildShapes
 from engines.rules.facts import QUANTIZING
@@ -118,7 +119,7 @@ def widen_scales(data: bytes, directory: Path) -> bytes:
             constant, values = constants.get(name), constants.values(name)
             assert constant is not None
             assert values is not None
-            wide[name] = graph.add_floats(f"{name}.fp32", constant.shape, values)
+            wide[name] = add_floats(graph, f"{name}.fp32", constant.shape, values)
         return wide[name]
 
     nodes: list[Node] = []
@@ -191,7 +192,7 @@ def _add_best_logits(graph: OnnxFile, keep: int) -> None:
     known = add("ReduceSum", [add("Exp", [shifted], "best.exp"), last], "best.sum", keepdims=1)
     add("Sub", [total, known], io_spec.BEST_REST)
     for spec in io_spec.best_outputs(vocab_size, keep, dtype):
-        graph.add_output(tensor_info(spec.name, ELEMENT_NUMBERS[spec.dtype], spec.shape))
+        add_output(graph, tensor_info(spec.name, ELEMENT_NUMBERS[spec.dtype], spec.shape))
 
 
 def _remove_slices(graph: OnnxFile, caches: set[str]) -> None:

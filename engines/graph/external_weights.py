@@ -41,6 +41,7 @@ from edge.bundle.sizes import ALIGNMENT
 from edge.bundle.update import fsync
 from edge.errors import BundleError, ResourceError
 from edge.files import drop_cached
+from edge_make.graph_edits import add_inputs
 from engines.kernels.layout import pack_weights
 
 _log = logging.getLogger(__name__)
@@ -120,9 +121,12 @@ def constants_inside(graph: bytes) -> dict[str, int]:
 
 def make_inputs(graph: OnnxFile, outside: Outside) -> None:
     """Make the tensors inputs of a graph; constants of the same names are removed."""
-    graph.add_inputs(
-        tensor_info(name, ELEMENT_NUMBERS[each.dtype], each.shape)
-        for name, each in outside.tensors.items()
+    add_inputs(
+        graph,
+        (
+            tensor_info(name, ELEMENT_NUMBERS[each.dtype], each.shape)
+            for name, each in outside.tensors.items()
+        ),
     )
 
 

@@ -17,6 +17,7 @@ from edge.bundle.engine_file import Plugins
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import Node, OnnxFile
 from edge.bundle.onnx_values import Constants, node_attributes
+from edge_make.graph_edits import add_floats
 from engines.kernels.top_k import MOST_COLUMNS
 
 from .plugin_nodes import MisfitError, plugin_node
@@ -50,7 +51,7 @@ def use_own_top_k(graph: OnnxFile, manifest: Manifest, plugins: Plugins) -> tupl
         keep = _find(graph, manifest)
     except MisfitError as reason:
         return 0, str(reason)
-    graph.add_floats(_KEEP, [keep], np.zeros(keep, np.float32))
+    add_floats(graph, _KEEP, [keep], np.zeros(keep, np.float32))
     best = [io_spec.BEST_VALUES, io_spec.BEST_IDS, io_spec.BEST_REST]
     graph.nodes = [node for node in graph.nodes if not set(node.outputs) & set(best)]
     graph.nodes += [

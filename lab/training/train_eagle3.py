@@ -41,6 +41,7 @@ from edge.model.spec import ModelSpec, RopeSpec
 from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.tokenizer import Tokenizer
 from edge_make.families.dense import Dense
+from edge_make.graph_edits import add_output
 from edge_make.safetensors_writer import TensorSource, write_safetensors
 from export.sources.documents import encode_document, read_calibration_text
 from tools.command import run_main, say
@@ -233,7 +234,7 @@ def make_lessons(
     names = [io_spec.layer_output(i - 1) for i in layers_of(manifest.model) if i]
     shape = (io_spec.BATCH, io_spec.SEQ, manifest.model.hidden_size)
     for name in dict.fromkeys(names):
-        graph.add_output(tensor_info(name, ELEMENT_NUMBERS["fp32"], shape))
+        add_output(graph, tensor_info(name, ELEMENT_NUMBERS["fp32"], shape))
     session = open_session(graph, bundle, manifest, None, int8_activations=True)
     table = EmbeddingTable(bundle / EMBEDDINGS_NAME)
     documents = read_calibration_text(texts).documents

@@ -158,7 +158,7 @@ def replace_input(graph: OnnxFile, node: Node, place: int, dtype: str, shape: An
     for size in shape:
         tensor.add(1, size)
     name = f"planted.{place}"
-    graph._graph.add(5, tensor.add(2, ELEMENT_NUMBERS[dtype]).add(8, name).add(9, raw))
+    graph.proto.add(5, tensor.add(2, ELEMENT_NUMBERS[dtype]).add(8, name).add(9, raw))
     node.inputs[place] = name
 
 

@@ -354,7 +354,7 @@ class Network:
         for size in shape:
             tensor.add(1, size)
         tensor.add(2, ELEMENT_NUMBERS[dtype]).add(8, name).add(9, raw)
-        self.graph._graph.add(5, tensor)
+        self.graph.proto.add(5, tensor)
         self.types[name], self.shapes[name] = dtype, shape
         self._add(LayerType["CONSTANT"], name, [], [name])
 

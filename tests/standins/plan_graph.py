@@ -13,6 +13,7 @@ import numpy as np
 from edge.backends.tensorrt.launch_rules import BLOCK
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, Node, OnnxFile, attribute
 from edge.bundle.onnx_values import Constant, read_constant
+from edge_make.graph_edits import add_floats
 
 from .network import Attention11, CausalMaskKind, DataType, Network
 
@@ -131,9 +132,9 @@ def _attended(network: Network, join: Node) -> list[Node]:
         ("merged", [0, 0, heads * width]),
     ):
         graph.add_int64(f"{made}.{name}", list(numbers))
-    graph.add_floats(f"{made}.scale", [], np.array(1 / math.sqrt(width), np.float32))
-    graph.add_floats(f"{made}.keep", [], np.array(0, np.float32))
-    graph.add_floats(f"{made}.drop", [], np.array(-1e30, np.float32))
+    add_floats(graph, f"{made}.scale", [], np.array(1 / math.sqrt(width), np.float32))
+    add_floats(graph, f"{made}.keep", [], np.array(0, np.float32))
+    add_floats(graph, f"{made}.drop", [], np.array(-1e30, np.float32))
     wide, whole, half = (
         attribute("to", ELEMENT_NUMBERS[dtype]) for dtype in ("fp32", "int64", "fp16")
     )

@@ -20,6 +20,7 @@ from edge.bundle.onnx_file import OnnxFile, tensor_info
 from edge.errors import BundleError, ConfigError
 from edge_lab.cli.verify import verify
 from edge_lab.measure.layers import CpuLayers, LayerReport, compare_layers
+from edge_make.graph_edits import add_output
 from tests.conftest import RUNNABLE, TINY_KV_CAPACITY, Bundles, Checkpoints, require_kernels
 from tests.standins.cuda import FakeGpu
 from tests.standins.tensorrt import write_engine
@@ -145,7 +146,7 @@ def test_unlike_runs_are_not_compared(bundle: Path) -> None:
         compare(bundle, layers_of(bundle), decode_steps=12)
     graph = OnnxFile((bundle / "decoder.onnx").read_bytes())
     with pytest.raises(BundleError, match=r"no tensor 'layers\.9"):
-        graph.add_output(tensor_info(io_spec.layer_output(9), 1, ("batch", "seq", 64)))
+        add_output(graph, tensor_info(io_spec.layer_output(9), 1, ("batch", "seq", 64)))
 
 
 def run(*arguments: object) -> Result:

@@ -51,7 +51,7 @@ def plant(bundle: Path, dtype: str) -> None:
             for key, value in (("location", f"{path.name}.data"), ("offset", "0")):
                 tensor.add(13, Message().add(1, key).add(2, value))
         tensors.append(tensor.serialize())
-    graph._graph.replace(5, tensors)
+    graph.proto.replace(5, tensors)
     path.write_bytes(graph.serialize())
     files = {**manifest.files, path.name: sha256_file(path)}
     (bundle / "manifest.json").write_bytes(encode_manifest(replace(manifest, files=files)))

@@ -23,6 +23,7 @@ from edge.backends.ort.cpu import OrtBackend
 from edge.backends.ort.mapped_weights import has_room, lend, map_file
 from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import Node, OnnxFile, small_model, tensor_info
+from edge_make.graph_edits import put_in_file
 from tests.conftest import Bundles, require_kernels
 from tests.edge.backends.runner import Runner, random_ids
 
@@ -60,7 +61,7 @@ def lent_graph(bundle: Path, names: tuple[str, ...] = ("a", "b"), lent: bool = T
         values[name] = np.frombuffer(memory, np.float32).reshape(2, 2).reshape(4)
         values[name][:] = number
     (bundle / "data").write_bytes(b"skip" + np.full(4, 7, np.float32).tobytes())
-    graph.put_in_file("norm", "fp32", [4], ("data", 4, 16))
+    put_in_file(graph, "norm", "fp32", [4], ("data", 4, 16))
     graph.put_in_memory(values)
     return graph
 
