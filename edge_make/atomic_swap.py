@@ -26,13 +26,13 @@ from edge.bundle.manifest import (
     MANIFEST_NAME,
     Manifest,
     decode_manifest,
-    encode_manifest,
     read_manifest,
 )
 from edge.bundle.trust import SIGNATURE_NAME
 from edge.bundle.update import fsync, temp_path
 from edge.errors import BundleError, ConfigError, ResourceError
 from edge.files import MALFORMED, read_file
+from edge_make.manifest_bytes import encode_manifest
 from edge_make.target import beside, locked, resolve_target, write_durably
 
 _log = logging.getLogger(__name__)

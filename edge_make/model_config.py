@@ -11,7 +11,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from edge.bundle.manifest_checks import check_ranges
+import msgspec
+
 from edge.errors import BundleError, CheckpointError
 from edge.model.spec import ModelSpec, RopeSpec, Task
 from edge_make.families.dense import Dense
@@ -156,9 +157,9 @@ def checked(spec: Dense, where: str, without_rope: Collection[int] = ()) -> Mode
             number that no manifest may have.
     """
     try:
-        check_ranges(spec, where)
+        _check_ranges(spec, where)
         model = spec.model(without_rope)
-        check_ranges(model, where)
+        _check_ranges(model, where)
     except BundleError as error:
         message = re.sub(r"(?<=\$\.)\w+", lambda name: _KEYS.get(name[0], name[0]), str(error))
         raise CheckpointError(f"{message}; is the file damaged?") from error
@@ -349,3 +350,15 @@ def _factor(rope: _Config) -> float:
     if factor < 1:
         raise rope.error("factor", f"must be at least 1, found {factor}")
     return factor
+
+
+def _check_ranges(spec: msgspec.Struct, where: str) -> None:
+    """Refuse dimensions that no manifest may have.
+
+    Raises:
+        BundleError: one is out of its range; the message names it.
+    """
+    try:
+        msgspec.json.decode(msgspec.json.encode(spec), type=type(spec))
+    except msgspec.ValidationError as error:
+        raise BundleError(f"{where}: {error}") from error

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from edge.adapters.graph_inputs import check_aligned, read_section
+from edge.adapters.graph_inputs import adapted_linears, read_section
 from edge.bundle.engine_file import Attention, Kernels, KvRead, Scales
 from edge.bundle.manifest import Manifest
+from edge.bundle.sizes import ALIGNMENT, ENGINE_FLOAT_BYTES
+from edge.errors import ConfigError
+from edge.model.spec import ModelSpec
 
 from .config import KV_READS, BuildConfig, BuildShapes, resolve
 from .profiles import Profile, make_profiles
@@ -91,3 +95,18 @@ def plan_build(config: BuildConfig, manifest: Manifest) -> BuildPlan:
     check_aligned(manifest.model, rank)
     profiles = make_profiles(manifest.model, manifest.dialect, manifest.dtype, shapes, rank)
     return BuildPlan(config, manifest, shapes, profiles)
+
+
+def check_aligned(model: ModelSpec, rank: int) -> None:
+    """Refuse a rank at which the slots of an engine would not be aligned.
+
+    Raises:
+        ConfigError: A or B of a slot does not end at a multiple of `ALIGNMENT` bytes.
+    """
+    widths = {size for layer in adapted_linears(model) for size in layer.shape}
+    step = max(ALIGNMENT // math.gcd(ALIGNMENT, size * ENGINE_FLOAT_BYTES) for size in widths)
+    if rank % step:
+        raise ConfigError(
+            f"adapters of rank {rank} put slots at addresses that TensorRT refuses; export the "
+            f"bundle with --adapters {-(-rank // step) * step}, a multiple of {step}"
+        )

@@ -1,19 +1,21 @@
 """Makes the optimization profiles: the least, the usual and the largest shape of every input.
 
-`edge.bundle.sizes.profile_limits` says which profiles exist. TensorRT picks kernels per profile, so
-decode gets matrix-vector kernels.
+`edge_make.engine_profiles.profile_limits` says which profiles exist. TensorRT picks kernels per
+profile, so decode gets matrix-vector kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
-from edge.adapters.graph_inputs import linear_inputs, rank_sizes, with_adapters
+from edge.adapters.graph_inputs import linear_inputs, rank_sizes
 from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect, FloatType
-from edge.bundle.sizes import ProfileName, StepLimits, profile_limits
+from edge.bundle.sizes import ProfileName, StepLimits
 from edge.model.spec import ModelSpec
+from edge_make.engine_profiles import profile_limits
 
 from .config import BuildShapes
 
@@ -87,3 +89,8 @@ def _range(spec: io_spec.TensorSpec, sizes: Mapping[str, tuple[int, int, int]]) 
         for i in range(3)
     )
     return ShapeRange(least, usual, largest)
+
+
+def with_adapters(profile: ProfileName) -> ProfileName:
+    """Return the profile of an engine that runs the same steps at the adapters' rank."""
+    return cast(ProfileName, f"{profile}-adapters")

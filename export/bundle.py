@@ -27,14 +27,7 @@ from types import TracebackType
 
 import msgspec
 
-from edge.bundle.manifest import (
-    MANIFEST_NAME,
-    FileInfo,
-    Manifest,
-    decode_manifest,
-    encode_manifest,
-    is_file_name,
-)
+from edge.bundle.manifest import MANIFEST_NAME, FileInfo, Manifest, decode_manifest, is_file_name
 from edge.bundle.update import fsync
 from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, ConfigError, ResourceError
@@ -46,6 +39,7 @@ from edge_make.atomic_swap import (
     remove,
     sweep,
 )
+from edge_make.manifest_bytes import encode_manifest
 from edge_make.target import beside, locked, resolve_target, write_durably
 
 _log = logging.getLogger(__name__)

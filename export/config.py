@@ -348,7 +348,7 @@ class ExportTarget:
         dialect: dialect of the graph (`edge.bundle.io_spec`); None is the target's, ``native``
             without one. TensorRT takes an INT8 cache in ``portable`` only, so a target with
             TensorRT gets that then.
-        kv_capacity: cache rows per sequence; None is `edge.bundle.io_spec.default_kv_capacity`.
+        kv_capacity: cache rows per sequence; None is `edge_make.default_kv_capacity`.
         verify: whether to measure the finished bundle against the float model, and to refuse it if
             it misses ``gate``, before it is put in place.
         gate: thresholds for ``verify``, as for `edge_lab.measure.evaluate.load_gate`; None is

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from edge.adapters.graph_inputs import FACTORS_NAME
 from edge.bundle.kv_scales import Scales
-from edge.bundle.linears import norm_sources
 from edge.bundle.manifest import (
     Calibration,
     Dialect,
@@ -34,6 +33,7 @@ from edge.bundle.manifest import (
 from edge.bundle.schemes import HIGH_PLANE
 from edge.errors import ConfigError
 from edge.model.spec import ModelSpec
+from edge_make.checkpoint_tensors import norm_sources
 from edge_make.progress import Progress, prefixed
 from edge_make.safetensors_writer import TensorSource, write_safetensors
 

@@ -32,6 +32,7 @@ from edge.errors import ConfigError, DependencyError, EdgeError, ResourceError
 from edge.text.reasoning import template_reasons
 from edge_lab.measure.evaluate import check_gate, load_gate
 from edge_make.atomic_swap import check_free_space
+from edge_make.default_kv_capacity import default_kv_capacity
 from edge_make.progress import Progress, prefixed, silent, uncounted
 from edge_make.recipe import Clip
 from edge_make.safetensors_writer import write_safetensors
@@ -203,7 +204,7 @@ class _Export:
         capacity = target.kv_capacity
         if capacity is None:
             reasons = template is not None and template_reasons(template)
-            capacity = io_spec.default_kv_capacity(reasons=reasons, positions=self.positions)
+            capacity = default_kv_capacity(reasons=reasons, positions=self.positions)
         io_spec.check_capacity(capacity, self.positions)
         self.kv_capacity = capacity
         self.progress = progress

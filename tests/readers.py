@@ -22,7 +22,7 @@ from edge.adapters.peft_file import read_adapter
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.engine_file import ENGINE_JSON, EngineInfo, read_engine_info, rebuild_command
 from edge.bundle.linears import linear_layers
-from edge.bundle.manifest import MANIFEST_NAME, Tokens, encode_manifest, read_manifest
+from edge.bundle.manifest import MANIFEST_NAME, Tokens, read_manifest
 from edge.bundle.minisign import PublicKey, Signature, parse_signature, read_public_keys
 from edge.bundle.onnx_file import Message, OnnxFile, tensor_info
 from edge.bundle.rope import inverse_frequencies
@@ -55,6 +55,7 @@ from edge_lab.planner.calibration import BENCH_SCHEMA, read_runs
 from edge_lab.planner.models import read_config
 from edge_make.engine_layers import layers_path, read_layers
 from edge_make.key_file import read_key_file
+from edge_make.manifest_bytes import encode_manifest
 from edge_make.manifest_text import describe_sampling
 from edge_serve.config_file import load_settings
 from edge_serve.settings import ServerSettings

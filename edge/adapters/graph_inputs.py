@@ -22,10 +22,9 @@ the factors, and `Basis` converts an adapter to the channels that the graph comp
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -35,8 +34,7 @@ from edge.bundle.extras import read_extra
 from edge.bundle.io_spec import BATCH, TensorSpec
 from edge.bundle.linears import LinearSpec, linear_layers
 from edge.bundle.manifest import FloatType, HeadManifest, Line, Manifest
-from edge.bundle.sizes import ALIGNMENT, ENGINE_FLOAT_BYTES, ProfileName
-from edge.errors import BundleError, CheckpointError, ConfigError
+from edge.errors import BundleError, CheckpointError
 from edge.files import MALFORMED
 from edge.model.parts import MOST_OUTPUTS, Attention, only
 from edge.model.spec import ModelSpec
@@ -125,29 +123,9 @@ def rank_sizes(rank: int) -> dict[str, int]:
     return {_RANK_DIM.format(parts): parts * rank for parts in range(1, MOST_OUTPUTS + 1)}
 
 
-def with_adapters(profile: ProfileName) -> ProfileName:
-    """Return the profile of an engine that runs the same steps at the adapters' rank."""
-    return cast(ProfileName, f"{profile}-adapters")
-
-
 def slot_values(model: ModelSpec, rank: int) -> int:
     """Return how many numbers A and B of all linears hold for one slot."""
     return sum(len(layer.rows) * rank * sum(layer.shape) for layer in adapted_linears(model))
-
-
-def check_aligned(model: ModelSpec, rank: int) -> None:
-    """Refuse a rank at which the slots of an engine would not be aligned.
-
-    Raises:
-        ConfigError: A or B of a slot does not end at a multiple of `ALIGNMENT` bytes.
-    """
-    widths = {size for layer in adapted_linears(model) for size in layer.shape}
-    step = max(ALIGNMENT // math.gcd(ALIGNMENT, size * ENGINE_FLOAT_BYTES) for size in widths)
-    if rank % step:
-        raise ConfigError(
-            f"adapters of rank {rank} put slots at addresses that TensorRT refuses; export the "
-            f"bundle with --adapters {-(-rank // step) * step}, a multiple of {step}"
-        )
 
 
 class Basis:

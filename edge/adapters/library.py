@@ -7,18 +7,12 @@ keeps versions of an adapter as ``NAME@VERSION`` and makes ``NAME`` a link to on
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from edge.errors import ConfigError, RequestError, ResourceError
-from edge.files import is_directory, is_file, list_directory
-
-from .peft_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from .peft_file import adapter_files
-from .trust import SIGNATURE_NAME
+from edge.errors import ConfigError, RequestError
+from edge.files import is_directory, list_directory
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 
@@ -47,54 +41,6 @@ def stored_adapters(bundle: Path) -> dict[str, Path]:
     """List a bundle's adapters by name."""
     found = list_directory(library(bundle))
     return {each.name: each for each in found if _NAME.fullmatch(each.name) and is_directory(each)}
-
-
-def add_adapter(bundle: Path, source: Path, name: str) -> Path:
-    """Copy an adapter that has been read and fits into the bundle's library.
-
-    Raises:
-        ConfigError: the name is invalid or taken.
-        ResourceError: the adapter cannot be written.
-    """
-    target = library(bundle) / check_name(name)
-    if os.path.lexists(target):
-        raise ConfigError(
-            f"the bundle has an adapter {name!r} already; remove it with: edge-llm adapter rm "
-            f"{name} {bundle}"
-        )
-    files = adapter_files(source)
-    staging = target.with_name(f".{name}.adding")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        for file, kept in zip(files, (ADAPTER_CONFIG, ADAPTER_WEIGHTS), strict=True):
-            shutil.copyfile(file, staging / kept)
-        if is_file(signature := files[1].with_name(SIGNATURE_NAME)):
-            shutil.copyfile(signature, staging / SIGNATURE_NAME)
-        staging.rename(target)
-    except OSError as error:
-        raise ResourceError(
-            f"cannot write {target}: {error.strerror}; free disk space, or add it as a user who may"
-        ) from error
-    return target
-
-
-def remove_adapter(bundle: Path, name: str) -> None:
-    """Remove an adapter; answers that use it continue.
-
-    Raises:
-        RequestError: there is no adapter of this name.
-        ResourceError: it cannot be removed.
-    """
-    path = stored_adapters(bundle).get(name)
-    if path is None:
-        raise unknown_adapter(name, stored_adapters(bundle))
-    try:
-        path.unlink() if path.is_symlink() else shutil.rmtree(path)
-        for version in path.parent.glob(f"{name}@*"):  # of roll-outs
-            shutil.rmtree(version)
-    except OSError as error:
-        raise ResourceError(f"cannot remove {path}: {error.strerror}; see who owns it") from error
 
 
 def unknown_adapter(name: str, known: Collection[str]) -> RequestError:

@@ -257,19 +257,6 @@ def rope_positions(model: ModelSpec) -> int:
     return min(model.max_position_embeddings, MAX_ROPE_POSITIONS)
 
 
-KV_CAPACITY, REASONING_KV_CAPACITY = 4096, 8192
-
-
-def default_kv_capacity(*, reasons: bool, positions: int) -> int:
-    """Return the default KV capacity: tokens of prompt and answer.
-
-    Args:
-        reasons: whether the model thinks before it answers; R1 may do so for thousands of tokens.
-        positions: most tokens that the model can take.
-    """
-    return min(REASONING_KV_CAPACITY if reasons else KV_CAPACITY, positions)
-
-
 def check_capacity(capacity: int, positions: int) -> None:
     """Refuse a KV capacity that the graph's RoPE table of ``positions`` rows cannot serve.
 

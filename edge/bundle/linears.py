@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from edge.model.names import TOKEN_TABLE, module_name
+from edge.model.names import module_name
 from edge.model.parts import Linear, Norm
 from edge.model.spec import ModelSpec
 
@@ -48,38 +48,15 @@ def linear_layers(model: ModelSpec) -> list[LinearSpec]:
     The lm_head is the last. It has two rows if the model judges documents, and is absent if the
     model embeds.
     """
-    return [part for part in _parts(model) if isinstance(part, LinearSpec)]
+    return [part for part in linears_and_norms(model) if isinstance(part, LinearSpec)]
 
 
 def norm_layers(model: ModelSpec) -> list[NormSpec]:
     """List every RMSNorm in the order in which the graph runs them."""
-    return [part for part in _parts(model) if isinstance(part, NormSpec)]
+    return [part for part in linears_and_norms(model) if isinstance(part, NormSpec)]
 
 
-def norm_sources(model: ModelSpec) -> dict[str, str]:
-    """Return the HF name of every RMSNorm weight by its name in the graph."""
-    return {norm.name: norm.source for norm in norm_layers(model)}
-
-
-def expected_tensors(model: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Return HF name and shape of every tensor of the model; linears are ``[out, in]``.
-
-    ``lm_head.weight`` is absent if the embeddings are tied.
-    """
-    tensors: dict[str, tuple[int, ...]] = {}
-    tensors[TOKEN_TABLE] = (model.vocab_size, model.hidden_size)
-    for part in _parts(model):
-        if isinstance(part, NormSpec):
-            tensors[part.source] = (part.size,)
-            continue
-        for name, rows in zip(part.weights, part.rows, strict=True):
-            tensors[name] = (rows, part.shape[0])
-        for name, rows in zip(part.biases, part.rows, strict=bool(part.biases)):
-            tensors[name] = (rows,)
-    return tensors
-
-
-def _parts(model: ModelSpec) -> Iterator[LinearSpec | NormSpec]:
+def linears_and_norms(model: ModelSpec) -> Iterator[LinearSpec | NormSpec]:
     """Yield the whole decoder, in the order of the graph."""
     for i, layer in model.each_layer():
         for part in layer:

@@ -31,9 +31,9 @@ _READABLE_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
 _LAYERS_SINCE = 9
 MANIFEST_NAME = "manifest.json"
 ENGINES_DIR = "engines"
-_NO_HASH = "0" * 64
+NO_HASH = "0" * 64
 MAX_MANIFEST_BYTES = 1 << 24  # a layer takes about 1 KB
-_SELF_HASH = re.compile(rb'"self_sha256": "([0-9a-f]{64})"\n\}\n\Z')
+SELF_HASH = re.compile(rb'"self_sha256": "([0-9a-f]{64})"\n\}\n\Z')
 _FILE_NAME = re.compile(r"(?!manifest\.json)[A-Za-z0-9_][A-Za-z0-9._-]{0,199}\Z")
 
 Dialect = Literal["native", "portable"]
@@ -433,7 +433,7 @@ class Manifest(_Struct, frozen=True):
     embedding: Embedding | None = None
     reranking: Reranking | None = None
     extras: Annotated[dict[Line, dict[str, Any]], msgspec.Meta(max_length=64)] = {}
-    self_sha256: str = _NO_HASH
+    self_sha256: str = NO_HASH
 
     @property
     def int8_layers(self) -> tuple[int, ...]:
@@ -507,21 +507,6 @@ def is_file_name(name: str) -> bool:
     return _FILE_NAME.match(name) is not None and name != ENGINES_DIR
 
 
-def encode_manifest(manifest: Manifest) -> bytes:
-    """Serialize with the self-hash filled in; the inverse of `decode_manifest`."""
-    return hash_content(msgspec.to_builtins(manifest))
-
-
-def hash_content(content: dict[str, Any]) -> bytes:
-    """Serialize the object of a manifest with the self-hash filled in."""
-    content = {**content, "self_sha256": _NO_HASH}
-    data = msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
-    match = _SELF_HASH.search(data)
-    assert match is not None
-    digest = hashlib.sha256(data).hexdigest()
-    return data[: match.start(1)] + digest.encode() + data[match.end(1) :]
-
-
 def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
     """Parse and validate the bytes of a manifest.
 
@@ -546,10 +531,10 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
             f"{_READABLE_VERSIONS[0]} to {_READABLE_VERSIONS[-1]}; "
             "export the bundle again or install the edge-llm that wrote it"
         )
-    match = _SELF_HASH.search(data)
+    match = SELF_HASH.search(data)
     if match is None:
         raise IntegrityError(f"{where} has no valid self_sha256; copy or export the bundle again")
-    blanked = data[: match.start(1)] + _NO_HASH.encode() + data[match.end(1) :]
+    blanked = data[: match.start(1)] + NO_HASH.encode() + data[match.end(1) :]
     if hashlib.sha256(blanked).hexdigest() != match.group(1).decode():
         raise IntegrityError(
             f"{where} was changed after the export (its self_sha256 does not match); "

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from edge.errors import BundleError
 from edge.model.check import layer_faults
 
@@ -13,18 +11,6 @@ if TYPE_CHECKING:
     from edge.model.spec import ModelSpec
 
     from .manifest import DraftHead, Manifest
-
-
-def check_ranges(spec: msgspec.Struct, where: str) -> None:
-    """Refuse dimensions that no manifest may have.
-
-    Raises:
-        BundleError: one is out of its range; the message names it.
-    """
-    try:
-        msgspec.json.decode(msgspec.json.encode(spec), type=type(spec))
-    except msgspec.ValidationError as error:
-        raise BundleError(f"{where}: {error}") from error
 
 
 def check_fit(manifest: Manifest, where: str) -> None:

@@ -29,9 +29,10 @@ def add(path: Path, bundle: Path, name: str | None) -> None:
 
     PATH is the directory that peft saved, or the file of its weights.
     """
-    from edge.adapters.library import add_adapter, check_name
+    from edge.adapters.library import check_name
     from edge.adapters.loaded import Adapters, own_name
     from edge.bundle.manifest import read_manifest
+    from edge_make.adapter_library import add_adapter
 
     name = check_name(own_name(path) if name is None else name)
     weights = Adapters(bundle, read_manifest(bundle)).read(path, name)
@@ -81,7 +82,7 @@ def remove(name: str, bundle: Path) -> None:
 
     A server gives no new answers with it, and ends those that run.
     """
-    from edge.adapters.library import remove_adapter
+    from edge_make.adapter_library import remove_adapter
 
     remove_adapter(bundle, name)
     click.echo(f"removed {name}")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edge.bundle.io_spec import default_kv_capacity
 from edge.cli import echo_json
 from edge.cli.sections import SectionCommand, option
 from edge.engine_config import EAGLE3
 from edge.errors import ConfigError
+from edge_make.default_kv_capacity import default_kv_capacity
 
 from .planned_strategies import planned_ways, print_planned_ways
 from .tables import FigureTable, make_table

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge.bundle.io_spec import REASONING_KV_CAPACITY
 from edge.cli import echo_json
 from edge.cli.options import json_option
 from edge.cli.sections import SectionCommand, option
 from edge.errors import EXIT_GATE_MISSED, ConfigError
+from edge_make.default_kv_capacity import REASONING_KV_CAPACITY
 
 from .options import Finite
 from .plan import (

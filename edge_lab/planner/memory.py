@@ -28,11 +28,11 @@ from edge.bundle.sizes import (
     INDEX_BYTES,
     activation_bytes,
     cache_slots,
-    profile_limits,
 )
 from edge.bundle.weights import Linear, count_facts
 from edge.model.cache import ELEMENT_BYTES, Rows, cache_tensors
 from edge.model.spec import ModelSpec
+from edge_make.engine_profiles import profile_limits
 
 BackendKind = Literal["tensorrt", "ort-cpu"]
 # CUDA's context with cuBLAS, TensorRT's libraries and their scratch. Not measured by us: it is the

@@ -60,7 +60,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def tensor(self, name: str) -> NDArray[Any]:
-        """Read one tensor under its HF name (`edge.bundle.linears.expected_tensors`).
+        """Read one tensor under its HF name (`edge_make.checkpoint_tensors.expected_tensors`).
 
         Returns:
             fp32, fp16 or ``ml_dtypes.bfloat16``, ``[out, in]`` for linears: a read-only view of the

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import Source
 from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
 from edge.model.names import MODULES, OUTSIDE, module_name
 from edge.model.parts import Attention, Linear, Norm, only
 from edge.model.spec import ModelSpec, RopeSpec
+from edge_make.checkpoint_tensors import expected_tensors
 from edge_make.families import FAMILIES
 from edge_make.families.dense import Dense
 from edge_make.model_config import BIDIRECTIONAL, alternative, checked, yarn_attention_factor

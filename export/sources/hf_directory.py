@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.linears import expected_tensors, linear_layers
+from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import Source
 from edge.errors import CheckpointError
 from edge.model.names import TOKEN_TABLE
 from edge.model.spec import Task
+from edge_make.checkpoint_tensors import expected_tensors
 from edge_make.families import FAMILIES
 from edge_make.model_config import parse_config
 

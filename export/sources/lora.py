@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.adapters.peft_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PAIR, PREFIX
-from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import Adapter, Source
 from edge.errors import CheckpointError
 from edge.model.spec import ModelSpec
+from edge_make.checkpoint_tensors import expected_tensors
 
 from .checkpoint import Checkpoint, Transformed
 from .lora_config import LoraConfig, read_lora_config

@@ -33,7 +33,8 @@ from edge.backends.tensorrt.step_buffers import widen_fp16
 from edge.bundle import io_spec
 from edge.bundle.engine_file import EngineInfo, ProfileInfo, ShapeInfo
 from edge.bundle.manifest import Manifest
-from edge.bundle.sizes import StepLimits, profile_limits
+from edge.bundle.sizes import StepLimits
+from edge_make.engine_profiles import profile_limits
 from tests.makers.manifests import make_manifest
 
 CAPACITY, VOCAB = 4096, 151_936

@@ -21,7 +21,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from edge.bundle.linears import expected_tensors, linear_layers
+from edge.bundle.linears import linear_layers
+from edge_make.checkpoint_tensors import expected_tensors
 from edge_make.safetensors_writer import TensorSource, write_safetensors
 from export.sources.checkpoint import Checkpoint
 from export.sources.opening import open_checkpoint

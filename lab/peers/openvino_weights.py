@@ -36,8 +36,9 @@ import pytest
 from numpy.typing import NDArray
 from openvino import opset13
 
-from edge.bundle.linears import expected_tensors, linear_layers
+from edge.bundle.linears import linear_layers
 from edge.model.names import TOKEN_TABLE
+from edge_make.checkpoint_tensors import expected_tensors
 from export.sources.opening import open_checkpoint
 
 from .genai_weights import start_directory, write_floats

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge.bundle.linears import expected_tensors
+from edge_make.checkpoint_tensors import expected_tensors
 from export.sources.opening import open_checkpoint
 from tests.makers.tiny_models import Kind, write_checkpoint
 

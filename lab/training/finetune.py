@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from edge.bundle.linears import expected_tensors
 from edge.errors import CheckpointError, ConfigError, DependencyError
 from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.tokenizer import Tokenizer
+from edge_make.checkpoint_tensors import expected_tensors
 from export.sources.checkpoint import Checkpoint
 from export.sources.documents import encode_document, read_calibration_text
 from export.sources.lora import LoraCheckpoint

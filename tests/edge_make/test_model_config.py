@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.bundle.linears import expected_tensors
 from edge.errors import CheckpointError
 from edge.model.spec import RopeSpec
+from edge_make.checkpoint_tensors import expected_tensors
 from edge_make.families.dense import Dense
 from edge_make.model_config import parse_config
 from tests.makers.dense import dense

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from edge import LLM, SamplingParams
-from edge.adapters.library import add_adapter, library, remove_adapter
+from edge.adapters.library import library
 from edge.errors import ConfigError
 from edge_fleet.signing import sign_bundle
+from edge_make.adapter_library import add_adapter, remove_adapter
 from edge_serve.settings import ServerSettings
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.edge.adapters.test_trust import sign

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect
-from edge.bundle.sizes import DEFAULT_MAX_LOGITS, profile_limits
+from edge.bundle.sizes import DEFAULT_MAX_LOGITS
+from edge_make.engine_profiles import profile_limits
 from engines.config import BuildShapes
 from engines.profiles import ShapeRange, make_profiles
 from tests.makers.manifests import make_model

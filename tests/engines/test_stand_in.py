@@ -29,9 +29,10 @@ from edge.bundle import io_spec
 from edge.bundle.engine_file import find_engines, read_engine_info
 from edge.bundle.manifest import Dialect, read_manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, Node, OnnxFile, attribute
-from edge.bundle.sizes import activation_bytes, profile_limits
+from edge.bundle.sizes import activation_bytes
 from edge.device.gpu import Gpu
 from edge.errors import BackendError, BuildError, ConfigError
+from edge_make.engine_profiles import profile_limits
 from edge_make.target import write_durably
 from engines import cli
 from engines.build_plan import BuildPlan, plan_build

@@ -19,16 +19,11 @@ from edge.backends.ort.cpu import OrtBackend
 from edge.backends.step import step_after
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
-from edge.bundle.manifest import (
-    SCHEMA_VERSION,
-    decode_manifest,
-    encode_manifest,
-    head_manifest,
-    read_manifest,
-)
+from edge.bundle.manifest import SCHEMA_VERSION, decode_manifest, head_manifest, read_manifest
 from edge.bundle.verified_files import verify_files
 from edge.errors import BundleError, CheckpointError, ConfigError
 from edge.model.cache import cache_tensors
+from edge_make.manifest_bytes import encode_manifest
 from engines.config import BuildShapes
 from engines.graph.adapt import prepare_graph
 from export.pipeline import ExportConfig, export_checkpoint

@@ -20,12 +20,11 @@ from edge.bundle.manifest import (
     Source,
     TensorScheme,
     Tokens,
-    encode_manifest,
-    hash_content,
     read_manifest,
 )
 from edge.model.spec import ModelSpec, RopeSpec
 from edge_make.families.dense import Dense
+from edge_make.manifest_bytes import encode_manifest, hash_content
 from tests.makers.dense import dense
 
 _DENSE = Dense(

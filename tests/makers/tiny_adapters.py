@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle.linears import expected_tensors
+from edge_make.checkpoint_tensors import expected_tensors
 from edge_make.model_config import parse_config
 from export.sources.lora_config import LoraConfig
 

@@ -104,6 +104,7 @@ ALLOWANCES = {
             "edge_fleet.registry.adapter",
             "edge_fleet.rollout.adapter",
             "edge_lab.cli.adapter",
+            "edge_make.adapter_library",
             "edge_serve.models.adapters",
             "export.graph.adapters",
         ),

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edge.bundle.linears import expected_tensors
 from edge.errors import RequestError
 from edge.text.fill_in_middle import fill_in_middle
 from edge.text.tokenizer import Tokenizer
+from edge_make.checkpoint_tensors import expected_tensors
 from edge_serve.api.tool_use import call_syntax
 from edge_serve.http.errors import APIError
 from edge_serve.models.registry import TAG, ModelEntry, ServedModel

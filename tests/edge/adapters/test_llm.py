@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edge import LLM, SamplingParams
 from edge.adapters import loaded
-from edge.adapters.library import add_adapter, check_name, library
+from edge.adapters.library import check_name, library
 from edge.adapters.loaded import Adapters
 from edge.bundle.manifest import read_manifest
 from edge.cli.run import run as run_verb
@@ -24,6 +24,7 @@ from edge.runtime.scheduler import Request
 from edge.runtime.scheduler.pooling import NEUTRAL
 from edge.runtime.stream import OutputStream, submit
 from edge_lab.cli.adapter import adapter as adapter_verb
+from edge_make.adapter_library import add_adapter
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.makers.goldens import assert_close
 from tests.makers.tiny_adapters import GOLDEN, golden_ids, write_adapter, write_case

@@ -12,12 +12,13 @@ import pytest
 from click.testing import CliRunner
 
 from edge import LLM
-from edge.adapters.library import add_adapter, library
+from edge.adapters.library import library
 from edge.adapters.trust import SIGNATURE_NAME
 from edge.bundle import trust
 from edge.errors import CheckpointError, ConfigError
 from edge_fleet.signing import sign_bundle
 from edge_lab.cli.adapter import adapter as adapter_verb
+from edge_make.adapter_library import add_adapter
 from export.pipeline import ExportConfig, export_checkpoint
 from tests.edge.adapters.test_peft_file import change_config
 from tests.makers.keys import Key, make_key, minisign

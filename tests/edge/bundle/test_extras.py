@@ -6,8 +6,9 @@ import msgspec
 import pytest
 
 from edge.bundle.extras import read_extra
-from edge.bundle.manifest import decode_manifest, encode_manifest
+from edge.bundle.manifest import decode_manifest
 from edge.errors import BundleError
+from edge_make.manifest_bytes import encode_manifest
 from tests.makers.manifests import make_manifest
 
 

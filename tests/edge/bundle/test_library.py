@@ -21,8 +21,9 @@ from edge.bundle.library import (
     only_bundle,
     roots,
 )
-from edge.bundle.manifest import Source, encode_manifest
+from edge.bundle.manifest import Source
 from edge.errors import BundleError, ConfigError
+from edge_make.manifest_bytes import encode_manifest
 from tests.makers.manifests import make_manifest
 
 QWEN = "deepseek-r1-distill-qwen-1.5b"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from edge.bundle.linears import expected_tensors, linear_layers
+from edge.bundle.linears import linear_layers
 from edge.model.spec import ModelSpec
+from edge_make.checkpoint_tensors import expected_tensors
 from tests.makers.manifests import make_model
 
 UNTIED = make_model(tied_embeddings=False)

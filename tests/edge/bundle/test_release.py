@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge.bundle.manifest import decode_manifest, encode_manifest
+from edge.bundle.manifest import decode_manifest
 from edge.bundle.release import RELEASE, Release, read_release
 from edge.errors import BundleError
+from edge_make.manifest_bytes import encode_manifest
 from tests.makers.manifests import make_manifest
 
 SIGNED = datetime(2026, 11, 30, 10, 0, tzinfo=timezone.utc)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from edge.bundle import verified_files as module
-from edge.bundle.manifest import MANIFEST_NAME, encode_manifest, read_manifest
+from edge.bundle.manifest import MANIFEST_NAME, read_manifest
 from edge.bundle.verified_files import VerifiedFiles, sha256_file, verify_files
 from edge.errors import BundleError, IntegrityError
+from edge_make.manifest_bytes import encode_manifest
 from tests.makers.manifests import make_manifest
 
 

@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from edge import LLM, SamplingParams
 from edge.backends import Step
 from edge.bundle.embeddings import EmbeddingTable
-from edge.bundle.manifest import FileInfo, encode_manifest, read_manifest
+from edge.bundle.manifest import FileInfo, read_manifest
 from edge.errors import BackendError, ConfigError, IntegrityError
 from edge.model.slot_rows import SlotRows
 from edge.runtime.draft_model import CLOSE, ModelDrafter
 from edge.runtime.sampling import Sampler
 from edge.runtime.scheduler.core import EngineCore
 from edge.runtime.scheduler.drafter import DraftContext, DraftWorth
+from edge_make.manifest_bytes import encode_manifest
 from tests.conftest import Bundles
 from tests.edge.runtime.conftest import VOCAB
 from tests.edge.runtime.drafting_support import (

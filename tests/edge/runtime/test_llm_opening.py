@@ -15,10 +15,11 @@ from edge import LLM, SamplingParams
 from edge.backends import Backend
 from edge.backends.choose import open_backend
 from edge.backends.ort import session as ort_session
-from edge.bundle.manifest import encode_manifest, read_manifest
+from edge.bundle.manifest import read_manifest
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, IntegrityError, RequestError, ResourceError
 from edge.runtime import open_bundle
+from edge_make.manifest_bytes import encode_manifest
 from tests.conftest import Bundles
 from tests.standins.scripted_backend import num_open_files
 

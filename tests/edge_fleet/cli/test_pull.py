@@ -14,7 +14,8 @@ import msgspec
 import pytest
 
 from edge.bundle.library import CATALOGUE, find_bundle
-from edge.bundle.manifest import Source, encode_manifest, read_manifest
+from edge.bundle.manifest import Source, read_manifest
+from edge_make.manifest_bytes import encode_manifest
 from edge_make.published import PUBLISHED, REVISIONS
 from tests.command_line import Result, error_line
 from tests.edge_fleet.registry.live import SMALL, LiveRegistry, write_bundle

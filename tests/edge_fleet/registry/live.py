@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge.bundle.manifest import FileInfo, encode_manifest
+from edge.bundle.manifest import FileInfo
 from edge.bundle.verified_files import sha256_file
+from edge_make.manifest_bytes import encode_manifest
 from tests.makers.manifests import make_manifest
 
 FILES = {

@@ -12,11 +12,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge.bundle.manifest import encode_manifest, read_manifest
+from edge.bundle.manifest import read_manifest
 from edge.engine_config import EngineConfig
 from edge.errors import ConfigError, NonFiniteError
 from edge_fleet.rollout.judge import Candidate, Gate, Judge, Measure, WorseError
 from edge_lab.measure.watch import Baseline, ItemResult
+from edge_make.manifest_bytes import encode_manifest
 from edge_make.progress import silent
 from tests.makers.manifests import replace_file
 

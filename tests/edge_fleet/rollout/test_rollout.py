@@ -26,7 +26,7 @@ import uvicorn
 
 from edge.bundle import trust
 from edge.bundle.engine_records import RECORDS_VARIABLE, built_here
-from edge.bundle.manifest import encode_manifest, fingerprint, read_manifest
+from edge.bundle.manifest import fingerprint, read_manifest
 from edge.bundle.release import Release
 from edge.engine_config import EngineConfig
 from edge.errors import (
@@ -57,6 +57,7 @@ from edge_lab.doctor.machine import Library, Machine
 from edge_lab.measure.watch import _WORDS, GoldenItem
 from edge_lab.measure.watch_server import ServerAnswerer
 from edge_lab.telemetry import Snapshot
+from edge_make.manifest_bytes import encode_manifest
 from tests.conftest import Bundles
 from tests.edge_fleet.registry.live import LiveRegistry
 from tests.makers.keys import make_key

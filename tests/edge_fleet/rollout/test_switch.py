@@ -20,7 +20,7 @@ import pytest
 from edge.bundle import trust
 from edge.bundle.engine_file import read_engine_info
 from edge.bundle.engine_records import RECORDS_VARIABLE, UnvouchedError, built_here
-from edge.bundle.manifest import encode_manifest, read_manifest
+from edge.bundle.manifest import read_manifest
 from edge.bundle.release import Release
 from edge.bundle.verified_files import verify_files
 from edge.errors import EdgeError
@@ -29,6 +29,7 @@ from edge_fleet.rollout import switch
 from edge_fleet.rollout.journal import Place
 from edge_fleet.rollout.orders import Order, read_answer
 from edge_fleet.signing import sign_bundle
+from edge_make.manifest_bytes import encode_manifest
 from tests.conftest import Bundles
 from tests.makers.keys import make_key
 from tests.standins.tensorrt import write_engine

@@ -21,11 +21,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge.bundle.manifest import encode_manifest, read_manifest
+from edge.bundle.manifest import read_manifest
 from edge.errors import OverloadError
 from edge.runtime.llm import LLM
 from edge_lab.measure.drift import ROLLOUT_USER, WATCH_USER
 from edge_lab.telemetry import Snapshot
+from edge_make.manifest_bytes import encode_manifest
 from edge_serve.http.errors import APIError
 from edge_serve.models import loader
 from edge_serve.models.loader import Loader, need_bytes

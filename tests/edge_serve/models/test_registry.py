@@ -22,10 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.backends.ort.int8_prompts import int8_bytes
-from edge.bundle.manifest import encode_manifest, read_manifest
+from edge.bundle.manifest import read_manifest
 from edge.errors import ConfigError
 from edge.runtime.scheduler.request import SchedulerStats
 from edge_lab.telemetry import Snapshot
+from edge_make.manifest_bytes import encode_manifest
 from edge_serve.api.facts import count_tokens, facts_of
 from edge_serve.api.protocol import ChatRequest, CompletionRequest
 from edge_serve.models.loader import need_bytes

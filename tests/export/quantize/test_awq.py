@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from edge.bundle.linears import norm_sources
+from edge_make.checkpoint_tensors import norm_sources
 from edge_make.recipe import Recipe
 from export.quantize.awq import awq_factors
 from export.quantize.calibrated import Calibrated, Method, shared_channels

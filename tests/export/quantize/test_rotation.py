@@ -10,11 +10,11 @@ import pytest
 from numpy.typing import NDArray
 
 from edge.bundle.io_spec import EMBEDDINGS_NAME
-from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import Manifest
 from edge.errors import CheckpointError
 from edge.model.parts import Add, AnyPart, Norm
 from edge.model.spec import Task
+from edge_make.checkpoint_tensors import expected_tensors
 from export.pipeline import ExportConfig, export_checkpoint
 from export.quantize.rotation import RotatedCheckpoint, Rotation
 from export.quantize.scaled_checkpoint import ScaledCheckpoint

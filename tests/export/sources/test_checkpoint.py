@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.bundle.library import CATALOGUE
-from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import SamplingDefaults
 from edge.errors import CheckpointError, ConfigError
+from edge_make.checkpoint_tensors import expected_tensors
 from edge_make.published import REVISIONS
 from export.pipeline import ExportConfig, export_checkpoint
 from export.sources.checkpoint import Checkpoint

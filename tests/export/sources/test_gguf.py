@@ -18,11 +18,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from edge.bundle.linears import expected_tensors
 from edge.bundle.manifest import SamplingDefaults, Tokens
 from edge.errors import CheckpointError
 from edge.model.spec import RopeSpec
 from edge.text import known_templates
+from edge_make.checkpoint_tensors import expected_tensors
 from export.sources import gguf_file
 from export.sources.gguf_source import derive_llama3
 from export.sources.opening import open_checkpoint

@@ -17,9 +17,10 @@ from click.testing import CliRunner
 
 from edge import LLM
 from edge.backends.step import all_tokens, prefill
-from edge.bundle.linears import expected_tensors
-from edge.bundle.manifest import decode_manifest, encode_manifest, read_manifest
+from edge.bundle.manifest import decode_manifest, read_manifest
 from edge.errors import CheckpointError
+from edge_make.checkpoint_tensors import expected_tensors
+from edge_make.manifest_bytes import encode_manifest
 from export.cli import export as export_verb
 from export.pipeline import ExportConfig, export_checkpoint
 from export.sources.lora import LoraCheckpoint

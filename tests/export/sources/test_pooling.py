@@ -12,8 +12,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge.bundle.manifest import decode_manifest, encode_manifest, read_manifest
+from edge.bundle.manifest import decode_manifest, read_manifest
 from edge.errors import BundleError, CheckpointError, ConfigError
+from edge_make.manifest_bytes import encode_manifest
 from export.pipeline import ExportConfig, export_checkpoint
 from export.sources.lora import LoraCheckpoint
 from export.sources.opening import open_checkpoint
