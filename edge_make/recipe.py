@@ -10,7 +10,8 @@ from typing import Literal
 
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import TensorScheme
-from edge.bundle.schemes import GROUP_SIZES, RULES, SCHEMES, Quant, SchemeFacts, fold_quant
+from edge.bundle.quant_rules import RULES, Quant, fold_quant
+from edge.bundle.schemes import GROUP_SIZES, SCHEMES, SchemeFacts
 from edge.bundle.weights import Linear
 from edge.errors import ConfigError
 from edge.model.spec import ModelSpec

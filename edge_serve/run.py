@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from edge.bundle.manifest import read_manifest
 from edge.device.cgroup import read_room_bytes
 from edge.device.memory import read_swap_bytes
-from edge.device.process import read_rss_bytes
 from edge.engine_config import EngineConfig
 from edge.errors import BundleError, ConfigError, EdgeError
 from edge_lab.telemetry import Snapshot, read_snapshot
+from edge_make.resident_memory import read_rss_bytes
 
 from .api.responses.stored import StoredResponses
 from .api.samples import check_decoding

@@ -29,7 +29,6 @@ import msgspec
 
 from edge.bundle.manifest import MANIFEST_NAME, FileInfo, Manifest, decode_manifest, is_file_name
 from edge.bundle.update import fsync
-from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, ConfigError, ResourceError
 from edge_make.atomic_swap import (
     check_free_space,
@@ -39,6 +38,7 @@ from edge_make.atomic_swap import (
     remove,
     sweep,
 )
+from edge_make.file_hash import sha256_file
 from edge_make.manifest_bytes import encode_manifest
 from edge_make.target import beside, locked, resolve_target, write_durably
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge.bundle.schemes import RULES, fold_quant
+from edge.bundle.quant_rules import RULES, fold_quant
 from edge.cli.sections import SectionCommand, option
 from edge.errors import EXIT_GATE_MISSED, ConfigError, DependencyError, GateError, install_command
 from edge_make.manifest_text import (

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from edge.adapters.graph_inputs import MAX_RANK
 from edge.bundle.manifest import Dialect
-from edge.bundle.schemes import Quant, fold_quant
+from edge.bundle.quant_rules import Quant, fold_quant
 from edge.errors import ConfigError
 from edge.model.spec import Task
 from edge_make.recipe import Clip, Recipe, kind_of

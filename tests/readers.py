@@ -57,6 +57,7 @@ from edge_make.engine_layers import layers_path, read_layers
 from edge_make.key_file import read_key_file
 from edge_make.manifest_bytes import encode_manifest
 from edge_make.manifest_text import describe_sampling
+from edge_make.read_tokenizer import read_tokenizer
 from edge_serve.config_file import load_settings
 from edge_serve.settings import ServerSettings
 from edge_serve.stored.record import head_of
@@ -197,7 +198,7 @@ _TOKENIZER = {
 
 
 def _tokenizer(path: Path) -> None:
-    tokenizer = Tokenizer.from_file(path, TOKENS)
+    tokenizer = read_tokenizer(path, TOKENS)
     ids = tokenizer.encode("ab <think>")
     tokenizer.encode("ab <think>", control=True)
     tokenizer.decode(ids)

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from edge.errors import BundleError, ConfigError
+from edge.errors import BundleError
 from edge.files import exists, is_directory, is_file, list_directory
 from edge.user_paths import expand_user, user_directory
 
@@ -24,7 +24,7 @@ CATALOGUE = {
 }
 """Maps names that every verb prints to hub ids, for the models that this project is for.
 
-`hub_id` knows their other names.
+`edge.bundle.model_names.hub_id` knows their other names.
 """
 _SEPARATORS = re.compile(r"[-_:/ ]+")
 _ALIKE = 0.85  # least similarity of a name with a typo to the right one
@@ -57,11 +57,6 @@ def bundle_directories() -> Iterator[Path]:
             if is_file(directory / MANIFEST_NAME):
                 seen.add(directory.name)
                 yield directory
-
-
-def bundle_name(hub_id: str, quantization: str) -> str:
-    """Name the bundle of a model, e.g. ``deepseek-r1-distill-qwen-1.5b-int4``."""
-    return f"{hub_id.rsplit('/', 1)[-1].lower()}-{quantization}"
 
 
 def find_bundle(name: str) -> Path:
@@ -99,23 +94,7 @@ def find_bundle(name: str) -> Path:
         )
     if is_file(path):
         raise BundleError(_no_bundle(path))
-    raise BundleError(f"{_absence(name, known)}; {_remedy(name, known)}")
-
-
-def only_bundle() -> Path:
-    """Find the bundle to use if none is named: the only one below the `roots`.
-
-    Raises:
-        ConfigError: there is not exactly one; the message lists them.
-    """
-    known = list(bundle_directories())
-    if len(known) > 1:
-        names = ", ".join(directory.name for directory in known)
-        raise ConfigError(f"give the name of a bundle, of which there are {len(known)}: {names}")
-    if not known:
-        where = " or ".join(map(str, roots()))
-        raise ConfigError(f"give a bundle: there is none in {where}; {_remedy('')}")
-    return known[0]
+    raise BundleError(f"{_absence(name, known)}; {remedy(name, known)}")
 
 
 def find_setting(text: str, base: Path) -> Path:
@@ -141,37 +120,11 @@ def find_setting(text: str, base: Path) -> Path:
         raise BundleError(_no_bundle(path))
     if is_directory(path):
         return path
-    if "/" in text and not _named(text):
+    if "/" in text and not named_models(text):
         if is_file(path):
             raise BundleError(_no_bundle(path))
         return path
     return find_bundle(text).absolute()
-
-
-def hub_id(name: str) -> str | None:
-    """Return the hub id of a model of the `CATALOGUE`, by any of its names in any case.
-
-    These are the short name, the hub id, and words of both that include ``r1`` or a size alone:
-    ``r1-qwen-1.5b``, ``DeepSeek-R1-Distill-Qwen-1.5B``, ``1.5B``.
-
-    Returns:
-        None if no such model has this name.
-
-    Raises:
-        ConfigError: it could be more than one; the message names them.
-    """
-    found = _named(name)
-    if len(found) > 1:
-        shown = (f"{short} ({CATALOGUE[short].rpartition('/')[2]})" for short in found)
-        raise ConfigError(f"{name!r} could be {' or '.join(shown)}; give one of these names")
-    return CATALOGUE[found[0]] if found else None
-
-
-def nearest_model(name: str) -> str:
-    """Say which name of the `CATALOGUE` is nearest to a name, or which names there are."""
-    wanted = name.lower()
-    near = difflib.get_close_matches(wanted, [s for s in CATALOGUE if _size_fits(wanted, s)], 1)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(CATALOGUE)}"
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -190,12 +143,13 @@ def checkpoint_bundle(path: Path) -> Path:
     return target.with_name(f"{name}-int4") if around else target
 
 
-def _size_fits(wanted: str, right: str) -> bool:
+def size_fits(wanted: str, right: str) -> bool:
     """Whether two names, in lower case, may mean one model: a 14b is no typo of a 1.5b."""
     return set(_SIZE.findall(wanted)) <= set(_SIZE.findall(right))
 
 
-def _named(name: str) -> list[str]:
+def named_models(name: str) -> list[str]:
+    """List the short names of the `CATALOGUE` whose models a name may mean."""
     wanted, words = name.lower(), _words(name)
     for short, source in CATALOGUE.items():
         if wanted in (short, source.lower()):
@@ -251,13 +205,14 @@ def _absence(name: str, known: list[Path]) -> str:
     return f"no directory {name} and no bundle of that name in {where}, which has {names}"
 
 
-def _remedy(name: str, known: Sequence[Path] = ()) -> str:
+def remedy(name: str, known: Sequence[Path] = ()) -> str:
+    """Say how to get a bundle of this name, or which of the ``known`` is meant."""
     wanted, model = name.lower(), _QUANTIZED.sub("", name)
-    named, words = _named(model), _words(model)
+    named, words = named_models(model), _words(model)
     for directory in known:
         right = directory.name.lower()
         alike = difflib.get_close_matches(wanted, (right, *_words(right)), 1, _ALIKE)
-        if alike and not named and _size_fits(wanted, right):
+        if alike and not named and size_fits(wanted, right):
             return f"did you mean {directory.name}?"
     near = named or [
         short for short in CATALOGUE if words and words <= _words(f"{short}-{CATALOGUE[short]}")

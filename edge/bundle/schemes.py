@@ -1,8 +1,8 @@
-"""Defines how weights are stored: kinds of scheme, the rules of each ``--quant``, their bytes.
+"""Defines how weights are stored: the kinds of scheme, and their bytes.
 
 A new kind of scheme is a name in `manifest.SchemeKind`, an entry in `SCHEMES`, and a rule in
-`RULES` for the ``--quant`` that uses it. The planner, the checks of disk and memory, and the
-options ``--quant``, ``--keep`` and ``--group-size`` read it from there.
+`quant_rules.RULES` for the ``--quant`` that uses it. The planner, the checks of disk and memory,
+and the options ``--quant``, ``--keep`` and ``--group-size`` read it from there.
 
 TensorRT takes one scale per group of weights for INT4 only (NvInfer.h of 10.3 to 11.1,
 IDequantizeLayer). INT8 weights with float inputs, as far as it takes them, it unpacks in every
@@ -12,7 +12,6 @@ step. So INT8 is stored as two INT4 planes, ``w = 16 * high + low``, each of whi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from .manifest import SchemeKind, TensorScheme
 
@@ -28,8 +27,6 @@ INT4_GROUP_SIZE = 32
 """Default group size of INT4 layers; 128 loses three times as much (docs/quantization.md)."""
 SCALE_BYTES = 2
 """Bytes of a scale in a graph typed FP16 or BF16."""
-
-Quant = Literal["fp16", "bf16", "int8", "int8-w8a8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -63,24 +60,6 @@ SCHEMES: dict[str, SchemeFacts] = {
         SchemeFacts("w8a8", 8, (0,), int8_inputs=True),
     )
 }
-
-# INT4 in the lm_head, one matrix, adds up to two fifths of the loss of all INT4 layers together
-# (docs/measured.md). INT8 inputs do not help the lm_head, which runs for only one of a prompt's
-# tokens.
-RULES: dict[Quant, tuple[tuple[str, SchemeKind], ...]] = {
-    "fp16": (("*", "float"),),
-    "bf16": (("*", "float"),),
-    "int8": (("*", "int8"),),
-    "int8-w8a8": (("*", "w8a8"), ("lm_head", "int8")),
-    "int4": (("*", "int4"), ("lm_head", "int8")),
-}
-"""Lists the scheme of layers whose names match a shell wildcard; the last match wins."""
-
-
-def fold_quant(name: str) -> str:
-    """Normalise a precision to a name of `RULES`: ``INT8_W8A8``, ``w8a8`` are ``int8-w8a8``."""
-    folded = name.strip().lower().replace("_", "-")
-    return {"w8a8": "int8-w8a8", "float16": "fp16", "bfloat16": "bf16"}.get(folded, folded)
 
 
 def stored_bytes(shape: tuple[int, int], scheme: TensorScheme) -> tuple[int, int]:

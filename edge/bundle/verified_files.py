@@ -203,14 +203,8 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def sha256_file(path: Path) -> FileInfo:
-    """Hash a file in chunks; memory stays constant."""
-    with path.open("rb") as file:
-        return sha256_descriptor(file.fileno())
-
-
 def sha256_descriptor(descriptor: int) -> FileInfo:
-    """Hash an open file from its start, as `sha256_file` does."""
+    """Hash an open file from its start, in chunks; memory stays constant."""
     return _sha256(read_chunks(descriptor))
 
 

@@ -10,7 +10,6 @@ from edge.bundle.linears import linear_layers, norm_layers
 from edge.bundle.manifest import HeadManifest, Manifest, TensorScheme
 from edge.bundle.memory_facts import PARTS, MemoryFacts, Part
 from edge.bundle.schemes import SCALE_BYTES, SCHEMES, stored_bytes
-from edge.bundle.sizes import ENGINE_FLOAT_BYTES
 from edge.model.spec import ModelSpec
 
 # ONNX Runtime keeps the fp32 scales, packs them beside the integers, and adds sums of each group.
@@ -63,17 +62,6 @@ class Linear(NamedTuple):
         own = scales - (SCALE_BYTES if SCHEMES[self.scheme.kind].int8_inputs else 0)
         return self.num_bytes - own, scales
 
-    @property
-    def unpacked_bytes(self) -> int:
-        """Return how many bytes TensorRT moves in every step because it unpacks the weight.
-
-        It does so with INT8 weights whose inputs are floats (rule ``int8-weight-only``): the copy
-        in floats is written, and the product reads it.
-        """
-        if self.scheme.kind != "int8" or self.scheme.planes:
-            return 0
-        return unpacked_bytes(math.prod(self.shape))
-
 
 def part_of(layer: str) -> Part:
     """Return the part that a linear layer counts to, by its name.
@@ -82,11 +70,6 @@ def part_of(layer: str) -> Part:
         KeyError: it is not a linear layer of a decoder.
     """
     return _PART_OF[layer.rpartition(".")[2]]
-
-
-def unpacked_bytes(weights: int) -> int:
-    """Return bytes written and read again if this many weights are unpacked in a step."""
-    return 2 * ENGINE_FLOAT_BYTES * weights
 
 
 def manifest_linears(manifest: Manifest, draft: Manifest | None = None) -> list[Linear]:

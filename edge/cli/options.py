@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from edge.bundle.library import checkpoint_bundle, find_bundle, is_checkpoint, only_bundle
+from edge.bundle.library import (
+    bundle_directories,
+    checkpoint_bundle,
+    find_bundle,
+    is_checkpoint,
+    remedy,
+    roots,
+)
 from edge.engine_config import EngineConfig, EngineOptions
-from edge.errors import RequestError
+from edge.errors import ConfigError, RequestError
 from edge.files import exists
 from edge.layered_settings import read_flags
 from edge.runtime.sampling_params import KNOBS, SamplingParams
@@ -71,6 +78,22 @@ def _offer_export(ctx: click.Context, path: Path) -> Path | None:
         if code := verb.main(arguments, "edge-llm export", standalone_mode=False):
             ctx.exit(code)
     return bundle
+
+
+def only_bundle() -> Path:
+    """Find the bundle to use if none is named: the only one below the `roots`.
+
+    Raises:
+        ConfigError: there is not exactly one; the message lists them.
+    """
+    known = list(bundle_directories())
+    if len(known) > 1:
+        names = ", ".join(directory.name for directory in known)
+        raise ConfigError(f"give the name of a bundle, of which there are {len(known)}: {names}")
+    if not known:
+        where = " or ".join(map(str, roots()))
+        raise ConfigError(f"give a bundle: there is none in {where}; {remedy('')}")
+    return known[0]
 
 
 def take_only_bundle() -> Path:

@@ -1,12 +1,9 @@
-"""Reads this process's resident memory, and the CPUs that it may use."""
+"""Reads which CPUs this process may use, and their abilities."""
 
 from __future__ import annotations
 
 import os
-import resource
 from pathlib import Path
-
-_STATUS = Path("/proc/self/status")
 
 
 def read_cpu_flags() -> frozenset[str]:
@@ -58,27 +55,3 @@ def _read(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
-
-
-def read_rss_bytes() -> int | None:
-    """Return the resident memory now, in bytes; None if the system does not say."""
-    from .memory import read_kib
-
-    return read_kib(_STATUS, "VmRSS")
-
-
-def read_rss_peak_bytes() -> int:
-    """Return the peak of resident memory in bytes, since `reset_rss_peak` or the start."""
-    from .memory import read_kib
-
-    peak = read_kib(_STATUS, "VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if peak is None else peak
-
-
-def reset_rss_peak() -> bool:
-    """Restart the peak; False if the system, or a container, does not allow it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", "ascii")
-    except OSError:
-        return False
-    return True

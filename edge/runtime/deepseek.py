@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import Any
 
 from edge.bundle.engine_file import find_engines
-from edge.bundle.library import bundle_name, hub_id, nearest_model, roots
-from edge.bundle.schemes import RULES, fold_quant
+from edge.bundle.library import roots
+from edge.bundle.model_names import bundle_name, hub_id, nearest_model
+from edge.bundle.quant_rules import RULES, fold_quant
 from edge.engine_config import BackendName
 from edge.errors import BundleError, ConfigError, RequestError
 from edge.text.reasoning import THINK_END, THINK_START
@@ -35,7 +36,7 @@ class DeepSeekModel:
 
     Args:
         version: ``1.5B``, ``7B`` or ``8B`` (the Llama distill), or another name of
-            `edge.bundle.library.hub_id`.
+            `edge.bundle.model_names.hub_id`.
         precision: a ``--quant`` of the export, in any case.
         device: ``auto``, ``cpu``, or ``cuda`` (also ``gpu``, ``cuda:0``), which is a TensorRT
             engine of the bundle, else ONNX Runtime on the GPU.

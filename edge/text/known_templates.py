@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 
 R1_WITHOUT_THINK = "b6835114b7303ddd78919a82e4d9f7d8c26ed0d7dfc36beeb12d524f6144eab1"
-"""Names the template of `KNOWN_TEMPLATES` that `with_think` changes."""
+"""Names the template of `KNOWN_TEMPLATES` that `export` changes, as it opens no reasoning."""
 KNOWN_TEMPLATES = {
     R1_WITHOUT_THINK: (
         "DeepSeek-R1-Distill, ends at <｜Assistant｜> (GGUF of the 7B of January 2025)"
@@ -32,20 +32,9 @@ KNOWN_TEMPLATES = {
 
 def is_known_template(source: str) -> bool:
     """Tell whether a template is one of `KNOWN_TEMPLATES`."""
-    return _digest(source) in KNOWN_TEMPLATES
+    return template_digest(source) in KNOWN_TEMPLATES
 
 
-def with_think(source: str) -> str:
-    """Open the reasoning where DeepSeek-R1-Distill's template of January 2025 does not.
-
-    The authors' template of February does. Without it these models tend to skip their reasoning
-    ("usage recommendations" in DeepSeek-R1's README). Any other template stays as it is.
-    """
-    if _digest(source) != R1_WITHOUT_THINK:
-        return source
-    head, mark, tail = source.rpartition("<｜Assistant｜>")
-    return f"{head}{mark}<think>\\n{tail}"
-
-
-def _digest(source: str) -> str:
+def template_digest(source: str) -> str:
+    """Return the SHA-256 of a template without white space at its end."""
     return hashlib.sha256(source.rstrip().encode("utf-8", "surrogatepass")).hexdigest()

@@ -14,7 +14,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import BundleError, DependencyError, EdgeError, RequestError
-from edge.files import read_file
 
-from .tokenizer_file import MAX_FILE_BYTES, MAX_ID, TokenizerFile, parse_tokenizer
+from .tokenizer_file import MAX_ID, TokenizerFile, parse_tokenizer
 
 if TYPE_CHECKING:
     from edge.bundle.manifest import Tokens
@@ -48,7 +46,7 @@ class Tokenizer:
     """
 
     def __init__(self, data: bytes, tokens: Tokens, where: str = "tokenizer.json") -> None:
-        """Use `from_file` or `from_bytes`.
+        """Use `from_bytes`.
 
         Raises:
             BundleError: the file is malformed, of an unsupported kind, or contradicts
@@ -90,28 +88,8 @@ class Tokenizer:
             )
 
     @classmethod
-    def from_file(cls, path: Path, tokens: Tokens) -> Tokenizer:
-        """Read a ``tokenizer.json``.
-
-        Args:
-            path: the file.
-            tokens: the manifest's ids of bos and eos.
-
-        Raises:
-            BundleError: the file cannot be read or used.
-            DependencyError: the ``tokenizers`` library is missing.
-        """
-        try:
-            data = read_file(path, MAX_FILE_BYTES)
-        except OSError as error:
-            raise BundleError(
-                f"cannot read {path} ({error.strerror}); copy or export the bundle again"
-            ) from error
-        return cls(data, tokens, str(path))
-
-    @classmethod
     def from_bytes(cls, data: bytes, tokens: Tokens) -> Tokenizer:
-        """Make a tokenizer from the content of a ``tokenizer.json``, as `from_file` does."""
+        """Make a tokenizer from the content of a ``tokenizer.json``."""
         return cls(data, tokens)
 
     @property

@@ -105,7 +105,7 @@ class PictureReader:
         except BaseException:
             encoder.close()
             raise
-        self._template = None if template is None else _PictureTemplate(template, section)
+        self._template = None if template is None else PictureTemplate(template, section)
 
     def encode_chat(
         self,
@@ -178,13 +178,10 @@ class PictureReader:
             found[place] = row
 
 
-def template_of_text(template: ChatTemplate, section: VisionSection) -> ChatTemplate:
-    """Return a template that accepts texts even if it was written for contents as parts only."""
-    return _PictureTemplate(template, section)
-
-
-class _PictureTemplate(ChatTemplate):
+class PictureTemplate(ChatTemplate):
     """A chat template that writes the placeholders of pictures.
+
+    It accepts texts even if it was written for contents as parts only.
 
     Args:
         template: the bundle's chat template.
@@ -199,7 +196,7 @@ class _PictureTemplate(ChatTemplate):
         text = template._try([{"role": "user", "content": parts}]) or ""
         self._takes_parts = section.image_token in text and _WORD in text
 
-    def filled(self, mark: str, layouts: Sequence[Layout]) -> _PictureTemplate:
+    def filled(self, mark: str, layouts: Sequence[Layout]) -> PictureTemplate:
         """Return the template for one request.
 
         Args:

@@ -11,8 +11,9 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from edge.bundle.library import bundle_name, hub_id, nearest_model, roots
+from edge.bundle.library import roots
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
+from edge.bundle.model_names import bundle_name, hub_id, nearest_model
 from edge.bundle.trust import trusted_keys_file
 from edge.errors import ConfigError, EdgeError, RegistryError
 from edge_fleet.registry.names import (

@@ -187,11 +187,11 @@ def _measure(
     from edge.bundle.tasks import check_task
     from edge.bundle.trust import open_manifest
     from edge.bundle.verified_files import verify_files
-    from edge.device.process import read_rss_bytes, read_rss_peak_bytes, reset_rss_peak
     from edge_lab.measure import bench_report
     from edge_lab.measure.bench import run_bench
     from edge_lab.measure.layer_bench import require_layer_times, time_layers
     from edge_lab.telemetry import read_snapshot
+    from edge_make.resident_memory import read_rss_bytes, read_rss_peak_bytes, reset_rss_peak
 
     manifest = open_manifest(bundle)
     check_task(manifest, "generate")

@@ -14,7 +14,7 @@ from edge.bundle.tasks import check_task
 from edge.cli import echo_json
 from edge.cli.options import bundle_argument, engine_options, json_option, take_engine
 from edge.errors import ConfigError, RequestError
-from edge.files import read_text_file
+from edge_make.text_file import read_text_file
 
 if TYPE_CHECKING:
     from edge.runtime.llm import LLM

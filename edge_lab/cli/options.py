@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from edge.bundle.minisign import MAX_BYTES
 from edge.cli.sections import option
 from edge.errors import ConfigError
-from edge.files import read_text_file
+from edge_make.text_file import read_text_file
 
 
 class Finite(click.FloatRange):

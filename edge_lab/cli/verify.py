@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from edge_lab.measure.pictures import EncoderReport
     from edge_lab.measure.verify import Agreement, VerifyReport
     from edge_make.progress import Progress
+    from edge_make.read_tokenizer import read_tokenizer
 
 _PROMPT_CHUNK = 64  # tokens per step: the longest prompt goes through several
 _PROMPT_TOKENS = (1, 24, 300)  # one token, one chunk, several chunks
@@ -187,7 +188,6 @@ def _open(bundle: Path) -> Iterator[_Opened]:
     from edge.bundle.embeddings import EMBEDDINGS_NAME, EmbeddingTable
     from edge.bundle.trust import open_manifest
     from edge.bundle.verified_files import verify_files
-    from edge.text.tokenizer import Tokenizer
     from edge_lab.measure.manifest_facts import check_facts
     from edge_make.progress import uncounted
 
@@ -197,7 +197,7 @@ def _open(bundle: Path) -> Iterator[_Opened]:
         with uncounted(progress, "hash"):
             verify_files(bundle, manifest, manifest.files)
             check_facts(bundle, manifest)
-        tokenizer = Tokenizer.from_file(bundle / "tokenizer.json", manifest.tokens)
+        tokenizer = read_tokenizer(bundle / "tokenizer.json", manifest.tokens)
         table = stack.enter_context(closing(EmbeddingTable(bundle / EMBEDDINGS_NAME)))
         yield _Opened(stack, progress, manifest, tokenizer, table)
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from edge.bundle.manifest import Manifest
 from edge.errors import ConfigError, DependencyError
-from edge.files import MALFORMED, read_text_file
+from edge.files import MALFORMED
+from edge_make.text_file import read_text_file
 
 from .compare import Comparison, Positions, num_scored
 

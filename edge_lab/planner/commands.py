@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from edge.bundle.library import bundle_name, roots
+from edge.bundle.library import roots
+from edge.bundle.model_names import bundle_name
 from edge.device.memory import read_kib
 from edge_lab.telemetry import read_module, read_target
 

@@ -17,9 +17,9 @@ from edge.bundle.engine_file import (
     read_engine_info,
 )
 from edge.bundle.manifest import Manifest
-from edge.bundle.weights import unpacked_bytes
 from edge.errors import BundleError, ConfigError
 from edge_make.engine_layers import LayerTable, read_layers
+from edge_make.unpacked_weights import unpacked_bytes
 
 from .devices import ORIN_COMPUTE_CAPABILITY
 from .speed import EngineStep, EngineWork, StepKind

@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
-from edge.bundle.library import CATALOGUE, find_bundle, hub_id, nearest_model
+from edge.bundle.library import CATALOGUE, find_bundle
 from edge.bundle.manifest import MANIFEST_NAME, Manifest, head_manifest, read_manifest
+from edge.bundle.model_names import hub_id, nearest_model
 from edge.errors import BundleError, CheckpointError, ConfigError
 from edge.files import MALFORMED, exists, is_directory, is_file, read_file
 from edge.model.spec import ModelSpec, RopeSpec

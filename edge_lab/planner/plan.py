@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from edge.bundle import io_spec
-from edge.bundle.schemes import fold_quant
+from edge.bundle.quant_rules import fold_quant
 from edge.bundle.weights import Linear, manifest_linears
 from edge.errors import ConfigError
 from edge_make.recipe import VARIANTS, Recipe, find_variant, recipe_linears

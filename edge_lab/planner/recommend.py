@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edge.bundle.library import nearest_model
 from edge.bundle.linears import linear_layers
+from edge.bundle.model_names import nearest_model
 from edge.errors import ConfigError
 
 from .commands import bundle_path, export_commands

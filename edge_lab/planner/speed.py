@@ -31,6 +31,7 @@ from edge.bundle.schemes import SCHEMES
 from edge.bundle.weights import ORT_SCALE_COPIES, Linear
 from edge.errors import ConfigError
 from edge.model.spec import ModelSpec
+from edge_make.unpacked_weights import linear_unpacked_bytes
 
 from .devices import PowerMode
 from .memory import Deployment
@@ -208,7 +209,7 @@ def work_of(
         head_ops=head_ops,
         attention_ops=4 * sum(part.heads * part.dim for part in model.attentions()),
         int8_share=int8_ops / layer_ops,
-        unpacked_bytes=0 if on_cpu else sum(linear.unpacked_bytes for linear in linears),
+        unpacked_bytes=0 if on_cpu else sum(map(linear_unpacked_bytes, linears)),
     )
 
 

@@ -31,9 +31,9 @@ from edge.backends.step import prefill, step_after
 from edge.bundle.embeddings import EmbeddingTable
 from edge.cli import to_json
 from edge.device.memory import read_mem_available_bytes
-from edge.device.process import read_rss_bytes
 from edge.errors import EXIT_GATE_MISSED, EdgeError
 from edge_lab.telemetry import EnergyMeter, read_power_watts, read_snapshot
+from edge_make.resident_memory import read_rss_bytes
 
 PROMPTS, ANSWER_TOKENS = 500, 16
 LEAST_PROMPTS = 100

@@ -12,7 +12,7 @@ import ctypes
 import gc
 import os
 
-from edge.device.process import read_rss_bytes
+from edge_make.resident_memory import read_rss_bytes
 
 from .threads import LARGE_BYTES
 

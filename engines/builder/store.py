@@ -27,12 +27,12 @@ from edge.bundle.engine_records import ENGINE_SIGNATURE, built_here, why_unrecor
 from edge.bundle.manifest import ENGINES_DIR
 from edge.bundle.trust import trusted_keys_file
 from edge.bundle.update import fsync, try_lock
-from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, ConfigError, ResourceError
 from edge.vision.plan import VisionPlan, vision_plan
 from edge.vision.section import SECTION
 from edge_make.engine_layers import LayerTable, is_layers_file, layers_path
 from edge_make.engine_record import forget_engine, record_engine, verify_plan
+from edge_make.file_hash import sha256_file
 from edge_make.target import write_durably
 from engines.graph.external_weights import SUFFIX, Outside, place
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from edge.bundle.engine_file import Plugins, SkippedTactics
 from edge.bundle.verified_files import verify_files
-from edge.device.process import read_rss_peak_bytes, reset_rss_peak
 from edge.errors import BuildError
 from edge_make.progress import Progress, silent, uncounted
+from edge_make.resident_memory import read_rss_peak_bytes, reset_rss_peak
 from engines.build_plan import BuildPlan
 from engines.compiler import compat, support
 from engines.compiler.compat import Compiler

@@ -17,12 +17,13 @@ from edge.bundle.manifest import Manifest
 from edge.bundle.memory_facts import PARTS, Part
 from edge.bundle.onnx_values import ELEMENT_BITS
 from edge.bundle.sizes import ProfileName, StepLimits
-from edge.bundle.weights import manifest_linears, part_of, unpacked_bytes
+from edge.bundle.weights import manifest_linears, part_of
 from edge.errors import BundleError
 from edge_lab.planner.devices import MODULES
 from edge_lab.planner.memory import Deployment
 from edge_lab.planner.speed import Ceiling, Work, ceiling, work_of
 from edge_make.engine_profiles import profile_limits
+from edge_make.unpacked_weights import unpacked_bytes
 from engines.config import BuildShapes
 from engines.rules.facts import QUANTIZING, FactNode, GraphFacts
 

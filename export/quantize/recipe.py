@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from edge.bundle.schemes import Quant
+from edge.bundle.quant_rules import Quant
 from edge.errors import ConfigError, DependencyError, install_command
 from edge.files import MALFORMED, read_file
 from edge_make.recipe import Clip

@@ -49,9 +49,9 @@ class Checkpoint(ABC):
         template = self.text.template()
         if template is None or self.vision is None:
             return template
-        from edge.vision.prompt import template_of_text
+        from edge.vision.prompt import PictureTemplate
 
-        return template_of_text(template, self.vision.section)
+        return PictureTemplate(template, self.vision.section)
 
     @property
     @abstractmethod

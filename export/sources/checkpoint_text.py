@@ -12,10 +12,11 @@ from typing import Any
 
 from edge.bundle.manifest import SamplingDefaults, Tokens
 from edge.errors import BundleError, CheckpointError
-from edge.files import open_file, read_file, read_text_file
+from edge.files import open_file, read_file
 from edge.text.chat_template import ChatTemplate
-from edge.text.known_templates import with_think
+from edge.text.known_templates import R1_WITHOUT_THINK, template_digest
 from edge.text.tokenizer import Tokenizer
+from edge_make.text_file import read_text_file
 
 from .assumed_sampling import assume_sampling
 from .weight_files import HEAD_BYTES, refuse_stand_in
@@ -199,6 +200,18 @@ def read_licence(directory: Path) -> str | None:
     found = dict(re.findall(r"(?m)^(license|license_name): *['\"]?([^\s'\"#]+)", front.group(1)))
     licence: str | None = found.get("license")
     return found.get("license_name", licence) if licence == "other" else licence
+
+
+def with_think(source: str) -> str:
+    """Open the reasoning where DeepSeek-R1-Distill's template of January 2025 does not.
+
+    The authors' template of February does. Without it these models tend to skip their reasoning
+    ("usage recommendations" in DeepSeek-R1's README). Any other template stays as it is.
+    """
+    if template_digest(source) != R1_WITHOUT_THINK:
+        return source
+    head, mark, tail = source.rpartition("<｜Assistant｜>")
+    return f"{head}{mark}<think>\\n{tail}"
 
 
 def settle_template(template: str, where: str) -> str:

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.linears import LinearSpec, NormSpec, fuse, linear_layers
-from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
 from edge.model.names import TOKEN_TABLE
 from edge.model.spec import ModelSpec
+from edge_make.file_hash import sha256_file
 from edge_make.model_config import parse_config
 
 from .checkpoint import Checkpoint, Transformed

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.manifest import Source
-from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
 from edge.model.names import MODULES, OUTSIDE, module_name
 from edge.model.parts import Attention, Linear, Norm, only
@@ -21,6 +20,7 @@ from edge.model.spec import ModelSpec, RopeSpec
 from edge_make.checkpoint_tensors import expected_tensors
 from edge_make.families import FAMILIES
 from edge_make.families.dense import Dense
+from edge_make.file_hash import sha256_file
 from edge_make.model_config import BIDIRECTIONAL, alternative, checked, yarn_attention_factor
 
 from .checkpoint import Checkpoint

@@ -25,10 +25,10 @@ from urllib.parse import quote, urlencode, urlsplit
 import msgspec
 
 from edge.bundle.update import try_lock
-from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError, ConfigError
 from edge.files import MALFORMED
 from edge.user_paths import user_directory
+from edge_make.file_hash import sha256_file
 from edge_make.progress import Progress
 
 from .download import Download

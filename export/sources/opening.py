@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
-from edge.bundle.library import hub_id, nearest_model
+from edge.bundle.model_names import hub_id, nearest_model
 from edge.errors import CheckpointError, ConfigError
 from edge.model.spec import ModelSpec, Task
 from edge_make.model_config import parse_config
@@ -45,7 +45,8 @@ def open_checkpoint(
 
     Args:
         source: an existing directory in Hugging Face's layout, an existing ``.gguf`` file, a model
-            by a name of `edge.bundle.library.hub_id`, or a hub id ``owner/name``, in this order.
+            by a name of `edge.bundle.model_names.hub_id`, or a hub id ``owner/name``, in this
+            order.
         revision: branch, tag or commit of a hub id; None is its default branch, or for a name on
             the Hugging Face hub the commit in `REVISIONS`.
         cache_dir: directory to download a hub id to; None is the hub's own cache.

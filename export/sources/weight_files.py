@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from edge.bundle.verified_files import sha256_file
 from edge.errors import CheckpointError
+from edge_make.file_hash import sha256_file
 
 WEIGHTS_NAME = "model.safetensors"
 HEAD_BYTES = 256

@@ -220,10 +220,10 @@ def rows_of(bundle: Path, prompts: list[str], num_tokens: int) -> list[NDArray[n
     from edge.backends.step import prefill
     from edge.bundle.embeddings import EmbeddingTable
     from edge.bundle.io_spec import EMBEDDINGS_NAME
-    from edge.text.tokenizer import Tokenizer
+    from edge_make.read_tokenizer import read_tokenizer
 
     manifest = read_manifest(bundle)
-    tokenizer = Tokenizer.from_file(bundle / "tokenizer.json", manifest.tokens)
+    tokenizer = read_tokenizer(bundle / "tokenizer.json", manifest.tokens)
     table = EmbeddingTable(bundle / EMBEDDINGS_NAME)
     backend = OrtBackend(bundle, manifest)
     params = SamplingParams(temperature=0.6, top_p=0.95, seed=1).resolve(manifest.sampling)

@@ -25,8 +25,8 @@ from edge.backends.step import last_token, step_after
 from edge.bundle import io_spec
 from edge.bundle.embeddings import EmbeddingTable
 from edge.bundle.manifest import Manifest, read_manifest
-from edge.text.tokenizer import Tokenizer
 from edge_lab.measure.evaluate import read_text
+from edge_make.read_tokenizer import read_tokenizer
 from export.graph.float_range import FP16_MAX
 
 from .score import DEVELOPMENT_TEXTS as TEXTS
@@ -57,7 +57,7 @@ def main() -> None:
         sys.exit(f"error: --window {options.window} is not within 1 to {manifest.kv_capacity}")
     peaks: Peaks = {}
     runner = PeakRunner(options.bundle, manifest)
-    tokenizer = Tokenizer.from_file(options.bundle / "tokenizer.json", manifest.tokens)
+    tokenizer = read_tokenizer(options.bundle / "tokenizer.json", manifest.tokens)
     count = 0
     for name in options.text:
         ids = np.array(tokenizer.encode(read_text(TEXTS[name]))[: options.tokens], dtype=np.int64)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from edge.bundle.manifest import read_manifest
-from edge.text.tokenizer import Tokenizer
+from edge_make.read_tokenizer import read_tokenizer
 
 from .score import FORMER_TEXTS, TEXTS, TOKENS
 
@@ -178,5 +178,5 @@ def test_a_sentence_of_the_calibration_text_would_be_seen(calibration: set[tuple
 @pytest.mark.parametrize("path", ALL.values(), ids=ALL)
 def test_a_text_has_as_many_tokens_as_are_read(path: Path, smollm2_bundle: Path):
     tokens = read_manifest(smollm2_bundle).tokens
-    tokenizer = Tokenizer.from_file(smollm2_bundle / "tokenizer.json", tokens)
+    tokenizer = read_tokenizer(smollm2_bundle / "tokenizer.json", tokens)
     assert len(tokenizer.encode(path.read_text("utf-8"))) >= TOKENS

@@ -9,7 +9,7 @@ import pytest
 
 from edge.bundle.linears import linear_layers
 from edge.bundle.manifest import TensorScheme
-from edge.bundle.schemes import Quant
+from edge.bundle.quant_rules import Quant
 from edge.errors import ConfigError
 from edge.model.spec import ModelSpec, RopeSpec
 from edge_lab.planner.models import BUILT_IN

@@ -22,9 +22,9 @@ import pytest
 
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
 from edge.bundle.profile_layers import ProfileLayers
-from edge.bundle.verified_files import sha256_file
 from edge.limited_child import LimitedChild, Limits
 from edge.text import template_child
+from edge_make.file_hash import sha256_file
 from edge_make.manifest_bytes import encode_manifest
 from tests.conftest import Bundles
 from tests.edge_serve.scripted import Live, running

@@ -17,10 +17,11 @@ import msgspec
 import pytest
 
 from edge.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Graphs, Manifest, read_manifest
-from edge.bundle.verified_files import sha256_file, verify_files
+from edge.bundle.verified_files import verify_files
 from edge.errors import BundleError, ConfigError, EdgeError, IntegrityError, ResourceError
 from edge_make import atomic_swap as bundle_place
 from edge_make.atomic_swap import update_manifest
+from edge_make.file_hash import sha256_file
 from edge_make.manifest_bytes import encode_manifest
 from export.bundle import BundleWriter
 from tests.export.kill_child import NEW_FILES, refuse

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edge.bundle.schemes import Quant
+from edge.bundle.quant_rules import Quant
 from edge_lab.planner.models import BUILT_IN
 from edge_make.recipe import Recipe
 from export.config import DEFAULT_METHOD

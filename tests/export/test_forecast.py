@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edge.bundle.manifest import read_manifest
-from edge.bundle.schemes import Quant
+from edge.bundle.quant_rules import Quant
 from edge.errors import ResourceError
 from edge_lab.planner.models import BUILT_IN
 from export.config import ExportConfig

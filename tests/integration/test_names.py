@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from edge import DeepSeekModel
-from edge.bundle.library import CATALOGUE, bundle_name
+from edge.bundle.library import CATALOGUE
+from edge.bundle.model_names import bundle_name
 from edge.errors import BundleError
 from edge_lab.planner.devices import MODULES
 from tests.command_line import Result, edge_llm  # noqa: F401

@@ -12,16 +12,14 @@ import pytest
 from edge.bundle.library import (
     CATALOGUE,
     bundle_directories,
-    bundle_name,
     checkpoint_bundle,
     find_bundle,
     find_setting,
-    hub_id,
-    nearest_model,
-    only_bundle,
     roots,
 )
 from edge.bundle.manifest import Source
+from edge.bundle.model_names import bundle_name, hub_id, nearest_model
+from edge.cli.options import only_bundle
 from edge.errors import BundleError, ConfigError
 from edge_make.manifest_bytes import encode_manifest
 from tests.makers.manifests import make_manifest

@@ -33,10 +33,10 @@ from edge.bundle.manifest import (
     read_manifest,
 )
 from edge.bundle.rope import inverse_frequencies
-from edge.bundle.verified_files import sha256_file
 from edge.errors import BundleError, IntegrityError
 from edge.model.spec import RopeSpec
 from edge.runtime.sampling_params import KNOBS
+from edge_make.file_hash import sha256_file
 from edge_make.manifest_bytes import encode_manifest
 from edge_make.manifest_text import describe_kv_cache, describe_sampling
 from tests.makers.manifests import make_manifest, make_model, written_before_layers

@@ -7,7 +7,8 @@ from typing import get_args
 import pytest
 
 from edge.bundle.manifest import SchemeKind, TensorScheme
-from edge.bundle.schemes import RULES, SCHEMES, Quant, stored_bytes
+from edge.bundle.quant_rules import RULES, Quant
+from edge.bundle.schemes import SCHEMES, stored_bytes
 
 
 def test_every_kind_has_its_facts_and_every_quantization_its_rules():

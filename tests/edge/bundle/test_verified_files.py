@@ -11,8 +11,9 @@ import pytest
 
 from edge.bundle import verified_files as module
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
-from edge.bundle.verified_files import VerifiedFiles, sha256_file, verify_files
+from edge.bundle.verified_files import VerifiedFiles, verify_files
 from edge.errors import BundleError, IntegrityError
+from edge_make.file_hash import sha256_file
 from edge_make.manifest_bytes import encode_manifest
 from tests.makers.manifests import make_manifest
 

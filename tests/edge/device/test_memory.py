@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge.device import memory
 from edge.device.memory import make_free, read_free_memory_bytes
-from edge.device.process import read_rss_peak_bytes, reset_rss_peak
+from edge_make.resident_memory import read_rss_peak_bytes, reset_rss_peak
 
 STEP = memory._STEP_BYTES
 

@@ -12,12 +12,8 @@ import pytest
 
 from edge.device import gpu, memory
 from edge.device.gpu import Gpu, find_gpu
-from edge.device.process import (
-    choose_num_threads,
-    read_rss_bytes,
-    read_rss_peak_bytes,
-    reset_rss_peak,
-)
+from edge.device.process import choose_num_threads
+from edge_make.resident_memory import read_rss_bytes, read_rss_peak_bytes, reset_rss_peak
 
 
 def test_the_peak_is_in_bytes_and_starts_anew():

@@ -14,6 +14,7 @@ from edge.runtime.stream import GenerationChunk, OutputStream
 from edge.text.reasoning import THINK_END, THINK_START, ReasoningSplitter
 from edge.text.streamed_text import Detokenizer
 from edge.text.tokenizer import Tokenizer
+from edge_make.read_tokenizer import read_tokenizer
 from tests.makers.tiny_models import BOS, BOS_ID, EOS, EOS_ID, write_tokenizer
 
 _texts = st.lists(st.sampled_from(["a", "b", "\n", "🙂", "é", THINK_START, THINK_END])).map("".join)
@@ -24,7 +25,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     directory = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(directory)
     tokens = Tokens(bos=BOS_ID, bos_text=BOS, eos=(EOS_ID,), eos_text=EOS, add_bos=True)
-    return Tokenizer.from_file(directory / "tokenizer.json", tokens)
+    return read_tokenizer(directory / "tokenizer.json", tokens)
 
 
 def read_all(stream: OutputStream) -> list[GenerationChunk]:

@@ -27,6 +27,7 @@ from edge.runtime.schema_rewrite import _writable, rewrite_schema
 from edge.runtime.structured_output import GrammarCompiler, GrammarLimits, OutputFormat, OutputKind
 from edge.text.streamed_text import Detokenizer
 from edge.text.tokenizer import Tokenizer
+from edge_make.read_tokenizer import read_tokenizer
 from tests.edge.text.test_tokenizer import sentencepiece
 from tests.makers.tiny_models import BOS, BOS_ID, CONTROL_IDS, EOS, EOS_ID, write_tokenizer
 
@@ -41,7 +42,7 @@ TOKENS = Tokens(bos=BOS_ID, bos_text=BOS, eos=(EOS_ID,), eos_text=EOS, add_bos=T
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     directory = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(directory)
-    return Tokenizer.from_file(directory / "tokenizer.json", TOKENS)
+    return read_tokenizer(directory / "tokenizer.json", TOKENS)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from edge.errors import RequestError
 from edge.runtime.thinking import ThinkingBudget
 from edge.text.reasoning import ReasoningSplitter
 from edge.text.tokenizer import Tokenizer
+from edge_make.read_tokenizer import read_tokenizer
 from tests.edge.text.test_tokenizer import sentencepiece
 from tests.makers.tiny_models import BOS, BOS_ID, EOS, EOS_ID, write_tokenizer
 
@@ -27,7 +28,7 @@ TOKENS_OF_SPACED = Tokens(bos=1, bos_text="<s>", eos=(EOS_ID,), eos_text=EOS, ad
 
 def _one_token_tags(directory: Path) -> Tokenizer:
     write_tokenizer(directory)
-    return Tokenizer.from_file(directory / "tokenizer.json", TOKENS)
+    return read_tokenizer(directory / "tokenizer.json", TOKENS)
 
 
 def _long_tags(directory: Path) -> Tokenizer:

@@ -13,6 +13,7 @@ from edge.bundle.manifest import Tokens
 from edge.errors import RequestError
 from edge.text.fill_in_middle import fill_in_middle
 from edge.text.tokenizer import Tokenizer
+from edge_make.read_tokenizer import read_tokenizer
 from tests.edge.text.test_tokenizer import NO_BOS, TOKENS, added, sentencepiece, texts
 from tests.makers.tiny_models import BOS_ID, FIRST_CONTROL_ID, write_tokenizer
 
@@ -55,7 +56,7 @@ def test_each_family_is_found_by_its_own_spelling(path: Path, family: str):
 def test_a_model_without_all_the_marks_is_refused(path: Path):
     message = r"^suffix: this model has no tokens .*<\|fim_prefix\|>"
     with pytest.raises(RequestError, match=message):
-        fill_in_middle(Tokenizer.from_file(path, TOKENS))
+        fill_in_middle(read_tokenizer(path, TOKENS))
     data = path.read_text("utf-8").replace('"<think>"', '"<|fim_prefix|>"')
     data = data.replace('"</think>"', '"<|fim_suffix|>"')
     with pytest.raises(RequestError, match=message):

@@ -22,6 +22,7 @@ from edge.errors import BundleError, RequestError
 from edge.text import tokenizer as module
 from edge.text.streamed_text import Detokenizer
 from edge.text.tokenizer import Tokenizer
+from edge_make.read_tokenizer import read_tokenizer
 from tests.makers.tiny_models import BOS, BOS_ID, CONTROL, CONTROL_IDS, EOS, EOS_ID, write_tokenizer
 
 TOKENS = Tokens(bos=BOS_ID, bos_text=BOS, eos=(EOS_ID,), eos_text=EOS, add_bos=True)
@@ -49,7 +50,7 @@ def path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(path) -> Tokenizer:
-    return Tokenizer.from_file(path, TOKENS)
+    return read_tokenizer(path, TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +361,7 @@ class SlowSwitch:
 
 def test_threads_do_not_mix_plain_text_and_templates(path, monkeypatch):
     text = "".join(CONTROL)
-    tokenizer = Tokenizer.from_file(path, TOKENS)
+    tokenizer = read_tokenizer(path, TOKENS)
     expected = {control: tokenizer.encode(text, control=control) for control in (False, True)}
     slow = SlowSwitch(tokenizer._library)
     monkeypatch.setattr(tokenizer, "_library", slow)
@@ -536,11 +537,11 @@ def test_broken_json_is_a_bundle_error(data):
 
 def test_missing_file_and_contradicting_manifest(path):
     with pytest.raises(BundleError, match="cannot read"):
-        Tokenizer.from_file(path.with_name("missing.json"), TOKENS)
+        read_tokenizer(path.with_name("missing.json"), TOKENS)
     # The trap of the R1 distills: bos_token_id in config.json is the id of eos.
     wrong = Tokens(bos=EOS_ID, bos_text=BOS, eos=(EOS_ID,), eos_text=EOS, add_bos=True)
     with pytest.raises(BundleError, match=f"with id {EOS_ID}.* has the id {BOS_ID}"):
-        Tokenizer.from_file(path, wrong)
+        read_tokenizer(path, wrong)
 
 
 def test_import_is_cheap():

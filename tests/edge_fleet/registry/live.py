@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edge.bundle.manifest import FileInfo
-from edge.bundle.verified_files import sha256_file
+from edge_make.file_hash import sha256_file
 from edge_make.manifest_bytes import encode_manifest
 from tests.makers.manifests import make_manifest
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from edge.bundle.library import bundle_name
+from edge.bundle.model_names import bundle_name
 from edge.cli.options import BundlePath
 from edge.errors import ConfigError
 from edge_lab.planner.memory import Deployment

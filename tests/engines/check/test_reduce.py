@@ -18,8 +18,8 @@ from msgspec.structs import replace
 from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import Node, OnnxFile
 from edge.bundle.onnx_values import Constants
-from edge.bundle.verified_files import sha256_file
 from edge.errors import BuildError, ConfigError, DependencyError
+from edge_make.file_hash import sha256_file
 from edge_make.manifest_bytes import encode_manifest
 from engines.check import reduce
 from engines.check.reduce import reduce_bundle, shrink

@@ -15,7 +15,6 @@ from msgspec.structs import replace
 from edge.bundle import io_spec
 from edge.bundle.manifest import Manifest, read_manifest
 from edge.bundle.onnx_file import OnnxFile, attribute
-from edge.bundle.verified_files import sha256_file
 from edge.bundle.weights import manifest_linears, weight_parts
 from edge.errors import BundleError
 from edge_lab.planner.devices import MODULES
@@ -23,6 +22,7 @@ from edge_lab.planner.memory import Deployment, plan_process_memory
 from edge_lab.planner.models import find_model
 from edge_lab.planner.plan import find_device, make_plan
 from edge_lab.planner.speed import FITTED, Work, ceiling, work_of
+from edge_make.file_hash import sha256_file
 from edge_make.manifest_bytes import encode_manifest
 from edge_make.recipe import Recipe, recipe_linears
 from engines.check.check import check_bundle

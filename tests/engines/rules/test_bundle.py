@@ -15,8 +15,8 @@ from msgspec.structs import replace
 
 from edge.bundle.manifest import read_manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Message, OnnxFile
-from edge.bundle.verified_files import sha256_file
 from edge.errors import EXIT_GATE_MISSED, BuildError, ConfigError, IntegrityError
+from edge_make.file_hash import sha256_file
 from edge_make.manifest_bytes import encode_manifest
 from engines.builder import by_trtexec, variant
 from engines.builder.build import build_engine

@@ -21,9 +21,8 @@ from tokenizers import Tokenizer
 from edge.bundle.manifest import SamplingDefaults, Tokens
 from edge.errors import CheckpointError
 from edge.model.spec import RopeSpec
-from edge.text import known_templates
 from edge_make.checkpoint_tensors import expected_tensors
-from export.sources import gguf_file
+from export.sources import checkpoint_text, gguf_file
 from export.sources.gguf_source import derive_llama3
 from export.sources.opening import open_checkpoint
 from tests.makers import tiny_models as tiny
@@ -460,7 +459,7 @@ def test_r1s_first_template_opens_the_reasoning(
     with open_checkpoint(str(path)) as checkpoint:
         assert checkpoint.text.chat_template == first
     digest = hashlib.sha256(first.encode()).hexdigest()
-    monkeypatch.setattr(known_templates, "R1_WITHOUT_THINK", digest)
+    monkeypatch.setattr(checkpoint_text, "R1_WITHOUT_THINK", digest)
     expected = first.replace("<｜Assistant｜>'}}{%", r"<｜Assistant｜><think>\n'}}{%")
     with open_checkpoint(str(path)) as checkpoint:
         assert checkpoint.text.chat_template == expected
