@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from edge_lab.measure.pictures import EncoderReport
     from edge_lab.measure.verify import Agreement, VerifyReport
     from edge_make.progress import Progress
-    from edge_make.read_tokenizer import read_tokenizer
 
 _PROMPT_CHUNK = 64  # tokens per step: the longest prompt goes through several
 _PROMPT_TOKENS = (1, 24, 300)  # one token, one chunk, several chunks
@@ -190,6 +189,7 @@ def _open(bundle: Path) -> Iterator[_Opened]:
     from edge.bundle.verified_files import verify_files
     from edge_lab.measure.manifest_facts import check_facts
     from edge_make.progress import uncounted
+    from edge_make.read_tokenizer import read_tokenizer
 
     manifest = open_manifest(bundle)
     with ExitStack() as stack:
