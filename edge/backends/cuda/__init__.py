@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from edge.engine_config import GpuWait
 from edge.errors import DependencyError, DeviceError, DeviceMemoryError, EdgeError
 
-from .bindings import Calls
-from .driver import load_bindings, load_driver
+from .bindings import BindingsDriver, Calls
+from .driver import CurrentContext, load_driver
 from .waiting import set_wait
 
 _log = logging.getLogger(__name__)
@@ -47,30 +47,22 @@ class Stream:
         Raises:
             DeviceError: some of the work failed.
         """
-        try:
-            self._stream.synchronize()
-        except self._device.driver.Error as error:
-            raise self._device.error("run a step", error) from error
+        self._device.call("run a step", self._stream.synchronize)
 
     def upload(self, target: int, source: NDArray[Any]) -> None:
         """Copy a contiguous, pinned host array to the device; it must not change until then."""
-        try:
-            self._device.driver.memcpy_htod_async(target, source, self._stream)
-        except self._device.driver.Error as error:
-            raise self._device.error("copy to the GPU", error) from error
+        copy = self._device.driver.memcpy_htod_async
+        self._device.call("copy to the GPU", copy, target, source, self._stream)
 
     def download(self, target: NDArray[Any], source: int) -> None:
         """Fill a contiguous, pinned host array; its values are valid after `synchronize`."""
-        try:
-            self._device.driver.memcpy_dtoh_async(target, source, self._stream)
-        except self._device.driver.Error as error:
-            raise self._device.error("copy from the GPU", error) from error
+        copy = self._device.driver.memcpy_dtoh_async
+        self._device.call("copy from the GPU", copy, target, source, self._stream)
 
     def clear(self, target: int, num_bytes: int) -> None:
         """Fill device memory with zeros."""
-        self._device.call(
-            "clear memory", self._device.driver.memset_d8_async, target, 0, num_bytes, self._stream
-        )
+        fill = self._device.driver.memset_d8_async
+        self._device.call("clear memory", fill, target, 0, num_bytes, self._stream)
 
     def close(self) -> None:
         """Destroy the stream; the driver waits for its work."""
@@ -110,21 +102,18 @@ class BoxCopy:
             DeviceError: the driver refuses.
         """
         copy = self._copy
-        try:
-            if isinstance(source.base, int):
-                copy.set_src_device(source.base)
-            else:
-                copy.set_src_host(source.base)
-            if isinstance(target.base, int):
-                copy.set_dst_device(target.base)
-            else:
-                copy.set_dst_host(target.base)
-            copy.src_pitch, copy.src_height = source.pitch, source.rows
-            copy.dst_pitch, copy.dst_height = target.pitch, target.rows
-            copy.width_in_bytes, copy.height, copy.depth = width, height, depth
-            copy(stream._stream)
-        except self._device.driver.Error as error:
-            raise self._device.error("copy rows of the cache", error) from error
+        if isinstance(source.base, int):
+            copy.set_src_device(source.base)
+        else:
+            copy.set_src_host(source.base)
+        if isinstance(target.base, int):
+            copy.set_dst_device(target.base)
+        else:
+            copy.set_dst_host(target.base)
+        copy.src_pitch, copy.src_height = source.pitch, source.rows
+        copy.dst_pitch, copy.dst_height = target.pitch, target.rows
+        copy.width_in_bytes, copy.height, copy.depth = width, height, depth
+        self._device.call("copy rows of the cache", copy, stream._stream)
 
 
 class DeviceMemory:
@@ -201,7 +190,7 @@ class GraphExec:
             self._device.graph_call("destroy a CUDA graph", "cuGraphExecDestroy", handle)
 
 
-class Device:
+class Device(CurrentContext):
     """One GPU, through its primary context, which TensorRT's own runtime calls use too.
 
     Args:
@@ -224,7 +213,9 @@ class Device:
     """
 
     def __init__(self, ordinal: int = 0, wait: GpuWait = "auto") -> None:
-        self.driver = driver = load_driver()
+        super().__init__("CUDA graphs and gpu_wait need cuda-bindings")
+        self.driver: BindingsDriver = load_driver()
+        driver = self.driver
         self._ordinal = ordinal
         try:
             driver.init()
@@ -235,7 +226,7 @@ class Device:
             self.num_sms = int(gpu.get_attribute(attributes.MULTIPROCESSOR_COUNT))
             self.integrated = bool(gpu.get_attribute(attributes.INTEGRATED))
             self.wait = self._set_wait(ordinal, wait)
-            self._context = _primary_context(driver, ordinal)  # type: ignore[arg-type]
+            self._context = _primary_context(driver, ordinal)
         except driver.Error as error:
             from .errors import explain_init_failure, reason_of
 
@@ -245,7 +236,7 @@ class Device:
         """Set the mode by `set_wait`; with auto, a failure does not keep the GPU from use."""
         found: str | None = None
         try:
-            found = set_wait(self._graphs, ordinal, wish)
+            found = set_wait(self._calls, ordinal, wish)
             problem = f"it stays at {found}"
         except DependencyError as error:
             if wish != "auto":
@@ -285,28 +276,6 @@ class Device:
     def leave(self) -> None:
         """Undo `enter`. A context that stays current would abort the process at its end."""
         self.call("leave the context", self._context.pop)
-
-    @functools.cached_property
-    def _graphs(self) -> Calls:
-        return load_bindings()
-
-    def graph_call(self, doing: str, name: str, *args: Any) -> Any:
-        """Call a function of cuda-bindings, which has the graphs that PyCUDA lacks.
-
-        Raises:
-            DependencyError: cuda-bindings is missing.
-            DeviceError: the call failed, or the driver's library lacks the function.
-        """
-        graphs = self._graphs
-        try:
-            return graphs(name, *args)
-        except graphs.Error as error:
-            raise self.error(doing, error) from error
-
-    @property
-    def function_attribute(self) -> Any:
-        """Return ``CUfunction_attribute`` of cuda-bindings."""
-        return self._graphs.module.CUfunction_attribute
 
     def memory_info(self) -> tuple[int, int]:
         """Return free and total device memory, in bytes.
@@ -371,7 +340,7 @@ class Device:
             if num_bytes <= PIECE_BYTES:
                 raise
             try:
-                block = Pieces(self._graphs, self._ordinal, num_bytes)
+                block = Pieces(self._calls, self._ordinal, num_bytes)
             except (DependencyError, Calls.Error) as error:
                 _log.info("a block of %d bytes cannot be made of pieces: %s", num_bytes, error)
                 raise refused from error
@@ -401,7 +370,7 @@ class Device:
         Other threads may still do what a capture forbids (mode THREAD_LOCAL).
         """
         doing, name = "begin a capture", "cuStreamBeginCapture"
-        self.graph_call(doing, name, stream.handle, self._graphs.capture_mode)
+        self.graph_call(doing, name, stream.handle, self._calls.capture_mode)
 
     def end_capture(self, stream: Stream) -> GraphExec:
         """End the recording, make it runnable and upload it, so that no launch has to.

@@ -1,6 +1,6 @@
 """Provides PyCUDA's functions for `cuda` by ``cuda.bindings.driver``, NVIDIA's binary package.
 
-Names and meanings are PyCUDA's (`driver.Driver`). The functions of ``cuda.bindings`` return
+Names and meanings are PyCUDA's. The functions of ``cuda.bindings`` return
 their error first, and raise RuntimeError if the driver's library or a symbol of it is missing.
 """
 
@@ -69,10 +69,21 @@ class Calls:
 
 
 class BindingsDriver:
-    """A `driver.Driver` on cuda-bindings.
+    """The functions that `cuda` calls, named as in ``pycuda.driver``, which fits as it is.
+
+    Addresses are integers. A call that fails raises ``Error``, or ``MemoryError`` out of memory;
+    the message is the driver's sentence.
 
     Args:
         module: ``cuda.bindings.driver``.
+
+    Attributes:
+        Device: a GPU by its number: ``name()``, ``compute_capability()``, ``get_attribute(of)`` and
+            ``retain_primary_context()``, whose result has ``push()`` and ``pop()``.
+        Stream: a new stream with ``handle`` and ``synchronize()``, destroyed with the object.
+        Memcpy3D: a copy of a box, called with the stream.
+        device_attribute: has ``INTEGRATED`` and ``MULTIPROCESSOR_COUNT``.
+        host_alloc_flags: has ``DEVICEMAP``.
     """
 
     Error: type[Exception] = Error
@@ -91,32 +102,32 @@ class BindingsDriver:
         self.host_alloc_flags: Any = SimpleNamespace(DEVICEMAP=module.CU_MEMHOSTALLOC_DEVICEMAP)
 
     def init(self) -> None:
-        """See `Driver`."""
+        """Start the driver."""
         self._call("cuInit", 0)
 
     def mem_alloc(self, num_bytes: int) -> _DeviceBlock:
-        """See `Driver`."""
+        """Allocate device memory; ``int()`` is its address, ``free()`` frees it."""
         return _DeviceBlock(self._call, num_bytes)
 
     def pagelocked_empty(self, shape: int, dtype: type[np.uint8], *, mem_flags: int) -> Any:
-        """See `Driver`."""
+        """Make a pinned array; its ``base`` has ``get_device_pointer()`` and ``free()``."""
         return np.asarray(_HostBlock(self._call, shape * np.dtype(dtype).itemsize, mem_flags))
 
     def mem_get_info(self) -> tuple[int, int]:
-        """See `Driver`."""
+        """Return free and total device memory, in bytes."""
         free, total = self._call("cuMemGetInfo")
         return free, total
 
     def memcpy_htod_async(self, dest: int, src: NDArray[Any], stream: _Stream) -> None:
-        """See `Driver`."""
+        """Put a copy to the device on a stream."""
         self._call("cuMemcpyHtoDAsync", dest, src.ctypes.data, src.nbytes, stream.stream)
 
     def memcpy_dtoh_async(self, dest: NDArray[Any], src: int, stream: _Stream) -> None:
-        """See `Driver`."""
+        """Put a copy from the device on a stream."""
         self._call("cuMemcpyDtoHAsync", dest.ctypes.data, src, dest.nbytes, stream.stream)
 
     def memset_d8_async(self, dest: int, data: int, size: int, stream: _Stream) -> None:
-        """See `Driver`."""
+        """Put a fill with one byte's value on a stream."""
         self._call("cuMemsetD8Async", dest, data, size, stream.stream)
 
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from edge.errors import DependencyError
 
@@ -24,60 +20,69 @@ _CURE = (
 )
 
 
-class Driver(Protocol):
-    """The functions that `cuda` calls, named as in ``pycuda.driver``, which fits as it is.
+class CurrentContext:
+    """The driver in whatever context is current, as in a function that TensorRT calls.
 
-    Addresses are integers. A call that fails raises ``Error``, or ``MemoryError`` out of memory;
-    the message is the driver's sentence.
-
-    Attributes:
-        Device: a GPU by its number: ``name()``, ``compute_capability()``, ``get_attribute(of)`` and
-            ``retain_primary_context()``, whose result has ``push()`` and ``pop()``.
-        Stream: a new stream with ``handle`` and ``synchronize()``, destroyed with the object.
-        Memcpy3D: a copy of a box, called with the stream.
-        device_attribute: has ``INTEGRATED`` and ``MULTIPROCESSOR_COUNT``.
-        host_alloc_flags: has ``DEVICEMAP``.
+    Args:
+        needed: first words of the message if cuda-bindings is missing; they say who needs it.
     """
 
-    Error: type[Exception]
-    MemoryError: type[Exception]
-    Device: Callable[[int], Any]
-    Stream: Callable[[], Any]
-    Memcpy3D: Callable[[], Any]
-    device_attribute: Any
-    host_alloc_flags: Any
+    def __init__(self, needed: str) -> None:
+        self._needed = needed
 
-    def init(self) -> None:
-        """Start the driver."""
+    @functools.cached_property
+    def _calls(self) -> Calls:
+        return load_bindings(self._needed)
 
-    def mem_alloc(self, num_bytes: int) -> Any:
-        """Allocate device memory; ``int()`` is its address, ``free()`` frees it."""
+    def check(self) -> None:
+        """Raise now the error that the first call would raise.
 
-    def pagelocked_empty(self, shape: int, dtype: type[np.uint8], *, mem_flags: int) -> Any:
-        """Make a pinned array; its ``base`` has ``get_device_pointer()`` and ``free()``."""
+        Raises:
+            DependencyError: cuda-bindings is missing.
+        """
+        _ = self._calls
 
-    def mem_get_info(self) -> tuple[int, int]:
-        """Return free and total device memory, in bytes."""
-        ...
+    @property
+    def function_attribute(self) -> Any:
+        """Return ``CUfunction_attribute`` of cuda-bindings."""
+        return self._calls.module.CUfunction_attribute
 
-    def memcpy_htod_async(self, dest: int, src: NDArray[Any], stream: Any) -> None:
-        """Put a copy to the device on a stream."""
+    def graph_call(self, doing: str, name: str, *args: Any) -> Any:
+        """Call a function of cuda-bindings, which has the graphs that PyCUDA lacks.
 
-    def memcpy_dtoh_async(self, dest: NDArray[Any], src: int, stream: Any) -> None:
-        """Put a copy from the device on a stream."""
+        Raises:
+            DependencyError: cuda-bindings is missing.
+            DeviceError: the call failed, or the driver's library lacks the function.
+        """
+        calls = self._calls
+        try:
+            return calls(name, *args)
+        except calls.Error as error:
+            from .errors import device_error
 
-    def memset_d8_async(self, dest: int, data: int, size: int, stream: Any) -> None:
-        """Put a fill with one byte's value on a stream."""
+            raise device_error(doing, error) from error
+
+    @property
+    def handle(self) -> int:
+        """Return the address of the context.
+
+        Raises:
+            DependencyError: cuda-bindings is missing.
+            DeviceError: the driver fails.
+        """
+        return int(self.graph_call("name its context", "cuCtxGetCurrent"))
 
 
-def load_driver() -> Driver:
+def load_driver() -> Any:
     """Import PyCUDA, or else cuda-bindings; why PyCUDA is not used is logged.
+
+    ``pycuda.driver`` has all functions of `BindingsDriver`, under the same names.
 
     Raises:
         DependencyError: neither can be imported.
     """
     try:
-        driver: Driver = importlib.import_module("pycuda.driver")
+        driver = importlib.import_module("pycuda.driver")
     except ImportError as error:
         problem = _problem("PyCUDA", "pycuda", error)
     else:
@@ -94,7 +99,7 @@ def load_driver() -> Driver:
     return _driver_of(module)
 
 
-def load_bindings(needed: str = "CUDA graphs and gpu_wait need cuda-bindings") -> Calls:
+def load_bindings(needed: str) -> Calls:
     """Import the calls of cuda-bindings, for functions that PyCUDA lacks.
 
     Args:

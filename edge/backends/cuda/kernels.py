@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .bindings import Calls
-from .driver import load_bindings
-from .errors import device_error
+from .driver import CurrentContext
 
 if TYPE_CHECKING:
     from . import Stream
@@ -22,68 +19,11 @@ class ForeignStream(NamedTuple):
     handle: int
 
 
-class Caller(Protocol):
-    """Calls the driver in the context that is current: a `Device`, or a `CurrentContext`."""
-
-    @property
-    def function_attribute(self) -> Any:
-        """See `Device.function_attribute`."""
-
-    def graph_call(self, doing: str, name: str, *args: Any) -> Any:
-        """See `Device.graph_call`."""
-
-
-class CurrentContext:
-    """The driver in whatever context is current, as in a function that TensorRT calls.
-
-    Args:
-        needed: first words of the message if cuda-bindings is missing; they say who needs it.
-    """
-
-    def __init__(self, needed: str) -> None:
-        self._needed = needed
-
-    @functools.cached_property
-    def _calls(self) -> Calls:
-        return load_bindings(self._needed)
-
-    def check(self) -> None:
-        """Raise now the error that the first call would raise.
-
-        Raises:
-            DependencyError: cuda-bindings is missing.
-        """
-        _ = self._calls
-
-    @property
-    def function_attribute(self) -> Any:
-        """See `Device.function_attribute`."""
-        return self._calls.module.CUfunction_attribute
-
-    def graph_call(self, doing: str, name: str, *args: Any) -> Any:
-        """See `Device.graph_call`."""
-        calls = self._calls
-        try:
-            return calls(name, *args)
-        except calls.Error as error:
-            raise device_error(doing, error) from error
-
-    @property
-    def handle(self) -> int:
-        """Return the address of the context.
-
-        Raises:
-            DependencyError: cuda-bindings is missing.
-            DeviceError: the driver fails.
-        """
-        return int(self.graph_call("name its context", "cuCtxGetCurrent"))
-
-
 class Kernel:
     """A kernel from a cubin, or from PTX that the driver compiles.
 
     Args:
-        device: device whose context is current.
+        device: the device whose context is current, or whatever context is.
         image: the cubin, or PTX with a zero byte at its end.
         entry: name of the function.
         threads: threads of a program.
@@ -95,7 +35,7 @@ class Kernel:
     """
 
     def __init__(
-        self, device: Caller, image: bytes, entry: str, *, threads: int, shared_bytes: int
+        self, device: CurrentContext, image: bytes, entry: str, *, threads: int, shared_bytes: int
     ) -> None:
         self._device, self._threads, self._shared_bytes = device, threads, shared_bytes
         self._module: Any = device.graph_call("load a kernel", "cuModuleLoadData", image)

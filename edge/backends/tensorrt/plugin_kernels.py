@@ -20,7 +20,8 @@ from typing import Any
 
 import msgspec
 
-from edge.backends.cuda.kernels import CurrentContext, Kernel
+from edge.backends.cuda.driver import CurrentContext
+from edge.backends.cuda.kernels import Kernel
 from edge.errors import BackendError, BundleError, EdgeError
 from edge.files import MALFORMED
 
