@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from edge.bundle import io_spec
 from edge.bundle.engine_file import EngineInfo
@@ -16,12 +18,12 @@ from edge.bundle.manifest import Manifest
 from edge.bundle.sizes import (
     ALIGNMENT,
     DEFAULT_MAX_LOGITS,
-    ENGINE_FLOAT_BYTES,
     INDEX_BYTES,
     activation_bytes,
     cache_slots,
 )
 from edge.model.cache import Rows, alike, cache_tensors, check_cache
+from edge.model.spec import ModelSpec
 
 
 class StepSizes(NamedTuple):
@@ -32,14 +34,8 @@ class StepSizes(NamedTuple):
     logits: int
 
 
-class InputLayout(NamedTuple):
-    """Offsets of the inputs of a step in their block, in bytes."""
-
-    cursor: int
-    indices: int
-    positions: int
-    embeds: int
-    num_bytes: int
+Arrays = dict[str, tuple[int, Any]]
+"""Numbers of elements, and NumPy's type of them, by the name of the engine's tensor."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +94,11 @@ def plan_engine_memory(
     model = manifest.model
     slots = cache_slots(info.max_batch if num_slots is None else num_slots)
     sizes = step_sizes(info, max_logits)
-    rows = sum(logits_bytes(size, io_spec.output_width(model)) for size in sizes)
+    rows = sum(placed(logits_arrays(size, model))[1] for size in sizes)
+    cursor = io_spec.DIALECTS[manifest.dialect].cursor
     pinned = rows + sum(
-        input_layout(size, model.hidden_size).num_bytes
-        + best_layout(size, info.best_logits).num_bytes
+        placed(input_arrays(size, model, cursor))[1]
+        + placed(best_arrays(size, info.best_logits))[1]
         for size in sizes
     )
     io = pinned if not integrated else rows if info.best_logits else 0
@@ -149,37 +146,42 @@ def step_sizes(info: EngineInfo, max_logits: int) -> tuple[StepSizes, StepSizes]
     )
 
 
-def input_layout(sizes: StepSizes, hidden_size: int) -> InputLayout:
-    """Place the inputs of a step in one block, each aligned."""
-    cursor = 0
-    indices = cursor + _align(sizes.batch * INDEX_BYTES)
-    positions = indices + _align(sizes.logits * INDEX_BYTES)
-    embeds = positions + _align(sizes.tokens * INDEX_BYTES)
-    end = embeds + _align(sizes.tokens * hidden_size * ENGINE_FLOAT_BYTES)
-    return InputLayout(cursor, indices, positions, embeds, end)
+def input_arrays(
+    sizes: StepSizes, model: ModelSpec, cursor: str, floats: Any = np.float16
+) -> Arrays:
+    """Return the inputs of a step; ``floats`` holds the bits of the engine's float type."""
+    return {
+        cursor: (sizes.batch, np.int64),
+        io_spec.LOGITS_INDICES: (sizes.logits, np.int64),
+        io_spec.POSITION_IDS: (sizes.tokens, np.int64),
+        io_spec.INPUTS_EMBEDS: (sizes.tokens * model.hidden_size, floats),
+    }
 
 
-def logits_bytes(sizes: StepSizes, width: int) -> int:
-    """Return the bytes of a block of logits, ``width`` numbers per row."""
-    return _align(sizes.logits * width * ENGINE_FLOAT_BYTES)
+def logits_arrays(sizes: StepSizes, model: ModelSpec, floats: Any = np.float16) -> Arrays:
+    """Return the main output of a step."""
+    return {io_spec.output_name(model): (sizes.logits * io_spec.output_width(model), floats)}
 
 
-class BestLayout(NamedTuple):
-    """Offsets of the best logits of a run's rows in their block, in bytes."""
-
-    values: int
-    ids: int
-    rest: int
-    num_bytes: int
-
-
-def best_layout(sizes: StepSizes, best_logits: int) -> BestLayout:
-    """Place the outputs of `io_spec.best_outputs` in one block, each aligned; else empty."""
+def best_arrays(sizes: StepSizes, best_logits: int, floats: Any = np.float16) -> Arrays:
+    """Return the outputs of `io_spec.best_outputs`; empty if an engine has none."""
     if not best_logits:
-        return BestLayout(0, 0, 0, 0)
-    values = _align(sizes.logits * best_logits * ENGINE_FLOAT_BYTES)
-    rest = values + _align(sizes.logits * best_logits * 4)
-    return BestLayout(0, values, rest, rest + _align(sizes.logits * 4))
+        return {}
+    count = sizes.logits * best_logits
+    return {
+        io_spec.BEST_VALUES: (count, floats),
+        io_spec.BEST_IDS: (count, np.int32),
+        io_spec.BEST_REST: (sizes.logits, np.float32),
+    }
+
+
+def placed(arrays: Arrays) -> tuple[dict[str, int], int]:
+    """Place arrays in one block, each aligned; return their offsets and its size, in bytes."""
+    offsets, end = {}, 0
+    for name, (count, kind) in arrays.items():
+        offsets[name] = end
+        end += _align(count * np.dtype(kind).itemsize)
+    return offsets, end
 
 
 class CachePlanes(NamedTuple):

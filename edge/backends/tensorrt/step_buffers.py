@@ -6,7 +6,9 @@ integrated GPU both are the same bytes and nothing is copied.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from edge.bundle import io_spec
 from edge.bundle.manifest import FloatType
 from edge.model.spec import ModelSpec
 
-from .device_memory import BestLayout, StepSizes, best_layout, input_layout, logits_bytes
+from .device_memory import Arrays, StepSizes, best_arrays, input_arrays, logits_arrays, placed
 
 _SIGN_AND_MAGNITUDE = np.int32(0x8FFFE000 - (1 << 32))
 _ONE_COPY_BYTES = 1 << 14
@@ -52,64 +54,35 @@ class StepBuffers:
         cursor_name: str,
         best_logits: int = 0,
     ) -> None:
-        self._hidden_size = model.hidden_size
+        self._hidden_size, self._best_logits = model.hidden_size, best_logits
         self._out_width = io_spec.output_width(model)
         self._bf16 = dtype == "bf16"
-        layout = input_layout(sizes, model.hidden_size)
-        out_bytes = logits_bytes(sizes, self._out_width)
         self._mapped = device.integrated
         # The search for the best reads the rows on the GPU, which does not cache host memory.
         self._rows_mapped = self._mapped and not best_logits
-        best = best_layout(sizes, best_logits)
-        blocks = []
-        wanted = [(layout.num_bytes, "step inputs"), (out_bytes, "logits")]
-        if best_logits:
-            wanted.append((best.num_bytes, "best logits"))
-        for num_bytes, purpose in wanted:
-            mapped = self._rows_mapped if purpose == "logits" else self._mapped
-            pinned = cuda.PinnedMemory(device, num_bytes, purpose, mapped=mapped)
-            resources.callback(pinned.close)
-            address = pinned.address
-            if not mapped:
-                memory = cuda.DeviceMemory(device, num_bytes, purpose)
-                resources.callback(memory.close)
-                address = memory.address
-            blocks.append((pinned.array, address))
-        (self._inputs, self._input_address), (output, output_address), *more = blocks
-        self.addresses = {
-            io_spec.INPUTS_EMBEDS: self._input_address + layout.embeds,
-            io_spec.POSITION_IDS: self._input_address + layout.positions,
-            cursor_name: self._input_address + layout.cursor,
-            io_spec.LOGITS_INDICES: self._input_address + layout.indices,
-            io_spec.output_name(model): output_address,
-        }
-        self._best: _Best | None = None
-        if best_logits:
-            ((block, address),) = more
-            self._best = _Best(block, address, best, sizes.logits, best_logits, dtype)
-            self.addresses |= {
-                io_spec.BEST_VALUES: address + best.values,
-                io_spec.BEST_IDS: address + best.ids,
-                io_spec.BEST_REST: address + best.rest,
-            }
-        self._layout = layout
-        self._compact = sizes.tokens == sizes.batch
         # NumPy does not know bf16, so its bits are handled as uint16.
         floats: Any = np.uint16 if self._bf16 else np.float16
-        self._cursor = self._region(layout.cursor, sizes.batch, np.int64)
-        self._indices = self._region(layout.indices, sizes.logits, np.int64)
-        self._positions = self._region(layout.positions, sizes.tokens, np.int64)
-        self._embeds = self._region(layout.embeds, sizes.tokens * model.hidden_size, floats)
-        self._logits = output[: 2 * sizes.logits * self._out_width].view(floats)
-        self._output_address = output_address
-
-    def _region(self, offset: int, count: int, dtype: Any) -> NDArray[Any]:
-        return self._inputs[offset : offset + count * np.dtype(dtype).itemsize].view(dtype)
+        stage = partial(_Staging, device, resources)
+        # Decode's regions are small, so one copy of all is faster than four.
+        decodes = sizes.tokens == sizes.batch
+        inputs = input_arrays(sizes, model, cursor_name, floats)
+        self._inputs = stage("step inputs", inputs, mapped=self._mapped, one_copy=decodes)
+        rows = logits_arrays(sizes, model, floats)
+        self._rows = stage("logits", rows, mapped=self._rows_mapped, one_copy=True)
+        self._parts = [self._inputs, self._rows]
+        if best_logits:
+            best = best_arrays(sizes, best_logits, floats)
+            # A decode step takes one copy, since the gaps between its regions are small.
+            small = placed(best)[1] <= _ONE_COPY_BYTES
+            self._best = stage("best logits", best, mapped=self._mapped, one_copy=small)
+            self._parts.append(self._best)
+        self.addresses = {name: at for part in self._parts for name, at in part.addresses.items()}
 
     def clear(self, *, idle_cursor: int) -> None:
         """Write inputs with which every slot idles, as in `fill`."""
-        self._inputs[:] = 0
-        self._cursor[...] = idle_cursor
+        self._inputs.block[:] = 0
+        cursor, *_ = self._inputs.arrays.values()
+        cursor[...] = idle_cursor
 
     def fill(self, window: Window, step: Step, *, idle_cursor: int) -> None:
         """Write a window's inputs into the staging memory.
@@ -120,10 +93,11 @@ class StepBuffers:
             idle_cursor: the cache row that an idle slot writes.
         """
         batch, seq, num = window.batch, step.seq, step.num_logits
-        rows = self._embeds[: batch * seq * self._hidden_size].reshape(batch, seq, -1)
-        wanted = self._positions[: batch * seq].reshape(batch, seq)
-        indices = self._indices[: batch * num].reshape(batch, num)
-        cursor = self._cursor[:batch]
+        cursor, indices, wanted, rows = self._inputs.arrays.values()
+        rows = rows[: batch * seq * self._hidden_size].reshape(batch, seq, -1)
+        wanted = wanted[: batch * seq].reshape(batch, seq)
+        indices = indices[: batch * num].reshape(batch, num)
+        cursor = cursor[:batch]
         source = round_to_bf16(step.embeds) if self._bf16 else step.embeds
         if window.whole and batch == step.batch:
             rows[...] = source
@@ -147,19 +121,10 @@ class StepBuffers:
         """Put the copies of the inputs on a stream; none if the memory is shared."""
         if self._mapped:
             return
-        tokens, layout = batch * seq, self._layout
-        if self._compact:
-            # Decode's regions are small, so one copy of all is faster than four.
-            end = layout.embeds + tokens * self._hidden_size * 2
-            stream.upload(self._input_address, self._inputs[:end])
-            return
-        for offset, num_bytes in (
-            (layout.cursor, batch * 8),
-            (layout.indices, batch * num_logits * 8),
-            (layout.positions, tokens * 8),
-            (layout.embeds, tokens * self._hidden_size * 2),
-        ):
-            stream.upload(self._input_address + offset, self._inputs[offset : offset + num_bytes])
+        tokens = batch * seq
+        counts = batch, batch * num_logits, tokens, tokens * self._hidden_size
+        for address, part in self._inputs.first(counts):
+            stream.upload(address, part)
 
     def download(self, stream: cuda.Stream, num_rows: int) -> None:
         """Put the copy of a run's first rows of logits on a stream; none if memory is shared.
@@ -167,26 +132,32 @@ class StepBuffers:
         If the engine has outputs for the best of each row, only these are copied; `fetch` copies
         whole rows.
         """
-        if self._mapped:
-            return
-        if self._best is None:
+        if not self._best_logits:
             self.fetch(stream, 0, num_rows)
-        else:
-            self._best.download(stream, num_rows)
+        elif not self._mapped:
+            count = num_rows * self._best_logits
+            for address, part in self._best.first((count, count, num_rows)):
+                stream.download(part, address)
 
     def fetch(self, stream: cuda.Stream, first: int, num_rows: int) -> None:
         """Put the copy of whole rows of logits on a stream; none if their memory is shared."""
         if not self._rows_mapped:
             start, end = (row * self._out_width for row in (first, first + num_rows))
-            stream.download(self._logits[start:end], self._output_address + 2 * start)
+            ((name, logits),) = self._rows.arrays.items()
+            stream.download(logits[start:end], self._rows.addresses[name] + 2 * start)
 
     def best(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.int32], float]:
         """Return the best logits of a row, their tokens, and the mass of all others.
 
         The arrays may be the staging memory itself, valid until the next run.
         """
-        assert self._best is not None, "the engine has no such outputs"
-        return self._best.row(row)
+        values, ids, rest = self._best.arrays.values()
+        found = slice(row * self._best_logits, (row + 1) * self._best_logits)
+        if self._bf16:
+            wide = (values[found].astype(np.uint32) << np.uint32(16)).view(np.float32)
+        else:
+            wide = values[found].astype(np.float32)
+        return wide, ids[found], float(rest[row])
 
     def read_logits(self, first: int, target: NDArray[np.float32]) -> None:
         """Convert rows of logits to float32; call it after waiting for the stream.
@@ -196,7 +167,8 @@ class StepBuffers:
             target: ``[rows, width]``, contiguous.
         """
         start = first * self._out_width
-        bits = self._logits[start : start + target.size].view(np.uint16)
+        (logits,) = self._rows.arrays.values()
+        bits = logits[start : start + target.size].view(np.uint16)
         flat = target.reshape(-1)
         if self._bf16:
             np.left_shift(bits, 16, out=flat.view(np.uint32), dtype=np.uint32)
@@ -205,58 +177,60 @@ class StepBuffers:
 
     def close(self) -> None:
         """Drop every view of the pinned memory, which its owner frees now."""
-        empty = np.empty(0, np.uint8)
-        self._inputs = self._cursor = self._indices = self._positions = empty
-        self._embeds = self._logits = empty
-        self._best = None
+        for part in self._parts:
+            part.block = np.empty(0, np.uint8)
+            part.arrays.clear()
 
 
-class _Best:
-    """Copies the outputs of `io_spec.best_outputs` of one run to the host, and reads them.
+class _Staging:
+    """Arrays in a block of pinned memory, and in one of the engine's, if that is another.
 
     Args:
-        block: pinned memory.
-        address: address of the engine's block.
-        layout: layout of both blocks.
-        num_rows: most rows of logits.
-        keep: best logits of each row.
-        dtype: type of the logits.
+        device: device of the memory.
+        resources: gets all allocations, for the owner to free.
+        purpose: what is in it, for messages.
+        arrays: the arrays.
+        mapped: whether the engine uses the pinned memory itself.
+        one_copy: whether the gaps between the arrays are copied with them, all at once.
+
+    Attributes:
+        addresses: the engine's address of each array, by the name of its tensor.
+        arrays: the host's arrays.
+        block: the bytes of them all.
     """
 
     def __init__(
         self,
-        block: NDArray[np.uint8],
-        address: int,
-        layout: BestLayout,
-        num_rows: int,
-        keep: int,
-        dtype: FloatType,
+        device: cuda.Device,
+        resources: ExitStack,
+        purpose: str,
+        arrays: Arrays,
+        *,
+        mapped: bool,
+        one_copy: bool,
     ) -> None:
-        count = num_rows * keep
-        kind: Any = np.uint16 if dtype == "bf16" else np.float16
-        self._values = block[layout.values :][: 2 * count].view(kind).reshape(-1, keep)
-        self._ids = block[layout.ids :][: 4 * count].view(np.int32).reshape(-1, keep)
-        self._rest = block[layout.rest :][: 4 * num_rows].view(np.float32)
-        # A decode step takes one copy, since the gaps between its regions are small.
-        self._whole = block if layout.num_bytes <= _ONE_COPY_BYTES else None
-        self._places = address, layout
+        offsets, num_bytes = placed(arrays)
+        memory: Any = cuda.PinnedMemory(device, num_bytes, purpose, mapped=mapped)
+        resources.callback(memory.close)
+        self.block: NDArray[np.uint8] = memory.array
+        if not mapped:
+            memory = cuda.DeviceMemory(device, num_bytes, purpose)
+            resources.callback(memory.close)
+        self._one_copy, self._start = one_copy, memory.address
+        self.addresses = {name: self._start + offset for name, offset in offsets.items()}
+        self.arrays: dict[str, NDArray[Any]] = {
+            name: self.block[offsets[name] :][: count * np.dtype(kind).itemsize].view(kind)
+            for name, (count, kind) in arrays.items()
+        }
 
-    def download(self, stream: cuda.Stream, num_rows: int) -> None:
-        address, layout = self._places
-        if self._whole is not None:
-            stream.download(self._whole[: layout.num_bytes], address)
-            return
-        stream.download(self._values[:num_rows], address + layout.values)
-        stream.download(self._ids[:num_rows], address + layout.ids)
-        stream.download(self._rest[:num_rows], address + layout.rest)
-
-    def row(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.int32], float]:
-        values = self._values[row]
-        if values.dtype == np.float16:
-            wide = values.astype(np.float32)
-        else:
-            wide = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        return wide, self._ids[row], float(self._rest[row])
+    def first(self, counts: Sequence[int]) -> list[tuple[int, NDArray[Any]]]:
+        """Return address and memory of what has the first elements of each array, for copies."""
+        used = zip(self.addresses.values(), self.arrays.values(), counts, strict=True)
+        parts = [(address, array[:count]) for address, array, count in used]
+        if not self._one_copy:
+            return parts
+        address, last = parts[-1]
+        return [(self._start, self.block[: address - self._start + last.nbytes])]
 
 
 def widen_fp16(bits: NDArray[np.uint16], target: NDArray[np.float32]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.backends.tensorrt.device_memory import (
     CachePlanes,
     StepSizes,
-    input_layout,
+    input_arrays,
     new_rows_bytes,
     new_rows_stride,
+    placed,
 )
 from edge.bundle.sizes import ALIGNMENT
 from edge.model.cache import Rows
@@ -36,8 +38,9 @@ def test_the_new_rows_of_any_step_fit_and_are_aligned(batch: int, heads: int, se
 
 @given(st.integers(1, 64), st.integers(1, 2000), st.integers(1, 500), st.integers(1, 5000))
 def test_regions_of_the_inputs_do_not_overlap(batch: int, tokens: int, logits: int, hidden: int):
-    layout = input_layout(StepSizes(batch, tokens, logits), hidden)
-    starts = [layout.cursor, layout.indices, layout.positions, layout.embeds, layout.num_bytes]
+    model = msgspec.structs.replace(MODEL, hidden_size=hidden)
+    offsets, end = placed(input_arrays(StepSizes(batch, tokens, logits), model, "write_indices"))
+    starts = [*offsets.values(), end]
     needed = [8 * batch, 8 * logits, 8 * tokens, 2 * tokens * hidden]
     assert all(start % ALIGNMENT == 0 for start in starts)
     for start, end, num_bytes in zip(starts, starts[1:], needed, strict=False):

@@ -65,7 +65,7 @@ def test_the_stand_in_refuses(mistake: str, gpu: FakeGpu, engine_bundles: Engine
             if mistake == "cache at two addresses":
                 context.set_tensor_address("present.1.key", backend._cache.address("1.key", 3))
             elif mistake == "write past the capacity":
-                backend._decode_buffers._cursor[0] = CAPACITY
+                backend._decode_buffers._inputs.arrays["write_indices"][0] = CAPACITY
             elif mistake == "unset tensor":
                 context.set_tensor_address("logits", 0)
             elif mistake == "no device memory":
