@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -197,6 +198,13 @@ class ExternalTensor:
     file: str
     offset: int
     num_bytes: int
+
+    def read(self, directory: Path) -> NDArray[Any]:
+        """Read its values, of a type that NumPy has, from the file in a directory."""
+        with (directory / self.file).open("rb") as file:
+            file.seek(self.offset)
+            dtype = self.dtype.replace("fp", "float")
+            return np.frombuffer(file.read(self.num_bytes), dtype).reshape(self.shape)
 
 
 class OnnxFile:

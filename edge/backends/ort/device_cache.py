@@ -74,8 +74,8 @@ class OrtDeviceCache:
 
     def read(self, slot: int, length: int) -> SlotRows:
         """Copy the first rows of a slot."""
-        rows = self._mover.read_to_host(self.blocks(slot, 1), length)
-        return SlotRows((name, array[0]) for name, array in rows.items())
+        rows = self._mover.read(self.blocks(slot, 1), length, to_host=True)
+        return SlotRows((name, block.owner[0]) for name, block in rows.items())
 
     def write(self, slot: int, rows: SlotRows) -> None:
         """Overwrite the first rows of a slot with rows that `read` returned."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from edge.backends import Backend
 from edge.backends.step import step_after
-from edge.bundle.onnx_file import ExternalTensor, Node, OnnxFile, attribute
+from edge.bundle.onnx_file import Node, OnnxFile, attribute
 from edge.bundle.onnx_values import node_attributes
 
 _GROUP = 32
@@ -44,7 +44,7 @@ def cut_groups(graph: OnnxFile, bundle: Path) -> None:
     def value(name: str) -> NDArray[Any]:
         if name in graph.in_memory:
             return graph.in_memory[name]
-        return _read(bundle, stored[name])
+        return stored[name].read(bundle)
 
     for node in graph.nodes:
         size = node_attributes(node).get("block_size", 0)
@@ -104,13 +104,6 @@ def find_unevenness(backend: Backend, hidden_size: int) -> str | None:
         if not all(map(np.array_equal, together, alone)):
             return f"{count} sequences in one step and one after the other"
     return None
-
-
-def _read(bundle: Path, tensor: ExternalTensor) -> NDArray[Any]:
-    dtype = np.dtype(tensor.dtype.replace("fp", "float"))
-    with (bundle / tensor.file).open("rb") as file:
-        file.seek(tensor.offset)
-        return np.frombuffer(file.read(tensor.num_bytes), dtype).reshape(tensor.shape)
 
 
 def _set_block_size(node: Node) -> None:

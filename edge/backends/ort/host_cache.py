@@ -88,14 +88,13 @@ class HostCaches:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first rows of one slot to another."""
-        for part in self._parts:
-            part.copy(source, target, length)
+        for array in self.arrays.values():
+            array[target, :, :length] = array[source, :, :length]
+        self.wrote(target, length)
 
     def close(self) -> None:
         """Drop the memory, which lives on while anyone else holds a tensor."""
-        self.arrays = {}
-        for part in self._parts:
-            part.close()
+        self.arrays, self._parts = {}, []
 
     def wrote(self, slot: int, num_rows: int) -> None:
         """Note that the first ``num_rows`` rows of a slot may have been written."""
@@ -140,17 +139,6 @@ class HostCache:
             self._blocks.append((block, start))
             tensor = np.frombuffer(block, dtype, int(np.prod(shape)), start).reshape(shape)
             self.arrays.append(tensor)
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first rows of one slot to another."""
-        for array in self.arrays:
-            array[target, :, :length] = array[source, :, :length]
-        self.wrote(target, length)
-
-    def close(self) -> None:
-        """Drop the memory, which lives on while anyone else holds a tensor."""
-        self.arrays, self._blocks = [], []
-        self._pending.clear()
 
     def wrote(self, slot: int, num_rows: int) -> None:
         """Note that the first ``num_rows`` rows of a slot may have been written."""

@@ -191,7 +191,7 @@ def _read(
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """Read a weight ``[in, out]`` in INT8, and its scale ``[out]``."""
     low, high = stored[f"{name}.weight"], stored.get(f"{name}.high_weight")
-    scales = _load(bundle, stored[f"{name}.scale"], np.dtype(np.float32))
+    scales = stored[f"{name}.scale"].read(bundle)
     rows, columns = low.shape
     group_size = rows // len(scales)
     # The most that one plane, or two, can hold; by using it, each weight is read only once.
@@ -200,7 +200,11 @@ def _read(
         largest = -PLANES_LEAST
     column_scales = scales.max(axis=0) * np.float32(largest / _LARGEST)
     ratios = scales / np.maximum(column_scales, np.finfo(np.float32).tiny)
-    planes = [_load(bundle, plane, np.dtype(np.uint8)) for plane in (low, high) if plane]
+    planes = [
+        np.fromfile(bundle / plane.file, np.uint8, plane.num_bytes, offset=plane.offset)
+        for plane in (low, high)
+        if plane
+    ]
     out = np.empty((rows, columns), np.int8)
     height = min(max(_CHUNK_BYTES // columns, 1), group_size)
     part = np.empty((height, columns), np.float32)
@@ -213,12 +217,6 @@ def _read(
             np.rint(values, out=values)
             out[start:end] = values
     return out, column_scales
-
-
-def _load(bundle: Path, tensor: ExternalTensor, dtype: np.dtype[Any]) -> NDArray[Any]:
-    count = tensor.num_bytes // dtype.itemsize
-    values = np.fromfile(bundle / tensor.file, dtype, count, offset=tensor.offset)
-    return values.reshape(tensor.shape) if dtype.itemsize > 1 else values
 
 
 def unpack(planes: list[NDArray[np.uint8]], out: NDArray[np.float32]) -> None:

@@ -120,11 +120,11 @@ def join_planes(
         else:
             part = allocate(weight, (columns, groups, group_size * bits[name] // 8))
             _read_transposed(bundle, low, high, part)
-            scales = _read_floats(bundle, stored[scale])
+            scales = stored[scale].read(bundle)
             allocate(scale, (columns, groups), np.float32)[:] = scales.T
             if beyond:
                 offset = f"{name}.offset"
-                moved = _read_floats(bundle, stored[offset]) - scales * np.float32(beyond)
+                moved = stored[offset].read(bundle) - scales * np.float32(beyond)
                 allocate(offset, moved.shape, np.float32)[:] = moved
             product = expect_node(consumers, dequantized.outputs[0], "MatMul")
             attributes = {
@@ -233,9 +233,3 @@ def _map(bundle: Path, tensor: ExternalTensor) -> NDArray[np.uint8]:
         pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=place)
     pages.madvise(mmap.MADV_WILLNEED)
     return np.frombuffer(pages, np.uint8, tensor.num_bytes, start)
-
-
-def _read_floats(bundle: Path, tensor: ExternalTensor) -> NDArray[np.float32]:
-    with (bundle / tensor.file).open("rb") as file:
-        file.seek(tensor.offset)
-        return np.frombuffer(file.read(tensor.num_bytes), np.float32).reshape(tensor.shape)

@@ -7,6 +7,7 @@ Arithmetic on shapes and indices is placed on the CPU on purpose and does not co
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -38,11 +39,8 @@ def tensor_nodes_elsewhere(events: Iterable[Mapping[str, Any]], provider: str) -
 
 
 def _is_index_arithmetic(outputs: Iterable[Mapping[str, list[int]]]) -> bool:
-    for output in outputs:
-        for element_type, shape in output.items():
-            size = 1
-            for dimension in shape:
-                size *= dimension
-            if element_type not in _INDEX_TYPES or size > _INDEX_ELEMENTS:
-                return False
-    return True
+    return all(
+        element_type in _INDEX_TYPES and math.prod(shape) <= _INDEX_ELEMENTS
+        for output in outputs
+        for element_type, shape in output.items()
+    )

@@ -73,44 +73,32 @@ class RowMover:
             self._bind(binding.bind_output, f"{name}.out", cache)
         return RowWriter(self._scatter, binding, {new.shape[:3] for new in rows.values()})
 
-    def read(self, caches: Mapping[str, Block], length: int) -> dict[str, Block]:
-        """Copy the first rows of each block to new blocks on the device."""
-        found = {
-            name: self._allocate((*cache.shape[:2], length, cache.shape[3]))
-            for name, cache in caches.items()
-        }
-        self._run_slice(caches, length, found, self._device)
+    def read(
+        self, caches: Mapping[str, Block], length: int, *, to_host: bool = False
+    ) -> dict[str, Block]:
+        """Copy the first rows of each block to new blocks, ``[batch, kv_heads, length, head_dim]``.
+
+        They are on the device, or in arrays on the host, which are their owners.
+        """
+        allocate, device = self._allocate, self._device
+        if to_host:
+            allocate, device = self._allocate_on_host, ("cpu", 0)
+        binding, found = self._slice.io_binding(), {}
+        binding.bind_cpu_input("length", np.array([length], dtype=np.int64))
+        for name, cache in caches.items():
+            found[name] = allocate((*cache.shape[:2], length, cache.shape[3]))
+            self._bind(binding.bind_input, name, cache)
+            self._bind(binding.bind_output, f"{name}.rows", found[name], device)
+        self._slice.run_with_iobinding(binding)
         return found
 
-    def read_to_host(self, caches: Mapping[str, Block], length: int) -> dict[str, NDArray[Any]]:
-        """Copy the first rows of each block: ``[batch, kv_heads, length, head_dim]``."""
-        found = {
-            name: np.empty((*cache.shape[:2], length, cache.shape[3]), self._dtype)
-            for name, cache in caches.items()
-        }
-        targets = {
-            name: Block(array.ctypes.data, array.shape, array) for name, array in found.items()
-        }
-        self._run_slice(caches, length, targets, ("cpu", 0))
-        return found
+    def _allocate_on_host(self, shape: Sequence[int]) -> Block:
+        array = np.empty(shape, self._dtype)
+        return Block(array.ctypes.data, array.shape, array)
 
     def close(self) -> None:
         """Free the sessions, which hold device memory, too."""
         self._scatter = self._slice = None
-
-    def _run_slice(
-        self,
-        caches: Mapping[str, Block],
-        length: int,
-        targets: Mapping[str, Block],
-        device: tuple[str, int],
-    ) -> None:
-        binding = self._slice.io_binding()
-        binding.bind_cpu_input("length", np.array([length], dtype=np.int64))
-        for name, cache in caches.items():
-            self._bind(binding.bind_input, name, cache)
-            self._bind(binding.bind_output, f"{name}.rows", targets[name], device)
-        self._slice.run_with_iobinding(binding)
 
     def _bind(
         self, bind: Any, name: str, block: Block, device: tuple[str, int] | None = None
