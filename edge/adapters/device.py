@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.manifest import Manifest
-from edge.model.spec import ModelSpec
 
-from .graph_inputs import Basis, read_basis, read_section, slot_values
+from .graph_inputs import read_section, slot_values
 from .slots import AdapterSlots
 
 Copy = Callable[[int, "int | NDArray[Any]", int], None]
@@ -34,9 +33,8 @@ class DeviceSlots(AdapterSlots):
 
     def __init__(
         self,
-        model: ModelSpec,
-        rank: int,
-        basis: Basis,
+        bundle: Path,
+        manifest: Manifest,
         num_slots: int,
         *,
         address: int,
@@ -44,11 +42,11 @@ class DeviceSlots(AdapterSlots):
         copy: Copy,
         clear: Callable[[int, int], None],
     ) -> None:
-        super().__init__(model, rank, basis, num_slots, np.uint16)
+        super().__init__(bundle, manifest, num_slots, np.uint16)
         self._store, self._copy, self._clear = store, copy, clear
         self._base = address
         self._places: dict[str, tuple[int, int]] = {}  # address of the first slot, bytes per slot
-        for name, shape in self._shapes(1, rank):
+        for name, shape in self._shapes(1, self.rank):
             size = 2 * int(np.prod(shape))
             self._places[name] = address, size
             address += num_slots * size
@@ -84,13 +82,3 @@ def slots_bytes(manifest: Manifest, num_slots: int) -> int:
     """Return how many bytes of GPU memory the adapters of all slots need."""
     section = read_section(manifest)
     return 0 if section is None else 2 * num_slots * slot_values(manifest.model, section.rank)
-
-
-def open_device_slots(
-    bundle: Path, manifest: Manifest, num_slots: int, **memory: Any
-) -> DeviceSlots:
-    """Make the slots of a bundle that takes adapters; ``memory`` goes to `DeviceSlots`."""
-    section = read_section(manifest)
-    assert section is not None, "the bundle takes no adapters"
-    basis = read_basis(bundle, manifest)
-    return DeviceSlots(manifest.model, section.rank, basis, num_slots, **memory)

@@ -11,9 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.bundle.manifest import Manifest
-from edge.model.spec import ModelSpec
 
-from .graph_inputs import Basis
 from .slots import AdapterSlots, adapt
 
 Store = Callable[[NDArray[Any]], NDArray[Any]]
@@ -29,9 +27,8 @@ class MirroredSlots(AdapterSlots):
 
     def __init__(
         self,
-        model: ModelSpec,
-        rank: int,
-        basis: Basis,
+        bundle: Path,
+        manifest: Manifest,
         num_slots: int,
         *,
         cache: Any,
@@ -39,7 +36,7 @@ class MirroredSlots(AdapterSlots):
         idle_rank: int,
     ) -> None:
         dtype = store(np.zeros(1, np.float32)).dtype
-        super().__init__(model, rank, basis, num_slots, dtype, idle_rank=idle_rank)
+        super().__init__(bundle, manifest, num_slots, dtype, idle_rank=idle_rank)
         self._store, self._upload = store, cache.upload
         self._there: dict[str, Any] = {}
         self._nowhere = cache.upload(self._nothing)

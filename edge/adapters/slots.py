@@ -17,16 +17,8 @@ from numpy.typing import NDArray
 from edge.bundle.io_spec import BATCH
 from edge.bundle.manifest import Manifest
 from edge.errors import BackendError, ResourceError
-from edge.model.spec import ModelSpec
 
-from .graph_inputs import (
-    Basis,
-    adapted_linears,
-    linear_inputs,
-    rank_sizes,
-    read_basis,
-    read_section,
-)
+from .graph_inputs import adapted_linears, linear_inputs, rank_sizes, read_basis, read_section
 from .weights import AdapterWeights
 
 Shape = tuple[int, ...]
@@ -36,28 +28,37 @@ class AdapterSlots:
     """A and B of every joined linear for each slot, ``[slots, ...]``, in CPU memory.
 
     Args:
-        model: the bundle's model.
-        rank: rank of a step in which some slot has an adapter; smaller adapters are padded with
-            zeros.
-        basis: the bundle's basis.
+        bundle: the bundle's directory; its files are verified.
+        manifest: its manifest; the bundle takes adapters.
         num_slots: number of slots of the KV cache.
         dtype: type of the graph's floats.
         idle_rank: rank of a step in which no slot has an adapter; above 0 it multiplies zeros.
+
+    Attributes:
+        rank: rank of a step in which some slot has an adapter; smaller adapters are padded with
+            zeros.
+
+    Raises:
+        BundleError: `read_section` or `read_basis` refuses the bundle.
     """
 
     def __init__(
         self,
-        model: ModelSpec,
-        rank: int,
-        basis: Basis,
+        bundle: Path,
+        manifest: Manifest,
         num_slots: int,
         dtype: Any = np.float32,
         *,
         idle_rank: int = 0,
     ) -> None:
-        self.rank, self._basis, self._dtype = rank, basis, np.dtype(dtype)
-        self._layers = adapted_linears(model)
-        self._specs = linear_inputs(model, "fp32")  # only names and shapes are used, not the type
+        section = read_section(manifest)
+        assert section is not None, "the bundle takes no adapters"
+        self.rank, self._basis = section.rank, read_basis(bundle, manifest)
+        self._dtype = np.dtype(dtype)
+        self._layers = adapted_linears(manifest.model)
+        self._specs = linear_inputs(
+            manifest.model, "fp32"
+        )  # only names and shapes are used, not the type
         self._inputs = [spec for pair in self._specs.values() for spec in pair]
         self._held = [""] * num_slots  # digest of the adapter in a slot's memory; "" is zeros
         self._active = [False] * num_slots
@@ -240,19 +241,17 @@ def adapt(
         BundleError: `read_section` or `read_basis` refuses the bundle.
         BackendError: the trial found a fault.
     """
-    section = read_section(manifest)
-    if section is None:  # a draft head's bundle; the model's bundle has the section
+    if read_section(manifest) is None:  # a draft head's bundle; the model's bundle has the section
         if trial is not None:
             trial()
         return
-    basis = read_basis(bundle, manifest)
     import onnxruntime
 
     # Versions 1.23 to 1.31 leave a batch of transposed products over nothing unwritten. GPUs have
     # not been tried.
     is_sound = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 32)
     idle_rank = 0 if is_sound and kind is AdapterSlots else 1
-    slots = kind(manifest.model, section.rank, basis, backend.num_slots, idle_rank=idle_rank)
+    slots = kind(bundle, manifest, backend.num_slots, idle_rank=idle_rank)
     bind = runner.bind
 
     def bind_adapted(shape: Any, outputs: Any) -> AdaptedStep:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.adapters.device import DeviceSlots, open_device_slots, slots_bytes
+from edge.adapters.device import DeviceSlots, slots_bytes
 from edge.backends import cuda
 from edge.bundle.manifest import Manifest
 
@@ -50,7 +50,7 @@ def reserve_adapters(
             stream.synchronize()
 
     bf16 = manifest.dtype == "bf16"
-    return open_device_slots(
+    return DeviceSlots(
         bundle,
         manifest,
         num_slots,

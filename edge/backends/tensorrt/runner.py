@@ -493,7 +493,7 @@ class TensorRTBackend:
             window.batch,
             step.seq,
             step.num_logits,
-            self._rows_read(starts, step),
+            self._rows_read(starts, step.kv_len),
             self._rank_of([step.slots[row] for row in window.rows]),
         )
         cover = self._graphs.cover(shape)
@@ -501,8 +501,9 @@ class TensorRTBackend:
             shape, window = cover, placed_in(window, cover.first, cover.batch)
         return _Run(window, step, shape)
 
-    def _rows_read(self, starts: Sequence[int], step: Step) -> int:
-        return self._bucket(self._dialect.rows_read(starts, step.kv_len))
+    def _rows_read(self, starts: Sequence[int], kv_len: int) -> int:
+        """Return the least number of cache rows that suffices and that the engine may read."""
+        return self._buckets[bisect_left(self._buckets, self._dialect.rows_read(starts, kv_len))]
 
     def _sequence_runs(self, step: Step, row: int) -> Iterator[_Run]:
         """Run one sequence's tokens, in pieces if no run takes them all.
@@ -546,7 +547,7 @@ class TensorRTBackend:
         room, rank = self.info.kv_capacity - start, self._rank_of([slot])
 
         def rows(count: int) -> int:
-            return self._bucket(self._dialect.rows_read([start], start + count))
+            return self._rows_read([start], start + count)
 
         def takes(shape: StepShape) -> bool:
             fits = shape.seq <= min(tokens, room) and shape.kv >= rows(shape.seq)
@@ -653,10 +654,6 @@ class TensorRTBackend:
     def _buckets(self) -> tuple[int, ...]:
         """Return the numbers of cache rows to round up to; only one if rounding changes nothing."""
         return self.info.buckets_read or self.info.kv_buckets[-1:]
-
-    def _bucket(self, kv_len: int) -> int:
-        """Return the least number of cache rows that suffices and that the engine may read."""
-        return self._buckets[bisect_left(self._buckets, kv_len)]
 
     def read_slot(self, slot: int, length: int) -> SlotRows:
         """See `edge.backends.Backend.read_slot`."""
