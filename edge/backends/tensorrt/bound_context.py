@@ -103,7 +103,6 @@ class BoundContext:
             self._bound = old
             return
         first, batch, seq, num_logits, kv, rank = shape
-        same_batch = old is not None and old.batch == batch
         if old is None or (old.batch, old.seq) != (batch, seq):
             self._call("set_input_shape", io_spec.INPUTS_EMBEDS, (batch, seq, self._hidden_size))
             self._call("set_input_shape", io_spec.POSITION_IDS, (batch, seq))
@@ -111,7 +110,7 @@ class BoundContext:
             self._call("set_input_shape", io_spec.LOGITS_INDICES, (batch, num_logits))
         if (old is None or old.kv != kv) and io_spec.KV_POSITIONS in self._engine.tensors:
             self._call("set_input_shape", io_spec.KV_POSITIONS, (kv,))
-        if not same_batch:
+        if old is None or old.batch != batch:
             if self._cursor in self._engine.tensors:
                 self._call("set_input_shape", self._cursor, (batch,))
             for past, name in self._pasts.items():

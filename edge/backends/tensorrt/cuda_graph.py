@@ -149,17 +149,13 @@ class StepGraphs:
             harmless = (BackendError, DependencyError, DeviceMemoryError)
             if not isinstance(error, harmless) or (isinstance(error, DeviceError) and error.fatal):
                 raise
-            self._stop(str(error))
+            if self._entries:
+                _log.warning("%d CUDA graphs were captured, then: %s", len(self), str(error))
+            else:
+                self._disable(str(error))
             return False
         self._entries[shape] = _Entry(context, graph)
         return True
-
-    def _stop(self, reason: str) -> None:
-        """Stop capturing, and keep the graphs that there are."""
-        if not self._entries:
-            self._disable(reason)
-        else:
-            _log.warning("%d CUDA graphs were captured, then: %s", len(self), reason)
 
     def cover(self, wanted: StepShape) -> StepShape | None:
         """Return the captured step with the fewest tokens that has room for this one, or None."""
