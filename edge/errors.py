@@ -38,9 +38,15 @@ EXIT_GATE_MISSED = 3
 
 
 class EdgeError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose.
+
+    Its first argument is the message; others are facts for the program that catches it.
+    """
 
     exit_code: ClassVar[int] = 70
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
 
 
 class ConfigError(EdgeError, ValueError):
@@ -122,11 +128,7 @@ class OverloadError(EdgeError):
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message, retry_after_s)  # pickle and copy rebuild it from args
-        self.message = message
         self.retry_after_s = retry_after_s
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class DeadlineError(EdgeError):
@@ -158,11 +160,7 @@ class DeviceError(BackendError):
 
     def __init__(self, message: str, fatal: bool = False) -> None:
         super().__init__(message, fatal)  # pickle and copy rebuild it from args
-        self.message = message
         self.fatal = fatal
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class BuildError(EdgeError):
@@ -174,11 +172,7 @@ class BuildError(EdgeError):
 
     def __init__(self, message: str, cause: str = "") -> None:
         super().__init__(message, cause)  # pickle and copy rebuild it from args
-        self.message = message
         self.cause = cause
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class GateError(EdgeError):
@@ -192,11 +186,7 @@ class GateError(EdgeError):
 
     def __init__(self, message: str, figures: dict[str, Any]) -> None:
         super().__init__(message, figures)  # pickle and copy rebuild it from args
-        self.message = message
         self.figures = figures
-
-    def __str__(self) -> str:
-        return self.message
 
 
 def install_command(extra: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
-from types import TracebackType
 from typing import Any
 
 from edge.bundle.engine_file import find_engines
@@ -179,12 +178,7 @@ class DeepSeekModel:
     def __enter__(self) -> DeepSeekModel:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 

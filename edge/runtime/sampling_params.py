@@ -27,15 +27,20 @@ class Knob:
     low: float
     high: float
 
-    def check(self, name: str, value: object) -> float:
+    def check(self, name: str, value: Any) -> Any:
         """Check a value and return it, as a float if the knob is one.
 
         Raises:
             RequestError: it has another type or is out of the range.
         """
+        # NaN fails the comparison; a bool is an int in Python, but True is not a temperature.
+        # NumPy's numbers are accepted.
+        is_number = isinstance(value, Integral if self.kind is int else Real)
+        if is_number and not isinstance(value, bool) and self.low <= value <= self.high:
+            return self.kind(value)
         if self.kind is int:
-            return _integer(name, value, int(self.low), int(self.high))
-        return _number(name, value, self.low, self.high)
+            raise _refusal(name, value, f"an integer from {self.low} to {self.high}")
+        raise _refusal(name, value, f"a number from {self.low:g} to {self.high:g}")
 
 
 _MOST = 2**31 - 1
@@ -58,7 +63,9 @@ from this table.
 
 DEFAULTED = tuple(name for name in KNOBS if name in SamplingDefaults.__struct_fields__)
 """Lists the knobs for which a model has its own default."""
-_BIAS_RANGE = (-100.0, 100.0)
+_TOKEN_ID = Knob(int, 0, _MOST)
+_BIAS = Knob(float, -100.0, 100.0)
+_LOGPROBS = Knob(int, 0, MAX_LOGPROBS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,20 +139,21 @@ class SamplingParams:
                 # The checked value is stored, so that temperature=1 and temperature=1.0 are equal.
                 object.__setattr__(self, name, knob.check(name, value))
         if self.logprobs is not None:
-            logprobs = _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-            object.__setattr__(self, "logprobs", logprobs)
+            object.__setattr__(self, "logprobs", _LOGPROBS.check("logprobs", self.logprobs))
         if not isinstance(self.logit_bias, Mapping):
             raise _refusal("logit_bias", self.logit_bias, "a mapping from token id to bias")
         bias = {}
         for token_id, value in self.logit_bias.items():
-            key = _integer("a token id of logit_bias", token_id, 0, 2**31 - 1)
-            bias[key] = _number(f"logit_bias[{key}]", value, *_BIAS_RANGE)
+            key = _TOKEN_ID.check("a token id of logit_bias", token_id)
+            bias[key] = _BIAS.check(f"logit_bias[{key}]", value)
         object.__setattr__(self, "logit_bias", bias)
-        object.__setattr__(self, "stop", _tuple("stop", self.stop, "texts"))
-        for text in self.stop:
-            _text("an entry of stop", text)
+        stop = _tuple("stop", self.stop, "texts")
+        object.__setattr__(self, "stop", stop)
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise _refusal("an entry of stop", text, "a text that is not empty")
         ids = tuple(
-            _integer("an entry of stop_token_ids", token_id, 0, 2**31 - 1)
+            _TOKEN_ID.check("an entry of stop_token_ids", token_id)
             for token_id in _tuple("stop_token_ids", self.stop_token_ids, "token ids")
         )
         object.__setattr__(self, "stop_token_ids", ids)
@@ -164,34 +172,11 @@ class SamplingParams:
         )
 
 
-def _number(name: str, value: object, low: float, high: float) -> float:
-    # NaN fails the comparison; a bool is an int in Python, but True is not a temperature. NumPy's
-    # numbers are accepted.
-    if not isinstance(value, bool) and isinstance(value, Real) and _lies_in(value, low, high):
-        return float(value)
-    raise _refusal(name, value, f"a number from {low:g} to {high:g}")
-
-
-def _integer(name: str, value: object, low: int, high: int) -> int:
-    if not isinstance(value, bool) and isinstance(value, Integral) and _lies_in(value, low, high):
-        return int(value)
-    raise _refusal(name, value, f"an integer from {low} to {high}")
-
-
-def _lies_in(value: Real, low: float, high: float) -> bool:
-    return not value < low and value <= high
-
-
 def _tuple(name: str, value: object, what: str) -> tuple[object, ...]:
     # A text is a sequence too, and would stop the answer at each of its letters.
     if not isinstance(value, (tuple, list)):
         raise _refusal(name, value, f"a tuple of {what}")
     return tuple(value)
-
-
-def _text(name: str, value: object) -> None:
-    if not isinstance(value, str) or not value:
-        raise _refusal(name, value, "a text that is not empty")
 
 
 def _refusal(name: str, value: object, allowed: str) -> RequestError:

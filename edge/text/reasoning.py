@@ -39,26 +39,15 @@ class ReasoningSplitter:
     pieces.
     """
 
-    def __init__(
-        self,
-        opened: bool,
-        start: str = THINK_START,
-        end: str = THINK_END,
-        *,
-        goes_on: bool = False,
-    ) -> None:
+    def __init__(self, opened: bool, *, goes_on: bool = False) -> None:
         """Start a stream.
 
         Args:
             opened: whether the prompt already ends with the start tag (`prompt_opens_reasoning`),
                 so that the text begins inside the reasoning; a second start tag is dropped then.
-            start: opening tag.
-            end: closing tag.
             goes_on: whether the text continues a reasoning that has some text already.
         """
         self._opened = opened
-        self._start = start
-        self._end = end
         self._phase = "reasoning" if goes_on else "start"
         self._held = ""
         self._trims = False  # whether the next newlines belong to a tag
@@ -86,10 +75,10 @@ class ReasoningSplitter:
     def _find_start(self) -> bool:
         """Leave the phase ``start`` once the beginning is certain; returns whether it is."""
         text = self._held.lstrip()
-        if text.startswith(self._start):
-            self._held = text[len(self._start) :]
+        if text.startswith(THINK_START):
+            self._held = text[len(THINK_START) :]
             self._enter("reasoning", trims=True)
-        elif self._start.startswith(text):
+        elif THINK_START.startswith(text):
             return False
         else:
             self._enter("reasoning" if self._opened else "answer", trims=self._opened)
@@ -103,13 +92,13 @@ class ReasoningSplitter:
 
     def _take_reasoning(self) -> str:
         held = self._trimmed()
-        found = held.find(self._end)
+        found = held.find(THINK_END)
         if found >= 0:
-            self._held = held[found + len(self._end) :]
+            self._held = held[found + len(THINK_END) :]
             self._enter("answer", trims=True)
             return held[:found].rstrip("\n")
-        lengths = range(min(len(self._end) - 1, len(held)), 0, -1)
-        partial = next((size for size in lengths if held.endswith(self._end[:size])), 0)
+        lengths = range(min(len(THINK_END) - 1, len(held)), 0, -1)
+        partial = next((size for size in lengths if held.endswith(THINK_END[:size])), 0)
         certain = held[: len(held) - partial].rstrip("\n")
         self._held = held[len(certain) :]
         return certain

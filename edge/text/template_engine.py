@@ -10,9 +10,9 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any, Literal, NoReturn
 
@@ -128,7 +128,7 @@ class TaskResult(msgspec.Struct, omit_defaults=True):
     why: str = ""
 
 
-_engines: OrderedDict[str, TemplateEngine] = OrderedDict()
+_engine = lru_cache(_CACHED_ENGINES)(TemplateEngine)
 
 
 def prepare() -> None:
@@ -151,15 +151,6 @@ def work(data: bytes) -> bytes:
     except TemplateFailure as failure:
         answer = TaskResult(kind=failure.kind, why=failure.why)
     return msgspec.json.encode(answer)
-
-
-def _engine(source: str) -> TemplateEngine:
-    engine = _engines.get(source) or TemplateEngine(source)
-    _engines[source] = engine
-    _engines.move_to_end(source)
-    if len(_engines) > _CACHED_ENGINES:
-        _engines.popitem(last=False)
-    return engine
 
 
 def _try(engine: TemplateEngine, context: dict[str, Any]) -> None:

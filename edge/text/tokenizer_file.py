@@ -32,23 +32,23 @@ class _Tagged(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 
 
 class _NFC(_Tagged, tag="NFC"):
-    pass
+    """Composes characters of equal meaning."""
 
 
 class _NFD(_Tagged, tag="NFD"):
-    pass
+    """Takes characters of equal meaning apart."""
 
 
 class _NFKC(_Tagged, tag="NFKC"):
-    pass
+    """Composes characters of similar meaning."""
 
 
 class _NFKD(_Tagged, tag="NFKD"):
-    pass
+    """Takes characters of similar meaning apart."""
 
 
 class _Lowercase(_Tagged, tag="Lowercase"):
-    pass
+    """Writes small letters."""
 
 
 class _Strip(_Tagged, tag="Strip"):

@@ -131,7 +131,7 @@ def climb(
                 raise
             refused.append(refused_rung(rung, error))
             # Do not keep the error itself: its frames hold the builder, and so all weights.
-            last = BuildError(error.message, error.cause)
+            last = BuildError(str(error), error.cause)
     if len({rung.reason for rung in refused}) == 1:
         raise last  # it has nothing to do with what was varied
     reasons = "; ".join(f"{describe(rung)}: {rung.reason}" for rung in refused)

@@ -82,17 +82,15 @@ class CostCurve:
 
         It is never more than twice the largest measured size: nothing is known of larger steps.
         """
-        low, high = 1, limit
+        most = limit
         if self._keys:
-            high = max(min(limit, int(2 * self._points[self._keys[-1]].size)), 1)
-        while low < high:
-            middle = (low + high + 1) // 2
-            expected = self.estimate(middle)
-            if expected is not None and expected > seconds:
-                high = middle - 1
-            else:
-                low = middle
-        return low
+            most = max(min(limit, int(2 * self.largest_size)), 1)
+
+        def fits(size: int) -> bool:
+            expected = self.estimate(size)
+            return expected is None or expected <= seconds
+
+        return most - bisect_left(range(most, 1, -1), True, key=fits)
 
     def fade(self, size: int) -> None:
         """Lower the time of a step of ``size``, or of the next larger known size, slightly.
@@ -112,15 +110,12 @@ class CostCurve:
             limit: the largest size to return.
         """
         slowest = min((p.seconds / p.size for p in self._points.values()), default=0.0) / share
-        low, high = 1, limit
-        while low < high:
-            middle = (low + high) // 2
-            expected = self.estimate(middle)
-            if expected is None or beside_s + expected <= slowest * middle:
-                high = middle
-            else:
-                low = middle + 1
-        return low
+
+        def is_fast(size: int) -> bool:
+            expected = self.estimate(size)
+            return expected is None or beside_s + expected <= slowest * size
+
+        return 1 + bisect_left(range(1, limit), True, key=is_fast)
 
 
 class StepCosts:
@@ -228,7 +223,6 @@ class Policy:
             The tokens of the chunk. It is 0 if the prompt's next token should run in the decode
             step, as one more sequence: no chunk keeps the target, or riding gives the prompt more
             tokens per second than a chunk that keeps it.
-            second than a chunk that keeps it.
         """
         if not (decoding or alert):
             return self.step_tokens
