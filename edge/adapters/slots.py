@@ -56,9 +56,8 @@ class AdapterSlots:
         self.rank, self._basis = section.rank, read_basis(bundle, manifest)
         self._dtype = np.dtype(dtype)
         self._layers = adapted_linears(manifest.model)
-        self._specs = linear_inputs(
-            manifest.model, "fp32"
-        )  # only names and shapes are used, not the type
+        # Only names and shapes of them are used, not the type.
+        self._specs = linear_inputs(manifest.model, "fp32")
         self._inputs = [spec for pair in self._specs.values() for spec in pair]
         self._held = [""] * num_slots  # digest of the adapter in a slot's memory; "" is zeros
         self._active = [False] * num_slots

@@ -1,4 +1,8 @@
-"""Translates manifests from before schema 9, which had a dense model's numbers and no layers."""
+"""Translates manifests from before schema 9, which had a dense model's numbers and no layers.
+
+The layers are written out here, since no bundle of that format will ever have others, whatever the
+families of newer ones make (`edge_make.families`).
+"""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Rows = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]  # of a token table; ids are below it
 Heads = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]{0,39}\Z")]
-
 MOST_OUTPUTS = 8
+"""Limits the modules that are fused into one matrix."""
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="part"):
