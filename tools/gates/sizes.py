@@ -1,132 +1,43 @@
-"""Holds each package, and what a chat loads, to a budget of code lines.
+"""Prints the code lines of the product, its tests and its tools beside those of the last landing.
 
-usage: python3 -m tools sizes            measures and compares; exit code 1 if a budget is passed
-       python3 -m tools sizes --static   packages and files alone, which loads nothing
+usage: python3 -m tools sizes           counts files; exit code 1 if a package grows too fast
+       python3 -m tools sizes --loaded  also what a chat loads, and what it may ever load
 
-A code line has something on it that is neither a comment nor part of a docstring. A budget is the
-size at the last review: a change that needs more edits the figure here, where a reader sees it, and
-says why in its commit. A budget that is more than 2 % too wide fails, too.
+A code line has something on it that is neither a comment nor part of a docstring. Beside today's
+figures stand those of ``origin/main``, or of the checked-out commit in a clone without one. A
+package that grew by more than a twentieth since ``origin/main``, and by more than 200 lines, fails:
+land it in pieces, or delete something. Nothing else fails, and no figure is kept in a file.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import io
 import json
 import subprocess
 import sys
+import tarfile
 import tempfile
 import tokenize
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PACKAGES = {
-    "edge": 16_947,
-    "edge_make": 1_459,
-    "edge_lab": 11_108,
-    "edge_serve": 11_316,
-    "edge_fleet": 4_854,
-    "engines": 7_349,
-    "export": 8_841,
-}
-"""Code lines of each package, without what an allowance covers."""
+PACKAGES = ("edge", "edge_make", "edge_lab", "edge_serve", "edge_fleet", "engines", "export")
+OTHERS = ("tests", "tools", "lab")
+LANDED = "origin/main"
+"""What growth is counted from, where a clone has it."""
+MOST_GROWTH, FEW_LINES = 0.05, 200
+"""Share by which a package may grow at once, and lines that may come to a package of any size."""
 
-FILES = {"edge/bundle/manifest.py": 273}
-"""Code lines of files that may only shrink: optional rooms own a section of ``extras`` instead."""
+LOADED = ("tensorrt", "ort-cpu")
+CLOSURE = "edge.runtime.llm"
+"""A module, for all that it may ever load."""
 
-
-@dataclass(frozen=True)
-class Loaded:
-    """Content of ``sys.modules`` after one chat with default settings.
-
-    Attributes:
-        modules: modules of the product.
-        lines: their code lines.
-    """
-
-    modules: int
-    lines: int
-
-
-LOADED = {"tensorrt": Loaded(modules=76, lines=8_710), "ort-cpu": Loaded(modules=79, lines=8_462)}
-
-CLOSURE, CLOSURE_LINES = "edge.runtime.llm", 18_848
-"""A module, and the code lines of all that it may ever load; 18,914 before `edge.model`."""
-
-
-@dataclass(frozen=True)
-class Allowance:
-    """Code lines that a coming capability may add, once.
-
-    Attributes:
-        lines: at most this many.
-        modules: its modules, whose lines then count here and not for their package; ``edge.vision``
-            stands for all that is in that room. No text bundle that does not use the capability
-            loads one of them.
-    """
-
-    lines: int
-    modules: tuple[str, ...] = field(default=())
-
-
-ALLOWANCES = {
-    "pictures": Allowance(
-        2_500,
-        (
-            "edge.vision",
-            "edge.runtime.scheduler.picturing",
-            "edge_lab.cli.pictures",
-            "edge_lab.measure.picture_bench",
-            "edge_lab.measure.pictures",
-            "edge_make.picture_models",
-            "edge_lab.planner.vision",
-            "edge_serve.pictures",
-            "engines.builder.encoder",
-            "export.encoder_files",
-            "export.graph.encoder",
-            "export.sources.idefics3",
-            "export.sources.internvl",
-            "export.sources.picture_encoder",
-        ),
-    ),
-    "adapters": Allowance(
-        1_500,
-        (
-            "edge.adapters",
-            "edge.backends.tensorrt.adapter_memory",
-            "edge_fleet.cli.adapter",
-            "edge_fleet.registry.adapter",
-            "edge_fleet.rollout.adapter",
-            "edge_lab.cli.adapter",
-            "edge_make.adapter_library",
-            "edge_serve.models.adapters",
-            "export.graph.adapters",
-        ),
-    ),
-    "stop and vote": Allowance(
-        1_170,
-        (
-            "edge.votes",
-            "edge.cli.vote_options",
-            "edge.runtime.best_of",
-            "edge.runtime.stop_when_sure",
-            "edge.runtime.vote",
-            "edge_lab.cli.planned_strategies",
-            "edge_lab.cli.strategies",
-            "edge_lab.measure.strategies",
-            "edge_lab.planner.strategies",
-            "edge_serve.api.voting",
-        ),
-    ),
-    "EAGLE-3 on the engine": Allowance(400),
-}
-
-_SLACK = 0.02
 _ENGINE = {"max_batch": 4, "max_prefill": 24, "kv_capacity": 128, "kv_buckets": (16, 64, 128)}
 _NO_CODE = {
     tokenize.COMMENT,
@@ -139,6 +50,7 @@ _NO_CODE = {
 }
 
 
+@functools.cache  # most files of two commits are the same
 def code_lines(source: str) -> int:
     """Count the lines that hold code: no blanks, no comments, no docstrings."""
     lines: set[int] = set()
@@ -153,27 +65,34 @@ def code_lines(source: str) -> int:
     return len(lines)
 
 
-def package_lines(root: Path = ROOT) -> dict[str, int]:
-    """Count the code lines of each package, and of each allowance that has modules."""
-    covered = {path for each in ALLOWANCES.values() for path in _paths(each.modules, root)}
-    found = {
-        package: _lines(path for path in (root / package).rglob("*.py") if path not in covered)
-        for package in PACKAGES
-    }
-    return found | {name: _lines(_paths(each.modules, root)) for name, each in ALLOWANCES.items()}
+def count(root: Path = ROOT) -> dict[str, int]:
+    """Count the code lines of each package, and of what is beside them."""
+    return {name: _lines((root / name).rglob("*.py")) for name in (*PACKAGES, *OTHERS)}
 
 
-def _paths(modules: Iterable[str], root: Path) -> list[Path]:
-    found: list[Path] = []
-    for module in modules:
-        path = root / module.replace(".", "/")
-        file = path.with_suffix(".py")
-        found += [file] if file.exists() else sorted(path.rglob("*.py"))
-    return found
+def count_commit(commit: str, root: Path = ROOT) -> dict[str, int] | None:
+    """Count those of a commit; None where git does not know it."""
+    command = ["git", "archive", "--format=tar", commit]
+    done = subprocess.run(command, cwd=root, capture_output=True, check=False)
+    if done.returncode:
+        return None
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tarfile.open(fileobj=io.BytesIO(done.stdout)) as files,
+    ):
+        code = [file for file in files.getmembers() if file.isdir() or file.name.endswith(".py")]
+        files.extractall(folder, code, filter="data")
+        return count(Path(folder))
 
 
-def _is_within(name: str, rooms: Iterable[str]) -> bool:
-    return any(name == room or name.startswith(f"{room}.") for room in rooms)
+def faults(found: dict[str, int], landed: dict[str, int]) -> list[str]:
+    """Name each package that grew too fast since the last landing."""
+    return [
+        f"{name} has {found[name]:,} code lines and had {landed[name]:,}: it may grow by "
+        f"{MOST_GROWTH:.0%} at once; land it in pieces, or delete something"
+        for name in PACKAGES
+        if landed[name] and found[name] - landed[name] > max(FEW_LINES, MOST_GROWTH * landed[name])
+    ]
 
 
 def _lines(paths: Iterable[Path]) -> int:
@@ -275,54 +194,34 @@ def _imports(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
                 yield from _imports(child)
 
 
-def judge(what: str, found: int, budget: int) -> str | None:
-    """Say what is wrong with a figure; None if it keeps its budget and the budget is not wide."""
-    if found > budget:
-        return (
-            f"{what} has {found}, its budget in tools/gates/sizes.py is {budget}; "
-            "delete something, or raise it there and say why"
-        )
-    if found < budget * (1 - _SLACK):
-        return (
-            f"{what} has {found}, far below its budget of {budget}; write {found} into "
-            "tools/gates/sizes.py"
-        )
-    return None
+def _sum(found: dict[str, int], names: Iterable[str]) -> int:
+    return sum(found[name] for name in names)
+
+
+def _print(what: str, now: int, before: int | None) -> None:
+    change = "" if before is None else f"{now - before:+8,}"
+    print(f"{what:28} {now:8,}{change}")
 
 
 def main() -> int:
-    """Print what was measured and what passes its budget."""
+    """Print what was counted, beside what was landed; fail where a package grew too fast."""
     if sys.argv[1:2] == ["--chat"]:
         print(json.dumps(_chat(sys.argv[2], Path(sys.argv[3]))))
         return 0
-    complaints: list[str | None] = []
-    found = package_lines()
-    for package, budget in PACKAGES.items():
-        print(f"{package:28} {found[package]:6} code lines of {budget}")
-        complaints.append(judge(package, found[package], budget))
-    for name, budget in FILES.items():
-        lines = _lines([ROOT / name])
-        print(f"{name:28} {lines:6} code lines of {budget}")
-        complaints.append(judge(name, lines, budget))
-    lines = module_lines(closure())
-    print(f"{'all of ' + CLOSURE:28} {lines:6} code lines of {CLOSURE_LINES}")
-    complaints.append(judge(f"all that {CLOSURE} may load", lines, CLOSURE_LINES))
-    for name, each in ALLOWANCES.items():
-        if found[name] > each.lines:
-            complaints.append(f"{name} has {found[name]} code lines, its allowance is {each.lines}")
-    for backend, names in measure_loaded().items() if "--static" not in sys.argv else ():
-        most, lines = LOADED[backend], module_lines(names)
-        print(f"a chat on {backend:18} {lines:6} code lines of {most.lines}, ", end="")
-        print(f"{len(names)} modules of {most.modules}")
-        complaints.append(judge(f"a chat on {backend}: code lines", lines, most.lines))
-        complaints.append(judge(f"a chat on {backend}: modules", len(names), most.modules))
-        for name, each in ALLOWANCES.items():
-            extra = [name for name in names if _is_within(name, each.modules)]
-            if extra:
-                complaints.append(f"a chat on {backend} loads {', '.join(extra)} of {name}")
-    wrong = [complaint for complaint in complaints if complaint]
-    for complaint in wrong:
-        print(f"error: {complaint}", file=sys.stderr)
+    found, landed = count(), count_commit(LANDED)
+    before = landed or count_commit("HEAD")
+    print(f"code lines, and the change since {LANDED if landed else 'HEAD'}")
+    for name in found:
+        _print(name, found[name], before[name] if before else None)
+    _print("all packages", _sum(found, PACKAGES), _sum(before, PACKAGES) if before else None)
+    if "--loaded" in sys.argv:
+        _print(f"all of {CLOSURE}", module_lines(closure()), None)
+        for backend, names in measure_loaded().items():
+            _print(f"a chat on {backend}", module_lines(names), None)
+            _print("  its modules", len(names), None)
+    wrong = faults(found, landed) if landed else []
+    for fault in wrong:
+        print(f"error: {fault}", file=sys.stderr)
     return 1 if wrong else 0
 
 
