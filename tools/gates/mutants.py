@@ -5,9 +5,10 @@ proves nothing; whoever loosens a test sees here which mistakes it lets through 
 
 Nothing happens in the checkout: files that git knows or would add are copied, as they are now. Each
 copy must import its own packages, since the environment's are those of the checkout. First all
-tests run without an edit. Then two copies take one edit after the other. A noticed edit is kept in
-.mutants/results.json and not tried again, so an interrupted run resumes. Its key is a hash of the
-edit, the edited file, the files of its tests and what all tests share. Remove the file to try all.
+tests run without an edit. An edit whose code or test is gone is reported and fails nothing. Then
+two copies take one edit after the other. A noticed edit is kept in .mutants/results.json and not
+tried again, so an interrupted run resumes. Its key is a hash of the edit, the edited file, the
+files of its tests and what all tests share. Remove the file to try all.
 """
 
 from __future__ import annotations
@@ -66,11 +67,15 @@ class Brief:
 sys.exit(pytest.main(sys.argv[1:], [Brief()]))
 """
 
-Kind = Literal["killed", "hung", "survived", "not run", "error"]
+Kind = Literal["killed", "hung", "survived", "not run", "stale", "error"]
 
 
 class MutantError(Exception):
     """An edit cannot be made, or its tests prove nothing."""
+
+
+class StaleError(MutantError):
+    """The code or the tests that a mutant names are no longer there."""
 
 
 class Mutant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,7 +85,8 @@ class Mutant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         id: its name.
         file: the file to edit, from the root of the checkout.
         breaks: the property that no longer holds.
-        before: text that occurs in the file exactly once.
+        before: text that occurs in the file exactly once. If the code has moved, the one file of
+            the package that has it exactly once is edited instead.
         after: text to put in its place.
         tests: pytest's ids of tests, one of which must fail.
     """
@@ -96,10 +102,11 @@ class Mutant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Return the file's text with the edit.
 
         Raises:
-            MutantError: ``before`` is not there, or more than once, or the result is no Python.
+            StaleError: ``before`` is not there, or more than once.
+            MutantError: the result is no Python, or nothing that runs has changed.
         """
         if (count := text.count(self.before)) != 1:
-            raise MutantError(
+            raise StaleError(
                 f"`before` occurs {count} times in {self.file}: the code has changed; write the "
                 "mutant anew or take it out"
             )
@@ -111,6 +118,19 @@ class Mutant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if tree == ast.dump(ast.parse(text)):
             raise MutantError(f"it changes nothing of {self.file} that runs")
         return result
+
+    def found(self, root: Path) -> Mutant:
+        """Return the mutant with the file to which its code has moved, if it has."""
+        path = root / self.file
+        if path.is_file() and self.before in path.read_text("utf-8"):
+            return self
+        package = root / Path(self.file).parts[0]
+        others = [file for file in package.rglob("*.py") if self.before in file.read_text("utf-8")]
+        if len(others) == 1:
+            return msgspec.structs.replace(self, file=others[0].relative_to(root).as_posix())
+        if not path.is_file():
+            raise StaleError(f"{self.file} is gone, and {len(others)} files have `before`")
+        return self
 
     def key(self, root: Path) -> str:
         """Hash the edit, the edited file, the files of its tests, and what all tests share."""
@@ -133,7 +153,8 @@ class Result(msgspec.Struct, frozen=True):
 
     Attributes:
         kind: ``killed`` if a test failed, ``hung`` if they did not end, ``survived`` if all passed;
-            ``not run`` if some of them cannot run on this machine, ``error`` if nothing is proven.
+            ``not run`` if some of them cannot run on this machine, ``stale`` if its code or tests
+            are gone, ``error`` if nothing is proven.
         detail: the test that failed, or the reason.
         seconds: time of its tests.
         key: hash from `Mutant.key`.
@@ -306,10 +327,14 @@ class Run:
         left: list[tuple[Mutant, str]] = []
         for mutant in self._mutants:
             try:
+                if gone := [test for test in mutant.tests if not _is_there(self._root, test)]:
+                    raise StaleError(f"there is no {', '.join(gone)}")
+                mutant = mutant.found(self._root)
                 text = mutant.edited((self._root / mutant.file).read_text("utf-8"))
                 key = mutant.key(self._root)
             except (MutantError, OSError) as error:
-                results[mutant.id] = _say(mutant, Result("error", str(error), 0.0, ""))
+                kind: Kind = "stale" if isinstance(error, StaleError) else "error"
+                results[mutant.id] = _say(mutant, Result(kind, str(error), 0.0, ""))
                 continue
             known = self._known.get(mutant.id)
             if known is not None and known.key == key:
@@ -328,13 +353,15 @@ class Run:
             copies.append(_Copy(self._root, place / str(number)))
         with ThreadPoolExecutor(NUM_COPIES) as pool:
             try:
-                self._run_unchanged(copies[0], [mutant for mutant, _ in left])
+                stale = self._run_unchanged(copies[0], [mutant for mutant, _ in left])
                 for copy in copies:
                     self._free.put(copy)
                 tries: dict[str, Future[Result]] = {
-                    mutant.id: pool.submit(self._try, mutant, text) for mutant, text in left
+                    mutant.id: pool.submit(self._try, mutant, text)
+                    for mutant, text in left
+                    if mutant.id not in stale
                 }
-                return {name: each.result() for name, each in tries.items()}
+                return stale | {name: each.result() for name, each in tries.items()}
             except BaseException:
                 self._interrupted.set()
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -342,9 +369,22 @@ class Run:
                     copy.kill()
                 raise
 
-    def _run_unchanged(self, copy: _Copy, mutants: list[Mutant]) -> None:
+    def _run_unchanged(self, copy: _Copy, mutants: list[Mutant]) -> dict[str, Result]:
+        """Run the tests without an edit; return the mutants whose tests have other names now."""
         copy.check_imports(dict.fromkeys(Path(mutant.file).parts[0] for mutant in mutants))
-        tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+        files = dict.fromkeys(
+            test.partition("::")[0] for mutant in mutants for test in mutant.tests
+        )
+        ids = copy.run(["--collect-only", *files], UNCHANGED_LIMIT_S).output.splitlines()
+        names = {*ids, *(line.partition("[")[0] for line in ids)}
+        stale: dict[str, Result] = {}
+        tests: dict[str, None] = {}
+        for mutant in mutants:
+            if gone := [test for test in mutant.tests if "::" in test and test not in names]:
+                reason = f"there is no {', '.join(gone)}"
+                stale[mutant.id] = _say(mutant, Result("stale", reason, 0.0, ""))
+            else:
+                tests |= dict.fromkeys(mutant.tests)
         print(f"{len(tests)} tests without an edit", flush=True)
         processes = NUM_COPIES if len(tests) > _FEW else 0
         arguments = ["-n", str(processes), "--dist", "loadgroup", *tests]
@@ -357,6 +397,7 @@ class Run:
             )
         self._skipped = report.skipped
         print(f"passed in {report.seconds:.0f} s, {len(report.skipped)} skipped", flush=True)
+        return stale
 
     def _try(self, mutant: Mutant, text: str) -> Result:
         copy = self._free.get()
@@ -396,6 +437,10 @@ class Run:
             new.replace(self._state)
 
 
+def _is_there(root: Path, test: str) -> bool:
+    return (root / test.partition("::")[0]).is_file()
+
+
 def _say(mutant: Mutant, result: Result, when: str = "") -> Result:
     took = when or f"{result.seconds:.1f} s"
     told = result.detail if result.kind == "killed" else f"{mutant.breaks}: {result.detail}"
@@ -429,6 +474,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counts = Counter(result.kind for result in results.values())
     said = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     print(f"{len(results)} mutants in {time.monotonic() - began:.0f} s: {said}")
+    if stale := [name for name, result in results.items() if result.kind == "stale"]:
+        print(f"report: write anew or take out of tests/mutants.toml: {', '.join(stale)}")
     return 1 if counts["survived"] or counts["error"] else 0
 
 
