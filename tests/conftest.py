@@ -31,11 +31,12 @@ from edge.device.huge_pages import HUGE_PAGE_BYTES, MADV_COLLAPSE
 from edge.device.nodes import GPU_NODES, find_gpu_node
 from edge.model.spec import Task
 from edge_serve.observe.logs import CONFIGURED
-from tests import second_try, skips
+from tests import second_try, selection, skips
 from tests.makers.manifests import replace_file
 from tests.makers.tiny_models import Kind, write_checkpoint
 from tests.makers.tiny_pooling import write_embedder, write_judge
 from tests.second_try import pytest_runtest_protocol  # noqa: F401  a hook of pytest
+from tests.selection import pytest_addoption  # noqa: F401
 from tools.models.smollm2 import smollm2_gguf
 
 # Programs that a test starts buffer what they print, as with most users; a container may say no.
@@ -70,6 +71,8 @@ class FirstTest:
 def pytest_configure(config: pytest.Config) -> None:
     skips.pytest_configure(config)
     second_try.pytest_configure(config)
+    if not config.pluginmanager.is_registered(selection):
+        config.pluginmanager.register(selection)
     started_s = os.environ.get("EDGE_LLM_TEST_STARTED_S")
     if started_s is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(FirstTest(int(started_s)))

@@ -14,7 +14,7 @@ import sys
 import pytest
 
 NO_PROGRAMS = os.environ.get("EDGE_LLM_NO_PROGRAMS", "0") == "1"
-"""Whether ``.ci/run`` could not install Debian's programs, as it sets where that is so."""
+"""Whether ``scripts/nightly`` could not install Debian's programs, as it sets where that is so."""
 
 ALLOWED: dict[str, tuple[str, bool]] = {
     r"no NVIDIA GPU here .*": ("continuous integration has none; scripts/gpu-check has", True),

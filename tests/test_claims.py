@@ -468,6 +468,7 @@ def units(path: Path) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_figure_is_held_against_its_source():
     english, chinese = map(units, PAGES)
     assert set(FIGURES) <= {key for key, _ in english}

@@ -6,6 +6,8 @@ import ast
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 from tools.gates.sizes import PACKAGES, ROOT
 
 
@@ -19,6 +21,7 @@ def shared_names(paths: list[Path]) -> dict[str, list[str]]:
     return {name: found for name, found in places.items() if len(found) > 2}
 
 
+@pytest.mark.slow
 def test_no_class_name_stands_three_times():
     paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     assert len(paths) > 100

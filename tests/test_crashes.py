@@ -50,6 +50,7 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_a_stored_prefix(tiny_bundles: Bundles, tmp_path: Path):
     bundle = tiny_bundles("qwen2")
     manifest = read_manifest(bundle)
@@ -89,6 +90,7 @@ def test_a_prefix_that_the_verb_builds(tiny_bundles: Bundles, tmp_path: Path):
     assert set(found) == {0, 1}
 
 
+@pytest.mark.slow
 def test_a_calibrated_export(tmp_path: Path):
     (tmp_path / "start").mkdir()
     with suppress(KeyboardInterrupt):
@@ -104,6 +106,7 @@ def test_a_calibrated_export(tmp_path: Path):
     assert found == {1, 2, 3, None}  # None: it was done
 
 
+@pytest.mark.slow
 def test_a_stored_response(tmp_path: Path):
     (tmp_path / "start").mkdir()
     begun = make_record(1 << 40, answer=0)
@@ -138,6 +141,7 @@ def test_a_full_disk_keeps_the_layers_that_were_done(tmp_path: Path):
     assert names(tmp_path) == ["x.data"]
 
 
+@pytest.mark.slow
 def test_the_watchs_files(tmp_path: Path):
     (tmp_path / "start").mkdir()
     write_atomic(tmp_path / "start" / "state.json", OLD)
@@ -200,6 +204,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(
     assert (info.num_tokens, info.problem) == (400, None)
 
 
+@pytest.mark.live
 def test_a_disk_that_is_really_full(tiny_bundles: Bundles, tmp_path: Path):
     """A file system of 1 MiB in a mount namespace of its own."""
     script = 'mount --make-rprivate / && mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"'

@@ -346,6 +346,7 @@ def _literal(part: ast.expr) -> str:
     return part.value if isinstance(part, ast.Constant) else _ELLIPSIS  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 def test_every_message_of_troubleshooting_is_in_the_code():
     section = TROUBLESHOOTING.read_text("utf-8").split("## Installation")[1]
     messages = [cells[0].strip("`") for cells in rows(section)]

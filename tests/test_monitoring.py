@@ -21,6 +21,8 @@ from tests.conftest import Bundles
 from tests.edge_serve.scripted import Live, running
 from tests.ports import free_port
 
+pytestmark = pytest.mark.live
+
 FOLDER = Path(__file__).parent.parent / "docs/monitoring"
 ALERTS = FOLDER / "prometheus-alerts.yml"
 WAIT_S = 30

@@ -58,6 +58,7 @@ def run(folder: Path, text: str, processes: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", ["0", "2"])
 def test_a_few_second_tries_pass_and_are_named(tmp_path: Path, processes: str):
     names = [f"late_{n}" for n in range(MOST)]
@@ -73,6 +74,7 @@ def test_a_few_second_tries_pass_and_are_named(tmp_path: Path, processes: str):
     assert (tmp_path / "soon").read_text() == "x"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", ["0", "2"])
 def test_too_many_second_tries_fail_a_run_whose_tests_passed(tmp_path: Path, processes: str):
     code, out = run(tmp_path, "".join(late(f"late_{n}") for n in range(MOST + 1)), processes)

@@ -80,6 +80,7 @@ def units(tmp_path: Path) -> Path:
 # --------------------------------------------------------------------------- systemd's verdict
 
 
+@pytest.mark.live
 @needs_systemd
 @pytest.mark.parametrize(
     "unit",
@@ -97,6 +98,7 @@ def test_systemd_has_nothing_to_say_against_a_unit(unit: str, units: Path):
     assert complaints(units, unit) == []
 
 
+@pytest.mark.live
 @needs_systemd
 @pytest.mark.parametrize("name", DROP_INS)
 def test_a_drop_in_is_checked_too(name: str, units: Path):
@@ -106,6 +108,7 @@ def test_a_drop_in_is_checked_too(name: str, units: Path):
     assert complaints(units, "edge-llm@r1.service") == []
 
 
+@pytest.mark.live
 @needs_systemd
 def test_systemd_would_object_to_a_wrong_line(units: Path):
     unit = units / "edge-llm@.service"
@@ -113,6 +116,7 @@ def test_systemd_would_object_to_a_wrong_line(units: Path):
     assert any("ProtectHome" in line for line in complaints(units, "edge-llm@r1.service"))
 
 
+@pytest.mark.live
 @needs_systemd
 @pytest.mark.parametrize("unit", [path.name for path in UNITS.glob("*.service")])
 def test_the_sandbox_is_tight(unit: str):
@@ -748,6 +752,7 @@ def test_help_needs_no_rights(tmp_path: Path):
     assert "set -euo" not in done.stdout
 
 
+@pytest.mark.live
 @pytest.mark.once
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_shellcheck_has_nothing_to_say():
@@ -760,6 +765,7 @@ def test_shellcheck_has_nothing_to_say():
     subprocess.run(["shellcheck", "-x", "-P", "SCRIPTDIR", *scripts], check=True)
 
 
+@pytest.mark.live
 @pytest.mark.skipif(
     shutil.which("systemd-tmpfiles") is None, reason="needs systemd (Debian: systemd)"
 )
@@ -789,6 +795,7 @@ def sandboxed(unit: Path, *command: str) -> list[str]:
     return [sys.executable, str(ROOT / "tests" / "sandboxed.py"), str(unit), *command]
 
 
+@pytest.mark.slow
 @needs_systemd
 def test_the_service_runs_under_the_units_system_call_filter(tiny_bundles: Bundles):
     """It opens a bundle on the CPU, answers and drains with nothing but these system calls."""

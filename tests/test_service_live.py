@@ -25,7 +25,7 @@ from tests.conftest import Bundles
 from tests.makers.manifests import replace_file
 from tests.systemd_machine import ROOT, Machine, until, why_not
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("systemd")]
+pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.xdist_group("systemd")]
 
 UNIT, WATCH = "edge-llm@tiny.service", "edge-llm-watch@tiny.service"
 ROLLOUT, TIMER = "edge-llm-rollout@tiny.service", "edge-llm-rollout@tiny.timer"

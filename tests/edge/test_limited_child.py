@@ -79,6 +79,7 @@ def test_the_time_of_a_child_ends_though_its_parent_blocks_the_signal():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@pytest.mark.slow
 def test_a_child_that_stands_still_is_ended(child, monkeypatch):
     child.ask(b"pid")
     with monkeypatch.context() as patch:
@@ -162,6 +163,7 @@ def test_where_the_kernel_confines_nobody_the_log_says_so_once(monkeypatch, capl
         child.ask(b"echo a")
 
 
+@pytest.mark.slow
 def test_the_kernel_ends_a_child_that_puts_its_timer_off(monkeypatch):
     """Whether or not anybody is left who would: its parent may have been killed."""
     limits = replace(LIMITS, tasks=1)
@@ -180,6 +182,7 @@ def test_the_kernel_ends_a_child_that_puts_its_timer_off(monkeypatch):
     assert ends == [-signal.SIGKILL]  # nobody here had ended it by then
 
 
+@pytest.mark.slow
 def test_a_child_whose_life_is_nearly_over_is_replaced_between_two_tasks():
     limits = replace(LIMITS, cpu_s=1.0, tasks=1)  # two seconds, of which a task may have one
     with LimitedChild("tests.edge.child_tasks:work", limits) as child:

@@ -17,6 +17,7 @@ from tests.makers.keys import make_key, minisign, need_minisign
 from tests.standins.tensorrt import write_engine
 
 
+@pytest.mark.live
 def test_minisign_checks_the_signature_of_an_engine(tiny_bundles: Bundles, tmp_path: Path):
     need_minisign()
     bundle = shutil.copytree(tiny_bundles("qwen2"), tmp_path / "bundle")

@@ -36,6 +36,7 @@ def ask_nothing() -> str:
     raise AssertionError("the key is not encrypted")
 
 
+@pytest.mark.live
 def test_minisign_takes_what_it_signed_for_us(file: Path, tmp_path: Path):
     need_minisign()
     secret, public = tmp_path / "our.key", tmp_path / "our.pub"
@@ -56,6 +57,7 @@ def test_minisign_takes_what_it_signed_for_us(file: Path, tmp_path: Path):
     assert minisign("-V", "-p", public, "-m", file).returncode != 0
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("legacy", [[], ["-l"]])
 def test_keys_and_signatures_of_minisign_are_accepted(
     file: Path, tmp_path: Path, legacy: list[str]
@@ -72,12 +74,14 @@ def test_keys_and_signatures_of_minisign_are_accepted(
         check_signature(DATA + b" ", signature, [key])
 
 
+@pytest.mark.live
 def test_minisign_takes_the_signatures_of_these_tests(file: Path):
     key = make_key()
     file.with_name("manifest.json.minisig").write_bytes(key.sign(DATA, "tests"))
     assert minisign("-V", "-P", key.public_line, "-m", file).returncode == 0
 
 
+@pytest.mark.live
 def test_a_key_that_edge_llm_wrote_itself_signs_as_before():
     need_minisign()
     old = Path(__file__).parent.parent / "data" / "keys"
@@ -90,6 +94,7 @@ def test_a_key_that_edge_llm_wrote_itself_signs_as_before():
         assert check_signature(DATA, made, [key]) == key
 
 
+@pytest.mark.live
 def test_a_password_opens_what_it_encrypted(tmp_path: Path):
     need_minisign()
     secret = tmp_path / "a.key"
@@ -105,6 +110,7 @@ def test_a_password_opens_what_it_encrypted(tmp_path: Path):
     assert not (tmp_path / "b.pub").exists()
 
 
+@pytest.mark.live
 def test_wrong_keys_and_comments_are_refused(tmp_path: Path):
     need_minisign()
     path = tmp_path / "a.key"
@@ -118,6 +124,7 @@ def test_wrong_keys_and_comments_are_refused(tmp_path: Path):
             signer.sign(DATA, comment)
 
 
+@pytest.mark.live
 def test_without_minisign_the_error_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

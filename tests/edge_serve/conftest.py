@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,15 @@ from tests.conftest import RUNNABLE, Bundles, write_secret
 from tests.edge_serve.scripted import HERMES_TEMPLATE, KEY, Live, running
 from tests.makers.manifests import replace_file
 from tests.makers.tiny_vision import write_vision_checkpoint
+from tests.selection import shared_server
 
 
 @pytest.fixture(scope="session")
 def live(tiny_bundles: Bundles) -> Iterator[Live]:
-    with running(tiny_bundles("qwen2"), max_body_bytes=300_000, max_choices=8) as service:
+    bundle = tiny_bundles("qwen2")
+    with contextlib.ExitStack() as stack:
+        with shared_server():
+            service = stack.enter_context(running(bundle, max_body_bytes=300_000, max_choices=8))
         yield service
 
 

@@ -22,6 +22,8 @@ from tests.makers.keys import make_key
 from tests.makers.tiny_adapters import write_adapter
 from tests.makers.tiny_models import write_checkpoint
 
+pytestmark = pytest.mark.live
+
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KEYS = "ann:sk-of-ann-the-admin\nbob:sk-of-bob-the-client\n"
 ANN, BOB = ({"authorization": "Bearer " + line.partition(":")[2]} for line in KEYS.split())

@@ -187,6 +187,7 @@ def few_lines(server: Child, num: int) -> str:
     return log
 
 
+@pytest.mark.live
 def test_the_limit_of_open_files_bounds_the_connections(tiny_bundles: Bundles):
     """Many more connections than descriptors: they are replaced, and nothing runs out."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -208,6 +209,7 @@ def test_the_limit_of_open_files_bounds_the_connections(tiny_bundles: Bundles):
         few_lines(server, 20)
 
 
+@pytest.mark.live
 def test_a_lack_of_descriptors_is_survived(tiny_bundles: Bundles):
     with scripted_child(tiny_bundles("qwen2")) as server, ExitStack() as stack:
         assert server.ask(body=CHAT)[0] == 200
@@ -230,6 +232,7 @@ def test_a_lack_of_descriptors_is_survived(tiny_bundles: Bundles):
         few_lines(server, 20)
 
 
+@pytest.mark.live
 def test_a_lack_of_descriptors_while_the_model_is_opened(tiny_bundles: Bundles):
     with scripted_child(
         tiny_bundles("qwen2"), wait=False, open_delay_s=2.0, max_files=200
@@ -279,6 +282,7 @@ def auth(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
+@pytest.mark.live
 def test_probes_are_answered_while_all_connections_are_busy(crowded: Live):
     crowded.engine.running.clear()
     with ExitStack() as stack:
@@ -305,6 +309,7 @@ def test_probes_are_answered_while_all_connections_are_busy(crowded: Live):
     assert crowded.ask("/v1/models", headers=auth("sk-a-aaaaaaaaaaa")).status == 200
 
 
+@pytest.mark.live
 def test_a_key_has_so_many_requests_under_way(crowded: Live):
     crowded.engine.running.clear()
     with ExitStack() as stack:
@@ -320,6 +325,7 @@ def test_a_key_has_so_many_requests_under_way(crowded: Live):
     assert crowded.ask("/v1/models", headers=auth("sk-a-aaaaaaaaaaa")).status == 200
 
 
+@pytest.mark.live
 def test_an_address_replaces_its_own_idle_connections(crowded: Live):
     with ExitStack() as stack:
         other = socket.create_connection(("127.0.0.1", crowded.port), 5, ("127.0.0.2", 0))
@@ -334,6 +340,7 @@ def test_an_address_replaces_its_own_idle_connections(crowded: Live):
 # Bodies
 
 
+@pytest.mark.live
 def test_small_bodies_pass_where_the_budget_is_full(tiny_bundles: Bundles):
     with running(
         tiny_bundles("qwen2"), max_body_bytes=MIB, max_inflight_body_bytes=MIB
@@ -420,6 +427,7 @@ def test_encoding_is_bounded_in_time(gated: tuple[Live, Gate]):
     assert live.ask("/tokenize", LONG).status == 200
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     ("path", "body"),
     [

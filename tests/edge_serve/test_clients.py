@@ -17,6 +17,8 @@ from tests.edge_serve.api.weather import CALL, WEATHER
 from tests.edge_serve.processes import comply
 from tests.edge_serve.scripted import KEY, Live, running
 
+pytestmark = pytest.mark.live
+
 openai = pytest.importorskip("openai")
 QUESTION: list[Any] = [{"role": "user", "content": "what"}]
 AUTH = {"Authorization": f"Bearer {KEY}"}

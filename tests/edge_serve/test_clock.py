@@ -15,6 +15,8 @@ from edge_serve.observe.notify import Notifier
 from tests.conftest import Bundles, write_secret
 from tests.edge_serve.scripted import running
 
+pytestmark = pytest.mark.live
+
 DAY_S = 86_400.0
 AUTH = {"Authorization": "Bearer sk-of-the-good-clock"}
 # What is shown as a time of day, and no more.

@@ -31,6 +31,8 @@ from tests.edge_serve.scripted import Live, running
 from tests.makers.tiny_models import CHAT_TEMPLATE, CONTROL_IDS
 from tests.standins.scripted_backend import ScriptedBackend
 
+pytestmark = pytest.mark.live
+
 SECRET = re.compile(rb"0x[0-9a-f]{6,}|Traceback|/opt/|/tmp/|\.py|/work|edge_serve")
 
 

@@ -55,6 +55,7 @@ def send_bomb(server: Child, stack: ExitStack) -> None:
     sock.sendall(post("/v1/chat/completions", request))
 
 
+@pytest.mark.slow
 def test_the_planned_limit_is_enough_under_good_and_hostile_load(tiny_bundles: Bundles):
     """What the unit gets as MemoryMax, and none of it is met: MemoryHigh, which only systemd's
     version 2 has, would not have held the service up either."""
@@ -98,6 +99,7 @@ def test_the_planned_limit_is_enough_under_good_and_hostile_load(tiny_bundles: B
         assert not [line for line in server.log if "memory limit" in line]
 
 
+@pytest.mark.slow
 def test_a_limit_far_below_the_need_is_refused_before_the_kernel_acts(tiny_bundles: Bundles):
     bundle = tiny_bundles("qwen2")
     with limited_group(1 << 40) as group:

@@ -16,6 +16,8 @@ import pytest
 
 from tests.edge_serve.scripted import Answer, Live, running
 
+pytestmark = pytest.mark.live
+
 Body = dict[str, Any]
 USER = {"role": "user", "content": "What time is it in Bern?"}
 SYSTEM = {"role": "system", "content": "Be brief."}

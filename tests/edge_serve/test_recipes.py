@@ -43,6 +43,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.live
 def test_the_agent_calls_a_tool_and_tells_its_result(
     tool_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -176,6 +177,7 @@ def ros2(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load("ros2_node")
 
 
+@pytest.mark.live
 def test_the_ros_node_answers_the_newest_prompt(
     tool_bundle: Path, ros2: ModuleType, monkeypatch: pytest.MonkeyPatch
 ):
@@ -208,6 +210,7 @@ PIECE, END = b'data: {"choices":[{"delta":{"content":"Left."}}]}\n\n', b"data: [
 IN_CHUNKS, LAST = (b"%x\r\n%b\r\n" % (len(text), text) for text in (PIECE, END))
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     ("broken", "whole"),
     [
@@ -305,6 +308,7 @@ def _get(port: int, path: str) -> tuple[int, bytes]:
         return response.status, response.read()
 
 
+@pytest.mark.live
 @needs_nginx
 def test_nginx_passes_each_token_on_and_the_end_of_a_client(proxied: tuple[Live, int]):
     live, port = proxied

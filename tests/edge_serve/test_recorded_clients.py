@@ -17,6 +17,8 @@ import pytest
 from tests.conftest import Bundles
 from tests.edge_serve.scripted import Live, running
 
+pytestmark = pytest.mark.live
+
 Body = dict[str, Any]
 VERSION_TOOL = {"type": "function", "function": {"name": "llm_version", "description": "Return the installed version of llm", "parameters": {"properties": {}, "type": "object"}}}  # fmt: skip  # noqa: E501
 BASH_TOOL = {"type": "function", "function": {"name": "bash", "description": "Execute a bash command", "parameters": {"type": "object", "properties": {"command": {"type": "string", "description": "The bash command to execute"}}, "required": ["command"]}}}  # fmt: skip  # noqa: E501

@@ -16,6 +16,8 @@ from edge_serve.settings import ServerSettings
 from tests.conftest import Bundles
 from tests.edge_serve.scripted import ScriptedEngine, tiny
 
+pytestmark = pytest.mark.live
+
 
 def test_a_reload_that_comes_during_another_follows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

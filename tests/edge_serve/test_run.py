@@ -41,6 +41,7 @@ from tests.edge_serve.scripted import ScriptedEngine, running, tiny
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "what"}], "temperature": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.timing
 def test_sigterm_lets_running_requests_finish(tiny_bundles: Bundles):
     with scripted_child(tiny_bundles("qwen2"), 0.005) as server, ThreadPoolExecutor(8) as pool:
@@ -81,6 +82,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_signal_before_it_listens_is_kept_until_it_does(tiny_bundles: Bundles):
     serve = ("-c", EARLY, "serve", str(tiny_bundles("qwen2")), "--port", "0")
     with child(*serve, EARLY="SIGTERM") as server:
@@ -92,6 +94,7 @@ def test_a_signal_before_it_listens_is_kept_until_it_does(tiny_bundles: Bundles)
         assert server.process.wait(timeout=30) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.timing
 def test_a_second_sigterm_leaves_at_once(tiny_bundles: Bundles):
     with scripted_child(tiny_bundles("qwen2"), 0.2) as server, ThreadPoolExecutor(2) as pool:
@@ -107,6 +110,7 @@ def test_a_second_sigterm_leaves_at_once(tiny_bundles: Bundles):
             assert b"shutdown" in future.result(timeout=5)[2]
 
 
+@pytest.mark.live
 def test_a_drain_has_an_end(tiny_bundles: Bundles):
     with scripted_child(
         tiny_bundles("qwen2"), 0.1, drain_timeout_s=0.5
@@ -155,6 +159,7 @@ def test_sigterm_does_not_wait_for_a_bundle_that_is_being_opened(tiny_bundles: B
         thread.join(10)
 
 
+@pytest.mark.live
 def test_a_hung_engine_does_not_keep_the_process(tiny_bundles: Bundles):
     with scripted_child(
         tiny_bundles("qwen2"), 30.0, stall_s=0.5, drain_timeout_s=0.5, close_s=1.0
@@ -165,6 +170,7 @@ def test_a_hung_engine_does_not_keep_the_process(tiny_bundles: Bundles):
         assert server.process.wait(timeout=10) == 70
 
 
+@pytest.mark.live
 def test_the_verb_serves_a_real_bundle(tiny_bundles: Bundles):
     bundle = tiny_bundles("qwen2")
     with child(
@@ -189,6 +195,7 @@ def test_every_setting_of_the_engine_reaches_it(monkeypatch: pytest.MonkeyPatch,
     assert opened == [(tmp_path, EngineConfig(**OTHER_VALUES))]
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -219,6 +226,7 @@ def test_faults_that_prevent_a_start(
     assert "Traceback" not in ran.stderr
 
 
+@pytest.mark.live
 def test_a_damaged_bundle_ends_the_start(tiny_bundles: Bundles, tmp_path: Path):
     import shutil
 
@@ -234,6 +242,7 @@ def test_a_damaged_bundle_ends_the_start(tiny_bundles: Bundles, tmp_path: Path):
     assert "tokenizer.json" in ran.stderr
 
 
+@pytest.mark.live
 def test_an_address_that_is_taken(tiny_bundles: Bundles):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -249,6 +258,7 @@ def test_an_address_that_this_machine_does_not_have(host: str):
         listen(host, 0)
 
 
+@pytest.mark.live
 def test_an_address_of_one_interface_keeps_it(monkeypatch: pytest.MonkeyPatch):
     bound: list[Any] = []
     monkeypatch.setattr(Listener, "bind", lambda self, address: bound.append(address))
@@ -309,6 +319,7 @@ def manager(tmp_path: Path) -> Iterator[tuple[socket.socket, Path]]:
         yield sock, path
 
 
+@pytest.mark.live
 def test_systemd_gets_the_state(
     manager: tuple[socket.socket, Path], tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):
@@ -338,6 +349,7 @@ def test_systemd_gets_the_state(
     assert b"STOPPING=1" in drain(sock)
 
 
+@pytest.mark.live
 def test_a_drain_may_take_longer_than_systemds_own_time(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ):

@@ -102,6 +102,7 @@ CONTACT: Any = [
 ]
 
 
+@pytest.mark.live
 def test_ollama(real: Live):
     options = {"temperature": 0, "num_predict": TOKENS, "repeat_penalty": 1.1}
     asked: list[tuple[Any, str]] = [(AGE, "Bob is 42."), (Country.model_json_schema(), "Canada")]

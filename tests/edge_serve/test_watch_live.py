@@ -17,6 +17,8 @@ from edge_lab.measure.watch_server import ServerAnswerer
 from tests.conftest import Bundles, write_secret
 from tests.edge_serve.scripted import running
 
+pytestmark = pytest.mark.live
+
 KEY = "a-key-of-the-real-service"
 
 

@@ -13,6 +13,8 @@ from edge_serve import run
 from tests.conftest import Bundles
 from tests.edge_serve.scripted import running, until
 
+pytestmark = pytest.mark.live
+
 HOT = Snapshot(temperatures_celsius={"gpu": 99.0})
 
 

@@ -40,6 +40,7 @@ def run(command, *arguments: str):
     return CliRunner().invoke(command, list(arguments), catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_check_reports_as_json_and_as_a_table(bundle: Path) -> None:
     result = run(check_verb, str(bundle), *SIZE, "--json")
     assert result.exit_code == 0
@@ -52,6 +53,7 @@ def test_check_reports_as_json_and_as_a_table(bundle: Path) -> None:
     assert table.rstrip().endswith("passed")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("slow_clock")
 def test_check_prints_lines_without_a_terminal(bundle: Path) -> None:
     result = run(check_verb, str(bundle), *SIZE, "--json")
@@ -121,6 +123,7 @@ def test_build_and_inspect(bundle: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert f"edge-llm build {copy}" in table
 
 
+@pytest.mark.slow
 def test_inspect_shows_the_layers_that_the_build_read(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +180,7 @@ def test_inspect_says_when_int4_is_not_int4(bundle: Path, tmp_path: Path) -> Non
     assert "NO: build the engine again" in run(inspect, str(result.directory)).stdout
 
 
+@pytest.mark.slow
 def test_check_needs_no_write_access(bundle: Path) -> None:
     check.check_bundle(BuildConfig(bundle, max_prefill=32))
     assert not (bundle / "engines").exists()

@@ -27,6 +27,7 @@ def build_plan(bundle: Path, **options: Any) -> Any:
     return plan_build(config, read_manifest(bundle))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "quant", "options"),
     [

@@ -11,6 +11,7 @@ from tests.conftest import PoolingBundles
 pytest.importorskip("tensorrt_rtx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "dialect", "quant"),
     [("embed", "native", "int4"), ("embed", "portable", "fp16"), ("rerank", "native", "int8")],

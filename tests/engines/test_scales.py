@@ -185,6 +185,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Target:
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_build_goes_on_with_wide_scales(
     dialect: str, tiny_bundles: Bundles, tmp_path: Path, refusing: Target

@@ -596,6 +596,7 @@ def kill_everywhere(root: Path, scenario: str) -> list[Path]:
     return sorted(places, key=lambda path: int(path.name))
 
 
+@pytest.mark.slow
 def test_kill_with_nothing_there_before(tmp_path: Path) -> None:
     (tmp_path / "start").mkdir()
     places = kill_everywhere(tmp_path, "exchange")
@@ -611,6 +612,7 @@ def test_kill_with_nothing_there_before(tmp_path: Path) -> None:
     assert {None, "new"} == set(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["exchange", "fallback"])
 def test_kill_while_replacing(tmp_path: Path, scenario: str) -> None:
     if scenario == "exchange" and not can_exchange(tmp_path):
@@ -636,6 +638,7 @@ def test_kill_while_replacing(tmp_path: Path, scenario: str) -> None:
     assert {"old", "new"} <= set(found)
 
 
+@pytest.mark.slow
 def test_kill_while_recovering(tmp_path: Path) -> None:
     start = tmp_path / "start"
     start.mkdir()

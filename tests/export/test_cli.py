@@ -102,6 +102,7 @@ def test_nothing_is_measured_where_nobody_wants_it(checkpoint: Path, tmp_path: P
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_a_faster_recipe_names_the_better_one(checkpoint: Path, tmp_path: Path):
     base = ("-o", tmp_path / "bundle", "--no-verify", "--force")
     for options, better in (
@@ -139,6 +140,7 @@ def test_a_long_default_names_the_faster_method(
     assert "loses more: --fast (about 5 s), --method awq (about 5 s)\n" in offered.stderr
 
 
+@pytest.mark.slow
 def test_fast_rounds_to_nearest_and_says_how_much_that_loses(checkpoint: Path, tmp_path: Path):
     made = invoke(checkpoint, "-o", tmp_path / "bundle", "--fast")
     assert made.exit_code == 0, made.output
@@ -172,6 +174,7 @@ def test_fast_does_not_go_with_what_it_would_ignore(
     assert words in str(refused.exception)
 
 
+@pytest.mark.slow
 def test_best_calibrates_with_all_of_the_text(checkpoint: Path, tmp_path: Path):
     used = {}
     for name, options in (("default", ()), ("best", ("--best",))):
@@ -245,6 +248,7 @@ def test_every_option_arrives(checkpoint: Path, tmp_path: Path):
     assert (manifest.dialect, manifest.dtype, manifest.kv_capacity) == ("portable", "bf16", 99)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("slow_clock")
 def test_long_steps_print_lines_without_a_terminal(checkpoint: Path, tmp_path: Path):
     options = ("--method", "gptq", "--calibration-tokens", 2048)
@@ -257,6 +261,7 @@ def test_long_steps_print_lines_without_a_terminal(checkpoint: Path, tmp_path: P
     assert len(result.stdout.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("slow_clock")
 def test_verifying_leaves_its_lines_to_the_process_that_measures(checkpoint: Path, tmp_path: Path):
     gate = tmp_path / "gate.json"
@@ -270,6 +275,7 @@ def test_verifying_leaves_its_lines_to_the_process_that_measures(checkpoint: Pat
     assert not any(line.startswith("verify") for line in lines)
 
 
+@pytest.mark.slow
 def test_json_is_one_line_on_stdout(checkpoint: Path, tmp_path: Path):
     options = ("--quant", "int8", "--dialect", RUNNABLE, "--json")
     result = invoke(checkpoint, "-o", tmp_path / "bundle", *options)
@@ -297,6 +303,7 @@ def test_json_is_one_line_on_stdout(checkpoint: Path, tmp_path: Path):
     }
 
 
+@pytest.mark.slow
 def test_an_existing_bundle_needs_force(
     bundle: Path,
     checkpoint: Path,
@@ -391,6 +398,7 @@ KILLS = 6
 FAST = ("--method", "rtn", "--no-verify")
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment_leaves_a_whole_bundle(tmp_path: Path):
     """SIGKILL of real processes, spread over the time that an export takes."""
     new = write_checkpoint(

@@ -394,6 +394,7 @@ def test_the_estimate_is_above_the_real_size_and_near_it(tmp_path: Path, quant: 
 LM_HEAD = (65536, 512)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "packed_bytes"), [("int4", 16 * MIB), ("int8", 32 * MIB), ("float", 64 * MIB)]
 )

@@ -442,6 +442,7 @@ def test_export_and_inspect_say_what_was_done(tmp_path: Path) -> None:
     assert facts["quantization"]["linears"]["layers.0.o"]["from_source"]["treatment"] == "kept"
 
 
+@pytest.mark.slow
 def test_a_kept_bundle_passes_its_gate(tmp_path: Path) -> None:
     source = QuantizedGolden.load("auto-round-gptq").write(tmp_path / "source")
     manifest = export(source, tmp_path / "bundle", verify=True)

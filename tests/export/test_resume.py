@@ -421,6 +421,7 @@ def test_an_export_without_calibration_sweeps_it(source: Path, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_again(tmp_path: Path):
     """Real processes, killed when one more layer is done each time."""
     model = write_checkpoint(tmp_path / "model", "qwen2", num_hidden_layers=LAYERS)

@@ -167,6 +167,7 @@ def test_export_and_inspect_tell_it(tiny_checkpoints: Checkpoints, tmp_path: Pat
     assert json.loads(result.stdout)["dialect"] == "portable"
 
 
+@pytest.mark.slow
 def test_wide_scales_compile_to_int8_products(
     tiny_checkpoints: Checkpoints, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def invoke(source: Path, output: Path, *arguments: object) -> Result:
     return CliRunner().invoke(export_verb, [*fixed, *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_a_bundle_that_passes_carries_its_figures(source: Path, place: Path, tmp_path: Path):
     gate = gate_file(tmp_path, LOOSE)
     result = invoke(source, place / "bundle", "--quant", "int8", "--gate", gate)
@@ -85,6 +86,7 @@ def test_a_bundle_that_passes_carries_its_figures(source: Path, place: Path, tmp
     assert [path.name for path in place.iterdir()] == ["bundle"]
 
 
+@pytest.mark.slow
 def test_a_missed_gate_leaves_no_bundle_and_code_3(source: Path, place: Path, tmp_path: Path):
     gate = gate_file(tmp_path, STRICT)
     result = invoke(source, place / "bundle", *INT4, "--gate", gate)
@@ -96,6 +98,7 @@ def test_a_missed_gate_leaves_no_bundle_and_code_3(source: Path, place: Path, tm
     assert not list(place.iterdir())
 
 
+@pytest.mark.slow
 def test_a_missed_gate_leaves_the_old_bundle(source: Path, place: Path, tmp_path: Path):
     output = place / "bundle"
     old = export_checkpoint(ExportConfig(source=str(source), output=output, quant="int8"))
@@ -106,6 +109,7 @@ def test_a_missed_gate_leaves_the_old_bundle(source: Path, place: Path, tmp_path
     assert [path.name for path in place.iterdir()] == ["bundle"]
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_eval(source: Path, place: Path, tmp_path: Path):
     from edge_lab.cli.eval import evaluate
 
@@ -123,6 +127,7 @@ def test_the_figures_are_those_of_eval(source: Path, place: Path, tmp_path: Path
         assert found[name] == pytest.approx(stored[name], rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_the_reference_has_the_same_adapter_and_vocabulary(
     source: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -143,6 +148,7 @@ def test_the_reference_has_the_same_adapter_and_vocabulary(
     assert manifest.quality["text"]["reference"]["name"] == "Tiny-R1+tuned"
 
 
+@pytest.mark.slow
 def test_stored_calibration_stays(source: Path, place: Path, tmp_path: Path):
     gate = gate_file(tmp_path, LOOSE)
     result = invoke(

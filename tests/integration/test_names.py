@@ -53,6 +53,7 @@ def printed(run: EdgeLlm) -> Iterator[str]:
         yield done.out + done.err
 
 
+@pytest.mark.slow
 def test_names_of_models(edge_llm: EdgeLlm, root: Path):  # noqa: F811
     found = set(NAME.findall("\n".join(printed(edge_llm))))
     assert found >= {*CATALOGUE, *CATALOGUE.values()}
@@ -73,6 +74,7 @@ def test_names_of_models(edge_llm: EdgeLlm, root: Path):  # noqa: F811
     assert set(planned) == set(CATALOGUE)
 
 
+@pytest.mark.slow
 def test_names_of_precisions(edge_llm: EdgeLlm, root: Path):  # noqa: F811
     chosen = json.loads(edge_llm("recommend", "--json").out)
     names = {row["quant"] for row in chosen["candidates"]}
@@ -88,6 +90,7 @@ def test_names_of_precisions(edge_llm: EdgeLlm, root: Path):  # noqa: F811
                 DeepSeekModel("7B", spelling)
 
 
+@pytest.mark.slow
 def test_names_of_devices(edge_llm: EdgeLlm, root: Path):  # noqa: F811
     help_text = edge_llm("plan", "--help").out
     refused = edge_llm("plan", "1.5b", "--device", "tx2").err

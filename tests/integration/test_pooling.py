@@ -59,6 +59,7 @@ def test_scores_are_those_of_transformers(
         assert_close(together, golden.scores[:3], atol=ATOL, what="scores together")
 
 
+@pytest.mark.slow
 def test_a_text_has_one_vector_in_any_company(
     dialect: str, pooling_bundles: PoolingBundles, golden: PoolingGolden
 ):

@@ -1,4 +1,4 @@
-"""``scripts/nightly`` runs what a change concerns, goes on where it stopped, and tells its age."""
+"""``scripts/nightly`` runs what is overdue, goes on where it stopped, and says so loudly."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_an_interrupted_night_goes_on_where_it_stopped(root: Path, monkeypatch: 
     assert ran(root) == ["three", "two"]
     assert nightly.main([]) == 0
     assert ran(root) == []
-    age(root, "one", timedelta(hours=13))  # the next night
+    age(root, "one", timedelta(days=31))
     assert nightly.main([]) == 0
     assert ran(root) == ["one"]
     assert nightly.main(["--all"]) == 0
@@ -131,25 +131,29 @@ def test_an_interrupted_night_goes_on_where_it_stopped(root: Path, monkeypatch: 
         ("pyproject.toml", PYPROJECT.replace("y = 1", "y = 2"), []),
     ],
 )
-def test_a_change_runs_exactly_its_steps_and_leaves_the_record(
+def test_a_change_makes_exactly_its_steps_overdue(
     root: Path, path: str, text: str, steps: list[str], capsys: pytest.CaptureFixture[str]
 ):
     assert nightly.main([]) == 0
     before = (root / ".ci/nightly.json").read_bytes()
     ran(root)
-    capsys.readouterr()
+    assert nightly.main(["--overdue"]) == 0
+    assert "nightly: nothing is overdue\n" in capsys.readouterr().out
     (root / path).write_text(text)
-    assert nightly.main(["--changed"]) == 0
-    assert ran(root) == steps
+    assert nightly.main(["--overdue"]) == 0
+    assert ran(root) == []
     assert (root / ".ci/nightly.json").read_bytes() == before
-    out = capsys.readouterr().out
-    for name in {"one", "two", "three"} - set(steps):
-        assert f"{name} is skipped: passed 0.0 hours ago" in out
+    loud = [line for line in capsys.readouterr().out.splitlines() if line.startswith("!!!!!!")]
+    assert len(loud) == len(steps) + bool(steps)
+    for name, line in zip(steps, loud, strict=False):
+        assert f"{name} is overdue: its files changed since it passed 0.0 hours ago" in line
     # A file that is gone or has another name is a change, too.
     (root / "a/y.py").rename(root / "a/z.py")
     subprocess.run(["git", "add", "-A"], cwd=root, check=True)
-    assert nightly.main(["--changed"]) == 0
+    assert nightly.main([]) == 0
     assert ran(root) == sorted({*steps, "one"})
+    assert nightly.main([]) == 0
+    assert ran(root) == []
 
 
 def test_another_command_of_a_step_is_a_change(root: Path, monkeypatch: pytest.MonkeyPatch):
@@ -157,7 +161,7 @@ def test_another_command_of_a_step_is_a_change(root: Path, monkeypatch: pytest.M
     ran(root)
     other = replace(STEPS[0], command="echo ran >>other.ran")
     monkeypatch.setattr(nightly, "STEPS", (other, *STEPS[1:]))
-    assert nightly.main(["--changed"]) == 0
+    assert nightly.main([]) == 0
     assert ran(root) == ["other"]
 
 
@@ -172,11 +176,20 @@ def test_a_failure_fails_shows_its_end_and_is_no_pass(
     out = capsys.readouterr().out
     assert "why\nnightly: two FAILED" in out
     assert "with exit code 3" in out
-    assert "two never ran" in out
+    assert "two is overdue: never passed, or failed when it last ran" in out
     assert list(record(root)) == ["one", "three"]
     assert (root / ".nightly/two.log").read_text() == "why\n"
-    assert nightly.main(["--changed"]) == 1
+    assert nightly.main([]) == 1
     assert ran(root) == ["two"]
+
+
+def test_a_step_that_passed_can_report(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    reports = Step("reports", "echo fine; echo 'report: two are stale'", ("c.md",))
+    monkeypatch.setattr(nightly, "STEPS", (reports,))
+    assert nightly.main([]) == 0
+    assert "nightly: reports: two are stale\nnightly: reports passed" in capsys.readouterr().out
 
 
 def test_inputs_that_change_under_a_step_are_no_pass(
@@ -189,20 +202,20 @@ def test_inputs_that_change_under_a_step_are_no_pass(
     assert record(root) == {}
 
 
-def test_an_old_record_is_told_loudly(root: Path, capsys: pytest.CaptureFixture[str]):
+def test_what_passed_a_month_ago_is_overdue(root: Path, capsys: pytest.CaptureFixture[str]):
     assert nightly.main(["--list"]) == 0
-    assert "!!!!!! NIGHTLY IS OVERDUE: one never ran, two never ran" in capsys.readouterr().out
-    assert nightly.main([]) == 0
-    age(root, "two", timedelta(days=9, hours=23))
-    capsys.readouterr()
-    assert nightly.main(["--changed"]) == 0
     out = capsys.readouterr().out
-    assert "the oldest step is two, passed 9 days ago" in out
-    assert "!" not in out
-    age(root, "two", timedelta(days=10, hours=1))
-    assert nightly.main(["--changed"]) == 0
-    assert "!!!!!! NIGHTLY IS OVERDUE: two is 10 days old" in capsys.readouterr().out
-    assert ran(root) == ["one", "three", "two"]  # of the first run: age runs nothing
+    assert "one: never passed" in out
+    assert "!!!!!! nightly: one is overdue: never passed" in out
+    assert nightly.main([]) == 0
+    age(root, "two", timedelta(days=29, hours=23))
+    capsys.readouterr()
+    assert nightly.main(["--overdue"]) == 0
+    assert "!" not in capsys.readouterr().out
+    age(root, "two", timedelta(days=30, hours=1))
+    assert nightly.main(["--overdue"]) == 0
+    assert "!!!!!! nightly: two is overdue: it passed 30 days ago" in capsys.readouterr().out
+    assert ran(root) == ["one", "three", "two"]  # of the first run
 
 
 @pytest.mark.parametrize(
@@ -223,12 +236,12 @@ def test_a_pattern_without_a_file_is_an_error(
     wrong = Step("wrong", "true", ("c.md", pattern))
     monkeypatch.setattr(nightly, "STEPS", (*STEPS, wrong))
     (root / "a/untracked.txt").touch()
-    assert nightly.main(["--changed"]) == 78
+    assert nightly.main(["--overdue"]) == 78
     assert ran(root) == []
     assert what in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["four"], ["one", "--all"], ["--all", "--changed"]])
+@pytest.mark.parametrize("arguments", [["four"], ["one", "--all"], ["--all", "--overdue"]])
 def test_wrong_arguments(root: Path, arguments: list[str]):
     with pytest.raises(SystemExit) as caught:
         nightly.main(arguments)

@@ -179,6 +179,7 @@ def test_an_sdist_without_a_tracked_file_is_no_release(repository: Path, tmp_pat
         release.build_twice(commit, tmp_path / "work", None, repository)
 
 
+@pytest.mark.slow
 def test_the_real_checkout_builds_to_the_same_bytes(made: tuple[Commit, Path, Path]):
     """`build_twice` has compared two places, times, umasks, time zones, locales and hash seeds."""
     commit, built, _ = made
@@ -194,6 +195,7 @@ def test_the_real_checkout_builds_to_the_same_bytes(made: tuple[Commit, Path, Pa
     assert headers.get_all("Project-URL") == [f"Repository, {URL}"]
 
 
+@pytest.mark.slow
 def test_a_release_names_its_own_wheel_by_hash(made: tuple[Commit, Path, Path]):
     """pip itself checks it, from the folder alone."""
     _, built, folder = made
@@ -215,6 +217,7 @@ def test_a_release_names_its_own_wheel_by_hash(made: tuple[Commit, Path, Path]):
     assert "DO NOT MATCH THE HASHES" in done.stderr
 
 
+@pytest.mark.slow
 def test_images_are_made_of_the_wheel_and_of_nothing_else(made: tuple[Commit, Path, Path]):
     _, built, folder = made
     (wheel,) = built.glob("*.whl")
@@ -232,6 +235,7 @@ def test_images_are_made_of_the_wheel_and_of_nothing_else(made: tuple[Commit, Pa
         assert text.split(" AS runtime")[1] == original.split(" AS runtime")[1]
 
 
+@pytest.mark.slow
 def test_a_recipe_that_copies_something_else_is_no_release(
     made: tuple[Commit, Path, Path], tmp_path: Path
 ):
@@ -249,6 +253,7 @@ def test_a_recipe_that_copies_something_else_is_no_release(
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
+@pytest.mark.slow
 def test_links_lead_to_files_of_the_release_or_of_its_source(made: tuple[Commit, Path, Path]):
     """A reader of the folder finds what its first pages name; other pages may name the source."""
     _, _, folder = made
@@ -266,6 +271,7 @@ def test_links_lead_to_files_of_the_release_or_of_its_source(made: tuple[Commit,
         assert all(((ROOT / name).parent / link).resolve().exists() for link in links), name
 
 
+@pytest.mark.slow
 def test_nothing_in_a_release_is_left_to_be_filled_in(made: tuple[Commit, Path, Path]):
     _, _, folder = made
     for path in folder.rglob("*"):
@@ -286,6 +292,7 @@ def test_a_placeholder_of_the_checkout_has_a_command_that_fills_it():
     assert f"- `{PLACEHOLDER}` is what `git remote get-url origin` prints" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_signed", [False, True])
 @pytest.mark.parametrize("is_offline", [False, True])
 def test_the_commands_of_the_install_page_are_those_of_the_folder(
@@ -309,6 +316,7 @@ def test_the_commands_of_the_install_page_are_those_of_the_folder(
     assert commit.id in page
 
 
+@pytest.mark.slow
 def test_checksums_are_of_every_file_and_sha256sum_takes_them(
     made: tuple[Commit, Path, Path], tmp_path: Path
 ):
@@ -331,6 +339,7 @@ def test_checksums_are_of_every_file_and_sha256sum_takes_them(
         release_proof.is_whole(machine)
 
 
+@pytest.mark.live
 def test_checksums_are_signed_and_the_signature_is_verified(tmp_path: Path):
     if shutil.which("minisign") is None:
         pytest.skip("needs Debian's package minisign")
@@ -451,6 +460,7 @@ def test_steps_after_a_failure_are_left_out_with_the_reason(
     assert ends == ["ok", "FAILED", "ok", "FAILED", "ok"]
 
 
+@pytest.mark.slow
 def test_a_release_with_a_failed_proof_has_no_name(
     repository: Path,
     tmp_path: Path,

@@ -1,8 +1,8 @@
 """Runs the steps that a commit need not wait for, and keeps a record of when each passed.
 
-A step names the tracked files that decide its outcome. The record has a hash of them, so that
-``.ci/run`` sees which steps a change concerns and runs these only. Standard library only; see
-``scripts/nightly`` for its use.
+A step names the tracked files that decide its outcome, and the record has a hash of them. A step is
+overdue when these files have changed since it passed, or when that is a month ago: ``.ci/run`` says
+so loudly, and fails nothing. Standard library only; see ``scripts/nightly`` for its use.
 """
 
 from __future__ import annotations
@@ -22,16 +22,37 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = Path(".ci/nightly.json")
 LOGS = Path(".nightly")
-FRESH = timedelta(hours=12)
-"""Time in which a resumed run does not repeat a step that passed."""
-STALE = timedelta(days=10)
+STALE = timedelta(days=30)
 TAIL_LINES = 60
+REPORT = "report: "
+"""Begins a line of a step's output that the night repeats, though the step has passed."""
 
 PYPROJECT = "pyproject.toml"
 DEPENDENCIES = tuple(
     f"{PYPROJECT}[{section}]"
     for section in ("project", "project.optional-dependencies", "dependency-groups")
 )
+CODE = ("edge/**", "edge_*/**", "engines/**", "export/**", "tests/**", *DEPENDENCIES)
+NEWEST = "CI=true PYTHON=python3.13 EDGE_LLM_VERSIONS=newest scripts/test"
+# A browser for the page, systemd for the units, Prometheus for the alerts, groff for the man page,
+# a registry and minisign for bundles, HAProxy and nginx for devices behind them.
+PROGRAMS = """\
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        chromium chromium-driver systemd prometheus shellcheck groff-base docker-registry \
+        minisign iproute2 haproxy nginx-light >/dev/null
+else
+    export EDGE_LLM_NO_PROGRAMS=1 # tests of those that are missing may skip: tests/skips.py
+fi
+"""
+# What a library's lowest version may change, and every verb. The rest is the same on every Python.
+OLDEST = """\
+tests/test_import.py tests/test_packaging.py tests/edge/backends/ort tests/edge/bundle \
+tests/edge/cli tests/edge/runtime/test_llm*.py tests/edge/runtime/test_structured_output.py \
+tests/edge/text tests/edge_fleet/cli tests/edge_fleet/registry tests/edge_fleet/test_signing.py \
+tests/edge_lab/cli tests/edge_make tests/edge_serve/api tests/edge_serve/cli \
+tests/edge_serve/http/test_guard.py tests/edge_serve/observe tests/export"""
 
 
 class InputError(Exception):
@@ -54,6 +75,14 @@ class Step:
 
 
 STEPS = (
+    Step("slow", f"{NEWEST} -m 'slow and not live'", CODE),
+    Step("live", f"{PROGRAMS}{NEWEST} -m live", (*CODE, "docs/monitoring/**", "scripts/**")),
+    Step(
+        "oldest",
+        "CI=true PYTHON=python3.10 EDGE_LLM_VERSIONS=lowest scripts/test"
+        f" -m 'not once and not live' {OLDEST}",
+        CODE,
+    ),
     Step(
         "locks",
         "tools/lock --check",
@@ -138,7 +167,7 @@ STEPS = (
     ),
     Step(
         "fleet",
-        "EDGE_LLM_FLEET=1 EDGE_LLM_TEST_PROCESSES=0 scripts/test tests/edge_fleet/devices",
+        "EDGE_LLM_FLEET=1 EDGE_LLM_TEST_PROCESSES=0 scripts/test --all tests/edge_fleet/devices",
         (
             "edge_fleet/devices/**",
             "edge_fleet/kubernetes/**",
@@ -148,7 +177,8 @@ STEPS = (
     ),
     Step(
         "python-3.12",  # of JetPack 7, with the locked versions
-        "PYTHON=python3.12 scripts/test -m 'not slow' tests/test_import.py tests/test_packaging.py"
+        "PYTHON=python3.12 scripts/test -m 'not slow and not live' tests/test_import.py"
+        " tests/test_packaging.py"
         " tests/test_docs.py tests/edge/cli tests/edge/runtime/test_llm*.py tests/edge/backends/ort"
         " tests/edge_serve/api/test_chat.py tests/export/test_pipeline.py"
         " tests/engines/builder/test_build.py",
@@ -161,7 +191,7 @@ STEPS = (
     ),
     Step(
         "lab",
-        "EDGE_LLM_PARITY=1 scripts/test lab",
+        "EDGE_LLM_PARITY=1 scripts/test --all lab",
         (
             "edge/backends/batching.py",
             "edge_lab/doctor/**",
@@ -268,26 +298,32 @@ def write_record(record: dict[str, Passed]) -> None:
     new.replace(path)
 
 
-def report_age(record: dict[str, Passed]) -> None:
-    """Print which step passed longest ago, loudly if that is more than ten days."""
-    never = [step.name for step in STEPS if step.name not in record]
-    old = {step.name: record[step.name] for step in STEPS if step.name in record}
-    if old:
-        name = max(old, key=lambda name: old[name].age())
-        print(f"nightly: the oldest step is {name}, {old[name]}")
-    stale = [name for name, passed in old.items() if passed.age() > STALE]
-    if never or stale:
-        what = [f"{name} never ran" for name in never]
-        what += [f"{name} is {old[name].age().days} days old" for name in stale]
-        print(f"!!!!!! NIGHTLY IS OVERDUE: {', '.join(what)}")
-        print(f"!!!!!! Run scripts/nightly and commit {RECORD}.", flush=True)
+def why_overdue(step: Step, record: dict[str, Passed]) -> str | None:
+    """Say why a step is to run again; None if it passed lately with these files."""
+    passed = record.get(step.name)
+    if passed is None:
+        return "never passed, or failed when it last ran"
+    if passed.inputs != hash_inputs(step):
+        return f"its files changed since it {passed}"
+    return f"it {passed}" if passed.age() > STALE else None
+
+
+def report_overdue(record: dict[str, Passed]) -> None:
+    """Print a loud line for each step that is overdue, and the command that runs them."""
+    overdue = {step.name: why for step in STEPS if (why := why_overdue(step, record))}
+    for name, why in overdue.items():
+        print(f"!!!!!! nightly: {name} is overdue: {why}")
+    if overdue:
+        print(f"!!!!!! nightly: run scripts/nightly and commit {RECORD}", flush=True)
+    else:
+        print("nightly: nothing is overdue", flush=True)
 
 
 def run_step(step: Step) -> Passed | None:
     """Run a step; its output goes into its log, whose end is printed if it fails."""
     (ROOT / LOGS).mkdir(exist_ok=True)
     log = LOGS / f"{step.name}.log"
-    print(f"nightly: {step.name} runs: {step.command} (output in {log})", flush=True)
+    print(f"nightly: {step.name} runs (output in {log})", flush=True)
     commit, inputs = _git("rev-parse", "--short=12", "HEAD").strip(), hash_inputs(step)
     began = time.monotonic()
     with (ROOT / log).open("wb") as output:
@@ -299,8 +335,11 @@ def run_step(step: Step) -> Passed | None:
     if code == 0 and hash_inputs(step) != inputs:
         print(f"nightly: {step.name} does not count, as its inputs changed while it ran")
         return None
+    lines = (ROOT / log).read_text("utf-8", errors="replace").splitlines()
+    for line in lines:
+        if line.startswith(REPORT):
+            print(f"nightly: {step.name}: {line.removeprefix(REPORT)}")
     if code:
-        lines = (ROOT / log).read_text("utf-8", errors="replace").splitlines()
         print(*lines[-TAIL_LINES:], sep="\n")
         print(f"nightly: {step.name} FAILED after {minutes} min with exit code {code}", flush=True)
         return None
@@ -309,27 +348,10 @@ def run_step(step: Step) -> Passed | None:
     return Passed(commit, date, minutes, inputs)
 
 
-def run_changed(record: dict[str, Passed]) -> int:
-    """Run the steps whose inputs differ from the record, and leave the record alone."""
-    failed = []
-    for step in STEPS:
-        passed = record.get(step.name)
-        if passed is not None and passed.inputs == hash_inputs(step):
-            print(f"nightly: {step.name} is skipped: {passed}")
-        elif run_step(step) is None:
-            failed.append(step.name)
-    report_age(record)
-    return _end(failed)
-
-
-def run(steps: Sequence[Step], record: dict[str, Passed], *, anew: bool) -> int:
-    """Run all steps, or those that did not pass lately, and write the record after each."""
+def run(steps: Sequence[Step], record: dict[str, Passed]) -> int:
+    """Run these steps, and write the record after each."""
     failed = []
     for step in steps:
-        passed = record.get(step.name)
-        if not anew and passed and passed.inputs == hash_inputs(step) and passed.age() < FRESH:
-            print(f"nightly: {step.name} is skipped: {passed}")
-            continue
         passed = run_step(step)
         if passed is None:
             failed.append(step.name)
@@ -337,11 +359,7 @@ def run(steps: Sequence[Step], record: dict[str, Passed], *, anew: bool) -> int:
         else:
             record[step.name] = passed
         write_record(record)
-    report_age(record)
-    return _end(failed)
-
-
-def _end(failed: list[str]) -> int:
+    report_overdue(record)
     if failed:
         print(f"nightly: failed: {', '.join(failed)}; the output is in {LOGS}/STEP.log")
     return bool(failed)
@@ -355,9 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--all", action="store_true", help="all steps, in any case")
     how.add_argument(
-        "--changed",
-        action="store_true",
-        help="those whose inputs differ from the record, which is not written",
+        "--overdue", action="store_true", help="print what is overdue, and run nothing"
     )
     how.add_argument("--list", action="store_true", help="print the steps and when each passed")
     given = parser.parse_args(arguments)
@@ -365,22 +381,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in given.steps if name not in names]
     if unknown:
         parser.error(f"no step is called {unknown[0]}; the steps are {', '.join(names)}")
-    if given.steps and (given.all or given.changed or given.list):
+    if given.steps and (given.all or given.overdue or given.list):
         parser.error("name steps, or give one of the options, but not both")
     record = read_record()
     try:
         for step in STEPS:
             hash_inputs(step)  # find a wrong pattern now and not after hours
         if given.list:
-            for name, step in names.items():
-                differs = name in record and record[name].inputs != hash_inputs(step)
-                print(f"{name}: {record.get(name, 'never ran')}{'; differs now' * differs}")
-            report_age(record)
+            for name in names:
+                print(f"{name}: {record.get(name, 'never passed')}")
+        if given.list or given.overdue:
+            report_overdue(record)
             return 0
-        if given.changed:
-            return run_changed(record)
-        chosen = [names[name] for name in given.steps] or STEPS
-        return run(chosen, record, anew=given.all or bool(given.steps))
+        chosen = [names[name] for name in given.steps]
+        if not chosen:
+            chosen = [step for step in STEPS if given.all or why_overdue(step, record)]
+        return run(chosen, record)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 78

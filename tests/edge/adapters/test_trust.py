@@ -165,6 +165,7 @@ def test_a_file_of_keys_that_cannot_be_used_opens_no_door(
         add(adapter, exported)
 
 
+@pytest.mark.live
 def test_the_commands_of_the_message_make_a_valid_signature(
     bundle: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

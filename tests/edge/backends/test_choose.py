@@ -267,6 +267,7 @@ def test_wsl_shows_a_gpu_by_the_library_of_windows(tmp_path: Path):
     assert find_gpu_node(tmp_path) == "/dev/dxg"
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     "verb",
     [

@@ -222,6 +222,7 @@ def test_text_that_repeats_takes_fewer_steps(table: EmbeddingTable) -> None:
     assert speculated.counts["accepted"] >= 20
 
 
+@pytest.mark.slow
 def test_the_distribution_of_sampled_answers_is_the_models_own(table: EmbeddingTable) -> None:
     """Chi-square of the fourth token over many seeds; most drafts of it are wrong."""
     prompt, num_runs = (1, 2, 3, 1, 2), 1500

@@ -210,6 +210,7 @@ def test_the_least_tokens_are_near_where_tokens_are_longest(path):
         assert Tokenizer.from_bytes(changed(path, **unbounded), TOKENS).least_tokens(text) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.timing
 @pytest.mark.parametrize("control", [False, True])
 def test_a_long_text_gets_the_same_ids_and_lets_others_run(

@@ -237,6 +237,7 @@ counts = st.sampled_from(["", "", "?", "{1,9}", "{9}", "+", "*"])
 branches = st.lists(st.tuples(atoms, counts).map("".join), min_size=1, max_size=7).map("".join)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(branches, min_size=1, max_size=4).map("|".join).filter(is_linear),

@@ -188,6 +188,7 @@ def test_a_picture_that_is_cut_off_is_refused(name: str):
         assert "damaged or cut off" in refused(data[: max(16, int(part * len(data)))])
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(sorted(GOOD)),
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=6),

@@ -55,6 +55,7 @@ def test_tiles_are_those_that_transformers_made(name: str, section: str):
         assert digest(pixels(data, section, limit)) == golden, limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", ["smolvlm", "internvl"])
 def test_tiles_of_published_models_are_those_that_transformers_made(section: str):
     for name in ("photo", "tall", "large"):

@@ -47,6 +47,7 @@ def as_json(*arguments: str | Path) -> Any:
     return json.loads(run(*arguments, "--json").stdout)
 
 
+@pytest.mark.live
 def test_sign_push_pull_verify_diff(tmp_path: Path):
     (tmp_path / "registry").mkdir()
     live = LiveRegistry(tmp_path / "registry")
@@ -85,6 +86,7 @@ def test_sign_push_pull_verify_diff(tmp_path: Path):
         live.kill()
 
 
+@pytest.mark.live
 def test_verify_says_what_it_knows(tmp_path: Path):
     mine = write_bundle(tmp_path / "tiny", FILES)
     assert run("verify", mine).stdout.endswith("not signed\n")
@@ -98,6 +100,7 @@ def test_verify_says_what_it_knows(tmp_path: Path):
         run("sign", mine, "--key", tmp_path / "a.key")
 
 
+@pytest.mark.live
 def test_a_release_is_signed_shown_and_held_to_what_is_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -160,6 +163,7 @@ class Later(datetime):
         return datetime(3000, 1, 1, tzinfo=timezone.utc)
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -181,6 +185,7 @@ def test_a_release_that_nobody_would_take_is_not_signed(
     assert "not signed" in run("verify", mine).stdout
 
 
+@pytest.mark.live
 def test_verify_names_unvouched_parts(
     tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -222,6 +227,7 @@ def test_verify_names_unvouched_parts(
         run("sign", mine, "--engine", "sm87", "--key", key)
 
 
+@pytest.mark.live
 def test_passwords_are_asked_for_or_read_and_never_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -227,6 +227,7 @@ def fetched_weights(hub: Hub) -> set[str]:
     return {path for verb, path in hub.requests if verb == "GET" and "safetensors" in path}
 
 
+@pytest.mark.live
 def test_what_a_pull_takes_is_said_before_it_begins(hub: Hub, tmp_path: Path):
     asked = pull_from(hub, tmp_path, "deepseek-r1:1.5b", "--dry-run")
     assert asked.returncode == 0, asked.stderr
@@ -257,6 +258,7 @@ def test_what_a_pull_takes_is_said_before_it_begins(hub: Hub, tmp_path: Path):
     assert cached.stdout.startswith("already downloaded; the bundle takes about ")
 
 
+@pytest.mark.slow
 def test_a_short_name_means_what_others_quantized_too(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -303,6 +305,7 @@ def export_of(target: Path, model: str, **changes: object) -> Path:
     return target
 
 
+@pytest.mark.live
 def test_what_a_team_pushes_is_what_it_pulls(
     edge_llm: EdgeLlm, shelf: Path, team: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -342,6 +345,7 @@ def test_what_a_team_pushes_is_what_it_pulls(
     assert "1.5b-int4-jetpack6, signed" in edge_llm("pull", "1.5b", "--force", "--dry-run").err
 
 
+@pytest.mark.live
 def test_what_is_not_signed_is_neither_taken_nor_exported(
     edge_llm: EdgeLlm, shelf: Path, team: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -354,6 +358,7 @@ def test_what_is_not_signed_is_neither_taken_nor_exported(
     assert "trusts keys: nothing here builds or runs the bundle until it is signed" in exported.err
 
 
+@pytest.mark.live
 def test_the_hub_is_next_and_a_line_says_why(
     edge_llm: EdgeLlm, shelf: Path, team: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -389,6 +394,7 @@ def test_the_hub_is_next_and_a_line_says_why(
     )
 
 
+@pytest.mark.live
 def test_a_quantized_checkpoint_is_found_by_its_hub_id(
     edge_llm: EdgeLlm, shelf: Path, team: str, tmp_path: Path
 ):
@@ -419,6 +425,7 @@ def test_a_quantized_checkpoint_is_found_by_its_hub_id(
     assert read_manifest(before).quantization.name == "source"
 
 
+@pytest.mark.live
 def test_a_registry_that_refuses_the_credentials_says_the_ways_out(
     edge_llm: EdgeLlm, shelf: Path, team: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -437,6 +444,7 @@ def test_a_registry_that_refuses_the_credentials_says_the_ways_out(
     assert "--from hub does not ask it, nor does edge-llm without EDGE_LLM_REGISTRY" in refused
 
 
+@pytest.mark.live
 def test_a_bundle_without_a_hub_id_needs_a_name(edge_llm: EdgeLlm, team: str, tmp_path: Path):
     mine = write_bundle(tmp_path / "mine", SMALL)
     assert "was exported from tiny and not from a hub" in error_line(

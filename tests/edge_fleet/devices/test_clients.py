@@ -109,6 +109,7 @@ def fleet(
         assert not by_router or answers(told["metrics_port"], "router")
 
 
+@pytest.mark.live
 def test_a_chat_whole_and_streamed(fleet: Fleet):
     whole = fleet.chats.create(**_ASKED).choices[0]
     assert whole.message.content.startswith(_TEXT)
@@ -122,6 +123,7 @@ def test_a_chat_whole_and_streamed(fleet: Fleet):
     assert chunks[1][1] - began < (chunks[-1][1] - began) / 2  # as they were made
 
 
+@pytest.mark.slow
 def test_a_tool_call_comes_back_as_one(fleet: Fleet):
     told = fleet.chats.create(**_ASKED, tools=[WEATHER]).choices[0]
     with fleet.chats.stream(**_ASKED, tools=[WEATHER]) as stream:
@@ -157,6 +159,7 @@ def test_refused_requests_change_nobodys_health(fleet: Fleet):
     assert fleet.states() == {"a": "ready", "b": "ready"}
 
 
+@pytest.mark.slow
 @pytest.mark.timing
 def test_a_frozen_device_costs_no_whole_answer_and_its_streams_break(fleet: Fleet):
     homes: dict[str, str] = {}

@@ -36,7 +36,7 @@ from tests.edge_serve.processes import Child, scripted_child
 from tests.edge_serve.scripted import running, until
 from tests.ports import free_port
 
-pytestmark = needs_haproxy
+pytestmark = [pytest.mark.live, needs_haproxy]
 _STEP_S = 0.02
 _JSON = {"Content-Type": "application/json"}
 

@@ -63,6 +63,7 @@ def test_a_state_directory_that_cannot_be_made_is_named(
     assert "cannot write /proc/no-fleet" in error_line(edge_llm("fleet", "check", file), 64)
 
 
+@pytest.mark.live
 def test_devices_that_serve_other_bundles_are_told(
     tmp_path: Path,
     edge_llm: Run,  # noqa: F811

@@ -20,6 +20,8 @@ from tests.conftest import Bundles
 from tests.edge_serve.http.test_connections import chat_request
 from tests.edge_serve.scripted import running, until
 
+pytestmark = pytest.mark.live
+
 ROOT = Path(__file__).parents[3]
 MANIFESTS = ROOT / "edge_fleet" / "kubernetes"
 VERSIONS = ("1.28", "1.34")

@@ -107,6 +107,7 @@ def client(server: Server | Drip, credentials: Credentials | None = USER) -> Reg
     return Registry(parse_reference(f"{server.address}/r1"), credentials=credentials)
 
 
+@pytest.mark.live
 def test_a_password_is_sent_when_it_is_asked_for(serve: Callable[..., Server]):
     def answer(_: str, headers: dict[str, str]) -> Answer:
         if headers.get("Authorization") != BASIC:
@@ -126,6 +127,7 @@ def test_a_password_is_sent_when_it_is_asked_for(serve: Callable[..., Server]):
         registry.manifest("v1")
 
 
+@pytest.mark.live
 def test_a_token_is_fetched_where_the_registry_says(serve: Callable[..., Server]):
     def tokens(path: str, headers: dict[str, str]) -> Answer:
         assert "scope=repository%3Ar1%3Apull" in path
@@ -150,6 +152,7 @@ def test_a_token_is_fetched_where_the_registry_says(serve: Callable[..., Server]
         registry.manifest("v1")
 
 
+@pytest.mark.live
 def test_a_redirect_gets_the_blob_and_no_credentials(serve: Callable[..., Server]):
     blob = b"weights"
     store = serve(lambda *_: (200, {}, blob))
@@ -164,6 +167,7 @@ def test_a_redirect_gets_the_blob_and_no_credentials(serve: Callable[..., Server
     assert store.asked == [("/elsewhere", None)]
 
 
+@pytest.mark.live
 def test_redirects_end(serve: Callable[..., Server]):
     server = serve(lambda *_: (302, {"Location": "/again"}, b""))
     with client(server) as registry, pytest.raises(RegistryError, match="is not followed"):
@@ -174,6 +178,7 @@ def test_redirects_end(serve: Callable[..., Server]):
         registry.blob(digest_of(b""), 0)
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     "challenge",
     ["", "Negotiate", "Bearer", 'Bearer realm="file:///etc/passwd"', 'Bearer realm=""'],
@@ -184,6 +189,7 @@ def test_an_unknown_challenge_is_refused(serve: Callable[..., Server], challenge
         registry.manifest("v1")
 
 
+@pytest.mark.live
 def test_a_registry_that_is_busy_is_asked_again(
     serve: Callable[..., Server], quick: Callable[[], list[float]]
 ):
@@ -199,6 +205,7 @@ def test_a_registry_that_is_busy_is_asked_again(
     assert "\x1b" not in str(caught.value)
 
 
+@pytest.mark.live
 def test_a_line_that_breaks_is_waited_for_once_something_has_come(
     serve: Callable[..., Server], quick: Callable[[], list[float]]
 ):
@@ -218,6 +225,7 @@ def test_a_line_that_breaks_is_waited_for_once_something_has_come(
             registry.manifest("v1")
 
 
+@pytest.mark.live
 def test_retries_end_after_two_minutes_however_long_each_takes(
     serve: Callable[..., Server], quick: Callable[[], list[float]]
 ):
@@ -237,6 +245,7 @@ def test_retries_end_after_two_minutes_however_long_each_takes(
     assert len(server.asked) <= 1 + 4
 
 
+@pytest.mark.live
 def test_a_certificate_that_does_not_hold_is_named_at_once_with_the_clock(
     serve: Callable[..., Server], quick: Callable[[], list[float]], tmp_path: Path
 ):
@@ -270,6 +279,7 @@ def test_a_certificate_that_does_not_hold_is_named_at_once_with_the_clock(
     assert len(quick()) == 3
 
 
+@pytest.mark.live
 def test_a_token_is_asked_for_again(serve: Callable[..., Server], quick: Callable[[], list[float]]):
     statuses = [200, 503, 0]
     token_server = serve(lambda *_: (statuses.pop(), {}, b'{"token": "t0"}'))
@@ -284,12 +294,14 @@ def test_a_token_is_asked_for_again(serve: Callable[..., Server], quick: Callabl
     assert quick() == [0.5, 1.0]
 
 
+@pytest.mark.live
 def test_a_manifest_without_end_is_refused(serve: Callable[..., Server]):
     server = serve(lambda *_: (200, {}, bytes(5 << 20)))
     with client(server) as registry, pytest.raises(IntegrityError, match="is longer than"):
         registry.manifest("v1")
 
 
+@pytest.mark.live
 def test_a_manifest_that_breaks_off_is_asked_for_again(
     serve: Callable[..., Server], quick: Callable[[], list[float]]
 ):
@@ -307,6 +319,7 @@ def test_a_manifest_that_breaks_off_is_asked_for_again(
     assert len(server.asked) == 3 + len(quick()) - 1
 
 
+@pytest.mark.live
 def test_a_broken_upload_is_begun_again_in_another_place(
     serve: Callable[..., Server], quick: Callable[[], list[float]]
 ):
@@ -329,6 +342,7 @@ def test_a_broken_upload_is_begun_again_in_another_place(
     assert caught.value.exit_code == 75
 
 
+@pytest.mark.live
 def test_a_slow_line_has_its_time_for_each_piece(monkeypatch: pytest.MonkeyPatch):
     """All together may take longer than a connect: 16 MiB at 12 MB/s, and 0.7 s for each piece."""
     monkeypatch.setattr(clients, "_CONNECT_S", 0.7)
@@ -361,6 +375,7 @@ def test_a_slow_line_has_its_time_for_each_piece(monkeypatch: pytest.MonkeyPatch
     assert got == [0, len(blob)]
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("place", ["https://[bad/", "http://a.b:99999/"])
 def test_a_place_that_is_no_address_is_refused(serve: Callable[..., Server], place: str):
     def answer(path: str, _: object) -> Answer:
@@ -392,6 +407,7 @@ def test_a_registry_is_known_by_any_spelling_of_its_address(url: str, same: bool
     assert (clients._origin(url) == clients._origin("https://a.b")) == same
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("scheme", ["http://", ""])
 def test_a_proxy_gets_the_password_of_its_address(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, scheme: str
@@ -412,6 +428,7 @@ def test_a_proxy_gets_the_password_of_its_address(
     assert proxy.asked[0][0].startswith("http://registry.example.com/v2/r1/manifests")
 
 
+@pytest.mark.live
 def test_each_host_is_asked_through_the_proxy_or_not(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ):
@@ -686,6 +703,7 @@ class Drip:
 _BODY = b"HTTP/1.1 200 OK\r\nContent-Length: 4000000\r\n\r\n"
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     "begin",
     [
@@ -711,6 +729,7 @@ def test_a_registry_that_drips_is_not_followed_for_ever(
     assert "run the same again later" in str(caught.value)
 
 
+@pytest.mark.live
 def test_a_head_that_drips_is_hung_up_on(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(clients, "_READ_S", 0.5)  # a byte comes well within that, again and again
     monkeypatch.setattr(clients, "_TRIES", 2)
@@ -723,6 +742,7 @@ def test_a_head_that_drips_is_hung_up_on(monkeypatch: pytest.MonkeyPatch):
         drip.close()
 
 
+@pytest.mark.live
 def test_a_slow_line_is_judged_by_what_all_its_connections_bring(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ):

@@ -39,6 +39,8 @@ from tests.makers.keys import Key, make_key
 
 from .live import FILES, SMALL, LiveRegistry, write_bundle
 
+pytestmark = pytest.mark.live
+
 
 @pytest.fixture
 def key() -> Key:

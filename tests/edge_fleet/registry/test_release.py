@@ -117,6 +117,7 @@ def test_a_bundle_is_taken_from_the_repository_that_it_is_for(
         check_name(release, reference)
 
 
+@pytest.mark.live
 def test_a_bundle_of_another_repository_is_neither_sent_nor_fetched(
     reference: Reference, registry: Registry, tmp_path: Path
 ):

@@ -44,6 +44,8 @@ from tests.makers.keys import make_key, minisign
 from tests.makers.tiny_adapters import write_adapter
 from tests.makers.tiny_models import _write_safetensors, write_checkpoint
 
+pytestmark = pytest.mark.live
+
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 LINEARS = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)

@@ -40,6 +40,8 @@ from edge_make.key_file import make_key as make_device_key
 from tests.makers.keys import Key, make_key
 from tests.ports import free_port
 
+pytestmark = pytest.mark.live
+
 ORIGIN = b"the registry's manifest of the new bundle"
 DIGEST = f"sha256:{hashlib.sha256(ORIGIN).hexdigest()}"
 REFERENCE = f"registry.example.com/models/r1@{DIGEST}"

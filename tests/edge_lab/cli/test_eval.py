@@ -63,6 +63,7 @@ def test_a_bundle_against_itself(tiny_bundles):
         assert row["value_error"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_fewer_bits_are_further_away(tiny_bundles, tmp_path: Path):
     int8, int4, fp16 = (tiny_bundles("qwen2", "portable", q) for q in ("int8", "int4", "fp16"))
     page = tmp_path / "report.html"
@@ -126,6 +127,7 @@ def test_rounded_activations_lose_more(tiny_bundles):
     assert "bundle_alone" not in plain | rounded
 
 
+@pytest.mark.slow
 def test_activations_are_measured_as_they_are_served(tiny_bundles):
     """By default the figures are those that a service has; the bundle's own are beside them."""
     int4, fp16 = (tiny_bundles("qwen2", "portable", quant) for quant in ("int4", "fp16"))
@@ -142,6 +144,7 @@ def test_activations_are_measured_as_they_are_served(tiny_bundles):
     assert "KL, mean: the bundle alone" in shown
 
 
+@pytest.mark.slow
 def test_a_float_reference_is_opened_once(tiny_bundles, monkeypatch: pytest.MonkeyPatch):
     """One with integer weights is opened as the bundle beside it is."""
     opened: list[tuple[str, bool | None]] = []

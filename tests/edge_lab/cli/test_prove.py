@@ -122,6 +122,7 @@ def test_many_devices_make_one_table(edge_llm: EdgeLlm, tmp_path: Path):
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["AGX"] * 3 + ["NX"] * 3
 
 
+@pytest.mark.live
 def test_a_signature_is_one_that_minisign_checks(edge_llm: EdgeLlm, steps: Steps, tmp_path: Path):
     need_minisign()
     key = make_key_pair(tmp_path / "my.key", tmp_path / "my.pub", "")
@@ -132,6 +133,7 @@ def test_a_signature_is_one_that_minisign_checks(edge_llm: EdgeLlm, steps: Steps
     assert minisign("-V", "-p", tmp_path / "my.pub", "-m", report).returncode == 0
 
 
+@pytest.mark.live
 def test_a_key_that_is_none_is_refused_before_the_run(
     edge_llm: EdgeLlm, steps: Steps, tmp_path: Path
 ):

@@ -32,6 +32,7 @@ def test_tensorrt_for_rtx_builds_every_scheme() -> None:
         assert verdict.detail == "built"  # no driver here opens the plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "refused"),
     [

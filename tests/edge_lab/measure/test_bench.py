@@ -230,11 +230,9 @@ def test_a_wait_that_spins_shows_as_cpu_time_and_one_that_sleeps_does_not(tiny: 
         found: float = summarize(samples, config)["cpu_s_per_step"]
         return found
 
-    spun = measure(spin)
-    # Other threads of this process add to it, for once.
-    slept = min(measure(lambda: time.sleep(wait_s)) for _ in range(3))
-    assert spun >= wait_s
-    assert slept < spun / 2
+    assert measure(spin) >= wait_s
+    # Other threads of this process, and a busy machine, add to it now and then.
+    assert any(measure(lambda: time.sleep(wait_s)) < wait_s / 2 for _ in range(50))
 
 
 # ----------------------------------------------------------------------------- comparison
@@ -481,6 +479,7 @@ def test_the_table_names_the_mode_that_it_ran_in(
     assert f"on {board}, MINE: batch 1" in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_a_slowdown_beyond_the_limit_fails(
     tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -504,6 +503,7 @@ def test_a_slowdown_beyond_the_limit_fails(
     assert run_verb(bundle, "--against", str(saved), *SMALL).exit_code == 0  # no limit, no gate
 
 
+@pytest.mark.slow
 def test_a_slowdown_within_the_noise_passes_the_limit(
     tiny_bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -98,6 +98,7 @@ def test_a_program_is_a_module_of_its_own(future: str, annotation: str):
     assert check_program(ProgramItem(ITEM.question, tests), program) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "statement",
     [
@@ -113,6 +114,7 @@ def test_an_endless_program_is_ended(statement: str, monkeypatch: pytest.MonkeyP
     assert "more than 0.3 s" in found
 
 
+@pytest.mark.slow
 def test_a_program_that_sleeps_is_wrong_and_one_that_is_held_up_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -86,6 +86,7 @@ def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(evaluate, [str(each) for each in arguments], env=wide)
 
 
+@pytest.mark.slow
 def test_all_ways_of_a_tiny_bundle(tiny_bundles, task: Path, tmp_path: Path):
     page = tmp_path / "ways.html"
     given = ("--task", task, "--max-tokens", 12, "--vote", 3, "--seed", 3)

@@ -212,6 +212,7 @@ def test_thresholds_that_mean_nothing_are_refused(bundle: Path, option: str, val
     assert option in result.stderr
 
 
+@pytest.mark.slow
 def test_prompts_of_ones_own(bundle: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("abc\n\nd\x0ce\n", encoding="utf-8")  # two lines

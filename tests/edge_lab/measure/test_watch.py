@@ -355,6 +355,7 @@ def stub() -> Iterator[Stub]:
         yield server
 
 
+@pytest.mark.live
 def test_a_server_is_asked_at_temperature_0(stub: Stub):
     answerer = ServerAnswerer(stub.url, api_key=KEY, model="r1")
     assert answerer.answer("Where?", 9) == ModelAnswer("Paris", "", 3, "stop")
@@ -371,6 +372,7 @@ def test_a_server_is_asked_at_temperature_0(stub: Stub):
     ]
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     ("status", "error"),
     [(401, ConfigError), (404, ConfigError), (429, BackendError), (503, BackendError)],
@@ -381,12 +383,14 @@ def test_a_refusal_is_printed(status: int, error: type[Exception], stub: Stub):
         ServerAnswerer(stub.url).answer("Where?", 9)
 
 
+@pytest.mark.live
 def test_a_redirect_is_not_followed(stub: Stub):
     stub.status = 302
     with pytest.raises(ConfigError, match="answered 302"):
         ServerAnswerer(stub.url, api_key=KEY).answer("Where?", 9)
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("reply", [b"", b"no JSON", {}, {"choices": []}, [1], {"choices": 3}])
 def test_an_answer_of_another_form_is_refused(reply: Any, stub: Stub):
     stub.reply = reply
@@ -394,6 +398,7 @@ def test_an_answer_of_another_form_is_refused(reply: Any, stub: Stub):
         ServerAnswerer(stub.url).answer("Where?", 9)
 
 
+@pytest.mark.live
 def test_no_server_and_no_address():
     with _serving() as stub:
         url = stub.url
@@ -404,6 +409,7 @@ def test_no_server_and_no_address():
             ServerAnswerer(wrong)
 
 
+@pytest.mark.live
 def test_the_proxy_of_the_environment_is_not_asked(stub: Stub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert ServerAnswerer(stub.url).answer("Where?", 9).text == "Paris"
@@ -503,6 +509,7 @@ def test_two_bundles(tiny_bundles: Bundles, golden: Path):
     assert figures["wrong_rate"]["p_value"] is not None
 
 
+@pytest.mark.live
 def test_missing_baselines_are_recorded_once(stub: Stub, golden: Path, tmp_path: Path):
     baseline, traffic, state = (tmp_path / name for name in ("b.json", "t.json", "s.json"))
     keys = tmp_path / "keys"
@@ -556,6 +563,7 @@ def test_missing_baselines_are_recorded_once(stub: Stub, golden: Path, tmp_path:
         run(*arguments)
 
 
+@pytest.mark.live
 def test_files_are_looked_at_before_anything_is_asked(stub: Stub, golden: Path, tmp_path: Path):
     baseline, missing = tmp_path / "b.json", tmp_path / "missing" / "file"
     server = ("--server", stub.url, "--golden", golden, "--text-tokens", "0")
@@ -572,6 +580,7 @@ def test_files_are_looked_at_before_anything_is_asked(stub: Stub, golden: Path, 
     assert not stub.bodies
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("option", ["--baseline", "--traffic", "--state"])
 def test_a_closed_directory_is_refused_before_anything_is_asked(
     option: str, stub: Stub, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -593,6 +602,7 @@ def test_a_closed_directory_is_refused_before_anything_is_asked(
     assert not stub.bodies
 
 
+@pytest.mark.live
 def test_a_changed_golden_set_is_reported_and_traffic_still_compared(
     stub: Stub, golden: Path, tmp_path: Path
 ):

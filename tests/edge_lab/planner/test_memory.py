@@ -146,6 +146,7 @@ def test_integers_take_less_than_floats_on_the_cpu(quant: str):
     assert on_cpu / on_gpu == pytest.approx(factor, abs=0.03)
 
 
+@pytest.mark.slow
 def test_a_process_takes_what_was_planned(smollm2_bundle: Path):
     """SmolLM2 in fp16 with a full cache, in a process of its own: within 10 %."""
     require_kernels("native")  # what the plan was fitted to; 1.23 takes 130 MB less

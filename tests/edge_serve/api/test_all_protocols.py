@@ -166,6 +166,7 @@ def test_without_a_limit_an_answer_goes_on_until_the_context_is_full(live: Live)
     assert live.ask(MESSAGES, missing).status == 400
 
 
+@pytest.mark.live
 def test_reasoning_is_turned_on_where_the_template_leaves_it_off(tool_bundle: Path, tmp_path: Path):
     """As Cogito's does."""
     bundle = Path(shutil.copytree(tool_bundle, tmp_path / "tiny"))
@@ -297,6 +298,7 @@ def paths_of_the_app(live: Live) -> set[str]:
     return set(live.ask("/openapi.json", headers=ALICE).json["paths"])
 
 
+@pytest.mark.live
 def test_every_new_path_needs_a_key_and_is_documented(strict: Live):
     new = {path for path in paths_of_the_app(strict) if path.startswith("/api/")} | set(TEXTS)
     others = ("tags", "ps", "version", "show", "embed", "embeddings")
@@ -315,6 +317,7 @@ def test_every_new_path_needs_a_key_and_is_documented(strict: Live):
         )
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("path", TEXTS)
 def test_the_limits_of_bodies(strict: Live, path: str):
     def status(given: Any = None, raw: bytes | None = None, **headers: str) -> int:
@@ -349,6 +352,7 @@ def test_the_limits_of_bodies(strict: Live, path: str):
         assert b" 408 " in sock.recv(4096).split(b"\r\n")[0]
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("path", [path for path in TEXTS if path != COUNT])
 def test_each_request_counts_for_its_key_and_in_the_metrics(strict: Live, path: str):
     def counted(name: str) -> float:

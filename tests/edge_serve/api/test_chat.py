@@ -474,6 +474,7 @@ def test_a_stream_tells_how_far_the_prompt_has_been_read(live: Live, path: str):
     )  # the second sample found the first's rows
 
 
+@pytest.mark.live
 def test_a_waiting_client_is_told_how_many_are_ahead(tiny_bundles: Bundles):
     one = running(tiny_bundles("qwen2"), llm={"num_slots": 1})
     with one as live, ThreadPoolExecutor(4) as threads:

@@ -185,6 +185,7 @@ def coder(code_bundle: Path) -> Iterator[Live]:
         yield service
 
 
+@pytest.mark.live
 def test_a_suffix_asks_for_what_comes_before_it(coder: Live):
     wanted = ["the world", "the start"]
     prompts = ["def hello(", ""]
@@ -203,6 +204,7 @@ def test_a_suffix_asks_for_what_comes_before_it(coder: Live):
         assert "".join(parts) == wanted[index // 2]
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -17,6 +17,8 @@ from tests.conftest import Bundles
 from tests.edge_serve.attacker import post
 from tests.edge_serve.scripted import Live, running, until
 
+pytestmark = pytest.mark.live
+
 pytest.importorskip("llguidance")
 
 

@@ -22,6 +22,8 @@ from tests.edge_serve.api.weather import CALL, QUESTION, WEATHER
 from tests.edge_serve.scripted import HERMES_TEMPLATE, Live, running
 from tests.makers.tiny_models import BOS, BOS_ID, CHAT_TEMPLATE, CONTROL_IDS, EOS, EOS_ID
 
+pytestmark = pytest.mark.live
+
 TOKENS = Tokens(BOS_ID, BOS, (EOS_ID,), EOS, add_bos=True)
 PLAIN = ChatTemplate(CHAT_TEMPLATE, TOKENS)
 OWN = ChatTemplate(HERMES_TEMPLATE, TOKENS)

@@ -21,6 +21,8 @@ from tests.edge_serve.scripted import Live, ScriptedEngine, running, until
 from tests.makers.goldens import PoolingGolden, assert_close
 from tests.makers.tiny_pooling import PAIRS, PROMPTS, TEXTS
 
+pytestmark = pytest.mark.live
+
 ATOL = 1e-5
 CHAT = [{"role": "user", "content": "hello"}]
 

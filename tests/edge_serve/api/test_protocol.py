@@ -279,6 +279,7 @@ def service(tool_bundle: Path) -> Iterator[Live]:
         yield live
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     ("path", "field"), [(path, field) for path, pairs in PAIRS.items() for field in pairs]
 )
@@ -291,6 +292,7 @@ def test_a_field_makes_a_difference_or_the_list_says_why_not(
     )
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     ("path", "added"),
     [
@@ -321,6 +323,7 @@ def test_what_routers_add_changes_nothing(service: Live, path: str, added: str):
     assert [answer.status for answer in answers] == [200, 200], answers[1].body
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     ("field", "value"), [("no_stop_trim", True), ("skip_special_tokens", False), ("stream_x", 1)]
 )
@@ -332,6 +335,7 @@ def test_another_value_of_what_routers_add_is_refused_by_name(
     assert json.loads(answer.body)["error"]["param"] == field
 
 
+@pytest.mark.live
 def test_unknown_fields_are_ignored_and_counted_where_the_operator_says_so(tool_bundle: Path):
     with running(tool_bundle, unknown_fields="ignore") as live:
         given = {**BASES[CHAT], "added_by_a_gateway": [1], "and_this": None}

@@ -6,8 +6,12 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from tests.conftest import Bundles
 from tests.edge_serve.scripted import running
+
+pytestmark = pytest.mark.live
 
 
 def test_scoring_on_a_slow_engine_does_not_count_as_a_stall(tiny_bundles: Bundles):

@@ -206,6 +206,7 @@ def test_families_are_read_from_templates():
     assert syntax_of(XML_TEMPLATE) is None
 
 
+@pytest.mark.live
 def test_tools_are_refused_where_calls_are_xml(tool_bundle: Path, tmp_path: Path):
     bundle = tmp_path / "tiny"
     shutil.copytree(tool_bundle, bundle)
@@ -236,6 +237,7 @@ def ask(live: Live, answer: str, **fields: Any) -> Any:
     return live.chat(temperature=0, tools=tools, **fields)
 
 
+@pytest.mark.live
 def test_a_call_instead_of_an_answer(tools: Live):
     choice = ask(tools, f"Let me look.\n{CALL}").json["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
@@ -252,6 +254,7 @@ def test_a_call_instead_of_an_answer(tools: Live):
     assert (plain["message"]["content"], plain["finish_reason"]) == ("It is sunny.", "stop")
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_without_its_end_mark_ends_the_turn(tools: Live, stream: bool):
     """The model ends before the mark, or the mark is a stop string."""
@@ -271,6 +274,7 @@ def test_a_call_without_its_end_mark_ends_the_turn(tools: Live, stream: bool):
         assert json.loads(call["function"]["arguments"]) == {"city": "Bern"}
 
 
+@pytest.mark.live
 def test_a_cut_answer_has_no_call_that_lacks_its_end_mark(tools: Live):
     open_call = CALL.removesuffix("</tool_call>").rstrip()
     tokens = len(tools.engine.llm.tokenizer.encode(open_call, add_bos=False))
@@ -280,6 +284,7 @@ def test_a_cut_answer_has_no_call_that_lacks_its_end_mark(tools: Live):
     assert choice["message"].get("tool_calls") is None
 
 
+@pytest.mark.live
 def test_calls_in_a_stream(tools: Live):
     events = ask(tools, f"Hm.\n{CALL}\n{hermes('clock', {})}", stream=True).events[:-1]
     deltas = [event["choices"][0]["delta"] for event in events]
@@ -291,6 +296,7 @@ def test_calls_in_a_stream(tools: Live):
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.live
 def test_one_call_at_a_time(tools: Live):
     answer = f"{CALL}\n{hermes('clock', {})} and then much more text"
     assert len(ask(tools, answer).json["choices"][0]["message"]["tool_calls"]) == 2
@@ -300,6 +306,7 @@ def test_one_call_at_a_time(tools: Live):
     assert tools.idle()
 
 
+@pytest.mark.slow
 def test_an_answer_that_ends_with_its_call_does_not_count_as_cancelled(tools: Live):
     pytest.importorskip("llguidance")
 
@@ -323,6 +330,7 @@ def test_an_answer_that_ends_with_its_call_does_not_count_as_cancelled(tools: Li
     assert outcomes() == {**before, "stop": before.get("stop", 0) + 4}
 
 
+@pytest.mark.live
 def test_a_call_and_its_result_go_back_into_the_prompt(tools: Live):
     call = ask(tools, CALL).json["choices"][0]["message"]
     messages = [*QUESTION, call, {"role": "tool", "content": "sun", "tool_call_id": "x"}]
@@ -343,6 +351,7 @@ def test_a_call_and_its_result_go_back_into_the_prompt(tools: Live):
     assert (wrong.status, wrong.json["error"]["param"]) == (400, "messages[1].tool_calls")
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("arguments", [None, "", "Bern", ["a"], '{"city": "Bern"}'])
 def test_what_is_answered_can_be_sent_back(tools: Live, arguments: Any):
     message = ask(tools, hermes("weather", arguments)).json["choices"][0]["message"]
@@ -352,6 +361,7 @@ def test_what_is_answered_can_be_sent_back(tools: Live, arguments: Any):
     assert again.status == 200, again.body
 
 
+@pytest.mark.live
 def test_a_call_that_must_come(tools: Live):
     for choice, names in (
         ("required", {"weather", "clock"}),
@@ -385,6 +395,7 @@ def strict(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {**tool["function"], "strict": True}}
 
 
+@pytest.mark.live
 def test_arguments_of_a_strict_tool_keep_to_its_schema_where_a_call_need_not_come(tools: Live):
     pytest.importorskip("llguidance")
     jsonschema = pytest.importorskip("jsonschema")
@@ -418,6 +429,7 @@ FORM = {"type": "object", "properties": {"city": {"type": "string"}}, "required"
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": FORM}}
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("offered", [[WEATHER, CLOCK], [strict(WEATHER), CLOCK]])
 @pytest.mark.parametrize("form", [SCHEMA, {"type": "json_object"}])
 @pytest.mark.parametrize("stream", [False, True])
@@ -458,6 +470,7 @@ def test_a_form_leaves_the_place_of_calls(tools: Live, offered: Any, form: Any, 
     assert (text[:1], calls) == ("{", [])
 
 
+@pytest.mark.live
 def test_an_answer_that_has_begun_may_still_call(tools: Live):
     def begin(content: str, rest: str, **fields: Any) -> tuple[int, Any]:
         messages = [*QUESTION, {"role": "assistant", "content": content}]
@@ -590,6 +603,7 @@ def picking(value: dict[str, Any], *more: dict[str, Any]) -> list[dict[str, Any]
     return [{"type": "function", "function": {"name": "pick", "parameters": parameters}}, *more]
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize(
     ("value", "is_kept"),
@@ -621,6 +635,7 @@ def test_a_required_tool_that_is_not_strict_keeps_the_enforceable_schema(
     assert answer.status == (200 if value.get("format") == "int32" else 400), answer.body
 
 
+@pytest.mark.live
 def test_an_unenforceable_schema_does_not_loosen_others(
     tools: Live, monkeypatch: pytest.MonkeyPatch
 ):
@@ -687,6 +702,7 @@ def test_unbindable_calls_are_refused_by_name():
         assert use_of({**request, name: free}, DEEPSEEK_TEMPLATE).output is None
 
 
+@pytest.mark.live
 def test_tokenize_and_chat_show_the_template_the_same_tools(tools: Live):
     """``strict`` is for the server; a key that was not sent is not shown as null."""
     body = {"messages": QUESTION, "tools": [strict(CLOCK)]}

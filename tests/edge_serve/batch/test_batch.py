@@ -30,6 +30,8 @@ from tests.edge_serve.batch.stub import Stub, read_rows, stub, write_requests
 from tests.edge_serve.scripted import ScriptedEngine, running
 from tests.ports import free_port
 
+pytestmark = pytest.mark.live
+
 CHAT = [{"role": "user", "content": "hello"}]
 
 

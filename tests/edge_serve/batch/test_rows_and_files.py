@@ -278,6 +278,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path):
     assert path.stat().st_size == 202
 
 
+@pytest.mark.slow
 def test_a_long_file_is_held_by_its_numbers_only(tmp_path: Path):
     """300,000 rows of half a kilobyte, half of them done, in a few bytes each."""
     script = (

@@ -43,6 +43,7 @@ def test_text_is_escaped_for_roff():
     ]
 
 
+@pytest.mark.live
 def test_groff_finds_no_fault():
     if shutil.which("groff") is None:
         pytest.skip("needs groff")

@@ -24,6 +24,8 @@ from tests.edge_serve.attacker import post
 from tests.edge_serve.scripted import Live, running, until
 from tests.edge_serve.test_admission import CHAT
 
+pytestmark = pytest.mark.live
+
 CHAT_PATH = "/v1/chat/completions"
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close by a reset
 

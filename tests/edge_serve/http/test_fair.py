@@ -90,6 +90,7 @@ def ignored(live: Live) -> int:
     return int(found)
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("path", TEXTS)
 def test_the_engine_is_told_the_address_or_what_a_proxy_says(
     tiny_bundles: Bundles, seen: list[str], path: str
@@ -103,6 +104,7 @@ def test_the_engine_is_told_the_address_or_what_a_proxy_says(
         assert seen == [client]
 
 
+@pytest.mark.live
 def test_texts_that_are_embedded_have_a_client_too(
     pooling_bundles: PoolingBundles, seen: list[str]
 ):
@@ -111,6 +113,7 @@ def test_texts_that_are_embedded_have_a_client_too(
     assert seen == ["127.0.0.1"] * 2
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     ("proxy", "clients"),
     [("127.0.0.1", ["carol"] * 4), ("10.0.0.1", ["alice", "alice", "bob", "bob"])],
@@ -129,6 +132,7 @@ def test_a_key_identifies_a_client_unless_a_trusted_proxy_names_one(
     assert seen == clients
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_full_queue_refuses_the_newest_request_of_the_busiest_client(
     tiny_bundles: Bundles, stream: bool

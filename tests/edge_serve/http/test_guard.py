@@ -89,6 +89,7 @@ def error_of(answer: bytes) -> str:
 # Keys
 
 
+@pytest.mark.live
 def test_a_key_opens_everything_and_nothing_else_does(strict: Live):
     good = {"Authorization": f"Bearer {KEY}"}
     assert strict.ask("/v1/models", headers=good).status == 200
@@ -112,6 +113,7 @@ def test_a_key_opens_everything_and_nothing_else_does(strict: Live):
         assert KEY.encode() not in answer.body
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     "path",
     ["/v1/models", "//v1/models", "/v1/../v1/models", "/%761/models", "/v1%2fmodels", "/stats",
@@ -126,6 +128,7 @@ def test_every_path_but_three_needs_a_key(strict: Live, path: str):
         assert status_of(answer) == 401
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("host", ["a/health", "localhost/health?", "x@y", "", "[::1]/ready#"])
 def test_the_host_header_opens_nothing(strict: Live, host: str):
     request = f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
@@ -135,6 +138,7 @@ def test_the_host_header_opens_nothing(strict: Live, host: str):
     assert status_of(talk(strict, absolute.encode())) in ((200,) if is_health else (400, 401))
 
 
+@pytest.mark.live
 def test_a_target_in_absolute_form(strict: Live, live: Live):
     """A client sends one to what it takes for a proxy; its host counts, not the header."""
 
@@ -157,11 +161,13 @@ def test_a_target_in_absolute_form(strict: Live, live: Live):
     assert status_of(answer) == 200
 
 
+@pytest.mark.live
 def test_health_page_and_readiness_need_no_key(strict: Live):
     for path in ("/health", "/ready", "/"):
         assert strict.ask(path).status == 200
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("form", ["plain", "hashed"])
 def test_keys_are_read_again_at_a_reload(form: str, tiny_bundles: Bundles, tmp_path: Path):
     def line(name: str) -> str:
@@ -270,6 +276,7 @@ def test_without_keys_no_page_of_another_site_has_anything_computed(
     assert status_of(talk(live, head("GET", "/", **headers))) == 200  # a link leads to the page
 
 
+@pytest.mark.live
 @pytest.mark.once
 @pytest.mark.parametrize("name", ["127.0.0.1", "jetson.test"])
 def test_a_real_browser_may_use_its_own_page_and_no_other(
@@ -290,6 +297,7 @@ def test_a_real_browser_may_use_its_own_page_and_no_other(
         assert other.ask("/stats").json["rejections"] == {"cross_site": 1}
 
 
+@pytest.mark.live
 def test_a_key_is_all_that_a_page_needs(strict: Live):
     """No browser sends it by itself, so a proxy that lets pages in goes on working."""
     for headers in CROSS_SITE:
@@ -316,6 +324,7 @@ def test_no_page_elsewhere_may_call(live: Live):
 # Heads and bodies
 
 
+@pytest.mark.live
 def test_large_heads_are_refused(strict: Live):
     for extra in (b"X: " + b"a" * 20_000, b"\r\n".join(b"x%d: y" % i for i in range(3_000))):
         request = head("GET", "/health")[:-2] + extra + b"\r\n\r\n"
@@ -334,6 +343,7 @@ def test_large_heads_are_refused(strict: Live):
         assert answer == b"" or status_of(answer) == 431
 
 
+@pytest.mark.live
 def test_both_lengths_at_once_are_refused(strict: Live):
     request = head(Authorization=f"Bearer {KEY}", Content_Type="application/json",
                    Transfer_Encoding="chunked", Content_Length="5")  # fmt: skip
@@ -342,6 +352,7 @@ def test_both_lengths_at_once_are_refused(strict: Live):
     assert answer.count(b"HTTP/1.1 ") == 1  # nothing that follows is read as a request
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("length", ["-1", "1e3", "99999999999999999999", "0x10", " ", "5, 6"])
 def test_invalid_lengths_are_refused(strict: Live, length: str):
     request = head(Authorization=f"Bearer {KEY}", Content_Type="application/json",
@@ -349,6 +360,7 @@ def test_invalid_lengths_are_refused(strict: Live, length: str):
     assert status_of(talk(strict, request + BODY)) in (400, 413)
 
 
+@pytest.mark.live
 def test_large_bodies_are_refused_and_the_sender_sees_it(strict: Live):
     good = {"Authorization": f"Bearer {KEY}"}
     large = json.dumps({**CHAT, "messages": [{"role": "user", "content": "x" * 25_000}]}).encode()
@@ -364,6 +376,7 @@ def test_large_bodies_are_refused_and_the_sender_sees_it(strict: Live):
     assert encoded.status == 415
 
 
+@pytest.mark.live
 def test_a_body_in_single_bytes(strict: Live):
     request = head(Authorization=f"Bearer {KEY}", Content_Type="application/json",
                    Transfer_Encoding="chunked")  # fmt: skip
@@ -371,6 +384,7 @@ def test_a_body_in_single_bytes(strict: Live):
     assert status_of(talk(strict, request + chunks + b"0\r\n\r\n")) == 200
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("has_key", [True, False])
 def test_a_long_body_in_single_bytes_is_refused_early(
     tiny_bundles: Bundles, tmp_path: Path, has_key: bool
@@ -392,6 +406,7 @@ def test_a_long_body_in_single_bytes_is_refused_early(
     assert (status_of(answer), error_of(answer)) == (400, "invalid_http")
 
 
+@pytest.mark.live
 def test_small_chunks_of_a_long_body_are_no_attack(strict: Live):
     request = head(Authorization=f"Bearer {KEY}", Content_Type="application/json",
                    Transfer_Encoding="chunked")  # fmt: skip
@@ -400,6 +415,7 @@ def test_small_chunks_of_a_long_body_are_no_attack(strict: Live):
     assert status_of(talk(strict, request + chunks + b"0\r\n\r\n")) == 200
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     "data",
     [
@@ -421,6 +437,7 @@ def test_bytes_that_are_not_http_are_refused(strict: Live, data: bytes):
     assert error_of(answer)
 
 
+@pytest.mark.live
 def test_upgrades_and_odd_methods_get_nothing(strict: Live):
     upgrade = head("GET", "/health")[:-2].replace(b"Connection: close", b"Connection: Upgrade")
     for protocol in (b"websocket", b"h2c"):
@@ -435,6 +452,7 @@ def test_upgrades_and_odd_methods_get_nothing(strict: Live):
 # Slow clients
 
 
+@pytest.mark.live
 def test_an_offer_of_http_2_is_answered_without_a_word_in_the_log(
     strict: Live, caplog: pytest.LogCaptureFixture
 ):
@@ -495,6 +513,7 @@ def test_a_body_that_nobody_wants_cannot_drip_for_ever(strict: Live):
         assert time.monotonic() - started < 4
 
 
+@pytest.mark.live
 def test_a_steady_reader_gets_all_of_a_long_answer():
     body = bytes(6_000_000)
 
@@ -561,6 +580,7 @@ def test_three_hundred_slow_clients_hold_up_nobody(strict: Live):
     assert strict.ask("/health").status == 200
 
 
+@pytest.mark.live
 def test_a_connection_too_many_replaces_the_one_that_was_idle_longest(strict: Live):
     many = [strict.connect() for _ in range(420)]
     try:
@@ -618,6 +638,7 @@ def test_request_ids_go_through_if_they_are_harmless(live: Live):
         assert re.fullmatch(r"[0-9a-f]{24}", given)
 
 
+@pytest.mark.live
 def test_a_rate_limit_counts_each_key_for_itself(tiny_bundles: Bundles, tmp_path: Path):
     keys = tmp_path / "keys"
     write_secret(keys, "a:sk-aaaaaaaaaaaaaaaa\nb:sk-bbbbbbbbbbbbbbbb\n")
@@ -687,6 +708,7 @@ def ask_from(live: Live, address: str, request: bytes) -> bytes:
     return answer
 
 
+@pytest.mark.live
 def test_an_address_that_sends_too_much_is_refused_before_its_request_is_read(
     tiny_bundles: Bundles,
 ):
@@ -706,6 +728,7 @@ def test_an_address_that_sends_too_much_is_refused_before_its_request_is_read(
         until(lambda: b" 200 " in ask_from(live, "127.0.0.2", health))
 
 
+@pytest.mark.live
 def test_requests_of_one_connection_count_one_by_one(tiny_bundles: Bundles):
     with running(tiny_bundles("qwen2"), rate_limit_address_rps=1) as live:
         keep = head("GET", "/health").replace(b"Connection: close\r\n", b"")
@@ -718,6 +741,7 @@ def test_requests_of_one_connection_count_one_by_one(tiny_bundles: Bundles):
         assert b"address_rate_exceeded" in answer
 
 
+@pytest.mark.live
 def test_a_trusted_proxy_is_not_refused_for_its_clients(tiny_bundles: Bundles):
     with running(
         tiny_bundles("qwen2"), rate_limit_address_rps=1, trusted_proxies=["127.0.0.2"]

@@ -13,6 +13,8 @@ from tests.edge_serve.http.browser import REAL_KEY, WAIT_S, Browser
 from tests.edge_serve.http.page_stub import ATTACK, HOT_CELSIUS, StubServer
 from tests.edge_serve.scripted import Live
 
+pytestmark = pytest.mark.live
+
 # --------------------------------------------------------------------------- without a browser
 
 

@@ -18,6 +18,8 @@ from tests.edge_serve.http.page_stub import StubServer
 from tests.edge_serve.http.test_page_answers import TEXT
 from tests.edge_serve.http.test_page_files import give
 
+pytestmark = pytest.mark.live
+
 AXE = Path(__file__).parent / "axe-core/axe.min.js"
 AXE_SHA256 = "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c"  # npm, 4.14.1
 TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]

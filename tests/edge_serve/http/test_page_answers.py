@@ -14,6 +14,8 @@ from edge_serve.http.page import page_files
 from tests.edge_serve.http.browser import Browser
 from tests.edge_serve.http.page_stub import StubServer
 
+pytestmark = pytest.mark.live
+
 PAGE = Path(__file__).parents[3] / "edge_serve/http/page"
 
 TEXT = """# Roots

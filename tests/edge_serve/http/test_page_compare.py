@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.edge_serve.http.browser import Browser
 from tests.edge_serve.http.page_stub import StubServer
+
+pytestmark = pytest.mark.live
 
 OTHER = "<b>other</b>"
 

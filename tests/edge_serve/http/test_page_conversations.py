@@ -14,6 +14,8 @@ import pytest
 from tests.edge_serve.http.browser import WAIT_S, Browser
 from tests.edge_serve.http.page_stub import StubServer
 
+pytestmark = pytest.mark.live
+
 FORMAT = "edge-llm conversations"
 CIRCLE = {
     "schema": 2,

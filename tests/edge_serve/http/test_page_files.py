@@ -12,6 +12,8 @@ from tests.edge_serve.http.browser import Browser
 from tests.edge_serve.http.page_stub import StubServer
 from tests.edge_serve.http.test_page_conversations import act, bring, exported, tool
 
+pytestmark = pytest.mark.live
+
 NOTES = "Buy milk.\nBuy tea.\n"
 SENT = "notes.txt:\n```txt\nBuy milk.\nBuy tea.\n```\n\nWhat do I buy?"
 

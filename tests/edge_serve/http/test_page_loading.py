@@ -11,6 +11,8 @@ from tests.edge_serve.http.browser import Browser
 from tests.edge_serve.http.page_stub import StubServer
 from tests.edge_serve.scripted import running
 
+pytestmark = pytest.mark.live
+
 OTHER = "<b>other</b>"
 
 

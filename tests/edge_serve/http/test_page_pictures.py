@@ -20,6 +20,8 @@ from tests.edge_serve.http.test_page_conversations import act, bring, exported, 
 from tests.edge_serve.http.test_page_files import GIVE, chips
 from tests.edge_serve.scripted import RealEngine, running
 
+pytestmark = pytest.mark.live
+
 
 def png(width: int, height: int, *, noise: bool = False) -> bytes:
     """A picture, red or of noise, which no format makes small."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.edge_serve.http.browser import Browser
 from tests.edge_serve.http.page_stub import StubServer
 from tests.edge_serve.scripted import Live
+
+pytestmark = pytest.mark.live
 
 ASKED = [{"role": "user", "content": "How many are it?"}]
 

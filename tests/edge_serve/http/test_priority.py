@@ -46,6 +46,7 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("path", CALLS)
 def test_low_urgency_starts_after_later_requests(tiny_bundles: Bundles, path: str):
     engine = ScriptedEngine()
@@ -56,6 +57,7 @@ def test_low_urgency_starts_after_later_requests(tiny_bundles: Bundles, path: st
         assert _order(live, engine, path, body) == ["first", "usual", "background"]
 
 
+@pytest.mark.live
 def test_low_urgency_embeddings_wait_too(pooling_bundles: PoolingBundles):
     from edge.runtime.scheduler.scheduler import Scheduler
 

@@ -22,6 +22,8 @@ from tests.edge_serve.http.test_connections import blocked
 from tests.edge_serve.processes import scripted_child
 from tests.edge_serve.scripted import Live, running, tiny, until
 
+pytestmark = pytest.mark.live
+
 
 class Clock:
     def __init__(self) -> None:

@@ -79,6 +79,7 @@ def test_a_thread_that_cannot_be_started_costs_one_call(
     assert lane.num_jobs == 0
 
 
+@pytest.mark.live
 def test_a_request_without_a_thread_gets_503_and_the_next_one_is_answered(
     tiny_bundles: Bundles, no_threads: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ):

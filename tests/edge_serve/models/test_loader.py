@@ -35,6 +35,8 @@ from edge_serve.settings import ServerSettings
 from tests.conftest import Bundles
 from tests.edge_serve.scripted import Answer, Live, ScriptedEngine, until
 
+pytestmark = pytest.mark.live
+
 NAMES = ("one", "two", "three")
 PLANNED = 2**15
 """Tokens of a slot by the settings, so that the budget in MiB is fine enough; less is opened."""

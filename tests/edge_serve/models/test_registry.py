@@ -91,6 +91,7 @@ def test_the_largest_number_that_a_rule_compares_tokens_with():
         assert Rule("m", text).most_tokens == most
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=5), st.integers(0, 2**32))
 def test_a_split_keeps_its_shares_and_is_stable_per_key(weights: list[int], salt: int):
     shares = tuple((f"m{i}", weight) for i, weight in enumerate(weights))
@@ -202,6 +203,7 @@ def who(answer: Answer) -> str:
     return name
 
 
+@pytest.mark.live
 def test_a_request_names_its_model(pair: Pair):
     for name in ("small", "big"):
         assert who(pair.live.chat(model=name, temperature=0)) == name
@@ -214,12 +216,14 @@ def test_a_request_names_its_model(pair: Pair):
     assert pair.live.chat(model="other").status == 404
 
 
+@pytest.mark.live
 def test_the_list_says_what_a_bundle_takes(pair: Pair, tiny_bundles: Bundles):
     files = [path for path in tiny_bundles("qwen2").rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files if path.name != "manifest.json")
     assert pair.live.ask("/v1/models/small").json["size_bytes"] == size
 
 
+@pytest.mark.live
 def test_the_list_says_which_models_reason(pair: Pair, monkeypatch: pytest.MonkeyPatch):
     def listed() -> dict[str, bool]:
         cards = pair.live.ask("/v1/models").json["data"]
@@ -230,6 +234,7 @@ def test_the_list_says_which_models_reason(pair: Pair, monkeypatch: pytest.Monke
     assert listed() == {"small": False, "big": True, "auto": False, "prod": False}
 
 
+@pytest.mark.live
 def test_auto_decides_by_the_request_and_the_load(pair: Pair):
     live = pair.live
     short = live.chat("short", model="auto", temperature=0)
@@ -273,6 +278,7 @@ def test_a_model_that_is_busy_holds_up_no_prompt_that_another_scores(pair: Pair)
         pair.engines["small"].running.set()
 
 
+@pytest.mark.live
 def test_tokens_are_counted_as_far_as_the_rules_look(pair: Pair, monkeypatch: pytest.MonkeyPatch):
     small, big = (pair.service.models.entry(name) for name in ("small", "big"))
     tokenizer = small.tokenizer()
@@ -307,6 +313,7 @@ def test_tokens_are_counted_as_far_as_the_rules_look(pair: Pair, monkeypatch: py
     assert pair.service.models.token_limits("big") == {}
 
 
+@pytest.mark.slow
 def test_auto_passes_over_a_model_that_hangs(pair: Pair):
     small = pair.engines["small"]
     small.running.clear()
@@ -321,6 +328,7 @@ def test_auto_passes_over_a_model_that_hangs(pair: Pair):
     assert who(pair.live.chat("short", model="auto", temperature=0)) == "small"
 
 
+@pytest.mark.live
 def test_a_split_is_the_same_for_the_same_user(pair: Pair):
     arms = {}
     for user in (f"user-{i}" for i in range(12)):
@@ -416,6 +424,7 @@ def said(answer: Answer) -> str:
     return str((message.get("reasoning") or "") + (message["content"] or ""))
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("budget_mb", [1000, 0])  # beside the old one; in its place
 def test_a_model_is_replaced_under_load(bundles: dict[str, Path], budget_mb: int):
     context, engines = swap(bundles, memory_budget_mb=budget_mb)
@@ -435,6 +444,7 @@ def test_a_model_is_replaced_under_load(bundles: dict[str, Path], budget_mb: int
         assert not engines["new"].backend.closed
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("budget_mb", [1000, 0])  # beside the old one; in its place
 def test_a_bad_bundle_changes_nothing(
     bundles: dict[str, Path], budget_mb: int, caplog: pytest.LogCaptureFixture
@@ -451,6 +461,7 @@ def test_a_bad_bundle_changes_nothing(
         assert live.ask("/ready").status == 200
 
 
+@pytest.mark.live
 def test_a_model_with_nan_logits_is_not_served(bundles: dict[str, Path], tmp_path: Path):
     context, engines = swap(bundles)
     nan = tmp_path / "nan"
@@ -473,6 +484,7 @@ def test_a_model_with_nan_logits_is_not_served(bundles: dict[str, Path], tmp_pat
         assert said(live.chat(temperature=0)) == "I am old"
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("budget_mb", [1000, 0])  # beside the old one; in its place
 @pytest.mark.parametrize("phase", ["open", "generate_ids"])
 def test_an_error_of_any_kind_changes_nothing(
@@ -507,6 +519,7 @@ def test_an_error_of_any_kind_changes_nothing(
             assert traceback is not None
 
 
+@pytest.mark.live
 def test_an_old_bundle_that_cannot_be_closed_is_named(
     bundles: dict[str, Path], caplog: pytest.LogCaptureFixture
 ):
@@ -530,6 +543,7 @@ def test_an_old_bundle_that_cannot_be_closed_is_named(
         assert record.exc_info[0] is MemoryError
 
 
+@pytest.mark.live
 def test_a_link_that_leads_to_a_bad_bundle_is_survived(bundles: dict[str, Path]):
     link = bundles["old"].parent / "current"
     link.symlink_to("old")
@@ -551,6 +565,7 @@ def test_two_models_fit_only_if_the_budget_says_so(bundles: dict[str, Path]):
     assert need_bytes(manifest, 4, 512, "plain", manifest) == 2 * size
 
 
+@pytest.mark.live
 def test_the_budget_counts_a_bundle_that_still_answers(
     bundles: dict[str, Path], caplog: pytest.LogCaptureFixture
 ):
@@ -582,6 +597,7 @@ def test_the_budget_counts_the_weights_of_int8_prompts(tiny_bundles: Bundles):
     assert extra == int8_bytes(manifest) > 0
 
 
+@pytest.mark.live
 def test_a_wrong_configuration_changes_nothing(
     bundles: dict[str, Path], caplog: pytest.LogCaptureFixture
 ):

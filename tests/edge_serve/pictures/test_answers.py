@@ -28,6 +28,8 @@ from tests.edge_serve.pictures.test_parts import (
 )
 from tests.edge_serve.scripted import Live, RealEngine, running
 
+pytestmark = pytest.mark.live
+
 Image = pytest.importorskip("PIL.Image")
 anthropic = pytest.importorskip("anthropic")
 ollama = pytest.importorskip("ollama")

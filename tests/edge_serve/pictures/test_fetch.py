@@ -16,6 +16,8 @@ from edge_serve.pictures import fetch
 from tests.edge_serve.pictures.test_parts import block, chat, image_url, message, respond, text, uri
 from tests.edge_serve.scripted import Answer, Live, RealEngine, running
 
+pytestmark = pytest.mark.live
+
 PICTURE = b"\x89PNG" + bytes(range(256)) * 100
 ELSEWHERE = "127.0.0.2"  # a machine that is not this one, as far as addresses tell
 Handler = Callable[[socket.socket, bytes], None]

@@ -11,6 +11,8 @@ import pytest
 from tests.conftest import Bundles
 from tests.edge_serve.scripted import Answer, Live, RealEngine, running
 
+pytestmark = pytest.mark.live
+
 # Not a picture: whether it is one is found out by who decodes it.
 PICTURE = bytes(range(256)) * 20
 OTHER = b"another picture"

@@ -65,6 +65,7 @@ def config(bundle: Path, **options: Any) -> BuildConfig:
 
 
 # A covering subset: every architecture, scheme and dialect, every pair of scheme and dialect.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dialect", "quant", "options"),
     [
@@ -132,6 +133,7 @@ def test_a_real_model_stays_packed(
     assert {weight.dtype for weight in report.weights} == wanted
 
 
+@pytest.mark.slow
 def test_the_record_tells_what_was_built(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +205,7 @@ def test_trtexec_is_a_step_from_its_first_line_to_its_last(
     ]
 
 
+@pytest.mark.slow
 def test_an_unchanged_key_means_nothing_to_do(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +228,7 @@ def test_an_unchanged_key_means_nothing_to_do(
     assert [path.name for path in first.directory.glob("*.plan")] == [other.info.plan]
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_is_refused_before_the_file_is_read(bundle: Path) -> None:
     result = build_engine(config(bundle), target=target())
     plan = result.directory / result.info.plan
@@ -251,6 +255,7 @@ def test_a_damaged_bundle_is_refused_before_the_parser_sees_it(
         build_engine(config(bundle), target=target())
 
 
+@pytest.mark.slow
 def test_a_network_that_fails_the_audit_is_not_put_in_place(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,6 +383,7 @@ def _build_quietly(bundle: Path, events: Any) -> None:
     events.put(("built", result.built))
 
 
+@pytest.mark.slow
 def test_two_builders_at_once_make_one_engine(bundle: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     events = spawn.Queue()
@@ -402,6 +408,7 @@ def _replace_engine(bundle: Path, last: int) -> int:
     return subprocess.run(command, check=False).returncode
 
 
+@pytest.mark.slow
 def test_a_build_killed_at_any_moment_leaves_a_whole_engine(bundle: Path, tmp_path: Path) -> None:
     old = build_engine(config(bundle), target=target()).info
     keys: list[str] = []

@@ -62,6 +62,7 @@ def target() -> Target:
     return Target(compat.load("tensorrt-rtx"), None, "8.6")
 
 
+@pytest.mark.slow
 def test_both_graphs_are_compiled_and_audited(exported: Path, monkeypatch: pytest.MonkeyPatch):
     report = check_bundle(config(exported))
     assert report.problems == ()
@@ -78,6 +79,7 @@ def test_both_graphs_are_compiled_and_audited(exported: Path, monkeypatch: pytes
     assert "the encoder's outputs are [('image_rows', 'fp16', (-1, 4, 64))], expected" in problem
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["fp16", "int8"])
 def test_an_internvl_compiles_and_is_legal_for_every_version(tmp_path: Path, quant: str):
     checkpoint = write_internvl_checkpoint(tmp_path / "checkpoint", "qwen3", mean_pooling=False)
@@ -88,6 +90,7 @@ def test_an_internvl_compiles_and_is_legal_for_every_version(tmp_path: Path, qua
     assert all(verdict.legal for verdict in check_bundle_rules(bundle, list(VERSIONS)))
 
 
+@pytest.mark.slow
 def test_the_encoders_plan_is_beside_the_decoders_and_in_its_record(bundle: Path):
     result = build_engine(config(bundle), target=target())
     assert result.built
@@ -107,6 +110,7 @@ def test_the_encoders_plan_is_beside_the_decoders_and_in_its_record(bundle: Path
         pass
 
 
+@pytest.mark.slow
 def test_an_engine_of_another_encoder_does_not_fit(bundle: Path):
     result = build_engine(config(bundle), target=target())
     manifest = read_manifest(bundle)
@@ -126,6 +130,7 @@ def test_an_engine_of_another_encoder_does_not_fit(bundle: Path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "said"),
     [
@@ -148,6 +153,7 @@ def test_a_record_that_cannot_be_used_says_how_to_mend_it(
         vision_plan(result.directory, read_engine_info(result.directory))
 
 
+@pytest.mark.slow
 def test_both_graphs_are_checked_by_the_rules(bundle: Path):
     assert all(verdict.legal for verdict in check_bundle_rules(bundle, list(VERSIONS)))
     graph = OnnxFile((bundle / "vision.onnx").read_bytes())

@@ -56,6 +56,7 @@ def export(source: Path, output: Path, quant: Any, **options: Any) -> Path:
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.once
 @pytest.mark.parametrize("dialect", ["native", "portable"])
 @pytest.mark.parametrize("quant", ["int4", "int8", "int8-w8a8"])
@@ -71,6 +72,7 @@ def test_packed_weights_take_the_scratch_memory_of_floats(
     assert found.packed <= 1.05 * max(found.floats, 16 << 20)
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_an_unpacked_head_is_refused(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
@@ -87,6 +89,7 @@ def test_an_unpacked_head_is_refused(source: Path, tmp_path: Path) -> None:
     assert decode.unpacked_bytes == 2 * 2 * WIDTH * VOCABULARY  # what it costs in bytes per token
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_the_floats_are_those_of_a_float_bundle(source: Path, tmp_path: Path) -> None:
     """Zeros in place of weights, one layer of three, planes joined: the compiler takes the same."""
@@ -169,6 +172,7 @@ def test_profiles_are_reported_in_their_order() -> None:
     assert scratch_by_profile(log[:2], profiles) == {}
 
 
+@pytest.mark.slow
 def test_the_compiler_says_it(tiny_bundles: Bundles) -> None:
     pytest.importorskip("tensorrt_rtx")
     bundle = tiny_bundles("qwen2", "native", "int4")

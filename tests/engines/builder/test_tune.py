@@ -173,6 +173,7 @@ class TensorRTBackendOf:
         self.engine.close()
 
 
+@pytest.mark.slow
 def test_a_fast_variant_that_answers_wrong_is_not_kept(bundle: Path, variants: Variants) -> None:
     variants.seconds = {"slice decomposed": 0.009}
     variants.wrong = {"slice fused"}
@@ -226,6 +227,7 @@ def test_a_full_disk_costs_one_variant(
     assert beside == [[], [".tune-0"], [".tune-1"], [".tune-1"], []]
 
 
+@pytest.mark.slow
 def test_a_plan_in_its_file_is_not_kept_in_memory(bundle: Path, variants: Variants) -> None:
     """A Jetson has no room for it beside the loaded engine, or the builder of the next one."""
     variants.seconds = {"slice decomposed": 0.004, "full fused": 0.002, "full decomposed": 0.003}

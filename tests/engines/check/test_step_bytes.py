@@ -208,6 +208,7 @@ def test_steps_are_those_of_the_profiles(export: Export) -> None:
     assert [step.rows for step in lengths] == [(100, 256), (1, 256), (1, 256), (25, 256)]
 
 
+@pytest.mark.slow
 def test_check_prints_bytes_and_ceilings(
     tiny_bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -400,6 +400,7 @@ def decoder_of(
     return graph.SerializeToString(), manifest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["portable", "native"])
 @pytest.mark.parametrize("quant", ["int4", "int8"])
 @pytest.mark.parametrize("name", ["deepseek-r1:1.5b", "deepseek-r1:7b", "deepseek-r1:8b"])
@@ -447,6 +448,7 @@ def test_a_build_needs_less_memory_with_own_kernels(bundle: Path) -> None:
         check_memory(large, 0, 1 << 20, kernels="own")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["portable", "native"])
 def test_nvidias_compiler_takes_tables_as_inputs(tiny_bundles: Bundles, dialect: str) -> None:
     """TensorRT for RTX has no plugins, but inputs of static shape, which no profile names."""

@@ -126,6 +126,7 @@ def test_it_answers_as_the_graph_on_the_cpu(bundle: Path, target: Target) -> Non
     engine.close()
 
 
+@pytest.mark.slow
 @needs_a_runner
 def test_tuning_builds_both_and_keeps_the_faster(
     bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch
@@ -246,6 +247,7 @@ def wide(tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
+@pytest.mark.slow
 @needs_a_runner
 @pytest.mark.parametrize("dialect", ["native", "portable"])
 def test_an_engine_with_own_attention(

@@ -233,6 +233,7 @@ def test_int8_in_two_planes(tiny_bundles: Bundles, tmp_path: Path, target: Targe
     engine.close()
 
 
+@pytest.mark.slow
 def test_tuning_takes_own_kernels_too(
     bundle: Path, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +271,7 @@ def wide(tmp_path: Path) -> Path:
     return export(source, tmp_path / "wide", kv_capacity=128)
 
 
+@pytest.mark.slow
 def test_an_engine_of_jetpack_6_runs_with_own_attention(wide: Path, target: Target) -> None:
     text = run(wide, "--kernels", "own").stdout
     assert "own kernels: 9 layers, 2 attentions\n" in text

@@ -230,6 +230,7 @@ def test_launches_of_attention_are_those_of_the_compiled_plugins(
             assert launched.arguments[7] == job.launches[0].grid[2]
 
 
+@pytest.mark.slow
 @given(
     leading=strategies.lists(strategies.integers(1, 64), min_size=1, max_size=2),
     columns=strategies.integers(1, 262_144),

@@ -551,6 +551,7 @@ def test_an_own_plugins_name_promises_no_number_of_outputs(operator: str, domain
 BASES = [make().serialize() for make in (int4_graph, w8a8_graph, attention_graph)]
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None)
 @given(
     st.sampled_from(BASES).flatmap(
@@ -569,6 +570,7 @@ def test_a_damaged_graph_is_a_bundle_error_or_has_a_verdict(data: bytes) -> None
         assert len(check_graph(data, Path("/nonexistent"), VERSIONS)) == len(VERSIONS)
 
 
+@pytest.mark.slow
 def test_every_single_byte_of_a_graph_may_be_wrong() -> None:
     for base in BASES:
         for at in range(len(base)):

@@ -171,6 +171,7 @@ def test_a_model_whose_keys_all_lose_too_much_is_refused(
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["awq", "awq+gptq"])
 def test_factors_that_are_folded_into_the_values_are_in_the_scales(
     method: Any, tiny_checkpoints: Checkpoints, tmp_path: Path

@@ -65,6 +65,7 @@ def test_files_that_are_no_recipe_are_refused(
         read_recipe(tmp_path / "missing.toml")
 
 
+@pytest.mark.slow
 def test_an_option_beside_the_recipe_wins(tmp_path: Path, tiny_checkpoints: Checkpoints):
     (tmp_path / "a.toml").write_text(TOML)
     (tmp_path / "text.txt").write_text("hello what the world is " * 400)

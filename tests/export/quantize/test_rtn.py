@@ -92,6 +92,7 @@ def test_absmax_moves_no_weight_by_more_than_half_a_step(
     assert (moved <= steps / 2 * SLACK).all()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(matrices())
 def test_mse_is_never_worse_than_absmax_in_any_group(

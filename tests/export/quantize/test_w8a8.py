@@ -203,6 +203,7 @@ def test_onnx_runtime_computes_what_the_integers_say(bundle: Path):
     np.testing.assert_allclose(session.run(None, {"x": x})[0], wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tensorrt_compiles_it(bundle: Path):
     pytest.importorskip("tensorrt_rtx")
     from engines.check.check import check_bundle
@@ -212,6 +213,7 @@ def test_tensorrt_compiles_it(bundle: Path):
     assert not report.problems
 
 
+@pytest.mark.slow
 def test_every_linear_may_have_ranges_per_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -511,6 +511,7 @@ def small_file(tmp_path_factory) -> bytes:
     return write_tiny(tmp_path_factory.mktemp("small"), "llama", ggml_type="Q8_0").read_bytes()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=120)
 @given(st.data())
 def test_damaged_files_are_read_or_refused(small_file: bytes, tmp_path_factory, data) -> None:

@@ -66,6 +66,7 @@ def test_smollm2(smollm2) -> None:
     )
 
 
+@pytest.mark.slow
 def test_parses_what_the_gguf_package_parses(smollm2) -> None:
     path = smollm2_gguf()
     theirs, ours = gguf.GGUFReader(path), gguf_file.GgufFile(path)

@@ -24,6 +24,8 @@ from export.sources.hub import _missing_bytes, _no_way
 from tests.export.sources.local_server import LocalServer
 from tests.makers import tiny_models as tiny
 
+pytestmark = pytest.mark.live
+
 pytest.importorskip("huggingface_hub")
 
 MAIN, TAG = "a" * 40, "b" * 40

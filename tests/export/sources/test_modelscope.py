@@ -22,6 +22,8 @@ from tests.export.sources.local_server import LocalServer
 from tests.makers import tiny_models as tiny
 from tests.makers.tiny_pooling import PROMPTS, write_embedder
 
+pytestmark = pytest.mark.live
+
 COMMIT, OLD = "c" * 40, "d" * 40
 WEIGHTS = "model.safetensors"
 

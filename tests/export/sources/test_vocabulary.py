@@ -96,6 +96,7 @@ words = st.lists(
 ).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(text=words | st.text(), chosen=st.sets(st.integers(0, 303)))
 def test_any_text_goes_through_any_reduction(text: str, chosen: set[int]):
@@ -227,6 +228,7 @@ SENTENCEPIECE: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet="helow ▁é🙂x") | st.text(), chosen=st.sets(st.integers(0, 269)))
 def test_byte_fallback_carries_what_was_dropped(text: str, chosen: set[int]):

@@ -60,6 +60,7 @@ print(Path("/proc/self/smaps_rollup").read_text(), end="")
 """
 
 
+@pytest.mark.slow
 def test_weights_are_in_huge_pages_and_take_no_more_memory(smollm2_bundle: Path):
     """SmolLM2 in fp16, whose weights the CPU holds in fp32, in processes of their own."""
     require_huge_pages()

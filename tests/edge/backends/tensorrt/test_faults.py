@@ -77,6 +77,7 @@ def test_every_call_of_loading_may_fail(
     TensorRTBackend(bundle, manifest).close()
 
 
+@pytest.mark.slow
 @both_drivers
 @pytest.mark.parametrize(
     ("code", "dialect"),

@@ -89,6 +89,7 @@ def test_it_generates_what_the_cpu_generates(
         assert not stacked(ours.backend.read_slot(1, ours.backend.capacity)).any()
 
 
+@pytest.mark.slow
 @settings(
     deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

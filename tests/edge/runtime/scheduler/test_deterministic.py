@@ -88,6 +88,7 @@ prompts = st.integers(1, 100).flatmap(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [False, True])
 @settings(deadline=None, max_examples=60)
 @given(

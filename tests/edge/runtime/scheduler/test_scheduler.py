@@ -500,6 +500,7 @@ def test_a_scheduler_that_is_dropped_ends_its_thread(table: EmbeddingTable):
     assert engine_threads() == before
 
 
+@pytest.mark.slow
 def test_a_thousand_requests_of_all_kinds(make: Make):
     """Random cancels, drops and deadlines from eight threads; then all is as before."""
     threads_before = threading.active_count()

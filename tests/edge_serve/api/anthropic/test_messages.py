@@ -154,6 +154,7 @@ def ids_of(live: Live, path: str, body: dict[str, Any], monkeypatch: pytest.Monk
     return seen[0]
 
 
+@pytest.mark.live
 def test_a_history_is_the_prompt_that_a_chat_has(tools: Live, monkeypatch: pytest.MonkeyPatch):
     cached = {"cache_control": {"type": "ephemeral"}}
     ours = {
@@ -226,6 +227,7 @@ def test_more_than_the_context_is_counted_but_not_answered(live: Live):
     assert f" > {capacity} maximum" in error["message"]
 
 
+@pytest.mark.live
 def test_calls(tools: Live):
     tools.engine.say(QUESTION, f"I look.\n{CALL}\n{CALL}", tools=[CHAT_WEATHER])
     body = message(tools, tools=[WEATHER]).json
@@ -247,6 +249,7 @@ def test_calls(tools: Live):
     assert none.json["content"][0]["type"] == "text"
 
 
+@pytest.mark.live
 def test_a_stop_sequence_that_ends_a_call_is_not_named(tools: Live):
     tools.engine.say(QUESTION, CALL, tools=[CHAT_WEATHER])
     fields: dict[str, Any] = {"tools": [WEATHER], "stop_sequences": ["</tool_call>"]}
@@ -258,6 +261,7 @@ def test_a_stop_sequence_that_ends_a_call_is_not_named(tools: Live):
         assert (body["stop_reason"], body["stop_sequence"]) == ("tool_use", None)
 
 
+@pytest.mark.live
 def test_a_call_without_an_object_stays_text(tools: Live):
     wrong = '<tool_call>{"name": "weather", "arguments": "Bern"}</tool_call>'
     tools.engine.say(QUESTION, wrong, tools=[CHAT_WEATHER])
@@ -266,6 +270,7 @@ def test_a_call_without_an_object_stays_text(tools: Live):
     assert body["stop_reason"] == "end_turn"
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weather"}])
 def test_a_call_that_must_come(tools: Live, choice: dict[str, Any]):
     pytest.importorskip("llguidance")
@@ -363,6 +368,7 @@ def test_the_version_of_the_api(live: Live):
         assert answer.status == status
 
 
+@pytest.mark.live
 def test_errors_of_the_guard_are_in_anthropics_form(tool_bundle: Path, tmp_path: Path):
     write_secret(tmp_path / "keys", "alice:sk-the-key-of-alice\nbob:sk-the-key-of-bobby\n")
     with running(
@@ -412,6 +418,7 @@ def test_an_engine_that_fails(live: Live):
     assert b"secret" not in whole.body + streamed.body
 
 
+@pytest.mark.live
 def test_a_silence_is_filled_as_the_protocol_has_it(tool_bundle: Path):
     with running(tool_bundle, ping_s=0.05) as live:
         live.engine.say(QUESTION, "ab")

@@ -13,6 +13,8 @@ from tests.edge_serve.api.fields import PICTURE_FIELDS, Pair, check_field, field
 from tests.edge_serve.api.weather import CALLING, THINKING
 from tests.edge_serve.scripted import Live
 
+pytestmark = pytest.mark.live
+
 SHARED = {"model": "tiny", "messages": [{"role": "user", "content": "what"}]}
 BASE = {**SHARED, "max_tokens": 4, "temperature": 0}
 

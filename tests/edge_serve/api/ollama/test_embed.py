@@ -18,6 +18,8 @@ from tests.edge_serve.scripted import Live, running
 from tests.makers.goldens import PoolingGolden, assert_close
 from tests.makers.tiny_pooling import TEXTS
 
+pytestmark = pytest.mark.live
+
 EMBED, OLDER = "/api/embed", "/api/embeddings"
 CAPACITY = 256
 LONG = "hello world " * 400

@@ -195,6 +195,7 @@ def test_a_thinking_may_be_a_message(live: Live, monkeypatch: pytest.MonkeyPatch
     assert wrong.json["error"].startswith("messages[0].thinking: a message of role thinking")
 
 
+@pytest.mark.live
 def test_calls(tools: Live):
     tools.engine.say(QUESTION, f"I look.\n{CALL}\n{CALL}", tools=[WEATHER])
     body = chat(tools, tools=[WEATHER]).json
@@ -218,6 +219,7 @@ def test_calls(tools: Live):
     assert again["message"]["content"] == "Sunny."
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("form", ["json", SCHEMA])
 def test_an_answer_of_a_form(tools: Live, form: Any):
     pytest.importorskip("llguidance")
@@ -340,6 +342,7 @@ def test_a_failure_in_a_stream_is_its_last_line(live: Live):
     assert b"secret" not in answer.body
 
 
+@pytest.mark.live
 def test_silences_are_not_filled(tool_bundle: Path):
     """A line that is no JSON would break its clients."""
     with running(tool_bundle, ping_s=0.02) as live:
@@ -360,6 +363,7 @@ def client(served: Live) -> Iterator[Any]:
         yield opened
 
 
+@pytest.mark.live
 def test_the_client_chats(client: Any):
     answer = client.chat("tiny", QUESTION, options=GREEDY)
     assert (answer.message.content, answer.message.thinking) == ("Hello there.", "hm")
@@ -371,6 +375,7 @@ def test_the_client_chats(client: Any):
     assert (told.response, told.thinking) == ("Hello there.", "hm")
 
 
+@pytest.mark.live
 def test_the_client_reads_a_stream_whatever_the_answer_holds(client: Any, served: Live):
     text = "a\u2028b\u2029c\x85d"
     served.engine.say([{"role": "user", "content": "lines"}], f"<think>{text}</think>{text}")
@@ -380,6 +385,7 @@ def test_the_client_reads_a_stream_whatever_the_answer_holds(client: Any, served
     assert "".join(part.response for part in told) == text
 
 
+@pytest.mark.live
 def test_the_async_client_runs_many_at_once(served: Live):
     async def ask_all() -> list[str]:
         async with ollama.AsyncClient(served.url, headers=AUTH) as opened:
@@ -391,6 +397,7 @@ def test_the_async_client_runs_many_at_once(served: Live):
     assert asyncio.run(ask_all()) == ["Hello there."] * 8
 
 
+@pytest.mark.live
 def test_a_function_of_the_client(client: Any, served: Live):
     def weather(city: str) -> str:
         """Of a city."""
@@ -413,6 +420,7 @@ def test_a_function_of_the_client(client: Any, served: Live):
     assert again.message.content == "Sunny."
 
 
+@pytest.mark.live
 def test_the_client_asks_about_models(client: Any, served: Live):
     (model,) = client.list().models
     assert model.model == "tiny:latest"
@@ -430,6 +438,7 @@ def test_the_client_asks_about_models(client: Any, served: Live):
     assert running_now.expires_at.year == 9999
 
 
+@pytest.mark.live
 def test_errors_are_the_clients_own(client: Any, served: Live):
     with pytest.raises(ollama.ResponseError, match=r"options\.temperature") as caught:
         client.chat("tiny", QUESTION, options={"temperature": -1})
@@ -449,6 +458,7 @@ def test_errors_are_the_clients_own(client: Any, served: Live):
         served.engine.fails_at = None
 
 
+@pytest.mark.live
 def test_a_client_that_closes_its_stream_frees_the_engine(client: Any, served: Live):
     long = [{"role": "user", "content": "long"}]
     served.engine.say(long, "x" * 300)

@@ -155,6 +155,7 @@ def test_every_field_is_tried_and_documented():
     assert not [name for name in {*IGNORED, *named} if f"`{name}`" not in section]
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     ("path", "field"), [(path, field) for path, pairs in PAIRS.items() for field in pairs]
 )

@@ -15,6 +15,8 @@ from tests.edge_serve.api.weather import WEATHER as CHAT_WEATHER
 from tests.edge_serve.processes import comply
 from tests.edge_serve.scripted import KEY, Live
 
+pytestmark = pytest.mark.live
+
 openai = pytest.importorskip("openai")
 ASKED: dict[str, Any] = {"model": "tiny", "input": "what", "temperature": 0}
 

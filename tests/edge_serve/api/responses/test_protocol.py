@@ -190,6 +190,7 @@ def service(tool_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 SHOWN = {"text.format.name", "text.format.description"}
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("field", [*PAIRS, *ITEMS])
 def test_a_field_makes_a_difference_or_the_list_says_why_not(
     service: Live, field: str, monkeypatch: pytest.MonkeyPatch

@@ -80,6 +80,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(known(one) == known(other))
 
 
+@pytest.mark.live
 def test_a_stream_that_fails_before_its_first_piece_begins_as_any_other(tiny_bundles: Bundles):
     """OpenAI's client refuses any first event but ``response.created``."""
     with running(tiny_bundles("qwen2"), stall_s=0.5, ping_s=0.1) as live:
@@ -165,6 +166,7 @@ def ids_of(live: Live, path: str, body: dict[str, Any], monkeypatch: pytest.Monk
     return seen[0]
 
 
+@pytest.mark.live
 def test_items_are_the_prompt_that_a_chat_has(tools: Live, monkeypatch: pytest.MonkeyPatch):
     def call(id_: str, city: str) -> dict[str, str]:
         arguments = json.dumps({"city": city})
@@ -219,6 +221,7 @@ def test_items_are_the_prompt_that_a_chat_has(tools: Live, monkeypatch: pytest.M
     assert ids == ids_of(tools, "/v1/chat/completions", chat, monkeypatch)
 
 
+@pytest.mark.live
 def test_calls(tools: Live):
     tools.engine.say(QUESTION, f"I look.\n{CALL}\n{CALL}", tools=[CHAT_WEATHER])
     body = respond(tools, tools=[WEATHER]).json
@@ -232,6 +235,7 @@ def test_calls(tools: Live):
     assert [item["type"] for item in one["output"]] == ["message", "function_call"]
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(
     "fields",
     [
@@ -250,6 +254,7 @@ def test_a_form_that_must_be_kept(tools: Live, fields: dict[str, Any]):
     assert json.loads(text).keys() == {"city"}
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("strict", [True, False])
 def test_arguments_of_a_strict_tool_keep_to_its_schema(tools: Live, strict: bool):
     """The model would write a number where the schema wants a text."""

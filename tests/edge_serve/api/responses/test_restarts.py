@@ -17,6 +17,8 @@ from edge_serve.stored.record import read_record
 from tests.conftest import Bundles, require_even_rows, require_int8_cache
 from tests.edge_serve.processes import Child, child
 
+pytestmark = pytest.mark.live
+
 openai = pytest.importorskip("openai")
 ARRAY = {
     "type": "object",

@@ -15,6 +15,8 @@ from tests.conftest import Bundles, write_secret
 from tests.edge_serve.scripted import KEY, Live, running, until
 from tests.edge_serve.stored.records import make_record
 
+pytestmark = pytest.mark.live
+
 openai = pytest.importorskip("openai")
 OTHER = "sk-of-another-client"
 ASKED: dict[str, Any] = {"model": "tiny", "input": "what", "temperature": 0}
