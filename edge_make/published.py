@@ -8,7 +8,7 @@ REVISIONS = {
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": "6a6f4aa4197940add57724a7707d069478df56b1",
     "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": "6e8885a6ff5c1dc5201574c8fd700323f23c25fa",
 }
-"""Commit of the Hugging Face hub for each name of the `CATALOGUE`.
+"""Commit of the Hugging Face hub for models of the `CATALOGUE`; others are taken as they are today.
 
 Public projects that pin these models name these commits independently of each other (searched in
 November 2026); the hub was not asked. A hub that does not have the commit refuses it.
@@ -22,7 +22,7 @@ PUBLISHED = {
     "quantized.w4a16",
     "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": "Intel/DeepSeek-R1-0528-Qwen3-8B-int4-AutoRound",
 }
-"""Checkpoint with 4-bit integers that ``--quant source`` takes for a name of the `CATALOGUE`.
+"""Checkpoint with 4-bit integers that ``--quant source`` takes for a model of the `CATALOGUE`.
 
 Red Hat's are GPTQ by llm-compressor (symmetric, groups of 128), by their model cards and Neural
 Magic's "Quantized DeepSeek-R1 Models" of February 2025; Intel's is the example of vLLM's and

@@ -21,13 +21,53 @@ CATALOGUE = {
     "deepseek-r1:7b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
     "deepseek-r1:8b": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
     "deepseek-r1:8b-0528": "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B",
+    "deepseek-r1:14b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B",
+    "deepseek-r1:32b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B",
+    "qwen3:0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3:1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3:4b": "Qwen/Qwen3-4B",
+    "qwen3:4b-instruct": "Qwen/Qwen3-4B-Instruct-2507",
+    "qwen3:4b-thinking": "Qwen/Qwen3-4B-Thinking-2507",
+    "qwen3:8b": "Qwen/Qwen3-8B",
+    "qwen3:14b": "Qwen/Qwen3-14B",
+    "qwen3:32b": "Qwen/Qwen3-32B",
+    "llama3.2:1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama3.2:3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama3.1:8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "qwen2.5:0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5:1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen2.5:3b": "Qwen/Qwen2.5-3B-Instruct",
+    "qwen2.5:7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen2.5:14b": "Qwen/Qwen2.5-14B-Instruct",
+    "qwen2.5:32b": "Qwen/Qwen2.5-32B-Instruct",
+    "qwen2.5-coder:0.5b": "Qwen/Qwen2.5-Coder-0.5B-Instruct",
+    "qwen2.5-coder:1.5b": "Qwen/Qwen2.5-Coder-1.5B-Instruct",
+    "qwen2.5-coder:3b": "Qwen/Qwen2.5-Coder-3B-Instruct",
+    "qwen2.5-coder:7b": "Qwen/Qwen2.5-Coder-7B-Instruct",
+    "qwen2.5-coder:14b": "Qwen/Qwen2.5-Coder-14B-Instruct",
+    "qwen2.5-coder:32b": "Qwen/Qwen2.5-Coder-32B-Instruct",
+    "smollm2:135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2:360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2:1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "smollm3:3b": "HuggingFaceTB/SmolLM3-3B",
 }
-"""Maps names that every verb prints to hub ids, for the models that this project is for.
+"""Maps names that every verb prints to hub ids: ollama's names of models that can be exported.
 
 `edge.bundle.model_names.hub_id` knows their other names.
 """
+LATEST = {
+    "qwen3": "8b",
+    "llama3.2": "3b",
+    "llama3.1": "8b",
+    "qwen2.5": "7b",
+    "qwen2.5-coder": "7b",
+    "smollm2": "1.7b",
+    "smollm3": "3b",
+}
+"""Sizes that names of the `CATALOGUE` without one mean, as in ollama."""
+_R1 = "deepseek-r1:"  # the models whose names may be any of their words, or a size alone
 _SEPARATORS = re.compile(r"[-_:/ ]+")
-_ALIKE = 0.85  # least similarity of a name with a typo to the right one
+ALIKE = 0.85  # least similarity of a name with a typo to the right one
 _SIZE = re.compile(r"(?<![0-9a-z.])[0-9.]+[bm](?![0-9a-z])")
 _QUANTIZED = re.compile(r"([-_: ]((int|fp|bf|w)[0-9]\w*|source))+$", re.IGNORECASE)
 
@@ -148,18 +188,27 @@ def size_fits(wanted: str, right: str) -> bool:
     return set(_SIZE.findall(wanted)) <= set(_SIZE.findall(right))
 
 
+def catalogue_line() -> str:
+    """Write the names of the `CATALOGUE` in one line, each family once."""
+    sizes: dict[str, list[str]] = {}
+    for short in CATALOGUE:
+        family, _, size = short.partition(":")
+        sizes.setdefault(family, []).append(f":{size}")
+    return "; ".join(f"{family}{', '.join(each)}" for family, each in sizes.items())
+
+
 def named_models(name: str) -> list[str]:
     """List the short names of the `CATALOGUE` whose models a name may mean."""
-    wanted, words = name.lower(), _words(name)
+    wanted, words = _with_size(name.lower()), _words(name)
     for short, source in CATALOGUE.items():
-        if wanted in (short, source.lower()):
+        if wanted in (short, source.lower(), source.lower().rpartition("/")[2]):
             return [short]
     if "/" in name or not ("r1" in words or _SIZE.fullmatch(wanted)):
         return []
     return [
         short
         for short, source in CATALOGUE.items()
-        if words <= _words(f"{short}-{source.rpartition('/')[2]}")
+        if short.startswith(_R1) and words <= _words(f"{short}-{source.rpartition('/')[2]}")
     ]
 
 
@@ -180,17 +229,31 @@ def _no_bundle(path: Path) -> str:
 
 
 def _means(name: str, directory: str) -> bool:
-    wanted = name.lower()
+    wanted, model = _with_size(name.lower()), _model_of(directory)
     for short in sorted(CATALOGUE, key=len, reverse=True):
         for known in (short, CATALOGUE[short].lower()):
             if wanted == known or wanted.startswith(f"{known}-"):
-                model = CATALOGUE[short].rpartition("/")[2].lower()
+                named = CATALOGUE[short].rpartition("/")[2].lower()
                 rest = _words(wanted[len(known) :])
-                return directory.lower().startswith(model) and rest <= _words(
-                    directory[len(model) :]
-                )
-    words = _words(wanted)
+                if named == model and rest <= _words(directory[len(model) :]):
+                    return True
+                if wanted == name.lower():
+                    return False
+    words = _words(name)
     return bool(words) and words <= _words(directory)
+
+
+def _with_size(name: str) -> str:
+    """Add to a name in lower case the size that `LATEST` has for it."""
+    family, _, tag = name.partition(":")
+    is_bare = family in LATEST and tag in ("", "latest")
+    return f"{family}:{LATEST[family]}" if is_bare else name
+
+
+def _model_of(directory: str) -> str:
+    """Return the model of the `CATALOGUE` that a bundle's name begins with; "" if with none."""
+    models = (source.rpartition("/")[2].lower() for source in CATALOGUE.values())
+    return max(filter(directory.lower().startswith, models), key=len, default="")
 
 
 def _words(text: str) -> set[str]:
@@ -211,7 +274,7 @@ def remedy(name: str, known: Sequence[Path] = ()) -> str:
     named, words = named_models(model), _words(model)
     for directory in known:
         right = directory.name.lower()
-        alike = difflib.get_close_matches(wanted, (right, *_words(right)), 1, _ALIKE)
+        alike = difflib.get_close_matches(wanted, (right, *_words(right)), 1, ALIKE)
         if alike and not named and size_fits(wanted, right):
             return f"did you mean {directory.name}?"
     near = named or [

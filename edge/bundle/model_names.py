@@ -6,7 +6,7 @@ import difflib
 
 from edge.errors import ConfigError
 
-from .library import CATALOGUE, named_models, size_fits
+from .library import ALIKE, CATALOGUE, catalogue_line, named_models, size_fits
 
 
 def bundle_name(hub_id: str, quantization: str) -> str:
@@ -17,8 +17,9 @@ def bundle_name(hub_id: str, quantization: str) -> str:
 def hub_id(name: str) -> str | None:
     """Return the hub id of a model of the `CATALOGUE`, by any of its names in any case.
 
-    These are the short name, the hub id, and words of both that include ``r1`` or a size alone:
-    ``r1-qwen-1.5b``, ``DeepSeek-R1-Distill-Qwen-1.5B``, ``1.5B``.
+    These are the short name, the hub id with or without its owner, and a family alone for its size
+    in `LATEST`: ``qwen3:4b``, ``Qwen3-4B``, ``llama3.2``. An R1 distill has as names the words of
+    both that include ``r1``, and its size alone: ``r1-qwen-1.5b``, ``1.5B``.
 
     Returns:
         None if no such model has this name.
@@ -36,5 +37,6 @@ def hub_id(name: str) -> str | None:
 def nearest_model(name: str) -> str:
     """Say which name of the `CATALOGUE` is nearest to a name, or which names there are."""
     wanted = name.lower()
-    near = difflib.get_close_matches(wanted, [s for s in CATALOGUE if size_fits(wanted, s)], 1)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(CATALOGUE)}"
+    fitting = [short for short in CATALOGUE if size_fits(wanted, short)]
+    near = difflib.get_close_matches(wanted, fitting, 1, ALIKE)
+    return f"did you mean {near[0]}?" if near else f"known: {catalogue_line()}"

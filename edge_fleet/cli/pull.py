@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from edge.bundle.library import roots
+from edge.bundle.library import CATALOGUE, roots
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
 from edge.bundle.model_names import bundle_name, hub_id, nearest_model
 from edge.bundle.trust import trusted_keys_file
@@ -38,8 +38,8 @@ from edge_make.published import PUBLISHED, REVISIONS
 @click.option("--force", is_flag=True, help="Make it again if it is there.")
 @click.option(
     "--revision",
-    help="Branch, tag or commit. Default: of a short name on the Hugging Face hub the commit that "
-    "comes with edge-llm, else the newest of the default branch.",
+    help="Branch, tag or commit. Default: of some R1 distills, by their short names on the Hugging "
+    "Face hub, the commit that comes with edge-llm, else the newest of the default branch.",
 )
 @click.option(
     "--hub",
@@ -78,9 +78,10 @@ def pull(
 ) -> None:
     """Get MODEL: download it, export it, and build its engine where TensorRT runs.
 
-    MODEL is deepseek-r1:1.5b, :7b, :8b (the Llama distill) or :8b-0528 (the Qwen3 distill), also
-    as 1.5b or r1-qwen-7b, or a hub id. What follows is for edge-llm export, for example --method
-    rtn or --kv-capacity 8192. HF_ENDPOINT sets a mirror of the Hugging Face hub.
+    MODEL is a short name, such as deepseek-r1:1.5b (also 1.5b), qwen3:4b or llama3.2, which
+    edge-llm list shows, or a hub id. deepseek-r1:8b is the Llama distill. What follows is for
+    edge-llm export, for example --method rtn or --kv-capacity 8192. HF_ENDPOINT sets a mirror of
+    the Hugging Face hub.
 
     Of a short name, --quant source takes a checkpoint that others have quantized: a smaller
     download, and no calibration. If EDGE_LLM_REGISTRY names a registry, a bundle of it is fetched
@@ -99,7 +100,7 @@ def pull(
         )
     is_short = source != model and "/" not in model
     if is_short and quant is not None and quant.lower() == "source":
-        source = PUBLISHED[source]
+        source = PUBLISHED.get(source, source)
     quantization = _options({"--quant": quant})
     given = [*_options({"--revision": revision, "--hub": hub}), *export_options]
     asked = _asked(ctx, source, [*quantization, *given, *(["--fast"] if fast else [])])
@@ -144,8 +145,8 @@ def pull(
             )
             quick = not (quant or fast or export_options)
             hint = f"edge-llm pull {model} --fast"
-            if is_short:
-                hint += f", or --quant source, which takes {PUBLISHED[source]}" if quick else ""
+            if is_short and quick and source in PUBLISHED:
+                hint += f", or --quant source, which takes {PUBLISHED[source]}"
             notes = [f"sooner, but it loses more: {hint}"] if quick else []
             if build or (build is None and machine is not None):
                 engines = "the engine is built" if fast or machine is None else "engines are built"
@@ -277,7 +278,8 @@ def _quantizations(asked: click.Context, source: str, bundle: Path) -> list[str]
         return [quant]
     if bundle.name.endswith("-source"):
         return ["source"]
-    return ["int4"] if source in PUBLISHED else ["source", "int4"]  # those are float, others may be
+    is_float = source in CATALOGUE.values()
+    return ["int4"] if is_float else ["source", "int4"]
 
 
 _OF_ANY_PULL = {"source", "output", "quant", "overwrite", "dry_run"}

@@ -45,7 +45,7 @@ class TeamRegistry:
             ConfigError: no registry takes this hub id as a name.
         """
         for short, known in CATALOGUE.items():
-            meant = PUBLISHED[known] if quantization == "source" else known
+            meant = PUBLISHED.get(known, known) if quantization == "source" else known
             if meant.lower() == hub_id.lower():
                 repository, _, size = short.partition(":")
                 tag = f"{size}-{quantization}{suffix}"

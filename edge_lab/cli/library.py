@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from edge.bundle.engine_file import find_engines
-from edge.bundle.library import CATALOGUE, bundle_directories, roots
+from edge.bundle.library import CATALOGUE, bundle_directories, catalogue_line, roots
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
 from edge.cli import echo_json
 from edge.cli.options import BundlePath, json_option
@@ -35,7 +35,7 @@ def list_bundles(as_json: bool) -> None:
     width = max((len(bundle["name"]) for bundle in found), default=0)
     for bundle in found:
         click.echo(f"{bundle['name']:{width}}  {_line(bundle)}")
-    click.echo("to get one: edge-llm pull " + " | ".join(CATALOGUE), err=True)
+    click.echo(f"to get one: edge-llm pull NAME, of {catalogue_line()}", err=True)
 
 
 def _describe(directory: Path) -> dict[str, Any]:

@@ -113,9 +113,9 @@ def find_model(name: str) -> PlannedModel:
         try:
             path = find_bundle(name)
         except BundleError as error:
-            raise ConfigError(
-                f"{name} is no model by name ({nearest_model(name)}): {error}"
-            ) from error
+            known = f"known without a bundle: {', '.join(BUILT_IN)}"
+            near = nearest_model(name) if hub_id(name) is None else known
+            raise ConfigError(f"{name} is no model by name ({near}): {error}") from error
     if is_file(path / MANIFEST_NAME):
         manifest = read_manifest(path)
         return PlannedModel(

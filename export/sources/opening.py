@@ -48,7 +48,7 @@ def open_checkpoint(
             by a name of `edge.bundle.model_names.hub_id`, or a hub id ``owner/name``, in this
             order.
         revision: branch, tag or commit of a hub id; None is its default branch, or for a name on
-            the Hugging Face hub the commit in `REVISIONS`.
+            the Hugging Face hub the commit that `REVISIONS` may have.
         cache_dir: directory to download a hub id to; None is the hub's own cache.
         hub: hub that has a hub id; None is ``EDGE_LLM_HUB``, else the Hugging Face hub.
         progress: told of a download from ModelScope; huggingface-hub shows its own.
@@ -85,7 +85,7 @@ def open_checkpoint(
     asked = source
     if (known := hub_id(source)) is not None and "/" not in source:
         if chosen_hub(hub) == "huggingface":
-            revision = revision or REVISIONS[known]
+            revision = revision or REVISIONS.get(known)
         source = known
     if not _HUB_ID.fullmatch(source):
         hint = "" if "/" in source else f", nor the name of a model; {nearest_model(source)}"

@@ -11,6 +11,7 @@ import pytest
 
 from edge.bundle.library import (
     CATALOGUE,
+    LATEST,
     bundle_directories,
     checkpoint_bundle,
     find_bundle,
@@ -27,6 +28,7 @@ from tests.makers.manifests import make_manifest
 QWEN = "deepseek-r1-distill-qwen-1.5b"
 LLAMA = "deepseek-r1-distill-llama-8b"
 QWEN3 = "deepseek-r1-0528-qwen3-8b"
+R1 = [short for short in CATALOGUE if short.startswith("deepseek-r1:")]
 
 
 @pytest.fixture
@@ -83,11 +85,27 @@ def test_a_directory_that_is_closed_hides_no_other(root: Path, monkeypatch: pyte
         ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", f"{QWEN}-int4"),
         ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B-INT4", f"{QWEN}-int4"),
         ("mine", "mine"),
+        ("llama3.2", "llama-3.2-3b-instruct-int4"),
+        ("llama3.2:latest", "llama-3.2-3b-instruct-int4"),
+        ("llama3.2:3b-int4", "llama-3.2-3b-instruct-int4"),
+        ("Llama-3.2-3B-Instruct", "llama-3.2-3b-instruct-int4"),
+        ("qwen3:4b", "qwen3-4b-int4"),
+        ("qwen3:4b-instruct", "qwen3-4b-instruct-2507-int4"),
     ],
 )
 def test_a_name_stands_for_one_bundle(root: Path, name: str, meant: str):
     make(root, f"{QWEN}-int4", f"{LLAMA}-int8", f"{QWEN3}-int4", "mine", "mine-too")
+    if name != "llama":
+        others = "llama-3.2-3b-instruct-int4", "qwen3-4b-int4", "qwen3-4b-instruct-2507-int4"
+        make(root, *others)
     assert find_bundle(name) == root / meant
+
+
+def test_a_family_alone_means_any_size_that_is_here_before_it_means_its_own(root: Path):
+    make(root, "qwen3-4b-int4")
+    assert find_bundle("qwen3") == root / "qwen3-4b-int4"
+    with pytest.raises(BundleError, match=r"get it with: edge-llm pull qwen3:8b$"):
+        find_bundle("qwen3:latest")
 
 
 def test_a_directory_is_itself_whatever_is_kept(root: Path):
@@ -155,8 +173,16 @@ def test_the_last_word_tells_int8_from_int8_w8a8(root: Path, model: str):
         ("r1-llama-8b", "deepseek-r1:8b"),
         ("r1-qwen3-8b", "deepseek-r1:8b-0528"),
         ("r1-0528", "deepseek-r1:8b-0528"),
-        # None of these is a distill by name.
+        ("14b", "deepseek-r1:14b"),
+        ("qwen3:4b", "qwen3:4b"),
+        ("Qwen3-4B", "qwen3:4b"),
+        ("Qwen/Qwen3-4B-Instruct-2507", "qwen3:4b-instruct"),
+        ("Llama3.2", "llama3.2:3b"),
+        ("llama3.2:latest", "llama3.2:3b"),
+        ("smollm2", "smollm2:1.7b"),
+        # None of these is a model by name.
         *((name, None) for name in ("", "b", "qwen-7b", "llama", "70b", "deepseek", "gemma-7b")),
+        *((name, None) for name in ("3b", "4b", "qwen3:5b", "Qwen/qwen3:4b")),
         *(
             (name, None)
             for name in ("deepseek-ai/DeepSeek-R1", "acme/r1-qwen-7b", "r1-qwen-7b-int4")
@@ -172,8 +198,8 @@ def test_a_model_has_many_names(name: str, meant: str | None):
     [
         ("8b", ["deepseek-r1:8b", "deepseek-r1:8b-0528"]),
         ("R1-8B", ["deepseek-r1:8b", "deepseek-r1:8b-0528"]),
-        ("r1-qwen", ["deepseek-r1:1.5b", "deepseek-r1:7b"]),
-        ("deepseek-r1", list(CATALOGUE)),
+        ("r1-qwen", ["deepseek-r1:1.5b", "deepseek-r1:7b", "deepseek-r1:14b", "deepseek-r1:32b"]),
+        ("deepseek-r1", R1),
     ],
 )
 def test_a_name_of_several_models_lists_them(name: str, models: list[str]):
@@ -187,8 +213,18 @@ def test_a_name_of_several_models_lists_them(name: str, models: list[str]):
 
 def test_a_wrong_name_says_the_nearest():
     assert nearest_model("deepsek-r1:1.5B") == "did you mean deepseek-r1:1.5b?"
-    for name in ("gemma", "deepseek-r1:14b", "deepseek-r1:70b"):  # a model of another size is none
-        assert nearest_model(name) == f"known: {', '.join(CATALOGUE)}"
+    assert nearest_model("qwen3:4") == "did you mean qwen3:4b?"
+    known = nearest_model("gemma")
+    assert known.startswith("known: deepseek-r1:1.5b, :7b, :8b, :8b-0528, :14b, :32b; qwen3:0.6b, ")
+    for name in ("deepseek-r1:70b", "gemma3:1b"):  # a model of another size is none
+        assert nearest_model(name) == known
+
+
+def test_what_a_family_alone_means_is_in_the_catalogue():
+    families = {short.partition(":")[0] for short in CATALOGUE} - {"deepseek-r1"}
+    assert families == LATEST.keys()
+    for family, size in LATEST.items():
+        assert hub_id(family) == CATALOGUE[f"{family}:{size}"]
 
 
 def test_a_gguf_file_is_a_checkpoint(root: Path):
@@ -261,7 +297,9 @@ def test_the_command_for_a_checkpoint_here_names_its_bundle_by_the_path(root: Pa
     [
         ("7b", "edge-llm pull deepseek-r1:7b"),
         ("deepseek-r1:8b", "edge-llm pull deepseek-r1:8b"),
-        ("qwen3", "edge-llm pull deepseek-r1:8b-0528"),
+        ("qwen3", "edge-llm pull qwen3:8b"),
+        ("qwen3:4b", "edge-llm pull qwen3:4b"),
+        ("llama3.2", "edge-llm pull llama3.2:3b"),
         ("gemma", "edge-llm export makes one"),
         ("", "edge-llm export makes one"),
         ("-:", "edge-llm export makes one"),
@@ -321,9 +359,10 @@ def test_a_name_is_absolute_in_a_setting(tmp_path: Path, monkeypatch: pytest.Mon
         ("smolm2", "mine, qwen2-int4, smollm2-135m-int8; did you mean smollm2-135m-int8?"),
         ("SmolLM-135m-int8", "did you mean smollm2-135m-int8?"),
         ("smollm2-135m-int4", "did you mean smollm2-135m-int8?"),
-        ("smollm2-360m-int8", "edge-llm export makes one of any checkpoint"),
+        ("smollm2-360m-int8", "get it with: edge-llm pull smollm2:360m"),
+        ("smollm2-500m-int8", "edge-llm export makes one of any checkpoint"),
         ("deepseek-r1:1.5b-int4", "get it with: edge-llm pull deepseek-r1:1.5b"),
-        ("qwen3", "get it with: edge-llm pull deepseek-r1:8b-0528"),  # no slip of qwen2
+        ("qwen3", "get it with: edge-llm pull qwen3:8b"),  # no slip of qwen2
         ("deepseek-r1:1.5b", "get it with: edge-llm pull deepseek-r1:1.5b"),
     ],
 )

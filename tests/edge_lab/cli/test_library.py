@@ -46,7 +46,7 @@ def test_list_has_names_sizes_and_damage(edge_llm: EdgeLlm, shelf: Path):
     assert "damaged: " in broken
     assert tiny.split()[:2] == ["tiny-1.5b-fp16", "fp16"]
     assert "no engine" in tiny
-    assert "edge-llm pull deepseek-r1:1.5b" in found.err
+    assert "edge-llm pull NAME, of deepseek-r1:1.5b, :7b," in found.err
     listed = json.loads(edge_llm("list", "--json").out)
     assert [bundle["name"] for bundle in listed["bundles"]] == ["broken", "tiny-1.5b-fp16"]
     sizes = read_manifest(shelf / "tiny-1.5b-fp16").files.values()
