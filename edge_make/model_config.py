@@ -18,23 +18,9 @@ from edge.model.spec import ModelSpec, RopeSpec, Task
 from edge_make.families.dense import Dense
 
 from .families import FAMILIES, Family
+from .other_models import experts, instead
 from .picture_models import decoder_config, reads_pictures
 
-_OTHER_KINDS = (
-    (
-        re.compile(r"encoder.?decoder|t5|bart|pegasus", re.IGNORECASE),
-        "an encoder with a decoder take a decoder alone",
-    ),
-    (
-        re.compile(r"moe|mixtral|deepseek|gpt.?oss|dbrx", re.IGNORECASE),
-        "a mixture of experts take a dense model",
-    ),
-    (
-        re.compile(r"vl|vision|llava|mllama|omni|ConditionalGeneration", re.IGNORECASE),
-        "a model of more than text take one of text alone",
-    ),
-)
-"""Other kinds of models by their architectures' names, and which model to take instead."""
 _KEYS = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
@@ -48,12 +34,12 @@ class _Config:
     """Typed access to one JSON object; every error names the file and the key."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self._values = values
+        self.values = values
         self.where = where
 
     def get(self, key: str) -> Any:
         """Return the raw value; absent and ``null`` are the same, as in ``transformers``."""
-        return self._values.get(key)
+        return self.values.get(key)
 
     def error(self, key: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {key} {problem}")
@@ -203,32 +189,16 @@ def _family(config: _Config, task: Task) -> Family:
             "architectures", f"must name one model class, found {names!r}; supported: {supported}"
         )
     if names[0] not in known:
-        both = config.boolean("is_encoder_decoder")
-        advice = alternative("encoder-decoder" if both else names[0], task)
+        advice = instead(names[0], config.values, task)
         if names[0] in without_head:
             advice = "a model that embeds: --task embed"
         raise config.error(
             "architectures", f"{names[0]} is not supported; supported: {supported}; {advice}"
         )
+    if (mixture := experts(config.values)) is not None:
+        advice = instead(names[0], config.values, task)
+        raise config.error(mixture[0], f"is {mixture[1]}, which is not supported; {advice}")
     return known[names[0]]
-
-
-def alternative(family: str, task: Task = "generate") -> str:
-    """Say which model to take instead of one of another architecture.
-
-    Args:
-        family: name of its class, or of its architecture in a GGUF file.
-        task: use of the model.
-    """
-    if family == "InternVLChatModel":
-        return "take the same model as transformers has it, whose name ends in -hf"
-    kind = "take a model of one of these"
-    for pattern, other in _OTHER_KINDS:
-        if pattern.search(family):
-            kind = f"instead of {other}"
-            break
-    example = "Qwen/Qwen3-Embedding-0.6B" if task == "embed" else "Qwen/Qwen3-8B"
-    return f"{kind}, such as {example} (docs/support-matrix.md)"
 
 
 def _refuse_unsupported(config: _Config) -> None:

@@ -28,6 +28,7 @@ from edge_lab.cli.options import build_option
 from edge_lab.cli.progress import show_progress
 from edge_lab.telemetry import read_target
 from edge_make.atomic_swap import check_replaceable, human
+from edge_make.other_models import named_otherwise
 from edge_make.published import PUBLISHED, REVISIONS
 
 
@@ -91,7 +92,7 @@ def pull(
     if "/" not in source:
         raise ConfigError(
             f"{model!r} is neither a hub id (owner/name) nor the name of a model; "
-            f"{nearest_model(model)}"
+            f"{named_otherwise(model) or nearest_model(model)}"
         )
     if any(option.startswith(("-o", "--output")) for option in export_options):
         raise ConfigError(

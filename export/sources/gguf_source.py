@@ -21,7 +21,8 @@ from edge_make.checkpoint_tensors import expected_tensors
 from edge_make.families import FAMILIES
 from edge_make.families.dense import Dense
 from edge_make.file_hash import sha256_file
-from edge_make.model_config import BIDIRECTIONAL, alternative, checked, yarn_attention_factor
+from edge_make.model_config import BIDIRECTIONAL, checked, yarn_attention_factor
+from edge_make.other_models import instead
 
 from .checkpoint import Checkpoint
 from .gguf_file import GgufFile
@@ -122,9 +123,10 @@ def read_gguf_spec(
         )
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in FAMILIES:
+        own = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
         raise CheckpointError(
             f"{path}: general.architecture {architecture!r} is not supported; supported: "
-            f"{', '.join(FAMILIES)}; {alternative(str(architecture))}"
+            f"{', '.join(FAMILIES)}; {instead(str(architecture), own)}"
         )
     keys, family = _Keys(metadata, architecture, path), FAMILIES[architecture]
     for key in _UNSUPPORTED_KEYS:

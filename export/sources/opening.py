@@ -12,6 +12,7 @@ from edge.bundle.model_names import hub_id, nearest_model
 from edge.errors import CheckpointError, ConfigError
 from edge.model.spec import ModelSpec, Task
 from edge_make.model_config import parse_config
+from edge_make.other_models import named_otherwise
 from edge_make.progress import Progress, silent
 from edge_make.published import REVISIONS
 
@@ -88,7 +89,8 @@ def open_checkpoint(
             revision = revision or REVISIONS.get(known)
         source = known
     if not _HUB_ID.fullmatch(source):
-        hint = "" if "/" in source else f", nor the name of a model; {nearest_model(source)}"
+        near = named_otherwise(source) or nearest_model(source)
+        hint = "" if "/" in source else f", nor the name of a model; {near}"
         raise CheckpointError(
             f"nothing to export at {source!r}: it is no directory, no .gguf file and no hub id "
             f"(owner/name){hint}"

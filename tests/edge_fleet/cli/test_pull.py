@@ -130,6 +130,9 @@ def test_pull_knows_the_catalogue(edge_llm: EdgeLlm, shelf: Path, monkeypatch: p
         assert edge_llm("pull", name).err.splitlines()[0] == failed.err.splitlines()[0]
     wrong = error_line(edge_llm("pull", "deepsek-r1:1.5b"), 64)
     assert "neither a hub id (owner/name) nor the name of a model; did you mean deepseek" in wrong
+    gemma = error_line(edge_llm("pull", "gemma3:4b"), 64)
+    assert "Gemma 3 needs what is missing here: " in gemma
+    assert "the nearest in size is qwen3:4b: edge-llm pull qwen3:4b" in gemma
     assert "'8b' could be deepseek-r1:8b (" in error_line(edge_llm("pull", "8b"), 64)
 
 

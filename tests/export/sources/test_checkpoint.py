@@ -522,5 +522,7 @@ def test_a_name_of_a_model_means_one_commit(
 def test_a_wrong_name_of_a_model_says_the_nearest() -> None:
     with pytest.raises(CheckpointError, match=r"did you mean deepseek-r1:1\.5b\?"):
         open_checkpoint("deepsek-r1:1.5b")
+    with pytest.raises(CheckpointError, match=r"Gemma 3 needs .*: edge-llm pull qwen3:4b"):
+        open_checkpoint("gemma3:4b")
     with pytest.raises(ConfigError, match="'8b' could be"):
         open_checkpoint("8b")
