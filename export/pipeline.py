@@ -16,6 +16,7 @@ from edge._version import __version__
 from edge.adapters import graph_inputs
 from edge.backends.ort.session import onnxruntime_version
 from edge.bundle import io_spec, kv_scales, memory_facts
+from edge.bundle.library import hub_address
 from edge.bundle.manifest import (
     SCHEMA_VERSION,
     Dialect,
@@ -106,6 +107,11 @@ def forecast_checkpoint(config: ExportConfig, progress: Progress = silent) -> Fo
         CheckpointError, ConfigError, DependencyError: `export_checkpoint` would raise the same.
     """
     source = ExportSource(**values_of(ExportSource, config))
+    if ":" in (hub_address(source.source) or ""):
+        raise ConfigError(
+            f"a forecast reads the small files of a hub, and {source.source} is one large file: "
+            "download it, and give its path"
+        )
     recipe = ExportRecipe(**values_of(ExportRecipe, config))
     target = ExportTarget(**values_of(ExportTarget, config))
     try:

@@ -66,6 +66,11 @@ LATEST = {
 }
 """Sizes that names of the `CATALOGUE` without one mean, as in ollama."""
 _R1 = "deepseek-r1:"  # the models whose names may be any of their words, or a size alone
+HUB_HOST = "hf.co/"
+_ADDRESS = re.compile(
+    r"(?:https?://)?(?:hf|(?:www\.)?huggingface)\.co/"
+    r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?)(?:/tree/main)?/?"
+)
 _SEPARATORS = re.compile(r"[-_:/ ]+")
 ALIKE = 0.85  # least similarity of a name with a typo to the right one
 _SIZE = re.compile(r"(?<![0-9a-z.])[0-9.]+[bm](?![0-9a-z])")
@@ -106,7 +111,7 @@ def find_bundle(name: str) -> Path:
     comes first, then bundles whose names have all of its words, such as ``1.5b`` or
     ``qwen-1.5b:int8``. Of several, the one that ends with the last word wins, such as ``int8`` and
     not ``int8-w8a8``. A name of the `CATALOGUE` or a hub id there, alone or followed by a hyphen
-    and a quantization, stands for its model.
+    and a quantization, stands for its model, as a `hub_address` does.
 
     Raises:
         BundleError: no bundle, or more than one, has that name, or it is the name of a checkpoint
@@ -160,11 +165,20 @@ def find_setting(text: str, base: Path) -> Path:
         raise BundleError(_no_bundle(path))
     if is_directory(path):
         return path
-    if "/" in text and not named_models(text):
+    if "/" in text and not named_models(text) and hub_address(text) is None:
         if is_file(path):
             raise BundleError(_no_bundle(path))
         return path
     return find_bundle(text).absolute()
+
+
+def hub_address(text: str) -> str | None:
+    """Return an address of the Hugging Face hub as ``hf.co/owner/name[:TAG]``; None if it is none.
+
+    ``TAG`` is a quantization or the name of a GGUF file in that repository.
+    """
+    found = _ADDRESS.fullmatch(text)
+    return None if found is None else f"{HUB_HOST}{found[1]}"
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -199,6 +213,7 @@ def catalogue_line() -> str:
 
 def named_models(name: str) -> list[str]:
     """List the short names of the `CATALOGUE` whose models a name may mean."""
+    name = (hub_address(name) or name).removeprefix(HUB_HOST)
     wanted, words = _with_size(name.lower()), _words(name)
     for short, source in CATALOGUE.items():
         if wanted in (short, source.lower(), source.lower().rpartition("/")[2]):
@@ -229,6 +244,8 @@ def _no_bundle(path: Path) -> str:
 
 
 def _means(name: str, directory: str) -> bool:
+    address = hub_address(name)
+    name = (address or name).removeprefix(HUB_HOST)
     wanted, model = _with_size(name.lower()), _model_of(directory)
     for short in sorted(CATALOGUE, key=len, reverse=True):
         for known in (short, CATALOGUE[short].lower()):
@@ -239,6 +256,12 @@ def _means(name: str, directory: str) -> bool:
                     return True
                 if wanted == name.lower():
                     return False
+    if address is not None:
+        begin = wanted.rpartition("/")[2].replace(":", "-")
+        rest_of_name = directory.lower().removeprefix(begin)
+        return directory.lower().startswith(begin) and bool(
+            not rest_of_name or _QUANTIZED.fullmatch(rest_of_name)
+        )
     words = _words(name)
     return bool(words) and words <= _words(directory)
 
@@ -270,6 +293,8 @@ def _absence(name: str, known: list[Path]) -> str:
 
 def remedy(name: str, known: Sequence[Path] = ()) -> str:
     """Say how to get a bundle of this name, or which of the ``known`` is meant."""
+    if (address := hub_address(name)) is not None:
+        return f"get it with: edge-llm pull {address}"
     wanted, model = name.lower(), _QUANTIZED.sub("", name)
     named, words = named_models(model), _words(model)
     for directory in known:

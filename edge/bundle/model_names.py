@@ -10,8 +10,13 @@ from .library import ALIKE, CATALOGUE, catalogue_line, named_models, size_fits
 
 
 def bundle_name(hub_id: str, quantization: str) -> str:
-    """Name the bundle of a model, e.g. ``deepseek-r1-distill-qwen-1.5b-int4``."""
-    return f"{hub_id.rsplit('/', 1)[-1].lower()}-{quantization}"
+    """Name the bundle of a model, e.g. ``deepseek-r1-distill-qwen-1.5b-int4``.
+
+    Args:
+        hub_id: the hub id, or a `hub_address`.
+        quantization: the quantization, as in ``--quant``.
+    """
+    return f"{hub_id.rsplit('/', 1)[-1].lower().replace(':', '-')}-{quantization}"
 
 
 def hub_id(name: str) -> str | None:

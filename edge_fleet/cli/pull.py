@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from edge.bundle.library import CATALOGUE, roots
+from edge.bundle.library import CATALOGUE, hub_address, roots
 from edge.bundle.manifest import MANIFEST_NAME, read_manifest
 from edge.bundle.model_names import bundle_name, hub_id, nearest_model
 from edge.bundle.trust import trusted_keys_file
@@ -80,15 +80,16 @@ def pull(
     """Get MODEL: download it, export it, and build its engine where TensorRT runs.
 
     MODEL is a short name, such as deepseek-r1:1.5b (also 1.5b), qwen3:4b or llama3.2, which
-    edge-llm list shows, or a hub id. deepseek-r1:8b is the Llama distill. What follows is for
-    edge-llm export, for example --method rtn or --kv-capacity 8192. HF_ENDPOINT sets a mirror of
-    the Hugging Face hub.
+    edge-llm list shows, or a hub id. deepseek-r1:8b is the Llama distill. An address of the
+    Hugging Face hub may name a GGUF file by its quantization: hf.co/owner/name:Q8_0. What follows
+    is for edge-llm export, for example --method rtn or --kv-capacity 8192. HF_ENDPOINT sets a
+    mirror of the hub.
 
     Of a short name, --quant source takes a checkpoint that others have quantized: a smaller
     download, and no calibration. If EDGE_LLM_REGISTRY names a registry, a bundle of it is fetched
     as it is, signed where this machine trusts keys.
     """
-    source = hub_id(model) or model
+    source = hub_id(model) or hub_address(model) or model
     if "/" not in source:
         raise ConfigError(
             f"{model!r} is neither a hub id (owner/name) nor the name of a model; "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from edge.bundle.library import CATALOGUE
+from edge.bundle.library import CATALOGUE, HUB_HOST
 from edge.bundle.manifest import Manifest
 from edge.errors import ConfigError
 from edge_make.published import PUBLISHED
@@ -37,7 +37,7 @@ class TeamRegistry:
         """Name the bundle of a model.
 
         Args:
-            hub_id: hub id of the model, or of an already quantized checkpoint of it.
+            hub_id: hub id or address of the model, or of an already quantized checkpoint of it.
             quantization: quantization, as in ``--quant``.
             suffix: end of the tag, from `suffixes` or `suffix_of`.
 
@@ -50,7 +50,8 @@ class TeamRegistry:
                 repository, _, size = short.partition(":")
                 tag = f"{size}-{quantization}{suffix}"
                 return parse_reference(f"{self.place}/{repository}:{tag}")
-        return parse_reference(f"{self.place}/{hub_id.lower()}:{quantization}{suffix}")
+        name = hub_id.lower().removeprefix(HUB_HOST).replace(":", "-")
+        return parse_reference(f"{self.place}/{name}:{quantization}{suffix}")
 
     def reference_of(self, manifest: Manifest) -> Reference:
         """Name a bundle as a pull of its model looks for it.

@@ -6,12 +6,14 @@ import os
 import re
 import socket
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from edge.bundle.library import HUB_HOST
 from edge.errors import CheckpointError, DependencyError, install_command
 
 from .download import Download
@@ -37,8 +39,13 @@ TEXT_FILES = [
     "processor_config.json",
 ]
 # No directory part: original/consolidated.*.safetensors would be the same weights twice.
-_CONNECT_S = 10
 _WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "gptq_model-*.safetensors"]
+
+
+_CONNECT_S = 10
+_LABEL = re.compile(r"(?:^|[-._])((?:UD-)?I?[QT]Q?\d\w*|BF16|F16|F32|MXFP4\w*)$", re.IGNORECASE)
+_PART = re.compile(r"-\d{5}-of-\d{5}$")
+_NO_MODEL = ("mmproj", "imatrix")  # GGUF files beside a model: a picture encoder, statistics
 
 
 def download(
@@ -67,8 +74,93 @@ def download(
     # The cache names each snapshot after its commit (huggingface_hub, "Understand caching"), so
     # both steps and the manifest use the same one, even if the branch moves in between.
     commit = directory.name
-    check(directory, Download(_missing_bytes(repo_id, commit, directory), directory.parents[2]))
+    missing = _missing_bytes(repo_id, commit, directory)
+    alone = missing == 0 and not _has_weights(directory)
+    if alone and (models := _gguf_models(_file_names(repo_id, directory))):
+        tags = ", ".join(f":{label}" for label in sorted(set(models.values())))
+        raise CheckpointError(
+            f"{repo_id} has its weights in GGUF files alone; say which one: "
+            f"{HUB_HOST}{repo_id} with one of {tags}"
+        )
+    check(directory, Download(missing, directory.parents[2]))
     return _snapshot(repo_id, commit, cache_dir, TEXT_FILES + _WEIGHT_FILES), commit
+
+
+def download_gguf(repo_id: str, revision: str | None, cache_dir: Path | None, tag: str) -> Path:
+    """Fetch one GGUF file of one revision of a repository.
+
+    Args:
+        repo_id: ``owner/name``.
+        revision: branch, tag or commit; None is the default branch.
+        cache_dir: the hub's cache; None is the one of ``HF_HOME``.
+        tag: quantization at the end of the file's name, or that name.
+
+    Raises:
+        CheckpointError: `download` would raise it, or the tag fits no file or several.
+        DependencyError: huggingface-hub is not installed.
+    """
+    directory = _snapshot(repo_id, revision, cache_dir, TEXT_FILES)
+    name = choose_gguf(_file_names(repo_id, directory), tag, repo_id)
+    return _snapshot(repo_id, directory.name, cache_dir, [escape(name)]) / name
+
+
+def choose_gguf(names: Iterable[str], tag: str, repo_id: str) -> str:
+    """Choose the file of a quantization.
+
+    Raises:
+        CheckpointError: the tag fits no file, or several.
+    """
+    models = _gguf_models(names)
+    found = [
+        name for name, label in models.items() if tag in (label, Path(name).name, Path(name).stem)
+    ] or [name for name, label in models.items() if label.lower() == tag.lower()]
+    if not models:
+        raise CheckpointError(
+            f"{repo_id} has no GGUF file; leave out :{tag}, or give a branch with --revision"
+        )
+    if not found:
+        raise CheckpointError(
+            f"{repo_id} has no GGUF file {tag}; it has {', '.join(sorted(set(models.values())))}"
+        )
+    if len(found) == 1 and not _PART.search(Path(found[0]).stem):
+        return found[0]
+    if all(_PART.search(Path(name).stem) for name in found):
+        raise CheckpointError(
+            f"{repo_id} has {tag} in {len(found)} parts; download them, join them with "
+            "llama-gguf-split --merge, and export that file"
+        )
+    raise CheckpointError(
+        f"{repo_id} has several files {tag}: {', '.join(found)}; give the name of one instead"
+    )
+
+
+def _file_names(repo_id: str, directory: Path) -> list[str]:
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE or _no_way(constants.ENDPOINT) is not None:
+        return [str(path.relative_to(directory)) for path in directory.rglob("*.gguf")]
+    try:
+        files = HfApi().list_repo_tree(repo_id, revision=directory.name, recursive=True)
+        return [file.path for file in files]
+    except (HfHubHTTPError, *_network_errors(), OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{repo_id}: {_named(constants.ENDPOINT)} does not list its files ({error}); download "
+            "the GGUF file, and give its path"
+        ) from error
+
+
+def _gguf_models(names: Iterable[str]) -> dict[str, str]:
+    """Return the quantization of each GGUF file of a model; its name, if that states none."""
+    models = {}
+    for name in sorted(names):
+        path = Path(name)
+        if path.suffix.lower() != ".gguf" or path.name.lower().startswith(_NO_MODEL):
+            continue
+        stem = _PART.sub("", path.stem)
+        label = _LABEL.search(stem)
+        models[name] = stem if label is None else label[1]
+    return models
 
 
 def _missing_bytes(repo_id: str, commit: str, directory: Path) -> int | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
+from edge.bundle.library import HUB_HOST, hub_address
 from edge.bundle.model_names import hub_id, nearest_model
 from edge.errors import CheckpointError, ConfigError
 from edge.model.spec import ModelSpec, Task
@@ -22,7 +23,7 @@ from .checkpoint_text import read_json, read_text
 from .download import Download, Preview
 from .gguf_source import GgufCheckpoint
 from .hf_directory import HfDirectory
-from .hub import TEXT_FILES, download
+from .hub import TEXT_FILES, download, download_gguf
 from .picture_encoder import read_vision
 from .pooling import Judge, find_task
 from .quantization_config import QuantizationConfig, read_quantization
@@ -45,9 +46,9 @@ def open_checkpoint(
     """Open a model by its path, name or hub id.
 
     Args:
-        source: an existing directory in Hugging Face's layout, an existing ``.gguf`` file, a model
-            by a name of `edge.bundle.model_names.hub_id`, or a hub id ``owner/name``, in this
-            order.
+        source: what is to be opened, by the first of these that fits: an existing directory in
+            Hugging Face's layout, an existing ``.gguf`` file, a name of
+            `edge.bundle.model_names.hub_id`, a `hub_address`, a hub id ``owner/name``.
         revision: branch, tag or commit of a hub id; None is its default branch, or for a name on
             the Hugging Face hub the commit that `REVISIONS` may have.
         cache_dir: directory to download a hub id to; None is the hub's own cache.
@@ -72,18 +73,19 @@ def open_checkpoint(
                 raise ConfigError(f"{option} is for hub ids, but {source} is local; leave it out")
         if not is_gguf:
             return _open_directory(path, task)
-        if task == "embed":
-            raise CheckpointError(
-                f"{source} is a GGUF file, which does not say how its model embeds; export the "
-                "directory that it was made of (config.json, modules.json, safetensors)"
-            )
-        gguf = GgufCheckpoint(path)
-        return Judge(gguf) if task == "rerank" else gguf
+        return _open_gguf(path, task)
     if path.is_file():
         raise CheckpointError(
             f"{source} is a file but no .gguf; give the checkpoint's directory instead"
         )
-    asked = source
+    asked, tag = source, ""
+    if (address := hub_address(source)) is not None:
+        if hub == "modelscope":
+            raise ConfigError(f"{source} is on the Hugging Face hub; leave out --hub modelscope")
+        hub = "huggingface"
+        source, _, tag = address.removeprefix(HUB_HOST).partition(":")
+        if tag:
+            return _open_gguf(download_gguf(source, revision, cache_dir, tag), task)
     if (known := hub_id(source)) is not None and "/" not in source:
         if chosen_hub(hub) == "huggingface":
             revision = revision or REVISIONS.get(known)
@@ -108,6 +110,16 @@ def open_checkpoint(
         return _open_directory(directory, task, source, commit, hub="modelscope")
     directory, commit = download(source, revision, cache_dir, check)
     return _open_directory(directory, task, source, commit)
+
+
+def _open_gguf(path: Path, task: Task | None) -> Checkpoint:
+    if task == "embed":
+        raise CheckpointError(
+            f"{path} is a GGUF file, which does not say how its model embeds; export the directory "
+            "that it was made of (config.json, modules.json, safetensors)"
+        )
+    gguf = GgufCheckpoint(path)
+    return Judge(gguf) if task == "rerank" else gguf
 
 
 def chosen_hub(hub: str | None) -> str:

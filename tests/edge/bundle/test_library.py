@@ -16,6 +16,7 @@ from edge.bundle.library import (
     checkpoint_bundle,
     find_bundle,
     find_setting,
+    hub_address,
     roots,
 )
 from edge.bundle.manifest import Source
@@ -106,6 +107,36 @@ def test_a_family_alone_means_any_size_that_is_here_before_it_means_its_own(root
     assert find_bundle("qwen3") == root / "qwen3-4b-int4"
     with pytest.raises(BundleError, match=r"get it with: edge-llm pull qwen3:8b$"):
         find_bundle("qwen3:latest")
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("hf.co/owner/name", "hf.co/owner/name"),
+        ("https://huggingface.co/owner/name/", "hf.co/owner/name"),
+        ("http://www.huggingface.co/o/n/tree/main", "hf.co/o/n"),
+        ("hf.co/o/n-GGUF:Q4_K_M", "hf.co/o/n-GGUF:Q4_K_M"),
+        ("owner/name", None),
+        ("hf.co/owner", None),
+        ("https://huggingface.co/o/n/blob/main/x.gguf", None),
+        ("https://example.com/o/n", None),
+    ],
+)
+def test_an_address_of_the_hub(text: str, address: str | None):
+    assert hub_address(text) == address
+
+
+def test_an_address_stands_for_the_bundle_that_a_pull_made_of_it(root: Path):
+    names = [bundle_name(f"hf.co/O/N-GGUF:{tag}", "int4") for tag in ("Q8_0", "BF16")]
+    assert names == ["n-gguf-q8_0-int4", "n-gguf-bf16-int4"]
+    make(root, *names, f"{QWEN}-int4", "n-ggufs-int4")
+    for find in (find_bundle, lambda name: find_setting(name, Path())):
+        assert find("hf.co/O/N-GGUF:Q8_0") == root / "n-gguf-q8_0-int4"
+        assert find("https://huggingface.co/O/N-GGUF:bf16") == root / "n-gguf-bf16-int4"
+        assert find(f"hf.co/{CATALOGUE['deepseek-r1:1.5b']}") == root / f"{QWEN}-int4"
+        for absent in ("hf.co/O/N", "hf.co/O/N-GGUF:Q4_0"):
+            with pytest.raises(BundleError, match=f"get it with: edge-llm pull {absent}$"):
+                find(absent)
 
 
 def test_a_directory_is_itself_whatever_is_kept(root: Path):

@@ -20,6 +20,7 @@ from edge_make.published import PUBLISHED, REVISIONS
 from tests.command_line import Result, error_line
 from tests.edge_fleet.registry.live import SMALL, LiveRegistry, write_bundle
 from tests.export.sources.local_server import LocalServer
+from tests.export.sources.test_gguf import write_tiny
 from tests.export.sources.test_hub import MAIN, Hub
 from tests.makers.keys import need_minisign
 from tests.makers.quantized_golden import QuantizedGolden, write_base
@@ -199,8 +200,12 @@ def test_pull_takes_the_commit_that_is_known(
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """A hub with a model of the catalogue, and with what others made of it."""
     root, hub, source = tmp_path_factory.mktemp("hub"), Hub(), CATALOGUE["deepseek-r1:1.5b"]
+    (root / "files").mkdir()
+    made = write_tiny(root / "made", "qwen2", ggml_type="Q8_0")
+    made.rename(root / "files" / "Tiny-Q8_0.gguf")
     hub.snapshots = {
         (source, REVISIONS[source]): write_checkpoint(root / "float", "qwen2"),
+        ("owner/Tiny-GGUF", MAIN): root / "files",
         (PUBLISHED[source], MAIN): QuantizedGolden.load("ct-w4a16").write(root / "w4a16"),
     }
     with hub:
@@ -259,6 +264,23 @@ def test_what_a_pull_takes_is_said_before_it_begins(hub: Hub, tmp_path: Path):
     )
     cached = pull_from(hub, tmp_path, "deepseek-r1:1.5b", "--force", "--dry-run")
     assert cached.stdout.startswith("already downloaded; the bundle takes about ")
+
+
+@pytest.mark.live
+def test_an_address_with_a_quantization_is_pulled_and_run_by_that_name(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    address, name = "hf.co/owner/Tiny-GGUF:Q8_0", "tiny-gguf-q8_0-int4"
+    for option in (["--hub", "modelscope"], ["--dry-run"]):
+        assert pull_from(hub, tmp_path, address, *option).returncode
+    monkeypatch.setenv("EDGE_LLM_HUB", "modelscope")  # an address has a hub already
+    made = pull_from(hub, tmp_path, address, "--fast", "--no-verify")
+    assert made.returncode == 0, made.stderr
+    assert made.stderr.startswith(f"$ edge-llm export {address} -o {tmp_path / 'kept' / name} ")
+    assert f"edge-llm run {name} " in made.stdout
+    monkeypatch.setenv("EDGE_LLM_BUNDLES", str(tmp_path / "kept"))
+    assert find_bundle("https://huggingface.co/owner/Tiny-GGUF:q8_0").name == name
+    assert read_manifest(find_bundle(address)).source.location == "Tiny-Q8_0.gguf"
 
 
 @pytest.mark.slow

@@ -20,8 +20,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from export.sources.hub import _missing_bytes, _no_way
+from edge.errors import CheckpointError
+from export.sources.hub import _missing_bytes, _no_way, choose_gguf
 from tests.export.sources.local_server import LocalServer
+from tests.export.sources.test_gguf import write_tiny
 from tests.makers import tiny_models as tiny
 
 pytestmark = pytest.mark.live
@@ -159,7 +161,15 @@ def hub(tmp_path_factory) -> Iterator[Hub]:
     custom = tiny.write_checkpoint(root / "custom", "llama", auto_map={"AutoModel": "x.Y"})
     nf4 = {"quant_method": "bitsandbytes"}
     quantized = tiny.write_checkpoint(root / "nf4", "llama", quantization_config=nf4)
+    files = root / "files"
+    files.mkdir()
+    (files / "README.md").write_text("GGUF files alone, some of which are read by their names only")
+    for quant in ("Q8_0", "BF16"):
+        made = write_tiny(root / quant, "qwen2", ggml_type=quant)
+        made.rename(files / f"Tiny-{quant}.gguf")
+    (files / "mmproj-Tiny-F16.gguf").write_bytes(b"a picture encoder")
     hub.snapshots = {
+        ("owner/Tiny-GGUF", MAIN): files,
         ("owner/tiny", MAIN): main,
         ("owner/tiny", TAG): tag,
         ("owner/custom", MAIN): custom,
@@ -249,6 +259,94 @@ def test_errors_say_what_to_do(worker, source, revision, words, tmp_path: Path) 
     assert error.startswith("CheckpointError: ")
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "hf.co/owner/Tiny-GGUF:q8_0",
+        "https://huggingface.co/owner/Tiny-GGUF:Tiny-Q8_0.gguf",
+        "huggingface.co/owner/Tiny-GGUF:Q8_0/",
+    ],
+)
+def test_a_quantization_names_one_gguf_file(
+    source: str, hub: Hub, worker: Worker, tmp_path: Path
+) -> None:
+    answer = worker.open(source, cache=tmp_path)
+    assert "error" not in answer, answer
+    assert answer["name"] == "Tiny-Q8_0"
+    assert answer["source"]["location"] == "Tiny-Q8_0.gguf"
+    assert {path.name for path in tmp_path.rglob("*.gguf")} == {"Tiny-Q8_0.gguf"}
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("hf.co/owner/Tiny-GGUF:Q4_K_M", "-GGUF has no GGUF file Q4_K_M; it has BF16, Q8_0"),
+        ("hf.co/owner/Tiny-GGUF", "GGUF files alone; say which one: hf.co/owner/Tiny-GGUF with one "
+         "of :BF16, :Q8_0"),
+        ("hf.co/owner/tiny:Q8_0", "owner/tiny has no GGUF file; leave out :Q8_0"),
+        ("hf.co/owner/missing:Q8_0", "owner/missing was not found on the hub"),
+        ("hf.co/owner/tiny/blob/main/x.gguf", "no hub id (owner/name)"),
+    ],
+)  # fmt: skip
+def test_what_names_no_gguf_file_says_which_there_are(
+    source: str, words: str, hub: Hub, worker: Worker, tmp_path: Path
+) -> None:
+    assert words in worker.open(source, cache=tmp_path)["error"]
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_a_full_address_is_a_hub_id(hub: Hub, worker: Worker, tmp_path: Path) -> None:
+    whole = worker.open("owner/tiny", cache=tmp_path)
+    for address in ("https://huggingface.co/owner/tiny", "hf.co/owner/tiny/tree/main"):
+        assert worker.open(address, cache=tmp_path) == whole
+
+
+def test_offline_a_gguf_file_is_found_among_those_that_are_cached(
+    hub: Hub, worker: Worker, home: Path
+) -> None:
+    online = worker.open("hf.co/owner/Tiny-GGUF:BF16")
+    with Worker(home, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1") as offline:
+        assert offline.open("hf.co/owner/Tiny-GGUF:BF16") == online
+        assert "; it has BF16" in offline.open("hf.co/owner/Tiny-GGUF:Q8_0")["error"]
+
+
+NAMES = [
+    "x-Q4_K_M.gguf", "x-UD-Q4_K_XL.gguf", "x-Q4_K_XL.gguf", "x.IQ4_XS.gguf", "x-imatrix-Q2_K.gguf",
+    "Q8_0/x-Q8_0-00001-of-00002.gguf", "Q8_0/x-Q8_0-00002-of-00002.gguf", "F16/x-F16.gguf",
+    "f16/x-f16.gguf", "imatrix_x.gguf", "x.safetensors", "strange.gguf", "x-fp16.gguf",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tag", "chosen"),
+    [
+        ("Q4_K_M", "x-Q4_K_M.gguf"),
+        ("q4_k_xl", "x-Q4_K_XL.gguf"),
+        ("UD-Q4_K_XL", "x-UD-Q4_K_XL.gguf"),
+        ("IQ4_XS", "x.IQ4_XS.gguf"),
+        ("strange", "strange.gguf"),
+        ("f16", "f16/x-f16.gguf"),
+        ("x-fp16.gguf", "x-fp16.gguf"),
+    ],
+)
+def test_the_file_that_a_tag_means(tag: str, chosen: str) -> None:
+    assert choose_gguf(NAMES, tag, "o/x") == chosen
+
+
+@pytest.mark.parametrize(
+    ("names", "tag", "words"),
+    [
+        (NAMES, "Q8_0", "o/x has Q8_0 in 2 parts; .* llama-gguf-split --merge"),
+        (["a-Q2_K.gguf", "b-Q2_K.gguf"], "Q2_K", "several files Q2_K: a-Q2_K.gguf, b-Q2_K.gguf; g"),
+        (NAMES, "Q4_K", r"has no GGUF file Q4_K; it has F16, IQ4_XS, Q2_K, Q4_K_M, "),
+        (["mmproj-F16.gguf"], "F16", "o/x has no GGUF file; leave out :F16"),
+    ],
+)
+def test_a_tag_that_means_no_single_file(names: list[str], tag: str, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        choose_gguf(names, tag, "o/x")
 
 
 def test_offline_takes_what_is_cached(hub: Hub, worker: Worker, home: Path) -> None:
