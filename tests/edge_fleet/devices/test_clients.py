@@ -148,6 +148,7 @@ def test_a_stream_that_is_closed_frees_its_slot_within_2_s(fleet: Fleet):
     assert not any(each["models"]["tiny"]["running"] for each in fleet.stats())
 
 
+@pytest.mark.live
 def test_refused_requests_change_nobodys_health(fleet: Fleet):
     homes = {f"s{i}": fleet.home(f"s{i}") for i in range(8)}
     for i in range(200):

@@ -54,6 +54,7 @@ def test_without_an_endpoint_nothing_is_reloaded_or_ended(
     assert "no endpoint runs here" in error_line(edge_llm("fleet", verb, file), 70)
 
 
+@pytest.mark.live
 @needs_haproxy
 def test_a_state_directory_that_cannot_be_made_is_named(
     file: Path,
