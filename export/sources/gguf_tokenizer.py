@@ -1,7 +1,8 @@
 """Rebuilds ``tokenizer.json`` from GGUF metadata, so that it encodes as the original does.
 
-GGUF stores the vocabulary and the merges but only a *name* for how text is split before them
-(``tokenizer.ggml.pre``). Each known name stands for the normalizer and pre-tokenizer of the
+A sentencepiece vocabulary is complete (`gguf_sentencepiece`). Of a byte-level one, GGUF stores the
+tokens and the merges but only a *name* for how text is split before them (``tokenizer.ggml.pre``).
+Each known name stands for the normalizer and pre-tokenizer of the
 original ``tokenizer.json``. An unknown name is refused, since a wrong split causes no error, only a
 worse model.
 """
@@ -19,6 +20,7 @@ from edge.errors import CheckpointError
 
 from .assumed_sampling import assume_sampling
 from .checkpoint_text import CheckpointText, sampling_defaults, settle_template
+from .gguf_sentencepiece import Vocabulary
 
 # Values of tokenizer.ggml.token_type (llama.cpp: enum llama_token_type).
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
@@ -117,7 +119,8 @@ def read_gguf_text(metadata: Mapping[str, Any], path: Path, vocab_size: int) -> 
     Raises:
         CheckpointError: the tokenizer is missing, damaged or of a kind that is not supported.
     """
-    pre = _pre(metadata, path)
+    model = metadata.get("tokenizer.ggml.model")
+    pre = None if model == "llama" else _pre(metadata, path)
     vocab = _list(metadata, path, "tokens", str)
     types = _list(metadata, path, "token_type", int)
     if len(types) != len(vocab) or len(vocab) > vocab_size:
@@ -125,7 +128,7 @@ def read_gguf_text(metadata: Mapping[str, Any], path: Path, vocab_size: int) -> 
             f"{path}: found {len(vocab)} tokens, {len(types)} token types and {vocab_size} rows of "
             "token_embd.weight; convert the model again"
         )
-    tokens = _tokens(metadata, path, vocab, types, pre)
+    tokens = _tokens(metadata, path, vocab, types, pre is None or pre.add_bos)
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"{path}: tokenizer.chat_template must be text")
@@ -134,8 +137,20 @@ def read_gguf_text(metadata: Mapping[str, Any], path: Path, vocab_size: int) -> 
     generation = {
         name: metadata[key] for name, key in _SAMPLING_KEYS.items() if key in metadata
     } | {"eos_token_id": list(tokens.eos)}
-    merges = _merges(metadata, path)
-    content = _tokenizer_json(vocab, types, merges, pre, tokens)
+    if pre is None:
+        scores = _list(metadata, path, "scores", float)
+        if len(scores) != len(vocab):
+            raise CheckpointError(
+                f"{path}: found {len(vocab)} tokens and {len(scores)} scores; convert the model "
+                "again"
+            )
+        pieces = Vocabulary(metadata, vocab, types, scores, path)
+        bos = _bos_template(tokens) if tokens.add_bos else None
+        content = pieces.tokenizer_json(_added_tokens(vocab, pieces.added), bos)
+    else:
+        added = {id_: _ADDED[kind] for id_, kind in enumerate(types) if kind in _ADDED}
+        merges = _merges(metadata, path)
+        content = _tokenizer_json(vocab, types, merges, pre, tokens, added)
     return CheckpointText(
         tokenizer_json=json.dumps(content, ensure_ascii=False).encode(),
         chat_template=template,
@@ -159,8 +174,9 @@ def _pre(metadata: Mapping[str, Any], path: Path) -> _Pre:
     model = metadata.get("tokenizer.ggml.model")
     if model != "gpt2":
         raise CheckpointError(
-            f"{path}: tokenizer.ggml.model is {model!r}; only byte-level BPE ('gpt2') can be "
-            "rebuilt; export from the original Hugging Face checkpoint"
+            f"{path}: tokenizer.ggml.model is {model!r}; only byte-level BPE ('gpt2') and "
+            "sentencepiece's BPE ('llama') can be rebuilt; export from the original Hugging Face "
+            "checkpoint"
         )
     name = metadata.get("tokenizer.ggml.pre")
     if not isinstance(name, str) or name not in _PRES:
@@ -187,7 +203,7 @@ def _merges(metadata: Mapping[str, Any], path: Path) -> list[list[str]]:
 
 
 def _tokens(
-    metadata: Mapping[str, Any], path: Path, vocab: list[str], types: list[int], pre: _Pre
+    metadata: Mapping[str, Any], path: Path, vocab: list[str], types: list[int], adds_bos: bool
 ) -> Tokens:
     def token_id(name: str) -> int | None:
         value = metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -208,7 +224,7 @@ def _tokens(
         )
     controls = {text: number for number, text in enumerate(vocab) if types[number] == _CONTROL}
     eos += [controls[text] for text in _ENDS if text in controls]
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token", pre.add_bos)
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", adds_bos)
     return Tokens(
         bos=bos,
         bos_text="" if bos is None else vocab[bos],
@@ -219,28 +235,20 @@ def _tokens(
 
 
 def _tokenizer_json(
-    vocab: list[str], types: list[int], merges: list[list[str]], pre: _Pre, tokens: Tokens
+    vocab: list[str],
+    types: list[int],
+    merges: list[list[str]],
+    pre: _Pre,
+    tokens: Tokens,
+    added: Mapping[int, bool],
 ) -> dict[str, Any]:
     # Padding rows ("[PAD151936]") have the type UNUSED and are no tokens of the original.
     ids = {text: index for index, text in enumerate(vocab) if types[index] != _UNUSED}
-    added = [
-        {
-            "id": index,
-            "content": vocab[index],
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": _ADDED[kind],
-        }
-        for index, kind in enumerate(types)
-        if kind in _ADDED
-    ]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
+        "added_tokens": _added_tokens(vocab, added),
         "normalizer": {"type": "NFC"} if pre.nfc else None,
         "pre_tokenizer": pre.pre_tokenizer,
         "post_processor": _bos_template(tokens) if tokens.add_bos else _byte_level(True),
@@ -258,6 +266,21 @@ def _tokenizer_json(
             "merges": merges,
         },
     }
+
+
+def _added_tokens(vocab: list[str], added: Mapping[int, bool]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": index,
+            "content": vocab[index],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": is_special,
+        }
+        for index, is_special in added.items()
+    ]
 
 
 def _bos_template(tokens: Tokens) -> dict[str, Any]:
