@@ -104,8 +104,7 @@ def instead(name: str, config: Mapping[str, Any], task: Task = "generate") -> st
         return "take the same model as transformers has it, whose name ends in -hf"
     text = config.get("text_config")
     values = {**config, **text} if isinstance(text, dict) else config
-    found = _family(name)
-    called, lack = found or (name, "")
+    called, lack = _family(name) or (name, "")
     missing = []
     if config.get("is_encoder_decoder") is True:
         missing.append("an encoder beside the decoder")
@@ -145,11 +144,11 @@ def _take(parameters: float | None, task: Task) -> str:
         return (
             "take a model that embeds, such as Qwen/Qwen3-Embedding-0.6B (docs/support-matrix.md)"
         )
-    short = "qwen3:8b"
-    if parameters:
-        offered = [each for each in CATALOGUE if not each.startswith(_NOT_OFFERED)]
-        sizes = {each: _size(_PARAMETERS.search(each, each.index(":"))) or 1.0 for each in offered}
-        short = min(sizes, key=lambda each: abs(math.log(sizes[each] / parameters)))
+    if parameters is None:
+        return "take a supported one, for example: edge-llm pull qwen3:8b (docs/support-matrix.md)"
+    offered = [each for each in CATALOGUE if not each.startswith(_NOT_OFFERED)]
+    sizes = {each: _size(_PARAMETERS.search(each, each.index(":"))) or 1.0 for each in offered}
+    short = min(sizes, key=lambda each: abs(math.log(sizes[each] / parameters)))
     return f"the nearest in size is {short}: edge-llm pull {short} (docs/support-matrix.md)"
 
 
@@ -177,7 +176,8 @@ def _parameters(config: Mapping[str, Any]) -> float | None:
         wide = number("moe_intermediate_size", "expert_feed_forward_length", default=wide)
     mlp = 3 * hidden * wide * (1 if mixture is None else min(mixture[1], _MOST))
     layer = mlp + 2 * hidden * dim * (heads + kv_heads)
-    layers = number("num_hidden_layers", "block_count")
+    if (layers := number("num_hidden_layers", "block_count")) == 0:
+        return None
     tokens = config.get("tokenizer.ggml.tokens")
     vocab = number("vocab_size", default=len(tokens) if isinstance(tokens, list) else 0)
     return float(layers * layer + vocab * hidden) or None

@@ -122,8 +122,8 @@ def read_gguf_spec(
             f"{path} is one part of a split model; join them first: llama-gguf-split --merge"
         )
     architecture = metadata.get("general.architecture")
+    own = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
     if not isinstance(architecture, str) or architecture not in FAMILIES:
-        own = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
         raise CheckpointError(
             f"{path}: general.architecture {architecture!r} is not supported; supported: "
             f"{', '.join(FAMILIES)}; {instead(str(architecture), own)}"
@@ -131,7 +131,8 @@ def read_gguf_spec(
     keys, family = _Keys(metadata, architecture, path), FAMILIES[architecture]
     for key in _UNSUPPORTED_KEYS:
         if keys.get(key) not in (None, 0, 1.0 if key.endswith("_scale") else 0):
-            raise keys.error(key, f"is {keys.get(key)!r}: not supported")
+            advice = f"; {instead(architecture, own)}" if key == "expert_count" else ""
+            raise keys.error(key, f"is {keys.get(key)!r}: not supported{advice}")
     if keys.get("attention.causal") is False:
         raise keys.error("attention.causal", f"is false: {BIDIRECTIONAL}")
 

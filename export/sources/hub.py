@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 from edge.bundle.library import HUB_HOST
 from edge.errors import CheckpointError, DependencyError, install_command
+from edge_make.families import FAMILIES
+from edge_make.other_models import instead
 
 from .download import Download
 
@@ -101,7 +103,27 @@ def download_gguf(repo_id: str, revision: str | None, cache_dir: Path | None, ta
     """
     directory = _snapshot(repo_id, revision, cache_dir, TEXT_FILES)
     name = choose_gguf(_file_names(repo_id, directory), tag, repo_id)
+    _refuse_architecture(repo_id, directory.name)
     return _snapshot(repo_id, directory.name, cache_dir, [escape(name)]) / name
+
+
+def _refuse_architecture(repo_id: str, commit: str) -> None:
+    """Refuse GGUF files of a model that is not supported, where the hub says what they hold."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE or _no_way(constants.ENDPOINT) is not None:
+        return
+    try:
+        found = HfApi().model_info(repo_id, revision=commit, expand=["gguf"]).gguf
+    except (HfHubHTTPError, *_network_errors(), OSError, ValueError):
+        return  # a mirror without this call; the file itself says it
+    architecture = found.get("architecture") if isinstance(found, dict) else None
+    if isinstance(architecture, str) and architecture not in FAMILIES:
+        raise CheckpointError(
+            f"{repo_id} has GGUF files of the architecture {architecture!r}, which is not "
+            f"supported; {instead(architecture, {})}"
+        )
 
 
 def choose_gguf(names: Iterable[str], tag: str, repo_id: str) -> str:

@@ -75,7 +75,11 @@ GEMMA3_1B_GGUF = {
         ("deepseek2", {"expert_count": 64}, "DeepSeek V2 or V3 needs what is missing here: a "),
         ("M2M100ForConditionalGeneration", {"is_encoder_decoder": True}, "an encoder beside "),
         ("Qwen2_5_VLForConditionalGeneration", {"vision_config": {}}, "its encoder of pictures"),
-        ("NewForCausalLM", {}, "NewForCausalLM is not read yet; the nearest in size is qwen3:8b"),
+        (
+            "NewForCausalLM",
+            {},
+            "NewForCausalLM is not read yet; take a supported one, for example: ",
+        ),
         ("InternVLChatModel", {}, "take the same model as transformers has it"),
     ],
 )
@@ -101,7 +105,7 @@ def test_no_number_of_a_config_breaks_the_message(value: Any):
     [
         ("gemma3:1b", "Gemma 3 needs what is missing here: attention in windows, tanh-GELU, "),
         ("gemma3:4b", "the nearest in size is qwen3:4b: "),
-        ("Phi4", "Phi-4 needs what is missing here: its fused tensors; the nearest in size is"),
+        ("Phi4", "Phi-4 needs what is missing here: its fused tensors; take a supported one"),
         ("mixtral:8x7b", "Mixtral is not read yet; the nearest in size is qwen3:32b: "),
         ("gpt-oss:20b", "gpt-oss needs what is missing here: attention sinks"),
         ("qwen3.5:2b", "the nearest in size is qwen3:1.7b: "),

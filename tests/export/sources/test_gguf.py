@@ -359,7 +359,10 @@ def test_factors_that_are_no_llama3(factors) -> None:
         ({"llama.feed_forward_length": 1.5}, "feed_forward_length must be an integer"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count is 8"),
         ({"llama.vocab_size": 7}, "vocab_size is 7"),
-        ({"llama.expert_count": 8}, "expert_count is 8: not supported"),
+        (
+            {"llama.expert_count": 8},
+            "expert_count is 8: not supported; llama needs .* a mixture of experts",
+        ),
         ({"llama.attention.scale": 1.0}, "attention.scale is 1.0: not supported"),
         ({"llama.attention.causal": False}, "attention.causal is false: tokens that see those aft"),
         ({"llama.rope.scaling.type": "yarn"}, "beside rope_freqs.weight"),

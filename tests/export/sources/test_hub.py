@@ -60,6 +60,7 @@ class Hub(LocalServer):
         super().__init__()
         self.snapshots: dict[tuple[str, str], Path] = {}
         self.requests: list[tuple[str, str]] = []
+        self.gguf: dict[str, dict[str, Any]] = {}
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         parts = unquote(urlsplit(request.path).path).strip("/").split("/")
@@ -86,6 +87,7 @@ class Hub(LocalServer):
             return self.send_json(request, [tree_entry(folder, file) for file in files])
         siblings = [{"rfilename": str(file)} for file in files]
         info = {"_id": "1", "id": repo, "modelId": repo, "sha": commit, "private": False}
+        info["gguf"] = self.gguf.get(repo)
         return self.send_json(request, {**info, "tags": [], "siblings": siblings})
 
     def refuse(self, request: BaseHTTPRequestHandler, status: int, code: str) -> None:
@@ -170,11 +172,14 @@ def hub(tmp_path_factory) -> Iterator[Hub]:
     (files / "mmproj-Tiny-F16.gguf").write_bytes(b"a picture encoder")
     hub.snapshots = {
         ("owner/Tiny-GGUF", MAIN): files,
+        ("owner/Gemma-GGUF", MAIN): files,
         ("owner/tiny", MAIN): main,
         ("owner/tiny", TAG): tag,
         ("owner/custom", MAIN): custom,
         ("owner/nf4", MAIN): quantized,
     }
+    hub.gguf["owner/Tiny-GGUF"] = {"architecture": "qwen2", "total": 100_000}
+    hub.gguf["owner/Gemma-GGUF"] = {"architecture": "gemma3"}
     with hub:
         yield hub
 
@@ -286,6 +291,7 @@ def test_a_quantization_names_one_gguf_file(
         ("hf.co/owner/Tiny-GGUF", "GGUF files alone; say which one: hf.co/owner/Tiny-GGUF with one "
          "of :BF16, :Q8_0"),
         ("hf.co/owner/tiny:Q8_0", "owner/tiny has no GGUF file; leave out :Q8_0"),
+        ("hf.co/owner/Gemma-GGUF:Q8_0", "'gemma3', which is not supported; Gemma 3 needs"),
         ("hf.co/owner/missing:Q8_0", "owner/missing was not found on the hub"),
         ("hf.co/owner/tiny/blob/main/x.gguf", "no hub id (owner/name)"),
     ],
