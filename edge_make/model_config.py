@@ -27,7 +27,43 @@ _KEYS = {
     "num_kv_heads": "num_key_value_heads",
 }
 """Keys of ``config.json`` that have another name in the manifest."""
+_ROPES = ("rope_parameters", "rope_scaling")
 BIDIRECTIONAL = "tokens that see those after them are not supported"
+
+
+_ARITHMETIC: dict[str, tuple[Any, ...]] = {
+    "sliding_window": (),
+    "interleaved_sliding_window": (),
+    "attention_chunk_size": (),
+    "no_rope_layers": (),
+    "no_rope_layer_interval": (),
+    "rope_local_base_freq": (),
+    "attention_multiplier": (),
+    "residual_multiplier": (1,),
+    "embedding_multiplier": (1,),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
+    "scale_emb": (1,),
+    "scale_depth": (),
+    "dim_model_base": (),
+    "query_pre_attn_scalar": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "clip_qkv": (),
+    "llama_4_scaling_beta": (0,),
+    "attn_temperature_tuning": (False,),
+    "use_qk_norm": (False,),
+    "qk_layernorm": (False,),
+    "parallel_attn": (False,),
+    "use_parallel_residual": (False,),
+    "hidden_activation": ("silu",),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+}
+"""Keys that change the arithmetic where a class reads them, and the values that change nothing.
+
+A family reads a key (`Family.reads`), or a config with another value is refused.
+"""
 
 
 class _Config:
@@ -106,7 +142,7 @@ def parse_config(
         config, where = decoder_config(config, where), f"{where}: text_config"
     reader = _Config(config, where)
     family = _family(reader, task)
-    _refuse_unsupported(reader)
+    _refuse_unsupported(reader, family)
 
     num_heads = reader.integer("num_attention_heads")
     fallback = num_heads if family.old_without_kv_heads else None
@@ -201,17 +237,21 @@ def _family(config: _Config, task: Task) -> Family:
     return known[names[0]]
 
 
-def _refuse_unsupported(config: _Config) -> None:
+def _refuse_unsupported(config: _Config, family: Family) -> None:
     # Check this before auto_map, whose advice to take the stock class would not help here.
     if not config.boolean("is_causal", default=True):
         raise config.error("is_causal", f"is false: {BIDIRECTIONAL}")
-    for key, advice in (
-        ("use_bidirectional_attention", BIDIRECTIONAL),
-        ("mlp_bias", "biases of the MLP are not supported"),
-        ("use_sliding_window", "sliding-window attention is not supported"),
-    ):
-        if config.boolean(key):
-            raise config.error(key, f"is true: {advice}")
+    if config.boolean("use_bidirectional_attention"):
+        raise config.error("use_bidirectional_attention", f"is true: {BIDIRECTIONAL}")
+    for section in (config, *(_Config(config.section(k), f"{config.where}: {k}") for k in _ROPES)):
+        for key, neutral in _ARITHMETIC.items():
+            value = section.get(key)
+            if value is not None and key not in family.reads and value not in neutral:
+                raise section.error(
+                    key,
+                    f"is {value!r:.80}, which changes the arithmetic, and nothing of {family.name} "
+                    "reads it; take a model without it (docs/support-matrix.md)",
+                )
     if config.get("auto_map") is not None:
         raise config.error(
             "auto_map",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from edge.model.names import module_name
-from edge.model.parts import Linear, Norm
+from edge.model.parts import Add, Attention, GatedMlp, Linear, Norm, Rope, unknown_part
 from edge.model.spec import ModelSpec
 
 ROTATION = "rotation"
@@ -66,6 +66,10 @@ def linears_and_norms(model: ModelSpec) -> Iterator[LinearSpec | NormSpec]:
                 case Linear(name=name):
                     rows = {module_name(i, output): size for output, size in part.outputs}
                     yield fuse(f"layers.{i}.{name}", part.width, rows, has_bias=part.bias)
+                case Rope() | Attention() | GatedMlp() | Add():
+                    pass  # it has no weights
+                case _:
+                    unknown_part(part)
     hidden = model.hidden_size
     yield NormSpec("final_norm", "model.norm.weight", hidden)
     if model.task == "embed":

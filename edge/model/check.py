@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .names import MODULES
-from .parts import Add, AnyPart, Attention, GatedMlp, Linear, Norm, Rope, only
+from .parts import Add, AnyPart, Attention, GatedMlp, Linear, Norm, Rope, only, unknown_part
 from .spec import MAX_LAYERS, ModelSpec
 
 _MOST_WEIGHTS = 1 << 40
@@ -40,15 +40,19 @@ class _Reader:
         self._running: int | None = self._hidden
         self._values: dict[str, int] = {}
         self._turned = False
+        self._dim = 0  # of a head
         self._names: set[str] = set()
         self._faults: list[str] = []
 
     def read(self, layer: tuple[AnyPart, ...]) -> list[str]:
         """Return what is wrong with a layer."""
+        self._dim = max((each.dim for each in only(layer, Attention)), default=0)
         for part in layer:
             self._part(part)
         if layer[-1] != Add("mlp_residual"):
             self._faults.append("the last part is not add with the name mlp_residual")
+        if self._turned and not only(layer, Attention):
+            self._faults.append("it has a rope and no attention")
         for kind in (Attention, Rope):
             if len(only(layer, kind)) > 1:
                 self._faults.append(f"it has more than one {kind.__name__.lower()}")
@@ -77,9 +81,13 @@ class _Reader:
                     self._faults.append(f"rope turns {dims} dimensions by a table of others")
                 if dims % 2:
                     self._faults.append(f"rope turns {dims} dimensions, an odd number")
-                for value in "qk":
-                    if self._values.get(value, 0) % dims or value not in self._values:
-                        self._faults.append(f"rope does not divide {value} into heads of {dims}")
+                if dims > self._dim > 0:
+                    self._faults.append(f"rope turns {dims} dimensions of heads of {self._dim}")
+                self._faults += [
+                    f"rope comes where there is no {value}"
+                    for value in "qk"
+                    if value not in self._values
+                ]
             case Attention(heads=heads, kv_heads=kv_heads, dim=dim):
                 if heads % kv_heads:
                     self._faults.append(f"{heads} heads are not a multiple of {kv_heads} KV heads")
@@ -94,6 +102,8 @@ class _Reader:
                 self._name(name)
                 self._takes(name, self._running, self._hidden)
                 self._running = self._hidden
+            case _:
+                unknown_part(part)
 
     def _name(self, name: str, *modules: str) -> None:
         if name in self._names:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, NoReturn, TypeVar
 
 import msgspec
 
@@ -113,6 +113,11 @@ _P = TypeVar("_P", bound=Part)
 def only(layer: Iterable[Part], kind: type[_P]) -> list[_P]:
     """Return the parts of a layer that are of one kind."""
     return [part for part in layer if isinstance(part, kind)]
+
+
+def unknown_part(part: NoReturn) -> NoReturn:
+    """Refuse a kind of part that a ``match`` has no case for; mypy finds it before it is run."""
+    raise AssertionError(f"no code for the part {part!r}")
 
 
 def widest(layer: Iterable[Part]) -> int:

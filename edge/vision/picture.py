@@ -73,6 +73,8 @@ def as_picture(value: object) -> Picture:
             return _file(Path(value))
         case np.ndarray():
             return _array(value)
+        case _:
+            pass  # PIL is not imported to be asked
     if any(base.__module__ == "PIL.Image" for base in type(value).__mro__):
         return _pil_image(value)
     raise RequestError(

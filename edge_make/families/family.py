@@ -6,6 +6,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+WINDOW = frozenset({"sliding_window"})
+"""For classes whose window counts only where ``use_sliding_window`` is true, which is refused."""
+
 
 def every_layer(get: Callable[[str], Any], num_layers: int) -> Collection[int]:
     """Return the layers without RoPE: none."""
@@ -29,6 +32,9 @@ class Family:
         old_without_kv_heads: whether old configs leave out the number of KV heads, all of them.
         without_rope: finds the layers that positions do not turn, from the config's values and the
             number of layers.
+        reads: keys that change the arithmetic, as `edge_make.model_config` lists them, and that
+            the family reads, or that its class in transformers reads only beside one that is
+            refused.
     """
 
     name: str
@@ -41,3 +47,4 @@ class Family:
     tied_by_default: bool = False
     old_without_kv_heads: bool = False
     without_rope: Callable[[Callable[[str], Any], int], Collection[int]] = every_layer
+    reads: frozenset[str] = frozenset()

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .family import Family
+from .family import WINDOW, Family
 
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM", "Qwen2Model", has_qkv_bias=True)
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", "Qwen2Model", has_qkv_bias=True, reads=WINDOW)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .family import Family
+from .family import WINDOW, Family
 
-QWEN3 = Family("qwen3", "Qwen3ForCausalLM", "Qwen3Model", qk_norm=True)
+QWEN3 = Family("qwen3", "Qwen3ForCausalLM", "Qwen3Model", qk_norm=True, reads=WINDOW)

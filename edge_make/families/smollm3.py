@@ -7,7 +7,7 @@ from typing import Any
 
 from edge.errors import CheckpointError
 
-from .family import Family
+from .family import WINDOW, Family
 
 _INTERVAL = 4  # also llama.cpp's, whose files do not state it
 
@@ -46,4 +46,5 @@ SMOLLM3 = Family(
     default_theta=2_000_000.0,
     tied_by_default=True,
     without_rope=without_rope,
+    reads=WINDOW | {"no_rope_layers", "no_rope_layer_interval"},
 )

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from edge.bundle import io_spec
+from edge.bundle.causal_mask import mask_fault
 from edge.bundle.engine_file import KvRead
 from edge.bundle.manifest import FloatType, Manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Node, OnnxFile, attribute, tensor_info
@@ -18,6 +19,8 @@ from edge_make.graph_edits import add_floats, add_output
 from engines.build_plan import BuildPlan
 from engines.config import BuildShapes
 from engines.rules.facts import QUANTIZING
+
+from .plugin_nodes import makers_and_readers
 
 
 def graph_of(build: BuildPlan) -> bytes:
@@ -42,7 +45,8 @@ def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
             itself instead of a slice of it.
 
     Raises:
-        BundleError: the graph has no slices of the cache to remove.
+        BundleError: the graph has no slices of the cache to remove, or ``lengths`` would drop a
+            mask that is not the causal one.
     """
     graph = OnnxFile(data)
     graph.remove_values([io_spec.HIDDEN_STATES])  # nothing that runs engines binds it
@@ -50,6 +54,8 @@ def prepare_graph(data: bytes, shapes: BuildShapes, kv_read: KvRead) -> bytes:
     prefixes = (io_spec.PAST_PREFIX, io_spec.PRESENT_PREFIX)
     caches = [name for name in names if name.startswith(prefixes)]
     graph.set_dimension(caches, 2, shapes.capacity)
+    if kv_read == "lengths":
+        _check_masks(graph)
     if kv_read != "slice":
         _remove_slices(graph, set(caches))
         graph.set_dimension([io_spec.KV_POSITIONS], 0, shapes.capacity)
@@ -87,6 +93,16 @@ def write_graph(build: BuildPlan, directory: Path) -> Path:
 def graph_files(manifest: Manifest) -> tuple[str, str]:
     """Name the files that an engine is built from: the graph and its weights."""
     return manifest.graphs.decoder, f"{manifest.graphs.decoder}.data"
+
+
+def _check_masks(graph: OnnxFile) -> None:
+    makers, _ = makers_and_readers(graph)
+    for node in graph.nodes:
+        if node.op_type == "Attention" and (fault := mask_fault(node, makers)):
+            raise BundleError(
+                f"{node.outputs[0]} {fault}, and --kv-read lengths would drop it; "
+                "leave --kv-read out"
+            )
 
 
 def has_half_scales(data: bytes) -> bool:

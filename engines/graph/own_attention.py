@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from edge.backends.tensorrt.launch_rules import JOIN, PARTS
 from edge.bundle import io_spec
+from edge.bundle.causal_mask import mask_fault
 from edge.bundle.engine_file import Plugins
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import ELEMENT_NUMBERS, Node, OnnxFile, attribute
@@ -141,14 +142,9 @@ class _Finder:
     ) -> tuple[str, tuple[str, str, str, str]]:
         """Find the query and the rows in dialect ``native``."""
         node = self._maker(attended, "Attention")
-        attributes = node_attributes(node)
-        self._check_scale(attended, attributes.pop("scale", None), attention)
-        if attributes or len(node.inputs) != 4:
-            raise MisfitError("it has more to it than a scale and a mask")
-        mask = self._maker(node.inputs[3], "LessOrEqual")
-        positions = self._maker(mask.inputs[1], "Unsqueeze")
-        if mask.inputs[0] != io_spec.KV_POSITIONS or positions.inputs[0] != io_spec.POSITION_IDS:
-            raise strange(node.inputs[3])
+        self._check_scale(attended, node_attributes(node).get("scale"), attention)
+        if fault := mask_fault(node, self._makers):
+            raise MisfitError(f"it {fault}")
         new = []
         for read, past, present in (
             (node.inputs[1], io_spec.past_key(layer), io_spec.present_key(layer)),

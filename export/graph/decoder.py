@@ -17,7 +17,17 @@ from edge.adapters.graph_inputs import linear_inputs
 from edge.bundle import io_spec
 from edge.bundle.manifest import Dialect, FloatType
 from edge.errors import CheckpointError
-from edge.model.parts import Add, AnyPart, Attention, GatedMlp, Linear, Norm, Rope, only
+from edge.model.parts import (
+    Add,
+    AnyPart,
+    Attention,
+    GatedMlp,
+    Linear,
+    Norm,
+    Rope,
+    only,
+    unknown_part,
+)
 from edge.model.spec import ModelSpec
 
 from .data_file import StoredTensor
@@ -154,10 +164,11 @@ class Decoder(LinearNodes):
         heads: list[str] = []  # q, k and v, once a part wants heads
         for part in parts:
             match part:
-                case Norm(of=None):
-                    x = self.norm(x, f"{name}.{part.name}")
-                case Norm(of=str() as value):
-                    head_norms[value] = f"{name}.{part.name}"
+                case Norm():
+                    if part.of is None:
+                        x = self.norm(x, f"{name}.{part.name}")
+                    else:
+                        head_norms[part.of] = f"{name}.{part.name}"
                 case Linear():
                     x = self.linear(x, f"{name}.{part.name}")
                     if len(part.outputs) > 1:
@@ -192,6 +203,8 @@ class Decoder(LinearNodes):
                     x = g.node("Mul", [gate, f"{name}.up"], f"{name}.gated")
                 case Add():
                     x = stream = g.node("Add", [stream, x], f"{name}.{part.name}")
+                case _:
+                    unknown_part(part)
         return x
 
     def qkv_heads(

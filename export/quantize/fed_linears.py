@@ -6,7 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from edge.errors import CheckpointError
-from edge.model.parts import Add, AnyPart, Attention, GatedMlp, Layer, Linear, Norm, only
+from edge.model.parts import (
+    Add,
+    AnyPart,
+    Attention,
+    GatedMlp,
+    Layer,
+    Linear,
+    Norm,
+    Rope,
+    only,
+    unknown_part,
+)
 from edge.model.spec import ModelSpec
 
 
@@ -53,6 +64,10 @@ def value_name(part: AnyPart) -> str:
             return "gated"
         case Add():
             return part.name
+        case Norm() | Rope():
+            pass
+        case _:
+            unknown_part(part)
     return ""
 
 

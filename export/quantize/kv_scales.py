@@ -46,7 +46,8 @@ _LARGEST = 127
 class Observed:
     """Ranges of one layer's keys, values and queries in the calibration text.
 
-    A group is a pair of channels that RoPE turns, or a single channel of a layer without RoPE.
+    A group is a pair of channels that RoPE turns, or a single channel that it leaves. The groups
+    of a head are first the pairs, then the single channels, in the channels' order.
 
     Attributes:
         key_length: length of the longest group of each KV head, ``[kv_heads, groups]``.
@@ -80,13 +81,14 @@ def observe(model: ModelSpec, checkpoint: Checkpoint, layer: int, qkv: Array) ->
             heads[norm.of] = _normed(
                 heads[norm.of], checkpoint, module_name(layer, norm.name), model
             )
-    stretch = np.float32(model.ropes[ropes[0].table].attention_factor if ropes else 1)
-    squares = _pair_squares if ropes else np.square
-    query_square = squares(heads["q"]).mean(axis=0, dtype=np.float64).astype(np.float32)
+    rotary = ropes[0].dims if ropes else 0
+    stretch = np.ones(attention.dim - rotary // 2, dtype=np.float32)
+    stretch[: rotary // 2] = model.ropes[ropes[0].table].attention_factor if ropes else 1
+    query_square = _squares(heads["q"], rotary).mean(axis=0, dtype=np.float64).astype(np.float32)
     if attention.scale is not None:  # instead of the default, which `score_error` takes
         query_square *= np.float32(attention.scale**2 * attention.dim)
     return Observed(
-        key_length=np.sqrt(squares(heads["k"]).max(axis=0)) * stretch,
+        key_length=np.sqrt(_squares(heads["k"], rotary).max(axis=0)) * stretch,
         value_size=np.abs(heads["v"]).max(axis=0),
         query_square=query_square * stretch**2,
     )
@@ -114,10 +116,12 @@ def _normed(x: Array, checkpoint: Checkpoint, name: str, model: ModelSpec) -> Ar
     return result
 
 
-def _pair_squares(x: Array) -> Array:
-    half = x.shape[-1] // 2
-    result: Array = np.square(x[..., :half]) + np.square(x[..., half:])
-    return result
+def _squares(x: Array, rotary: int) -> Array:
+    """Return the square length of each group, of which ``rotary`` leading channels make pairs."""
+    squares: Array = np.square(x)
+    half = rotary // 2
+    pairs = squares[..., :half] + squares[..., half:rotary]
+    return np.concatenate([pairs, squares[..., rotary:]], axis=-1)
 
 
 def find_scales(observed: Observed, float_type: np.dtype[np.generic], *, wide: bool) -> KvScales:
@@ -128,8 +132,8 @@ def find_scales(observed: Observed, float_type: np.dtype[np.generic], *, wide: b
         float_type: fp16 or bf16.
         wide: whether the scale 1 is FP32, as in `KvScales`.
     """
-    turned = observed.value_size.shape[-1] // observed.key_length.shape[-1]
-    lengths = np.concatenate([observed.key_length] * turned, axis=-1)
+    pairs = observed.value_size.shape[-1] - observed.key_length.shape[-1]
+    lengths = np.concatenate([observed.key_length[..., :pairs], observed.key_length], axis=-1)
     keys, values = (
         _stored(np.maximum(sizes / _LARGEST, _LEAST), float_type)
         for sizes in (lengths, observed.value_size)
@@ -149,7 +153,7 @@ def _stored(scales: Array, float_type: np.dtype[np.generic]) -> Array:
 def score_error(observed: Observed, scales: KvScales) -> float:
     """Return the root of the expected squared error of scores, for the worst head, in nats."""
     heads, groups = observed.query_square.shape
-    steps = np.square(scales.keys[:, :groups].astype(np.float64))
+    steps = np.square(scales.keys[:, -groups:].astype(np.float64))
     shared = heads // len(steps)
     noise = (observed.query_square * np.repeat(steps, shared, axis=0)).sum(axis=1)
     return float(np.sqrt(noise.max() / (12 * scales.keys.shape[1])))

@@ -131,6 +131,8 @@ class RotatedCheckpoint(Transformed):
                         "before linears read its residual stream and linears write to it; export "
                         "with --no-rotate"
                     )
+                case _:
+                    pass  # it does not touch the stream; `value_name` refuses an unknown kind
 
     def tensor(self, name: str) -> NDArray[Any]:
         """Read a rotated tensor; see `Checkpoint.tensor`."""

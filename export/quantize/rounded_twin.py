@@ -129,6 +129,8 @@ class _Stages:
                 case _, Linear(name=name):
                     self.sources[self.inputs[name]] = (base,)
                     base = self.inputs[name]
+                case _:
+                    pass  # the stage of the next linear computes it
         whole = self.graph.build_layer()
         # A value at which another stage begins needs a known type.
         whole.graph.value_info.extend(whole.graph.output)

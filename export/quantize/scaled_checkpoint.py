@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edge.errors import CheckpointError
 from edge.model.names import module_name
-from edge.model.parts import Attention, GatedMlp, Linear, only
+from edge.model.parts import Add, Attention, GatedMlp, Linear, Norm, Rope, only, unknown_part
 from export.sources.checkpoint import Checkpoint, Transformed
 
 from .fed_linears import fed_linear, value_name
@@ -63,6 +63,10 @@ class ScaledCheckpoint(Transformed):
                 scales = scales.reshape(kv_heads, -1, dim)[:, 0].reshape(-1)
             case GatedMlp():
                 self._divided[f"{layer}.{value_name(fed.source)}"] = 0, scales
+            case Norm() | Linear() | Rope() | Add() | None:
+                pass  # its weights take them as they are
+            case _:
+                unknown_part(fed.source)
         module = module_name(number, fed.producer)
         self._rows |= {f"{module}.weight": scales, f"{module}.bias": scales}
         for linear in only(self.spec.layer(number), Linear):

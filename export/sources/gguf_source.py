@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edge.bundle.manifest import Source
 from edge.errors import CheckpointError
 from edge.model.names import MODULES, OUTSIDE, module_name
-from edge.model.parts import Attention, Linear, Norm, only
+from edge.model.parts import Add, Attention, GatedMlp, Linear, Norm, Rope, only, unknown_part
 from edge.model.spec import ModelSpec, RopeSpec
 from edge_make.checkpoint_tensors import expected_tensors
 from edge_make.families import FAMILIES
@@ -36,6 +36,7 @@ _UNSUPPORTED_KEYS = (
     "expert_count",
     "attention.sliding_window",
     "attention.scale",
+    "attention.temperature_scale",
     "attention.clamp_kqv",
     "attention.max_alibi_bias",
     "attn_logit_softcapping",
@@ -326,8 +327,10 @@ def _gguf_modules(model: ModelSpec) -> dict[str, str]:
                     modules = [name]
                 case Linear(outputs=outputs):
                     modules = [output for output, _ in outputs]
-                case _:
+                case Rope() | Attention() | GatedMlp() | Add():
                     continue
+                case _:
+                    unknown_part(part)
             for name in modules:
                 found[module_name(layer, name)] = f"blk.{layer}.{MODULES[name].gguf}"
     return found

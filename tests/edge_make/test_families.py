@@ -59,7 +59,7 @@ def test_a_model_that_positions_turn_nowhere_has_no_table() -> None:
             {"no_rope_layers": None, "no_rope_layer_interval": 0},
             "no_rope_layer_interval must be at least 1, found 0",
         ),
-        ({"use_sliding_window": True}, "use_sliding_window is true"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
     ],
 )
 def test_what_smollm3_cannot_be_is_named(changes: dict[str, Any], message: str) -> None:

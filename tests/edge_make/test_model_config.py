@@ -120,14 +120,23 @@ def test_qwen3_has_norms_of_the_heads_and_a_head_dim_of_its_own() -> None:
 )
 def test_biases_of_q_k_and_v(architecture: str, said: bool | None, has: bool) -> None:
     assert (
-        dense(parse_config(config(architectures=[architecture], attention_bias=said))).qkv_bias
+        dense(
+            parse_config(
+                config(architectures=[architecture], attention_bias=said, sliding_window=None)
+            )
+        ).qkv_bias
         is has
     )
 
 
 def test_old_llama_has_as_many_kv_heads_as_heads_and_the_default_theta() -> None:
     spec = parse_config(
-        config(architectures=["LlamaForCausalLM"], num_key_value_heads=..., rope_theta=...)
+        config(
+            architectures=["LlamaForCausalLM"],
+            num_key_value_heads=...,
+            rope_theta=...,
+            sliding_window=...,
+        )
     )
     assert (spec.attentions()[0].kv_heads, spec.ropes[0]) == (12, RopeSpec(theta=10000.0))
     with pytest.raises(CheckpointError, match="num_key_value_heads is missing"):
@@ -216,8 +225,8 @@ def test_rope_as_transformers_reads_it(scaling: dict[str, Any] | None) -> None:
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu, found 'gelu'"),
         ({"attention_bias": "yes"}, "attention_bias must be true or false"),
-        ({"mlp_bias": True}, "mlp_bias is true"),
-        ({"use_sliding_window": True}, "use_sliding_window is true"),
+        ({"mlp_bias": True}, "mlp_bias is True, which changes the arithmetic"),
+        ({"use_sliding_window": True}, "use_sliding_window is True, which changes"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
         ({"num_attention_heads": "12"}, "num_attention_heads must be an integer"),
@@ -250,6 +259,47 @@ def test_what_is_refused_is_named(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError, match=words) as caught:
         parse_config(config(**changes), "dir/config.json")
     assert str(caught.value).startswith("dir/config.json")
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_multiplier": 0.0078125},
+        {"residual_multiplier": 0.22},
+        {"embedding_multiplier": 12.0},
+        {"logits_scaling": 8.0},
+        {"query_pre_attn_scalar": 256},
+        {"attn_logit_softcapping": 50.0},
+        {"final_logit_softcapping": 30.0},
+        {"rope_parameters": {"llama_4_scaling_beta": 0.1, "rope_theta": 1e6}},
+        {"hidden_activation": "gelu_pytorch_tanh"},
+        {"no_rope_layers": [1, 1, 1, 0] * 7},
+    ],
+)
+def test_arithmetic_that_a_class_may_read_is_refused_by_its_key(
+    architecture: str, changes: dict[str, Any]
+) -> None:
+    """Granite's, Gemma's, Mistral's and Llama 4's keys, under the name of a class without them."""
+    values = config(architectures=[architecture], sliding_window=None)
+    parse_config(values)
+    key = next(iter(changes.get("rope_parameters", changes)))
+    with pytest.raises(CheckpointError, match=f"{key} is .*, which changes the arithmetic"):
+        parse_config({**values, **changes})
+
+
+def test_a_window_counts_only_where_the_class_reads_it() -> None:
+    """Qwen's configs name a window that another key turns on; Llama's class has none."""
+    assert parse_config(config(sliding_window=4096)) == parse_config(config(sliding_window=...))
+    with pytest.raises(
+        CheckpointError, match=r"sliding_window is 4096, .* nothing of llama reads it"
+    ):
+        parse_config(config(architectures=["LlamaForCausalLM"], sliding_window=4096))
+
+
+def test_multipliers_of_one_change_nothing() -> None:
+    ones = {"residual_multiplier": 1.0, "embedding_multiplier": 1, "logits_scaling": 1.0}
+    assert parse_config(config(**ones, attention_multiplier=None)) == parse_config(config())
 
 
 JSON = st.recursive(

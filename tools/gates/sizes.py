@@ -62,6 +62,8 @@ def code_lines(source: str) -> int:
         match node:
             case ast.Expr(value=ast.Constant(value=str())):
                 lines.difference_update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+            case _:
+                pass
     return len(lines)
 
 

@@ -57,6 +57,8 @@ def check(path: Path) -> Iterator[str]:
             case ast.Expr(value=ast.Constant(value=str(text))):
                 for line, fault in faults_of(text):
                     yield f"{path}:{node.lineno + line}: {fault}"
+            case _:
+                pass
 
 
 def faults_of(docstring: str) -> Iterator[tuple[int, str]]:

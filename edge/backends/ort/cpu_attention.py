@@ -17,6 +17,7 @@ rows that it writes, and multiplies the integers that it reads.
 from __future__ import annotations
 
 from edge.bundle import io_spec
+from edge.bundle.causal_mask import mask_fault
 from edge.bundle.manifest import Manifest
 from edge.bundle.onnx_file import Node, OnnxFile, attribute
 from edge.errors import BundleError
@@ -53,7 +54,8 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
     """Replace every TensorScatter + Slice + Attention of a ``native`` decoder.
 
     Raises:
-        BundleError: the graph is not one that edge-llm's exporter wrote.
+        BundleError: the graph is not one that edge-llm's exporter wrote, or masks more than the
+            rows after each token's own.
     """
     producers = {output: node for node in graph.nodes for output in node.outputs}
     consumers = {name: node for node in graph.nodes for name in node.inputs}
@@ -69,6 +71,10 @@ def fuse_cache_attention(graph: OnnxFile, model: ModelSpec) -> None:
     taken: set[str] = set()  # tensors that the replacements produce
     for node, layer in zip(found, layers, strict=True):
         (attention,) = only(layer, Attention)
+        if fault := mask_fault(node, producers):  # the operator takes lengths instead of it
+            raise BundleError(
+                f"{node.outputs[0]} {fault}; export the bundle again with this edge-llm"
+            )
         turns = bool(only(layer, Rope))
         keys, key_rows, key_scale = _written(producers, node.inputs[1])
         values, value_rows, value_scale = _written(producers, node.inputs[2])

@@ -302,7 +302,7 @@ def _nodes(graph: OnnxFile, op_type: str) -> list[Node]:
         ("native", lambda g: put(_nodes(g, "Attention")[0], softcap=30.0), "has more to it"),
         ("native", lambda g: put(_nodes(g, "Attention")[0], is_causal=1), "has more to it"),
         ("native", lambda g: _nodes(g, "Attention")[0].inputs.pop(), "has more to it"),
-        ("native", lambda g: _nodes(g, "LessOrEqual")[0].inputs.reverse(), "kv_positions"),
+        ("native", lambda g: _nodes(g, "LessOrEqual")[0].inputs.reverse(), "not the causal one"),
         ("native", lambda g: put(_nodes(g, "TensorScatter")[0], axis=1), "around present.0.key"),
         ("portable", lambda g: _nodes(g, "Where")[0].inputs.reverse(), "around mask.past"),
         ("portable", lambda g: _nodes(g, "LessOrEqual")[0].inputs.reverse(), "around position_ids"),

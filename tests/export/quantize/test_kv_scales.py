@@ -65,6 +65,31 @@ def test_a_key_is_in_range_wherever_its_token_stands() -> None:
         assert (np.abs(turned) <= 127.01 * scales.keys[:, None]).all()
 
 
+def test_keys_of_which_rope_turns_a_part_are_in_range_too() -> None:
+    """The leading channels are turned in pairs, the others keep a scale each."""
+    model = make_model(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16)
+    parts = [Rope(12) if isinstance(part, Rope) else part for part in model.layer(0)]
+    model = msgspec.structs.replace(model, layers=(LayerRun(1, tuple(parts)),))
+    random = np.random.default_rng(0)
+    qkv = random.standard_normal((50, 8 * 16)).astype(np.float32)
+    qkv[:, 64 + 15] *= 30  # a large channel that is left, of the first KV head
+    observed = observe(model, None, 0, qkv)  # type: ignore[arg-type]
+    assert observed.key_length.shape == (2, 6 + 4)
+    scales = find_scales(observed, np.dtype(np.float16), wide=False)
+    keys = qkv[:, 64:96].reshape(50, 2, 16).transpose(1, 0, 2)
+    frequencies = inverse_frequencies(model.ropes[0], 12)
+    for position in (0, 1, 50, 777, 30000):
+        turned = turn(keys[..., :12], frequencies, position)
+        rows = np.concatenate([turned, keys[..., 12:]], axis=-1)
+        assert (np.abs(rows) <= 127.01 * scales.keys[:, None]).all()
+    wide = scales.keys[0] > 5 * np.median(scales.keys[0])
+    assert np.flatnonzero(wide).tolist() == [15]
+    # The error of a score has each group's step once, whatever the order of the channels.
+    steps = np.concatenate([scales.keys[:, :6], scales.keys[:, 12:]], axis=-1)
+    noise = (observed.query_square * np.repeat(steps**2, 2, axis=0)).sum(axis=1)
+    assert score_error(observed, scales) == pytest.approx(np.sqrt(noise.max() / (12 * 16)))
+
+
 def test_the_expected_error_of_a_score_is_what_rounding_gives() -> None:
     """The rule's figure against scores that are really computed with rounded keys."""
     model = make_model(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16)

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 
 from edge.backends.ort.cpu_attention import can_fuse, fuse_cache_attention
 from edge.bundle.manifest import read_manifest
-from edge.bundle.onnx_file import OnnxFile
+from edge.bundle.onnx_file import Node, OnnxFile
 from edge.errors import BundleError, ConfigError
 from tests.conftest import FEW_TOKENS, TINY_KV_CAPACITY, Bundles, require_kernels
 from tests.edge.backends.runner import Runner, history
@@ -146,6 +146,20 @@ def test_a_graph_without_our_attention_is_refused(tiny_bundles: Bundles):
     bundle = tiny_bundles("qwen2", "portable")
     with pytest.raises(BundleError, match="0 Attention nodes for 2 layers"):
         fuse_cache_attention(load(bundle), read_manifest(bundle).model)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_mask_other_than_the_causal_one_is_refused(kind: Kind, layer: int, tiny_bundles: Bundles):
+    """A window, say: the operator that takes its place reads no mask."""
+    bundle = tiny_bundles(kind)
+    file = load(bundle)
+    window = Node("And", ["mask", "mask"], ["mask.window"], "mask.window/And")
+    [node for node in file.nodes if node.op_type == "Attention"][layer].inputs[3] = "mask.window"
+    place = next(i for i, node in enumerate(file.nodes) if "mask" in node.outputs)
+    file.nodes = [*file.nodes[: place + 1], window, *file.nodes[place + 1 :]]
+    with pytest.raises(BundleError, match=f"layers.{layer}.attended has a mask, 'mask.window'"):
+        fuse_cache_attention(file, read_manifest(bundle).model)
 
 
 @pytest.mark.parametrize(
