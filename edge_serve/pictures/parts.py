@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import binascii
 import re
+import string
 from base64 import b64decode
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,7 +23,9 @@ from edge_serve.settings import ServerSettings
 from .forms import Base64Source, ImagePart, URLSource
 
 _DATA = re.compile(r"data:image/[^;,]{1,100}(?:;[^;,]{1,100})*;base64,", re.IGNORECASE)
+_MOST_HEAD = 1_000  # characters of a data URI up to its comma; the pattern never sees more
 _ADDRESS = re.compile(r"https?:", re.IGNORECASE)
+_SPACES = string.whitespace.encode()
 _SEND = "send data:image/png;base64, and the picture's bytes in base64 after it"
 
 
@@ -170,16 +173,16 @@ def _bytes_of(picture: Picture) -> bytes:
                 f"image_urls; {_SEND}",
                 where,
             )
-        head = _DATA.match(given)
-        if head is None:
+        comma = given.find(",", 0, _MOST_HEAD)
+        if not _DATA.fullmatch(given, 0, comma + 1):
             raise invalid(
                 f"{where}: this is no picture in a data URI: {given[:40]!r}; {_SEND}", where
             )
-        given = given[head.end() :]
+        given = given[comma + 1 :]
     elif given[:5].lower() == "data:":
         raise invalid(f"{where}: send the base64 alone, without data: and what follows", where)
     try:
-        data = b64decode("".join(given.split()), validate=True)
+        data = b64decode(given.encode("ascii").translate(None, _SPACES), validate=True)
     except (binascii.Error, ValueError) as error:
         raise invalid(f"{where}: the picture is not valid base64 ({error})", where) from None
     if not data:
