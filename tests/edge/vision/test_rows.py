@@ -184,6 +184,25 @@ def test_pixels_that_wait_are_bounded(
     add(table, section, 3)
 
 
+def test_pixels_wait_even_where_no_room_keeps_their_picture(
+    table: PictureTable, section: VisionSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Far fewer bytes are kept for later prompts than may wait, so most that wait are not kept."""
+    size = make_tiles(section, 0).pixels.nbytes
+    monkeypatch.setattr(vision_rows, "MOST_PIXEL_BYTES", 3 * size)
+    monkeypatch.setattr(vision_rows, "KEPT_BYTES", size)
+    held = [add(table, section, value) for value in (1, 2, 3)]
+    with pytest.raises(OverloadError, match="wait for the encoder"):
+        add(table, section, 4)
+    table.forget()  # by which no request lets go of its picture
+    with pytest.raises(OverloadError, match="wait for the encoder"):
+        add(table, section, 4)
+    del held[0]  # its request has ended
+    held.append(add(table, section, 4))
+    with pytest.raises(OverloadError, match="wait for the encoder"):
+        add(table, section, 5)
+
+
 def test_ids_that_are_nobodys_are_refused(table: PictureTable, section: VisionSection) -> None:
     picture, other = add(table, section, 1), add(table, section, 2)
     table.check(np.array([1, *picture.ids]))
