@@ -22,6 +22,9 @@ MIN_KEY_CHARS = 16
 MAX_FILE_BYTES = 1 << 20
 _KEY_BYTES = 32
 _HASHED = re.compile(r"(?:(.*):)?sha256:([0-9a-f]{64})")
+_FORM = (
+    "NAME:KEY, or NAME:sha256: and 64 lower-case hexadecimal digits (edge-llm key NAME makes both)"
+)
 _NAME = re.compile(r"[!-9;-~]{1,64}")  # printable ASCII without a colon
 
 
@@ -30,7 +33,7 @@ class KeyEntry:
     """One key of a file.
 
     Attributes:
-        name: its name; ``key-N`` for a line N that names none.
+        name: its name.
         digest: SHA-256 of the key.
         key: the key itself; None where the file has only its hash.
     """
@@ -51,8 +54,8 @@ def read_key_file(path: Path, environ: Mapping[str, str] | None = None) -> list[
         environ: used instead of ``os.environ``; systemd sets ``CREDENTIALS_DIRECTORY`` in it.
 
     Raises:
-        ConfigError: it cannot be read, others can read it, it is too large or has no key, or a key
-            is short or repeated.
+        ConfigError: it cannot be read, others can read it, it is too large or has no key. Or a
+            line has no name or a blank within it, or a key is short or repeated.
     """
     entries: dict[bytes, KeyEntry] = {}
     variables = os.environ if environ is None else environ
@@ -60,12 +63,19 @@ def read_key_file(path: Path, environ: Mapping[str, str] | None = None) -> list[
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        entry = _parse(text, number)
+        # Never show the line: a key may be in it.
+        if " " in text or not text.isprintable():
+            raise ConfigError(
+                f"line {number} of {path} has a blank or a control character in it, which neither "
+                f"a name nor a key may have; write {_FORM}"
+            )
+        entry = _parse(text)
+        if entry is not None and not entry.name:
+            raise ConfigError(f"line {number} of {path} has no name before a colon; write {_FORM}")
         if entry is None or entry.digest in entries:
             raise ConfigError(
                 f"line {number} of {path} has no new key of at least {MIN_KEY_CHARS} ASCII "
-                "characters (shorter ones can be guessed); write NAME:KEY, or NAME:sha256: and 64 "
-                "lower-case hexadecimal digits (edge-llm key NAME makes both)"
+                f"characters (shorter ones can be guessed); write {_FORM}"
             )
         entries[entry.digest] = entry
     if not entries:
@@ -101,17 +111,17 @@ def key_digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _parse(text: str, number: int) -> KeyEntry | None:
-    """Read a line; None if it is wrong."""
+def _parse(text: str) -> KeyEntry | None:
+    """Read a line; None if it has no key, and an empty name if it has none."""
     hashed = _HASHED.fullmatch(text)
     if hashed is not None:
-        return KeyEntry(hashed[1] or f"key-{number}", bytes.fromhex(hashed[2]))
+        return KeyEntry(hashed[1] or "", bytes.fromhex(hashed[2]))
     name, _, key = text.rpartition(":")
     # Otherwise a mistyped hash would become a key that anybody who reads the file can use.
     damaged = f"{name}:".lower().endswith("sha256:")
     if damaged or len(key) < MIN_KEY_CHARS or not key.isascii():
         return None
-    return KeyEntry(name or f"key-{number}", key_digest(key.encode()), key)
+    return KeyEntry(name, key_digest(key.encode()), key)
 
 
 def _read(path: Path, environ: Mapping[str, str]) -> str:

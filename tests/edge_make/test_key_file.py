@@ -26,15 +26,14 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_lines_of_every_form(path: Path):
-    text = "# who\n\nalice:sk-1234567890abc\nsk-without-a-name\n a:b:sk-after-colons-x \n"
-    write_secret(path, f"{text}hash:sha256:{DIGEST}\nsha256:{'0' * 64}\n")
+    text = "# who\n\nalice:sk-1234567890abc\n a:b:sk-after-colons-x \nclé:sk-of-a-name-in-UTF-8\r\n"
+    write_secret(path, f"{text}hash:sha256:{DIGEST}\n")
     entries = read_key_file(path)
     assert [(entry.name, entry.key) for entry in entries] == [
         ("alice", "sk-1234567890abc"),
-        ("key-4", "sk-without-a-name"),
         ("a:b", "sk-after-colons-x"),
+        ("clé", "sk-of-a-name-in-UTF-8"),
         ("hash", None),
-        ("key-7", None),
     ]
     assert entries[0].digest == hashlib.sha256(b"sk-1234567890abc").digest()
     assert entries[3].digest.hex() == DIGEST
@@ -50,11 +49,11 @@ def test_two_keys_of_one_name_are_both_good(path: Path):
 @pytest.mark.parametrize(
     "text",
     [
-        "tiny",
+        "a:tiny",
         "a:sk-1234567890ab",  # fifteen
         "a:sk-1234567890abc\nb:sk-1234567890abc",
         f"a:{KEY}\nb:sha256:{DIGEST}",
-        "clé-secrète",
+        "a:une-clé-très-secrète",
         f"a:sha256:{DIGEST[:-1]}",
         f"a:sha256:{DIGEST.upper()}",
         f"a:SHA256:{DIGEST}",
@@ -67,6 +66,31 @@ def test_a_wrong_line_is_named_and_not_shown(path: Path, text: str):
     with pytest.raises(ConfigError, match=r"line [23] of .* has no new key") as caught:
         read_key_file(path)
     assert not any(line.rpartition(":")[2] in str(caught.value) for line in text.split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("garbage without colon", "a blank"),  # what was once a key, and locked all others out
+        ("garbage-without-colon", "no name"),
+        (f":{KEY}", "no name"),
+        (f"sha256:{DIGEST}", "no name"),
+        (f":sha256:{DIGEST}", "no name"),
+        (f"a b:{KEY}", "a blank"),
+        (f"a:{KEY} {KEY}", "a blank"),
+        (f"a: {KEY}", "a blank"),
+        (f"a :sha256:{DIGEST}", "a blank"),
+        (f"a\t{KEY}", "a blank"),
+        (f"a\x1b[2J:{KEY}", "a blank or a control character"),
+        (f"a\u00a0b:{KEY}", "a blank"),
+    ],
+)
+def test_a_line_with_a_blank_or_without_a_name_is_no_key(path: Path, text: str, why: str):
+    write_secret(path, f"alice:{KEY[::-1]}\n{text}\n")
+    with pytest.raises(ConfigError, match=rf"line 2 of .* has {why}.*write NAME:KEY") as caught:
+        read_key_file(path)
+    assert KEY not in str(caught.value)
+    assert "garbage" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n"])

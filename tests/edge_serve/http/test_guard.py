@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from edge.errors import ConfigError
 from edge_make.key_file import hashed_line
-from edge_serve.http.access import _MOST_CLIENTS, RateLimit, address_group
+from edge_serve.http.access import _MOST_CLIENTS, APIKeys, RateLimit, address_group
 from edge_serve.http.connections import Connections, listen
 from edge_serve.http.guard import Guard, _Body, _Headers
 from edge_serve.http.messages import make_server
@@ -37,7 +37,7 @@ _HEADER_TIMEOUT_S = 0.5
 def strict(tiny_bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A service with keys and short times."""
     keys = tmp_path_factory.mktemp("keys") / "keys"
-    write_secret(keys, f"# who may call\nalice:{KEY}\n\nsk-the-second-key-of-two\n")
+    write_secret(keys, f"# who may call\nalice:{KEY}\n\nbob:sk-the-second-key-of-two\n")
     with running(
         tiny_bundles("qwen2"),
         api_key_file=keys,
@@ -199,7 +199,14 @@ def test_keys_are_read_again_at_a_reload(form: str, tiny_bundles: Bundles, tmp_p
         assert (status("alice"), status("bob")) == (200, 401)  # nobody said so yet
         reload()
         assert (status("alice"), status("bob")) == (401, 200)
-        for wrong in ("", "carol:short"):
+        wrong_files = (
+            "",
+            "carol:short",
+            "garbage without colon",
+            "garbage-without-colon",
+            f"{line('carol')}{line('dave').replace(':', ': ', 1)}",
+        )
+        for wrong in wrong_files:
             write_secret(keys, wrong)
             reload()
             assert (status("alice"), status("bob")) == (401, 200)  # as it was
@@ -207,6 +214,21 @@ def test_keys_are_read_again_at_a_reload(form: str, tiny_bundles: Bundles, tmp_p
         keys.write_text(line("alice"))
         reload()
         assert (status("alice"), status("bob")) == (401, 200)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["garbage without colon", "garbage-without-colon", ":sk-without-a-name"]
+)
+def test_a_file_that_is_no_list_of_keys_leaves_the_old_ones_in_force(tmp_path: Path, wrong: str):
+    file = write_secret(tmp_path / "keys", f"alice:{KEY}\n")
+    keys = APIKeys(file)
+    write_secret(file, f"{wrong}\n")
+    with pytest.raises(ConfigError, match="line 1 of"):
+        keys.reread()
+    found = keys.find(f"Bearer {KEY}".encode())
+    assert found is not None
+    assert found.name == "alice"
+    assert keys.find(f"Bearer {wrong}".encode()) is None
 
 
 def test_an_open_address_needs_a_key_or_an_explicit_word(tmp_path: Path):
