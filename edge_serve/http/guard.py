@@ -47,6 +47,8 @@ _ABSOLUTE = re.compile(rb"https?://([^/@]+)(?=/|$)", re.IGNORECASE)
 _DISCARD_FACTOR = 4
 _DISCARD_S = 1.0
 _BURST_S = 10
+# Letters, digits and -._~, which no client has to escape (RFC 3986 2.3).
+_NEEDLESS = re.compile(rb"%(2[DE]|3[0-9]|4[1-9A-F]|5[0-9AF]|6[1-9A-F]|7[0-9AE])", re.IGNORECASE)
 
 
 class Guard:
@@ -211,6 +213,16 @@ class Guard:
                 "header_too_large",
                 f"the request's head exceeds {settings.max_header_bytes} bytes; send less",
                 close=True,
+            )
+        needless = _NEEDLESS.search(scope["raw_path"])
+        if needless:
+            # A proxy in front that closes a path compares it as it is written.
+            written = needless[0].decode("ascii")
+            raise APIError(
+                400,
+                "needless_escape",
+                f"the path has {written}, which is {unquote(written)!r} and needs no escape; write "
+                "the character itself",
             )
         if headers.has(b"transfer-encoding") and headers.has(b"content-length"):
             # A proxy in front may read one, and this server the other (request smuggling).

@@ -330,6 +330,9 @@ def test_clients_have_keys_here_and_each_device_has_the_endpoints(
             assert front.device(chat("x"), x_api_key=KEY)
             assert front.ask(None, "/ready")[0] == 200
             assert front.ask(None, "/stats", **right)[0] == 404
+            for hidden in ("/%73tats", "/%6detrics"):  # to HAProxy these are other paths
+                status, _, body = front.ask(None, hidden, **right)
+                assert (status, json.loads(body)["error"]["code"]) == (400, "needless_escape")
 
             # Another key from the next moment on, and no request fails for it.
             keys(tmp_path, text="bob:another-key-0123456789\n")

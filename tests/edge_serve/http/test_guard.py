@@ -7,11 +7,13 @@ import json
 import logging
 import re
 import socket
+import string
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from hypothesis import given
@@ -116,7 +118,7 @@ def test_a_key_opens_everything_and_nothing_else_does(strict: Live):
 @pytest.mark.live
 @pytest.mark.parametrize(
     "path",
-    ["/v1/models", "//v1/models", "/v1/../v1/models", "/%761/models", "/v1%2fmodels", "/stats",
+    ["/v1/models", "//v1/models", "/v1/../v1/models", "/v1%2fmodels", "/stats",
      "/metrics", "/openapi.json", "/nothing", "/health/", "/ready/x", "/health/../stats",
      "/health%2f..%2fstats", "/tokenizer_info", "/?x=/health", "//", "/HEALTH", "/models"],
 )  # fmt: skip
@@ -147,7 +149,8 @@ def test_a_target_in_absolute_form(strict: Live, live: Live):
         return status_of(talk(on, f"GET {target} HTTP/1.1\r\n{lines}\r\n".encode()))
 
     for target in ("http://localhost", "HTTP://LOCALHOST:8000", "https://[::1]:80"):
-        assert ask(f"{target}/v1/models") == ask(f"{target}/%761/models?a=b") == 200
+        assert ask(f"{target}/v1/models") == ask(f"{target}/v1/models?a=%62") == 200
+        assert ask(f"{target}/%761/models") == 400
         assert ask(target) == 200  # the page
         assert ask(f"{target}/v1/models", "evil.example") == 200
         assert ask(f"{target}/nothing") == 404
@@ -341,6 +344,58 @@ def test_no_page_elsewhere_may_call(live: Live):
     preflight = talk(live, head("OPTIONS", Origin="https://evil.example"))
     assert status_of(preflight) == 405
     assert b"access-control" not in preflight.lower()
+
+
+# Paths
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/%6detrics", "/%73tats", "/%4Detrics", "/metric%73", "/%68ealth", "/%761/models",
+     "/health/%2e%2e/stats", "/v1/models/a%2Fb%5fc", "http://localhost/%73tats"],
+)  # fmt: skip
+def test_a_path_that_hides_from_a_proxy_in_front_is_refused(live: Live, path: str):
+    """A fleet's endpoint keeps clients from /stats and /metrics, which it looks for as written."""
+    answer = talk(live, head("GET", path))
+    assert (status_of(answer), error_of(answer)) == (400, "needless_escape")
+    assert b"write the character itself" in answer
+
+
+@pytest.mark.parametrize("path", ["/stats?a=%6d", "/metrics?%73=%2e", "/stats"])
+def test_a_query_may_escape_whatever_it_likes(live: Live, path: str):
+    assert status_of(talk(live, head("GET", path))) == 200
+
+
+def test_only_characters_that_need_no_escape_are_refused_with_one():
+    """RFC 3986 2.3 names them; a model's name needs an escape for its slash."""
+    passed: list[bytes] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        passed.append(scope["raw_path"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        assert message["type"] != "http.response.start" or message["status"] in (200, 400)
+
+    async def ask_all(form: str) -> None:
+        guard = Guard(application, ServerSettings(), None)
+        for code in range(256):
+            raw = f"/%{code:{form}}".encode()
+            scope = {"type": "http", "http_version": "1.1", "method": "GET", "client": None,
+                     "headers": [(b"host", b"localhost")], "raw_path": raw,
+                     "path": unquote(raw.decode())}  # fmt: skip
+            await guard(scope, receive, send)
+
+    unreserved = f"{string.ascii_letters}{string.digits}-._~".encode()
+    for form in ("02x", "02X"):
+        passed.clear()
+        asyncio.run(ask_all(form))
+        reserved = (code for code in range(256) if code not in unreserved)
+        assert passed == [f"/%{code:{form}}".encode() for code in reserved]
 
 
 # Heads and bodies
