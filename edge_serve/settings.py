@@ -23,6 +23,7 @@ DEFAULT_PORT = 8000
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _NAME = re.compile(r"[!-~]{1,128}")
 _NUMBER = re.compile(r"[+-]?\d{1,12}(\.\d{0,9})?(e[+-]?\d{1,2})?", re.ASCII)
+_MOST_TIME_CHARS = 100
 _DURATION_PART = re.compile(r"(\d{1,12}(?:\.\d{0,9})?)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)", re.ASCII)
 _DURATION = re.compile(rf"[+-]?({_DURATION_PART.pattern})+", re.ASCII)
 _UNITS_S = {
@@ -270,6 +271,8 @@ def parse_keep_alive(given: str | float) -> float:
         ValueError: it is neither.
     """
     text = str(given)
+    if len(text) > _MOST_TIME_CHARS:
+        raise ValueError(f"a time has at most {_MOST_TIME_CHARS} characters")
     if _NUMBER.fullmatch(text):
         seconds = float(text)
     elif _DURATION.fullmatch(text):

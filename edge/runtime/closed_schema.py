@@ -7,7 +7,6 @@ one value (``allOf``, keys beside a ``$ref`` or an ``anyOf``) are joined, and cl
 from __future__ import annotations
 
 import itertools
-import re
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -231,12 +230,12 @@ class _Resource:
     def _target(self, schema: dict[str, Any]) -> Any:
         """Return the target of a path into the root."""
         reference = schema["$ref"]
-        if not isinstance(reference, str) or not re.match("#(/|$)", reference):
+        if not isinstance(reference, str) or not (reference + "/").startswith("#/"):
             raise _UnclearError
         found: Any = self._root
         for name in unquote(reference).split("/")[1:]:
             key = name.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and re.fullmatch("[0-9]{1,4}", key):
+            if isinstance(found, list) and len(key) <= 4 and key.isascii() and key.isdecimal():
                 found = dict(enumerate(found)).get(int(key))
             elif isinstance(found, dict) and (found is self._root or "$id" not in found):
                 found = found.get(key)

@@ -20,6 +20,9 @@ _CODE = r"[xuU]\{[^{}\\]*\}|x[^{].|u[^{].{3}|U[^{].{7}"
 _PROPERTY = r"[pP]\{[^{}\\]*\}|[pP]."
 # Characters for which JSON has only the escape u; llguidance counts DEL among them.
 _UNWRITABLE = r"[\x00-\x07\x0b\x0e-\x1f\x7f]"
+_FORBIDDEN = re.compile(_UNWRITABLE)
+_MOST_PATTERN_CHARS = 2**16
+_PIECE_CHARS = 2**16
 _OPEN = r"(?P<open>\[\^?(?:-+|\])?)"
 _OUTSIDE = re.compile(
     rf"(?P<class>\\(?:[av]|{_CODE}|{_PROPERTY})|{_UNWRITABLE})|\\.|{_OPEN}"
@@ -68,7 +71,9 @@ def _rewrite(schema: Any) -> None:
 
 
 def _check_writable(value: Any) -> None:
-    if isinstance(value, str) and re.search(_UNWRITABLE, value):
+    if isinstance(value, str) and any(
+        _FORBIDDEN.search(value, at, at + _PIECE_CHARS) for at in range(0, len(value), _PIECE_CHARS)
+    ):
         raise RequestError(
             f"the JSON schema: {value!r:.80} has a control character that answers cannot have; "
             r"leave it out (they have \n, \r, \t, \b and \f)"
@@ -82,8 +87,13 @@ def _writable(pattern: str) -> str:
     """Remove from each class the control characters that no answer has, so that none has them all.
 
     Raises:
-        RequestError: the expression has comments, which may look like classes.
+        RequestError: the expression is too long, or has comments, which may look like classes.
     """
+    if len(pattern) > _MOST_PATTERN_CHARS:
+        raise RequestError(
+            f"the JSON schema: a pattern has {len(pattern)} characters, and at most "
+            f"{_MOST_PATTERN_CHARS} are read; shorten it"
+        )
     written = []
     at = depth = 0
     while at < len(pattern):

@@ -62,6 +62,7 @@ class Tokenizer:
         self._control_texts = {token.id: token.content for token in file.added_tokens}
         # Longest first, since the library takes the longest of the tokens that start together.
         longest_first = sorted(self._control_tokens, key=len, reverse=True)
+        self._longest_control = max(map(len, longest_first), default=0)
         self._control_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self._token_bytes: dict[int, bytes] = {}
         self.tokens = tokens
@@ -177,7 +178,10 @@ class Tokenizer:
         """
         start = 0
         while self._cuts and len(text) - start > _PIECE_CHARS:
-            found = _CUT.search(text, start + _PIECE_CHARS)
+            steps = range(start + _PIECE_CHARS, len(text), _PIECE_CHARS)
+            # In steps, between which other threads get the interpreter; a cut looks 2 ahead.
+            cuts = (_CUT.search(text, at, at + _PIECE_CHARS + 2) for at in steps)
+            found = next(filter(None, cuts), None)
             if found is None:
                 break
             yield text[start : found.start()]
@@ -212,8 +216,21 @@ class Tokenizer:
         """Cut text into non-empty pieces, and say of each whether it is a control token."""
         if not self._control_tokens:
             return [(text, False)] if text else []
-        pieces = self._control_pattern.split(text)
-        return [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece]
+        pieces: list[tuple[str, bool]] = []
+        start = at = 0
+        while at < len(text):  # in steps, between which other threads get the interpreter
+            end = at + _PIECE_CHARS
+            found = self._control_pattern.search(text, at, end + self._longest_control)
+            if found is None or found.start() >= end:
+                at = end
+                continue
+            if found.start() > start:
+                pieces.append((text[start : found.start()], False))
+            pieces.append((found[0], True))
+            start = at = found.end()
+        if start < len(text):
+            pieces.append((text[start:], False))
+        return pieces
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turn token ids into text.

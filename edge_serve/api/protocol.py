@@ -300,7 +300,6 @@ class RerankRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _ESCAPE = re.compile(rb"\\.", re.DOTALL)
-_BACKSLASH = ord("\\")
 _SCAN_BYTES = 64 * 2**10
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _PLACE = re.compile(r" - at (?:`key` in )?`\$(.*)`$")
@@ -308,6 +307,7 @@ _STEP = re.compile(r"\[[^]]*\]|[^.\[]+")
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
 _RANGE = re.compile(r"expected `(int|float)` [<>]=? ")
 _MOST_LETTERS = 64  # letters of an unknown name to compare with those of fields
+_MOST_MESSAGE_CHARS = 1000  # of each end of an error, which quotes names that the client chose
 _MISSING = re.compile(r"missing required field `([^`]*)`")
 
 
@@ -317,7 +317,8 @@ def nesting(body: bytes) -> int:
     in_string = False
     while start < len(body):  # in parts, between which other threads get the interpreter
         end = start + _SCAN_BYTES
-        while end < len(body) and body[end - 1] == _BACKSLASH:
+        part = body[start:end]
+        if (len(part) - len(part.rstrip(b"\\"))) % 2:
             end += 1  # the escaped character belongs to this part
         part = (b'"' if in_string else b"") + body[start:end]
         in_string = _ESCAPE.sub(b"", part).count(b'"') % 2 == 1
@@ -390,6 +391,8 @@ def convert(value: Any, kind: type[Request], where: str) -> Request:
 
 
 def _wrong_field(message: str, kind: Any, above: str = "") -> APIError:
+    if len(message) > 2 * _MOST_MESSAGE_CHARS:
+        message = f"{message[:_MOST_MESSAGE_CHARS]}…{message[-_MOST_MESSAGE_CHARS:]}"
     place = _PLACE.search(message)
     where = (above + (place[1] if place else "")).lstrip(".")
     what = message[: place.start()] if place else message

@@ -13,7 +13,7 @@ from pathlib import Path
 from edge_make.key_file import key_digest, read_key_file
 from edge_serve.settings import Network, is_loopback
 
-_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{0,5})?")
+_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{1,45}\]|[A-Za-z0-9.-]{1,255})(:[0-9]{0,5})?")
 _MOST_CLIENTS = 4096  # that a rate limit remembers
 _PROXIED = (b"forwarded", b"x-forwarded-for", b"via")  # headers that proxies add
 _SAID = re.compile(rb"[ -~]{1,100}")

@@ -48,6 +48,8 @@ _SECRETS = re.compile(
     r"(?!/v1/(?:models|embeddings|rerank|(?:chat/)?completions|messages|responses)(?![\w/.+-])|/api/[a-z]+(?![\w/.+-]))"
     r"/(?:[\w.+-]+/)+[\w.+-]*"
 )
+_MOST_FIELD_CHARS = 200
+_MOST_SHOWN_CHARS = 4000  # of a message, besides what it quotes
 _FIELD = re.compile(r"([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): ")
 
 
@@ -112,7 +114,8 @@ class APIError(Exception):
     def shown(self) -> str:
         """Message that clients may see."""
         parts = self.message.split(self.quoted) if self.quoted else [self.message]
-        return (self.quoted or "").join(_SECRETS.sub("…", part) for part in parts)
+        shown = (_SECRETS.sub("…", part[:_MOST_SHOWN_CHARS]) for part in parts)
+        return (self.quoted or "").join(shown)
 
     def body(self) -> bytes:
         """Return the body as JSON."""
@@ -175,7 +178,7 @@ def as_api_error(error: BaseException) -> APIError:
         )
     if isinstance(error, RequestError):
         message = str(error)
-        field = _FIELD.match(message)
+        field = _FIELD.match(message, 0, _MOST_FIELD_CHARS)
         return invalid(message, param=field[1] if field else None)
     if isinstance(error, OverloadError):
         return APIError(429, "queue_full", str(error), retry_after_s=error.retry_after_s)

@@ -42,7 +42,7 @@ PROBES = PUBLIC | {"/metrics", "/stats"}
 _log = logging.getLogger("edge_serve")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _LENGTH = re.compile(rb"[0-9]{1,19}")
-_ABSOLUTE = re.compile(rb"https?://([^/@]+)(?=/|$)", re.IGNORECASE)
+_ABSOLUTE = re.compile(rb"https?://([^/@]{1,300})(?=/|$)", re.IGNORECASE)
 # A refused body is read up to these bounds, so that its sender sees the answer and not a reset.
 _DISCARD_FACTOR = 4
 _DISCARD_S = 1.0
