@@ -223,9 +223,16 @@ def test_a_reload_reads_the_keys_again(machine: Machine):
         owner, mode = machine.ask("stat", "--format=%u %a", "/run/edge-llm-tiny/api-keys").split()
         assert int(owner) >= 61184
         assert mode == "400"
+        machine.path(KEYS).write_text("garbage without colon\n")
+        assert machine.call("systemctl", "reload", UNIT).returncode == 0
+        errors = ("journalctl", "--unit", UNIT, "--priority=err", "--output=cat", "--no-pager")
+        until(lambda: "has a blank or a control character" in machine.ask(*errors), BACK_S)
+        refused = machine.ask(*errors).splitlines()[-1]
+        assert json.loads(refused)["level"] == "error"
+        assert machine.request("/v1/models", key="sk-a-new-key-of-the-tests")[0] == 200
         machine.path(KEYS).rename(machine.path(f"{KEYS}.away"))
         assert machine.call("systemctl", "reload", UNIT).returncode != 0
-        machine.path(f"{KEYS}.away").rename(machine.path(KEYS))
+        machine.path(f"{KEYS}.away").unlink()
         assert machine.request("/v1/models", key="sk-a-new-key-of-the-tests")[0] == 200
     finally:
         machine.path(KEYS).write_text(text)

@@ -3,8 +3,8 @@
 One record is one line, whatever it contains: a line break in a message or in a name that a client
 chose cannot start a second one. Fields from ``logger.info("...", extra={"model": "r1"})`` are keys.
 
-Plain lines begin with ``<N>``, the priority of syslog, when standard error is the journal
-(sd-daemon(3)), and with the time where it is not: the journal has its own.
+In the journal a line begins with ``<N>``, the priority of syslog, which journald takes off again
+(sd-daemon(3)). Anywhere else a JSON line is nothing but JSON, and a plain one begins with the time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ _MAX_CHARS = 8192  # per message: a line of the journal holds 48 kB (LineMax=)
 
 
 class JSONFormatter(logging.Formatter):
-    """Formats objects ``{"time", "level", "logger", "message", ...}`` with the record's fields."""
+    """Formats objects ``{"time", "level", "logger", "message", ...}`` with the record's fields.
+
+    Args:
+        journal: begin with syslog's priority.
+    """
+
+    def __init__(self, *, journal: bool = False) -> None:
+        super().__init__()
+        self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
         """Write one line of ASCII JSON: no character in it ends a line or moves a cursor."""
@@ -43,7 +51,8 @@ class JSONFormatter(logging.Formatter):
         line.update((name, value) for name, value in _extra(record).items() if name not in line)
         if record.exc_info:
             line["exception"] = _cut(self.formatException(record.exc_info))
-        return json.dumps(line, default=str, allow_nan=True, separators=(",", ":"))
+        text = json.dumps(line, default=str, allow_nan=True, separators=(",", ":"))
+        return _prefix(record.levelno) + text if self._journal else text
 
 
 class PlainFormatter(logging.Formatter):
@@ -60,7 +69,7 @@ class PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Write one line of text."""
         if self._journal:
-            start = f"<{_priority(record.levelno)}>"
+            start = _prefix(record.levelno)
         else:
             start = datetime.fromtimestamp(record.created).strftime("%H:%M:%S ")
         text = f"{record.levelname.lower()} {record.name}: {_cut(record.getMessage())}"
@@ -87,14 +96,15 @@ def configure_logging(
         level: level of the loggers in `OWN`: debug, info, warning or error. From
             ``asyncio`` and ``uvicorn`` nothing below a warning is logged.
         stream: stream to use instead of standard error.
-        environ: used instead of ``os.environ``; ``JOURNAL_STREAM`` in it says that systemd listens.
+        environ: used instead of ``os.environ``; ``JOURNAL_STREAM`` in it names the stream that
+            is the journal.
     """
     variables = os.environ if environ is None else environ
-    handler = _QuietHandler(stream or sys.stderr)
-    if log_format == "json":
-        handler.setFormatter(JSONFormatter())
-    else:
-        handler.setFormatter(PlainFormatter(journal="JOURNAL_STREAM" in variables))
+    stream = stream or sys.stderr
+    journal = _is_journal(stream, variables.get("JOURNAL_STREAM"))
+    handler = _QuietHandler(stream)
+    formatter = JSONFormatter if log_format == "json" else PlainFormatter
+    handler.setFormatter(formatter(journal=journal))
     for name in CONFIGURED:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
@@ -133,5 +143,16 @@ def _one_line(text: str) -> str:
     )
 
 
-def _priority(level: int) -> int:
-    return next((priority for least, priority in _PRIORITIES if level >= least), 7)
+def _prefix(level: int) -> str:
+    return f"<{next((priority for least, priority in _PRIORITIES if level >= least), 7)}>"
+
+
+def _is_journal(stream: TextIO, named: str | None) -> bool:
+    """Whether a stream is the one that systemd named, and not a file that took its place."""
+    if not named:
+        return False
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # it has no descriptor
+        return False
+    return named == f"{found.st_dev}:{found.st_ino}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import tempfile
 from typing import Any
 
 import pytest
@@ -17,12 +19,15 @@ from edge_serve.observe.logs import JSONFormatter, LogFormat, PlainFormatter, co
 def lines(
     log_format: LogFormat, *, journal: bool = False, level: str = "info", **extra: Any
 ) -> str:
-    stream = io.StringIO()
-    environ = {"JOURNAL_STREAM": "8:1"} if journal else {}
-    configure_logging(log_format, level, stream=stream, environ=environ)
-    logging.getLogger("edge_serve").info("%d requests", 3, extra=extra)
-    logging.getLogger("edge_serve").debug("details")
-    return stream.getvalue()
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as stream:
+        place = os.fstat(stream.fileno())
+        # A process that a service started has the variable, too, wherever its lines go.
+        named = f"{place.st_dev}:{place.st_ino + (not journal)}"
+        configure_logging(log_format, level, stream=stream, environ={"JOURNAL_STREAM": named})
+        logging.getLogger("edge_serve").info("%d requests", 3, extra=extra)
+        logging.getLogger("edge_serve").debug("details")
+        stream.seek(0)
+        return stream.read()
 
 
 def test_json_has_the_records_own_fields():
@@ -43,13 +48,28 @@ def test_plain_for_people_and_for_the_journal():
     assert lines("auto", journal=True) == "<6>info edge_serve: 3 requests\n"
 
 
+def test_json_has_its_priority_in_the_journal_and_is_json_anywhere_else():
+    (line,) = lines("json", journal=True, model="r1").splitlines()
+    assert line.startswith("<6>{")
+    assert json.loads(line.removeprefix("<6>"))["model"] == "r1"
+    assert json.loads(lines("json", model="r1"))["model"] == "r1"
+
+
+def test_a_stream_without_a_descriptor_is_not_the_journal():
+    stream = io.StringIO()
+    configure_logging("json", stream=stream, environ={"JOURNAL_STREAM": "8:1"})
+    logging.getLogger("edge").error("failed")
+    assert json.loads(stream.getvalue())["message"] == "failed"
+
+
 @pytest.mark.parametrize(
     ("level", "priority"),
     [(logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (10, 7)],
 )
 def test_priorities_are_those_of_syslog(level: int, priority: int):
     record = logging.makeLogRecord({"levelno": level, "levelname": "x", "msg": "y"})
-    assert PlainFormatter(journal=True).format(record).startswith(f"<{priority}>")
+    assert PlainFormatter(journal=True).format(record).startswith(f"<{priority}>x ")
+    assert JSONFormatter(journal=True).format(record).startswith(f"<{priority}>{{")
 
 
 def test_the_level_is_kept():
