@@ -18,6 +18,7 @@ from edge.model.spec import ModelSpec, RopeSpec, Task
 from edge_make.families.dense import Dense
 
 from .families import FAMILIES, Family
+from .families.family import WINDOW
 from .other_models import experts, instead
 from .picture_models import decoder_config, reads_pictures
 
@@ -243,10 +244,12 @@ def _refuse_unsupported(config: _Config, family: Family) -> None:
         raise config.error("is_causal", f"is false: {BIDIRECTIONAL}")
     if config.boolean("use_bidirectional_attention"):
         raise config.error("use_bidirectional_attention", f"is true: {BIDIRECTIONAL}")
+    # A Qwen2 that was saved as a Llama names its window and says that it is off.
+    reads = family.reads | (WINDOW if config.get("use_sliding_window") is False else frozenset())
     for section in (config, *(_Config(config.section(k), f"{config.where}: {k}") for k in _ROPES)):
         for key, neutral in _ARITHMETIC.items():
             value = section.get(key)
-            if value is not None and key not in family.reads and value not in neutral:
+            if value is not None and key not in reads and value not in neutral:
                 raise section.error(
                     key,
                     f"is {value!r:.80}, which changes the arithmetic, and nothing of {family.name} "

@@ -294,7 +294,9 @@ def test_a_window_counts_only_where_the_class_reads_it() -> None:
     with pytest.raises(
         CheckpointError, match=r"sliding_window is 4096, .* nothing of llama reads it"
     ):
-        parse_config(config(architectures=["LlamaForCausalLM"], sliding_window=4096))
+        parse_config(config(architectures=["LlamaForCausalLM"], use_sliding_window=...))
+    saved_as_llama = parse_config(config(architectures=["LlamaForCausalLM"]))
+    assert saved_as_llama.architecture == "llama"
 
 
 def test_multipliers_of_one_change_nothing() -> None:
