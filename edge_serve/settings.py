@@ -72,8 +72,9 @@ class ServerSettings(EngineConfig):
         max_image_bytes: most bytes of all pictures of a request together; if a model that reads
             pictures is served, a body may be longer by 4/3 of it.
         image_urls: fetch pictures that requests name by an address, from public machines only.
-        max_inflight_body_bytes: bytes of all bodies whose requests have not ended; one client may
-            have a quarter of them, and the first 16 KiB of each body are free.
+        max_inflight_body_bytes: bytes of all bodies whose requests have not ended, and as many of
+            what runs in the background; one client may have a quarter of them, and the first 16 KiB
+            of each body are free.
         max_header_bytes: longest head of a request, all its headers together.
         max_nesting: most levels of arrays and objects in a body.
         unknown_fields: refuse unknown fields of a request, or ignore and count them, for a gateway

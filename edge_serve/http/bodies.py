@@ -79,6 +79,11 @@ class BodyAccount:
             self._budget._add(self._client, more)
             self._taken += more
 
+    def take(self, num_bytes: int) -> None:
+        """Count bytes that are here already, whether or not there is room for them."""
+        self._budget._add(self._client, num_bytes)
+        self._taken += num_bytes
+
     def close(self) -> None:
         """Give everything back; the request has ended."""
         self._budget._add(self._client, -self._taken)

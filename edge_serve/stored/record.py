@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, BinaryIO
 
 import msgspec
 import numpy as np
@@ -94,16 +94,16 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         id: its id, which names its file.
         client: name of the client that made it; only that client may see it.
         created_at: Unix seconds.
-        request: the body of its request.
-        response: the answer so far, as clients get it.
+        request: what its request asks, in JSON.
+        response: the answer so far, as clients get it, in JSON.
         unfinished: state to continue from; None once it has ended.
     """
 
     id: str
     client: str
     created_at: int
-    request: dict[str, Any]
-    response: dict[str, Any]
+    request: msgspec.Raw
+    response: msgspec.Raw
     unfinished: Unfinished | None = None
 
 

@@ -29,6 +29,7 @@ from .record import Record, UnusableError, head_of, read_record, read_rows
 _log = logging.getLogger("edge_serve")
 _ID = re.compile(r"resp_[0-9a-f]{24}\Z")
 _SUFFIX = ".response"
+_MARK = ".starts"
 _CLOCK_IS_SET_S = 1_704_067_200  # 2024: a device without a battery starts in 1970
 
 
@@ -105,6 +106,8 @@ class ResponseStore:
                 "which this user may write"
             ) from error
         for path in paths:
+            if path.suffix == _MARK and _ID.match(path.stem):
+                continue
             try:
                 if path.suffix != _SUFFIX:
                     raise UnusableError(f"its name does not end in {_SUFFIX}")
@@ -114,6 +117,8 @@ class ResponseStore:
                 self._entries[record.id] = _StoredRecord.of(record, path.stat().st_size)
             except (OSError, UnusableError) as error:
                 _log.warning("%s is no stored response and is left alone: %s", path, error)
+        for id_ in {path.stem for path in paths if path.suffix == _MARK} - {*self.unfinished()}:
+            self.end_start(id_)
 
     def close(self) -> None:
         """Let another server use the directory."""
@@ -137,6 +142,26 @@ class ResponseStore:
                 _log.warning("%s is left alone from now on: %s", path, error)
                 del self._entries[id_]
                 return None
+
+    def begin_start(self, id_: str) -> int:
+        """Note that a response is about to be read in order to continue it.
+
+        Returns:
+            How many servers have noted the same and were killed before `end_start`.
+        """
+        try:
+            with self._mark(id_).open("ab") as file:  # a byte for each; a kill leaves them
+                starts = file.tell()
+                file.write(b".")
+        except OSError as error:
+            _log.warning("the start of response %s is not noted: %s", id_, error)
+            return 0
+        return starts
+
+    def end_start(self, id_: str) -> None:
+        """Note that a start has ended, in whatever way."""
+        with contextlib.suppress(OSError):
+            self._mark(id_).unlink(missing_ok=True)
 
     def load_rows(self, id_: str, scales: Scales) -> SlotRows | None:
         """Read the rows that were saved with a response; None if there are none."""
@@ -191,6 +216,9 @@ class ResponseStore:
 
     def _path(self, id_: str) -> Path:
         return self._directory / f"{id_}{_SUFFIX}"
+
+    def _mark(self, id_: str) -> Path:
+        return self._directory / f"{id_}{_MARK}"
 
     def _write(self, record: Record, rows: NDArray[np.uint8] | None) -> None:
         head = head_of(record)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from msgspec import Struct, field
+from msgspec import Meta, Raw, Struct, field
+
+JSONObject = Annotated[Raw, Meta(extra_json_schema={"type": "object"})]
+"""An object that stays encoded: what a client sent may be many times larger as Python objects."""
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
@@ -108,10 +111,10 @@ class ResponseObject(Struct, kw_only=True):
     top_p: float
     presence_penalty: float
     frequency_penalty: float
-    tools: list[dict[str, Any]]
+    tools: list[JSONObject]
     tool_choice: Any
     parallel_tool_calls: bool
-    text: dict[str, Any]
+    text: JSONObject
     reasoning: dict[str, str | None]
     metadata: dict[str, str]
     user: str | None

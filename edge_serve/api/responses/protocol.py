@@ -46,6 +46,18 @@ REFUSED = {
 """Fields that are refused unless they are null, and why."""
 
 
+def _names_below(path: str) -> frozenset[str]:
+    found = (name.rpartition(".") for name in IGNORED)
+    return frozenset(name for above, _, name in found if above == path)
+
+
+_IGNORED_IN = {
+    "": _names_below(""),
+    "input[]": _names_below("input[]"),
+    "input[].content[]": _names_below("input[].content[]") - {"detail"},  # its value is checked
+}
+
+
 class InputText(Struct, forbid_unknown_fields=True, tag_field="type", tag="input_text"):
     """A text."""
 
@@ -183,8 +195,11 @@ _Key = Annotated[str, Meta(max_length=64)]
 _Value = Annotated[str, Meta(max_length=512)]
 
 
-class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The body of ``POST /v1/responses``; items are of the types that `Item` names."""
+class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """The body of ``POST /v1/responses``; items are of the types that `Item` names.
+
+    The values of fields without effect (`IGNORED`) are dropped at once, since they may be large.
+    """
 
     input: str | Annotated[list[dict[str, Any]], Meta(min_length=1)]
     model: ModelName | None = None
@@ -223,3 +238,19 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     prompt_cache_options: Any = None
     max_tool_calls: Any = None
     moderation: None = None
+
+    def __post_init__(self) -> None:
+        """Drop values without effect."""
+        for name in _IGNORED_IN[""]:
+            setattr(self, name, None)
+        for item in self.input if isinstance(self.input, list) else ():
+            _drop(item, "input[]")
+            for parts in (item.get("content"), item.get("output")):
+                for part in parts if isinstance(parts, list) else ():
+                    if isinstance(part, dict):
+                        _drop(part, "input[].content[]")
+
+
+def _drop(value: dict[str, Any], path: str) -> None:
+    for name in _IGNORED_IN[path] & value.keys():
+        value[name] = None  # the key stays: not every type of item takes it

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
+from msgspec import Raw
+from msgspec.structs import replace
 
 from edge_serve.api.answers import ToolCall, Usage
 from edge_serve.api.pieces import Piece
@@ -31,7 +33,7 @@ from .answers import (
     ResponseUsage,
     SummaryText,
 )
-from .protocol import ReasoningConfig, ResponsesRequest, ResponsesTool, TextConfig
+from .protocol import ReasoningConfig, ResponsesRequest, ResponsesTool, TextConfig, TextFormat
 
 _Event = tuple[str, dict[str, Any]]
 
@@ -280,14 +282,13 @@ def _end_items(response: ResponseObject) -> None:
             item.status = "incomplete"
 
 
-def _shown_tool(tool: ResponsesTool) -> dict[str, Any]:
-    return {**msgspec.to_builtins(tool), "strict": bool(tool.strict)}
+def _shown_tool(tool: ResponsesTool) -> Raw:
+    return Raw(msgspec.json.encode(replace(tool, strict=bool(tool.strict))))
 
 
-def _shown_text(text: TextConfig) -> dict[str, Any]:
-    if text.format is None:
-        return {"format": {"type": "text"}}
-    shown: dict[str, Any] = msgspec.to_builtins(text.format)
-    if text.format.type != "json_schema":
-        return {"format": {"type": text.format.type}}
-    return {"format": {**shown, "strict": bool(text.format.strict)}}
+def _shown_text(text: TextConfig) -> Raw:
+    shown = text.format or TextFormat("text")
+    if shown.type == "json_schema":
+        shown = replace(shown, strict=bool(shown.strict))
+        return Raw(msgspec.json.encode({"format": shown}))
+    return Raw(msgspec.json.encode({"format": {"type": shown.type}}))

@@ -28,9 +28,10 @@ from edge.errors import EdgeError, OverloadError, ResourceError
 from edge.runtime.kv_cache import SavedRows
 from edge.runtime.prefix_store import Layout, bundle_key
 from edge.runtime.scheduler import Suspended
-from edge_serve.api.protocol import convert
+from edge_serve.api.protocol import decode
 from edge_serve.api.respond import Answer, Plan, Resumed, Turn, begin, json_response
 from edge_serve.http.access import Client
+from edge_serve.http.bodies import BodyAccount, BodyBudget
 from edge_serve.http.errors import APIError, as_api_error, draining, invalid
 from edge_serve.http.threads import ClientGoneError, Lane, in_thread
 from edge_serve.models.registry import Choice, ModelRegistry
@@ -52,10 +53,13 @@ if TYPE_CHECKING:
 _log = logging.getLogger("edge_serve")
 MOST_BEGINS = 3
 """How many servers may be killed while they run a response before it is given up."""
+MOST_STARTS = 2
+"""How many may be killed while they read one in order to continue it."""
 SUSPEND_S = 30.0
 """Seconds after which a stopping server writes no more cache rows."""
 _ROUND_S = 10.0  # that an engine may take to finish a round
 _MOST_UNSAVED = 100
+_MOST_UNSAVED_BYTES = 32 * 2**20
 _RETRY_S = 1.0
 _OFF = (
     "nothing is stored here; the operator of the server can set responses_dir, a directory to keep "
@@ -74,6 +78,7 @@ class _Live:
     Attributes:
         record: the record as last stored.
         response: the answer so far.
+        account: counts the request's bytes until the response has ended.
         answer: the running computation; None before it continues, and at its end.
         replayed: tokens of the answer that are read again after a restart.
         is_deleted: whether the response was deleted, so that nothing of it is kept.
@@ -82,6 +87,7 @@ class _Live:
 
     record: Record
     response: ResponseObject
+    account: BodyAccount
     answer: Answer | None = None
     replayed: int = 0
     is_deleted: bool = False
@@ -121,11 +127,9 @@ class StoredResponses:
             Lane(name, full="too many responses go on", late="it did not go on", queue_capacity=1)
             for name in ("edge-resumed", "edge-resumed-grammar")
         )
-        for id_ in () if store is None else store.unfinished():
-            assert store is not None
-            record = store.load(id_)
-            if record is not None and (response := _response_of(record)) is not None:
-                self._live[id_] = _Live(record, response)
+        # Requests in the background stay when their clients have gone.
+        self._budget = BodyBudget(settings.max_inflight_body_bytes, settings.most_body_bytes)
+        self._to_resume = dict.fromkeys(() if store is None else store.unfinished())
 
     # ------------------------------------------------------------------------------- requests
 
@@ -170,7 +174,7 @@ class StoredResponses:
                 name,
             )
         said = [
-            *_items(record.request["input"]),
+            *_items(msgspec.json.decode(record.request, type=_Asked).input),
             *msgspec.to_builtins(response.output),
             *_items(body.input),
         ]
@@ -187,24 +191,33 @@ class StoredResponses:
             previous: id of the response whose conversation it continues.
 
         Raises:
-            EdgeError, APIError: the request is wrong, cannot be served or stored now (503), or
-                failed; or the server is about to stop.
+            EdgeError, APIError: the request is wrong, cannot be served or stored now (503, 429),
+                or failed; or the server is about to stop.
             ClientGoneError: the client left before it had the answer.
         """
         stored = self._store is not None and bool(body.store or body.background)
         render = ResponseRender(turn, body, stored=stored, previous=previous)
-        answer = await begin(turn, partial(_plan, turn, body), render)
+        plan = partial(_plan, turn, body)
         if not stored:
-            return await answer.send(turn)
+            return await (await begin(turn, plan, render)).send(turn)
         response = render.response
+        request = await in_thread(partial(msgspec.json.encode, body))
         record = Record(
             id=response.id,
             client=turn.client.name,
             created_at=response.created_at,
-            request=msgspec.to_builtins(body),
-            response={},
+            request=msgspec.Raw(request),
+            response=msgspec.Raw(b"{}"),
         )
-        live = self._live[record.id] = _Live(record, response, answer)
+        account = self._budget.account(turn.client.origin)
+        try:
+            if body.background:
+                account.grow_to(len(request))
+            answer = await begin(turn, plan, render)
+        except BaseException:
+            account.close()
+            raise
+        live = self._live[record.id] = _Live(record, response, account, answer)
         self._watch(live)
         if not body.background:
             return await answer.send(turn, response)
@@ -264,7 +277,7 @@ class StoredResponses:
         found = await self._find(id_, client)
         if found is None:
             self._not_found()
-        _, response = found
+        record, response = found
         if not response.background:
             raise invalid(
                 "only a response in the background can be cancelled; close the connection of "
@@ -272,6 +285,8 @@ class StoredResponses:
                 code="not_in_background",
             )
         live = self._live.get(id_)
+        if live is None and id_ in self._to_resume:
+            live = self._revive(record, response)
         if live is not None and not live.has_ended:
             if live.answer is not None:
                 live.answer.flight.abort(_CancelledError())
@@ -290,6 +305,7 @@ class StoredResponses:
         """
         if await self._find(id_, client) is None:
             self._not_found()
+        self._to_resume.pop(id_, None)
         if (live := self._live.get(id_)) is not None:
             self._drop(live)
         assert self._store is not None
@@ -306,13 +322,21 @@ class StoredResponses:
     async def resume(self) -> None:
         """Continue responses that have not ended; call it when the models are open.
 
-        It returns when all of them are queued. One that cannot continue ends with the reason.
+        They are read one by one, and it returns when all of them are queued. One that cannot
+        continue ends with the reason.
         """
-        for live in list(self._live.values()):
-            if live.answer is not None or live.has_ended or live.is_deleted:
+        for id_ in list(self._to_resume):
+            assert self._store is not None
+            record = await in_thread(partial(self._store.load, id_))
+            if id_ not in self._to_resume:
+                continue  # it was cancelled or deleted
+            response = None if record is None else _response_of(record)
+            if record is None or response is None:
+                del self._to_resume[id_]
                 continue
+            live = self._revive(record, response)
             try:
-                while not (self._is_closing or await self._resume(live)):
+                while not (self._is_closing or await self._try_to_resume(live)):
                     await asyncio.sleep(_RETRY_S)
             except Exception as error:  # noqa: BLE001 - the others go on
                 if self._is_closing:
@@ -358,6 +382,36 @@ class StoredResponses:
         if self._store is not None:
             await in_thread(self._store.close)
 
+    def _revive(self, record: Record, response: ResponseObject) -> _Live:
+        """Take up a response that an earlier server left unfinished."""
+        assert record.unfinished is not None
+        account = self._budget.account(record.unfinished.origin)
+        account.take(_size(record.request))
+        del self._to_resume[record.id]
+        live = self._live[record.id] = _Live(record, response, account)
+        return live
+
+    async def _try_to_resume(self, live: _Live) -> bool:
+        """Do `_resume` unless it has ended; give up one that servers did not survive reading.
+
+        Raises:
+            APIError, EdgeError: it cannot continue.
+        """
+        assert self._store is not None
+        if live.has_ended or live.is_deleted:
+            return True
+        starts = await in_thread(partial(self._store.begin_start, live.record.id))
+        try:
+            if starts >= MOST_STARTS:
+                raise APIError(
+                    500,
+                    "interrupted",
+                    f"the server was killed {starts} times while it read this response",
+                )
+            return await self._resume(live)
+        finally:
+            await in_thread(partial(self._store.end_start, live.record.id))
+
     async def _resume(self, live: _Live) -> bool:
         """Queue one response again; return False if there is no room for it now.
 
@@ -399,7 +453,8 @@ class StoredResponses:
             cut(live.response)
             self._keep(live)
             return True
-        body = convert(record.request, ResponsesRequest, "request")
+        most = self._settings.max_nesting
+        body = await in_thread(partial(decode, bytes(record.request), ResponsesRequest, most))
         turn = Turn(
             model=choice.model,
             adapter=choice.adapter,
@@ -549,6 +604,7 @@ class StoredResponses:
     def _drop(self, live: _Live) -> None:
         """End a response without keeping anything of it."""
         live.is_deleted = True
+        live.account.close()
         self._live.pop(live.record.id, None)
         if live.answer is not None:
             live.answer.flight.abort(_CancelledError())
@@ -556,6 +612,7 @@ class StoredResponses:
     def _keep(self, live: _Live) -> None:
         """Schedule an ended response to be written; until then it is in memory."""
         live.is_unsaved = False
+        live.account.close()
         live.record = replace(live.record, unfinished=None)
         task = asyncio.create_task(self._save_end(live))
         self._tasks.add(task)  # the loop itself keeps only a weak reference
@@ -568,7 +625,9 @@ class StoredResponses:
             _log.error("response %s stays in memory: %s", live.record.id, error)
             live.is_unsaved = True
             unsaved = [each for each in self._live.values() if each.is_unsaved]
-            for oldest in unsaved[:-_MOST_UNSAVED]:
+            sizes = [_size(each.record.request) for each in unsaved]
+            while len(unsaved) > _MOST_UNSAVED or sum(sizes) > _MOST_UNSAVED_BYTES:
+                oldest, _ = unsaved.pop(0), sizes.pop(0)
                 _log.error("response %s is lost", oldest.record.id)
                 del self._live[oldest.record.id]
             return
@@ -586,7 +645,8 @@ class StoredResponses:
             ResourceError: it cannot be written.
         """
         assert self._store is not None
-        record = replace(live.record, response=msgspec.to_builtins(live.response))
+        response = msgspec.Raw(msgspec.json.encode(live.response))
+        record = replace(live.record, response=response)
         async with self._writing:
             if not live.is_deleted:
                 await in_thread(partial(self._store.save, record, rows))
@@ -626,11 +686,21 @@ def _plan(turn: Turn, body: ResponsesRequest) -> Plan:
 def _response_of(record: Record) -> ResponseObject | None:
     """Read the answer of a record; None if another version wrote it."""
     try:
-        response: ResponseObject = msgspec.convert(record.response, ResponseObject)
+        response = msgspec.json.decode(record.response, type=ResponseObject)
     except msgspec.ValidationError as error:
         _log.warning("response %s is left alone, as it is of another version: %s", record.id, error)
         return None
     return response
+
+
+def _size(data: msgspec.Raw) -> int:
+    return memoryview(data).nbytes
+
+
+class _Asked(msgspec.Struct):
+    """The part of a stored request that a conversation needs."""
+
+    input: str | list[dict[str, Any]]
 
 
 def _items(value: str | list[dict[str, Any]]) -> list[dict[str, Any]]:

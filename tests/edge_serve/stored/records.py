@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,13 +30,13 @@ def make_record(
         id=f"resp_{number:024x}",
         client=client,
         created_at=number,
-        request={"input": text},
-        response={"status": "completed"},
+        request=msgspec.Raw(msgspec.json.encode({"input": text})),
+        response=msgspec.Raw(b'{"status":"completed"}'),
     )
     if rows:
         answer = 3
     if answer is not None:
-        record.response["status"] = "in_progress"
+        record.response = msgspec.Raw(b'{"status":"in_progress"}')
         record.unfinished = Unfinished(
             model="tiny",
             bundle="b",

@@ -154,6 +154,25 @@ def test_other_files_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert (tmp_path / "s" / "notes.txt").read_text() == "mine"
 
 
+def test_starts_that_were_killed_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    store = open_store(tmp_path / "s")
+    waiting, other = make_record(1, answer=0), make_record(2, answer=0)
+    for record in (waiting, other):
+        store.save(record)
+    for killed in range(3):
+        assert store.begin_start(waiting.id) == killed
+        store.close()
+        store = open_store(tmp_path / "s")
+    assert store.begin_start(other.id) == 0
+    store.end_start(waiting.id)
+    assert store.begin_start(waiting.id) == 0
+    store.save(make_record(2))  # has ended
+    store.close()
+    open_store(tmp_path / "s")
+    assert {path.suffix for path in (tmp_path / "s").glob(f"{other.id}*")} == {".response"}
+    assert not caplog.records
+
+
 def test_a_directory_has_one_server(tmp_path: Path):
     store = open_store(tmp_path / "s")
     with pytest.raises(ConfigError, match="another server uses"):

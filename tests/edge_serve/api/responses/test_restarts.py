@@ -6,6 +6,7 @@ import hashlib
 import json
 import signal
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -253,6 +254,108 @@ def test_a_response_that_repeatedly_kills_its_server_is_given_up(
     with server(bundle, tmp_path / "s", 0.05) as last, connected(last) as client:
         ended = wait(client, id_)
         assert (ended.status, ended.error.code) == ("failed", "interrupted")
+
+
+KILLED_WHILE_READING = """
+import os, sys
+from edge_serve.api.responses import stored
+from tests.edge_serve import slow_child
+stored.decode = lambda *_: os.kill(os.getpid(), 9)
+sys.exit(slow_child.main(*sys.argv[1:]))
+"""
+
+
+def test_a_response_that_kills_its_server_while_it_is_read_is_given_up(
+    tiny_bundles: Bundles, tmp_path: Path
+):
+    bundle = tiny_bundles("qwen2")
+    with server(bundle, tmp_path / "s", 0.05) as first, connected(first) as client:
+        id_ = begin(client, max_output_tokens=200).id
+        wait(client, id_, 5)
+        stop(first)
+    setting = f"responses_dir={tmp_path / 's'}"
+    for _ in range(2):
+        with child("-c", KILLED_WHILE_READING, str(bundle), "0.05", setting) as again:
+            assert again.process.wait(timeout=30) == -signal.SIGKILL
+    with server(bundle, tmp_path / "s", 0.05) as last, connected(last) as client:
+        ended = wait(client, id_)
+        assert (ended.status, ended.error.code) == ("failed", "interrupted")
+        assert "while it read this response" in ended.error.message
+        assert "".join(said(ended))
+
+
+def begin_in_order(client: Any, number: int) -> list[str]:
+    """Ids of long responses, in the order in which a server resumes them."""
+    begun = [begin(client, max_output_tokens=100, temperature=1) for _ in range(number)]
+    return [each.id for each in sorted(begun, key=lambda each: (each.created_at, each.id))]
+
+
+def test_orderly_stops_and_busy_models_do_not_count_as_kills(tiny_bundles: Bundles, tmp_path: Path):
+    """At each start one of three finds no room in the queue."""
+    bundle = tiny_bundles("qwen2")
+    wide: dict[str, Any] = {"num_slots": 1, "queue_capacity": 4, "drain_timeout_s": 20}
+    narrow = {**wide, "queue_capacity": 1}
+    with server(bundle, tmp_path / "s", 0.3, **wide) as first, connected(first) as client:
+        ids = begin_in_order(client, 3)
+        stop(first)
+    for _ in range(3):
+        with server(bundle, tmp_path / "s", 0.3, **narrow) as again, connected(again) as client:
+            time.sleep(1)
+            assert client.responses.retrieve(ids[-1]).status in ("queued", "in_progress")
+            stop(again)
+    assert not list((tmp_path / "s").glob("*.starts"))
+    with server(bundle, tmp_path / "s", 0, **narrow) as last, connected(last) as client:
+        for id_ in ids:
+            assert wait(client, id_).status in ("completed", "incomplete")
+
+
+def test_one_that_waits_to_be_read_can_be_cancelled_and_deleted(
+    tiny_bundles: Bundles, tmp_path: Path
+):
+    bundle = tiny_bundles("qwen2")
+    wide: dict[str, Any] = {"num_slots": 1, "queue_capacity": 6, "drain_timeout_s": 20}
+    narrow = {**wide, "queue_capacity": 1}
+    with server(bundle, tmp_path / "s", 0.3, **wide) as first, connected(first) as client:
+        ids = begin_in_order(client, 5)
+        stop(first)
+    with server(bundle, tmp_path / "s", 0.3, **narrow) as second, connected(second) as client:
+        assert client.responses.retrieve(ids[4]).status in ("queued", "in_progress")
+        assert client.responses.cancel(ids[3]).status == "cancelled"
+        client.responses.delete(ids[4])
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(ids[4])
+        stop(second)
+    with server(bundle, tmp_path / "s", 0, **narrow) as last, connected(last) as client:
+        statuses = [wait(client, id_).status for id_ in ids[:4]]
+        assert statuses[3] == "cancelled"
+        assert set(statuses[:3]) <= {"completed", "incomplete"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["client_metadata", "item"])
+def test_hostile_bodies_in_the_background_cost_little_memory(
+    tiny_bundles: Bundles, tmp_path: Path, where: str
+):
+    """1.3 million lists of 4 MB as JSON take 82 MiB as objects; they have no effect."""
+    lists = f"[{','.join(['[]'] * 1_330_000)}]"
+    if where == "item":
+        field = f'"input":[{{"role":"user","content":"what","id":{lists}}}]'
+    else:
+        field = f'"input":"what","client_metadata":{lists}'
+    body = f'{{"model":"tiny","background":true,{field}}}'.encode()
+    with server(tiny_bundles("qwen2"), tmp_path / "s", 0.5, num_slots=1) as opened:
+        url = f"http://127.0.0.1:{opened.port}/v1/responses"
+        before = opened.resident_bytes
+        for _ in range(12):
+            asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(asked, timeout=20) as answer:
+                assert json.load(answer)["status"] in ("queued", "in_progress")
+        most = before + (100 << 20)
+        deadline = time.monotonic() + 10
+        while opened.resident_bytes >= most and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert opened.resident_bytes < most
+    assert sum(path.stat().st_size for path in (tmp_path / "s").iterdir()) < 1 << 20
 
 
 def suspend(bundle: Path, directory: Path, letters: int = 20, **fields: Any) -> tuple[str, Any]:

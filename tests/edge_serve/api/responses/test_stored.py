@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from edge_serve.api.responses import stored as stored_module
+from edge_serve.api.responses.protocol import IGNORED
+from edge_serve.http.bodies import BodyBudget
 from edge_serve.stored.store import ResponseStore
 from tests.conftest import Bundles, write_secret
 from tests.edge_serve.scripted import KEY, Live, running, until
@@ -242,6 +244,50 @@ def test_a_look_up_takes_no_options(client: Any):
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.retrieve(id_, stream=True)
     assert caught.value.param == "stream"
+
+
+def test_values_without_effect_are_not_kept(client: Any, live: Live):
+    """A client may send megabytes in them."""
+    mark = "of-no-effect"
+    fields = {name: mark for name in IGNORED if "." not in name and name != "include"}
+    part = {"type": "input_text", "text": "what", "prompt_cache_breakpoint": mark}
+    item = {"type": "message", "role": "user", "content": [part]}
+    item |= {"id": mark, "status": mark, "phase": mark}
+    reasoning = {"type": "reasoning", "summary": [], "encrypted_content": mark, "id": mark}
+    asked = {**BACKGROUND, "input": [reasoning, item], "metadata": {"kept": "yes"}}
+    ended = wait(client, client.responses.create(**asked, extra_body=fields).id)
+    assert ended.metadata == {"kept": "yes"}
+    directory = live.service._settings.responses_dir
+    assert directory is not None
+    until(lambda: f"{ended.id}.response" in files(live))
+    data = (directory / f"{ended.id}.response").read_bytes()
+    assert b"yes" in data
+    assert mark.encode() not in data
+
+
+@pytest.mark.usefixtures("slow")
+def test_requests_in_the_background_count_until_they_have_ended(
+    client: Any, live: Live, monkeypatch: pytest.MonkeyPatch
+):
+    """A client gets a quarter of the room; others have the rest, and an end gives it back."""
+    tool = {"type": "function", "name": "f", "parameters": {"a": [None] * 8_000}}
+    asked = {**BACKGROUND, "input": "long", "tools": [tool], "tool_choice": "none"}
+    monkeypatch.setattr(live.service._stored, "_budget", BodyBudget(200_000, 50_000))
+    first, second = (client.responses.create(**asked).id for _ in range(2))
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.responses.create(**asked)
+    assert caught.value.code == "bodies_full"
+    with open_client(live, OTHER) as other:
+        other.responses.delete(other.responses.create(**asked).id)
+    client.responses.cancel(first)
+    third = client.responses.create(**asked).id
+    client.responses.delete(second)
+    fourth = client.responses.create(**asked).id
+    live.engine.delay_s = 0
+    for id_ in (third, fourth):
+        assert wait(client, id_).status == "completed"
+    for _ in range(2):
+        wait(client, client.responses.create(**{**asked, "input": "what"}).id)
 
 
 def test_without_a_directory_nothing_is_stored(tiny_bundles: Bundles):
