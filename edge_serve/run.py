@@ -40,7 +40,8 @@ from .models.registry import ModelRegistry
 from .models.switch import Switcher
 from .observe.metrics import Metrics
 from .observe.notify import Notifier
-from .settings import ServerSettings
+from .settings import ServerSettings, is_loopback
+from .stored.bounded import IN_MEMORY, BoundedStore, MemoryStore
 from .stored.store import ResponseStore
 
 if TYPE_CHECKING:
@@ -133,9 +134,7 @@ class Service:
         connections = Connections(num_connections, settings.max_connections_per_address)
         self._keys = inputs.keys
         arrivals = limit_arrivals(settings)
-        directory = settings.responses_dir
-        store = None if directory is None else ResponseStore(directory)
-        self._stored = StoredResponses(self.models, limits, self.metrics, store)
+        self._stored = StoredResponses(self.models, limits, self.metrics, _open_store(settings))
         app = create_app(
             self.models, limits, self.metrics, self._keys, arrivals, self._stored, self._loader
         )
@@ -437,6 +436,24 @@ class Service:
         self._stopped.set()
         if self._stops > 1:
             self._forced.set()
+
+
+def _open_store(settings: ServerSettings) -> BoundedStore | None:
+    """Open the store of responses; None where other machines ask, and no directory is named.
+
+    Clients of a trusted proxy have one key, and would see each other's.
+    """
+    if settings.responses_dir is not None:
+        return ResponseStore(settings.responses_dir)
+    if not is_loopback(settings.host) or settings.trusted_proxies:
+        return None
+    _log.info(
+        "each client's last %d responses, or %d MB of them, are kept in memory; responses_dir names"
+        " a directory that keeps them over restarts",
+        IN_MEMORY.client_responses,
+        (IN_MEMORY.client_bytes or 0) >> 20,
+    )
+    return MemoryStore()
 
 
 def serve(

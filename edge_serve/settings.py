@@ -107,7 +107,8 @@ class ServerSettings(EngineConfig):
             seconds' worth may come at once; 0 is no limit.
         drain_timeout_s: seconds that running requests may continue after SIGTERM.
         responses_dir: directory in which /v1/responses stores responses, and those that continue
-            after a restart; by default nothing is stored.
+            after a restart; by default the last ones are kept in memory where only this machine can
+            ask, and nothing elsewhere.
         vllm_metrics: also expose the metrics under the names that vLLM has for them.
         drift_baseline: file of what requests usually ask for; a window that differs is an alarm.
         drift_window: requests per comparison with the drift_baseline.

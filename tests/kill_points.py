@@ -70,7 +70,7 @@ def save_response(place: Path) -> None:
     """Put a response away that was begun, with its rows."""
     data = np.full(LAYOUT.num_bytes(600), 2, np.uint8)
     store = ResponseStore(place / "stored")
-    store.save(make_record(1 << 40, rows=600, data=data), data)
+    store.save_with_rows(make_record(1 << 40, rows=600, data=data), data)
     store.close()
 
 

@@ -1,4 +1,4 @@
-"""Keeps stored responses in a directory, within limits, one file each that is always whole."""
+"""Keeps stored responses in a directory, one file each that is always whole."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ import logging
 import os
 import re
 import stat
-import threading
-import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,59 +20,24 @@ from edge.bundle.update import fsync, replace_durably, sweep_temp, try_lock
 from edge.errors import ConfigError, ResourceError
 from edge.model.slot_rows import SlotRows
 
+from .bounded import BoundedStore, Bounds, Entry
 from .record import Record, UnusableError, head_of, read_record, read_rows
 
 _log = logging.getLogger("edge_serve")
 _ID = re.compile(r"resp_[0-9a-f]{24}\Z")
 _SUFFIX = ".response"
 _MARK = ".starts"
-_CLOCK_IS_SET_S = 1_704_067_200  # 2024: a device without a battery starts in 1970
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Limits of a store; the oldest ended responses go first, from the client with the most.
-
-    Attributes:
-        responses: the most responses.
-        num_bytes: the most bytes of all, without the rows of unfinished ones.
-        rows_bytes: the most bytes of these rows; a response without them is computed again after a
-            restart.
-        age_s: seconds for which an ended response is kept; one made before the clock was set has no
-            age.
-    """
-
-    responses: int = 1000
-    num_bytes: int = 256 << 20
-    rows_bytes: int = 2 << 30
-    age_s: float = 30 * 86400.0
-
-
-@dataclass(frozen=True)
-class _StoredRecord:
-    client: str
-    created_at: int
-    has_ended: bool
-    num_bytes: int
-    rows_bytes: int
-
-    @classmethod
-    def of(cls, record: Record, num_bytes: int) -> _StoredRecord:
-        rows = None if record.unfinished is None else record.unfinished.rows
-        rows_bytes = 0 if rows is None else rows.num_bytes
-        ended = record.unfinished is None
-        return cls(record.client, record.created_at, ended, num_bytes - rows_bytes, rows_bytes)
-
-
-class ResponseStore:
-    """The stored responses of one server; any thread may call it.
+class ResponseStore(BoundedStore):
+    """The stored responses of one server in a directory; those unfinished can go on later.
 
     A file that is damaged or something else is left alone, with one line in the log.
 
     Args:
         directory: directory of the files; made if it is missing. One server at a time may use it.
         bounds: limits of the store.
-        clock: returns Unix seconds.
+        clock: returns Unix seconds; by default those of the system.
 
     Raises:
         ConfigError: the directory cannot be made or read, others may read it, or another server
@@ -87,13 +48,10 @@ class ResponseStore:
         self,
         directory: Path,
         bounds: Bounds | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
+        super().__init__(bounds or Bounds(), clock)
         self._directory = directory
-        self._bounds = bounds or Bounds()
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._entries: dict[str, _StoredRecord] = {}
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._descriptor = _open_locked(directory)
@@ -114,7 +72,7 @@ class ResponseStore:
                 record = read_record(path)
                 if not _ID.match(record.id) or path != self._path(record.id):
                     raise UnusableError("it has the name of another")
-                self._entries[record.id] = _StoredRecord.of(record, path.stat().st_size)
+                self._entries[record.id] = Entry.of(record, path.stat().st_size)
             except (OSError, UnusableError) as error:
                 _log.warning("%s is no stored response and is left alone: %s", path, error)
         for id_ in {path.stem for path in paths if path.suffix == _MARK} - {*self.unfinished()}:
@@ -128,20 +86,6 @@ class ResponseStore:
         """Return the ids of the responses that have not ended, oldest first."""
         found = [(e.created_at, id_) for id_, e in self._entries.items() if not e.has_ended]
         return [id_ for _, id_ in sorted(found)]
-
-    def load(self, id_: str) -> Record | None:
-        """Read a response; None if there is none with this id."""
-        with self._lock:
-            self._expire()
-            if id_ not in self._entries:
-                return None
-            path = self._path(id_)
-            try:
-                return read_record(path)
-            except (OSError, UnusableError) as error:
-                _log.warning("%s is left alone from now on: %s", path, error)
-                del self._entries[id_]
-                return None
 
     def begin_start(self, id_: str) -> int:
         """Note that a response is about to be read in order to continue it.
@@ -172,45 +116,31 @@ class ResponseStore:
             _log.warning("the rows in %s are not used: %s", path, error)
             return None
 
-    def save(self, record: Record, rows: NDArray[np.uint8] | None = None) -> None:
-        """Write a response; the old file of this id stays until the new one is whole on disk.
+    def save_with_rows(self, record: Record, rows: NDArray[np.uint8]) -> None:
+        """Write an unfinished response with the packed rows that it names.
 
-        Args:
-            record: the response.
-            rows: the packed rows that it names; if they do not fit, it is written without.
+        If they do not fit, it is written without.
 
         Raises:
             ResourceError: the disk is full, or unfinished responses fill the store.
         """
         with self._lock:
             self._expire()
-            if rows is not None:
-                others = sum(e.rows_bytes for i, e in self._entries.items() if i != record.id)
-                if others + rows.nbytes <= self._bounds.rows_bytes:
-                    try:
-                        self._write(record, rows)
-                    except ResourceError as error:
-                        _log.warning("%s", error)
-                    else:
-                        return
-                _log.warning(
-                    "the %d MiB of cache rows of response %s have no room and are not kept",
-                    rows.nbytes >> 20,
-                    record.id,
-                )
-                assert record.unfinished is not None
-                record = replace(record, unfinished=replace(record.unfinished, rows=None))
-            self._write(record, None)
-
-    def delete(self, id_: str) -> None:
-        """Remove a response, if it is there.
-
-        Raises:
-            ResourceError: it cannot be removed.
-        """
-        with self._lock:
-            if id_ in self._entries:
-                self._remove(id_)
+            others = sum(e.rows_bytes for i, e in self._entries.items() if i != record.id)
+            if others + rows.nbytes <= self._bounds.rows_bytes:
+                try:
+                    self._write(record, rows)
+                except ResourceError as error:
+                    _log.warning("%s", error)
+                else:
+                    return
+            _log.warning(
+                "the %d MiB of cache rows of response %s have no room and are not kept",
+                rows.nbytes >> 20,
+                record.id,
+            )
+            assert record.unfinished is not None
+            self._write(replace(record, unfinished=replace(record.unfinished, rows=None)))
 
     # ------------------------------------------------------------------ under the lock
 
@@ -220,9 +150,12 @@ class ResponseStore:
     def _mark(self, id_: str) -> Path:
         return self._directory / f"{id_}{_MARK}"
 
-    def _write(self, record: Record, rows: NDArray[np.uint8] | None) -> None:
+    def _read(self, id_: str) -> Record:
+        return read_record(self._path(id_))
+
+    def _write(self, record: Record, rows: NDArray[np.uint8] | None = None) -> None:
         head = head_of(record)
-        self._make_room(record.id, len(head))
+        self._make_room(record, len(head))
         path = self._path(record.id)
 
         def write(file: BinaryIO) -> None:
@@ -239,37 +172,7 @@ class ResponseStore:
                 "responses_dir"
             ) from error
         num_bytes = len(head) + (0 if rows is None else rows.nbytes)
-        self._entries[record.id] = _StoredRecord.of(record, num_bytes)
-
-    def _make_room(self, id_: str, num_bytes: int) -> None:
-        """Remove ended responses until one more fits.
-
-        Raises:
-            ResourceError: unfinished responses leave no room.
-        """
-        bounds = self._bounds
-        others = {i: e for i, e in self._entries.items() if i != id_}
-        while (
-            len(others) >= bounds.responses
-            or sum(e.num_bytes for e in others.values()) + num_bytes > bounds.num_bytes
-        ):
-            ended = [i for i, e in others.items() if e.has_ended]
-            if not ended:
-                raise ResourceError(
-                    f"{len(others)} stored responses have not ended and leave no room for another; "
-                    "wait until some have, or cancel some"
-                )
-            held = Counter(e.client for e in others.values())
-            oldest = min(ended, key=lambda i: (-held[others[i].client], others[i].created_at, i))
-            self._remove(oldest)
-            del others[oldest]
-
-    def _expire(self) -> None:
-        before = self._clock() - self._bounds.age_s
-        for id_, entry in list(self._entries.items()):
-            if entry.has_ended and _CLOCK_IS_SET_S <= entry.created_at < before:
-                with contextlib.suppress(ResourceError):  # the next call tries again
-                    self._remove(id_)
+        self._entries[record.id] = Entry.of(record, num_bytes)
 
     def _remove(self, id_: str) -> None:
         path = self._path(id_)

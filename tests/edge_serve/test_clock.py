@@ -28,7 +28,7 @@ SHOWN = {
     "edge_serve/api/ollama/models.py",
     "edge_lab/cli/watching.py",
     "edge_fleet/cli/bundle.py",
-    "edge_serve/stored/store.py",  # an age in days, which outlasts restarts
+    "edge_serve/stored/bounded.py",  # an age in days, which outlasts restarts
     "edge_fleet/cli/waves.py",  # a number that is larger than that of any older order
     "edge_fleet/waves/device.py",
     "edge_fleet/waves/progress.py",  # ages in hours, which outlast restarts

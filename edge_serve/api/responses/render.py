@@ -105,9 +105,9 @@ class ResponseRender(Render):
 
     def failed(self, error: APIError) -> bytes:
         """Implement `Render.failed`."""
-        first = self._beginning()  # while it is still in progress
-        self.response.status = "failed"
-        self.response.error = ResponseError(error.code, error.shown)
+        self.response.status = "in_progress"  # as its first events say
+        first = self._beginning()
+        fail(self.response, error)
         return first + self._write([self._state("failed")])
 
     def events(self, index: int, piece: Piece) -> bytes:

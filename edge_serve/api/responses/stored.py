@@ -2,8 +2,8 @@
 
 A response in the background (``background: true``) belongs to the server: it continues when its
 client leaves. When the server stops, it saves the response with its tokens and cache rows, and the
-next server continues it. With ``store: true`` alone, a client waits, and the answer is stored at
-its end.
+next server continues it, if there is a directory for it. For any other a client waits, and the
+answer is stored at its end unless the client says ``store: false``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from edge_serve.http.threads import ClientGoneError, Lane, in_thread
 from edge_serve.models.registry import Choice, ModelRegistry
 from edge_serve.pictures.parts import has_pictures
 from edge_serve.settings import ServerSettings
+from edge_serve.stored.bounded import BoundedStore, TooLargeError
 from edge_serve.stored.record import Record, StoredRows, Unfinished, rows_sha256
 from edge_serve.stored.store import ResponseStore
 
@@ -105,7 +106,8 @@ class StoredResponses:
         models: the models that are served.
         settings: limits of the server.
         metrics: counts the ends of responses that continue after a restart.
-        store: store on disk; None stores none.
+        store: where responses are kept; None keeps none. Only a directory's responses continue
+            after a restart.
     """
 
     def __init__(
@@ -113,12 +115,13 @@ class StoredResponses:
         models: ModelRegistry,
         settings: ServerSettings,
         metrics: Metrics,
-        store: ResponseStore | None,
+        store: BoundedStore | None,
     ) -> None:
         self._models = models
         self._settings = settings
         self._metrics = metrics
         self._store = store
+        self._directory = store if isinstance(store, ResponseStore) else None
         self._live: dict[str, _Live] = {}
         self._writing = asyncio.Lock()  # keeps writes in the order of the events
         self._tasks: set[asyncio.Task[None]] = set()
@@ -129,7 +132,8 @@ class StoredResponses:
         )
         # Requests in the background stay when their clients have gone.
         self._budget = BodyBudget(settings.max_inflight_body_bytes, settings.most_body_bytes)
-        self._to_resume = dict.fromkeys(() if store is None else store.unfinished())
+        directory = self._directory
+        self._to_resume = dict.fromkeys(() if directory is None else directory.unfinished())
 
     # ------------------------------------------------------------------------------- requests
 
@@ -195,7 +199,7 @@ class StoredResponses:
                 or failed; or the server is about to stop.
             ClientGoneError: the client left before it had the answer.
         """
-        stored = self._store is not None and bool(body.store or body.background)
+        stored = self._store is not None and body.store is not False
         render = ResponseRender(turn, body, stored=stored, previous=previous)
         plan = partial(_plan, turn, body)
         if not stored:
@@ -221,24 +225,14 @@ class StoredResponses:
         self._watch(live)
         if not body.background:
             return await answer.send(turn, response)
-        (generation,) = answer.generations
-        record.unfinished = Unfinished(
-            model=turn.model_name,
-            bundle=bundle_key(turn.model.llm.manifest),
-            seed=generation.seed,
-            prompt=generation.prompt_ids,
-            salt=turn.client.salt,
-            origin=turn.client.origin,
-            arm=turn.arm,
-            priority=turn.priority,
-            left_s=_left_s(answer),
-        )
+        record.unfinished = _beginning(turn, answer)
         answer.flight.start(partial(self._write, live, render))
         if self._is_closing:
             self._drop(live)
             raise draining()
         try:
-            await self._save(live)
+            if self._directory is not None:
+                await self._save(live)
         except ResourceError as error:
             _log.error("a response cannot be stored: %s", error)
             self._drop(live)
@@ -326,8 +320,8 @@ class StoredResponses:
         continue ends with the reason.
         """
         for id_ in list(self._to_resume):
-            assert self._store is not None
-            record = await in_thread(partial(self._store.load, id_))
+            assert self._directory is not None
+            record = await in_thread(partial(self._directory.load, id_))
             if id_ not in self._to_resume:
                 continue  # it was cancelled or deleted
             response = None if record is None else _response_of(record)
@@ -353,9 +347,15 @@ class StoredResponses:
     async def suspend(self) -> None:
         """Take background responses out of the engines and save them, to continue later.
 
-        A response that cannot be saved is computed again from its last stored state.
+        A response that cannot be saved is computed again from its last stored state. Without a
+        directory they end, as nobody could have them.
         """
         self._is_closing = True
+        if self._directory is None:
+            for live in list(self._live.values()):
+                if live.answer is not None and live.response.background:
+                    live.answer.flight.abort(_CancelledError())
+            return
         until = monotonic() + SUSPEND_S
         waiting: dict[LLM, list[_Live]] = {}
         running: dict[LLM, list[_Live]] = {}
@@ -397,10 +397,11 @@ class StoredResponses:
         Raises:
             APIError, EdgeError: it cannot continue.
         """
-        assert self._store is not None
+        directory = self._directory
+        assert directory is not None
         if live.has_ended or live.is_deleted:
             return True
-        starts = await in_thread(partial(self._store.begin_start, live.record.id))
+        starts = await in_thread(partial(directory.begin_start, live.record.id))
         try:
             if starts >= MOST_STARTS:
                 raise APIError(
@@ -410,7 +411,7 @@ class StoredResponses:
                 )
             return await self._resume(live)
         finally:
-            await in_thread(partial(self._store.end_start, live.record.id))
+            await in_thread(partial(directory.end_start, live.record.id))
 
     async def _resume(self, live: _Live) -> bool:
         """Queue one response again; return False if there is no room for it now.
@@ -555,7 +556,7 @@ class StoredResponses:
         """Return the state to continue from; without rows if another engine made them."""
         unfinished, kept = record.unfinished, None
         assert unfinished is not None
-        assert self._store is not None
+        assert self._directory is not None
         if (stored := unfinished.rows) is not None:
             backend = llm.backend
             same = stored.layout.on(backend)
@@ -565,7 +566,7 @@ class StoredResponses:
                     "response %s: its rows are of %s, and this is %s; prompt and answer are read "
                     "again", record.id, stored.layout, same,
                 )  # fmt: skip
-            elif (rows := self._store.load_rows(record.id, backend.kv_scales)) is not None:
+            elif (rows := self._directory.load_rows(record.id, backend.kv_scales)) is not None:
                 books = stored.prefilled, stored.shared, stored.shareable
                 kept = SavedRows(rows, list(stored.ids), *books)
         return Suspended(unfinished.seed, tuple(unfinished.answer), unfinished.pending, kept)
@@ -621,6 +622,8 @@ class StoredResponses:
     async def _save_end(self, live: _Live) -> None:
         try:
             await self._save(live)
+        except TooLargeError as error:
+            _log.error("response %s is lost: %s", live.record.id, error)
         except ResourceError as error:
             _log.error("response %s stays in memory: %s", live.record.id, error)
             live.is_unsaved = True
@@ -648,8 +651,13 @@ class StoredResponses:
         response = msgspec.Raw(msgspec.json.encode(live.response))
         record = replace(live.record, response=response)
         async with self._writing:
-            if not live.is_deleted:
-                await in_thread(partial(self._store.save, record, rows))
+            if live.is_deleted:
+                return
+            if rows is None:
+                await in_thread(partial(self._store.save, record))
+            else:
+                assert self._directory is not None
+                await in_thread(partial(self._directory.save_with_rows, record, rows))
 
     # ------------------------------------------------------------------------------- look-ups
 
@@ -681,6 +689,22 @@ def _plan(turn: Turn, body: ResponsesRequest) -> Plan:
         )
     asks = [dataclasses.replace(ask, progress=bool(body.background)) for ask in plan.asks]
     return dataclasses.replace(plan, asks=asks)
+
+
+def _beginning(turn: Turn, answer: Answer) -> Unfinished:
+    """Return the state from which a response is computed again."""
+    (generation,) = answer.generations
+    return Unfinished(
+        model=turn.model_name,
+        bundle=bundle_key(turn.model.llm.manifest),
+        seed=generation.seed,
+        prompt=generation.prompt_ids,
+        salt=turn.client.salt,
+        origin=turn.client.origin,
+        arm=turn.arm,
+        priority=turn.priority,
+        left_s=_left_s(answer),
+    )
 
 
 def _response_of(record: Record) -> ResponseObject | None:

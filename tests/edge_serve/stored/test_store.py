@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from edge.errors import ConfigError, ResourceError
-from edge_serve.stored.store import Bounds, ResponseStore
+from edge_serve.stored.bounded import BoundedStore, Bounds, MemoryStore, TooLargeError
+from edge_serve.stored.store import ResponseStore
 from tests.edge_serve.stored.records import make_record, packed
 from tests.standins.slot_rows import LAYOUT, random_rows, stacked
 from tests.test_crashes import room
@@ -19,7 +20,7 @@ def open_store(path: Path, **bounds: int) -> ResponseStore:
     return ResponseStore(path, Bounds(**bounds), clock=lambda: 0)
 
 
-def ids_of(store: ResponseStore, *numbers: int) -> list[int]:
+def ids_of(store: BoundedStore, *numbers: int) -> list[int]:
     """Which of these records are there."""
     return [number for number in numbers if store.load(make_record(number).id) is not None]
 
@@ -31,7 +32,7 @@ def test_saved_responses_come_back(tmp_path: Path):
     resumable = make_record(3, rows=5, data=packed(rows))
     for record in (ended, waiting):
         store.save(record)
-    store.save(resumable, packed(rows))
+    store.save_with_rows(resumable, packed(rows))
     store.close()
     again = open_store(tmp_path / "a" / "b")
     assert [again.load(record.id) for record in (ended, waiting, resumable)] == [
@@ -79,15 +80,42 @@ def test_bytes_are_bounded(tmp_path: Path):
     kept = ids_of(store, *range(1, 10))
     assert kept == [7, 8, 9]
     assert sum(path.stat().st_size for path in (tmp_path / "s").iterdir()) <= 30_000
-    with pytest.raises(ResourceError):
+    with pytest.raises(TooLargeError):
         store.save(make_record(10, text="x" * 31_000))
+    assert ids_of(store, *range(1, 10)) == kept
+
+
+def test_memory_keeps_the_last_ones_of_each_client():
+    bounds = Bounds(responses=9, num_bytes=90_000, client_responses=3, client_bytes=30_000)
+    store = MemoryStore(bounds, clock=lambda: 0)
+    store.save(make_record(1, client="quiet"))
+    for number in range(2, 8):
+        store.save(make_record(number, client="loud"))
+    assert ids_of(store, *range(1, 8)) == [1, 5, 6, 7]
+    for number in range(8, 11):
+        store.save(make_record(number, client="large", text="x" * 12_000))
+    assert ids_of(store, *range(1, 11)) == [1, 5, 6, 7, 9, 10]
+    with pytest.raises(TooLargeError):
+        store.save(make_record(11, client="large", text="x" * 31_000))
+    store.delete(make_record(9).id)
+    store.save(make_record(10, client="large", text="new"))
+    assert ids_of(store, *range(1, 11)) == [1, 5, 6, 7, 10]
+    assert store.load(make_record(10).id) == make_record(10, client="large", text="new")
+
+
+def test_memory_is_bounded_for_all_clients_together():
+    bounds = Bounds(responses=6, num_bytes=90_000, client_responses=3, client_bytes=30_000)
+    store = MemoryStore(bounds, clock=lambda: 0)
+    for number in range(1, 13):
+        store.save(make_record(number, client=str(number % 4)))
+    assert ids_of(store, *range(1, 13)) == list(range(7, 13))
 
 
 def test_rows_that_have_no_room_are_left_out(tmp_path: Path):
     data = np.ones(LAYOUT.num_bytes(50), np.uint8)
     store = open_store(tmp_path / "s", rows_bytes=int(1.5 * data.nbytes))
     for number in (1, 2):
-        store.save(make_record(number, rows=50, data=data), data)
+        store.save_with_rows(make_record(number, rows=50, data=data), data)
     assert store.load_rows(make_record(1).id, {}) is not None
     assert store.load_rows(make_record(2).id, {}) is None
     second = store.load(make_record(2).id)
@@ -105,11 +133,11 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, num_bytes: int, fits:
     new = make_record(1, rows=500, data=data)
     with room(num_bytes):
         if fits:
-            store.save(new, data)  # without its rows
+            store.save_with_rows(new, data)  # without its rows
             assert store.load_rows(new.id, {}) is None
         else:
             with pytest.raises(ResourceError, match="cannot write"):
-                store.save(new, data)
+                store.save_with_rows(new, data)
             assert store.load(old.id) == old
     store.close()
     assert open_store(tmp_path / "s").unfinished() == [old.id]

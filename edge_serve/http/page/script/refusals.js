@@ -10,7 +10,7 @@ const CODES = Object.entries({
     "not_installed", "storage_full", "storage_failed"],
   "refused_host": ["host_not_allowed", "cross_site"],
   "refused_invalid": ["invalid_value", "missing_field", "unknown_field", "invalid_json", "too_deep", "invalid_url",
-    "invalid_http", "invalid_length", "ambiguous_length", "header_too_large", "http_version"],
+    "needless_escape", "invalid_http", "invalid_length", "ambiguous_length", "header_too_large", "http_version"],
   "refused_key": ["invalid_api_key", "not_admin"],
   "refused_load": ["load_failed", "model_unloaded", "model_busy", "adapter_failed"],
   "refused_memory": ["insufficient_memory", "no_room"],

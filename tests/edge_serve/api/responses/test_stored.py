@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,23 +104,23 @@ def test_the_output_so_far_is_shown(client: Any):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_only_what_is_asked_for_is_stored(client: Any, live: Live, stream: bool):
+def test_all_is_stored_unless_the_client_says_otherwise(client: Any, live: Live, stream: bool):
     def ask(**fields: Any) -> Any:
         if not stream:
             return client.responses.create(**ASKED, **fields)
         with client.responses.create(**ASKED, **fields, stream=True) as events:
             return list(events)[-1].response
 
-    for fields in ({}, {"store": False}):
+    answer = ask(store=False)
+    assert answer.to_dict()["store"] is False
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(answer.id)
+    for fields in ({}, {"store": True}):
         answer = ask(**fields)
-        assert answer.to_dict()["store"] is False
-        with pytest.raises(openai.NotFoundError):
-            client.responses.retrieve(answer.id)
-    answer = ask(store=True)
-    assert answer.to_dict()["store"] is True
-    assert client.responses.retrieve(answer.id) == answer
-    until(lambda: f"{answer.id}.response" in files(live))
-    assert client.responses.retrieve(answer.id) == answer
+        assert answer.to_dict()["store"] is True
+        assert client.responses.retrieve(answer.id) == answer
+        until(lambda: f"{answer.id}.response" in files(live))  # noqa: B023
+        assert client.responses.retrieve(answer.id) == answer
 
 
 def test_another_client_sees_nothing_of_it(client: Any, live: Live):
@@ -290,8 +291,36 @@ def test_requests_in_the_background_count_until_they_have_ended(
         wait(client, client.responses.create(**{**asked, "input": "what"}).id)
 
 
-def test_without_a_directory_nothing_is_stored(tiny_bundles: Bundles):
-    with running(tiny_bundles("qwen2")) as live, open_client(live) as client:
+def test_without_a_directory_responses_are_in_memory(
+    tool_bundle: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    with running(tool_bundle) as live, open_client(live) as client:
+        assert "each client's last 100 responses, or 32 MB of them" in caplog.text
+        live.engine.say([{"role": "user", "content": "what"}], "<think>hm</think>Hello there.")
+        live.engine.say([{"role": "user", "content": "long"}], LONG)
+        answer = client.responses.create(**ASKED)
+        assert client.responses.retrieve(answer.id) == answer
+        until(lambda: answer.id not in live.service._stored._live)
+        assert client.responses.retrieve(answer.id) == answer
+        ended = wait(client, client.responses.create(**BACKGROUND).id)
+        assert ended.output_text == answer.output_text
+        again = {**ASKED, "input": "and now", "max_output_tokens": 4}
+        assert client.responses.create(**again, previous_response_id=ended.id).usage.input_tokens
+        client.responses.delete(ended.id)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(ended.id)
+        live.engine.delay_s = 1.0
+        begun = client.responses.create(**{**BACKGROUND, "input": "long"})
+        assert begun.status == "queued"
+        live.service.stop()  # within a step: nobody could have it
+        until(lambda: live.exit_code == 0, 5)
+
+
+def test_behind_a_proxy_that_is_trusted_nothing_is_stored(tiny_bundles: Bundles):
+    """Its clients have one name here, and would see the responses of all."""
+    proxied = running(tiny_bundles("qwen2"), trusted_proxies=["127.0.0.1"])
+    with proxied as live, open_client(live) as client:
         answer = client.responses.create(**ASKED, store=True, max_output_tokens=4)
         assert answer.to_dict()["store"] is False
         for call in (client.responses.retrieve, client.responses.cancel, client.responses.delete):
