@@ -7,27 +7,16 @@ stock ``transformers`` class does not assume too.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-
-from edge.errors import BundleError, CheckpointError
 from edge.model.spec import ModelSpec, RopeSpec, Task
-from edge_make.families.dense import Dense
 
-from .families import FAMILIES, Family
+from .families import FAMILIES, Config, Decoder, Family, decoder
 from .families.family import WINDOW
 from .other_models import experts, instead
 from .picture_models import decoder_config, reads_pictures
 
-_KEYS = {
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-}
-"""Keys of ``config.json`` that have another name in the manifest."""
 _ROPES = ("rope_parameters", "rope_scaling")
 BIDIRECTIONAL = "tokens that see those after them are not supported"
 
@@ -51,6 +40,8 @@ _ARITHMETIC: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
     "clip_qkv": (),
+    "max_alibi_bias": (0,),
+    "yarn_log_multiplier": (0,),
     "llama_4_scaling_beta": (0,),
     "attn_temperature_tuning": (False,),
     "use_qk_norm": (False,),
@@ -67,64 +58,16 @@ A family reads a key (`Family.reads`), or a config with another value is refused
 """
 
 
-class _Config:
-    """Typed access to one JSON object; every error names the file and the key."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values = values
-        self.where = where
-
-    def get(self, key: str) -> Any:
-        """Return the raw value; absent and ``null`` are the same, as in ``transformers``."""
-        return self.values.get(key)
-
-    def error(self, key: str, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {key} {problem}")
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._required(key, default)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.error(key, f"must be an integer, found {value!r}")
-        if value < 1:
-            raise self.error(key, f"must be at least 1, found {value}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._required(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise self.error(key, f"must be a number, found {value!r}")
-        try:
-            number = float(value)
-        except OverflowError:  # an integer of more than 308 digits
-            number = math.inf
-        if not (math.isfinite(number) and number > 0):
-            raise self.error(key, f"must be positive and finite, found {value!r}")
-        return number
-
-    def boolean(self, key: str, default: bool = False) -> bool:
-        value = self._required(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, f"must be true or false, found {value!r}")
-        return value
-
-    def section(self, key: str) -> dict[str, Any]:
-        value = self._required(key, {})
-        if not isinstance(value, dict):
-            raise self.error(key, f"must be an object, found {value!r}")
-        return value
-
-    def _required(self, key: str, default: Any) -> Any:
-        value = self.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.error(key, "is missing; copy the config.json of the original model")
-        return value
-
-
 def parse_config(
     config: Mapping[str, Any], where: str = "config.json", task: Task = "generate"
 ) -> ModelSpec:
+    """Read the model of `parse_decoder` alone."""
+    return parse_decoder(config, where, task).spec
+
+
+def parse_decoder(
+    config: Mapping[str, Any], where: str = "config.json", task: Task = "generate"
+) -> Decoder:
     """Read every number of the decoder from a ``config.json``.
 
     Both styles of RoPE keys are understood: ``rope_theta`` with ``rope_scaling`` (transformers 4)
@@ -141,61 +84,11 @@ def parse_config(
     """
     if reads_pictures(config):
         config, where = decoder_config(config, where), f"{where}: text_config"
-    reader = _Config(config, where)
+    reader = Config(config, where)
     family = _family(reader, task)
+    reader = Config(config, where, defaults=family.defaults)
     _refuse_unsupported(reader, family)
-
-    num_heads = reader.integer("num_attention_heads")
-    fallback = num_heads if family.old_without_kv_heads else None
-    spec = Dense(
-        architecture=family.name,
-        hidden_size=reader.integer("hidden_size"),
-        num_layers=reader.integer("num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=reader.integer("num_key_value_heads", fallback),
-        head_dim=_head_dim(reader, num_heads),
-        intermediate_size=reader.integer("intermediate_size"),
-        vocab_size=reader.integer("vocab_size"),
-        rms_norm_eps=reader.number("rms_norm_eps"),
-        max_position_embeddings=reader.integer("max_position_embeddings"),
-        rope=_rope(reader, family.default_theta),
-        # `attention_bias` gives o a bias as well, which is looked for in the weights.
-        qkv_bias=reader.boolean("attention_bias") or family.has_qkv_bias,
-        qk_norm=family.qk_norm,
-        tied_embeddings=reader.boolean("tie_word_embeddings", family.tied_by_default),
-        task=task,
-    )
-    try:
-        without_rope = family.without_rope(reader.get, spec.num_layers)
-    except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from error
-    return checked(spec, where, without_rope)
-
-
-def checked(spec: Dense, where: str, without_rope: Collection[int] = ()) -> ModelSpec:
-    """Make a model of dimensions, and refuse those that do not fit each other.
-
-    Raises:
-        CheckpointError: heads that do not divide into KV heads, an odd head dimension or a
-            number that no manifest may have.
-    """
-    try:
-        _check_ranges(spec, where)
-        model = spec.model(without_rope)
-        _check_ranges(model, where)
-    except BundleError as error:
-        message = re.sub(r"(?<=\$\.)\w+", lambda name: _KEYS.get(name[0], name[0]), str(error))
-        raise CheckpointError(f"{message}; is the file damaged?") from error
-    if spec.num_heads % spec.num_kv_heads:
-        raise CheckpointError(
-            f"{where}: num_attention_heads ({spec.num_heads}) is not a multiple of "
-            f"num_key_value_heads ({spec.num_kv_heads})"
-        )
-    if spec.head_dim % 2:
-        raise CheckpointError(
-            f"{where}: head_dim is {spec.head_dim}; rotary embeddings need an even one"
-        )
-    return model
+    return decoder(family, reader, _rope(reader), task)
 
 
 def yarn_attention_factor(
@@ -214,7 +107,7 @@ def yarn_attention_factor(
     return scale(1.0)
 
 
-def _family(config: _Config, task: Task) -> Family:
+def _family(config: Config, task: Task) -> Family:
     names = config.get("architectures")
     known = {family.model_class: family for family in FAMILIES.values()}
     without_head = {family.base_class: family for family in FAMILIES.values()}
@@ -238,23 +131,37 @@ def _family(config: _Config, task: Task) -> Family:
     return known[names[0]]
 
 
-def _refuse_unsupported(config: _Config, family: Family) -> None:
+def refuse_arithmetic(config: Config, family: Family, *, window_is_off: bool = False) -> None:
+    """Refuse keys that change the arithmetic, unless the family reads them.
+
+    Args:
+        config: numbers of the model.
+        family: its family.
+        window_is_off: whether a window has no effect: a Qwen2 that was saved as a Llama names its
+            own, and says so.
+
+    Raises:
+        CheckpointError: there is such a key.
+    """
+    reads = family.reads | (WINDOW if window_is_off else frozenset())
+    for key, neutral in _ARITHMETIC.items():
+        value = config.get(key)
+        if value is not None and key not in reads and value not in neutral:
+            raise config.error(
+                key,
+                f"is {value!r:.80}, which changes the arithmetic, and nothing of {family.name} "
+                "reads it; take a model without it (docs/support-matrix.md)",
+            )
+
+
+def _refuse_unsupported(config: Config, family: Family) -> None:
     # Check this before auto_map, whose advice to take the stock class would not help here.
     if not config.boolean("is_causal", default=True):
         raise config.error("is_causal", f"is false: {BIDIRECTIONAL}")
     if config.boolean("use_bidirectional_attention"):
         raise config.error("use_bidirectional_attention", f"is true: {BIDIRECTIONAL}")
-    # A Qwen2 that was saved as a Llama names its window and says that it is off.
-    reads = family.reads | (WINDOW if config.get("use_sliding_window") is False else frozenset())
-    for section in (config, *(_Config(config.section(k), f"{config.where}: {k}") for k in _ROPES)):
-        for key, neutral in _ARITHMETIC.items():
-            value = section.get(key)
-            if value is not None and key not in reads and value not in neutral:
-                raise section.error(
-                    key,
-                    f"is {value!r:.80}, which changes the arithmetic, and nothing of {family.name} "
-                    "reads it; take a model without it (docs/support-matrix.md)",
-                )
+    for section in (config, *(Config(config.section(k), f"{config.where}: {k}") for k in _ROPES)):
+        refuse_arithmetic(section, family, window_is_off=config.get("use_sliding_window") is False)
     if config.get("auto_map") is not None:
         raise config.error(
             "auto_map",
@@ -271,28 +178,15 @@ def _refuse_unsupported(config: _Config, family: Family) -> None:
         raise config.error("layer_types", "has other entries than full_attention: not supported")
 
 
-def _head_dim(config: _Config, num_heads: int) -> int:
-    if config.get("head_dim") is not None:
-        return config.integer("head_dim")
-    hidden_size = config.integer("hidden_size")
-    if hidden_size % num_heads:
-        raise config.error(
-            "hidden_size",
-            f"({hidden_size}) is not a multiple of num_attention_heads ({num_heads}) and "
-            "head_dim is not given",
-        )
-    return hidden_size // num_heads
-
-
-def _rope(config: _Config, default_theta: float) -> RopeSpec:
+def _rope(config: Config) -> RopeSpec:
     # The order of transformers 5: a non-empty rope_scaling wins over rope_parameters.
     name = "rope_scaling" if config.section("rope_scaling") else "rope_parameters"
     values = config.section(name)
-    rope = _Config(values, f"{config.where}: {name}")
+    rope = Config(values, f"{config.where}: {name}")
     for key, value in values.items():
         if isinstance(value, dict):
             raise rope.error(key, "is an object: RoPE parameters per layer are not supported")
-    theta = rope.number("rope_theta", config.number("rope_theta", default_theta))
+    theta = rope.number("rope_theta", config.number("rope_theta", 10_000.0))
     if rope.get("rope_theta") is None and config.get("rope_theta") is None:
         ignored = config.section("rope_parameters").get("rope_theta")
         if ignored is not None:
@@ -333,7 +227,7 @@ def _rope(config: _Config, default_theta: float) -> RopeSpec:
     return _yarn(rope, theta, original)
 
 
-def _yarn(rope: _Config, theta: float, original: int) -> RopeSpec:
+def _yarn(rope: Config, theta: float, original: int) -> RopeSpec:
     if not rope.boolean("truncate", default=True):
         raise rope.error("truncate", "false is not supported")
     factor = _factor(rope)
@@ -358,20 +252,8 @@ def _yarn(rope: _Config, theta: float, original: int) -> RopeSpec:
     )
 
 
-def _factor(rope: _Config) -> float:
+def _factor(rope: Config) -> float:
     factor = rope.number("factor")
     if factor < 1:
         raise rope.error("factor", f"must be at least 1, found {factor}")
     return factor
-
-
-def _check_ranges(spec: msgspec.Struct, where: str) -> None:
-    """Refuse dimensions that no manifest may have.
-
-    Raises:
-        BundleError: one is out of its range; the message names it.
-    """
-    try:
-        msgspec.json.decode(msgspec.json.encode(spec), type=type(spec))
-    except msgspec.ValidationError as error:
-        raise BundleError(f"{where}: {error}") from error

@@ -35,9 +35,9 @@ _OTHERS = {
     "gpt2": ("GPT-2", f"learned positions, {_OLD}"),
     "gptneox": ("GPT-NeoX", _OLD),
     "gptoss": ("gpt-oss", f"attention sinks, {_WINDOW}"),
-    "granite": ("Granite", "multipliers of embeddings, attention, residuals and logits"),
-    "granitehybrid": ("Granite 4", "multipliers of embeddings, attention, residuals and logits"),
-    "granitemoehybrid": ("Granite 4", "multipliers of embeddings, attention, residuals and logits"),
+    "granitehybrid": ("Granite 4", _RECURRENT),
+    "granitemoe": ("Granite MoE", ""),
+    "granitemoehybrid": ("Granite 4", _RECURRENT),
     "internlm": ("InternLM", ""),
     "jamba": ("Jamba", _RECURRENT),
     "lfm2": ("LFM2", _RECURRENT),
@@ -81,7 +81,8 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 _GGUF_EXPERTS = "expert_count"
 _MOST = 1 << 31  # a larger number is none of a model
 _PARAMETERS = re.compile(r"(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z0-9])")
-_NOT_OFFERED = ("deepseek-r1:", "qwen2.5-coder:")  # they think at length, or are for code
+# They think at length, are for code, or no real weights of them were run here.
+_NOT_OFFERED = ("deepseek-r1:", "qwen2.5-coder:", "granite3.3:")
 
 
 def experts(config: Mapping[str, Any]) -> tuple[str, int] | None:

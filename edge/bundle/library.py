@@ -50,6 +50,8 @@ CATALOGUE = {
     "smollm2:360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
     "smollm2:1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
     "smollm3:3b": "HuggingFaceTB/SmolLM3-3B",
+    "granite3.3:2b": "ibm-granite/granite-3.3-2b-instruct",
+    "granite3.3:8b": "ibm-granite/granite-3.3-8b-instruct",
 }
 """Maps names that every verb prints to hub ids: ollama's names of models that can be exported.
 
@@ -63,6 +65,7 @@ LATEST = {
     "qwen2.5-coder": "7b",
     "smollm2": "1.7b",
     "smollm3": "3b",
+    "granite3.3": "8b",
 }
 """Sizes that names of the `CATALOGUE` without one mean, as in ollama."""
 _R1 = "deepseek-r1:"  # the models whose names may be any of their words, or a size alone

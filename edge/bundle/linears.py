@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from edge.model.names import module_name
+from edge.model.names import FINAL_NORM, module_name
 from edge.model.parts import Add, Attention, GatedMlp, Linear, Norm, Rope, unknown_part
 from edge.model.spec import ModelSpec
 
@@ -71,7 +71,7 @@ def linears_and_norms(model: ModelSpec) -> Iterator[LinearSpec | NormSpec]:
                 case _:
                     unknown_part(part)
     hidden = model.hidden_size
-    yield NormSpec("final_norm", "model.norm.weight", hidden)
+    yield NormSpec("final_norm", FINAL_NORM, hidden)
     if model.task == "embed":
         return
     if model.task == "rerank":

@@ -15,6 +15,9 @@ class Names(NamedTuple):
 TOKEN_TABLE = "model.embed_tokens.weight"
 """HF name of the token embeddings ``[vocab, hidden]``."""
 
+FINAL_NORM = "model.norm.weight"
+"""HF name of the weights of the last norm ``[hidden]``."""
+
 MODULES = {
     "input_norm": Names("input_layernorm", "attn_norm"),
     "q": Names("self_attn.q_proj", "attn_q"),

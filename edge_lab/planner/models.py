@@ -13,10 +13,9 @@ from edge.bundle.manifest import MANIFEST_NAME, Manifest, head_manifest, read_ma
 from edge.bundle.model_names import hub_id, nearest_model
 from edge.errors import BundleError, CheckpointError, ConfigError
 from edge.files import MALFORMED, exists, is_directory, is_file, read_file
-from edge.model.spec import ModelSpec, RopeSpec
+from edge.model.spec import ModelSpec
 from edge.text.tokenizer_difference import tokenizer_difference
 from edge_make.families import FAMILIES
-from edge_make.families.dense import Dense
 from edge_make.model_config import parse_config
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -64,23 +63,22 @@ def decoder_spec(
         tied: whether the lm_head is the token table.
         max_positions: context of the model.
     """
-    family = FAMILIES[architecture]
-    return Dense(
-        architecture=architecture,
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads[0],
-        num_kv_heads=heads[1],
-        head_dim=heads[2],
-        intermediate_size=intermediate,
-        vocab_size=vocab,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=max_positions,
-        rope=RopeSpec(theta=10_000.0),
-        qkv_bias=family.has_qkv_bias,
-        qk_norm=family.qk_norm,
-        tied_embeddings=tied,
-    ).model()
+    return parse_config(
+        {
+            "architectures": [FAMILIES[architecture].model_class],
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads[0],
+            "num_key_value_heads": heads[1],
+            "head_dim": heads[2],
+            "intermediate_size": intermediate,
+            "vocab_size": vocab,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": max_positions,
+            "rope_theta": 10_000.0,
+            "tie_word_embeddings": tied,
+        }
+    )
 
 
 # Dimensions of the models' own config.json files.

@@ -25,7 +25,7 @@ from edge.bundle.linears import linear_layers, norm_layers
 from edge.bundle.manifest import FloatType, TensorScheme
 from edge.device.process import choose_num_threads
 from edge.errors import DependencyError, install_command
-from edge.model.names import TOKEN_TABLE
+from edge.model.names import FINAL_NORM, TOKEN_TABLE
 from edge.model.parts import Add, Attention, GatedMlp, Layer, Linear, Rope, only
 from edge.model.spec import ModelSpec
 from edge_make.progress import Progress, silent
@@ -162,7 +162,7 @@ class LayerRunner:
 
     def _final_norm(self, hidden: Array) -> LayerActivations:
         eps = np.float32(self.checkpoint.spec.rms_norm_eps)
-        norm = self.checkpoint.tensor("model.norm.weight").astype(np.float32)
+        norm = self.checkpoint.tensor(FINAL_NORM).astype(np.float32)
         normed = np.empty_like(hidden)
         for row, result in zip(hidden, normed, strict=True):
             size = np.sqrt(np.mean(np.square(row), axis=-1, keepdims=True) + eps)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import CheckpointError
-from edge.model.names import TOKEN_TABLE, module_name
+from edge.model.names import FINAL_NORM, TOKEN_TABLE, module_name
 from edge.model.parts import Add, Attention, Layer, Linear, Norm, only
 from export.graph.block_rotation import hadamard, rotate_blocks
 from export.sources.checkpoint import Checkpoint, Transformed
@@ -31,7 +31,6 @@ from .fed_linears import neighbours, value_name
 Array = NDArray[np.float32]
 Change = Callable[[NDArray[Any]], NDArray[Any]]
 _HEAD = "lm_head.weight"
-_FINAL_NORM = "model.norm.weight"
 _TILE_ROWS = 1024  # so few that temporaries stay near the CPU's cache
 
 
@@ -92,8 +91,8 @@ class RotatedCheckpoint(Transformed):
         # What is done to each tensor, in this order.
         self._changes: dict[str, list[Change]] = {
             TOKEN_TABLE: [self._read_stream],
-            _HEAD: [partial(self._read_stream, norm=_FINAL_NORM)],
-            _FINAL_NORM: [_ones],
+            _HEAD: [partial(self._read_stream, norm=FINAL_NORM)],
+            FINAL_NORM: [_ones],
         }
         vision = checkpoint.vision
         if vision is not None:

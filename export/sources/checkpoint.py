@@ -29,6 +29,8 @@ class Checkpoint(ABC):
         embedding: how the model embeds; None if that is not its task.
         reranking: how it judges documents; None if that is not its task.
         vision: the encoder of a model that reads pictures; None for one of text alone.
+        changed: HF names of weights that the family changes on their way into the graph: what was
+            trained beside the original ones, such as adapters of these, does not fit.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Checkpoint(ABC):
     embedding: Embedding | None = None
     reranking: Reranking | None = None
     vision: Vision | None = None
+    changed: frozenset[str] = frozenset()
 
     def template(self) -> ChatTemplate | None:
         """Open the chat template, for messages of text; None if the model has none.
@@ -120,6 +123,7 @@ class Transformed(Checkpoint):
         self.embedding = checkpoint.embedding
         self.reranking = checkpoint.reranking
         self.vision = checkpoint.vision
+        self.changed = checkpoint.changed
 
     @property
     def source(self) -> Source:

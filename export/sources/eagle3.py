@@ -93,6 +93,11 @@ class Eagle3Head(Transformed):
 
     def __init__(self, model: Checkpoint, directory: Path) -> None:
         super().__init__(model)
+        if TOKEN_TABLE in model.changed:
+            raise CheckpointError(
+                f"{model.name} is a {model.spec.architecture}, whose hidden states are scaled in "
+                "the graph, so that no draft head fits; export without --eagle3"
+            )
         self._directory = directory
         config = _HeadConfig.read(directory, model.spec)
         self.name = directory.resolve().name

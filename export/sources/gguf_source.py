@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from edge.bundle.manifest import Source
 from edge.errors import CheckpointError
 from edge.model.names import MODULES, OUTSIDE, module_name
-from edge.model.parts import Add, Attention, GatedMlp, Linear, Norm, Rope, only, unknown_part
+from edge.model.parts import Add, Attention, GatedMlp, Linear, Norm, Rope, unknown_part
 from edge.model.spec import ModelSpec, RopeSpec
 from edge_make.checkpoint_tensors import expected_tensors
-from edge_make.families import FAMILIES
-from edge_make.families.dense import Dense
+from edge_make.families import FAMILIES, Config, Decoder, decoder
 from edge_make.file_hash import sha256_file
-from edge_make.model_config import BIDIRECTIONAL, checked, yarn_attention_factor
+from edge_make.model_config import BIDIRECTIONAL, refuse_arithmetic, yarn_attention_factor
 from edge_make.other_models import instead
 
 from .checkpoint import Checkpoint
@@ -31,21 +30,32 @@ from .gguf_tokenizer import read_gguf_text
 _log = logging.getLogger(__name__)
 _ROPE_FACTORS = "rope_freqs.weight"
 _EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
-# Each of these changes the arithmetic; supported models of the architectures set none.
-_UNSUPPORTED_KEYS = (
-    "expert_count",
-    "attention.sliding_window",
-    "attention.scale",
-    "attention.temperature_scale",
-    "attention.clamp_kqv",
-    "attention.max_alibi_bias",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "logit_scale",
-    "residual_scale",
-    "embedding_scale",
-    "rope.scaling.yarn_log_multiplier",
-)
+# GGUF's names of the keys of `edge_make.families.config` and `edge_make.model_config`,
+_KEYS = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "intermediate_size": "feed_forward_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "max_position_embeddings": "context_length",
+    "vocab_size": "vocab_size",
+    "rope_theta": "rope.freq_base",
+}
+_ARITHMETIC = {  # and of those that change the arithmetic, where 0 is off
+    "sliding_window": "attention.sliding_window",
+    "attention_multiplier": "attention.scale",
+    "residual_multiplier": "residual_scale",
+    "embedding_multiplier": "embedding_scale",
+    "logits_scaling": "logit_scale",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "clip_qkv": "attention.clamp_kqv",
+    "llama_4_scaling_beta": "attention.temperature_scale",
+    "max_alibi_bias": "attention.max_alibi_bias",
+    "yarn_log_multiplier": "rope.scaling.yarn_log_multiplier",
+}
 
 
 class GgufCheckpoint(Checkpoint):
@@ -63,11 +73,14 @@ class GgufCheckpoint(Checkpoint):
         metadata, tensors = self._file.metadata, self._file.tensors
         factors = self._file.tensor(_ROPE_FACTORS) if _ROPE_FACTORS in tensors else None
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.spec = read_gguf_spec(metadata, shapes, factors, path)
+        found = read_gguf_decoder(metadata, shapes, factors, path)
+        self.spec = found.spec
         self._gguf_names = _check_tensors(self.spec, shapes, self._file, path)
         self.text = read_gguf_text(metadata, path, self.spec.vocab_size)
         self.name = path.stem
-        self._interleaved = _interleaved(self.spec)
+        self._undo = FAMILIES[self.spec.architecture].gguf_weights(self.spec)
+        self._changes = found.changes
+        self.changed = frozenset(found.changes)
 
     @cached_property
     def source(self) -> Source:
@@ -86,8 +99,10 @@ class GgufCheckpoint(Checkpoint):
         if name not in self._gguf_names:
             raise CheckpointError(f"{self._path} has no tensor {name}")
         weights = file.tensor(self._gguf_names[name])
-        heads = self._interleaved.get(name)
-        return weights if heads is None else _unpermute(weights, heads)
+        for changes in (self._undo, self._changes):
+            if name in changes:
+                weights = changes[name](weights)
+        return weights
 
     def close(self) -> None:
         """Release the file; it stays mapped until the last view of it is gone."""
@@ -99,12 +114,12 @@ class GgufCheckpoint(Checkpoint):
         return self._file
 
 
-def read_gguf_spec(
+def read_gguf_decoder(
     metadata: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     rope_factors: NDArray[Any] | None,
     path: Path,
-) -> ModelSpec:
+) -> Decoder:
     """Read every number of the decoder from GGUF metadata.
 
     Args:
@@ -129,83 +144,53 @@ def read_gguf_spec(
             f"{path}: general.architecture {architecture!r} is not supported; supported: "
             f"{', '.join(FAMILIES)}; {instead(str(architecture), own)}"
         )
-    keys, family = _Keys(metadata, architecture, path), FAMILIES[architecture]
-    for key in _UNSUPPORTED_KEYS:
-        if keys.get(key) not in (None, 0, 1.0 if key.endswith("_scale") else 0):
-            advice = f"; {instead(architecture, own)}" if key == "expert_count" else ""
-            raise keys.error(key, f"is {keys.get(key)!r}: not supported{advice}")
-    if keys.get("attention.causal") is False:
-        raise keys.error("attention.causal", f"is false: {BIDIRECTIONAL}")
-
-    hidden, num_heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
-    head_dim = keys.integer("attention.key_length", hidden // num_heads)
+    family = FAMILIES[architecture]
+    if own.get("expert_count") not in (None, 0):
+        raise CheckpointError(
+            f"{path}: {architecture}.expert_count is {own['expert_count']!r}: not supported; "
+            f"{instead(architecture, own)}"
+        )
+    if own.get("attention.causal") is False:
+        raise CheckpointError(f"{path}: {architecture}.attention.causal is false: {BIDIRECTIONAL}")
+    if len(shapes.get(_EMBEDDINGS, ())) != 2:
+        raise CheckpointError(f"{path} has no tensor {_EMBEDDINGS} [vocabulary, hidden]")
+    rows = shapes[_EMBEDDINGS][0]
+    values = {key: own[name] for key, name in _KEYS.items() if name in own}
+    values |= {
+        key: own[name] for key, name in _ARITHMETIC.items() if own.get(name) not in (None, 0)
+    }
+    keys = Config(
+        {
+            # Hugging Face's keys of the same names may mean something else.
+            **{key: value for key, value in own.items() if key not in _ARITHMETIC.values()},
+            **values,
+            "attention_bias": "blk.0.attn_q.bias" in shapes,
+            "tie_word_embeddings": _HEAD not in shapes,
+        },
+        str(path),
+        defaults={
+            **{key: value for key, value in family.defaults.items() if key != "rope_theta"},
+            "num_key_value_heads": values.get("num_attention_heads"),
+            "vocab_size": rows,
+        },
+        name=lambda key: f"{architecture}.{(_KEYS | _ARITHMETIC).get(key, key)}",
+        remedy="convert the model again",
+    )
+    refuse_arithmetic(keys, family)
+    if keys.integer("vocab_size", rows) != rows:
+        raise keys.error(
+            "vocab_size", f"is {keys.get('vocab_size')}, {_EMBEDDINGS} has {rows} rows"
+        )
+    heads = keys.integer("num_attention_heads")
+    head_dim = keys.integer("head_dim", max(1, keys.integer("hidden_size") // heads))
     for key in ("attention.value_length", "rope.dimension_count"):
         if keys.integer(key, head_dim) != head_dim:
             raise keys.error(key, f"is {keys.get(key)}, expected the head dimension {head_dim}")
-    if len(shapes.get(_EMBEDDINGS, ())) != 2:
-        raise CheckpointError(f"{path} has no tensor {_EMBEDDINGS} [vocabulary, {hidden}]")
-    spec = Dense(
-        architecture=architecture,
-        hidden_size=hidden,
-        num_layers=keys.integer("block_count"),
-        num_heads=num_heads,
-        num_kv_heads=keys.integer("attention.head_count_kv", num_heads),
-        head_dim=head_dim,
-        intermediate_size=keys.integer("feed_forward_length"),
-        vocab_size=shapes[_EMBEDDINGS][0],
-        rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
-        max_position_embeddings=keys.integer("context_length"),
-        rope=_rope(keys, rope_factors, head_dim),
-        qkv_bias=family.has_qkv_bias or "blk.0.attn_q.bias" in shapes,
-        qk_norm=family.qk_norm,
-        tied_embeddings=_HEAD not in shapes,
-    )
-    if keys.integer("vocab_size", spec.vocab_size) != spec.vocab_size:
-        raise keys.error(
-            "vocab_size", f"is {keys.get('vocab_size')}, {_EMBEDDINGS} has {spec.vocab_size} rows"
-        )
-    return checked(spec, str(path), family.without_rope(keys.get, spec.num_layers))
+    return decoder(family, keys, _rope(keys, architecture, rope_factors, head_dim))
 
 
-class _Keys:
-    """Typed access to the keys of one architecture; every error names file and key."""
-
-    def __init__(self, metadata: Mapping[str, Any], architecture: str, path: Path) -> None:
-        self._metadata = metadata
-        self._architecture = architecture
-        self.path = path
-
-    def get(self, key: str) -> Any:
-        return self._metadata.get(f"{self._architecture}.{key}")
-
-    def error(self, key: str, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {self._architecture}.{key} {problem}")
-
-    def looks_like_llama31(self, theta: float) -> bool:
-        """Return whether base and context are Llama 3.1's; Llama 3's context ends at 8,192."""
-        is_llama = self._architecture == "llama"
-        return is_llama and theta == 500_000.0 and self.integer("context_length") > 8192
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.number(key, default)
-        if not isinstance(value, int):  # e.g. a list: another count per layer
-            raise self.error(key, f"must be an integer, found {value!r}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise self.error(key, "is missing; convert the model again")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.error(key, f"must be one number, found {value!r:.80}")
-        if not 0 < value < math.inf:
-            raise self.error(key, f"must be positive, found {value}")
-        return value
-
-
-def _rope(keys: _Keys, factors: NDArray[Any] | None, head_dim: int) -> RopeSpec:
-    theta = float(keys.number("rope.freq_base", 10_000.0))  # llama.cpp's default
+def _rope(keys: Config, architecture: str, factors: NDArray[Any] | None, head_dim: int) -> RopeSpec:
+    theta = keys.number("rope_theta", 10_000.0)  # llama.cpp's default
     kind, scaling = keys.get("rope.scaling.type"), "rope.scaling.factor"
     if keys.get(scaling) is None and keys.get("rope.scale_linear") is not None:
         scaling = "rope.scale_linear"  # its name in old files
@@ -218,31 +203,32 @@ def _rope(keys: _Keys, factors: NDArray[Any] | None, head_dim: int) -> RopeSpec:
             )
         return derive_llama3(np.asarray(factors, np.float64), theta, head_dim)
     if kind in (None, "none"):
-        if keys.looks_like_llama31(theta):
+        long = keys.integer("max_position_embeddings") > 8192  # where Llama 3's context ends
+        if architecture == "llama" and theta == 500_000.0 and long:
             _log.warning(
                 "%s has the context of Llama 3.1 without %s, in which GGUF keeps its RoPE scaling: "
                 "if the original's config.json says rope_type llama3, this file is of a converter "
                 "of July 2024 that left it out, and answers get worse; convert it again",
-                *(keys.path, _ROPE_FACTORS),
+                *(keys.where, _ROPE_FACTORS),
             )
         return RopeSpec(theta=theta)
     if kind not in ("linear", "yarn"):
         raise keys.error(
             "rope.scaling.type", f"{kind!r} is not supported; supported: none, linear, yarn"
         )
-    factor = float(keys.number(scaling))
+    factor = keys.number(scaling)
     if factor < 1:
         raise keys.error(scaling, f"must be at least 1, found {factor}")
     if kind == "linear":
         return RopeSpec(theta=theta, kind="linear", factor=factor)
-    scale = float(keys.number("rope.scaling.attn_factor", 1.0))
+    scale = keys.number("rope.scaling.attn_factor", 1.0)
     return RopeSpec(
         theta=theta,
         kind="yarn",
         factor=factor,
         original_max_positions=keys.integer("rope.scaling.original_context_length"),
-        beta_fast=float(keys.number("rope.scaling.yarn_beta_fast", 32.0)),
-        beta_slow=float(keys.number("rope.scaling.yarn_beta_slow", 1.0)),
+        beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
         attention_factor=scale * yarn_attention_factor(factor),
     )
 
@@ -293,28 +279,6 @@ def _llama3_divisors(spec: RopeSpec, frequencies: NDArray[np.float64]) -> NDArra
     s = np.clip(s, 0, 1)
     divisors: NDArray[np.float64] = 1 / ((1 - s) / spec.factor + s)
     return divisors
-
-
-def _unpermute(weights: NDArray[Any], num_heads: int) -> NDArray[Any]:
-    """Undo the order of rows that llama.cpp gives q and k of ``llama`` (never of ``qwen*``).
-
-    Its kernel rotates neighbouring rows of a head, HF's rotates row i with row i + head_dim / 2.
-    """
-    pairs = weights.reshape(num_heads, -1, 2, *weights.shape[1:])
-    return np.swapaxes(pairs, 1, 2).reshape(weights.shape)
-
-
-def _interleaved(model: ModelSpec) -> dict[str, int]:
-    """Return the heads of the tensors whose rows llama.cpp's converter reordered, by HF name."""
-    found = {}
-    for number, layer in (
-        model.each_layer() if FAMILIES[model.architecture].gguf_interleaves else ()
-    ):
-        for part in only(layer, Attention):
-            for value, heads in (("q", part.heads), ("k", part.kv_heads)):
-                for kind in ("weight", "bias"):
-                    found[f"{module_name(number, value)}.{kind}"] = heads
-    return found
 
 
 def _gguf_modules(model: ModelSpec) -> dict[str, str]:

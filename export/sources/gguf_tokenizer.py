@@ -88,6 +88,7 @@ _LLAMA3 = _Pre(_split(_LLAMA3_SPLIT), ignore_merges=True, add_bos=True)
 _PRES = {
     "gpt-2": _GPT2,
     "smollm": _SMOLLM,
+    "refact": _SMOLLM,  # Granite 3
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "llama-bpe": _LLAMA3,

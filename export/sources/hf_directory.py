@@ -15,8 +15,7 @@ from edge.errors import CheckpointError
 from edge.model.names import TOKEN_TABLE
 from edge.model.spec import Task
 from edge_make.checkpoint_tensors import expected_tensors
-from edge_make.families import FAMILIES
-from edge_make.model_config import parse_config
+from edge_make.model_config import parse_decoder
 
 from .checkpoint import Checkpoint
 from .checkpoint_text import read_json, read_licence, read_text
@@ -72,7 +71,10 @@ class HfDirectory(Checkpoint):
         self._hub = hub
         config_path = directory / "config.json"
         config = read_json(config_path)
-        self.spec = parse_config(config, str(config_path), task)
+        decoder = parse_decoder(config, str(config_path), task)
+        self.spec, self._changes = decoder.spec, decoder.changes
+        self.changed = frozenset(decoder.changes)
+        self._says_biases = config.get("attention_bias") is True
         self.text = read_text(directory, config, self.spec.vocab_size, hub_id)
         self.name = (hub_id or directory.resolve().name).rpartition("/")[2]
         if task == "embed":
@@ -113,12 +115,16 @@ class HfDirectory(Checkpoint):
         """Return a tensor's view, fp32, fp16 or bfloat16; see `Checkpoint.tensor`."""
         module = self._modules.get(name)
         if module is not None:
-            return module.read_floats(self._read, self._owner.__contains__)
-        return self._read(name)
+            weights = module.read_floats(self._read, self._owner.__contains__)
+        else:
+            weights = self._read(name)
+        return self._changes[name](weights) if name in self._changes else weights
 
     def weight_format(self, name: str) -> WeightFormat | None:
         """Tell how a linear's weight is stored; see `Checkpoint.weight_format`."""
-        return self._modules[name].form if name in self._modules else None
+        if name in self._changes or name not in self._modules:
+            return None
+        return self._modules[name].form
 
     def quantized_weight(self, name: str) -> QuantizedWeight | None:
         """Read a weight as integers; see `Checkpoint.quantized_weight`."""
@@ -169,7 +175,7 @@ class HfDirectory(Checkpoint):
             known.add(name)
             if name not in entries:
                 says = ""
-                if name.endswith(".bias") and not FAMILIES[self.spec.architecture].has_qkv_bias:
+                if name.endswith(".bias") and self._says_biases:
                     says = " since attention_bias in config.json is true"
                 raise CheckpointError(
                     f"{self._directory} has no tensor {name}, expected {list(shape)}{says}; the "
@@ -228,8 +234,8 @@ class HfDirectory(Checkpoint):
         )
 
     def _check_tied_head(self) -> None:
-        embeddings = self.tensor(TOKEN_TABLE)
-        head = self.tensor("lm_head.weight")
+        embeddings = self._read(TOKEN_TABLE)
+        head = self._read("lm_head.weight")
         same = embeddings.shape == head.shape and embeddings.dtype == head.dtype
         if not same or not _equal_bytes(embeddings, head):
             raise CheckpointError(

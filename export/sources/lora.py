@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from edge.adapters.peft_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PAIR, PREFIX
 from edge.bundle.manifest import Adapter, Source
 from edge.errors import CheckpointError
+from edge.model.names import TOKEN_TABLE
 from edge.model.spec import ModelSpec
 from edge_make.checkpoint_tensors import expected_tensors
 
@@ -70,9 +71,13 @@ class LoraCheckpoint(Transformed):
         self._low_rank = {stem + module: names for module, names in low_rank.items()}
         self._whole = {stem + module: name for module, name in whole.items()}
         self._scaling = {stem + module: config.scaling(module) for module in low_rank}
-        self._untied = checkpoint.spec.tied_embeddings and not (
-            {_EMBEDDINGS, _HEAD}.isdisjoint({*self._low_rank, *self._whole})
-        )
+        touches_table = bool({_EMBEDDINGS, _HEAD} & {*self._low_rank, *self._whole})
+        self._untied = checkpoint.spec.tied_embeddings and touches_table
+        if touches_table and TOKEN_TABLE in checkpoint.changed:
+            raise CheckpointError(
+                f"{directory}: it adapts {_EMBEDDINGS} or {_HEAD}, which {checkpoint.name} scales "
+                "(embedding_multiplier), and that is not supported; train an adapter of the layers"
+            )
         if self._untied:
             if config.ensure_weight_tying:
                 _check_tying(directory, {*self._low_rank, *self._whole})

@@ -37,10 +37,10 @@ from edge.errors import ConfigError, DependencyError
 from edge.files import decode_text
 from edge.model.cache import cache_tensors
 from edge.model.parts import Linear, only
-from edge.model.spec import ModelSpec, RopeSpec
+from edge.model.spec import LayerRun, ModelSpec, RopeSpec
 from edge.text.chat_template import ChatTemplate, encode_chat
 from edge.text.tokenizer import Tokenizer
-from edge_make.families.dense import Dense
+from edge_make.families.dense import dense_layer
 from edge_make.graph_edits import add_output
 from edge_make.safetensors_writer import TensorSource, write_safetensors
 from export.sources.documents import encode_document, read_calibration_text
@@ -199,19 +199,17 @@ def layers_of(model: ModelSpec) -> tuple[int, int, int]:
 def head_spec(model: ModelSpec, draft_vocab: int, intermediate: int | None) -> ModelSpec:
     """Return the head's own numbers: one layer like the model's, with fewer tokens."""
     attention = model.attentions()[0]
-    return Dense(
+    heads = attention.heads, attention.kv_heads, attention.dim
+    layer = dense_layer(model.hidden_size, heads, intermediate or _mlp_width(model))
+    return ModelSpec(
         architecture="llama",
         hidden_size=model.hidden_size,
-        num_layers=1,
-        num_heads=attention.heads,
-        num_kv_heads=attention.kv_heads,
-        head_dim=attention.dim,
-        intermediate_size=intermediate or _mlp_width(model),
         vocab_size=draft_vocab,
         rms_norm_eps=model.rms_norm_eps,
         max_position_embeddings=model.max_position_embeddings,
-        rope=model.ropes[0],
-    ).model()
+        ropes=model.ropes[:1],
+        layers=(LayerRun(1, layer),),
+    )
 
 
 def _mlp_width(model: ModelSpec) -> int:

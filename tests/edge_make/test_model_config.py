@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from edge.errors import CheckpointError
 from edge.model.spec import RopeSpec, Task
 from edge_make.checkpoint_tensors import expected_tensors
-from edge_make.families.dense import Dense
 from edge_make.model_config import parse_config
-from tests.makers.dense import dense
+from tests.makers.dense import Dense, dense
 
 # The published config.json of DeepSeek-R1-Distill-Qwen-1.5B.
 R1_QWEN: dict[str, Any] = {

@@ -13,8 +13,8 @@ from edge.bundle.quant_rules import Quant
 from edge.errors import ConfigError
 from edge.model.spec import ModelSpec, RopeSpec
 from edge_lab.planner.models import BUILT_IN
-from edge_make.families.dense import Dense
 from edge_make.recipe import VARIANTS, Recipe, find_variant, recipe_linears
+from tests.makers.dense import Dense
 from tests.makers.manifests import change_model, make_model
 
 # DeepSeek-R1-Distill-Qwen-1.5B's numbers, two layers of it.

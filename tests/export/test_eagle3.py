@@ -330,6 +330,20 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_model_whose_stream_is_scaled_takes_no_head(
+    tiny_checkpoints: Checkpoints, tmp_path: Path
+):
+    head = make_head().write(tmp_path / "head")
+    config = ExportConfig(
+        source=str(tiny_checkpoints("granite")),
+        output=tmp_path / "bundle",
+        quant="fp16",
+        eagle3=head,
+    )
+    with pytest.raises(CheckpointError, match="hidden states are scaled"):
+        export_checkpoint(config)
+
+
 def test_a_head_with_the_models_own_table_is_taken(export: HeadBundles, tiny_bundles: Bundles):
     table = EmbeddingTable(tiny_bundles("qwen2") / EMBEDDINGS_NAME)
     rows = table[np.arange(VOCAB)]

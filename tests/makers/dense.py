@@ -1,10 +1,61 @@
-"""Reads the numbers of a dense decoder back from its layers."""
+"""Makes models of Llama's kind from their numbers, and reads the numbers back."""
 
 from __future__ import annotations
 
-from edge.model.parts import Attention, Linear, Norm, only
-from edge.model.spec import ModelSpec
-from edge_make.families.dense import Dense
+from collections.abc import Collection
+from itertools import groupby
+
+import msgspec
+
+from edge.model.parts import Attention, Linear, Norm, Rope, only
+from edge.model.spec import LayerRun, ModelSpec, RopeSpec, Task
+from edge_make.families.dense import dense_layer
+
+
+class Dense(msgspec.Struct, frozen=True):
+    """The numbers of a dense decoder."""
+
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeSpec
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    task: Task = "generate"
+
+    def model(self, without_rope: Collection[int] = ()) -> ModelSpec:
+        """Make the model; positions do not turn the layers ``without_rope``."""
+        layer = dense_layer(
+            self.hidden_size,
+            (self.num_heads, self.num_kv_heads, self.head_dim),
+            self.intermediate_size,
+            qkv_bias=self.qkv_bias,
+            qk_norm=self.qk_norm,
+        )
+        unturned = tuple(part for part in layer if not isinstance(part, Rope))
+        runs = [
+            LayerRun(len(list(numbers)), layer if turns else unturned)
+            for turns, numbers in groupby(range(self.num_layers), lambda i: i not in without_rope)
+        ]
+        return ModelSpec(
+            architecture=self.architecture,
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            rms_norm_eps=self.rms_norm_eps,
+            max_position_embeddings=self.max_position_embeddings,
+            ropes=(self.rope,) if any(only(run.parts, Rope) for run in runs) else (),
+            layers=tuple(runs),
+            tied_embeddings=self.tied_embeddings,
+            task=self.task,
+        )
 
 
 def dense(model: ModelSpec) -> Dense:

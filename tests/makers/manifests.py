@@ -23,9 +23,8 @@ from edge.bundle.manifest import (
     read_manifest,
 )
 from edge.model.spec import ModelSpec, RopeSpec
-from edge_make.families.dense import Dense
 from edge_make.manifest_bytes import encode_manifest, hash_content
-from tests.makers.dense import dense
+from tests.makers.dense import Dense, dense
 
 _DENSE = Dense(
     architecture="qwen2",

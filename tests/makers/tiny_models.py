@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Kind = Literal["qwen2", "llama", "qwen3", "smollm3"]
-KINDS: tuple[Kind, ...] = ("qwen2", "llama", "qwen3", "smollm3")
+Kind = Literal["qwen2", "llama", "qwen3", "smollm3", "granite"]
+KINDS: tuple[Kind, ...] = ("qwen2", "llama", "qwen3", "smollm3", "granite")
 
 # The first merges of GPT-2 (Ġ is a space in its byte alphabet), then a few longer words.
 _MERGES = (
@@ -132,6 +132,20 @@ _CONFIGS: dict[Kind, dict[str, Any]] = {
         "sliding_window": None,
         "use_sliding_window": False,
         "layer_types": ["full_attention", "full_attention"],
+    },
+    # No multiplier is the other's inverse, and attention's is not that of the heads' size.
+    "granite": {
+        **_COMMON,
+        "architectures": ["GraniteForCausalLM"],
+        "model_type": "granite",
+        "rms_norm_eps": 1e-5,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.75,
+        "logits_scaling": 0.9,
     },
 }
 

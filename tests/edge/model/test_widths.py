@@ -13,7 +13,7 @@ from edge.errors import ConfigError
 from edge.model.parts import widest
 from edge.model.spec import LayerRun, ModelSpec, RopeSpec
 from edge_lab.planner.memory import Deployment
-from edge_make.families.dense import Dense
+from tests.makers.dense import Dense
 
 _SMALL = Dense("llama", 64, 1, 4, 2, 16, 96, 300, 1e-6, 512, RopeSpec(10_000.0))
 _LARGE = msgspec.structs.replace(_SMALL, num_heads=8, num_kv_heads=1, head_dim=32)

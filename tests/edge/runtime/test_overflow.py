@@ -16,8 +16,8 @@ from edge.bundle.rope import inverse_frequencies, turn
 from edge.errors import ConfigError
 from edge.model.spec import ModelSpec, RopeSpec
 from edge.runtime.overflow import SlidingWindow
-from edge_make.families.dense import Dense
 from tests.conftest import Bundles
+from tests.makers.dense import Dense
 from tests.makers.tiny_models import KINDS, Kind
 from tests.standins.slot_rows import by_name, stacked
 

@@ -280,7 +280,7 @@ def test_every_attention_has_the_mask_and_no_causality_of_its_own(case: Case, di
             assert positions.input[0] == io_spec.POSITION_IDS
             assert set(attributes(node)) == {"scale"}
             scale = attributes(node)["scale"]
-            assert scale == pytest.approx(1 / math.sqrt(model.attentions()[0].dim), rel=1e-6)
+            assert scale == pytest.approx(model.attentions()[0].factor, rel=1e-6)
 
 
 def test_the_native_cache_is_written_in_place_before_it_is_read(case: Case, dialect: str):

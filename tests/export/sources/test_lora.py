@@ -112,6 +112,19 @@ def test_tensors_without_an_adapter_are_the_bases_own(base: Path, tmp_path: Path
         merged.tensor(name)
 
 
+def test_an_adapter_of_a_table_that_the_family_scales_is_refused(tmp_path: Path):
+    base = write_checkpoint(tmp_path / "base", "granite")
+    for module in ("embed_tokens", "lm_head"):
+        adapter = write_adapter(tmp_path / module, base, {"target_modules": [module]})
+        with (
+            open_checkpoint(str(base)) as opened,
+            pytest.raises(CheckpointError, match=r"scales \(embedding_multiplier\)"),
+        ):
+            LoraCheckpoint(opened, adapter)
+    adapter = write_adapter(tmp_path / "tuned", base, {"target_modules": ["down_proj", "q_proj"]})
+    LoraCheckpoint(open_checkpoint(str(base)), adapter).close()
+
+
 @pytest.mark.parametrize(
     "targets",
     [
